@@ -1,0 +1,47 @@
+"""Errors that say what was wrong, with names and shapes, and what to do."""
+
+from __future__ import annotations
+
+
+class NoetherflowError(Exception):
+    """Base class of every error noetherflow raises on purpose."""
+
+
+class DeclarationError(NoetherflowError, ValueError):
+    """A declared symmetry does not fit the model."""
+
+
+class ExportError(NoetherflowError, RuntimeError):
+    """The model could not be traced into a graph."""
+
+
+class CertificateError(NoetherflowError, RuntimeError):
+    """A symmetry that must leave the function unchanged does not."""
+
+
+class MomentError(NoetherflowError, RuntimeError):
+    """Gradient moments could not be measured, or a parameter's gradient was not fully accounted for."""
+
+
+class DataError(NoetherflowError, ValueError):
+    """A batch, loss or setting is unusable (NaN, wrong shape, batch larger than the data)."""
+
+
+class CheckpointError(NoetherflowError, ValueError):
+    """A checkpoint is unreadable or does not match the model."""
+
+
+class MissingExtraError(NoetherflowError, ImportError):
+    """An optional dependency is not installed."""
+
+
+def require(module: str, extra: str) -> object:
+    """Import `module` or raise MissingExtraError naming the extra that brings it."""
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as cause:
+        raise MissingExtraError(
+            f"{module!r} is needed here but not installed; install it with: pip install 'noetherflow[{extra}]'"
+        ) from cause
