@@ -1,0 +1,225 @@
+"""Workloads: a model, its per-sample loss and data, built in or from `package.module:factory`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from noetherflow.errors import DataError, NoetherflowError, require
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Workload:
+    """`loss_fn(model, batch)` gives per-sample losses `[batch]`; `batches` can be iterated again and again.
+
+    `example_inputs` are what `find_symmetries` takes: a tensor, a tuple of arguments or a dict of keyword arguments.
+    """
+
+    name: str
+    model: nn.Module
+    loss_fn: LossFn
+    batches: Sequence[Any]
+    example_inputs: Any
+
+    @property
+    def samples(self) -> int:
+        return sum(_batch_length(b) for b in self.batches)
+
+
+def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Per-sample cross entropy of `(inputs, labels)`, shape `[batch]`."""
+    x, y = batch
+    return F.cross_entropy(model(x), y, reduction="none")
+
+
+def squared_error(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Per-sample `||model(x) - y||^2` (not halved), shape `[batch]`."""
+    x, y = batch
+    return (model(x) - y).square().flatten(1).sum(1)
+
+
+def digits(images: bool = False) -> tuple[Tensor, Tensor]:
+    """scikit-learn's bundled digits: 1,797 images in [0, 1], float64 `[1797, 64]` or `[1797, 1, 8, 8]`, and labels."""
+    bunch = require("sklearn.datasets", "examples").load_digits()  # type: ignore[attr-defined]
+    x = torch.as_tensor(bunch.data / 16.0, dtype=torch.float64)
+    return (x.reshape(-1, 1, 8, 8) if images else x), torch.as_tensor(bunch.target)
+
+
+def digits_mlp(seed: int = 0) -> Workload:
+    """64-32-32-10 ReLU classifier on digits."""
+    torch.manual_seed(seed)
+    layers = [nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)]
+    x, y = digits()
+    return Workload("digits-mlp", nn.Sequential(*layers).double(), cross_entropy, split(x, y, 256), (x[:4],))
+
+
+def digits_cnn(seed: int = 0) -> Workload:
+    """Conv - GroupNorm - ReLU - pool - conv - ReLU - linear classifier on digits."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.GroupNorm(4, 8),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
+    x, y = digits(images=True)
+    return Workload("digits-cnn", model.double(), cross_entropy, split(x, y, 256), (x[:4],))
+
+
+def linear_factorisation(seed: int = 0, width: int = 8, samples: int = 4096) -> Workload:
+    """`||U W x - y||^2` with anisotropic inputs and label noise: the matrix factorisation of theory.md section 8."""
+    rng = torch.Generator().manual_seed(seed)
+    d = 6
+    x = torch.randn(samples, d, generator=rng, dtype=torch.float64) * torch.linspace(0.4, 2.0, d, dtype=torch.float64)
+    noise = torch.randn(samples, d, generator=rng, dtype=torch.float64) * torch.linspace(1.0, 0.2, d).double()
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(d, width, bias=False), nn.Linear(width, d, bias=False)).double()
+    return Workload("linear-factorisation", model, squared_error, split(x, x + noise, 512), (x[:4],))
+
+
+BUILT_IN: dict[str, Callable[[], Workload]] = {
+    "digits-mlp": digits_mlp,
+    "digits-cnn": digits_cnn,
+    "linear-factorisation": linear_factorisation,
+}
+
+
+def split(x: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    """`(x, y)` in consecutive batches of at most `size` samples."""
+    return list(zip(x.split(size), y.split(size), strict=True))
+
+
+def minibatches(x: Tensor, y: Tensor, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless minibatches drawn with replacement, as the theory assumes."""
+    rng = torch.Generator().manual_seed(seed)
+    while True:
+        chosen = torch.randint(len(x), (size,), generator=rng)
+        yield x[chosen], y[chosen]
+
+
+def load_workload(spec: str, data: str | None = None) -> Workload:
+    """A built-in workload by name, or what `package.module:factory` returns, with its data replaced by `data` if given.
+
+    The factory returns a Workload, or `(model, loss_fn, batches)` with `loss_fn(model, batch)` per-sample losses and
+    `batches` a list of batches (a tensor, or a tuple whose first item is the model's input); for any other kind of batch
+    it returns `(model, loss_fn, batches, example_inputs)`.
+
+    Raises DataError when the name, the factory, its result or the data file cannot be used.
+    """
+    workload = BUILT_IN[spec]() if spec in BUILT_IN else _from_factory(spec, load_object(spec)())
+    if data is None:
+        return workload
+    batches = _load_batches(data)
+    return replace(workload, batches=batches, example_inputs=_inputs_of(batches[0], data))
+
+
+def load_object(spec: str) -> Callable[..., Any]:
+    """Import `package.module:attribute`, looking in the current folder too."""
+    module_name, _, attribute = spec.partition(":")
+    if not attribute:
+        raise DataError(
+            f"{spec!r} is neither a built-in example {sorted(BUILT_IN)} nor of the form package.module:factory"
+        )
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as cause:
+        raise DataError(f"cannot load {spec!r}: {cause}") from cause
+    if not callable(found):
+        raise DataError(f"{spec!r} is a {type(found).__name__}, not a function that returns (model, loss_fn, batches)")
+    return found
+
+
+def _from_factory(spec: str, result: Any) -> Workload:
+    if isinstance(result, Workload):
+        return result
+    if not (isinstance(result, tuple) and len(result) in (3, 4) and isinstance(result[0], nn.Module)):
+        raise DataError(
+            f"{spec!r} returned {_describe(result)}; it must return (model, loss_fn, batches) with a torch.nn.Module, "
+            "a function loss_fn(model, batch) -> per-sample losses [batch], and a list of batches"
+        )
+    model, loss_fn, batches, *example = result
+    batches = _listed(batches, spec)
+    return Workload(spec, model, loss_fn, batches, example[0] if example else _inputs_of(batches[0], spec))
+
+
+def _load_batches(data: str, size: int = 256) -> list[Any]:
+    path = Path(data)
+    if path.suffix not in (".npz", ".safetensors"):
+        if ":" in data:
+            return _listed(load_object(data)(), data)
+        raise DataError(
+            f"--data {data!r}: give a .npz or .safetensors file with arrays x and y, or package.module:function"
+        )
+    if not path.exists():
+        raise DataError(f"--data {data!r}: no such file")
+    try:
+        arrays = _read_arrays(path)
+    except NoetherflowError:
+        raise
+    except Exception as cause:
+        raise DataError(f"--data {data!r} cannot be read: {cause}") from cause
+    missing = {"x", "y"} - arrays.keys()
+    if missing:
+        raise DataError(f"--data {data!r} holds {sorted(arrays)}, missing {sorted(missing)}")
+    if len(arrays["x"]) != len(arrays["y"]):
+        raise DataError(f"--data {data!r}: x has {len(arrays['x'])} samples, y has {len(arrays['y'])}")
+    return list(split(arrays["x"], arrays["y"], size))
+
+
+def _read_arrays(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    import numpy as np
+
+    with np.load(path, allow_pickle=False) as archive:
+        return {name: torch.as_tensor(archive[name]) for name in archive.files}
+
+
+def _listed(batches: Iterable[Any], source: str) -> list[Any]:
+    try:
+        listed = list(batches)
+    except TypeError as cause:
+        raise DataError(f"{source!r}: batches must be iterable, got {_describe(batches)}") from cause
+    if not listed:
+        raise DataError(f"{source!r}: there are no batches; give at least one")
+    return listed
+
+
+def _inputs_of(batch: Any, source: str) -> tuple[Any, ...]:
+    first = batch[0] if isinstance(batch, tuple | list) else batch
+    if not isinstance(first, Tensor):
+        raise DataError(
+            f"{source!r}: the first item of a batch must be the model's input tensor, got {_describe(first)}"
+        )
+    return (first[:4],)
+
+
+def _batch_length(batch: Any) -> int:
+    if isinstance(batch, dict):
+        return len(next(iter(batch.values())))
+    return len(batch[0] if isinstance(batch, tuple | list) else batch)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"a tuple of {[type(v).__name__ for v in value]}"
+    return f"a {type(value).__name__}"
