@@ -116,7 +116,7 @@ def load_workload(spec: str, data: str | None = None) -> Workload:
     """A built-in workload by name, or what `package.module:factory` returns, with its data replaced by `data` if given.
 
     The factory returns a Workload, or `(model, loss_fn, batches)` with `loss_fn(model, batch)` per-sample losses and
-    `batches` a list of batches (a tensor, or a tuple whose first item is the model's input); for any other kind of batch
+    `batches` a list of batches (a tensor, or a tuple that starts with the model's input); for any other kind of batch
     it returns `(model, loss_fn, batches, example_inputs)`.
 
     Raises DataError when the name, the factory, its result or the data file cannot be used.
