@@ -50,19 +50,23 @@ class GradientMoments:
         return self._batch(self.squares[parameter].double(), self.mean[parameter].double().square(), sgd)
 
     def _batch(self, second: Tensor, mean_square: Tensor, sgd: SGDConfig) -> Tensor:
-        """`f Sigma + gbar gbar^T` from the measured `E[g g^T]` and `gbar gbar^T`.
+        """`f Sigma + gbar gbar^T` from the measured `E[g g^T]` and `gbar gbar^T`."""
+        noise, mean = self.batch_weights(sgd)
+        return (noise[0] + mean[0]) * second + (noise[1] + mean[1]) * mean_square
+
+    def batch_weights(self, sgd: SGDConfig) -> tuple[tuple[float, float], tuple[float, float]]:
+        """`(a, b), (c, d)`: `f Sigma = a E[g g^T] + b m` and the true `gbar gbar^T = c E[g g^T] + d m`, `m` measured.
 
         A data set measured whole (`sgd.dataset_size == samples`) has exactly these moments. Otherwise the measured
-        samples stand for a larger population: `Sigma = N/(N-1) (E[gg] - gbar gbar)`, `gbar gbar - Sigma/N` (unbiased).
+        samples stand for a larger population: `Sigma = N/(N-1) (E[gg] - m)`, `gbar gbar^T = m - Sigma/N` (unbiased).
         """
-        n = self.samples
-        sigma = second - mean_square
-        if sgd.dataset_size != n:
-            if n < 2:
-                raise MomentError("one sample has no covariance; measure at least two")
-            sigma = sigma * (n / (n - 1))
-            mean_square = mean_square - sigma / n
-        return sgd.covariance_factor * sigma + mean_square
+        n, f = self.samples, sgd.covariance_factor
+        if sgd.dataset_size == n:
+            return (f, -f), (0.0, 1.0)
+        if n < 2:
+            raise MomentError("one sample has no covariance; measure at least two")
+        q = n / (n - 1)
+        return (f * q, -f * q), (-q / n, 1 + q / n)
 
     def leave_one_out(self) -> Iterator[GradientMoments]:
         """The moments without each group in turn, for jackknife errors of anything computed from them."""
