@@ -1,0 +1,27 @@
+"""The command line: `noetherflow find | analyze | balance | reproduce | report | watch | demo`."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; exit 0 on success, 1 on a noetherflow error, 2 on wrong usage, 130 when interrupted."""
+    from rich.console import Console
+
+    from noetherflow.cli.app import app
+    from noetherflow.errors import NoetherflowError
+
+    given = sys.argv[1:] if arguments is None else arguments
+    errors = Console(stderr=True, highlight=False)
+    try:
+        app(given, prog_name="noetherflow")
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        sys.exit(130)
+    except NoetherflowError as error:
+        if "--debug" in given:
+            raise
+        errors.print(f"[bold red]{type(error).__name__}[/]: ", end="")
+        errors.print(str(error), markup=False, soft_wrap=True)
+        sys.exit(1)

@@ -1,0 +1,20 @@
+"""The commands in one table."""
+
+from __future__ import annotations
+
+import typer
+
+from noetherflow.cli.find import find
+
+app = typer.Typer(
+    help="Parameter symmetries, Noether flow and noise equilibrium of neural networks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(find)
+
+
+@app.callback()
+def _commands() -> None:
+    """Parameter symmetries, Noether flow and noise equilibrium of neural networks."""

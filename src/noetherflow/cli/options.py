@@ -1,0 +1,30 @@
+"""Options shared by the commands."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+console = Console(stderr=True)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A built-in example (digits-mlp, digits-cnn, linear-factorisation), package.module:factory, "
+        "or hf:PATH of a config.json or model folder."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Lr = Annotated[float, typer.Option(help="SGD learning rate.")]
+BatchSize = Annotated[int, typer.Option(help="SGD batch size.")]
+WeightDecay = Annotated[float, typer.Option(help="PyTorch weight_decay.")]
+Momentum = Annotated[float, typer.Option(help="Heavy-ball momentum.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Data instead of the model's own: a .npz or .safetensors file with x and y, or package.module:function."
+    ),
+]
