@@ -135,6 +135,11 @@ class Symmetry:
                 moved[leg.parameter] = leg.multiply(current, here if leg.sign > 0 else dual.to(current.device))
         return moved
 
+    def move(self, parameter: str, tensor: Tensor, element: Tensor) -> Tensor:
+        """One parameter of `act`: `tensor` with the legs on `parameter` moved (itself where there is none)."""
+        legs = tuple(leg for leg in self.legs if leg.parameter == parameter)
+        return self._move({parameter: tensor}, element, legs).get(parameter, tensor)
+
     def tangent(self, params: Params, generator: Tensor) -> dict[str, Tensor]:
         """`d/dlam exp(lam A) . theta` at 0, by parameter name (charge-carrying legs), `A` in the layout `shape`."""
         out: dict[str, Tensor] = {}
