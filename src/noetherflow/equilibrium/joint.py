@@ -1,0 +1,250 @@
+"""`noise_equilibrium`: objectives, classes and the joint solve in one call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from noetherflow.equilibrium.blocks import GLClasses, TorusClasses
+from noetherflow.equilibrium.orbit import Drift, Orbit, Remeasure, Samples, Weights, orbit_of, separate_orbits
+from noetherflow.equilibrium.overlap import leg_coordinates, stiffness
+from noetherflow.equilibrium.result import Class, Equilibrium, Settled
+from noetherflow.equilibrium.solve import Classes, Solution, classify, drives, elements_of, imbalance, minimise
+from noetherflow.errors import MomentError
+from noetherflow.moments.result import GradientMoments
+from noetherflow.sgd import SGDConfig
+from noetherflow.symmetry import Symmetry
+from noetherflow.symmetry_set import SymmetrySet, tensors_of
+
+Objective = Literal["noise+decay", "noise", "norm", "fisher", "hessian"]
+
+
+def objective_weights(objective: Objective, moments: GradientMoments, sgd: SGDConfig | None) -> Weights:
+    """Weights of `Phi = 1/2 (weight ||theta||^2 + second Tr E[g g^T] + mean Tr gbar gbar^T)` for an objective.
+
+    `noise+decay`: `E[C' - C] = -dPhi/dlam` per SGD step; `noise`: the same with weight decay left out; `norm`:
+    `||theta||^2 / 2` alone; `fisher`, `hessian`: half the trace of the second moments given (gradients, or
+    `curvature_moments`).
+
+    Raises ValueError for another objective, MomentError for a noise objective without `sgd` or with too few samples.
+    """
+    if objective == "norm":
+        return Weights(1.0, 0.0, 0.0)
+    if objective in ("fisher", "hessian"):
+        return Weights(0.0, 1.0, 0.0)
+    if objective not in ("noise+decay", "noise"):
+        raise ValueError(f"objective {objective!r} is not one of noise+decay, noise, norm, fisher, hessian")
+    if sgd is None:
+        raise MomentError(f"objective {objective!r} needs the optimiser settings: pass sgd=SGDConfig(...)")
+    if sgd.dataset_size != moments.samples and moments.samples < sgd.batch_size:
+        raise MomentError(
+            f"moments of {moments.samples} samples cannot tell the mean gradient from noise at batch size "
+            f"{sgd.batch_size}; measure at least as many samples as a batch holds"
+        )
+    used = sgd if objective == "noise+decay" else replace(sgd, weight_decay=0.0)
+    return Weights.of_drift(Drift.of(used), moments, used)
+
+
+def noise_equilibrium(
+    model: nn.Module,
+    syms: SymmetrySet,
+    mom: GradientMoments,
+    sgd: SGDConfig | None = None,
+    *,
+    objective: Objective = "noise+decay",
+    joint: bool = True,
+    remeasure: Remeasure | None = None,
+    samples: Samples | None = None,
+    tol: float = 1e-11,
+    max_iterations: int = 500,
+    recede: float = 1.0,
+    errors: bool = False,
+) -> Equilibrium:
+    """The group elements at which the Noether flow of every symmetry stops: the minimiser of the convex Phi.
+
+    `Phi = Tr(P X) + Tr(P^-1 Y)` over `P = G^T G` of each symmetry, all solved together (`joint=False`: each with the
+    others held). `mom` decides how: leg Grams where legs share no entries, entry-wise moments where tori meet, and
+    where a general_linear symmetry meets another one per-sample gradients `samples[parameter]`, shape `[N, *shape]`,
+    or `remeasure(model) -> moments`, called on a moved copy at every sweep.
+
+    Directions without a finite equilibrium are left where they are and named in the result; in general_linear
+    symmetries `recede < 1` moves them towards their limit by this factor. `errors=True` adds jackknife standard
+    errors of the logs of torus elements. Symmetries on frozen parameters are excluded and listed.
+
+    Raises MomentError when the moments do not determine the answer, ValueError for an unknown objective or bad
+    `recede`. Source: theory.md section 5.
+    """
+    if not 0 < recede <= 1:
+        raise ValueError(f"recede must lie in (0, 1], got {recede!r}")
+    syms = syms.trainable(model)
+    weights = objective_weights(objective, mom, sgd)
+    symmetries = tuple(syms)
+    singular = _rank_tolerance(model, symmetries)
+    identity = [s.identity() for s in symmetries]
+    alone = separate_orbits(model, symmetries, mom, weights)
+    now = alone.at(identity)
+    xy = [drives(s, pairs, weights) for s, pairs in zip(symmetries, now.pairs, strict=True)]
+    classes = [classify(s, x, y, singular) for s, (x, y) in zip(symmetries, xy, strict=True)]
+    moving = [i for i, c in enumerate(classes) if bool(c.finite.any())]
+    movers = [symmetries[i] for i in moving]
+    own = [classes[i] for i in moving]
+    orbit: Orbit = (
+        orbit_of(model, movers, mom, weights, samples=samples, remeasure=remeasure)
+        if joint
+        else separate_orbits(model, movers, mom, weights)
+    )
+    kappa = _kappa(model, movers, joint)
+    start = [_receding_log(c, recede) for c in own]
+    solution = minimise(orbit, own, kappa, start=start, tolerance=tol, max_iterations=max_iterations)
+    by_error = _jackknife(model, movers, own, kappa, solution, mom, objective, sgd, joint) if errors else {}
+    elements = dict(zip(moving, elements_of(movers, solution.logs), strict=True))
+    moved_pairs = dict(zip(moving, solution.point.pairs, strict=True))
+    settled = []
+    for i, (s, c) in enumerate(zip(symmetries, classes, strict=True)):
+        kind, coordinates, reason = _verdict(s, c, weights)
+        pairs = moved_pairs.get(i, ())
+        charge = s.combine(tuple(k for k, _ in pairs)) if pairs else _moved_charge(model, s, movers, elements.values())
+        after = imbalance(s, c, *drives(s, pairs, weights)) if pairs else torch.zeros(s.blocks, dtype=torch.float64)
+        settled.append(
+            Settled(
+                name=s.name,
+                family=s.family,
+                kind=s.kind,
+                element=elements.get(i, identity[i]),
+                classification=kind,
+                charge_now=s.combine(tuple(k for k, _ in now.pairs[i])),
+                charge=charge,
+                weight_grams=tuple(k for k, _ in pairs),
+                noise_grams=tuple(m for _, m in pairs),
+                imbalance_now=imbalance(s, c, *xy[i]),
+                imbalance=after,
+                coordinates=coordinates,
+                reason=reason,
+                log_error=by_error.get(s.name),
+            )
+        )
+    start_point = orbit.at([s.identity() for s in movers])
+    return Equilibrium(
+        objective=objective,
+        settled=tuple(settled),
+        imbalance_now=max((float(s.imbalance_now.max()) for s in settled), default=0.0),
+        imbalance=solution.imbalance,
+        iterations=solution.iterations,
+        evaluations=solution.evaluations,
+        converged=solution.converged,
+        joint=joint,
+        norm_now=start_point.norm,
+        norm=solution.point.norm,
+        trace_now=start_point.trace,
+        trace=solution.point.trace,
+        excluded=dict(syms.excluded),
+        symmetries=syms,
+    )
+
+
+def _rank_tolerance(model: nn.Module, symmetries: Sequence[Symmetry]) -> float:
+    """Eigenvalues below this fraction of the largest are rounding: `10 n eps` of the least precise parameter."""
+    names = {n for s in symmetries for n in s.parameters}
+    dtypes = {t.dtype for n, t in tensors_of(model).items() if n in names}
+    widest = max((s.dim for s in symmetries), default=1)
+    return min(0.01, 10 * widest * max((torch.finfo(d).eps for d in dtypes), default=0.0))
+
+
+def _kappa(model: nn.Module, symmetries: Sequence[Symmetry], joint: bool) -> list[Tensor]:
+    shapes = {n: tuple(t.shape) for n, t in tensors_of(model).items()}
+    if joint:
+        return stiffness(leg_coordinates(symmetries, shapes), symmetries)
+    return [stiffness(leg_coordinates([s], shapes), [s])[0] for s in symmetries]
+
+
+def _receding_log(classes: Classes, recede: float) -> Tensor:
+    """`log recede` on shrinking directions and minus that on growing ones of a GL symmetry; 0 elsewhere."""
+    if isinstance(classes, TorusClasses):
+        return torch.zeros(classes.finite.shape, dtype=torch.float64)
+    return math.log(recede) * (classes.shrinks - classes.grows)
+
+
+def _verdict(symmetry: Symmetry, classes: Classes, weights: Weights) -> tuple[Class, tuple[int, ...], str]:
+    """Class, the coordinates (torus) or blocks (GL) without a finite equilibrium, and why."""
+    if isinstance(classes, GLClasses):
+        return _gl_verdict(symmetry, classes)
+    bad = ~classes.finite
+    if not bool(bad.any()):
+        return "finite", (), ""
+    coordinates = tuple(torch.nonzero(bad).flatten().tolist())
+    if symmetry.one_sided and not weights.weight and not bool(classes.invalid.any() | classes.shrinks.any()):
+        return (
+            "one-sided",
+            coordinates,
+            "all legs scale the same way and no weight decay holds the norm: it grows for ever",
+        )
+    causes = (
+        (classes.neutral, "no noise and no decay on either side (dead or unused)"),
+        (classes.grows, "scale recedes to infinity: nothing pulls back (no gradient through the - legs)"),
+        (classes.shrinks, "scale recedes to zero: nothing pushes back (no gradient on the + legs)"),
+        (classes.invalid, "an estimated second moment is negative or not finite: measure more samples"),
+    )
+    parts = [f"{int(mask.sum())} of {symmetry.blocks}: {why}" for mask, why in causes if bool(mask.any())]
+    return "degenerate", coordinates, "; ".join(parts)
+
+
+def _gl_verdict(symmetry: Symmetry, classes: GLClasses) -> tuple[Class, tuple[int, ...], str]:
+    ranks = {
+        "shrink to zero (no gradient noise or weight beyond this rank)": GLClasses.rank(classes.shrinks),
+        "grow without bound": GLClasses.rank(classes.grows),
+        "are moved by nothing": GLClasses.rank(classes.neutral),
+    }
+    bad = GLClasses.rank(classes.finite) < symmetry.dim
+    if not bool(bad.any()):
+        return "finite", (), ""
+    parts = [f"{int(r.sum())} directions {what}" for what, r in ranks.items() if int(r.sum())]
+    total = symmetry.blocks * symmetry.dim
+    return "degenerate", tuple(torch.nonzero(bad).flatten().tolist()), f"of {total}: " + ", ".join(parts)
+
+
+def _moved_charge(
+    model: nn.Module, symmetry: Symmetry, movers: Sequence[Symmetry], elements: Iterable[Tensor]
+) -> Tensor:
+    tensors = tensors_of(model)
+    moved = {n: tensors[n].detach().double().cpu() for n in symmetry.parameters}
+    for mover, element in zip(movers, elements, strict=True):
+        for name in moved:
+            moved[name] = mover.move(name, moved[name], element)
+    return symmetry.charge(moved)
+
+
+def _jackknife(
+    model: nn.Module,
+    symmetries: Sequence[Symmetry],
+    classes: Sequence[Classes],
+    kappa: Sequence[Tensor],
+    solution: Solution,
+    moments: GradientMoments,
+    objective: Objective,
+    sgd: SGDConfig | None,
+    joint: bool,
+) -> dict[str, Tensor]:
+    """Standard errors of torus logs: the solve repeated without each group of samples, from the full solution.
+
+    Raises MomentError when the moments carry no groups.
+    """
+    if len(moments.groups) < 2:
+        raise MomentError("errors=True needs moments measured in at least two groups")
+    logs = []
+    for part in moments.leave_one_out():
+        weights = objective_weights(objective, part, sgd)
+        build = orbit_of if joint else separate_orbits
+        orbit = build(model, symmetries, part, weights)
+        logs.append(minimise(orbit, classes, kappa, start=solution.logs, tolerance=1e-6).logs)
+    g = len(logs)
+    out = {}
+    for i, s in enumerate(symmetries):
+        if s.is_torus:
+            values = torch.stack([run[i] for run in logs])
+            out[s.name] = ((g - 1) * values.var(dim=0, correction=0)).sqrt()
+    return out

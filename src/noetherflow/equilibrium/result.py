@@ -1,0 +1,150 @@
+"""Equilibrium: where every symmetry of a model settles, in a printable form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+Class = Literal["finite", "one-sided", "degenerate"]
+
+
+@dataclass(frozen=True, eq=False)
+class Settled:
+    """One symmetry at the equilibrium.
+
+    `element` moves the model there (layout `symmetry.shape`; the identity on coordinates without a finite
+    equilibrium). `classification`: `finite`; `one-sided`: nothing holds the norm back (all legs scale the same way,
+    no decay); `degenerate`: some coordinates (`coordinates`: torus indices, or GL blocks) have no finite equilibrium,
+    for `reason`. `charge_now`, `charge`: the charge today and predicted at `element`; `weight_grams`, `noise_grams`:
+    predicted leg Grams there. `imbalance`: relative Noether flow left, per coordinate or block. `log_error`: standard
+    error of `log element` (torus).
+    """
+
+    name: str
+    family: str
+    kind: str
+    element: Tensor
+    classification: Class
+    charge_now: Tensor
+    charge: Tensor
+    weight_grams: tuple[Tensor, ...]
+    noise_grams: tuple[Tensor, ...]
+    imbalance_now: Tensor
+    imbalance: Tensor
+    coordinates: tuple[int, ...] = ()
+    reason: str = ""
+    log_error: Tensor | None = None
+
+    @property
+    def largest_change(self) -> float:
+        """The largest factor, or its inverse, by which the element stretches any direction."""
+        import torch
+
+        e = self.element
+        spectrum = e if e.ndim == 1 else torch.linalg.svdvals(e)
+        return float(spectrum.log().abs().max().exp())
+
+    def row(self) -> dict[str, Any]:
+        return {
+            "symmetry": self.name,
+            "family": self.family,
+            "kind": self.kind,
+            "class": self.classification,
+            "largest_change": self.largest_change,
+            "imbalance_now": float(self.imbalance_now.max()),
+            "imbalance": float(self.imbalance.max()),
+            "coordinates": list(self.coordinates),
+            "reason": self.reason,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **self.row(),
+            "element": self.element.tolist(),
+            "charge_now": self.charge_now.tolist(),
+            "charge": self.charge.tolist(),
+            "log_error": None if self.log_error is None else self.log_error.tolist(),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Equilibrium:
+    """The joint equilibrium of a model's symmetries under one objective.
+
+    `imbalance` is the largest relative Noether flow left over all finite coordinates; `evaluations` counts how often
+    the leg Grams were formed (or measured). `trace_now`, `trace`: `Tr M` of the moved parameters, weighted as in the
+    objective, so their ratio is the fall of the noise (or curvature) part; None where the model was re-measured
+    instead.
+    """
+
+    objective: str
+    settled: tuple[Settled, ...]
+    imbalance_now: float
+    imbalance: float
+    iterations: int
+    evaluations: int
+    converged: bool
+    joint: bool
+    norm_now: float
+    norm: float
+    trace_now: float | None
+    trace: float | None
+    excluded: dict[str, str] = field(default_factory=dict)
+    symmetries: Any = None
+
+    def __getitem__(self, name: str) -> Settled:
+        for item in self.settled:
+            if item.name == name:
+                return item
+        raise KeyError(f"no symmetry named {name!r}; names: {[s.name for s in self.settled][:20]}")
+
+    def __iter__(self) -> Any:
+        return iter(self.settled)
+
+    @property
+    def elements(self) -> dict[str, Tensor]:
+        """Group element by symmetry name."""
+        return {s.name: s.element for s in self.settled}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per symmetry."""
+        return [s.row() for s in self.settled]
+
+    def __str__(self) -> str:
+        state = "converged" if self.converged else "NOT converged"
+        lines = [
+            f"{self.objective} equilibrium of {len(self.settled)} symmetries"
+            + ("" if self.joint else " (each alone, the others held)")
+            + f": {state}, relative Noether flow {self.imbalance_now:.2e} -> {self.imbalance:.2e} "
+            f"in {self.iterations} sweeps",
+            f"{'family':<18}{'symmetries':>11}{'finite':>8}{'one-sided':>11}{'degenerate':>12}{'largest change':>16}",
+        ]
+        for family in dict.fromkeys(s.family for s in self.settled):
+            own = [s for s in self.settled if s.family == family]
+            counts = [sum(s.classification == c for s in own) for c in ("finite", "one-sided", "degenerate")]
+            change = max(s.largest_change for s in own)
+            lines.append(f"{family:<18}{len(own):>11}{counts[0]:>8}{counts[1]:>11}{counts[2]:>12}{change:>16.4g}")
+        lines += [f"{s.name}: {s.classification}: {s.reason}" for s in self.settled if s.reason][:20]
+        lines += [f"excluded: {name}: {why}" for name, why in self.excluded.items()]
+        if not self.converged:
+            lines.append("raise max_iterations, or look at the symmetries with the largest imbalance in rows()")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "objective": self.objective,
+            "converged": self.converged,
+            "joint": self.joint,
+            "imbalance_now": self.imbalance_now,
+            "imbalance": self.imbalance,
+            "iterations": self.iterations,
+            "evaluations": self.evaluations,
+            "norm_now": self.norm_now,
+            "norm": self.norm,
+            "trace_now": self.trace_now,
+            "trace": self.trace,
+            "excluded": dict(self.excluded),
+            "settled": [s.to_dict() for s in self.settled],
+        }

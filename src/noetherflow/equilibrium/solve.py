@@ -1,0 +1,198 @@
+"""Minimise the convex Phi over all symmetries at once: simultaneous closed-form steps, Anderson-accelerated.
+
+Every sweep takes, for every symmetry from the same point, the closed-form step of theory.md section 5 shortened by
+`kappa` (overlap.stiffness). Such a sweep never raises Phi, needs one evaluation of the leg Grams and no order or
+colouring of the symmetries; Anderson acceleration then gives the speed of a quasi-Newton method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from noetherflow import spd
+from noetherflow.equilibrium.blocks import GLClasses, TorusClasses, classify_gl, classify_torus
+from noetherflow.equilibrium.orbit import Orbit, Point, Weights
+from noetherflow.symmetry import Symmetry
+
+Classes = TorusClasses | GLClasses
+
+
+def drives(symmetry: Symmetry, pairs: Sequence[tuple[Tensor, Tensor]], weights: Weights) -> tuple[Tensor, Tensor]:
+    """`X = 1/2 (weight K_plus + M_minus)`, `Y = 1/2 (weight K_minus + M_plus)`, legs weighted by `|exponent|`."""
+    x, y = torch.zeros(symmetry.shape, dtype=torch.float64), torch.zeros(symmetry.shape, dtype=torch.float64)
+    for leg, (k, m) in zip(symmetry.weight_legs, pairs, strict=True):
+        c = abs(leg.exponent) / 2
+        shrinking, growing = (weights.weight * k, m) if leg.exponent > 0 else (m, weights.weight * k)
+        x, y = x + c * shrinking, y + c * growing
+    return x, y
+
+
+def classify(symmetry: Symmetry, x: Tensor, y: Tensor, tolerance: float) -> Classes:
+    return classify_torus(x, y) if symmetry.is_torus else classify_gl(x, y, tolerance)
+
+
+def imbalance(symmetry: Symmetry, classes: Classes, x: Tensor, y: Tensor) -> Tensor:
+    """Relative Noether flow `|Y - X| / (X + Y)` over the finite coordinates (torus) or blocks (GL), else 0:
+    `[blocks]`.
+    """
+    if symmetry.is_torus:
+        flow, scale = (y - x).abs(), (x + y).abs()
+        return torch.where(classes.finite & (scale > 0), flow / scale, torch.zeros_like(flow))
+    q = classes.finite
+    x, y = q @ x @ q, q @ y @ q
+    scale = torch.linalg.matrix_norm(x) + torch.linalg.matrix_norm(y)
+    flow = torch.linalg.matrix_norm(y - x)
+    return torch.where(scale > 0, flow / scale, torch.zeros_like(flow))
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """Where the solver stopped: logs of the group elements, the last point and how it got there."""
+
+    logs: list[Tensor]
+    point: Point
+    imbalance: float
+    iterations: int
+    evaluations: int
+    converged: bool
+
+
+def elements_of(symmetries: Sequence[Symmetry], logs: Sequence[Tensor]) -> list[Tensor]:
+    """`G = exp(log)`, vectors for tori and symmetric positive matrices for GL."""
+    return [s.exp(a) for s, a in zip(symmetries, logs, strict=True)]
+
+
+def minimise(
+    orbit: Orbit,
+    classes: Sequence[Classes],
+    kappa: Sequence[Tensor],
+    *,
+    start: Sequence[Tensor] | None = None,
+    tolerance: float = 1e-11,
+    max_iterations: int = 500,
+    memory: int = 10,
+) -> Solution:
+    """The joint minimiser of Phi over the finite coordinates, from `start` (logs; default the identity).
+
+    Stops when the relative Noether flow of every symmetry is below `tolerance`, or when it no longer falls.
+    """
+    symmetries = orbit.symmetries
+    logs = [torch.zeros(s.shape, dtype=torch.float64) for s in symmetries] if start is None else list(start)
+    history = _Anderson(memory)
+    best: Solution | None = None
+    stalled = evaluations = 0
+    safe: Tensor | None = None
+    merit = float("inf")
+    for iteration in range(max_iterations + 1):
+        elements = elements_of(symmetries, logs)
+        point = orbit.at(elements)
+        evaluations += 1
+        value, worst = _merit(orbit, point), _worst(orbit, classes, point)
+        here = _flat(logs)
+        rejected = safe is not None and not value <= merit + 1e-9 * abs(merit) and not worst < 0.9 * _of(best)
+        if rejected and safe is not None:
+            logs, safe = _unflat(safe, symmetries), None
+            history.clear()
+            continue
+        if best is None or worst < best.imbalance:
+            stalled = 0 if best is None or worst < 0.9 * best.imbalance else stalled + 1
+            best = Solution(logs, point, worst, iteration, evaluations, worst <= tolerance)
+        else:
+            stalled += 1
+        if worst <= tolerance or stalled > 3 * memory:
+            break
+        merit = min(merit, value) if value == value else merit
+        plain = _flat(_sweep(orbit, classes, kappa, elements, point))
+        proposal = history.propose(here, plain)
+        safe = None if proposal is plain else plain
+        logs = _unflat(proposal, symmetries)
+    assert best is not None
+    return Solution(best.logs, best.point, best.imbalance, iteration, evaluations, best.imbalance <= tolerance)
+
+
+def _of(best: Solution | None) -> float:
+    return float("inf") if best is None else best.imbalance
+
+
+def _merit(orbit: Orbit, point: Point) -> float:
+    """Phi up to a constant, NaN where it is not known."""
+    if point.trace is None:
+        return float("nan")
+    return 0.5 * (orbit.weights.weight * point.norm + point.trace)
+
+
+def _worst(orbit: Orbit, classes: Sequence[Classes], point: Point) -> float:
+    worst = 0.0
+    for s, c, pairs in zip(orbit.symmetries, classes, point.pairs, strict=True):
+        worst = max(worst, float(imbalance(s, c, *drives(s, pairs, orbit.weights)).max()))
+    return worst
+
+
+def _sweep(
+    orbit: Orbit, classes: Sequence[Classes], kappa: Sequence[Tensor], elements: Sequence[Tensor], point: Point
+) -> list[Tensor]:
+    """New logs after one simultaneous step of every symmetry."""
+    logs = []
+    for s, c, k, g, pairs in zip(orbit.symmetries, classes, kappa, elements, point.pairs, strict=True):
+        x, y = drives(s, pairs, orbit.weights)
+        if isinstance(c, TorusClasses):
+            ratio = torch.where(c.finite, y / torch.where(c.finite, x, torch.ones_like(x)), torch.ones_like(x))
+            logs.append(g.log() + ratio.log() / (4 * k))
+        else:
+            p = finite_gl_step(c, x, y)
+            shortened = spd.expm(spd.logm(p) / k[:, None, None])
+            logs.append(spd.logm(g.mT @ shortened @ g) / 2)
+    return logs
+
+
+def finite_gl_step(classes: GLClasses, x: Tensor, y: Tensor) -> Tensor:
+    """`P` of the closed form inside the finite subspace, the identity outside: `[blocks, n, n]`."""
+    q = classes.finite
+    outside = torch.eye(q.shape[-1], dtype=q.dtype) - q
+    rank = GLClasses.rank(q).clamp_min(1)[:, None, None]
+
+    def padded(a: Tensor) -> Tensor:
+        inner = q @ a @ q
+        level = inner.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] / rank
+        return inner + torch.where(level > 0, level, torch.ones_like(level)) * outside
+
+    p = spd.geometric_mean(padded(x), padded(y))
+    return spd.symmetric(q @ p @ q + outside)
+
+
+class _Anderson:
+    """Type-II Anderson mixing of a fixed-point map, on flat vectors."""
+
+    def __init__(self, memory: int) -> None:
+        self.memory = memory
+        self.points: list[Tensor] = []
+        self.images: list[Tensor] = []
+
+    def clear(self) -> None:
+        self.points, self.images = self.points[-1:], self.images[-1:]
+
+    def propose(self, point: Tensor, image: Tensor) -> Tensor:
+        """The next point given that the map sends `point` to `image`; `image` itself while there is no history."""
+        self.points = [*self.points, point][-self.memory :]
+        self.images = [*self.images, image][-self.memory :]
+        if len(self.points) < 2:
+            return image
+        residuals = torch.stack([i - p for i, p in zip(self.images, self.points, strict=True)], dim=1)
+        images = torch.stack(self.images, dim=1)
+        steps, moves = residuals.diff(dim=1), images.diff(dim=1)
+        mixing = torch.linalg.lstsq(steps, residuals[:, -1:], rcond=1e-12, driver="gelsd").solution
+        proposal = image - (moves @ mixing).squeeze(1)
+        return proposal if bool(torch.isfinite(proposal).all()) else image
+
+
+def _flat(logs: Sequence[Tensor]) -> Tensor:
+    return torch.cat([a.reshape(-1) for a in logs]) if logs else torch.zeros(0, dtype=torch.float64)
+
+
+def _unflat(flat: Tensor, symmetries: Sequence[Symmetry]) -> list[Tensor]:
+    sizes = [int(torch.Size(s.shape).numel()) for s in symmetries]
+    return [part.reshape(s.shape) for part, s in zip(flat.split(sizes), symmetries, strict=True)]
