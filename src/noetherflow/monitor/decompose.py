@@ -1,0 +1,241 @@
+"""Exact split of an optimiser's update into gradient, momentum memory, decay and preconditioner (theory.md section 3).
+
+`theta' = theta - u`, `u = sum of parts`, so for every symmetry `C' - C = -2 sum_parts theta^T A u_part + u^T A u`.
+A rule names the inner products that determine all of these, so that no part of `u` has to be formed during training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Group = Mapping[str, Any]
+State = Mapping[str, Any]
+Pairs = dict[str, tuple[Tensor, Tensor]]
+Values = Mapping[str, np.ndarray]
+
+FIRST_ORDER = ("gradient", "momentum", "decay", "preconditioner", "other")
+ENTRIES = (*FIRST_ORDER, "second_order")
+
+
+class Rule:
+    """How one optimiser's update splits. Subclasses are stateless; `c` holds one number per coefficient name.
+
+    `before` and `after` name the inner products to measure around a step, as pairs of tensors; `first_order` turns the
+    measured values into `<theta, u_part>`, `second_order` into `<u, u>`. Both are linear in the values, entry by entry,
+    so they hold for row sums, totals and (symmetrised) leg matrices alike.
+    """
+
+    quantities: ClassVar[tuple[str, ...]]
+    parts: ClassVar[tuple[str, ...]]
+    coefficients: ClassVar[tuple[str, ...]]
+    has_equilibrium: ClassVar[bool] = False
+
+    def settings(self, group: Group, state: State, steps: float) -> dict[str, float]:
+        """Coefficients of one parameter's next step; `steps` already made by the optimiser on it."""
+        raise NotImplementedError
+
+    def before(self, c: Mapping[str, float], theta: Tensor, grad: Tensor, state: State) -> Pairs:
+        raise NotImplementedError
+
+    def after(self, c: Mapping[str, float], theta: Tensor, state: State, kept: Tensor | None) -> Pairs:
+        raise NotImplementedError
+
+    def first_order(self, q: Values, c: Values, reference: np.ndarray | float) -> dict[str, np.ndarray]:
+        raise NotImplementedError
+
+    def second_order(self, q: Values, c: Values) -> np.ndarray:
+        raise NotImplementedError
+
+    def keep(self, theta: Tensor) -> Tensor | None:
+        """What must be copied before the step: nothing, unless the update cannot be told from the state."""
+        return None
+
+    def reference(self, q: Values, weights: np.ndarray) -> np.ndarray | float:
+        """The scalar that stands for the preconditioner in the parts without one, per recorded step: `[T, 1]`."""
+        return 1.0
+
+
+class SGDRule(Rule):
+    """`d = s g + w theta`, `b' = mu b + (1 - tau) d`, `u = lr (alpha d + beta b)` in the buffer `b` before the step.
+
+    No momentum: `alpha = 1, beta = 0`; heavy ball: `1 - tau, mu`; Nesterov: `1 + mu (1 - tau), mu^2`; the first step
+    starts with `b' = d`. `s = -1` with maximize.
+    """
+
+    quantities = ("tt", "tg", "tb", "gg", "gb", "bb", "nn")
+    parts = ("gradient", "momentum", "decay")
+    coefficients = ("lr", "sign", "weight_decay", "alpha", "beta", "heavy_ball", "memory")
+    has_equilibrium = True
+
+    def settings(self, group: Group, state: State, steps: float) -> dict[str, float]:
+        mu, kept = float(group["momentum"]), 1 - float(group["dampening"])
+        started = state.get("momentum_buffer") is not None
+        fresh = kept if started else 1.0
+        if mu == 0:
+            alpha, beta = 1.0, 0.0
+        elif group["nesterov"]:
+            alpha, beta = 1 + mu * fresh, mu * mu * started
+        else:
+            alpha, beta = fresh, mu * started
+        return {
+            "lr": float(group["lr"]),
+            "sign": -1.0 if group["maximize"] else 1.0,
+            "weight_decay": float(group["weight_decay"]),
+            "alpha": alpha,
+            "beta": beta,
+            "heavy_ball": float(mu != 0 and not group["nesterov"]),
+            "memory": mu,
+        }
+
+    def before(self, c: Mapping[str, float], theta: Tensor, grad: Tensor, state: State) -> Pairs:
+        pairs: Pairs = {"tg": (theta, grad)}
+        buffer = state.get("momentum_buffer") if c["beta"] else None
+        if buffer is not None:
+            pairs["tb"] = (theta, buffer)
+        if not c["heavy_ball"]:
+            pairs["gg"] = (grad, grad)
+            if buffer is not None:
+                pairs |= {"gb": (grad, buffer), "bb": (buffer, buffer)}
+        return pairs
+
+    def after(self, c: Mapping[str, float], theta: Tensor, state: State, kept: Tensor | None) -> Pairs:
+        if not c["heavy_ball"]:
+            return {}
+        buffer = state["momentum_buffer"]
+        return {"nn": (buffer, buffer)}
+
+    def first_order(self, q: Values, c: Values, reference: np.ndarray | float) -> dict[str, np.ndarray]:
+        lead = c["lr"] * c["alpha"]
+        return {
+            "gradient": lead * c["sign"] * q["tg"],
+            "momentum": c["lr"] * c["beta"] * q["tb"],
+            "decay": lead * c["weight_decay"] * q["tt"],
+        }
+
+    def second_order(self, q: Values, c: Values) -> np.ndarray:
+        s, w, alpha, beta = c["sign"], c["weight_decay"], c["alpha"], c["beta"]
+        dd = s * s * q["gg"] + 2 * w * s * q["tg"] + w * w * q["tt"]
+        db = s * q["gb"] + w * q["tb"]
+        other = alpha**2 * dd + 2 * alpha * beta * db + beta**2 * q["bb"]
+        return c["lr"] ** 2 * np.where(c["heavy_ball"] > 0, q["nn"], other)
+
+
+class AdamRule(Rule):
+    """`m' = b1 m + (1 - b1) d`, `p = m' / (sqrt(v'/(1 - b2^k)) + eps)`, `u = a p + lr w_dec theta`.
+
+    `a = lr/(1 - b1^k)`, `d = s g + w_L2 theta`. The gradient, momentum and coupled-decay parts are those of the same
+    step with the preconditioner replaced by one number `r = |p| / |m'|` over the watched weights (momentum SGD of the
+    same step length); the preconditioner part is the rest. For an exact symmetry the gradient part is then zero as in
+    SGD, and what Adam's coordinate-wise preconditioner adds stands by itself.
+    """
+
+    quantities = ("tt", "tg", "tm", "tp", "pp", "nn")
+    parts = ("gradient", "momentum", "decay", "preconditioner")
+    coefficients = ("lr", "sign", "coupled", "decoupled", "beta1", "rate", "root", "eps")
+
+    def settings(self, group: Group, state: State, steps: float) -> dict[str, float]:
+        beta1, beta2 = (float(b) for b in group["betas"])
+        decoupled = bool(group.get("decoupled_weight_decay", False))
+        w, lr, k = float(group["weight_decay"]), float(group["lr"]), steps + 1
+        return {
+            "lr": lr,
+            "sign": -1.0 if group["maximize"] else 1.0,
+            "coupled": 0.0 if decoupled else w,
+            "decoupled": w if decoupled else 0.0,
+            "beta1": beta1,
+            "rate": lr / (1 - beta1**k),
+            "root": math.sqrt(1 - beta2**k),
+            "eps": float(group["eps"]),
+        }
+
+    def before(self, c: Mapping[str, float], theta: Tensor, grad: Tensor, state: State) -> Pairs:
+        pairs = {"tg": (theta, grad)}
+        if "exp_avg" in state:
+            pairs["tm"] = (theta, state["exp_avg"])
+        return pairs
+
+    def after(self, c: Mapping[str, float], theta: Tensor, state: State, kept: Tensor | None) -> Pairs:
+        m, v = state["exp_avg"], state.get("max_exp_avg_sq", state["exp_avg_sq"])
+        p = torch.div(m, v.sqrt().div_(c["root"]).add_(c["eps"]))
+        return {"tp": (theta, p), "pp": (p, p), "nn": (m, m)}
+
+    def first_order(self, q: Values, c: Values, reference: np.ndarray | float) -> dict[str, np.ndarray]:
+        shrink = 1 - c["lr"] * c["decoupled"]
+        theta_p = (q["tp"] + c["rate"] * q["pp"]) / shrink
+        scalar, fresh = c["rate"] * reference, 1 - c["beta1"]
+        gradient = scalar * fresh * c["sign"] * q["tg"]
+        coupled = scalar * fresh * c["coupled"] * q["tt"]
+        momentum = scalar * c["beta1"] * q["tm"]
+        return {
+            "gradient": gradient,
+            "momentum": momentum,
+            "decay": coupled + c["lr"] * c["decoupled"] * q["tt"],
+            "preconditioner": c["rate"] * theta_p - gradient - coupled - momentum,
+        }
+
+    def second_order(self, q: Values, c: Values) -> np.ndarray:
+        a, d = c["rate"], c["lr"] * c["decoupled"]
+        theta_p = (q["tp"] + a * q["pp"]) / (1 - d)
+        return a * a * q["pp"] + 2 * a * d * theta_p + d * d * q["tt"]
+
+    def reference(self, q: Values, weights: np.ndarray) -> np.ndarray | float:
+        mine, plain = (q["pp"] * weights).sum(-1, keepdims=True), (q["nn"] * weights).sum(-1, keepdims=True)
+        return np.sqrt(np.divide(mine, plain, out=np.zeros_like(mine), where=plain > 0))
+
+
+class RealisedRule(Rule):
+    """Any optimiser: `u = theta - theta'` from a copy of theta; one first-order part and `u^T A u`."""
+
+    quantities = ("tt", "tu", "uu")
+    parts = ("other",)
+    coefficients = ("lr",)
+
+    def settings(self, group: Group, state: State, steps: float) -> dict[str, float]:
+        return {"lr": float(group.get("lr", float("nan")))}
+
+    def keep(self, theta: Tensor) -> Tensor | None:
+        return theta.clone()
+
+    def before(self, c: Mapping[str, float], theta: Tensor, grad: Tensor, state: State) -> Pairs:
+        return {}
+
+    def after(self, c: Mapping[str, float], theta: Tensor, state: State, kept: Tensor | None) -> Pairs:
+        assert kept is not None
+        u = kept - theta
+        return {"tu": (kept, u), "uu": (u, u)}
+
+    def first_order(self, q: Values, c: Values, reference: np.ndarray | float) -> dict[str, np.ndarray]:
+        return {"other": q["tu"]}
+
+    def second_order(self, q: Values, c: Values) -> np.ndarray:
+        return q["uu"]
+
+
+def rule_for(optimizer: torch.optim.Optimizer) -> Rule:
+    """The exact rule for `torch.optim.SGD`, `Adam`, `AdamW` or subclasses keeping their step, else the realised."""
+    step = getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)
+
+    def same(base: type[torch.optim.Optimizer]) -> bool:
+        return step is getattr(base.step, "__wrapped__", base.step)
+
+    if isinstance(optimizer, torch.optim.SGD) and same(torch.optim.SGD):
+        return SGDRule()
+    if isinstance(optimizer, torch.optim.Adam) and same(torch.optim.Adam):
+        return AdamRule()
+    return RealisedRule()
+
+
+def decompose(rule: Rule, q: Values, c: Values, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Entries per leg value: `-2 <theta, u_part>` per part and `<u, u>`, summing to the change of `<theta, theta>`.
+
+    `q[name]`, `c[name]`: `[T, N]` over recorded steps and leg values; `weights` `[N]` picks each watched weight once
+    (for the reference scalar). Parts a rule does not have are absent.
+    """
+    first = rule.first_order(q, c, rule.reference(q, weights))
+    return {name: -2 * value for name, value in first.items()} | {"second_order": rule.second_order(q, c)}

@@ -1,0 +1,203 @@
+"""Where the inner products of a ledger live: leg values, and the sparse map from them to charges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import scipy.sparse
+import torch
+from torch import Tensor
+
+from noetherflow.legs import Leg, accumulation_dtype
+from noetherflow.symmetry import Symmetry
+
+Detail = Literal["family", "symmetry", "block", "coordinate"]
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """`sum a b` over all entries, at least float32, without a temporary where both are contiguous."""
+    a, b = accumulation_dtype(a), accumulation_dtype(b)
+    if a.is_contiguous() and b.is_contiguous():
+        return torch.dot(a.view(-1), b.view(-1))
+    return (a * b).sum()
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """One leg's inner product of two tensors of its parameter's shape.
+
+    `total`: the trace, one number. Else row sums per coordinate (`matrix=False`: also for general_linear, the trace of
+    each block) or the symmetrised block matrices `(X Y^T + Y X^T) / 2`, flattened.
+    """
+
+    leg: Leg
+    shape: tuple[int, ...]
+    total: bool
+    matrix: bool
+
+    @cached_property
+    def whole(self) -> bool:
+        """True when the leg's rows are all rows of the parameter, each once."""
+        view = self.shape if self.leg.view is None else self.leg.view
+        rows = int(np.prod([view[a] for a in self.leg.axes]))
+        flat = np.sort(self.leg.index.reshape(-1))
+        return flat.size == rows and bool(np.array_equal(flat, np.arange(rows)))
+
+    @property
+    def size(self) -> int:
+        if self.total:
+            return 1
+        return self.leg.blocks * (self.leg.dim**2 if self.matrix else 1)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Slots with one key have the same values."""
+        where = (
+            "whole" if self.whole else (self.leg.index.tobytes(), self.leg.index.shape, self.leg.axes, self.leg.view)
+        )
+        layout = () if self.total else (self.leg.index.tobytes(), self.leg.index.shape, self.leg.axes, self.leg.view)
+        return (self.leg.parameter, where, self.total, self.matrix, layout)
+
+    @cached_property
+    def _span(self) -> tuple[int, int, int] | None:
+        """`(axis, start, length)` when the rows are one run of a single axis."""
+        if self.leg.view is not None or len(self.leg.axes) != 1:
+            return None
+        flat = np.sort(self.leg.index.reshape(-1))
+        run = np.array_equal(flat, np.arange(flat[0], flat[0] + flat.size))
+        return (self.leg.axes[0], int(flat[0]), flat.size) if run else None
+
+    def inner(self, a: Tensor, b: Tensor) -> Tensor:
+        """The slot's values of `<a, b>`, shape `[size]`."""
+        if self.total and self.whole:
+            return dot(a, b).reshape(1)
+        if self.total and self._span is not None:
+            return dot(a.narrow(*self._span), b.narrow(*self._span)).reshape(1)
+        a, b = accumulation_dtype(a), accumulation_dtype(b)
+        if not self.total and self.leg.dim == 1:
+            return self.leg.row_sums(a * b)
+        x, y = self.leg.unfold(a), self.leg.unfold(b)
+        if self.total:
+            return (x * y).sum().reshape(1)
+        if self.matrix:
+            product = x @ y.mT
+            return ((product + product.mT) / 2).reshape(-1)
+        return torch.einsum("bim,bim->b", x, y)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Leg values of all symmetries in one vector of length `n_values`, grouped by parameter, and charges from them.
+
+    `charges = matrix @ values`, `norms = absolute @ values` (`theta^T |A| theta`). `spans[i]` is the range of output
+    entries of symmetry i; `trace[j]` is 1 where output j counts towards the symmetry's total, 0 off a matrix diagonal.
+    """
+
+    symmetries: tuple[Symmetry, ...]
+    slots: tuple[Slot, ...]
+    parameters: tuple[str, ...]
+    parameter_of_value: np.ndarray
+    matrix: scipy.sparse.csr_array
+    absolute: scipy.sparse.csr_array
+    plus: scipy.sparse.csr_array
+    minus: scipy.sparse.csr_array
+    spans: tuple[tuple[int, int], ...]
+    trace: np.ndarray
+    reference: np.ndarray
+
+    @classmethod
+    def of(cls, symmetries: Sequence[Symmetry], shapes: dict[str, tuple[int, ...]], detail: Detail) -> Layout:
+        total, matrix = detail in ("family", "symmetry"), detail == "coordinate"
+        wanted = [
+            (i, leg.exponent, Slot(leg, shapes[leg.parameter], total, matrix and not s.is_torus))
+            for i, s in enumerate(symmetries)
+            for leg in s.weight_legs
+        ]
+        parameters = tuple(dict.fromkeys(slot.leg.parameter for _, _, slot in wanted))
+        unique: dict[tuple[object, ...], Slot] = {}
+        for name in parameters:
+            for _, _, slot in wanted:
+                if slot.leg.parameter == name:
+                    unique.setdefault(slot.key, slot)
+        starts, first_of, n_values = {}, set(), 0
+        order = {name: k for k, name in enumerate(parameters)}
+        owner: list[np.ndarray] = []
+        reference: list[np.ndarray] = []
+        for key, slot in unique.items():
+            starts[key] = n_values
+            n_values += slot.size
+            owner.append(np.full(slot.size, order[slot.leg.parameter]))
+            counted = slot.leg.parameter not in first_of
+            reference.append(_diagonal(slot) * counted)
+            first_of.add(slot.leg.parameter)
+        spans, trace, n_out = [], [], 0
+        sizes = {i: slot.size for i, _, slot in wanted}
+        diagonals = {i: _diagonal(slot) for i, _, slot in wanted}
+        for i in range(len(symmetries)):
+            spans.append((n_out, n_out + sizes[i]))
+            trace.append(diagonals[i])
+            n_out += sizes[i]
+        rows, columns, weights = [], [], []
+        for i, exponent, slot in wanted:
+            rows.append(np.arange(*spans[i]))
+            columns.append(starts[slot.key] + np.arange(slot.size))
+            weights.append(np.full(slot.size, exponent))
+        row, column, weight = (np.concatenate(x) if x else np.zeros(0) for x in (rows, columns, weights))
+
+        def sparse(values: np.ndarray) -> scipy.sparse.csr_array:
+            return scipy.sparse.csr_array((values, (row, column)), shape=(n_out, n_values))
+
+        return cls(
+            tuple(symmetries),
+            tuple(unique.values()),
+            parameters,
+            np.concatenate(owner) if owner else np.zeros(0, dtype=int),
+            sparse(weight),
+            sparse(np.abs(weight)),
+            sparse((weight > 0).astype(float)),
+            sparse((weight < 0).astype(float)),
+            tuple(spans),
+            np.concatenate(trace) if trace else np.zeros(0),
+            np.concatenate(reference) if reference else np.zeros(0),
+        )
+
+    @property
+    def n_values(self) -> int:
+        return len(self.parameter_of_value)
+
+    @cached_property
+    def slots_of(self) -> dict[str, tuple[Slot, ...]]:
+        return {n: tuple(s for s in self.slots if s.leg.parameter == n) for n in self.parameters}
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Number of values per parameter."""
+        return {n: sum(s.size for s in slots) for n, slots in self.slots_of.items()}
+
+    def inner(self, parameter: str, a: Tensor, b: Tensor) -> Tensor:
+        """All values of `<a, b>` on the legs of one parameter, `[sizes[parameter]]`."""
+        slots = self.slots_of[parameter]
+        return slots[0].inner(a, b) if len(slots) == 1 else torch.cat([s.inner(a, b) for s in slots])
+
+    @cached_property
+    def totals_matrix(self) -> scipy.sparse.csr_array:
+        """Traces per symmetry, `[n_symmetries, n_out]`."""
+        n = len(self.symmetries)
+        owner = np.repeat(np.arange(n), [stop - start for start, stop in self.spans])
+        return scipy.sparse.csr_array((self.trace, (owner, np.arange(len(owner)))), shape=(n, len(owner)))
+
+
+def apply(matrix: scipy.sparse.csr_array, values: np.ndarray) -> np.ndarray:
+    """`matrix @ values` over the last axis of `values` `[T, n_values]`."""
+    return np.ascontiguousarray((matrix @ values.T).T)
+
+
+def _diagonal(slot: Slot) -> np.ndarray:
+    """1 on values that belong to the trace."""
+    if slot.total or not slot.matrix:
+        return np.ones(slot.size)
+    return np.tile(np.eye(slot.leg.dim).reshape(-1), slot.leg.blocks)

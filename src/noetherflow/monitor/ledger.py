@@ -1,0 +1,448 @@
+"""The ledger: every step's change of every charge, split into its causes, at the cost of a few dot products."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from noetherflow.errors import DataError, DeclarationError
+from noetherflow.monitor import sharding
+from noetherflow.monitor.books import FIELDS, Index, Measurement, close_books, coefficient_arrays
+from noetherflow.monitor.decompose import Rule, rule_for
+from noetherflow.monitor.estimates import Estimator, rotation_rows
+from noetherflow.monitor.layout import Layout
+from noetherflow.monitor.log import FORMAT, RunLog, plain
+from noetherflow.monitor.unwrap import unwrap_model, unwrap_optimizer
+from noetherflow.symmetry_set import SymmetrySet, tensors_of
+
+Level = Literal["family", "symmetry", "coordinate"]
+Sink = Callable[[Mapping[str, Any]], None]
+LEVELS: tuple[Level, ...] = ("family", "symmetry", "coordinate")
+
+
+@dataclass
+class _Open:
+    """What is known of a step between `before_step` and `after_step`."""
+
+    versions: list[int]
+    measurement: Measurement | None = None
+    kept: dict[str, Tensor | None] | None = None
+    stepped: bool = False
+    found_inf: Any = None
+
+
+class Ledger:
+    """`C' - C = gradient + momentum + decay + preconditioner + second_order`, per symmetry and step (theory.md 3).
+
+    Call `before_step()` when the gradients are final (unscaled, clipped) and `after_step()` after `optimizer.step()`;
+    or let `attach()` (also `with ledger:`) do so through the optimiser's step hooks.
+
+    - `every=k` records every k-th step; steps in between cost nothing.
+    - `detail`: what is computed and stored. `family` and `symmetry` need totals only, one dot product per parameter
+      and term; `coordinate` keeps every charge (matrices for general_linear).
+    - `estimate_every`: recorded steps between the live estimates (`estimates()`), 0 for none.
+    - `run_dir`: append-only log `ledger.jsonl`, written every `flush_every` recorded steps; resumes after a crash.
+    - `capacity`: recorded steps kept in memory for `records()`.
+    - `sinks`: called with every logged row (TensorBoard, W&B, MLflow, CSV: see `monitor.sinks`).
+
+    Raises DeclarationError when a symmetry names a parameter that the model does not have, DataError for bad settings.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        syms: SymmetrySet,
+        *,
+        every: int = 1,
+        detail: Level = "family",
+        run_dir: str | Path | None = None,
+        capacity: int = 10_000,
+        estimate_every: int = 10,
+        flush_every: int = 20,
+        sinks: Iterable[Sink] = (),
+    ) -> None:
+        if every < 1 or flush_every < 1 or estimate_every < 0:
+            raise DataError(
+                f"every={every}, flush_every={flush_every} must be >= 1, estimate_every={estimate_every} >= 0"
+            )
+        if detail not in LEVELS:
+            raise DataError(f"detail must be one of {LEVELS}, got {detail!r}")
+        self.model, self.optimizer = model, unwrap_optimizer(optimizer)
+        self.every, self.detail, self.estimate_every, self.flush_every = every, detail, estimate_every, flush_every
+        self.rule: Rule = rule_for(self.optimizer)
+        self.step = 0
+        self.events: list[dict[str, Any]] = []
+        self.sinks = list(sinks)
+        self._rows: deque[dict[str, Any]] = deque(maxlen=capacity)
+        self._estimates: deque[dict[str, Any]] = deque(maxlen=capacity)
+        self._pending: list[Measurement] = []
+        self._lines: list[dict[str, Any]] = []
+        self._open: _Open | None = None
+        self._handles: list[Any] = [self.optimizer.register_step_post_hook(self._stepped)]
+        self._loss: Any = None
+        self._set_symmetries(syms)
+        writes = run_dir is not None and sharding.distributed_rank() == 0
+        self._log = RunLog(run_dir) if writes and run_dir is not None else None
+        if self._log is not None and (last := self._log.last_step()) is not None:
+            self.step = last + 1
+        self._write_header()
+
+    def _set_symmetries(self, syms: SymmetrySet) -> None:
+        named = {n: t for n, t in tensors_of(unwrap_model(self.model)).items() if isinstance(t, nn.Parameter)}
+        missing = [n for n in syms.parameters if n not in named]
+        if missing:
+            raise DeclarationError(f"the model has no parameters {missing[:5]}; it has {sorted(named)[:8]}")
+        shapes = {n: tuple(t.shape) for n, t in named.items()}
+        self.layout = Layout.of(tuple(syms), shapes, self.detail)
+        self.index = Index.of(self.layout)
+        self._watched = {n: named[n] for n in self.layout.parameters}
+        self._whole = {n: all(s.total and s.whole for s in slots) for n, slots in self.layout.slots_of.items()}
+        self._sharded = any(sharding.is_sharded(p) for p in self._watched.values())
+        self._tt: Tensor | None = None
+        self._tt_versions: list[int] = []
+        blocks = Layout.of(tuple(syms), shapes, "block")
+        self.estimator = Estimator(blocks, self.rule) if self.estimate_every else None
+
+    def replace_symmetries(self, syms: SymmetrySet) -> None:
+        """Go on with another set of symmetries, after layers were added or removed. Earlier rows stay in the log."""
+        self.flush()
+        self._rows.clear()
+        self._estimates.clear()
+        self._set_symmetries(syms)
+        self._write_header()
+        self._event("symmetries replaced", parameters=len(self._watched))
+
+    # -- measuring ----------------------------------------------------------------------------------------------------
+
+    def before_step(self) -> None:
+        """Measure what the gradients and the optimiser's state say about the step to come.
+
+        A second call before `after_step` means that the optimiser's step did not happen; it is logged as skipped.
+        """
+        if self._open is not None:
+            self._event("skipped")
+        self._open = _Open(self._versions())
+        if self.step % self.every == 0:
+            with torch.no_grad():
+                self._measure_before(self._open)
+
+    def after_step(self, loss: Any = None) -> None:
+        """Measure the charges after the step and enter it in the books. `loss` (a number or tensor) is logged along.
+
+        When the optimiser made no step in between (gradient scaler): an event, no row.
+        Raises DataError without a `before_step`.
+        """
+        if self._open is None:
+            raise DataError(
+                "after_step() without before_step(); call before_step() between backward and optimizer.step()"
+            )
+        now, self._open = self._open, None
+        if not now.stepped or (now.found_inf is not None and float(now.found_inf) > 0):
+            self._event("skipped")
+            return
+        if now.measurement is not None:
+            with torch.no_grad():
+                self._measure_after(now)
+            now.measurement.loss = self._loss if loss is None else loss
+            self._pending.append(now.measurement)
+        self._loss = None
+        self.step += 1
+        if len(self._pending) >= self.flush_every:
+            self.flush()
+
+    def note(self, loss: Any) -> None:
+        """Keep the loss of the step under way, for `after_step` calls made by hooks."""
+        self._loss = loss.detach() if isinstance(loss, Tensor) else loss
+
+    def _versions(self) -> list[int]:
+        return [sharding.local(p, True)._version for p in self._watched.values()]
+
+    def _measure_before(self, now: _Open) -> None:
+        group_of = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        values: dict[str, dict[str, Tensor]] = {q: {} for q in self.rule.quantities}
+        estimate = self.estimator is not None and (self.step // self.every) % self.estimate_every == 0
+        blocks: dict[str, dict[str, Tensor]] = {"tt": {}, "tg": {}, "gg": {}} if estimate else {}
+        steps, settings, kept = self._optimizer_steps(), [], {}
+        chained = self._tt is not None and now.versions == self._tt_versions
+        unscale = 1 / float(scale) if (scale := getattr(self.optimizer, "grad_scale", None)) is not None else 1.0
+        for name, parameter in self._watched.items():
+            whole = self._whole[name]
+            theta = sharding.local(parameter.detach(), whole)
+            if not chained:
+                values["tt"][name] = self.layout.inner(name, theta, theta)
+            group = group_of.get(id(parameter))
+            if group is None or parameter.grad is None:
+                settings.append(dict.fromkeys(self.rule.coefficients, 0.0))
+                if estimate and self.estimator is not None:
+                    wide = sharding.local(parameter.detach(), False)
+                    blocks["tt"][name] = self.estimator.layout.inner(name, wide, wide)
+                continue
+            gradient = parameter.grad.to_dense() if parameter.grad.layout is not torch.strided else parameter.grad
+            state = self.optimizer.state.get(parameter, {})
+            c = self.rule.settings(group, state, steps.get(name, 0.0))
+            if "sign" in c:
+                c["sign"] *= unscale
+            settings.append(c)
+            kept[name] = self.rule.keep(theta)
+            local_state = {k: sharding.local(v, whole) for k, v in state.items()}
+            for q, (a, b) in self.rule.before(c, theta, sharding.local(gradient, whole), local_state).items():
+                values[q][name] = self.layout.inner(name, a, b)
+            if estimate and self.estimator is not None:
+                t, g = sharding.local(parameter.detach(), False), sharding.local(gradient, False)
+                for q, pair in {"tt": (t, t), "tg": (t, g), "gg": (g, g)}.items():
+                    blocks[q][name] = self.estimator.layout.inner(name, *pair)
+        ready = {q: self._vector(v, self.layout) for q, v in values.items() if q != "tt" or not chained}
+        if chained and self._tt is not None:
+            ready["tt"] = self._tt
+        elif self._tt is not None and self.every == 1 and now.versions != self._tt_versions:
+            self._event("edited", note="parameters changed between steps, outside the optimiser")
+        lr = float(self.optimizer.param_groups[0].get("lr", float("nan")))
+        now.measurement = Measurement(self.step, ready, settings, lr)
+        if estimate and self.estimator is not None:
+            now.measurement.blocks = {q: self._vector(v, self.estimator.layout) for q, v in blocks.items()}
+        now.kept = kept
+
+    def _measure_after(self, now: _Open) -> None:
+        measurement = now.measurement
+        assert measurement is not None
+        values: dict[str, dict[str, Tensor]] = {"tt_after": {}}
+        for (name, parameter), c in zip(self._watched.items(), measurement.settings, strict=True):
+            whole = self._whole[name]
+            theta = sharding.local(parameter.detach(), whole)
+            values["tt_after"][name] = self.layout.inner(name, theta, theta)
+            if now.kept is None or name not in now.kept:
+                continue
+            state = {k: sharding.local(v, whole) for k, v in self.optimizer.state.get(parameter, {}).items()}
+            for q, (a, b) in self.rule.after(c, theta, state, now.kept[name]).items():
+                values.setdefault(q, {})[name] = self.layout.inner(name, a, b)
+        measurement.values |= {q: self._vector(v, self.layout) for q, v in values.items()}
+        self._tt, self._tt_versions = measurement.values["tt_after"], self._versions()
+
+    def _vector(self, by_name: dict[str, Tensor], layout: Layout) -> Tensor:
+        """One vector `[n_values]`; parameters without a value count zero."""
+        like = next(iter(by_name.values()), torch.zeros(0))
+        parts = [
+            by_name[name].to(like.device) if name in by_name else like.new_zeros(size)
+            for name, size in layout.sizes.items()
+        ]
+        return torch.cat(parts) if parts else like
+
+    def _optimizer_steps(self) -> dict[str, float]:
+        """Steps already made per parameter, read with one transfer."""
+        found = {
+            n: self.optimizer.state[p]["step"]
+            for n, p in self._watched.items()
+            if "step" in self.optimizer.state.get(p, {})
+        }
+        tensors = [torch.as_tensor(s, dtype=torch.float64) for s in found.values()]
+        return dict(zip(found, torch.stack(tensors).tolist(), strict=True)) if tensors else {}
+
+    # -- books --------------------------------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Close the books on the steps measured so far: one transfer from the device, one write to the log."""
+        pending, self._pending = self._pending, []
+        if pending:
+            names = sorted({q for m in pending for q in m.values})
+            zero = torch.zeros_like(pending[0].values["tt"])
+            stacked = torch.stack([torch.stack([m.values.get(q, zero) for m in pending]) for q in names])
+            values = dict(zip(names, self._gathered(stacked), strict=True))
+            books = close_books(self.rule, self.layout, values, [m.settings for m in pending])
+            family, symmetry = books.mapped(self.index.to_family), books.mapped(self.index.to_symmetry)
+            for t, m in enumerate(pending):
+                row = {"kind": "step", "step": m.step, "lr": m.lr, "family": family.row(t)}
+                if m.loss is not None:
+                    row["loss"] = float(m.loss)
+                if self.detail != "family":
+                    row["symmetry"] = symmetry.row(t)
+                if self.detail == "coordinate":
+                    row["coordinate"] = books.row(t)
+                self._emit(row)
+                self._rows.append(row)
+                if m.blocks:
+                    self._estimate(m, symmetry.row(t))
+        if self._log is not None:
+            self._log.append(self._lines)
+        self._lines = []
+
+    def _gathered(self, stacked: Tensor) -> np.ndarray:
+        """To the host in float64, summed over processes when parameters are sharded."""
+        if self._sharded:
+            weights = [
+                np.full(self.layout.sizes[n], sharding.share(p, self._whole[n])) for n, p in self._watched.items()
+            ]
+            stacked = stacked.double() * torch.as_tensor(np.concatenate(weights), device=stacked.device)
+            torch.distributed.all_reduce(stacked)
+        return stacked.double().cpu().numpy()
+
+    def _estimate(self, m: Measurement, row: dict[str, np.ndarray]) -> None:
+        assert self.estimator is not None
+        values = {q: v.double().cpu().numpy() for q, v in m.blocks.items()}
+        c = {k: v[0] for k, v in coefficient_arrays(self.rule, self.estimator.layout, [m.settings]).items()}
+        columns = self.estimator.rows(values, c, row["second_order"])
+        columns |= rotation_rows(self.layout, self.rule, row, m.settings)
+        out = {"kind": "estimates", "step": m.step, "symmetry": columns}
+        self._estimates.append(out)
+        self._emit(out)
+
+    def _emit(self, row: dict[str, Any]) -> None:
+        for sink in self.sinks:
+            sink({**row, "families": self.index.families, "symmetries": self.index.symmetries})
+        if self._log is not None:
+            self._lines.append(plain(row))
+
+    def _event(self, what: str, **details: Any) -> None:
+        row = {"kind": "event", "step": self.step, "event": what, **details}
+        self.events.append(row)
+        self._emit(row)
+
+    def _write_header(self) -> None:
+        if self._log is None:
+            return
+        header = {
+            "kind": "run",
+            "format": FORMAT,
+            "step": self.step,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+            "optimizer": type(self.optimizer).__name__,
+            "rule": type(self.rule).__name__,
+            "every": self.every,
+            "detail": self.detail,
+        }
+        self._log.append([header | self.index.header(self.layout)])
+
+    def records(self, by: Level = "family") -> list[dict[str, Any]]:
+        """One row per recorded step and family (or symmetry, or coordinate): `FIELDS`, step, lr, names.
+
+        `charge` is before the step, `change` the measured change, `residual = change - sum of entries`, `norm` is
+        `theta^T |A| theta`. Raises DataError when `by` is finer than the ledger's `detail`.
+        """
+        if LEVELS.index(by) > LEVELS.index(self.detail):
+            raise DataError(f"this ledger keeps detail={self.detail!r}; rows by {by!r} need Ledger(..., detail={by!r})")
+        self.flush()
+        return [row for step in self._rows for row in self._expand(step, by)]
+
+    def _expand(self, step: dict[str, Any], by: Level) -> Iterator[dict[str, Any]]:
+        labels: list[dict[str, Any]]
+        if by == "family":
+            labels = [{"family": f} for f in self.index.families]
+        else:
+            pairs = zip(self.index.symmetries, self.index.family_of, strict=True)
+            labels = [{"family": f, "symmetry": n} for n, f in pairs]
+        if by == "coordinate":
+            spans = self.layout.spans
+            labels = [lab | {"coordinate": j} for lab, (a, b) in zip(labels, spans, strict=True) for j in range(b - a)]
+        for i, label in enumerate(labels):
+            yield {"step": step["step"], **label, "lr": step["lr"]} | {f: float(step[by][f][i]) for f in FIELDS}
+
+    def estimates(self) -> list[dict[str, Any]]:
+        """One row per estimated step and symmetry: see `Estimator.rows` and `rotation_rows`."""
+        self.flush()
+        names = zip(self.index.symmetries, self.index.family_of, strict=True)
+        labels = [{"symmetry": n, "family": f} for n, f in names]
+        return [
+            {"step": e["step"], **label} | {k: float(v[i]) for k, v in e["symmetry"].items()}
+            for e in self._estimates
+            for i, label in enumerate(labels)
+        ]
+
+    # -- state and hooks ----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs; everything up to here is on disk when this returns."""
+        self.flush()
+        if self._log is not None:
+            self._log.sync()
+        e = self.estimator
+        mean = None if e is None or e.mean is None else torch.from_numpy(e.mean.copy())
+        return {"format": FORMAT, "step": self.step, "mean": mean, "weight": 0.0 if e is None else e.weight}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint. Logged steps after it are dropped: they will be made again.
+
+        Raises DataError when the log ends before the checkpoint (steps would be missing) or the format is another.
+        """
+        if state.get("format") != FORMAT:
+            raise DataError(f"ledger state has format {state.get('format')!r}, this version reads {FORMAT}")
+        self._pending, self._open, self._tt = [], None, None
+        self.step = int(state["step"])
+        if self.estimator is not None and state["mean"] is not None:
+            self.estimator.mean, self.estimator.weight = state["mean"].numpy().copy(), float(state["weight"])
+        for rows in (self._rows, self._estimates):
+            kept = [row for row in rows if row["step"] < self.step]
+            rows.clear()
+            rows.extend(kept)
+        if self._log is not None:
+            self._lines = []
+            last = self._log.last_step()
+            expected = (self.step - 1) // self.every * self.every
+            if self.step > 0 and (last is None or last < expected):
+                raise DataError(
+                    f"{self._log.path} ends at step {last}, the checkpoint is at {self.step}: steps are missing"
+                )
+            dropped = self._log.rewind(self.step)
+            self._write_header()
+            self._event("resumed", dropped=dropped)
+
+    def attach(self) -> Ledger:
+        """Run before and after every `optimizer.step` by its hooks, also inside a closure passed to it."""
+        if len(self._handles) == 1:
+            self._handles += [
+                self.optimizer.register_step_pre_hook(self._pre_hook),
+                self.optimizer.register_step_post_hook(lambda *_: self.after_step()),
+            ]
+        return self
+
+    def _stepped(self, *_: Any) -> None:
+        """The optimiser's step ran; `found_inf` says whether a fused one left the weights alone."""
+        if self._open is not None:
+            self._open.stepped = True
+            self._open.found_inf = getattr(self.optimizer, "found_inf", None)
+
+    def _pre_hook(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        position = next(
+            (i for i, a in enumerate(args) if callable(a) and not isinstance(a, torch.optim.Optimizer)), None
+        )
+        closure = kwargs.get("closure") if position is None else args[position]
+        if closure is None:
+            self.before_step()
+            return None
+        armed = [True]
+
+        def watched() -> Any:
+            result = closure()
+            if armed.pop() if armed else False:
+                self.before_step()
+            return result
+
+        if position is None:
+            return args, {**kwargs, "closure": watched}
+        return (*args[:position], watched, *args[position + 1 :]), kwargs
+
+    def close(self) -> None:
+        """Detach, flush and close the log."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.flush()
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def __enter__(self) -> Ledger:
+        return self.attach()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
