@@ -1,0 +1,191 @@
+"""What an experiment is: settings, points to compute, a figure, and claims judged from the data."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from noetherflow.errors import DataError
+from noetherflow.reproduce import style
+
+Config = Mapping[str, Any]
+Point = Mapping[str, Any]
+Relation = Literal["equals", "above", "below"]
+
+REGISTRY: tuple[str, ...] = ("fig2",)
+"""Ids of all experiments, in the order of the gallery; each is a module of `noetherflow.reproduce.experiments`."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One claim, judged: `measured +- error` (standard error over seeds) against `predicted`.
+
+    `equals` holds when the whole interval `measured +- 2 error` lies within `tolerance` of `predicted` (absolute, or
+    relative to `predicted` when `relative`); `above` / `below` when the whole interval lies beyond `predicted` (then a
+    threshold). `error` is 0 for deterministic quantities. Not-a-number never holds. `analysis` says why a claim fails.
+    """
+
+    claim: str
+    predicted: float
+    measured: float
+    error: float = 0.0
+    tolerance: float = 0.0
+    relation: Relation = "equals"
+    relative: bool = True
+    analysis: str = ""
+
+    @property
+    def holds(self) -> bool:
+        if not all(math.isfinite(v) for v in (self.predicted, self.measured, self.error)):
+            return False
+        reach = 2 * self.error
+        if self.relation == "above":
+            return self.measured - reach > self.predicted
+        if self.relation == "below":
+            return self.measured + reach < self.predicted
+        allowed = self.tolerance * (abs(self.predicted) if self.relative else 1.0)
+        return abs(self.measured - self.predicted) + reach <= allowed
+
+    @property
+    def criterion(self) -> str:
+        """The prediction as text: `= 0.6 within 3 %`, `> 10`."""
+        if self.relation != "equals":
+            return f"{'>' if self.relation == 'above' else '<'} {self.predicted:.4g}"
+        allowed = f"{100 * self.tolerance:.3g} %" if self.relative else f"{self.tolerance:.2g}"
+        return f"{self.predicted:.5g} within {allowed}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "holds": self.holds, "criterion": self.criterion}
+
+    def __str__(self) -> str:
+        error = f" +- {self.error:.2g}" if self.error else ""
+        mark = "holds" if self.holds else "FAILS"
+        return f"[{mark}] {self.claim}: measured {self.measured:.5g}{error}, predicted {self.criterion}"
+
+
+def from_seeds(
+    claim: str,
+    predicted: float,
+    values: Any,
+    tolerance: float = 0.0,
+    relation: Relation = "equals",
+    relative: bool = True,
+    analysis: str = "",
+) -> Verdict:
+    """A verdict whose measurement is the mean of `values`, one per independent seed."""
+    v = np.asarray(values, dtype=float).reshape(-1)
+    error = float(v.std(ddof=1) / math.sqrt(len(v))) if len(v) > 1 else math.nan
+    return Verdict(claim, float(predicted), float(v.mean()), error, tolerance, relation, relative, analysis)
+
+
+@dataclass(frozen=True)
+class Results:
+    """An experiment's configuration and, per point, what `compute` returned (plain JSON data)."""
+
+    config: Config
+    points: tuple[tuple[Point, Mapping[str, Any]], ...]
+
+    def __getitem__(self, name: str) -> Mapping[str, Any]:
+        """The data of the point called `name`."""
+        for point, data in self.points:
+            if point["name"] == name:
+                return data
+        raise KeyError(f"no point {name!r}; points: {[p['name'] for p, _ in self.points]}")
+
+    def array(self, name: str, key: str) -> np.ndarray:
+        """One recorded quantity of one point as a float array (null becomes nan)."""
+        return np.asarray(self[name][key], dtype=float)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """`compute(config, point) -> data`, `plot(results) -> Figure`, `verdicts(results) -> [Verdict]`, and the words.
+
+    `scales` maps `quick` and `paper` to configurations; `points(config)` lists independent pieces of work, each a
+    dictionary with a unique `name`. `choices` says what the paper leaves open, what was chosen, and how much it
+    matters; `differences` what differs from the print.
+    """
+
+    id: str
+    title: str
+    setup: str
+    scales: Mapping[str, Config]
+    points: Callable[[Config], list[Point]]
+    compute: Callable[[Config, Point], dict[str, Any]]
+    plot: Callable[[Results], Any]
+    verdicts: Callable[[Results], list[Verdict]]
+    choices: str = ""
+    differences: tuple[str, ...] = ()
+    beyond: bool = False
+
+    def config(self, scale: str, seeds: int | None = None) -> dict[str, Any]:
+        """The configuration of a scale, with the number of seeds replaced when given.
+
+        Raises DataError for an unknown scale or fewer than two seeds (no error bar).
+        """
+        if scale not in self.scales:
+            raise DataError(f"unknown scale {scale!r}; {self.id} has {sorted(self.scales)}")
+        if seeds is not None and seeds < 2:
+            raise DataError(f"an error bar needs at least 2 seeds, got {seeds}")
+        chosen = dict(self.scales[scale])
+        return {**chosen, "seeds": seeds} if seeds is not None and "seeds" in chosen else chosen
+
+    def figure(self, results: Results) -> Any:
+        """`plot(results)` in the common style: a matplotlib Figure."""
+        with style.context():
+            return self.plot(results)
+
+    def fingerprint(self, config: Config, point: Point) -> str:
+        """Changes whenever a recomputation could give another answer: configuration, point, or the code behind it."""
+        text = json.dumps([self.id, config, point, _source_of(self.compute)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _source_of(compute: Callable[..., Any]) -> str:
+    from noetherflow import closed_form
+    from noetherflow.reproduce import simulate
+
+    modules = [inspect.getmodule(compute), simulate, closed_form]
+    return "".join(inspect.getsource(m) for m in modules if m is not None)
+
+
+def find_experiment(name: str) -> Experiment:
+    """The experiment called `name`.
+
+    Raises DataError for an unknown id, listing the known ones.
+    """
+    if name not in REGISTRY:
+        raise DataError(f"unknown experiment {name!r}; known: {', '.join(REGISTRY)}, or 'all'")
+    found = importlib.import_module(f"noetherflow.reproduce.experiments.{name}").EXPERIMENT
+    assert isinstance(found, Experiment)
+    return found
+
+
+def plain(value: Any) -> Any:
+    """Tensors and arrays as nested lists with 7 significant digits, not-a-number as None: ready for JSON."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().numpy()
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    return value
+
+
+def generator(seed: int) -> torch.Generator:
+    """A CPU generator for one point."""
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,75 @@
+"""One look for all figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from noetherflow.errors import require
+
+SGD = "#1f6fb4"
+GD = "#d1495b"
+SDE = "#3a9d6e"
+OTHER = "#8a6fb0"
+ACCENT = "#e08e2b"
+THEORY = "#111111"
+MUTED = "#8c8c8c"
+
+RC = {
+    "figure.dpi": 100,
+    "savefig.dpi": 110,
+    "font.size": 10,
+    "font.family": "DejaVu Sans",
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.6,
+    "svg.hashsalt": "noetherflow",
+    "svg.fonttype": "path",
+}
+
+
+def context() -> Any:
+    """matplotlib's settings for the time of a `with` block."""
+    mpl: Any = require("matplotlib", "report")
+    return mpl.rc_context(RC)
+
+
+def figure(columns: int = 2, rows: int = 1, width: float = 4.6, height: float = 3.5) -> tuple[Any, np.ndarray]:
+    """A figure and its axes `[rows * columns]`; no pyplot, no global state."""
+    figures: Any = require("matplotlib.figure", "report")
+    fig = figures.Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return fig, fig.subplots(rows, columns, squeeze=False).reshape(-1)
+
+
+def save(fig: Any, path: Any, **options: Any) -> None:
+    """`fig.savefig` in the common style."""
+    with context():
+        fig.savefig(path, **options)
+
+
+def band(ax: Any, x: Any, values: Any, color: str, label: str | None = None, **line: Any) -> None:
+    """Mean over the last axis (seeds) with a band of two standard errors."""
+    v = np.asarray(values, dtype=float)
+    mean = v.mean(-1)
+    error = v.std(-1, ddof=1) / np.sqrt(v.shape[-1]) if v.shape[-1] > 1 else np.zeros_like(mean)
+    ax.plot(x, mean, color=color, label=label, **line)
+    ax.fill_between(x, mean - 2 * error, mean + 2 * error, color=color, alpha=0.25, linewidth=0)
+
+
+def dots(ax: Any, x: Any, values: Any, color: str, label: str | None = None, marker: str = "o", **kwargs: Any) -> None:
+    """Mean over the last axis (seeds) with error bars of two standard errors."""
+    v = np.asarray(values, dtype=float)
+    error = 2 * v.std(-1, ddof=1) / np.sqrt(v.shape[-1]) if v.shape[-1] > 1 else None
+    ax.errorbar(
+        x, v.mean(-1), error, color=color, label=label, marker=marker, linestyle="none", ms=5, capsize=2, **kwargs
+    )

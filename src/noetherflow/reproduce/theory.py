@@ -1,0 +1,94 @@
+"""Theory curves for linear networks: the Noether flow along the orbit of a given solution (theory.md 4, 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from noetherflow import closed_form as cf
+from noetherflow import spd
+from noetherflow.sgd import SGDConfig
+
+Pair = tuple[Tensor, Tensor]
+Gammas = Pair | Callable[[Tensor, Tensor], Pair]
+
+
+def charge_drift(u: Tensor, w: Tensor, gammas: Gammas, sgd: SGDConfig, loss_scale: float = 1.0) -> Tensor:
+    """Expected change per step of `C = W W^T - U^T U`, `[..., d, d]` (theory.md section 4).
+
+    `-eta (2w - eta w^2) C + 4 c^2 eta^2 f (U^T Gam_U U - W Gam_W W^T)`, `eta` the effective learning rate.
+    """
+    at_point = gammas(u, w) if callable(gammas) else gammas
+    eta, decay = sgd.effective_lr, sgd.weight_decay
+    noise = -4 * loss_scale**2 * eta**2 * sgd.covariance_factor * cf.two_layer_residual(u, w, *at_point)
+    return noise - eta * (2 * decay - eta * decay**2) * (w @ w.mT - u.mT @ u)
+
+
+def orbit_flow(
+    u: Tensor,
+    w: Tensor,
+    gammas: Gammas,
+    sgd: SGDConfig,
+    at: Sequence[int],
+    loss_scale: float = 1.0,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`(U, W)` at the steps `at` when only the Noether flow acts: `U W` stays, `C` moves by its expected drift.
+
+    `gammas`: the noise matrices, or a function `(u, w) -> gammas`.
+    `dW = A W`, `dU = -U A` with A symmetric and `A K + K A = dC`, `K = W W^T + U^T U`; midpoint rule with steps short
+    beside the fastest relaxation time. Shapes `[..., d_y, d]`, `[..., d, d_x]`.
+    """
+
+    def generator(u: Tensor, w: Tensor) -> Tensor:
+        k, q = torch.linalg.eigh(w @ w.mT + u.mT @ u)
+        drift = q.mT @ charge_drift(u, w, gammas, sgd, loss_scale) @ q
+        sums = (k.unsqueeze(-1) + k.unsqueeze(-2)).clamp_min(1e-12 * k.amax())
+        return q @ (drift / sums) @ q.mT
+
+    def move(u: Tensor, w: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        return u @ spd.expm(-a), spd.expm(a) @ w
+
+    largest = sum(float(torch.linalg.matrix_norm(g, 2).max()) for g in (gammas(u, w) if callable(gammas) else gammas))
+    decay = 4 * sgd.effective_lr * sgd.weight_decay
+    fastest = 4 * loss_scale**2 * sgd.effective_lr**2 * sgd.covariance_factor * largest + decay
+    stride = 0.25 / fastest
+    us, ws, now = [], [], 0.0
+    for target in at:
+        count = max(1, int(-(-(target - now) // stride))) if target > now else 0
+        for _ in range(count):
+            h = (target - now) / count
+            middle = move(u, w, h / 2 * generator(u, w))
+            u, w = move(u, w, h * generator(*middle))
+        now = float(target)
+        us.append(u)
+        ws.append(w)
+    return us, ws
+
+
+def finite_step_gammas(sigma_eps: Tensor, sgd: SGDConfig, loss_scale: float = 1.0) -> Callable[[Tensor, Tensor], Pair]:
+    """Noise matrices at first order in eta for `Sig_x = I`: with the stationary fluctuation of `E = U W - V`.
+
+    R_B rather than Sigma drives the charge (theory.md section 1): `Gam_U = d_x Sig_eps + (d_x + 1 + S) <E E^T>`,
+    `Gam_W = (Tr Sig_eps + Tr<E E^T>) I + (1 + S) <E^T E>`. With a_i, b_j the eigenvalues of `U U^T`, `W^T W` and the
+    step's linear part `E -> E - 2 c eta (a_i + b_j) (E - noise)`, Cov[E] solves a diagonal Lyapunov equation.
+    """
+    eta, s = sgd.effective_lr, sgd.batch_size
+
+    def gammas(u: Tensor, w: Tensor) -> Pair:
+        dx = w.shape[-1]
+        a, qa = torch.linalg.eigh(u @ u.mT)
+        b, qb = torch.linalg.eigh(w.mT @ w)
+        noise = qa.mT @ sigma_eps @ qa
+        rates = 2 * loss_scale * eta * (a.unsqueeze(-1) + b.unsqueeze(-2))
+        left, right = rates.unsqueeze(-2), rates.unsqueeze(-3)
+        covariance = left * right / (left + right - left * right).clamp_min(1e-30) * noise.unsqueeze(-1) / s
+        outer = qa @ covariance.sum(-1) @ qa.mT
+        per_column = covariance.diagonal(dim1=-3, dim2=-2).sum(-1)
+        inner = (qb * per_column.unsqueeze(-2)) @ qb.mT
+        eye = torch.eye(dx, dtype=w.dtype, device=w.device)
+        isotropic = (cf.trace(sigma_eps) + cf.trace(outer))[..., None, None] * eye
+        return dx * sigma_eps + (dx + 1 + s) * outer, isotropic + (1 + s) * inner
+
+    return gammas

@@ -1,0 +1,138 @@
+"""Verdicts, resumption, atomicity and the gallery."""
+
+import json
+import math
+import sys
+import types
+
+import pytest
+import torch
+
+from noetherflow.errors import DataError
+from noetherflow.reproduce import experiment as registry
+from noetherflow.reproduce import run
+from noetherflow.reproduce.experiment import REGISTRY, Experiment, Results, Verdict, find_experiment, from_seeds, plain
+
+CALLS: list[str] = []
+
+
+def toy_compute(config, point):
+    CALLS.append(point["name"])
+    rng = torch.Generator().manual_seed(point["offset"])
+    return plain({"values": point["offset"] + 0.01 * torch.randn(config["seeds"], generator=rng)})
+
+
+def toy_plot(results):
+    from noetherflow.reproduce import style
+
+    fig, (ax,) = style.figure(1)
+    for point, data in results.points:
+        style.dots(ax, [0.0], [data["values"]], style.SGD, point["name"])
+    style.band(ax, [0, 1], [results["a"]["values"]] * 2, style.SGD)
+    return fig
+
+
+def toy_verdicts(results):
+    return [
+        from_seeds("a is one", 1.0, results["a"]["values"], 0.05),
+        from_seeds("b is <three>", 3.0, results["b"]["values"], 0.05, analysis="it is two & not three"),
+    ]
+
+
+TOY = Experiment(
+    id="toy",
+    title="A toy",
+    setup="Numbers.",
+    scales={"quick": {"seeds": 4}, "paper": {"seeds": 8}},
+    points=lambda config: [{"name": "a", "offset": 1}, {"name": "b", "offset": 2}],
+    compute=toy_compute,
+    plot=toy_plot,
+    verdicts=toy_verdicts,
+)
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    module = types.ModuleType("noetherflow.reproduce.experiments.toy")
+    module.EXPERIMENT = TOY
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(registry, "REGISTRY", (*REGISTRY, "toy"))
+    CALLS.clear()
+    return TOY
+
+
+def test_verdicts_need_the_whole_interval_inside():
+    assert Verdict("", 1.0, 1.02, 0.01, 0.05).holds
+    assert not Verdict("", 1.0, 1.04, 0.01, 0.05).holds
+    assert not Verdict("", 1.0, 1.0, 0.03, 0.05).holds
+    assert Verdict("", 10, 12, 0.5, relation="above").holds
+    assert not Verdict("", 10, 10.9, 0.5, relation="above").holds
+    assert Verdict("", 10, 8, 0.5, relation="below").holds
+    assert not Verdict("", 10, 9.5, 0.5, relation="below").holds
+    assert Verdict("", 0.0, 0.01, 0.0, 0.05, relative=False).holds
+    assert not Verdict("", 0.0, math.nan, 0.0, 0.05, relative=False).holds
+    assert not from_seeds("", 1.0, [1.0], 0.5).holds, "one seed has no error bar"
+    assert "FAILS" in str(Verdict("x", 1.0, 2.0))
+
+
+def test_run_writes_everything_and_resumes(toy, tmp_path):
+    said = []
+    first = run(["toy"], out=tmp_path, progress=said.append)
+    assert CALLS == ["a", "b"]
+    assert [v.holds for _, v in first.verdicts] == [True, False]
+    assert first.failing[0][0] == "toy"
+    assert any("FAILS" in text and "it is two" in text for text in said)
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"toy.png", "toy.svg", "toy.json", "index.html", "points"}
+    stored = json.loads((tmp_path / "toy.json").read_text())
+    assert stored["config"] == {"seeds": 4}
+    assert stored["versions"]["torch"] == torch.__version__
+    assert stored["verdicts"][1]["holds"] is False
+    page = (tmp_path / "index.html").read_text()
+    assert "b is &lt;three&gt;" in page
+    assert "it is two &amp; not three" in page
+    assert "http" not in page.replace("data:image", "")
+    again = run(["toy"], out=tmp_path, progress=None)
+    assert (again.computed, again.skipped, CALLS) == (0, 2, ["a", "b"])
+    assert again.verdicts == first.verdicts
+
+
+def test_killed_run_continues_and_changed_settings_recompute(toy, tmp_path):
+    run(["toy"], out=tmp_path, progress=None)
+    written = sorted((tmp_path / "points").iterdir())
+    written[0].unlink()
+    written[1].write_text('{"point": {"na')
+    CALLS.clear()
+    run(["toy"], out=tmp_path, progress=None)
+    assert CALLS == ["a", "b"], "a missing and a torn point are both computed again"
+    CALLS.clear()
+    more = run(["toy"], out=tmp_path, seeds=5, progress=None)
+    assert CALLS == ["a", "b"]
+    assert len(more.finished[0].results["a"]["values"]) == 5
+    CALLS.clear()
+    assert run(["toy"], out=tmp_path, progress=None).computed == 0, "the earlier points are still there"
+
+
+def test_fingerprint_depends_on_config_point_and_code(toy):
+    a, b = toy.points({})
+    assert toy.fingerprint({"seeds": 4}, a) == toy.fingerprint({"seeds": 4}, dict(a))
+    assert toy.fingerprint({"seeds": 4}, a) != toy.fingerprint({"seeds": 5}, a)
+    assert toy.fingerprint({"seeds": 4}, a) != toy.fingerprint({"seeds": 4}, b)
+    assert toy.fingerprint({"seeds": 4}, a) != find_experiment("fig2").fingerprint({"seeds": 4}, a)
+
+
+def test_bad_input_is_named(toy, tmp_path):
+    with pytest.raises(DataError, match="unknown experiment 'fig99'"):
+        run(["fig99"], out=tmp_path)
+    with pytest.raises(DataError, match="scale 'huge'"):
+        run(["toy"], scale="huge", out=tmp_path)
+    with pytest.raises(DataError, match="at least 2 seeds"):
+        run(["toy"], out=tmp_path, seeds=1)
+    with pytest.raises(KeyError, match="no point 'c'"):
+        Results({}, (({"name": "a"}, {}),))["c"]
+
+
+def test_plain_is_json():
+    data = plain({"t": torch.tensor([1.0, math.nan]), 3: [1.23456789012, None, True]})
+    assert data == {"t": [1.0, None], "3": [1.234568, None, True]}
+    json.dumps(data, allow_nan=False)
