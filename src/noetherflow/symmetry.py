@@ -142,12 +142,16 @@ class Symmetry:
 
     def tangent(self, params: Params, generator: Tensor) -> dict[str, Tensor]:
         """`d/dlam exp(lam A) . theta` at 0, by parameter name (charge-carrying legs), `A` in the layout `shape`."""
-        out: dict[str, Tensor] = {}
+        return {n: self.tangent_of(n, params[n], generator) for n in self.parameters}
+
+    def tangent_of(self, parameter: str, tensor: Tensor, generator: Tensor) -> Tensor:
+        """One parameter of `tangent`, zero where no charge-carrying leg lies on it."""
+        out = torch.zeros_like(tensor)
+        blocks = generator.to(tensor).reshape(self.blocks, self.dim, -1)
         for leg in self.weight_legs:
-            theta = params[leg.parameter]
-            blocks = generator.to(theta).reshape(self.blocks, self.dim, -1)
-            moved = leg.fold(torch.zeros_like(theta), leg.exponent * (blocks @ leg.unfold(theta)))
-            out[leg.parameter] = out.get(leg.parameter, 0) + moved
+            if leg.parameter == parameter:
+                moved = leg.exponent * (blocks @ leg.unfold(tensor))
+                out = out + leg.fold(torch.zeros_like(tensor), moved)
         return out
 
     def charge(self, params: Params) -> Tensor:

@@ -62,10 +62,13 @@ LegPair = tuple[Tensor, Tensor]
 
 
 class Term(Protocol):
-    """A part of the model that knows its leg Grams everywhere on the orbit."""
+    """A part of the model that knows its leg Grams, and how charges change, on the whole orbit."""
 
     def add(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
         """Write `(K, M)` of this part's legs into `out[symmetry][leg]`; return its `||theta||^2` and `Tr M`."""
+
+    def slope(self, elements: Sequence[Tensor], generators: Sequence[Tensor], out: list[Tensor]) -> None:
+        """Add to `out[symmetry]` the change of its charge under infinitesimal generators of all symmetries."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +96,16 @@ class LegTerm:
         out[self.symmetry][self.leg] = (k, m)
         return traces
 
+    def slope(self, elements: Sequence[Tensor], generators: Sequence[Tensor], out: list[Tensor]) -> None:
+        element, a = elements[self.symmetry], generators[self.symmetry]
+        if self.torus:
+            change = 2 * self.exponent**2 * a * self.weight * element ** (2 * self.exponent)
+        else:
+            g = element if self.exponent > 0 else torch.linalg.inv(element).mT
+            k = g @ self.weight @ g.mT
+            change = a @ k + k @ a
+        out[self.symmetry] = out[self.symmetry] + change
+
 
 @dataclass(frozen=True, eq=False)
 class EntryTerm:
@@ -110,6 +123,15 @@ class EntryTerm:
         for leg in self.legs:
             out[leg.symmetry][leg.leg] = (leg.collect(k), leg.collect(m))
         return float(k.sum()), float(m.sum())
+
+    def slope(self, elements: Sequence[Tensor], generators: Sequence[Tensor], out: list[Tensor]) -> None:
+        k, rate = 2 * self.weight, torch.zeros((), dtype=torch.float64)
+        for leg in self.legs:
+            k = k * leg.spread(elements[leg.symmetry]) ** (2 * leg.exponent)
+            rate = rate + leg.exponent * leg.spread(generators[leg.symmetry], outside=0.0)
+        for leg in self.legs:
+            change = leg.exponent * leg.collect(k * rate)
+            out[leg.symmetry] = out[leg.symmetry] + change
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +162,18 @@ class SampleTerm:
                 out[index][position] = (symmetry.leg_gram(leg, theta), drive)
         norm = float(theta.square().sum())
         return norm, float(self.weights.drive(gradients.square().mean(0), mean.square()).sum())
+
+    def slope(self, elements: Sequence[Tensor], generators: Sequence[Tensor], out: list[Tensor]) -> None:
+        theta, rate = self.theta, torch.zeros_like(self.theta)
+        for index, symmetry in self.symmetries:
+            theta = symmetry.move(self.parameter, theta, elements[index])
+        for index, symmetry in self.symmetries:
+            rate = rate + symmetry.tangent_of(self.parameter, theta, generators[index])
+        for index, symmetry in self.symmetries:
+            for leg in symmetry.weight_legs:
+                if leg.parameter == self.parameter:
+                    grown, shrunk = symmetry.leg_gram(leg, theta + rate), symmetry.leg_gram(leg, theta - rate)
+                    out[index] = out[index] + leg.exponent * (grown - shrunk) / 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,11 +255,30 @@ def orbit_of(
     samples: Samples | None = None,
     remeasure: Remeasure | None = None,
 ) -> Orbit:
-    """The cheapest description of the orbit that the moments determine.
+    """`measured_orbit` where the moments determine it, else `RemeasuredOrbit` if `remeasure` is given.
+
+    Raises MomentError as `measured_orbit` does.
+    """
+    try:
+        return measured_orbit(model, symmetries, moments, weights, samples)
+    except MomentError:
+        if remeasure is None:
+            raise
+        return RemeasuredOrbit(tuple(symmetries), weights, model, remeasure)
+
+
+def measured_orbit(
+    model: nn.Module,
+    symmetries: Sequence[Symmetry],
+    moments: GradientMoments,
+    weights: Weights,
+    samples: Samples | None = None,
+) -> MeasuredOrbit:
+    """The orbit from one measurement.
 
     Legs that share no entry need their Grams only; several torus legs on one parameter need entry-wise moments; a
     parameter that a general_linear leg shares with another leg needs per-sample gradients (`samples[parameter]`,
-    `[N, *shape]`) or `remeasure`.
+    `[N, *shape]`).
 
     Raises MomentError naming the parameters for which nothing suffices.
     """
@@ -234,8 +287,6 @@ def orbit_of(
     shared = overlapping_parameters(coordinates)
     mixed = mixed_parameters(coordinates, symmetries)
     lacking = [n for n in mixed if samples is None or n not in samples]
-    if lacking and remeasure is not None:
-        return RemeasuredOrbit(tuple(symmetries), weights, model, remeasure)
     if lacking:
         raise MomentError(
             f"one measurement does not determine the joint equilibrium: general_linear and other symmetries move the "
@@ -248,7 +299,7 @@ def orbit_of(
         if name in mixed and samples is not None:
             own = tuple((i, s) for i, s in enumerate(symmetries) if name in s.parameters)
             mean = moments.mean[name].double().cpu()
-            terms.append(SampleTerm(name, own, theta, samples[name].double().cpu(), mean, weights))
+            terms.append(SampleTerm(name, own, theta.clone(), samples[name].double().cpu(), mean, weights))
         elif name in shared:
             terms.append(_entry_term(name, legs, theta, moments, weights))
         else:
@@ -258,7 +309,7 @@ def orbit_of(
 
 def separate_orbits(
     model: nn.Module, symmetries: Sequence[Symmetry], moments: GradientMoments, weights: Weights
-) -> Orbit:
+) -> MeasuredOrbit:
     """Every symmetry on its own orbit, the others held: each leg by its Grams alone, overlaps ignored.
 
     Raises MomentError for a symmetry that shares entries with itself and has no entry-wise moments.

@@ -27,9 +27,9 @@ class LegCoordinates:
     ids: Tensor
     view: tuple[int, ...]
 
-    def spread(self, values: Tensor) -> Tensor:
-        """`values[coordinate]`, 1 where the leg moves nothing; broadcastable to the viewed parameter."""
-        padded = torch.cat([values.reshape(-1), values.new_ones(1)])
+    def spread(self, values: Tensor, outside: float = 1.0) -> Tensor:
+        """`values[coordinate]`, `outside` where the leg moves nothing; broadcastable to the viewed parameter."""
+        padded = torch.cat([values.reshape(-1), values.new_full((1,), outside)])
         return padded[self.ids]
 
     def collect(self, entries: Tensor) -> Tensor:

@@ -1,0 +1,167 @@
+"""Charges ahead of time: the exact ODE of the Noether flow along the orbit (theory.md section 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from noetherflow.equilibrium.orbit import MeasuredOrbit
+from noetherflow.symmetry import Symmetry
+
+
+@dataclass(frozen=True, eq=False)
+class Forecast:
+    """Charges by symmetry, `[len(steps), *symmetry.shape]`, with standard errors where the moments allow them."""
+
+    steps: tuple[int, ...]
+    charges: dict[str, Tensor]
+    errors: dict[str, Tensor]
+    joint: bool
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per step and symmetry: the norm of the charge and of its error."""
+        return [
+            {
+                "step": k,
+                "symmetry": name,
+                "charge": float(torch.linalg.vector_norm(c[i])),
+                "error": float(torch.linalg.vector_norm(self.errors[name][i])) if name in self.errors else None,
+            }
+            for name, c in self.charges.items()
+            for i, k in enumerate(self.steps)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "steps": list(self.steps),
+            "joint": self.joint,
+            "charges": {n: c.tolist() for n, c in self.charges.items()},
+            "errors": {n: c.tolist() for n, c in self.errors.items()},
+        }
+
+
+def orbit_forecast(
+    orbit: MeasuredOrbit, parts: Sequence[MeasuredOrbit], steps: Sequence[int] | Tensor, joint: bool
+) -> Forecast:
+    """Integrate `dC/dk = E[C' - C]` along the orbit; `parts` are leave-one-out orbits for the jackknife.
+
+    Raises ValueError unless `steps` are non-negative and increasing.
+    """
+    at = [int(k) for k in steps]
+    if not at or at[0] < 0 or any(b <= a for a, b in pairwise(at)):
+        raise ValueError(f"steps must be non-negative and increasing, got {at[:10]}")
+    charges = _integrate(orbit, at)
+    errors: dict[str, Tensor] = {}
+    if len(parts) > 1:
+        runs = [_integrate(part, at) for part in parts]
+        scale = len(runs) - 1
+        errors = {n: (scale * torch.stack([r[n] for r in runs]).var(dim=0, correction=0)).sqrt() for n in charges}
+    return Forecast(tuple(at), charges, errors, joint)
+
+
+def _integrate(orbit: MeasuredOrbit, steps: list[int]) -> dict[str, Tensor]:
+    from scipy.integrate import solve_ivp
+
+    symmetries = orbit.symmetries
+    start = _pack([torch.zeros(s.shape, dtype=torch.float64) if s.is_torus else s.identity() for s in symmetries])
+
+    def velocity(_: float, state: np.ndarray) -> np.ndarray:
+        elements = _elements(state, symmetries)
+        generators = orbit_velocity(orbit, elements)
+        moves = [a if s.is_torus else a @ g for s, a, g in zip(symmetries, generators, elements, strict=True)]
+        return _pack(moves)
+
+    states = [start]
+    if steps[-1] > 0:
+        run = solve_ivp(velocity, (0, steps[-1]), start, method="LSODA", t_eval=steps, rtol=1e-7, atol=1e-9)
+        if not run.success:
+            raise ArithmeticError(f"orbit ODE: {run.message}; forecast fewer steps")
+        states = list(run.y.T)
+    points = [orbit.at(_elements(y, symmetries)) for y in states]
+    return {
+        s.name: torch.stack([s.combine(tuple(k for k, _ in p.pairs[i])) for p in points])
+        for i, s in enumerate(symmetries)
+    }
+
+
+def orbit_velocity(orbit: MeasuredOrbit, elements: Sequence[Tensor]) -> list[Tensor]:
+    """Generators `A` (symmetric for GL) with `dC[A] = E[C' - C]` for all symmetries at the point `elements`.
+
+    The map `A -> dC[A]` is symmetric and positive semi-definite: solved by conjugate gradients, preconditioned by each
+    symmetry's own slope.
+    """
+    point = orbit.at(elements)
+    drift = [
+        s.combine(tuple(m for _, m in pairs)) - orbit.weights.weight * s.combine(tuple(k for k, _ in pairs))
+        for s, pairs in zip(orbit.symmetries, point.pairs, strict=True)
+    ]
+    own = [
+        torch.stack([leg.exponent**2 * k for leg, (k, _) in zip(s.weight_legs, pairs, strict=True)]).sum(0)
+        for s, pairs in zip(orbit.symmetries, point.pairs, strict=True)
+    ]
+    bases = [None if s.is_torus else torch.linalg.eigh(k) for s, k in zip(orbit.symmetries, own, strict=True)]
+
+    def slope(generators: list[Tensor]) -> list[Tensor]:
+        out = [torch.zeros_like(g) for g in generators]
+        for term in orbit.terms:
+            term.slope(elements, generators, out)
+        return out
+
+    def precondition(residual: list[Tensor]) -> list[Tensor]:
+        return [
+            _divide(r, 2 * k) if basis is None else _lyapunov(basis, r)
+            for r, k, basis in zip(residual, own, bases, strict=True)
+        ]
+
+    return _conjugate_gradients(slope, precondition, drift)
+
+
+def _lyapunov(basis: Any, right: Tensor) -> Tensor:
+    """Symmetric `A` with `A K + K A = right`, `K = V diag(k) V^T`; zero where `k_i + k_j` is."""
+    k, v = basis
+    return v @ _divide(v.mT @ right @ v, k.unsqueeze(-1) + k.unsqueeze(-2)) @ v.mT
+
+
+def _divide(a: Tensor, b: Tensor) -> Tensor:
+    small = b.abs() <= 1e-13 * b.abs().amax().clamp_min(torch.finfo(b.dtype).tiny)
+    return torch.where(small, torch.zeros_like(a), a / torch.where(small, torch.ones_like(b), b))
+
+
+def _conjugate_gradients(apply: Any, precondition: Any, right: list[Tensor], tolerance: float = 1e-11) -> list[Tensor]:
+    x = [torch.zeros_like(b) for b in right]
+    r, z = right, precondition(right)
+    p, rz = z, _dot(right, z)
+    stop = tolerance**2 * rz
+    for _ in range(1000):
+        if rz <= stop or rz <= 0:
+            break
+        q = apply(p)
+        step = rz / _dot(p, q)
+        x = [a + step * b for a, b in zip(x, p, strict=True)]
+        r = [a - step * b for a, b in zip(r, q, strict=True)]
+        z = precondition(r)
+        rz, last = _dot(r, z), rz
+        p = [a + (rz / last) * b for a, b in zip(z, p, strict=True)]
+    return x
+
+
+def _dot(a: list[Tensor], b: list[Tensor]) -> float:
+    return float(sum((x * y).sum() for x, y in zip(a, b, strict=True)))
+
+
+def _pack(values: Sequence[Tensor]) -> np.ndarray:
+    return torch.cat([v.reshape(-1) for v in values]).numpy() if values else np.zeros(0)
+
+
+def _elements(state: np.ndarray, symmetries: Sequence[Symmetry]) -> list[Tensor]:
+    sizes = [int(torch.Size(s.shape).numel()) for s in symmetries]
+    parts = torch.as_tensor(np.array(state)).split(sizes)
+    return [
+        p.reshape(s.shape).exp() if s.is_torus else p.reshape(s.shape) for p, s in zip(parts, symmetries, strict=True)
+    ]

@@ -1,0 +1,308 @@
+"""The Noether flow: how charges change per step, exactly and in expectation, and where they go (theory.md 3, 4, 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from noetherflow import spd
+from noetherflow.equilibrium.forecast import Forecast, orbit_forecast
+from noetherflow.equilibrium.joint import noise_equilibrium
+from noetherflow.equilibrium.orbit import Drift, MeasuredOrbit, Samples, Weights, measured_orbit, separate_orbits
+from noetherflow.equilibrium.result import Settled
+from noetherflow.equilibrium.solve import drives
+from noetherflow.errors import MomentError
+from noetherflow.moments.result import GradientMoments
+from noetherflow.sgd import SGDConfig
+from noetherflow.symmetry import Symmetry
+from noetherflow.symmetry_set import SymmetrySet, tensors_of
+
+
+@dataclass(frozen=True, eq=False)
+class StepIdentity:
+    """One SGD step of one charge, split exactly: `C' - C = gradient + decay + noise + residual`, layout
+    `symmetry.shape`.
+
+    `decay = ((1 - lr w)^2 - 1) C`, `noise = lr^2 sum_legs exponent dX dX^T` (the minibatch gradient's own charge), and
+    `gradient = -lr (1 - lr w) sum_legs exponent (X dX^T + dX X^T)`, zero up to rounding by invariance.
+    """
+
+    measured: Tensor
+    gradient: Tensor
+    decay: Tensor
+    noise: Tensor
+    scale: float
+
+    @property
+    def residual(self) -> Tensor:
+        """`measured - decay - noise`: what an exact symmetry leaves at rounding level."""
+        return self.measured - self.decay - self.noise
+
+    @property
+    def relative_residual(self) -> float:
+        """`max |residual|` over the largest leg Gram entry, the size at which rounding enters."""
+        return float(self.residual.abs().max()) / self.scale if self.scale else 0.0
+
+
+def step_identity(
+    symmetry: Symmetry,
+    before: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    sgd: SGDConfig,
+) -> StepIdentity:
+    """Split the change of a charge over one step `theta' = theta - lr (g_B + w theta)` (theory.md section 3).
+
+    `before`, `after`: parameters around the step; `gradients`: the minibatch gradient, all by canonical name.
+    """
+    eta, w = sgd.lr, sgd.weight_decay
+    old, new = symmetry.grams(before), symmetry.grams(after)
+    charge = symmetry.combine(old)
+    shrink = 1 - eta * w
+    return StepIdentity(
+        measured=symmetry.combine(new) - charge,
+        gradient=-eta * shrink * cross_charge(symmetry, before, gradients),
+        decay=(shrink**2 - 1) * charge,
+        noise=eta**2 * symmetry.charge(gradients),
+        scale=max(float(k.abs().max()) for k in (*old, *new)),
+    )
+
+
+def cross_charge(symmetry: Symmetry, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
+    """`sum_legs exponent (X Y^T + Y X^T)` of two sets of tensors, layout `symmetry.shape` (the polarised charge)."""
+    plus = symmetry.charge({n: a[n] + b[n] for n in symmetry.parameters})
+    minus = symmetry.charge({n: a[n] - b[n] for n in symmetry.parameters})
+    return (plus - minus) / 2
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """The flow of one symmetry; tensors in the layout `symmetry.shape`, changes per step.
+
+    `decay`, `noise`, `step_size`: the parts of `E[C' - C]`. `error`: standard error of `noise + step_size` (None
+    without groups of samples). `equilibrium`: the charge at which this symmetry's flow stops with the others held;
+    coordinates without a finite one (`finite` false) keep today's. `relaxation_steps`, `[blocks]`: steps in which a
+    small deviation of a coordinate (torus) or of the slowest direction of a block (GL) falls by e near the
+    equilibrium; 0 where not finite.
+    """
+
+    name: str
+    family: str
+    kind: str
+    charge: Tensor
+    decay: Tensor
+    noise: Tensor
+    step_size: Tensor
+    error: Tensor | None
+    equilibrium: Tensor
+    finite: Tensor
+    relaxation_steps: Tensor
+    imbalance: Tensor
+
+    @property
+    def drift(self) -> Tensor:
+        """`E[C' - C]` per step."""
+        return self.decay + self.noise + self.step_size
+
+    def row(self) -> dict[str, Any]:
+        """Norms over the coordinates, and the median and largest relaxation time (None where nothing is finite)."""
+        times = self.relaxation_steps[self.finite]
+        return {
+            "symmetry": self.name,
+            "family": self.family,
+            "kind": self.kind,
+            "charge": _norm(self.charge),
+            "equilibrium_charge": _norm(self.equilibrium),
+            "decay": _norm(self.decay),
+            "noise": _norm(self.noise),
+            "step_size": _norm(self.step_size),
+            "drift": _norm(self.drift),
+            "drift_error": None if self.error is None else _norm(self.error),
+            "imbalance": float(self.imbalance.max()),
+            "relaxation_steps": float(times.median()) if times.numel() else None,
+            "slowest_relaxation": float(times.max()) if times.numel() else None,
+            "without_equilibrium": int((~self.finite).sum()),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        values = ("charge", "equilibrium", "decay", "noise", "step_size", "finite", "relaxation_steps", "imbalance")
+        return {
+            "symmetry": self.name,
+            "family": self.family,
+            "kind": self.kind,
+            **{v: getattr(self, v).tolist() for v in values},
+            "error": None if self.error is None else self.error.tolist(),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Flow:
+    """The Noether flow of a model: one `Row` per symmetry, and forecasts of the charges from this one measurement."""
+
+    details: tuple[Row, ...]
+    sgd: SGDConfig
+    loss: float
+    excluded: dict[str, str]
+    orbit: MeasuredOrbit
+    orbit_parts: tuple[MeasuredOrbit, ...]
+    joint: bool
+
+    def __getitem__(self, name: str) -> Row:
+        for row in self.details:
+            if row.name == name:
+                return row
+        raise KeyError(f"no symmetry named {name!r}; names: {[r.name for r in self.details][:20]}")
+
+    def forecast(self, steps: Sequence[int] | Tensor) -> Forecast:
+        """`C(k)` at the given numbers of steps, from the exact orbit ODE `dC/dk = E[C' - C]` (theory.md section 7).
+
+        Every coefficient comes from the one measurement; what it cannot know is how the orbit itself (the loss, the
+        function) moves meanwhile. All symmetries move together where the moments determine that (`Forecast.joint`),
+        else each with the others held. Standard errors by jackknife where the moments carry groups.
+        """
+        return orbit_forecast(self.orbit, self.orbit_parts, steps, self.joint)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row of norms per symmetry."""
+        return [r.row() for r in self.details]
+
+    def __str__(self) -> str:
+        head = f"{'family':<18}{'symmetries':>11}{'|C|':>11}{'|C*|':>11}{'decay':>11}{'noise':>11}{'step size':>11}"
+        lines = [
+            f"Noether flow per step at lr {self.sgd.lr:g}, batch {self.sgd.batch_size}, loss {self.loss:.4g}",
+            f"{head}{'imbalance':>11}{'relaxation':>12}",
+        ]
+        for family in dict.fromkeys(r.family for r in self.details):
+            own = [r.row() for r in self.details if r.family == family]
+            total = {k: sum(r[k] ** 2 for r in own) ** 0.5 for k in ("charge", "equilibrium_charge", *PARTS)}
+            times = [r["relaxation_steps"] for r in own if r["relaxation_steps"] is not None]
+            lines.append(
+                f"{family:<18}{len(own):>11}"
+                + "".join(f"{v:>11.3g}" for v in total.values())
+                + f"{max(r['imbalance'] for r in own):>11.2e}"
+                + (f"{float(np.median(times)):>12.3g}" if times else f"{'none':>12}")
+            )
+        return "\n".join([*lines, *(f"excluded: {n}: {why}" for n, why in self.excluded.items())])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "sgd": self.sgd.to_dict(),
+            "loss": self.loss,
+            "excluded": dict(self.excluded),
+            "symmetries": [r.to_dict() for r in self.details],
+        }
+
+
+PARTS = ("decay", "noise", "step_size")
+
+
+def noether_flow(
+    model: nn.Module, syms: SymmetrySet, mom: GradientMoments, sgd: SGDConfig, *, samples: Samples | None = None
+) -> Flow:
+    """Expected change of every charge per SGD step, its parts, and the time scale (theory.md sections 4 and 7).
+
+    `E[C' - C] = -lr (2w - lr w^2) C + lr^2 D(Cov[g_B]) + lr^2 D(gbar gbar^T)`: decay, noise and step-size parts. With
+    momentum `m` the leading-order stationary coefficients of `Drift.of`, valid while a charge relaxes slowly against
+    `1 / (1 - m)` steps. `samples` as in `noise_equilibrium`.
+
+    Raises MomentError for a symmetry that was not measured. Symmetries on frozen parameters are excluded and listed.
+    """
+    syms = syms.trainable(model)
+    drift = Drift.of(sgd)
+    weights = Weights.of_drift(drift, mom, sgd)
+    alone = noise_equilibrium(model, syms, mom, sgd, joint=False)
+    tensors = tensors_of(model)
+    errors = _drift_errors(syms, mom, sgd)
+    rows = []
+    for s, settled in zip(syms, alone, strict=True):
+        theta = {n: tensors[n].detach().double().cpu() for n in s.parameters}
+        charge = s.charge(theta)
+        noise, step_size = _parts(s, mom, sgd)
+        finite, times = _relaxation(s, settled, weights)
+        rows.append(
+            Row(
+                name=s.name,
+                family=s.family,
+                kind=s.kind,
+                charge=charge,
+                decay=-drift.decay * charge,
+                noise=noise,
+                step_size=step_size,
+                error=errors.get(s.name),
+                equilibrium=settled.charge,
+                finite=finite,
+                relaxation_steps=times,
+                imbalance=settled.imbalance_now,
+            )
+        )
+    measures = [mom, *mom.leave_one_out()]
+    orbits = [_orbit(model, tuple(syms), m, Weights.of_drift(drift, m, sgd), samples) for m in measures]
+    return Flow(
+        tuple(rows), sgd, mom.loss, dict(syms.excluded), orbits[0][0], tuple(o for o, _ in orbits[1:]), orbits[0][1]
+    )
+
+
+def _norm(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values))
+
+
+def _parts(symmetry: Symmetry, mom: GradientMoments, sgd: SGDConfig) -> tuple[Tensor, Tensor]:
+    """Noise and step-size parts of the drift."""
+    drift = Drift.of(sgd)
+    (a, b), (c, d) = mom.batch_weights(sgd)
+    second = symmetry.combine(tuple(m.cpu() for m in mom.second[symmetry.name]))
+    mean = symmetry.charge({n: mom.mean[n].double().cpu() for n in symmetry.parameters})
+    return drift.noise * (a * second + b * mean), drift.mean * (c * second + d * mean)
+
+
+def _drift_errors(syms: SymmetrySet, mom: GradientMoments, sgd: SGDConfig) -> dict[str, Tensor]:
+    """Jackknife standard errors of `noise + step_size`."""
+    parts = list(mom.leave_one_out())
+    if len(parts) < 2:
+        return {}
+    out = {}
+    for s in syms:
+        values = torch.stack([sum(_parts(s, part, sgd), torch.zeros(())) for part in parts])
+        out[s.name] = ((len(parts) - 1) * values.var(dim=0, correction=0)).sqrt()
+    return out
+
+
+def _relaxation(symmetry: Symmetry, settled: Settled, weights: Weights) -> tuple[Tensor, Tensor]:
+    """Finite mask and `1 / (4 min eig(K^-1 Z))`, `Z = X = Y` and `K = sum_legs K_leg` at the equilibrium: `[blocks]`.
+
+    Linearising `d(A K + K A)/dk = -4 (A Z + Z A)`, the flow of a small symmetric displacement `A`; for a torus
+    `K / (4 sqrt(x y))`.
+    """
+    blocks = symmetry.blocks
+    finite = torch.ones(blocks, dtype=torch.bool)
+    finite[list(settled.coordinates)] = False
+    times = torch.zeros(blocks, dtype=torch.float64)
+    if not settled.weight_grams or not bool(finite.any()):
+        return finite, times
+    x, y = drives(symmetry, tuple(zip(settled.weight_grams, settled.noise_grams, strict=True)), weights)
+    legs = zip(symmetry.weight_legs, settled.weight_grams, strict=True)
+    k = torch.stack([leg.exponent**2 * gram for leg, gram in legs]).sum(0)
+    z = (x + y) / 2
+    if symmetry.is_torus:
+        times[finite] = (k / (4 * z))[finite]
+    else:
+        root = spd.inv_sqrtm(z[finite])
+        times[finite] = torch.linalg.eigvalsh(root @ k[finite] @ root).amax(-1) / 4
+    return finite, times
+
+
+def _orbit(
+    model: nn.Module, symmetries: Sequence[Symmetry], mom: GradientMoments, weights: Weights, samples: Samples | None
+) -> tuple[MeasuredOrbit, bool]:
+    """The joint orbit where the moments determine it (and True), else every symmetry on its own."""
+    try:
+        orbit = measured_orbit(model, symmetries, mom, weights, samples)
+    except MomentError:
+        orbit = separate_orbits(model, symmetries, mom, weights)
+        return orbit, False
+    return orbit, True
