@@ -1,0 +1,141 @@
+"""One self-contained HTML page from a title and sections of prose, facts, tables and figures; needs no network."""
+
+from __future__ import annotations
+
+import base64
+import math
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from noetherflow.errors import DataError, require
+
+
+@dataclass(frozen=True, eq=False)
+class Figure:
+    """A plotly figure, or a PNG (its bytes or path), with a caption (also the text for those who cannot see it)."""
+
+    content: Any
+    caption: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Section:
+    """A heading, prose (blank lines part paragraphs, `backquotes` mark code), facts `(label, value)`, a table (rows as
+    mappings with the same keys) and figures, shown in this order."""
+
+    heading: str
+    prose: str = ""
+    facts: Sequence[tuple[str, Any]] = ()
+    table: Sequence[Mapping[str, Any]] = ()
+    figures: Sequence[Figure] = ()
+
+
+def write_page(path: str | os.PathLike[str], title: str, sections: Sequence[Section], subtitle: str = "") -> Path:
+    """Render and write one HTML file; a reader sees the old file or the new one, never half of it.
+
+    plotly.js is embedded once, and only when a figure needs it. Raises MissingExtraError without jinja2 (or without
+    plotly, for plotly figures), DataError for a figure that is neither plotly nor PNG.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, render_page(title, sections, subtitle))
+    return target
+
+
+def render_page(title: str, sections: Sequence[Section], subtitle: str = "") -> str:
+    """The HTML text of `write_page`."""
+    from noetherflow import __version__
+
+    jinja2: Any = require("jinja2", "report")
+    markup: Any = require("markupsafe", "report")
+    prepared = [_prepare(section, i, markup.Markup) for i, section in enumerate(sections)]
+    interactive = any(f["kind"] == "plotly" for s in prepared for f in s["figures"])
+    offline: Any = require("plotly.offline", "report") if interactive else None
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(
+        resources.files("noetherflow.report").joinpath("page.html.j2").read_text("utf-8")
+    )
+    return template.render(
+        title=title,
+        subtitle=subtitle,
+        sections=prepared,
+        version=__version__,
+        plotly=markup.Markup(offline.get_plotlyjs()) if interactive else "",
+    )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside the target, then rename onto it."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def show(value: Any) -> str:
+    """A number for people: four significant digits, thousands separated; anything else as text."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        if value == 0 or not math.isfinite(value):
+            return f"{value:g}"
+        if 1000 <= abs(value) < 1e7:
+            return f"{value:,.0f}"
+        return f"{value:.4g}" if 1e-3 <= abs(value) < 1000 else f"{value:.3e}"
+    return str(value)
+
+
+def _prepare(section: Section, position: int, safe: Any) -> dict[str, Any]:
+    return {
+        "heading": section.heading,
+        "anchor": f"s{position}-" + re.sub(r"[^a-z0-9]+", "-", section.heading.lower()).strip("-"),
+        "paragraphs": [_paragraph(p, safe) for p in re.split(r"\n\s*\n", section.prose.strip()) if p],
+        "facts": [(label, show(value)) for label, value in section.facts],
+        "table": _table(section.table),
+        "figures": [_figure(f, f"plot-{position}-{j}", safe) for j, f in enumerate(section.figures)],
+    }
+
+
+def _paragraph(text: str, safe: Any) -> Any:
+    pieces = re.split(r"`([^`]+)`", " ".join(text.split()))
+    marked = [safe("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(pieces)]
+    return safe("").join(marked)
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    if not rows:
+        return None
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    numeric = {name: all(isinstance(r.get(name), (int, float, type(None))) for r in rows) for name in names}
+    columns = [{"name": name, "number": numeric[name]} for name in names]
+    return {
+        "columns": columns,
+        "rows": [[(c, show(row.get(name))) for c, name in zip(columns, names, strict=True)] for row in rows],
+    }
+
+
+def _figure(figure: Figure, name: str, safe: Any) -> dict[str, Any]:
+    content = figure.content
+    base = {"id": name, "caption": figure.caption, "alt": figure.caption or "figure"}
+    if hasattr(content, "to_plotly_json"):
+        payload = content.to_json().replace("</", "<\\/").replace("<!--", "\\u003c!--")
+        return base | {"kind": "plotly", "payload": safe(payload)}
+    data = content if isinstance(content, bytes) else Path(content).read_bytes()
+    if not data.startswith(b"\x89PNG"):
+        raise DataError(f"figure {figure.caption or name!r} is neither a plotly figure nor a PNG")
+    return base | {"kind": "png", "payload": "data:image/png;base64," + base64.b64encode(data).decode()}
