@@ -19,6 +19,7 @@ class GradientMoments:
     `second[symmetry]`: one tensor per charge-carrying leg, `E_z[dX dX^T]` in the symmetry's layout, float64, uncentred.
     `mean[parameter]`: `gbar`, the parameter's shape. `squares[parameter]`: entry-wise `E_z[g^2]`, present when measured
     with `entries=True`. `groups`: the same leg moments over disjoint groups of samples, for jackknife errors.
+    `fallback`: parameters that no rule covered, measured by `vmap(grad)` or one backward per sample.
     """
 
     samples: int
@@ -27,6 +28,7 @@ class GradientMoments:
     mean: Mapping[str, Tensor]
     squares: Mapping[str, Tensor] = field(default_factory=dict)
     groups: tuple[GradientMoments, ...] = ()
+    fallback: tuple[str, ...] = ()
 
     def batch_grams(self, symmetry: Symmetry, sgd: SGDConfig) -> tuple[Tensor, ...]:
         """`M_leg`: leg Grams of `R_B = Cov[g_B] + gbar gbar^T`, one per charge-carrying leg (theory.md section 1).
@@ -93,4 +95,5 @@ def merge_moments(parts: list[GradientMoments]) -> GradientMoments:
         mean={name: mix([p.mean[name] for p in parts]) for name in first.mean},
         squares={name: mix([p.squares[name] for p in parts]) for name in first.squares},
         groups=tuple(g for p in parts for g in p.groups),
+        fallback=tuple(dict.fromkeys(n for p in parts for n in p.fallback)),
     )

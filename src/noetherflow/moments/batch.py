@@ -1,0 +1,206 @@
+"""One batch: forward and backward under a recorder, forms contracted as their output gradients arrive."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from noetherflow.errors import DataError, MomentError
+from noetherflow.moments.forms import Form
+from noetherflow.moments.layout import WHOLE_BATCH, Layout
+from noetherflow.moments.rules import Site
+from noetherflow.moments.taps import Recorder, Source, Trace, Use
+from noetherflow.moments.target import Sums
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+Slices = Sequence[tuple[int, int, Sums]]
+CHUNK_ENTRIES = 1 << 22
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What is measured: the model, its per-sample loss, all trainable parameters, and the names measured."""
+
+    model: nn.Module
+    loss_fn: LossFn
+    roots: dict[str, Tensor]
+    measured: frozenset[str]
+    sample_axes: int = 1
+
+    def losses(self, batch: Any) -> Tensor:
+        """Per-sample losses. Raises DataError for a scalar, a wrong number of axes, no sample, NaN or inf."""
+        losses = self.loss_fn(self.model, batch)
+        if not isinstance(losses, Tensor) or losses.ndim != self.sample_axes:
+            got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            wanted = "[batch]" if self.sample_axes == 1 else f"{self.sample_axes} sample axes"
+            raise DataError(
+                f"loss_fn must return per-sample losses, {wanted}, got {got}; "
+                "use reduction='none' and average over everything but the samples"
+            )
+        if losses.numel() == 0:
+            raise DataError("loss_fn returned no loss: the batch is empty")
+        if not losses.requires_grad:
+            raise MomentError("the losses do not depend on any trainable parameter; is the forward under no_grad?")
+        return losses
+
+
+def check_finite(losses: Tensor, batch: Any) -> None:
+    """Raises DataError naming the samples whose loss is NaN or inf, and whether the data already was."""
+    finite = torch.isfinite(losses.detach())
+    if not finite.all():
+        bad = (~finite).flatten().nonzero().flatten().tolist()
+        where = " (the batch itself holds NaN or inf)" if any(_not_finite(t) for t in tensors_in(batch)) else ""
+        raise DataError(f"loss is not finite for {len(bad)} of {losses.numel()} samples, first {bad[:5]}{where}")
+
+
+def _not_finite(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+
+
+def tensors_in(batch: Any) -> Iterator[Tensor]:
+    """The tensors of a batch made of tuples, lists, mappings and plain objects."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif hasattr(batch, "values") and callable(batch.values):
+        for v in batch.values():
+            yield from tensors_in(v)
+    elif isinstance(batch, list | tuple):
+        for v in batch:
+            yield from tensors_in(v)
+
+
+def forward_backward(
+    subject: Subject,
+    batch: Any,
+    shared: frozenset[int],
+    leaf: bool,
+    ready: Callable[[Tensor, Trace], Tensor | None],
+    arrive: Callable[[Use, Tensor, tuple[Tensor, ...]], None],
+    asked: Sequence[Tensor] = (),
+) -> tuple[Tensor, Trace, tuple[Tensor | None, ...]] | None:
+    """Loss under a recorder; `ready` sees it and answers the weights of the losses, or None to stop before backward.
+
+    Returns losses, trace and the gradients of the operands' leaves (with `leaf`), then of `asked`.
+    """
+    with Recorder(subject.roots, subject.measured, arrive, shared, leaf) as recorder:
+        losses = subject.losses(batch)
+        recorder.stop()
+        with torch._C.DisableTorchFunction():
+            weights = ready(losses, recorder.trace)
+        if weights is None:
+            return None
+        leaves = [t for u in recorder.trace.uses for t in u.leaves] if leaf else []
+        inputs = [recorder.anchor, *leaves, *asked]
+        with torch.autograd.set_multithreading_enabled(False):
+            gradients = torch.autograd.grad(losses, inputs, weights, allow_unused=True)
+    return losses.detach(), recorder.trace, gradients[1:]
+
+
+def form_of(site: Site, layout: Layout, samples: int, delta: Tensor, saved: tuple[Tensor, ...]) -> Form:
+    return site.build(layout, *(layout.front(t, samples) for t in site.prepare(delta, *saved)))
+
+
+class Contraction:
+    """Receives the forms of one batch: contracts those used once, keeps those whose uses must be added first."""
+
+    def __init__(self, roots: dict[str, Tensor], measured: frozenset[str], trace: Trace, slices: Slices) -> None:
+        self._roots, self._measured, self._slices = roots, measured, slices
+        counts = Counter(n for u in trace.uses for s in u.sources for n in s.names)
+        self._once = {n for n, k in counts.items() if k == 1}
+        self._pending: list[tuple[Source, Form]] = []
+
+    def receive(self, source: Source, form: Form) -> None:
+        name = source.view_of
+        if name in self._once and name is not None:
+            whole = _as_whole(source.operand, self._roots[name], form)
+            if whole is not None:
+                for lo, hi, sums in self._slices:
+                    whole.accumulate(sums.target(name), lo, hi)
+                return
+        self._pending.append((source, form))
+
+    def finish(self) -> None:
+        """Contract the parameters used more than once: per-sample gradients are added over uses before squaring."""
+        for names, items in _components(self._pending):
+            wanted = sorted(names & self._measured)
+            entries = sum(self._roots[n].numel() for n in names)
+            step = max(1, CHUNK_ENTRIES // entries)
+            for lo, hi, sums in self._slices:
+                for start in range(lo, hi, step):
+                    self._add_chunk(wanted, items, start, min(start + step, hi), sums)
+        self._pending.clear()
+
+    def _add_chunk(self, wanted: list[str], items: list[tuple[Source, Form]], lo: int, hi: int, sums: Sums) -> None:
+        total: dict[str, Tensor] = {}
+        made: dict[int, tuple[Source, Tensor]] = {}
+        for source, form in items:
+            gradients = form.dense(lo, hi)
+            if source.view_of is not None:
+                name = source.view_of
+                embedded = _embed(gradients, source.operand, self._roots[name])
+                total[name] = total[name] + embedded if name in total else embedded
+            else:
+                held = made.get(id(source.operand))
+                made[id(source.operand)] = (source, gradients if held is None else held[1] + gradients)
+        for source, gradients in made.values():
+            names = sorted(source.names & self._measured)
+            pulled = _pull_back(source.operand, [self._roots[n] for n in names], gradients)
+            for name, g in zip(names, pulled, strict=True):
+                total[name] = total[name] + g if name in total else g
+        for name in wanted:
+            if name in total:
+                sums.target(name).add_dense(total[name])
+
+
+def _as_whole(operand: Tensor, root: Tensor, form: Form) -> Form | None:
+    """The form with the operand read as the whole parameter: itself, or transposed; None for a part or another view."""
+    if operand is root:
+        return form
+    if not root.is_contiguous() or operand.numel() != root.numel():
+        return None
+    if operand.is_contiguous():
+        return form
+    return form.transposed() if operand.ndim == 2 and operand.mT.is_contiguous() else None
+
+
+def _embed(gradients: Tensor, view: Tensor, root: Tensor) -> Tensor:
+    """Gradients of a view of `root`, `[samples, *view shape]`, as gradients of `root`."""
+    if view is root:
+        return gradients
+    offset = view.storage_offset() - root.storage_offset()
+    out = [torch.empty_strided(root.shape, root.stride(), dtype=gradients.dtype, device=root.device) for _ in gradients]
+    for o, g in zip(out, gradients, strict=True):
+        o.zero_().as_strided(view.shape, view.stride(), offset).copy_(g)
+    return torch.stack(out)
+
+
+def _pull_back(made: Tensor, roots: list[Tensor], gradients: Tensor) -> list[Tensor]:
+    """Gradients of a tensor made from parameters, `[samples, *shape]`, as gradients of the parameters."""
+    with torch.enable_grad():
+        rows = [
+            torch.autograd.grad(made, roots, g.to(made.dtype), retain_graph=True, materialize_grads=True)
+            for g in gradients
+        ]
+    return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+def _components(items: list[tuple[Source, Form]]) -> list[tuple[frozenset[str], list[tuple[Source, Form]]]]:
+    """Items grouped so that groups share no parameter."""
+    groups: list[tuple[frozenset[str], list[tuple[Source, Form]]]] = []
+    for item in items:
+        joined = [g for g in groups if g[0] & item[0].names]
+        groups = [g for g in groups if not g[0] & item[0].names]
+        names = item[0].names.union(*(g[0] for g in joined))
+        groups.append((names, [i for g in joined for i in g[1]] + [item]))
+    return groups
+
+
+def whole_batch_total(site: Site, delta: Tensor, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """`(sum_i G_i, its scale without cancellation)`, needing no layout."""
+    form = form_of(site, WHOLE_BATCH, 1, delta, saved)
+    return form.total(), form.scale()

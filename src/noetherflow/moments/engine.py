@@ -1,0 +1,217 @@
+"""`gradient_moments`: leg Grams of per-sample gradients over a stream of batches, in one backward pass each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sized
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from noetherflow.errors import DataError, MomentError
+from noetherflow.moments.batch import Contraction, LossFn, Subject, check_finite, form_of, forward_backward
+from noetherflow.moments.fallback import Fallback
+from noetherflow.moments.layout import Layout
+from noetherflow.moments.result import GradientMoments, merge_moments
+from noetherflow.moments.taps import Trace, Use
+from noetherflow.moments.target import Sums, needs_of
+from noetherflow.moments.verify import Probe, probe, signature
+from noetherflow.symmetry_set import SymmetrySet, tensors_of
+
+
+def gradient_moments(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    syms: SymmetrySet,
+    *,
+    entries: bool = False,
+    groups: int = 16,
+    parameters: Iterable[str] = (),
+    sample_axes: int = 1,
+    progress: Callable[[int, float], None] | None = None,
+) -> GradientMoments:
+    """`E_z[dX dX^T]` on every leg of `syms`, `gbar`, and with `entries` also `E_z[g^2]` (theory.md sections 1 and 2).
+
+    `loss_fn(model, batch)` returns per-sample losses `[batch]`, not reduced. `groups`: samples are split into up to
+    that many groups (whole batches where there are enough of them) for jackknife errors; each group holds one copy of
+    the mean gradient. `parameters`: names measured beside those of `syms`. `progress(samples, loss)` is called after
+    each batch. The model, its buffers and `.grad` are left as they were.
+
+    Raises DataError for a scalar or wrongly shaped loss, NaN or inf, no batch; MomentError for a symmetry on a frozen
+    or unused parameter, for samples that act on each other, and where rules and autograd disagree.
+    """
+    meter = Meter(model, loss_fn, syms, entries=entries, parameters=parameters, sample_axes=sample_axes)
+    splits = _splits(batches, groups)
+    for k, batch in enumerate(batches):
+        meter.update(batch, range(k * splits, (k + 1) * splits), groups)
+        if progress is not None:
+            progress(meter.samples, meter.loss)
+    return meter.result()
+
+
+def _splits(batches: Iterable[Any], groups: int) -> int:
+    """Groups per batch: 1 when batches suffice or cannot be counted."""
+    count = len(batches) if isinstance(batches, Sized) else groups
+    return max(1, -(-groups // max(1, count)))
+
+
+@dataclass(eq=False)
+class Meter:
+    """Accumulates moments batch by batch; `result()` at any time."""
+
+    model: nn.Module
+    loss_fn: LossFn
+    syms: SymmetrySet
+    entries: bool = False
+    parameters: Iterable[str] = ()
+    sample_axes: int = 1
+    groups: dict[int, Sums] = field(default_factory=dict, init=False)
+    uncovered: dict[str, str] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        tensors = {n: t for n, t in tensors_of(self.model).items() if isinstance(t, nn.Parameter)}
+        wanted = [*dict.fromkeys([*self.syms.parameters, *self.parameters])] or list(tensors)
+        for name in wanted:
+            if name not in tensors:
+                raise MomentError(f"no parameter named {name!r} in the model; it has {list(tensors)[:8]}")
+            if not tensors[name].requires_grad:
+                raise MomentError(
+                    f"parameter {name!r} {tuple(tensors[name].shape)} is frozen and has no gradient noise; "
+                    "drop its symmetries with syms.trainable(model)"
+                )
+        roots: dict[str, Tensor] = {n: t for n, t in tensors.items() if t.requires_grad}
+        self._needs = needs_of(self.syms, {n: roots[n] for n in wanted}, self.entries)
+        self._roots = roots
+        self._subject = Subject(self.model, self.loss_fn, roots, frozenset(wanted), self.sample_axes)
+        self._verified: dict[Any, dict[int, Layout]] = {}
+        self._shared: frozenset[int] = frozenset()
+        self._fallback: Fallback | None = None
+        self._used: set[str] = set()
+
+    @property
+    def samples(self) -> int:
+        return sum(s.samples for s in self.groups.values())
+
+    @property
+    def loss(self) -> float:
+        """Mean loss so far."""
+        return sum(s.loss for s in self.groups.values()) / max(1, self.samples)
+
+    def update(self, batch: Any, groups: Iterable[int] = (0,), of: int = 1) -> None:
+        """Measure one batch; its samples are divided among the given groups (taken modulo `of`)."""
+        ids = list(dict.fromkeys(g % of for g in groups))
+        buffers = [(b, b.clone()) for b in self.model.buffers()]
+        _refuse_batch_statistics(self.model)
+        try:
+            self._update(batch, ids)
+        finally:
+            with torch.no_grad():
+                for b, before in buffers:
+                    b.copy_(before)
+
+    def _update(self, batch: Any, ids: list[int]) -> None:
+        if self._verified and self._measure(batch, ids, None):
+            return
+        shared: frozenset[int] = frozenset()
+        while True:
+            found = probe(self._covered(), batch, shared)
+            shared = found.shared
+            if set(found.uncovered) & self._covered().measured:
+                self.uncovered.update({n: why for n, why in found.uncovered.items() if n in self._needs})
+                self._fallback = None
+            elif self._measure(batch, ids, found):
+                return
+            else:
+                shared = shared | found.still_shared
+
+    def _covered(self) -> Subject:
+        """What the rules measure: everything but the parameters left to the fallback."""
+        return replace(self._subject, measured=self._subject.measured - set(self.uncovered))
+
+    def _measure(self, batch: Any, ids: list[int], found: Probe | None) -> bool:
+        """The measuring pass. Without a probe, False if this way through the model is not verified yet; with one,
+        False if a call turned out to be shared by all samples."""
+        subject = self._covered()
+        shared = self._shared if found is None else found.shared
+        sums = {g: Sums.zeros(self.syms, self._needs) if found or g not in self.groups else self.groups[g] for g in ids}
+        layouts: dict[int, Layout] = {}
+        keys: list[Any] = []
+        contractions: list[Contraction] = []
+        slices: list[tuple[int, int, Sums]] = []
+
+        def ready(losses: Tensor, trace: Trace) -> Tensor | None:
+            samples = losses.numel()
+            keys.append((shared, samples == 1, signature(trace, samples, self.sample_axes)))
+            if found is None and keys[0] not in self._verified:
+                return None
+            check_finite(losses, batch)
+            layouts.update(self._verified.get(keys[0], {}))
+            slices.extend(_slices(samples, sums))
+            contractions.append(Contraction(subject.roots, subject.measured, trace, slices))
+            return torch.ones_like(losses)
+
+        def arrive(use: Use, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
+            samples = slices[-1][1]
+            layout = layouts.get(use.ordinal) if found is None else found.locate(use, delta)
+            if layout is not None:
+                for site, source in zip(use.sites, use.sources, strict=True):
+                    if source.names & subject.measured:
+                        contractions[0].receive(source, form_of(site, layout, samples, delta, saved))
+
+        names = sorted(subject.measured)
+        done = forward_backward(subject, batch, shared, False, ready, arrive, [subject.roots[n] for n in names])
+        if done is None or (found is not None and found.still_shared):
+            return False
+        losses, trace, residuals = done
+        missed = [n for n, r in zip(names, residuals, strict=True) if r is not None]
+        if missed:
+            seen = [str(u) for u in trace.uses if any(s.names & set(missed) for s in u.sources)]
+            raise MomentError(f"a use of {missed} was seen by no rule; uses seen: {seen}")
+        contractions[0].finish()
+        if self.uncovered:
+            left = tuple(n for n in self._needs if n in self.uncovered)
+            self._fallback = self._fallback or Fallback(self._subject, left)
+            self._fallback.add(batch, slices)
+        for lo, hi, s in slices:
+            s.samples += hi - lo
+            s.loss += float(losses.flatten()[lo:hi].double().sum())
+        self._used.update(n for u in trace.uses for s in u.sources for n in s.names)
+        if found is not None:
+            self._verified[keys[0]] = found.kept
+            self._shared = shared
+        for g in ids:
+            if sums[g].samples:
+                self.groups[g] = self.groups[g].plus(sums[g]) if found and g in self.groups else sums[g]
+        return True
+
+    def result(self) -> GradientMoments:
+        """The moments so far. Raises DataError without a sample, MomentError for a parameter the loss never used."""
+        if not self.samples:
+            raise DataError("no batch to measure: the iterator of batches is empty")
+        unused = [n for n in self._needs if n not in self._used and n not in self.uncovered]
+        if unused:
+            raise MomentError(
+                f"no gradient reaches {unused}: the loss does not use them. "
+                "Freeze them (requires_grad_(False)) and take syms.trainable(model)"
+            )
+        parts = [s.moments(tuple(self.uncovered)) for _, s in sorted(self.groups.items())]
+        return replace(merge_moments(parts), groups=tuple(parts) if len(parts) > 1 else ())
+
+
+def _slices(samples: int, sums: dict[int, Sums]) -> list[tuple[int, int, Sums]]:
+    """The batch divided evenly among groups."""
+    k = len(sums)
+    edges = [samples * i // k for i in range(k + 1)]
+    return [(lo, hi, s) for lo, hi, s in zip(edges, edges[1:], sums.values(), strict=False) if hi > lo]
+
+
+def _refuse_batch_statistics(model: nn.Module) -> None:
+    """Raises MomentError for a batch norm in training mode."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            raise MomentError(
+                f"batch norm {name!r} uses batch statistics, so samples have no gradients of their own; "
+                "call model.eval(), or use minibatch_moments"
+            )

@@ -1,0 +1,391 @@
+"""One rule per family of operators that consume parameters: from activations and output gradient to a `Form`.
+
+A rule looks at the arguments of one call and answers which operands are consumed how (`Call`), or None when this use of
+the operator is beyond it. Operands may be parameters or tensors made from parameters alone; every operand that a rule
+does not claim counts as not covered.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from noetherflow.moments.forms import Convolution, Dense, Form, Lookup, Outer
+from noetherflow.moments.layout import Layout
+from noetherflow.moments.target import wide
+
+Prepare = Callable[..., tuple[Tensor, ...]]
+Build = Callable[..., Form]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One consumed operand.
+
+    `prepare(delta, *saved)` gives tensors that carry samples on the output's axes; `build(layout, *tensors)` gets them
+    with samples in front.
+    """
+
+    operand: Tensor
+    prepare: Prepare
+    build: Build
+
+
+@dataclass(frozen=True)
+class Call:
+    """A covered call: what to keep for the backward, where samples may lie in the output, the consumed operands.
+
+    `flip`: the rule speaks of the transposed output.
+    """
+
+    saved: tuple[Tensor, ...]
+    sample_axes: Callable[[Tensor], Sequence[int]]
+    sites: tuple[Site, ...]
+    flip: bool = False
+
+
+Owned = Callable[[Any], bool]
+Rule = Callable[[Owned, Callable[..., Any], dict[str, Any]], Call | None]
+RULES: dict[Callable[..., Any], tuple[inspect.Signature, Rule]] = {}
+
+
+def rule(signature: Callable[..., None], *functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
+    """Register a rule for functions that share one call signature, given as that of a lambda."""
+    parsed = inspect.signature(signature)
+
+    def register(function: Rule) -> Rule:
+        for f in functions:
+            RULES[f] = (parsed, function)
+        return function
+
+    return register
+
+
+def match(owned: Owned, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    """The `Call` of a covered use of `func`, else None; `owned` tells operands made from parameters alone."""
+    entry = RULES.get(func)
+    if entry is None:
+        return None
+    signature, function = entry
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError:
+        return None
+    bound.apply_defaults()
+    return function(owned, func, bound.arguments)
+
+
+def features_last(out: Tensor) -> range:
+    return range(out.ndim - 1)
+
+
+def _raised(*tensors: Tensor) -> list[Tensor]:
+    return [t.to(wide(t.dtype)) for t in tensors]
+
+
+def _as_given(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tensors
+
+
+def _delta(delta: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+    return (delta,)
+
+
+def outer(operand: Tensor, out_first: bool, prepare: Prepare = _as_given) -> Site:
+    """`[.., features]` tensors: a weight `[out, in]` if `out_first`, else `[in, out]`."""
+
+    def build(_: Layout, delta: Tensor, x: Tensor) -> Form:
+        d, a = (t.reshape(t.shape[0], -1, t.shape[-1]) for t in (delta, x))
+        return Outer(d, a) if out_first else Outer(a, d)
+
+    return Site(operand, prepare, build)
+
+
+def summed(operand: Tensor, aligned: Callable[[int], Sequence[int]], prepare: Prepare = _delta) -> Site:
+    """An operand that was broadcast: its gradient is `prepare(..)` summed over the axes where `aligned` is 1."""
+
+    def build(layout: Layout, product: Tensor) -> Form:
+        if layout.fold == "none":
+            target = aligned(product.ndim - 1)
+        else:
+            target = layout.rest(
+                aligned(product.ndim - 1 + (layout.span if layout.fold == "whole" else layout.span - 1))
+            )
+        axes = [k + 1 for k, size in enumerate(target) if size == 1 and product.shape[k + 1] != 1]
+        product = product.to(wide(product.dtype))
+        gradient = product.sum(axes) if axes else product
+        return Dense(gradient.reshape(product.shape[0], *operand_shape), product.norm() * product[0].numel() ** 0.5)
+
+    operand_shape = tuple(operand.shape)
+    return Site(operand, prepare, build)
+
+
+def last_axes(operand: Tensor) -> Callable[[int], Sequence[int]]:
+    """Broadcasting as usual: the operand's shape at the end."""
+    shape = tuple(operand.shape)
+    return lambda ndim: (1,) * (ndim - len(shape)) + shape
+
+
+def channel_axis(operand: Tensor) -> Callable[[int], Sequence[int]]:
+    """The operand's one axis is axis 1 of the output."""
+    size = operand.shape[0]
+    return lambda ndim: (1, size) + (1,) * (ndim - 2)
+
+
+def _claimed(owned: Owned, arguments: dict[str, Any], sites: Sequence[Site]) -> bool:
+    """Every owned operand among the arguments is one of the sites, and there is a site."""
+    operands = [v for v in arguments.values() if owned(v)]
+    return bool(sites) and all(any(v is s.operand for s in sites) for v in operands)
+
+
+@rule(lambda input, weight, bias=None: None, F.linear)
+def linear(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Call | None:
+    x, w, b = a["input"], a["weight"], a["bias"]
+    if w.ndim != 2 or x.ndim < 2:
+        return None
+    sites = ([outer(w, True)] if owned(w) else []) + ([summed(b, last_axes(b))] if owned(b) else [])
+    return Call((x,) if owned(w) else (), features_last, tuple(sites)) if _claimed(owned, a, sites) else None
+
+
+@rule(
+    lambda input, other: None, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__, Tensor.__rmatmul__
+)
+def matmul(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Call | None:
+    x, w = a["input"], a["other"]
+    if func is Tensor.__rmatmul__:
+        x, w = w, x
+    if owned(x) == owned(w):
+        return None
+    if owned(w):
+        if w.ndim == 1 and x.ndim > 1:
+            site = summed(w, last_axes(w), lambda delta, x: (delta.unsqueeze(-1) * x,))
+            return Call((x,), lambda out: range(out.ndim), (site,))
+        return Call((x,), features_last, (outer(w, False),)) if w.ndim == 2 and x.ndim > 1 else None
+    if x.ndim != 2 or w.ndim < 2:
+        return None
+    return Call((w.mT,), features_last, (outer(x, True),), flip=True)
+
+
+@rule(lambda input, mat1, mat2, beta=1, alpha=1: None, torch.addmm, Tensor.addmm)
+def addmm(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Call | None:
+    b, x, w = a["input"], a["mat1"], a["mat2"]
+    if a["beta"] != 1 or a["alpha"] != 1 or owned(x):
+        return None
+    sites = ([outer(w, False)] if owned(w) else []) + ([summed(b, last_axes(b))] if owned(b) else [])
+    return Call((x,) if owned(w) else (), features_last, tuple(sites)) if _claimed(owned, a, sites) else None
+
+
+@rule(
+    lambda input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False: None,
+    F.embedding,
+)
+def embedding(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Call | None:
+    index, w, padding = a["input"], a["weight"], a["padding_idx"]
+    if a["scale_grad_by_freq"] or a["max_norm"] is not None or index.ndim < 1:
+        return None
+    rows = w.shape[0]
+    if padding is not None and padding < 0:
+        padding += rows
+
+    def prepare(delta: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        kept = delta if padding is None else delta.masked_fill((index == padding).unsqueeze(-1), 0)
+        return kept, index
+
+    def build(_: Layout, delta: Tensor, index: Tensor) -> Form:
+        k = index.shape[0]
+        return Lookup(index.reshape(k, -1), delta.reshape(k, -1, delta.shape[-1]), rows)
+
+    return Call((index,), features_last, (Site(w, prepare, build),))
+
+
+def _norm(
+    owned: Owned,
+    a: dict[str, Any],
+    normalised: Callable[[Tensor], Tensor],
+    aligned: Callable[[Tensor], Callable[[int], Sequence[int]]],
+    sample_axes: Callable[[Tensor], Sequence[int]],
+) -> Call | None:
+    """`y = xhat * weight + bias`: the gain sees `delta * xhat`, recomputed by the same function without affine part."""
+    x, w, b = a["input"], a["weight"], a.get("bias")
+    sites = []
+    if owned(w):
+        sites.append(summed(w, aligned(w), lambda delta, x: (torch.mul(*_raised(delta, normalised(x))),)))
+    if owned(b):
+        sites.append(summed(b, aligned(b)))
+    return Call((x,), sample_axes, tuple(sites)) if _claimed(owned, a, sites) else None
+
+
+def _first_axis(out: Tensor) -> range:
+    return range(1)
+
+
+@rule(
+    lambda input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True: None,
+    F.layer_norm,
+    torch.layer_norm,
+)
+def layer_norm(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Call | None:
+    shape, eps = a["normalized_shape"], a["eps"]
+    leading = lambda out: range(out.ndim - len(shape))
+    return _norm(owned, a, lambda x: F.layer_norm(x, shape, None, None, eps), last_axes, leading)
+
+
+@rule(lambda input, normalized_shape, weight=None, eps=None: None, F.rms_norm, torch.rms_norm)
+def rms_norm(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Call | None:
+    shape, eps = a["normalized_shape"], a["eps"]
+    leading = lambda out: range(out.ndim - len(shape))
+    return _norm(owned, a, lambda x: F.rms_norm(x, shape, None, eps), last_axes, leading)
+
+
+@rule(
+    lambda input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True: None,
+    F.group_norm,
+    torch.group_norm,
+)
+def group_norm(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Call | None:
+    groups, eps = a["num_groups"], a["eps"]
+    return _norm(owned, a, lambda x: F.group_norm(x, groups, None, None, eps), channel_axis, _first_axis)
+
+
+@rule(
+    lambda input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5: None,
+    F.batch_norm,
+)
+def batch_norm(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Call | None:
+    """Evaluation mode only; with batch statistics samples have no gradients of their own."""
+    if a["training"]:
+        return None
+    mean, var, eps = a["running_mean"], a["running_var"], a["eps"]
+    normalised = lambda x: F.batch_norm(x, mean, var, None, None, False, 0.0, eps)
+    return _norm(owned, a, normalised, channel_axis, _first_axis)
+
+
+@rule(
+    lambda input, mean=None, var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5: None,
+    F.instance_norm,
+)
+def instance_norm(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Call | None:
+    """With statistics of each sample alone."""
+    if not a["use_input_stats"] or a["mean"] is not None:
+        return None
+    eps = a["eps"]
+    normalised = lambda x: F.instance_norm(x, None, None, None, None, True, 0.0, eps)
+    return _norm(owned, a, normalised, channel_axis, _first_axis)
+
+
+def _convolution(nd: int, transposed: bool) -> Rule:
+    def convolution(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Call | None:
+        x, w, b = a["input"], a["weight"], a["bias"]
+        if x.ndim != nd + 2:
+            return None
+        given = (a["stride"], a["dilation"], a.get("output_padding", 0))
+        stride, dilation, output_padding = ([v] * nd if isinstance(v, int) else list(v) for v in given)
+        padding = _padding(a["padding"], w.shape[2:], dilation)
+        if padding is None:
+            return None
+        stride, dilation, padding, output_padding = (
+            v * nd if len(v) == 1 else v for v in (stride, dilation, padding, output_padding)
+        )
+        settings = (stride, padding, dilation, transposed, output_padding, a["groups"])
+        kernel = w.detach()
+
+        def build(layout: Layout, delta: Tensor, x: Tensor) -> Form:
+            if layout.fold == "whole":
+                delta, x = delta.unsqueeze(1), x.unsqueeze(1)
+            return Convolution(x, delta, kernel, settings)
+
+        sites = ([Site(w, _as_given, build)] if owned(w) else []) + ([summed(b, channel_axis(b))] if owned(b) else [])
+        return Call((x,) if owned(w) else (), _first_axis, tuple(sites)) if _claimed(owned, a, sites) else None
+
+    return convolution
+
+
+def _padding(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list[int] | None:
+    if padding == "valid":
+        return [0] * len(kernel)
+    if padding == "same":
+        reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return None if any(r % 2 for r in reach) else [r // 2 for r in reach]
+    return [padding] * len(kernel) if isinstance(padding, int) else list(padding)
+
+
+for _nd, _conv, _transposed in (
+    (1, F.conv1d, F.conv_transpose1d),
+    (2, F.conv2d, F.conv_transpose2d),
+    (3, F.conv3d, F.conv_transpose3d),
+):
+    rule(lambda input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1: None, _conv)(
+        _convolution(_nd, False)
+    )
+    rule(
+        lambda input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1: None, _transposed
+    )(_convolution(_nd, True))
+
+
+SPREADING = (Tensor.expand, Tensor.repeat, Tensor.broadcast_to, torch.broadcast_to)
+
+
+@rule(lambda input, *size: None, *SPREADING)
+def expand(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Call | None:
+    """One copy per sample: consumed where it is expanded."""
+    operand = a["input"]
+    if func is Tensor.repeat and any(n != 1 for n in operand.shape[:1]):
+        return None
+    return _elementwise(operand, None, _delta)
+
+
+def _elementwise(operand: Tensor, other: Any, prepare: Prepare) -> Call | None:
+    """A broadcast operand: samples lie where its aligned size is 1."""
+    aligned = last_axes(operand)
+    saved = (other,) if isinstance(other, Tensor) else ()
+    return Call(
+        saved,
+        lambda out: [k for k, size in enumerate(aligned(out.ndim)) if size == 1],
+        (summed(operand, aligned, prepare),),
+    )
+
+
+def _pair(owned: Owned, a: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """(operand, activation) when exactly one of the two is owned and both are tensors."""
+    x, y = a["input"], a["other"]
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or owned(x) == owned(y):
+        return None
+    return (x, y) if owned(x) else (y, x)
+
+
+@rule(
+    lambda input, other: None, torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.multiply, Tensor.multiply
+)
+def multiply(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Call | None:
+    pair = _pair(owned, a)
+    return pair and _elementwise(*pair, lambda delta, other: (torch.mul(*_raised(delta, other)),))
+
+
+@rule(
+    lambda input, other, alpha=1: None,
+    torch.add,
+    Tensor.add,
+    Tensor.__add__,
+    Tensor.__radd__,
+    Tensor.__iadd__,
+    Tensor.add_,
+)
+def add(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Call | None:
+    pair = _pair(owned, a)
+    if pair is None or a["alpha"] != 1 or (func in (Tensor.__iadd__, Tensor.add_) and owned(a["input"])):
+        return None
+    return _elementwise(pair[0], None, _delta)
+
+
+@rule(lambda input, other, alpha=1: None, torch.sub, Tensor.sub, Tensor.__sub__, Tensor.subtract, torch.subtract)
+def subtract(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Call | None:
+    pair = _pair(owned, a)
+    if pair is None or a["alpha"] != 1:
+        return None
+    return _elementwise(pair[0], None, _delta if owned(a["input"]) else lambda delta: (-delta,))

@@ -1,0 +1,209 @@
+"""Interception: every call that consumes a parameter gives its activations and output gradient to a rule.
+
+A `Recorder` is active while the loss is computed and differentiated. It detaches each covered operand, so that
+autograd does not build the ordinary gradient as well, and puts a `Tap` on the output. Whatever gradient still reaches
+a parameter comes from a use that no rule saw.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from noetherflow.moments.layout import Layout, candidates
+from noetherflow.moments.rules import SPREADING, Call, Site, match
+
+Arrive = Callable[["Use", Tensor, tuple[Tensor, ...]], None]
+
+
+@dataclass(eq=False)
+class Source:
+    """An operand made from the parameters `names` alone; `view_of` is set when it is a parameter or a view of one."""
+
+    operand: Tensor
+    names: frozenset[str]
+    view_of: str | None
+
+
+@dataclass(eq=False)
+class Use:
+    """One covered call: its place in the forward order, what it consumed, where samples may lie in its output.
+
+    `certain`: its input is known to depend on the samples.
+    """
+
+    ordinal: int
+    operator: str
+    sites: tuple[Site, ...]
+    sources: tuple[Source, ...]
+    leaves: tuple[Tensor, ...]
+    out_shape: torch.Size
+    axes: tuple[int, ...]
+    certain: bool
+
+    def layouts(self, samples: int, span: int) -> tuple[Layout, ...]:
+        return tuple(candidates(self.out_shape, self.axes, samples, span))
+
+    def key(self, samples: int, span: int) -> tuple[Any, ...]:
+        """What must be the same for a layout found earlier to hold again."""
+        return self.ordinal, self.operator, tuple(s.names for s in self.sources), self.layouts(samples, span)
+
+    def __str__(self) -> str:
+        return f"{self.operator} (call {self.ordinal}, output {tuple(self.out_shape)})"
+
+
+class Tap(torch.autograd.Function):
+    """Identity on `out`; in the backward the recorder receives the output gradient and the saved activations."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, anchor: Tensor, arrive: Callable[..., None], *saved: Tensor) -> Tensor:
+        ctx.arrive = arrive
+        ctx.save_for_backward(*saved)
+        ctx.mark_dirty(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        saved = ctx.saved_tensors
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            ctx.arrive(gradients[0], saved)
+        return (gradients[0], None, None, *(None for _ in saved))
+
+
+@lru_cache(maxsize=256)
+def transparent(func: types.FunctionType) -> types.FunctionType:
+    """`func`, a Python function of torch that would hand itself to the active mode, made to run its body instead."""
+    never = {n: lambda *_: False for n in func.__globals__ if n.startswith("has_torch_function")}
+    copy = types.FunctionType(
+        func.__code__, {**func.__globals__, **never}, func.__name__, func.__defaults__, func.__closure__
+    )
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for v in values:
+        if isinstance(v, Tensor):
+            yield v
+        elif isinstance(v, list | tuple):
+            yield from _tensors(v)
+
+
+def _is_plain_view(tensor: Tensor) -> bool:
+    """No entry of the base appears twice (as it would after `expand`), and the type is the base's."""
+    return not any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+@dataclass(eq=False)
+class Trace:
+    """What one forward consumed: covered uses in order, and parameters that met an operator without a rule."""
+
+    uses: list[Use] = field(default_factory=list)
+    uncovered: dict[str, set[str]] = field(default_factory=dict)
+
+
+class Recorder(TorchFunctionMode):
+    """Intercepts consumption of the parameters in `roots` (by name); those `measured` are tapped.
+
+    `shared`: ordinals of calls known to give the same output for every sample, which run as they are and whose result
+    is an operand in turn. `leaf`: give every operand a gradient of its own, for comparison with autograd.
+    """
+
+    def __init__(
+        self,
+        roots: dict[str, Tensor],
+        measured: frozenset[str],
+        arrive: Arrive,
+        shared: frozenset[int],
+        leaf: bool,
+    ) -> None:
+        super().__init__()
+        self._measured = measured
+        self.trace = Trace()
+        self.anchor = torch.zeros((), requires_grad=True)  # its gradient is asked for, so that every tap runs
+        self._names = {id(t): n for n, t in roots.items()}
+        self._made: dict[int, Tensor] = {}
+        self._origin: dict[int, frozenset[str]] = {}
+        self._arrive, self._shared, self._leaf = arrive, shared, leaf
+        self._ordinal = 0
+        self._recording = True
+
+    def stop(self) -> None:
+        """From now on (the backward, where checkpoints recompute) calls are tapped but not recorded."""
+        self._recording = False
+
+    def _owned(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and self._find(value) is not None
+
+    def _find(self, tensor: Tensor) -> frozenset[str] | None:
+        """Names of the parameters a tensor is made from, or None."""
+        name = self._names.get(id(tensor))
+        if name is not None:
+            return frozenset((name,))
+        made = self._origin.get(id(tensor))
+        if made is not None:
+            return made
+        base = tensor._base if tensor.requires_grad and tensor._is_view() else None
+        return None if base is None else self._find(base)
+
+    def _source(self, tensor: Tensor) -> Source:
+        names = self._find(tensor) or frozenset()
+        base = tensor._base if tensor._is_view() and id(tensor) not in self._names else tensor
+        view_of = self._names.get(id(base)) if _is_plain_view(tensor) else None
+        return Source(tensor, names, view_of)
+
+    def __torch_function__(self, func: Any, types_: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        tensors = list(_tensors((*args, *kwargs.values()))) if kwargs else list(_tensors(args))
+        operands = [t for t in tensors if self._owned(t)]
+        if not operands:
+            return func(*args, **kwargs)
+        activations = any(t.requires_grad and not self._owned(t) for t in tensors)
+        if activations or len(operands) < len(tensors) or func in SPREADING:
+            call = match(self._owned, func, args, kwargs)
+            if call is not None:
+                ordinal, self._ordinal = self._ordinal, self._ordinal + 1
+                if ordinal not in self._shared:
+                    return self._tapped(ordinal, func, call, args, kwargs, activations)
+        if isinstance(func, types.FunctionType) and "has_torch_function" in " ".join(func.__code__.co_names):
+            with self:
+                return transparent(func)(*args, **kwargs)
+        out = func(*args, **kwargs)
+        names = frozenset().union(*(self._find(t) or () for t in operands))
+        made = [t for t in _tensors((out,)) if t.requires_grad]
+        if made and activations:
+            for n in names:
+                self.trace.uncovered.setdefault(n, set()).add(getattr(func, "__name__", str(func)))
+        elif made:
+            for t in made:
+                self._made[id(t)], self._origin[id(t)] = t, names
+        return out
+
+    def _tapped(self, ordinal: int, func: Any, call: Call, args: Any, kwargs: Any, certain: bool) -> Any:
+        sources = tuple(self._source(s.operand) for s in call.sites)
+        if not any(s.names & self._measured for s in sources):
+            return func(*args, **kwargs)
+        leaves = tuple(s.operand.detach().requires_grad_(self._leaf) for s in call.sites)
+        replaced = {id(s.operand): leaf for s, leaf in zip(call.sites, leaves, strict=True)}
+        out = func(*(replaced.get(id(a), a) for a in args), **{k: replaced.get(id(a), a) for k, a in kwargs.items()})
+        if out._is_view():
+            out = out.clone()
+        seen = out.mT if call.flip else out
+        name = getattr(func, "__name__", str(func))
+        use = Use(ordinal, name, call.sites, sources, leaves, seen.shape, tuple(call.sample_axes(seen)), certain)
+        if self._recording:
+            self.trace.uses.append(use)
+        saved = (t.detach() for t in call.saved)
+        flip = call.flip
+        return Tap.apply(
+            out, self.anchor, lambda delta, kept: self._arrive(use, delta.mT if flip else delta, kept), *saved
+        )

@@ -1,0 +1,172 @@
+"""The completeness check: on every new way through a model, rules against autograd, and samples against each other.
+
+Two passes over the same batch with the same random numbers. The first weights sample `i`'s loss by a random `c_i` and
+lets autograd differentiate every operand as well: the rules' summed gradient must equal autograd's. In the second, the
+measuring pass, the output gradient of sample `i` must come out `1 / c_i` times as large, wherever the rule takes sample
+`i` to lie: that finds the sample axis, and proves that samples do not act on each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from noetherflow.errors import MomentError
+from noetherflow.moments.batch import Subject, check_finite, forward_backward, whole_batch_total
+from noetherflow.moments.layout import Layout
+from noetherflow.moments.taps import Trace, Use
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Relative rounding allowed between two ways of summing the same gradient."""
+    return {torch.float64: 1e-9, torch.float32: 2e-4}.get(dtype, 5e-2)
+
+
+def signature(trace: Trace, samples: int, span: int) -> tuple[Any, ...]:
+    return tuple(u.key(samples, span) for u in trace.uses)
+
+
+def random_weights(losses: Tensor) -> Tensor:
+    """`c_i` in [0.5, 1.5], without touching the global random state."""
+    rng = torch.Generator().manual_seed(0x5EED)
+    return (0.5 + torch.rand(losses.shape, generator=rng, dtype=torch.float64)).to(losses)
+
+
+@contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """Leave the random state as it was found, so that a second forward draws the same numbers."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def row_projection(layout: Layout, delta: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """Each sample's output gradient on one fixed direction, and the norm that sets its rounding error."""
+    rows = layout.front(delta, samples).reshape(samples, -1).to(torch.float64)
+    direction = torch.sin(1.0 + 7.3 * torch.arange(rows.shape[1], dtype=rows.dtype, device=rows.device))
+    return rows @ direction, rows.norm(dim=1).max() * direction.norm()
+
+
+@dataclass(eq=False)
+class Probe:
+    """What the weighted pass found."""
+
+    shared: frozenset[int]
+    uncovered: dict[str, str]
+    weights: Tensor
+    projections: dict[int, list[tuple[Layout, Tensor]]] = field(default_factory=dict)
+    kept: dict[int, Layout] = field(default_factory=dict)
+    still_shared: set[int] = field(default_factory=set)
+
+    def locate(self, use: Use, delta: Tensor) -> Layout | None:
+        """The layout under which sample i's rows scale with `c_i`; None if the output is shared by the samples.
+
+        Raises MomentError when no layout fits an output that depends on the samples: they act on each other.
+        """
+        samples = self.weights.numel()
+        for layout, weighted in self.projections.get(use.ordinal, []):
+            plain, scale = row_projection(layout, delta, samples)
+            error = (weighted - self.weights.flatten().double() * plain).abs().max()
+            if error <= 10 * tolerance(delta.dtype) * scale:
+                self.kept[use.ordinal] = layout
+                return layout
+        if use.certain:
+            raise MomentError(
+                f"samples act on each other at {use}: sample i's loss has a gradient in other samples' rows. "
+                "Per-sample gradients do not describe SGD here (batch statistics, contrastive loss?); "
+                "use minibatch_moments, or sample_axes=1 if the samples are whole sequences"
+            )
+        self.still_shared.add(use.ordinal)
+        return None
+
+
+def probe(subject: Subject, batch: Any, shared: frozenset[int]) -> Probe:
+    """The weighted pass, repeated until it is settled which calls have an output that all samples share.
+
+    Raises MomentError naming the parameter and the uses seen where rules and autograd disagree.
+    """
+    while True:
+        found = _try_probe(subject, batch, shared)
+        if isinstance(found, Probe):
+            return found
+        shared = found
+
+
+def _try_probe(subject: Subject, batch: Any, shared: frozenset[int]) -> Probe | frozenset[int]:
+    span = subject.sample_axes
+    state: list[Probe] = []
+    more_shared: set[int] = set()
+    totals: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def ready(losses: Tensor, trace: Trace) -> Tensor | None:
+        check_finite(losses, None)
+        uncovered = {n: ", ".join(sorted(ops)) for n, ops in trace.uncovered.items()}
+        for use in trace.uses:
+            if not use.layouts(losses.numel(), span):
+                if use.certain:
+                    for s in use.sources:
+                        uncovered.update(dict.fromkeys(s.names, f"{use}: no sample axis"))
+                else:
+                    more_shared.add(use.ordinal)
+        weights = random_weights(losses)
+        state.append(Probe(shared, uncovered, weights))
+        return None if more_shared else weights
+
+    def arrive(use: Use, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
+        if use.leaves[0].requires_grad:
+            found = state[0]
+            samples = found.weights.numel()
+            found.projections[use.ordinal] = [
+                (layout, row_projection(layout, delta, samples)[0]) for layout in use.layouts(samples, span)
+            ]
+            for k, site in enumerate(use.sites):
+                totals[use.ordinal, k] = whole_batch_total(site, delta, saved)
+
+    names = sorted(subject.measured)
+    with same_random_numbers():
+        done = forward_backward(subject, batch, shared, True, ready, arrive, [subject.roots[n] for n in names])
+    if done is None:
+        return shared | more_shared
+    _, trace, gradients = done
+    found = state[0]
+    leaves = sum(len(u.leaves) for u in trace.uses)
+    for name, residual in zip(names, gradients[leaves:], strict=True):
+        if residual is not None:
+            found.uncovered.setdefault(name, "a use that no rule saw")
+    _compare(subject, trace, totals, gradients[:leaves], found)
+    return found
+
+
+def _compare(
+    subject: Subject,
+    trace: Trace,
+    totals: dict[tuple[int, int], tuple[Tensor, Tensor]],
+    gradients: tuple[Tensor | None, ...],
+    found: Probe,
+) -> None:
+    position = iter(gradients)
+    for use in trace.uses:
+        for k, source in enumerate(use.sources):
+            expected = next(position)
+            if not source.names & (subject.measured - set(found.uncovered)):
+                continue
+            total, scale = totals.get((use.ordinal, k), (None, None))
+            if expected is None and total is None:
+                continue
+            if expected is None or total is None or not _close(total, expected, scale):
+                seen = [str(u) for u in trace.uses if any(s.names & source.names for s in u.sources)]
+                raise MomentError(
+                    f"the gradient of {sorted(source.names)} summed by rule differs from autograd's at {use}; "
+                    f"uses seen: {seen}. Please report this; meanwhile freeze the parameter or leave out its symmetries"
+                )
+
+
+def _close(total: Tensor, expected: Tensor, scale: Tensor | None) -> bool:
+    error = (total.double() - expected.double()).norm()
+    size = expected.double().norm() + (0.0 if scale is None else 1e-2 * scale.double())
+    return bool(error <= tolerance(expected.dtype) * size)
