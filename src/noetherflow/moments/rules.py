@@ -55,8 +55,8 @@ Rule = Callable[[Owned, Callable[..., Any], dict[str, Any]], Call | None]
 RULES: dict[Callable[..., Any], tuple[inspect.Signature, Rule]] = {}
 
 
-def rule(signature: Callable[..., None], *functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
-    """Register a rule for functions that share one call signature, given as that of a lambda."""
+def rule(signature: Callable[..., Any], *functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
+    """Register a rule for functions that share one call signature, given as that of a function."""
     parsed = inspect.signature(signature)
 
     def register(function: Rule) -> Rule:
@@ -212,7 +212,8 @@ def _norm(
     sample_axes: Callable[[Tensor], Sequence[int]],
 ) -> Call | None:
     """`y = xhat * weight + bias`: the gain sees `delta * xhat`, recomputed by the same function without affine part."""
-    x, w, b = a["input"], a["weight"], a.get("bias")
+    x, w = a["input"], a["weight"]
+    b: Any = a.get("bias")
     sites = []
     if owned(w):
         sites.append(summed(w, aligned(w), lambda delta, x: (torch.mul(*_raised(delta, normalised(x))),)))
@@ -266,13 +267,10 @@ def batch_norm(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Cal
     return _norm(owned, a, normalised, channel_axis, _first_axis)
 
 
-@rule(
-    lambda input, mean=None, var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5: None,
-    F.instance_norm,
-)
+@rule(F.instance_norm, F.instance_norm)
 def instance_norm(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Call | None:
     """With statistics of each sample alone."""
-    if not a["use_input_stats"] or a["mean"] is not None:
+    if not a["use_input_stats"] or a["running_mean"] is not None:
         return None
     eps = a["eps"]
     normalised = lambda x: F.instance_norm(x, None, None, None, None, True, 0.0, eps)
