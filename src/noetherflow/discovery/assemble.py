@@ -1,0 +1,221 @@
+"""From free coordinates to symmetries: which coordinates belong together, whether they mix, what they are called."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from noetherflow.discovery.gauges import Array, Bundle, Store, mix
+from noetherflow.discovery.infer import Inference
+from noetherflow.discovery.solve import Solution
+from noetherflow.legs import Leg
+from noetherflow.symmetry import Kind, Symmetry
+
+
+@dataclass(frozen=True, eq=False)
+class _Entries:
+    """Nonzero entries of the solution that lie on parameters, sorted by column: one row per (coordinate, atom)."""
+
+    column: Array
+    atom: Array
+    power: Array
+    bundle: Array
+    cell: Array
+
+
+def assemble(inference: Inference, solution: Solution) -> list[Symmetry]:
+    """Group coordinates with the same legs into symmetries; general_linear where no operator tells them apart."""
+    store = inference.store
+    buffers = {b.leaf for b in store.bundles if b.leaf not in inference.graph.parameters}
+    entries = _entries(store, solution)
+    if not entries.column.size:
+        return []
+    starts = np.flatnonzero(np.r_[True, np.diff(entries.column) != 0])
+    columns = entries.column[starts]
+    powers = (entries.power * 2**20).astype(np.int64)
+    legs_hash = np.add.reduceat(mix(mix(entries.bundle) ^ mix(powers)), starts)
+    cell_hash = np.add.reduceat(mix(entries.cell ^ mix(powers)), starts)
+    mixes = _may_mix(entries, starts, store)
+    tags, used = _facts(store, solution, columns)
+    eps = _eps(store, solution, columns)
+    ends = np.r_[starts[1:], entries.column.size]
+    groups: dict[tuple, list[int]] = defaultdict(list)
+    for k in range(columns.size):
+        if used[k]:
+            groups[(int(legs_hash[k]), float(eps[k]))].append(k)
+    found = []
+    for (_, size), members in groups.items():
+        for kind, blocks in _blocks(members, cell_hash, mixes):
+            rows = [[slice(starts[k], ends[k]) for k in block] for block in blocks]
+            legs = _legs(entries, rows, store.bundles, buffers)
+            if all(leg.buffer for leg in legs):
+                continue
+            tag = int(np.bitwise_or.reduce(tags[[k for block in blocks for k in block]]))
+            family = _family(kind, legs, {t for i, t in enumerate(store.TAGS) if tag >> i & 1})
+            kind = "scalar" if kind == "diagonal" and len(blocks) == 1 else kind
+            found.append(Symmetry(_name(legs), family, kind, tuple(legs), size or None, _note(size)))
+    return _unique_names(found)
+
+
+def _note(eps: float) -> str:
+    return f"exact up to the normalisation's eps = {eps:g}" if eps else ""
+
+
+def _entries(store: Store, solution: Solution) -> _Entries:
+    starts = np.array([b.start for b in store.bundles], dtype=np.int64)
+    sizes = np.array([b.size for b in store.bundles], dtype=np.int64)
+    bundle = np.searchsorted(starts, solution.atom, side="right") - 1
+    inside = (bundle >= 0) & (solution.atom < starts[bundle] + sizes[bundle]) if starts.size else bundle >= 0
+    bundle, atom = bundle[inside], solution.atom[inside]
+    column, coefficient = solution.column[inside], solution.coefficient[inside]
+    exponent = np.array([b.exponent for b in store.bundles])[bundle] if starts.size else coefficient
+    order = np.argsort(column, kind="stable")
+    column, power = column[order], (coefficient * exponent)[order]
+    first = np.flatnonzero(np.r_[True, np.diff(column) != 0]) if column.size else np.zeros(0, dtype=np.int64)
+    # Producers are +: a coordinate counts along its first leg, and a torus coordinate in units of it.
+    lead = np.repeat(power[first], np.diff(np.r_[first, column.size])) if column.size else power
+    return _Entries(column, atom[order], np.round(power / lead, 9), bundle[order], store.cell[atom[order]])
+
+
+def _may_mix(entries: _Entries, starts: Array, store: Store) -> Array:
+    """Per coordinate: unit powers on parameters, and no cell met twice."""
+    order = np.lexsort((entries.cell, entries.column))
+    cell, column = entries.cell[order], entries.column[order]
+    twice = np.r_[False, (cell[1:] == cell[:-1]) & (column[1:] == column[:-1])]
+    bad = (twice[np.argsort(order)]) | (np.abs(entries.power) != 1)
+    plain = np.array([b.exponent == 1 for b in store.bundles])[entries.bundle]
+    return np.add.reduceat((bad | ~plain).astype(np.int64), starts) == 0
+
+
+def _facts(store: Store, solution: Solution, columns: Array) -> tuple[Array, Array]:
+    """Per coordinate the tags of everything it moves, and whether any operator noticed it."""
+    by_root_tags = np.zeros(store.size, dtype=np.uint8)
+    touched = np.zeros(store.size, dtype=bool)
+    wild = np.zeros(store.size, dtype=bool)
+    np.bitwise_or.at(by_root_tags, solution.root, store.tags[: store.size])
+    np.logical_or.at(touched, solution.root, store.touched[: store.size])
+    np.logical_or.at(wild, solution.root, store.wild[: store.size])
+    root = solution.root[solution.atom]
+    tags = np.zeros(solution.free, dtype=np.uint8)
+    used = np.zeros(solution.free, dtype=bool)
+    np.bitwise_or.at(tags, solution.column, by_root_tags[root])
+    np.logical_or.at(used, solution.column, touched[root] & ~wild[root])
+    return tags[columns], used[columns]
+
+
+def _eps(store: Store, solution: Solution, columns: Array) -> Array:
+    """Per coordinate the largest constant that was added to something it scales, 0 if none."""
+    out = np.zeros(solution.free)
+    if not store.approximations:
+        return out[columns]
+    import scipy.sparse as sp
+
+    shape = (store.size, solution.free)
+    combos = sp.coo_array((solution.coefficient, (solution.atom, solution.column)), shape=shape).tocsr()
+    for equation, eps in store.approximations:
+        m, k = equation.ids.shape
+        rows = sp.coo_array(
+            (np.tile(equation.coefficients, m), (np.repeat(np.arange(m), k), equation.ids.reshape(-1))),
+            shape=(m, store.size),
+        ).tocsr()
+        scaled = sp.csr_array(rows @ combos)
+        hit = np.unique(scaled.indices[np.abs(scaled.data) > 1e-9])
+        out[hit] = np.maximum(out[hit], eps)
+    return out[columns]
+
+
+def _blocks(members: Sequence[int], cell_hash: Array, mixes: Array) -> list[tuple[Kind, list[list[int]]]]:
+    """Members that share all cells form a block; blocks of one size go together, lone coordinates into one torus."""
+    by_cell: dict[int, list[int]] = defaultdict(list)
+    alone: list[list[int]] = []
+    for k in members:
+        if mixes[k]:
+            by_cell[int(cell_hash[k])].append(k)
+        else:
+            alone.append([k])
+    by_size: dict[int, list[list[int]]] = defaultdict(list)
+    for block in by_cell.values():
+        if len(block) > 1:
+            by_size[len(block)].append(block)
+        else:
+            alone.append(block)
+    out: list[tuple[Kind, list[list[int]]]] = [("general_linear", blocks) for blocks in by_size.values()]
+    if alone:
+        out.append(("diagonal", sorted(alone)))
+    return out
+
+
+def _legs(entries: _Entries, rows: list[list[slice]], bundles: Sequence[Bundle], buffers: set[str]) -> list[Leg]:
+    """One leg per (bundle, power): `index[block, coordinate, replica]` lists its rows."""
+    first = rows[0][0]
+    kinds = dict.fromkeys(zip(entries.bundle[first].tolist(), entries.power[first].tolist(), strict=True))
+    legs = []
+    for number, power in kinds:
+        bundle = bundles[number]
+        index = np.array([[_rows_of(entries, s, number, power, bundle) for s in block] for block in rows])
+        legs.append(
+            Leg(
+                bundle.leaf,
+                index.astype(np.int64),
+                1 if power > 0 else -1,
+                bundle.axes,
+                bundle.view,
+                abs(power),
+                bundle.leaf in buffers,
+            )
+        )
+    return legs
+
+
+def _rows_of(entries: _Entries, where: slice, bundle: int, power: float, owner: Bundle) -> Array:
+    """Rows of one coordinate on one leg, ordered by cell so that replicas correspond between coordinates."""
+    mine = (entries.bundle[where] == bundle) & (entries.power[where] == power)
+    atoms, cells = entries.atom[where][mine], entries.cell[where][mine]
+    return atoms[np.lexsort((atoms, cells))] - owner.start
+
+
+def _family(kind: Kind, legs: Sequence[Leg], tags: set[str]) -> str:
+    weight_legs = [leg for leg in legs if not leg.buffer]
+    if len({leg.sign for leg in weight_legs}) == 1:
+        return "one-sided"
+    if "score" in tags and "gain" not in tags:
+        paired = kind == "diagonal" and any(leg.replicas > 1 for leg in weight_legs)
+        return "rotary-qk" if paired else "attention-qk"
+    if "value" in tags:
+        return "attention-vo"
+    for tag, family in (("gain", "norm-gain"), ("relu", "rescaling"), ("gate", "gated")):
+        if tag in tags:
+            return family
+    if kind == "general_linear":
+        return "linear-linear"
+    return "stream" if sum(leg.sign > 0 for leg in weight_legs) > 2 else "rescaling"
+
+
+def _name(legs: Sequence[Leg]) -> str:
+    """`producer -> consumer` by module, with the number of further legs."""
+    sides = []
+    for sign in (1, -1):
+        names = list(dict.fromkeys(_module(leg.parameter) for leg in legs if leg.sign == sign and not leg.buffer))
+        if names:
+            sides.append(names[0] + (f" (+{len(names) - 1})" if len(names) > 1 else ""))
+    return " -> ".join(sides)
+
+
+def _module(parameter: str) -> str:
+    owner, _, name = parameter.rpartition(".")
+    return owner if owner and name in ("weight", "bias") else parameter
+
+
+def _unique_names(symmetries: list[Symmetry]) -> list[Symmetry]:
+    from dataclasses import replace
+
+    seen: dict[str, int] = defaultdict(int)
+    out = []
+    for s in symmetries:
+        label = f"{s.name} [scale]" if s.family == "one-sided" else s.name
+        seen[label] += 1
+        out.append(replace(s, name=label if seen[label] == 1 else f"{label} #{seen[label]}"))
+    return out

@@ -1,0 +1,195 @@
+"""A model as a flat graph of aten operators, traced on a weightless float64 copy."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from noetherflow.errors import ExportError
+from noetherflow.symmetry_set import tensors_of
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """An exported model.
+
+    `leaves` maps placeholder names to canonical parameter or buffer names, `parameters` names the trainable kind,
+    `shapes` holds the shape of every leaf by canonical name, `constants` the known values of lifted constants.
+    """
+
+    module: fx.GraphModule
+    leaves: dict[str, str]
+    parameters: frozenset[str]
+    shapes: dict[str, tuple[int, ...]]
+    constants: dict[str, Tensor]
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        return list(self.module.graph.nodes)
+
+    def casts(self) -> tuple[str, ...]:
+        """Places where the float64 graph lowers its own precision, as `module path (operator)`."""
+        found: dict[str, None] = {}
+        for node in self.nodes:
+            value = node.meta.get("val")
+            if node.op != "call_function" or not isinstance(value, Tensor) or not value.is_floating_point():
+                continue
+            wide = any(
+                isinstance(source.meta.get("val"), Tensor) and source.meta["val"].dtype == torch.float64
+                for source in node.all_input_nodes
+            )
+            if wide and value.dtype != torch.float64:
+                found[f"{module_path(node)} ({_short(node)} to {str(value.dtype).removeprefix('torch.')})"] = None
+        return tuple(found)
+
+
+def _short(node: fx.Node) -> str:
+    return operator_name(node).removeprefix("aten.").split(".")[0].lstrip("_")
+
+
+def operator_name(node: fx.Node) -> str:
+    """`aten.linear.default` and the like."""
+    return str(node.target)
+
+
+def module_path(node: fx.Node) -> str:
+    """The innermost module that the node was traced in, `""` for the root."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next((entry[0] for entry in reversed(stack.values())), "") if stack else ""
+    return str(path)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel, DataParallel or torch.compile."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as `(args, kwargs)`: a dict is kwargs, a tuple is args, anything else one argument."""
+    if isinstance(example_inputs, dict) or hasattr(example_inputs, "keys"):
+        return (), dict(example_inputs)
+    return (example_inputs, {}) if isinstance(example_inputs, tuple) else ((example_inputs,), {})
+
+
+@contextmanager
+def _no_cache(model: nn.Module) -> Iterator[None]:
+    """HF models: switch off key/value caches while tracing."""
+    config = getattr(model, "config", None)
+    if not getattr(config, "use_cache", False):
+        yield
+        return
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = True
+
+
+def weightless(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None) -> nn.Module:
+    """A copy of `model` with fake tensors for weights (floating ones in `dtype`), on the CPU, holding no memory."""
+    memo: dict[int, Any] = {}
+    for tensor in tensors_of(model).values():
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        with mode:
+            blank = torch.empty(tensor.shape, dtype=kind, device="cpu")
+        memo[id(tensor)] = (
+            nn.Parameter(blank, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank
+        )
+    return copy.deepcopy(model, memo)
+
+
+def export(model: nn.Module, example_inputs: Any) -> Graph:
+    """Trace `model` with `torch.export` into functional aten operators.
+
+    The traced copy has fake float64 weights, so models on the meta device cost no memory and casts to a lower precision
+    show in the graph. `example_inputs` is a tensor, a tuple of arguments or a dict of keyword arguments.
+
+    Raises ExportError with the reason when tracing fails (data-dependent control flow, say).
+    """
+    inner = unwrap(model)
+    failure: Exception | None = None
+    for dtype in (torch.float64, None):
+        try:
+            program = _trace(inner, example_inputs, dtype)
+            break
+        except Exception as error:
+            failure = failure or error
+    else:
+        raise ExportError(_explain(inner, failure)) from failure
+    return _graph(model, inner, program)
+
+
+def _trace(model: nn.Module, example_inputs: Any, dtype: torch.dtype | None) -> torch.export.ExportedProgram:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def fake(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        kind = dtype if dtype is not None and value.is_floating_point() else value.dtype
+        with mode:
+            return torch.empty(value.shape, dtype=kind, device="cpu")
+
+    args, kwargs = pytree.tree_map(fake, split_inputs(example_inputs))
+    with warnings.catch_warnings(), _no_cache(model):
+        warnings.simplefilter("ignore")
+        blank = weightless(model, mode, dtype)
+        # Tracing a training-mode graph would bake the mode in anyway; the copy keeps whatever mode the model is in.
+        return torch.export.export(blank, args, kwargs, strict=False).run_decompositions({})
+
+
+def _graph(model: nn.Module, inner: nn.Module, program: torch.export.ExportedProgram) -> Graph:
+    canonical = {id(tensor): name for name, tensor in tensors_of(model).items()}
+    by_alias = {
+        name: canonical[id(tensor)]
+        for name, tensor in [
+            *inner.named_parameters(remove_duplicate=False),
+            *inner.named_buffers(remove_duplicate=False),
+        ]
+    }
+    signature = program.graph_signature
+    leaves = {
+        spec.arg.name: by_alias[str(spec.target)]
+        for spec in signature.input_specs
+        if spec.target is not None and str(spec.target) in by_alias
+    }
+    constants = {
+        spec.arg.name: program.constants[str(spec.target)]
+        for spec in signature.input_specs
+        if spec.target is not None
+        and isinstance(program.constants.get(str(spec.target)), Tensor)
+        and not isinstance(program.constants[str(spec.target)], FakeTensor)
+    }
+    tensors = tensors_of(model)
+    return Graph(
+        program.graph_module,
+        leaves,
+        frozenset(n for n, t in tensors.items() if isinstance(t, nn.Parameter)),
+        {n: tuple(t.shape) for n, t in tensors.items()},
+        constants,
+    )
+
+
+def _explain(model: nn.Module, failure: Exception | None) -> str:
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
+    reason = lines[0] if lines else type(failure).__name__
+    return (
+        f"{type(model).__name__} could not be exported: {reason}\n"
+        "torch.export needs control flow that does not depend on tensor values. Rewrite that branch (torch.where, "
+        "torch.cond), pass example inputs of the right form (a tensor, a tuple of arguments or a dict of keyword "
+        "arguments), or name the symmetries yourself: nf.declare(model, kind, plus=[(parameter, axis)], minus=[...])."
+    )

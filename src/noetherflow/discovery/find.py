@@ -1,0 +1,37 @@
+"""Find every continuous symmetry of a model by gauge inference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from noetherflow.discovery.assemble import assemble
+from noetherflow.discovery.export import Graph, export
+from noetherflow.discovery.infer import infer
+from noetherflow.discovery.solve import solve
+from noetherflow.symmetry_set import SymmetrySet
+
+
+def find_symmetries(model: nn.Module, example_inputs: Any) -> SymmetrySet:
+    """All continuous axis-wise symmetries `l(G . theta, z) = l(theta, z)` of the model's outputs (theory.md section 2).
+
+    `example_inputs` is a tensor, a tuple of arguments or a dict of keyword arguments; only shapes matter. The model is
+    traced in its current mode on a copy without weights, so models on the meta device work. Symmetries with a frozen
+    leg are listed in `.excluded`, operators without a rule in `.unknown`, casts to a lower precision in `.casts`.
+
+    Raises ExportError if the model cannot be traced.
+    """
+    return find_in_graph(export(model, example_inputs)).trainable(model)
+
+
+def find_in_graph(graph: Graph) -> SymmetrySet:
+    """The symmetries of an exported graph, frozen parameters included."""
+    inference = infer(graph)
+    symmetries = assemble(inference, solve(inference.store))
+    return SymmetrySet(
+        tuple(symmetries),
+        shapes=dict(graph.shapes),
+        unknown=inference.unknown,
+        casts=graph.casts(),
+    )

@@ -1,0 +1,103 @@
+"""The rule registry: one short function per family of operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from noetherflow.discovery.gauges import Field, Gauge, Store, narrow
+
+Rule = Callable[..., Any]
+RULES: dict[str, Rule] = {}
+"""Operator name (with or without overload) -> rule."""
+
+
+def rule(*operators: str) -> Callable[[Rule], Rule]:
+    """Register a rule under operator names, `aten.add` for every overload or `aten.add.Tensor` for one."""
+
+    def register(function: Rule) -> Rule:
+        for name in operators:
+            RULES[name] = function
+        return function
+
+    return register
+
+
+def find_rule(operator: str) -> Rule | None:
+    """The rule of `aten.add.Tensor`, else that of `aten.add`."""
+    return RULES.get(operator) or RULES.get(operator.rpartition(".")[0])
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a rule sees besides the gauges of its arguments.
+
+    `shapes` are the shapes of the outputs (None for one that is no tensor), `buffer` gives a gauge to a buffer that
+    moves with the weights.
+    """
+
+    store: Store
+    node: fx.Node
+    shapes: tuple[tuple[int, ...] | None, ...]
+    buffer: Callable[[Gauge, float], Gauge]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self.shapes[0]
+        assert shape is not None
+        return shape
+
+    def out(self, fields: Sequence[Field] = (), **facts: Any) -> Gauge:
+        """The gauge of the first output: fields with its number of axes."""
+        return Gauge(self.shape, self.store.simplify(fields), **facts)
+
+    def trivial(self, *gauges: Any, why: str = "") -> None:
+        """Demand that every tensor among the arguments stays as it is."""
+        for gauge in gauges_in(gauges):
+            self.store.vanish(gauge.fields, why or f"passes {short_name(self.node)}")
+
+
+def short_name(node: fx.Node) -> str:
+    return str(node.target).removeprefix("aten.").split(".")[0].strip("_")
+
+
+def gauges_in(value: Any) -> list[Gauge]:
+    """Every gauge inside nested lists, tuples and dicts."""
+    if isinstance(value, Gauge):
+        return [value]
+    if isinstance(value, dict):
+        return [g for v in value.values() for g in gauges_in(v)]
+    if isinstance(value, (list, tuple)):
+        return [g for v in value for g in gauges_in(v)]
+    return []
+
+
+def aligned(gauge: Gauge, ndim: int) -> tuple[Field, ...]:
+    """Fields with leading axes of size 1 added, as broadcasting does."""
+    return tuple(replace(f, ids=f.ids.reshape([1] * (ndim - f.ids.ndim) + list(f.ids.shape))) for f in gauge.fields)
+
+
+def reshaped(fields: Sequence[Field], old: Sequence[int], new: Sequence[int]) -> tuple[Field, ...]:
+    """Fields of a tensor of shape `old` after a reshape to `new`."""
+    return tuple(Field(narrow(f.ids.expand(*old).reshape(*new)), f.exponent) for f in fields)
+
+
+def on_ids(fields: Sequence[Field], shape: Sequence[int], act: Callable[[Tensor], Tensor]) -> tuple[Field, ...]:
+    """Fields after a re-indexing operator, run on the atoms themselves."""
+    return tuple(Field(narrow(act(f.ids.expand(*shape))), f.exponent) for f in fields)
+
+
+def normal_axes(axes: Any, ndim: int) -> tuple[int, ...]:
+    """A dim argument (int, list, or None/empty for all) as non-negative axes."""
+    if axes is None or (isinstance(axes, (list, tuple)) and not axes):
+        return tuple(range(ndim))
+    listed = [axes] if isinstance(axes, int) else axes
+    return tuple(a % max(ndim, 1) for a in listed)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, bool, torch.SymInt, torch.SymFloat))

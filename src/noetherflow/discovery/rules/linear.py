@@ -1,0 +1,177 @@
+"""Contractions: the summed axis pairs with its dual, everything else passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from noetherflow.discovery.gauges import Field, Gauge
+from noetherflow.discovery.rules.base import Context, aligned, reshaped, rule, short_name
+from noetherflow.discovery.rules.shape import agree
+
+
+def spread(gauge: Gauge, labels: str, joint: str) -> Gauge:
+    """A tensor with axes `labels` laid out on the axes `joint`, size 1 where it has none."""
+    order = [labels.index(c) for c in joint if c in labels]
+    sizes = [gauge.shape[labels.index(c)] if c in labels else 1 for c in joint]
+
+    def place(f: Field) -> Field:
+        ids = f.ids.permute(order)
+        found = iter(ids.shape)
+        return Field(ids.reshape([next(found) if c in labels else 1 for c in joint]), f.exponent)
+
+    return replace(gauge, shape=tuple(sizes), fields=tuple(place(f) for f in gauge.fields))
+
+
+def contracted(ctx: Context, x: Gauge, y: Gauge, spec: str) -> tuple[Field, ...]:
+    """`einsum(spec, x, y)` on gauges; the fields in the order of the output labels."""
+    inputs, output = spec.split("->")
+    left, right = inputs.split(",")
+    joint = output + "".join(dict.fromkeys(c for c in left + right if c not in output))
+    a, b = spread(x, left, joint), spread(y, right, joint)
+    axes = tuple(range(len(output), len(joint)))
+    if {"data"} <= x.marks & y.marks:
+        _tag_attention(ctx, a, b, axes)
+    fields = ctx.store.contract(a, b, axes, f"is summed over in {short_name(ctx.node)}")
+    return tuple(Field(f.ids.reshape(f.ids.shape[: len(output)]), f.exponent) for f in fields)
+
+
+def _tag_attention(ctx: Context, a: Gauge, b: Gauge, axes: Sequence[int]) -> None:
+    for own, other in ((a, b), (b, a)):
+        if "softmax" in other.marks:
+            ctx.store.tag(own.fields, "value")
+        elif "softmax" not in own.marks and own.fields and other.fields:
+            ctx.store.tag([f for f in own.fields if f.spans(axes)], "score")
+
+
+def with_bias(ctx: Context, fields: Sequence[Field], bias: Gauge | None, axis: int = -1) -> tuple[Field, ...]:
+    """The output of a layer and its bias along `axis` transform alike."""
+    if bias is None:
+        return tuple(fields)
+    n = len(ctx.shape)
+    sizes = [-1 if a == axis % n else 1 for a in range(n)]
+    placed = tuple(Field(f.ids.reshape(sizes), f.exponent) for f in bias.fields)
+    return agree(ctx, Gauge(ctx.shape, tuple(fields)), Gauge(ctx.shape, placed, bias.zero), "gets a bias")
+
+
+LETTERS = "abcdefghijklmnopqrstuvw"
+
+
+@rule("aten.linear")
+def linear(ctx: Context, x: Gauge, weight: Gauge, bias: Gauge | None = None) -> Gauge:
+    lead = LETTERS[: len(x.shape) - 1]
+    if len(weight.shape) == 1:
+        return ctx.out(contracted(ctx, x, weight, f"{lead}z,z->{lead}"))
+    return ctx.out(with_bias(ctx, contracted(ctx, x, weight, f"{lead}z,yz->{lead}y"), bias))
+
+
+@rule("aten.matmul", "aten.mm", "aten.bmm", "aten.mv", "aten.dot", "aten.vdot")
+def matmul(ctx: Context, x: Gauge, y: Gauge, *_: Any) -> Gauge:
+    return ctx.out(_matmul(ctx, x, y, len(ctx.shape)))
+
+
+def _matmul(ctx: Context, x: Gauge, y: Gauge, ndim: int) -> tuple[Field, ...]:
+    rows = "y" if len(x.shape) > 1 else ""
+    columns = "x" if len(y.shape) > 1 else ""
+    lead = LETTERS[: ndim - len(rows) - len(columns)]
+    own = lead[len(lead) - max(len(x.shape) - 2, 0) :]
+    other = lead[len(lead) - max(len(y.shape) - 2, 0) :]
+    return contracted(ctx, x, y, f"{own}{rows}z,{other}z{columns}->{lead}{rows}{columns}")
+
+
+@rule("aten.addmm", "aten.baddbmm", "aten.addbmm", "aten.addmv")
+def addmm(ctx: Context, bias: Gauge, x: Gauge, y: Gauge, *, beta: Any = 1, alpha: Any = 1) -> Gauge:
+    n = len(ctx.shape)
+    product = _matmul(ctx, x, y, n)
+    if beta == 0:
+        return ctx.out(product)
+    own = Gauge(ctx.shape, aligned(bias, n), bias.zero)
+    return ctx.out(agree(ctx, Gauge(ctx.shape, product), own, "gets a bias"))
+
+
+@rule("aten.einsum")
+def einsum(ctx: Context, equation: str, tensors: Sequence[Gauge], **_: Any) -> Gauge:
+    spec = equation.replace(" ", "")
+    terms = spec.split("->")[0].split(",")
+    plain = "->" in spec and "." not in spec and all(len(set(t)) == len(t) for t in terms)
+    if not plain or len(tensors) > 2:
+        ctx.trivial(tensors)
+        return ctx.out()
+    if len(tensors) == 1:
+        return ctx.out(contracted(ctx, tensors[0], Gauge(()), f"{terms[0]},->{spec.split('->')[1]}"))
+    return ctx.out(contracted(ctx, tensors[0], tensors[1], spec))
+
+
+@rule("aten.outer", "aten.ger")
+def outer(ctx: Context, x: Gauge, y: Gauge) -> Gauge:
+    return ctx.out(contracted(ctx, x, y, "a,b->ab"))
+
+
+@rule("aten.conv1d", "aten.conv2d", "aten.conv3d")
+def conv_plain(
+    ctx: Context,
+    x: Gauge,
+    weight: Gauge,
+    bias: Gauge | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Gauge:
+    return _convolve(ctx, x, weight, bias, groups, False)
+
+
+@rule("aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d")
+def conv_transposed(
+    ctx: Context,
+    x: Gauge,
+    weight: Gauge,
+    bias: Gauge | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Gauge:
+    return _convolve(ctx, x, weight, bias, groups, True)
+
+
+@rule("aten.convolution")
+def convolution(
+    ctx: Context,
+    x: Gauge,
+    weight: Gauge,
+    bias: Gauge | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+) -> Gauge:
+    return _convolve(ctx, x, weight, bias, groups, transposed)
+
+
+def _convolve(ctx: Context, x: Gauge, weight: Gauge, bias: Gauge | None, groups: int, transposed: bool) -> Gauge:
+    k = len(weight.shape) - 2
+    lead = len(x.shape) - k - 1
+    space = tuple(range(lead + 1, lead + 1 + k))
+    fx = ctx.store.constant_along(x.fields, space, "is convolved over")
+    fw = ctx.store.constant_along(weight.fields, tuple(range(2, 2 + k)), "is a convolution kernel")
+    channels, wide = x.shape[lead], weight.shape[:2]
+    split = (groups, channels // groups)
+    ax = Gauge((*x.shape[:lead], *split), marks=x.marks)
+    fx = reshaped(
+        [Field(f.ids.reshape(f.ids.shape[: lead + 1]), f.exponent) for f in fx], x.shape[: lead + 1], ax.shape
+    )
+    aw = Gauge((groups, wide[0] // groups, wide[1]), marks=weight.marks)
+    fw = reshaped([Field(f.ids.reshape(f.ids.shape[:2]), f.exponent) for f in fw], wide, aw.shape)
+    batch = LETTERS[:lead]
+    kernel = "xzy" if transposed else "xyz"
+    out = contracted(ctx, replace(ax, fields=fx), replace(aw, fields=fw), f"{batch}xz,{kernel}->{batch}xy")
+    per_group = wide[1] if transposed else wide[0] // groups
+    old = (*x.shape[:lead], groups, per_group)
+    merged = reshaped(out, old, (*x.shape[:lead], groups * per_group))
+    full = [Field(f.ids.reshape([*f.ids.shape, *[1] * k]), f.exponent) for f in merged]
+    return ctx.out(with_bias(ctx, full, bias, axis=lead))

@@ -1,0 +1,264 @@
+"""Reductions, pooling and normalisations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from noetherflow.discovery.gauges import Field, Gauge
+from noetherflow.discovery.rules.base import Context, normal_axes, reshaped, rule, short_name
+from noetherflow.discovery.rules.shape import agree
+
+
+def _reduced(ctx: Context, fields: Sequence[Field], ndim: int, axes: Sequence[int], keepdim: bool) -> tuple[Field, ...]:
+    left = ctx.store.constant_along(fields, axes, f"is reduced by {short_name(ctx.node)}")
+    if keepdim or not ndim:
+        return left
+    keep = [a for a in range(ndim) if a not in axes]
+    return tuple(Field(f.ids.reshape([f.ids.shape[a] for a in keep]), f.exponent) for f in left)
+
+
+@rule("aten.sum", "aten.mean", "aten.nansum")
+def mean(ctx: Context, x: Gauge, dim: Any = None, keepdim: bool = False, **_: Any) -> Gauge:
+    fields = _reduced(ctx, x.fields, len(x.shape), normal_axes(dim, len(x.shape)), keepdim)
+    return ctx.out(fields, zero=x.zero)
+
+
+@rule("aten.cumsum")
+def cumsum(ctx: Context, x: Gauge, dim: int, **_: Any) -> Gauge:
+    return ctx.out(ctx.store.constant_along(x.fields, normal_axes(dim, len(x.shape)), "is summed cumulatively"))
+
+
+@rule("aten.amax", "aten.amin")
+def amax(ctx: Context, x: Gauge, dim: Any = None, keepdim: bool = False) -> Gauge:
+    ctx.store.singletons(x.fields)
+    return mean(ctx, x, dim, keepdim)
+
+
+@rule("aten.max.dim", "aten.min.dim")
+def max_dim(ctx: Context, x: Gauge, dim: int, keepdim: bool = False) -> list[Gauge]:
+    values = amax(ctx, x, dim, keepdim)
+    return [values, Gauge(values.shape)]
+
+
+@rule("aten.max.default", "aten.min.default")
+def max_all(ctx: Context, x: Gauge) -> Gauge:
+    return amax(ctx, x)
+
+
+@rule("aten.topk", "aten.sort")
+def topk(ctx: Context, x: Gauge, *args: Any, **kwargs: Any) -> list[Gauge]:
+    position = 1 if short_name(ctx.node) == "topk" else 0
+    dim = kwargs.get("dim", args[position] if len(args) > position else -1)
+    ctx.store.singletons(x.fields)
+    fields = ctx.store.constant_along(x.fields, normal_axes(dim, len(x.shape)), "is sorted")
+    return [ctx.out(fields), ctx.out()]
+
+
+@rule("aten.linalg_vector_norm")
+def vector_norm(ctx: Context, x: Gauge, order: Any = 2, dim: Any = None, keepdim: bool = False, **_: Any) -> Gauge:
+    return amax(ctx, x, dim, keepdim)
+
+
+@rule("aten.norm", "aten.frobenius_norm")
+def norm(ctx: Context, x: Gauge, order: Any = 2, dim: Any = None, keepdim: bool = False, **_: Any) -> Gauge:
+    return amax(ctx, x, dim, keepdim)
+
+
+@rule("aten.var", "aten.std")
+def variance(ctx: Context, x: Gauge, dim: Any = None, *_: Any, keepdim: bool = False, **__: Any) -> Gauge:
+    ctx.store.singletons(x.fields)
+    power = 2.0 if short_name(ctx.node) == "var" else 1.0
+    axes = normal_axes(None if isinstance(dim, bool) else dim, len(x.shape))
+    fields = _reduced(ctx, x.fields, len(x.shape), axes, keepdim)
+    return ctx.out([replace(f, exponent=power * f.exponent) for f in fields])
+
+
+@rule(*(f"aten.{kind}_pool{n}d" for kind in ("avg", "adaptive_avg", "_adaptive_avg", "lp") for n in (1, 2, 3)))
+def average_pool(ctx: Context, x: Gauge, *_: Any, **__: Any) -> Gauge:
+    count = int(str(ctx.node.target).split("pool")[1][0])
+    return ctx.out(_over_space(ctx, x, count))
+
+
+@rule(*(f"aten.{kind}max_pool{n}d" for kind in ("", "adaptive_") for n in (1, 2, 3)))
+@rule(*(f"aten.max_pool{n}d_with_indices" for n in (1, 2, 3)))
+def max_pool(ctx: Context, x: Gauge, *_: Any, **__: Any) -> Any:
+    ctx.store.singletons(x.fields)
+    values = average_pool(ctx, x)
+    return values if len(ctx.shapes) == 1 else [values, Gauge(values.shape)]
+
+
+@rule(*(f"aten.upsample_{kind}" for kind in ["nearest1d", "nearest2d", "nearest3d", "linear1d", "trilinear3d"]))
+@rule(*(f"aten.{kind}" for kind in ["upsample_bilinear2d", "upsample_bicubic2d", "_upsample_nearest_exact2d"]))
+@rule("aten._upsample_bilinear2d_aa", "aten._upsample_bicubic2d_aa", "aten.grid_sampler")
+def interpolate(ctx: Context, x: Gauge, *_: Any, **__: Any) -> Gauge:
+    return ctx.out(_over_space(ctx, x, len(x.shape) - 2))
+
+
+def _over_space(ctx: Context, x: Gauge, count: int) -> tuple[Field, ...]:
+    axes = range(len(x.shape) - count, len(x.shape))
+    return ctx.store.constant_along(x.fields, list(axes), f"is averaged over by {short_name(ctx.node)}")
+
+
+def _scale_free(ctx: Context, fields: Sequence[Field], axes: Sequence[int], eps: float | None) -> tuple[Field, ...]:
+    """A normalisation over `axes` divides the input's scale out, up to eps; the scale that it removed."""
+    scale = ctx.store.constant_along(fields, axes, f"is normalised by {short_name(ctx.node)}")
+    ctx.store.singletons(scale)
+    for f in scale:
+        ctx.store.touched[f.ids.reshape(-1).numpy()] = True
+    if eps:
+        ctx.store.approximately([replace(f, exponent=2 * f.exponent) for f in scale], float(eps))
+    return scale
+
+
+def _affine(ctx: Context, gain: Gauge | None, bias: Gauge | None, axes: Sequence[int]) -> tuple[Field, ...]:
+    """Gain (and bias) along `axes` of a normalised tensor."""
+    sizes = [n if a in axes else 1 for a, n in enumerate(ctx.shape)]
+
+    def placed(g: Gauge | None) -> Gauge:
+        if g is None:
+            return Gauge(ctx.shape)
+        core = [k for k in range(len(sizes)) if k in axes]
+        shape = [1] * len(sizes)
+        fields = []
+        for f in g.fields:
+            for k, n in zip(core, f.ids.shape, strict=True):
+                shape[k] = n
+            fields.append(Field(f.ids.reshape(shape), f.exponent))
+        return Gauge(ctx.shape, tuple(fields), g.zero)
+
+    scaled = placed(gain)
+    ctx.store.singletons(scaled.fields)
+    ctx.store.tag(scaled.fields, "gain")
+    return scaled.fields if bias is None else agree(ctx, scaled, placed(bias), "gets a bias")
+
+
+@rule("aten.layer_norm", "aten.native_layer_norm")
+def layer_norm(
+    ctx: Context,
+    x: Gauge,
+    normalized: Sequence[int],
+    weight: Gauge | None = None,
+    bias: Gauge | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Any:
+    axes = tuple(range(len(x.shape) - len(normalized), len(x.shape)))
+    _scale_free(ctx, x.fields, axes, eps)
+    return _with_statistics(ctx, ctx.out(_affine(ctx, weight, bias, axes)))
+
+
+@rule("aten.rms_norm", "aten._fused_rms_norm")
+def rms_norm(
+    ctx: Context, x: Gauge, normalized: Sequence[int], weight: Gauge | None = None, eps: float | None = None
+) -> Any:
+    axes = tuple(range(len(x.shape) - len(normalized), len(x.shape)))
+    _scale_free(ctx, x.fields, axes, 2.3e-16 if eps is None else eps)
+    return _with_statistics(ctx, ctx.out(_affine(ctx, weight, None, axes)))
+
+
+def _with_statistics(ctx: Context, out: Gauge) -> Any:
+    return out if len(ctx.shapes) == 1 else [out, *(Gauge(shape or ()) for shape in ctx.shapes[1:])]
+
+
+@rule("aten.group_norm")
+def group_norm(
+    ctx: Context,
+    x: Gauge,
+    groups: int,
+    weight: Gauge | None = None,
+    bias: Gauge | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Any:
+    split = (x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
+    _scale_free(ctx, reshaped(x.fields, x.shape, split), tuple(range(2, len(split))), eps)
+    return _with_statistics(ctx, ctx.out(_affine(ctx, weight, bias, (1,))))
+
+
+@rule("aten.native_group_norm")
+def native_group_norm(
+    ctx: Context, x: Gauge, weight: Gauge | None, bias: Gauge | None, n: int, c: int, hw: int, groups: int, eps: float
+) -> Any:
+    return group_norm(ctx, x, groups, weight, bias, eps)
+
+
+@rule("aten._native_batch_norm_legit_no_training")
+def batch_norm_eval(
+    ctx: Context, x: Gauge, weight: Gauge | None, bias: Gauge | None, mean: Gauge, var: Gauge, _: float, eps: float
+) -> Any:
+    return _batch_norm(ctx, x, weight, bias, mean, var, eps)
+
+
+@rule("aten._native_batch_norm_legit_functional", "aten._native_batch_norm_legit", "aten.native_batch_norm")
+def batch_norm_train(
+    ctx: Context,
+    x: Gauge,
+    weight: Gauge | None,
+    bias: Gauge | None,
+    mean: Gauge | None,
+    var: Gauge | None,
+    training: bool,
+    _: float,
+    eps: float,
+) -> Any:
+    return _batch_norm(ctx, x, weight, bias, mean, var, eps)
+
+
+@rule("aten._native_batch_norm_legit.no_stats")
+def batch_norm_plain(
+    ctx: Context, x: Gauge, weight: Gauge | None, bias: Gauge | None, training: bool, _: float, eps: float
+) -> Any:
+    return _batch_norm(ctx, x, weight, bias, None, None, eps)
+
+
+@rule("aten.batch_norm")
+def batch_norm(
+    ctx: Context,
+    x: Gauge,
+    weight: Gauge | None,
+    bias: Gauge | None,
+    mean: Gauge | None,
+    var: Gauge | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *_: Any,
+) -> Any:
+    return _batch_norm(ctx, x, weight, bias, mean, var, eps)
+
+
+def _batch_norm(
+    ctx: Context,
+    x: Gauge,
+    weight: Gauge | None,
+    bias: Gauge | None,
+    mean: Gauge | None,
+    var: Gauge | None,
+    eps: float,
+) -> Any:
+    n = len(x.shape)
+    scale = _scale_free(ctx, x.fields, tuple(a for a in range(n) if a != 1), eps)
+    sizes = [-1 if a == 1 else 1 for a in range(n)]
+    for buffer, power in ((mean, 1.0), (var, 2.0)):
+        if buffer is not None:
+            moved = ctx.buffer(buffer, power).fields
+            placed = [Field(f.ids.reshape(sizes), f.exponent) for f in moved]
+            ctx.store.equal(placed, [replace(f, exponent=power * f.exponent) for f in scale], "is a running statistic")
+    return _with_statistics(ctx, ctx.out(_affine(ctx, weight, bias, (1,))))
+
+
+@rule("aten.instance_norm")
+def instance_norm(
+    ctx: Context, x: Gauge, weight: Gauge | None, bias: Gauge | None, mean: Any, var: Any, use_input: bool, *args: Any
+) -> Any:
+    _scale_free(ctx, x.fields, tuple(range(2, len(x.shape))), args[1])
+    return ctx.out(_affine(ctx, weight, bias, (1,)))
+
+
+@rule("aten._weight_norm", "aten._weight_norm_interface")
+def weight_norm(ctx: Context, v: Gauge, g: Gauge, dim: int = 0) -> Any:
+    axes = tuple(a for a in range(len(v.shape)) if a != dim % len(v.shape))
+    _scale_free(ctx, v.fields, axes, None)
+    return _with_statistics(ctx, ctx.out(g.fields))
