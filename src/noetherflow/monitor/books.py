@@ -57,7 +57,8 @@ def close_books(
     """
     c = coefficient_arrays(rule, layout, settings)
     with np.errstate(invalid="ignore", over="ignore"):
-        entries = decompose(rule, values, c, layout.reference)
+        measured = {q: values.get(q, np.zeros_like(values["tt"])) for q in rule.quantities}
+        entries = decompose(rule, measured, c, layout.reference)
         out = {name: apply(layout.matrix, value) for name, value in entries.items()}
         change = apply(layout.matrix, values["tt_after"] - values["tt"])
         absent = np.zeros_like(change)

@@ -18,6 +18,8 @@ Group = Mapping[str, Any]
 State = Mapping[str, Any]
 Pairs = dict[str, tuple[Tensor, Tensor]]
 Values = Mapping[str, np.ndarray]
+Settings = Mapping[str, float]
+Tensors = Mapping[str, Tensor]
 
 FIRST_ORDER = ("gradient", "momentum", "decay", "preconditioner", "other")
 ENTRIES = (*FIRST_ORDER, "second_order")
@@ -34,27 +36,27 @@ class Rule:
     quantities: ClassVar[tuple[str, ...]]
     parts: ClassVar[tuple[str, ...]]
     coefficients: ClassVar[tuple[str, ...]]
+    state_keys: ClassVar[tuple[str, ...]] = ()
+    keeps_copy: ClassVar[bool] = False
     has_equilibrium: ClassVar[bool] = False
 
     def settings(self, group: Group, state: State, steps: float) -> dict[str, float]:
         """Coefficients of one parameter's next step; `steps` already made by the optimiser on it."""
         raise NotImplementedError
 
-    def before(self, c: Mapping[str, float], theta: Tensor, grad: Tensor, state: State) -> Pairs:
-        raise NotImplementedError
+    def before(self, c: Settings, t: Tensors) -> Pairs:
+        """Pairs from `theta`, `grad` and the `state_keys` before the step; entry-wise, so slices of them will do."""
+        return {}
 
-    def after(self, c: Mapping[str, float], theta: Tensor, state: State, kept: Tensor | None) -> Pairs:
-        raise NotImplementedError
+    def after(self, c: Settings, t: Tensors) -> Pairs:
+        """Pairs from `theta`, the `state_keys` and (with `keeps_copy`) `kept`, theta before, after the step."""
+        return {}
 
     def first_order(self, q: Values, c: Values, reference: np.ndarray | float) -> dict[str, np.ndarray]:
         raise NotImplementedError
 
     def second_order(self, q: Values, c: Values) -> np.ndarray:
         raise NotImplementedError
-
-    def keep(self, theta: Tensor) -> Tensor | None:
-        """What must be copied before the step: nothing, unless the update cannot be told from the state."""
-        return None
 
     def reference(self, q: Values, weights: np.ndarray) -> np.ndarray | float:
         """The scalar that stands for the preconditioner in the parts without one, per recorded step: `[T, 1]`."""
@@ -68,7 +70,8 @@ class SGDRule(Rule):
     starts with `b' = d`. `s = -1` with maximize.
     """
 
-    quantities = ("tt", "tg", "tb", "gg", "gb", "bb", "nn")
+    quantities = ("tt", "tg", "tb", "gg", "gb", "bb", "nn", "tn")
+    state_keys = ("momentum_buffer",)
     parts = ("gradient", "momentum", "decay")
     coefficients = ("lr", "sign", "weight_decay", "alpha", "beta", "heavy_ball", "memory")
     has_equilibrium = True
@@ -93,30 +96,28 @@ class SGDRule(Rule):
             "memory": mu,
         }
 
-    def before(self, c: Mapping[str, float], theta: Tensor, grad: Tensor, state: State) -> Pairs:
-        pairs: Pairs = {"tg": (theta, grad)}
-        buffer = state.get("momentum_buffer") if c["beta"] else None
-        if buffer is not None:
-            pairs["tb"] = (theta, buffer)
+    def before(self, c: Settings, t: Tensors) -> Pairs:
+        theta, g, b = t["theta"], t["grad"], t.get("momentum_buffer")
+        pairs = {"tg": (theta, g)}
         if not c["heavy_ball"]:
-            pairs["gg"] = (grad, grad)
-            if buffer is not None:
-                pairs |= {"gb": (grad, buffer), "bb": (buffer, buffer)}
+            pairs["gg"] = (g, g)
+            if b is not None and c["beta"]:
+                pairs |= {"tb": (theta, b), "gb": (g, b), "bb": (b, b)}
         return pairs
 
-    def after(self, c: Mapping[str, float], theta: Tensor, state: State, kept: Tensor | None) -> Pairs:
+    def after(self, c: Settings, t: Tensors) -> Pairs:
         if not c["heavy_ball"]:
             return {}
-        buffer = state["momentum_buffer"]
-        return {"nn": (buffer, buffer)}
+        b = t["momentum_buffer"]
+        return {"nn": (b, b), "tn": (t["theta"], b)}
 
     def first_order(self, q: Values, c: Values, reference: np.ndarray | float) -> dict[str, np.ndarray]:
-        lead = c["lr"] * c["alpha"]
-        return {
-            "gradient": lead * c["sign"] * q["tg"],
-            "momentum": c["lr"] * c["beta"] * q["tb"],
-            "decay": lead * c["weight_decay"] * q["tt"],
-        }
+        lr, lead = c["lr"], c["lr"] * c["alpha"]
+        gradient = lead * c["sign"] * q["tg"]
+        decay = lead * c["weight_decay"] * q["tt"]
+        heavy_ball = lr * (q["tn"] + lr * q["nn"]) - gradient - decay
+        momentum = np.where(c["heavy_ball"] > 0, np.where(c["beta"] != 0, heavy_ball, 0.0), lr * c["beta"] * q["tb"])
+        return {"gradient": gradient, "momentum": momentum, "decay": decay}
 
     def second_order(self, q: Values, c: Values) -> np.ndarray:
         s, w, alpha, beta = c["sign"], c["weight_decay"], c["alpha"], c["beta"]
@@ -127,15 +128,16 @@ class SGDRule(Rule):
 
 
 class AdamRule(Rule):
-    """`m' = b1 m + (1 - b1) d`, `p = m' / (sqrt(v'/(1 - b2^k)) + eps)`, `u = a p + lr w_dec theta`.
+    """`m' = b1 m + (1 - b1) d`, `p = m' / (sqrt(v') + h eps)`, `h = sqrt(1 - b2^k)`, `u = a p + lr w_dec theta`.
 
-    `a = lr/(1 - b1^k)`, `d = s g + w_L2 theta`. The gradient, momentum and coupled-decay parts are those of the same
+    `a = h lr/(1 - b1^k)`, `d = s g + w_L2 theta`. The gradient, momentum and coupled-decay parts are those of the same
     step with the preconditioner replaced by one number `r = |p| / |m'|` over the watched weights (momentum SGD of the
     same step length); the preconditioner part is the rest. For an exact symmetry the gradient part is then zero as in
     SGD, and what Adam's coordinate-wise preconditioner adds stands by itself.
     """
 
     quantities = ("tt", "tg", "tm", "tp", "pp", "nn")
+    state_keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     parts = ("gradient", "momentum", "decay", "preconditioner")
     coefficients = ("lr", "sign", "coupled", "decoupled", "beta1", "rate", "root", "eps")
 
@@ -143,27 +145,28 @@ class AdamRule(Rule):
         beta1, beta2 = (float(b) for b in group["betas"])
         decoupled = bool(group.get("decoupled_weight_decay", False))
         w, lr, k = float(group["weight_decay"]), float(group["lr"]), steps + 1
+        root = math.sqrt(1 - beta2**k)
         return {
             "lr": lr,
             "sign": -1.0 if group["maximize"] else 1.0,
             "coupled": 0.0 if decoupled else w,
             "decoupled": w if decoupled else 0.0,
             "beta1": beta1,
-            "rate": lr / (1 - beta1**k),
-            "root": math.sqrt(1 - beta2**k),
+            "rate": root * lr / (1 - beta1**k),
+            "root": root,
             "eps": float(group["eps"]),
         }
 
-    def before(self, c: Mapping[str, float], theta: Tensor, grad: Tensor, state: State) -> Pairs:
-        pairs = {"tg": (theta, grad)}
-        if "exp_avg" in state:
-            pairs["tm"] = (theta, state["exp_avg"])
+    def before(self, c: Settings, t: Tensors) -> Pairs:
+        pairs = {"tg": (t["theta"], t["grad"])}
+        if "exp_avg" in t:
+            pairs["tm"] = (t["theta"], t["exp_avg"])
         return pairs
 
-    def after(self, c: Mapping[str, float], theta: Tensor, state: State, kept: Tensor | None) -> Pairs:
-        m, v = state["exp_avg"], state.get("max_exp_avg_sq", state["exp_avg_sq"])
-        p = torch.div(m, v.sqrt().div_(c["root"]).add_(c["eps"]))
-        return {"tp": (theta, p), "pp": (p, p), "nn": (m, m)}
+    def after(self, c: Settings, t: Tensors) -> Pairs:
+        m, v = t["exp_avg"], t["max_exp_avg_sq"] if "max_exp_avg_sq" in t else t["exp_avg_sq"]
+        p = m / v.sqrt().add_(c["root"] * c["eps"])
+        return {"tp": (t["theta"], p), "pp": (p, p), "nn": (m, m)}
 
     def first_order(self, q: Values, c: Values, reference: np.ndarray | float) -> dict[str, np.ndarray]:
         shrink = 1 - c["lr"] * c["decoupled"]
@@ -193,22 +196,16 @@ class RealisedRule(Rule):
     """Any optimiser: `u = theta - theta'` from a copy of theta; one first-order part and `u^T A u`."""
 
     quantities = ("tt", "tu", "uu")
+    keeps_copy = True
     parts = ("other",)
     coefficients = ("lr",)
 
     def settings(self, group: Group, state: State, steps: float) -> dict[str, float]:
         return {"lr": float(group.get("lr", float("nan")))}
 
-    def keep(self, theta: Tensor) -> Tensor | None:
-        return theta.clone()
-
-    def before(self, c: Mapping[str, float], theta: Tensor, grad: Tensor, state: State) -> Pairs:
-        return {}
-
-    def after(self, c: Mapping[str, float], theta: Tensor, state: State, kept: Tensor | None) -> Pairs:
-        assert kept is not None
-        u = kept - theta
-        return {"tu": (kept, u), "uu": (u, u)}
+    def after(self, c: Settings, t: Tensors) -> Pairs:
+        u = t["kept"] - t["theta"]
+        return {"tu": (t["kept"], u), "uu": (u, u)}
 
     def first_order(self, q: Values, c: Values, reference: np.ndarray | float) -> dict[str, np.ndarray]:
         return {"other": q["tu"]}

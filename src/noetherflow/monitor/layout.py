@@ -178,6 +178,13 @@ class Layout:
         """Number of values per parameter."""
         return {n: sum(s.size for s in slots) for n, slots in self.slots_of.items()}
 
+    @cached_property
+    def totals_only(self) -> frozenset[str]:
+        """Parameters whose one value is the total over all entries."""
+        return frozenset(
+            n for n, slots in self.slots_of.items() if len(slots) == 1 and slots[0].total and slots[0].whole
+        )
+
     def inner(self, parameter: str, a: Tensor, b: Tensor) -> Tensor:
         """All values of `<a, b>` on the legs of one parameter, `[sizes[parameter]]`."""
         slots = self.slots_of[parameter]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from noetherflow.monitor.decompose import Rule, rule_for
 from noetherflow.monitor.estimates import Estimator, rotation_rows
 from noetherflow.monitor.layout import Layout
 from noetherflow.monitor.log import FORMAT, RunLog, plain
+from noetherflow.monitor.measure import Collector
 from noetherflow.monitor.unwrap import unwrap_model, unwrap_optimizer
 from noetherflow.symmetry_set import SymmetrySet, tensors_of
 
@@ -35,7 +37,8 @@ class _Open:
 
     versions: list[int]
     measurement: Measurement | None = None
-    kept: dict[str, Tensor | None] | None = None
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    moving: set[str] = field(default_factory=set)
     stepped: bool = False
     found_inf: Any = None
 
@@ -67,7 +70,7 @@ class Ledger:
         detail: Level = "family",
         run_dir: str | Path | None = None,
         capacity: int = 10_000,
-        estimate_every: int = 10,
+        estimate_every: int = 25,
         flush_every: int = 20,
         sinks: Iterable[Sink] = (),
     ) -> None:
@@ -106,7 +109,6 @@ class Ledger:
         self.layout = Layout.of(tuple(syms), shapes, self.detail)
         self.index = Index.of(self.layout)
         self._watched = {n: named[n] for n in self.layout.parameters}
-        self._whole = {n: all(s.total and s.whole for s in slots) for n, slots in self.layout.slots_of.items()}
         self._sharded = any(sharding.is_sharded(p) for p in self._watched.values())
         self._tt: Tensor | None = None
         self._tt_versions: list[int] = []
@@ -169,73 +171,71 @@ class Ledger:
 
     def _measure_before(self, now: _Open) -> None:
         group_of = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
-        values: dict[str, dict[str, Tensor]] = {q: {} for q in self.rule.quantities}
-        estimate = self.estimator is not None and (self.step // self.every) % self.estimate_every == 0
-        blocks: dict[str, dict[str, Tensor]] = {"tt": {}, "tg": {}, "gg": {}} if estimate else {}
-        steps, settings, kept = self._optimizer_steps(), [], {}
+        found, steps = Collector(self.layout), self._optimizer_steps()
         chained = self._tt is not None and now.versions == self._tt_versions
-        unscale = 1 / float(scale) if (scale := getattr(self.optimizer, "grad_scale", None)) is not None else 1.0
+        scale = getattr(self.optimizer, "grad_scale", None)
+        settings = []
         for name, parameter in self._watched.items():
-            whole = self._whole[name]
-            theta = sharding.local(parameter.detach(), whole)
+            group, gradient = group_of.get(id(parameter)), parameter.grad
+            whole = name in self.layout.totals_only
+            tensors = {"theta": sharding.local(parameter, whole)}
             if not chained:
-                values["tt"][name] = self.layout.inner(name, theta, theta)
-            group = group_of.get(id(parameter))
-            if group is None or parameter.grad is None:
+                found.add(name, tensors, lambda t: {"tt": (t["theta"], t["theta"])})
+            if group is None or gradient is None:
                 settings.append(dict.fromkeys(self.rule.coefficients, 0.0))
-                if estimate and self.estimator is not None:
-                    wide = sharding.local(parameter.detach(), False)
-                    blocks["tt"][name] = self.estimator.layout.inner(name, wide, wide)
                 continue
-            gradient = parameter.grad.to_dense() if parameter.grad.layout is not torch.strided else parameter.grad
             state = self.optimizer.state.get(parameter, {})
             c = self.rule.settings(group, state, steps.get(name, 0.0))
-            if "sign" in c:
-                c["sign"] *= unscale
+            if scale is not None and "sign" in c:
+                c["sign"] /= float(scale)
             settings.append(c)
-            kept[name] = self.rule.keep(theta)
-            local_state = {k: sharding.local(v, whole) for k, v in state.items()}
-            for q, (a, b) in self.rule.before(c, theta, sharding.local(gradient, whole), local_state).items():
-                values[q][name] = self.layout.inner(name, a, b)
-            if estimate and self.estimator is not None:
-                t, g = sharding.local(parameter.detach(), False), sharding.local(gradient, False)
-                for q, pair in {"tt": (t, t), "tg": (t, g), "gg": (g, g)}.items():
-                    blocks[q][name] = self.estimator.layout.inner(name, *pair)
-        ready = {q: self._vector(v, self.layout) for q, v in values.items() if q != "tt" or not chained}
+            if self.rule.keeps_copy:
+                now.kept[name] = tensors["theta"].clone()
+            else:
+                tensors["grad"] = sharding.local(_dense(gradient), whole)
+                found.add(name, tensors | self._state(state, whole), partial(self.rule.before, c))
+            now.moving.add(name)
+        values = found.vectors()
         if chained and self._tt is not None:
-            ready["tt"] = self._tt
-        elif self._tt is not None and self.every == 1 and now.versions != self._tt_versions:
+            values["tt"] = self._tt
+        elif self._tt is not None and self.every == 1:
             self._event("edited", note="parameters changed between steps, outside the optimiser")
         lr = float(self.optimizer.param_groups[0].get("lr", float("nan")))
-        now.measurement = Measurement(self.step, ready, settings, lr)
-        if estimate and self.estimator is not None:
-            now.measurement.blocks = {q: self._vector(v, self.estimator.layout) for q, v in blocks.items()}
-        now.kept = kept
+        now.measurement = Measurement(self.step, values, settings, lr)
+        if self.estimator is not None and (self.step // self.every) % self.estimate_every == 0:
+            now.measurement.blocks = self._measure_blocks(self.estimator.layout)
 
     def _measure_after(self, now: _Open) -> None:
         measurement = now.measurement
         assert measurement is not None
-        values: dict[str, dict[str, Tensor]] = {"tt_after": {}}
+        found = Collector(self.layout)
         for (name, parameter), c in zip(self._watched.items(), measurement.settings, strict=True):
-            whole = self._whole[name]
-            theta = sharding.local(parameter.detach(), whole)
-            values["tt_after"][name] = self.layout.inner(name, theta, theta)
-            if now.kept is None or name not in now.kept:
+            whole = name in self.layout.totals_only
+            tensors = {"theta": sharding.local(parameter, whole)}
+            if name not in now.moving:
+                found.add(name, tensors, _charge_after)
                 continue
-            state = {k: sharding.local(v, whole) for k, v in self.optimizer.state.get(parameter, {}).items()}
-            for q, (a, b) in self.rule.after(c, theta, state, now.kept[name]).items():
-                values.setdefault(q, {})[name] = self.layout.inner(name, a, b)
-        measurement.values |= {q: self._vector(v, self.layout) for q, v in values.items()}
+            if name in now.kept:
+                tensors["kept"] = now.kept.pop(name)
+            state = self._state(self.optimizer.state.get(parameter, {}), whole)
+            found.add(name, tensors | state, lambda t, c=c: _charge_after(t) | self.rule.after(c, t))  # type: ignore[misc]
+        measurement.values |= found.vectors()
         self._tt, self._tt_versions = measurement.values["tt_after"], self._versions()
 
-    def _vector(self, by_name: dict[str, Tensor], layout: Layout) -> Tensor:
-        """One vector `[n_values]`; parameters without a value count zero."""
-        like = next(iter(by_name.values()), torch.zeros(0))
-        parts = [
-            by_name[name].to(like.device) if name in by_name else like.new_zeros(size)
-            for name, size in layout.sizes.items()
-        ]
-        return torch.cat(parts) if parts else like
+    def _measure_blocks(self, layout: Layout) -> dict[str, Tensor]:
+        """`tt`, `tg`, `gg` per coordinate (or general_linear block), for the estimates."""
+        found = Collector(layout)
+        for name, parameter in self._watched.items():
+            tensors = {"t": sharding.local(parameter, False)}
+            if parameter.grad is not None:
+                tensors["g"] = sharding.local(_dense(parameter.grad), False)
+            names = ("tt", "tg", "gg") if "g" in tensors else ("tt",)
+            found.add(name, tensors, lambda t, names=names: {q: (t[q[0]], t[q[1]]) for q in names})  # type: ignore[misc]
+        return found.vectors()
+
+    def _state(self, state: Mapping[str, Any], whole: bool) -> dict[str, Tensor]:
+        wanted = ((k, state.get(k)) for k in self.rule.state_keys)
+        return {k: sharding.local(v, whole) for k, v in wanted if v is not None}
 
     def _optimizer_steps(self) -> dict[str, float]:
         """Steps already made per parameter, read with one transfer."""
@@ -279,7 +279,8 @@ class Ledger:
         """To the host in float64, summed over processes when parameters are sharded."""
         if self._sharded:
             weights = [
-                np.full(self.layout.sizes[n], sharding.share(p, self._whole[n])) for n, p in self._watched.items()
+                np.full(self.layout.sizes[n], sharding.share(p, n in self.layout.totals_only))
+                for n, p in self._watched.items()
             ]
             stacked = stacked.double() * torch.as_tensor(np.concatenate(weights), device=stacked.device)
             torch.distributed.all_reduce(stacked)
@@ -446,3 +447,11 @@ class Ledger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _charge_after(t: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    return {"tt_after": (t["theta"], t["theta"])}
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient if gradient.layout is torch.strided else gradient.to_dense()
