@@ -1,0 +1,377 @@
+"""Numerical proof of a symmetry: outputs stay, per-sample gradients move as they must (theory.md section 2)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from noetherflow.discovery.export import export, split_inputs, unwrap
+from noetherflow.errors import DataError, ExportError
+from noetherflow.symmetry import Symmetry, Translation
+from noetherflow.symmetry_set import SymmetrySet, tensors_of
+
+EXACT = 1e-12
+"""Largest relative output violation of an exact symmetry in float64."""
+EXACT_WITH_CASTS = 1e-7
+"""The same where the model itself casts to float32."""
+GRADIENT_SLACK = 1e2
+"""Gradients may violate this much more than outputs: they pass the graph twice."""
+EPS_NAMES = ("eps", "epsilon", "variance_epsilon", "layer_norm_eps", "norm_eps")
+EPS_FACTORS = (1.0, 1e-2, 0.0)
+
+Verdict = Literal["exact", "approximate", "broken"]
+
+
+@dataclass(frozen=True)
+class CertificateRow:
+    """What was measured for one symmetry.
+
+    `outputs` is `|f(G theta) - f(theta)| / |f(theta)|` and `gradients` the relative difference between the per-sample
+    gradients at `G theta` and the ones the group predicts, both in float64 and the worst over trials. `eps_sizes` lists
+    `(eps, outputs)` for normalisations whose eps was varied, `dtypes` the output violation in narrower types.
+    """
+
+    name: str
+    family: str
+    verdict: Verdict
+    outputs: float
+    gradients: float
+    eps: float | None = None
+    eps_sizes: tuple[tuple[float, float], ...] = ()
+    dtypes: tuple[tuple[str, float], ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """One row per symmetry and translation; `casts` are the places where the model lowers its own precision."""
+
+    rows: tuple[CertificateRow, ...]
+    tolerance: float
+    casts: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[CertificateRow]:
+        return iter(self.rows)
+
+    def __getitem__(self, name: str) -> CertificateRow:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"no certificate for {name!r}; names: {[r.name for r in self.rows][:20]}")
+
+    @property
+    def broken(self) -> tuple[str, ...]:
+        """Names of the symmetries that do not hold."""
+        return tuple(r.name for r in self.rows if r.verdict == "broken")
+
+    def __str__(self) -> str:
+        dtypes = list(dict.fromkeys(name for row in self.rows for name, _ in row.dtypes))
+        width = max([len(r.name) for r in self.rows] + [8])
+        lines = [
+            f"{'symmetry':<{width}}  {'family':<15}{'verdict':<13}{'outputs':>9}{'gradients':>11}"
+            + "".join(f"{d:>10}" for d in dtypes)
+        ]
+        for r in self.rows:
+            narrow = dict(r.dtypes)
+            lines.append(
+                f"{r.name:<{width}}  {r.family:<15}{r.verdict:<13}{r.outputs:>9.1e}{r.gradients:>11.1e}"
+                + "".join(f"{narrow[d]:>10.1e}" if d in narrow else f"{'':>10}" for d in dtypes)
+                + (f"  {r.note}" if r.note else "")
+            )
+        if self.casts:
+            lines.append(
+                f"the model itself casts to a lower precision in {len(self.casts)} places, so exact means below "
+                f"{self.tolerance:.0e}: {'; '.join(self.casts[:3])}{' ...' if len(self.casts) > 3 else ''}"
+            )
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"rows": [asdict(r) for r in self.rows], "tolerance": self.tolerance, "casts": list(self.casts)}
+
+
+def certify(
+    model: nn.Module,
+    syms: SymmetrySet,
+    example_inputs: Any,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    batch: Any = None,
+    *,
+    spread: float = 0.3,
+    trials: int = 2,
+    samples: int = 2,
+    dtypes: Sequence[torch.dtype] = (),
+    seed: int = 0,
+) -> Certificate:
+    """Check every symmetry at random group elements `G = exp(A)`, A with entries of deviation `spread`.
+
+    Works on a float64 copy of the model in evaluation mode. The first trial uses `example_inputs`, the others replace
+    floating inputs by random ones. Per-sample gradients are those of `loss_fn(model, batch)`, shape `[batch]`; without
+    it, of a random projection of each sample's outputs.
+
+    Verdicts: `exact` below 1e-12 (1e-7 where the graph casts to float32); `approximate` when a normalisation's eps
+    explains the violation, shown by varying eps; else `broken`. `dtypes` adds output violations in narrower types.
+
+    Raises DataError when the outputs are not finite or the model has no floating output.
+    """
+    bench = _Bench(model, example_inputs, loss_fn, batch, trials, samples, seed)
+    measured = [_measure(bench, item, spread, seed + k) for k, item in enumerate(syms.all_items)]
+    casts = syms.casts
+    if not casts and any(m[0] > EXACT for m in measured):
+        casts = _casts(model, example_inputs)
+    tolerance = EXACT_WITH_CASTS if casts else EXACT
+    rows = []
+    for k, (item, (outputs, gradients)) in enumerate(zip(syms.all_items, measured, strict=True)):
+        exact = outputs < tolerance and gradients < GRADIENT_SLACK * tolerance
+        eps = item.eps if isinstance(item, Symmetry) else None
+        sizes: tuple[tuple[float, float], ...] = ()
+        verdict, note = ("exact" if exact else "broken"), ""
+        if eps is not None and not exact:
+            sizes = _eps_sizes(bench, item, eps, spread, seed + k)
+            verdict, note = _eps_verdict(outputs, sizes, tolerance)
+        if exact and outputs > EXACT:
+            note = "limited by the model's own float32 casts"
+        narrow = tuple((str(d).removeprefix("torch."), bench.in_dtype(item, spread, seed + k, d)) for d in dtypes)
+        rows.append(CertificateRow(item.name, item.family, verdict, outputs, gradients, eps, sizes, narrow, note))  # type: ignore[arg-type]
+    return Certificate(tuple(rows), tolerance, casts)
+
+
+def _casts(model: nn.Module, example_inputs: Any) -> tuple[str, ...]:
+    try:
+        return export(model, example_inputs).casts()
+    except ExportError:
+        return ()
+
+
+def _eps_verdict(outputs: float, sizes: Sequence[tuple[float, float]], tolerance: float) -> tuple[Verdict, str]:
+    shown = ", ".join(f"{v:.1e} at eps {e:.0e}" for e, v in sizes[1:])
+    if any(v < max(tolerance, 0.1 * outputs) for _, v in sizes[1:]):
+        return "approximate", f"eps of a normalisation: {shown}"
+    if outputs < 1e-3 and all(abs(v - outputs) <= 1e-6 * outputs for _, v in sizes[1:]):
+        return "approximate", "the eps is written into the code and could not be varied"
+    return "broken", f"not explained by eps: {shown}"
+
+
+class _Bench:
+    """A float64 copy of the model with its base outputs and per-sample gradients."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        loss_fn: Callable[[nn.Module, Any], Tensor] | None,
+        batch: Any,
+        trials: int,
+        samples: int,
+        seed: int,
+    ) -> None:
+        self.source = model
+        self.model, self.tensors = _copy(model, torch.float64)
+        self.rng = torch.Generator().manual_seed(seed)
+        self.inputs = [_cast(example_inputs, torch.float64)]
+        self.inputs += [self._random_inputs(self.inputs[0]) for _ in range(trials - 1)]
+        self.loss_fn, self.batch = loss_fn, _cast(batch, torch.float64)
+        self.samples = samples
+        self.trainable = {n: t for n, t in self.tensors.items() if isinstance(t, nn.Parameter) and t.requires_grad}
+        self.outputs = [_outputs(self.model, x) for x in self.inputs]
+        if not all(bool(torch.isfinite(y).all()) for y in self.outputs):
+            raise DataError("the model's outputs on the example inputs are not finite; certify needs finite outputs")
+        self.projection = torch.randn(self.outputs[0].numel(), dtype=torch.float64, generator=self.rng)
+        self.gradients = self._gradients()
+
+    def _random_inputs(self, inputs: Any) -> Any:
+        def draw(x: Any) -> Any:
+            if not isinstance(x, Tensor) or not x.is_floating_point() or x.numel() < 2:
+                return x
+            noise = torch.randn(x.shape, dtype=x.dtype, generator=self.rng)
+            return x.mean() + x.std().clamp_min(1e-3) * noise
+
+        return pytree.tree_map(draw, inputs)
+
+    def _gradients(self) -> list[dict[str, Tensor]]:
+        """Per-sample gradients of the first samples, by canonical name."""
+        if not self.trainable:
+            return []
+        losses = self._losses()
+        out = []
+        for k in range(min(self.samples, len(losses))):
+            grads = torch.autograd.grad(losses[k], list(self.trainable.values()), retain_graph=True, allow_unused=True)
+            out.append(
+                {
+                    n: torch.zeros_like(p) if g is None else g
+                    for (n, p), g in zip(self.trainable.items(), grads, strict=True)
+                }
+            )
+        return out
+
+    def _losses(self) -> Tensor:
+        if self.loss_fn is not None:
+            batch = self.inputs[0] if self.batch is None else self.batch
+            losses = self.loss_fn(self.model, batch)
+            if losses.ndim != 1:
+                raise DataError(
+                    f"loss_fn must return one loss per sample, shape [batch], got shape {tuple(losses.shape)}; "
+                    "use reduction='none'"
+                )
+            return losses
+        tensors = _floats(_run(self.model, self.inputs[0]))
+        size = tensors[0].shape[0] if tensors[0].ndim else 1
+        total = tensors[0].new_zeros(size)
+        offset = 0
+        for y in tensors:
+            weights = self.projection[offset : offset + y.numel()].reshape(y.shape)
+            offset += y.numel()
+            weighted = (weights * y).reshape(y.shape[0] if y.ndim else 1, -1).sum(1)
+            total = total + (weighted if weighted.shape[0] == size else weighted.sum())
+        return total
+
+    @contextmanager
+    def moved(self, values: dict[str, Tensor]) -> Iterator[None]:
+        """The copy with some tensors replaced, put back afterwards."""
+        old = {n: self.tensors[n].detach().clone() for n in values}
+        try:
+            with torch.no_grad():
+                for n, v in values.items():
+                    self.tensors[n].copy_(v)
+            yield
+        finally:
+            with torch.no_grad():
+                for n, v in old.items():
+                    self.tensors[n].copy_(v)
+
+    def output_violation(self, values: dict[str, Tensor], base: Sequence[Tensor]) -> float:
+        with self.moved(values):
+            return max(_relative(_outputs(self.model, x), y) for x, y in zip(self.inputs, base, strict=True))
+
+    def in_dtype(self, item: Symmetry | Translation, spread: float, seed: int, dtype: torch.dtype) -> float:
+        """Output violation when weights and inputs are rounded to `dtype`."""
+        model, tensors = _copy(self.source, dtype)
+        inputs = _cast(self.inputs[0], dtype)
+        base = _outputs(model, inputs)
+        wide = {n: t.detach().double() if t.is_floating_point() else t.detach() for n, t in tensors.items()}
+        with torch.no_grad():
+            for n, v in _act(item, wide, spread, seed)[0].items():
+                tensors[n].copy_(v)
+        return _relative(_outputs(model, inputs), base)
+
+
+def _copy(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A copy in evaluation mode with floating tensors in `dtype`, and its tensors by the original's canonical names."""
+    inner = unwrap(model)
+    own = {id(t): n for n, t in tensors_of(inner).items()}
+    duplicate = copy.deepcopy(inner).to(dtype).eval()
+    copied = tensors_of(duplicate)
+    return duplicate, {name: copied[own[id(t)]] for name, t in tensors_of(model).items()}
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return pytree.tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, value)
+
+
+def _run(model: nn.Module, inputs: Any) -> Any:
+    args, kwargs = split_inputs(inputs)
+    return model(*args, **kwargs)
+
+
+def _floats(value: Any) -> list[Tensor]:
+    """Every floating tensor in a model's output, in order."""
+    leaves = [t for t in pytree.tree_leaves(_plain(value)) if isinstance(t, Tensor) and t.is_floating_point()]
+    if not leaves:
+        raise DataError(f"the model returns no floating tensor (got {type(value).__name__}); nothing to certify")
+    return leaves
+
+
+def _plain(value: Any) -> Any:
+    """Output objects as plain containers; key/value caches are no part of the function."""
+    if isinstance(value, Tensor):
+        return value
+    if hasattr(value, "items"):
+        return {k: _plain(v) for k, v in value.items() if k != "past_key_values"}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return None
+
+
+def _outputs(model: nn.Module, inputs: Any) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([y.double().reshape(-1) for y in _floats(_run(model, inputs))])
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    scale = float(torch.linalg.vector_norm(b))
+    difference = float(torch.linalg.vector_norm(a - b))
+    return difference / scale if scale else (0.0 if difference == 0 else math.inf)
+
+
+def _act(
+    item: Symmetry | Translation, tensors: dict[str, Tensor], spread: float, seed: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """A random element of the group (or shift), applied; the moved tensors and the element."""
+    rng = torch.Generator().manual_seed(seed)
+    here = {n: t.detach() for n, t in tensors.items()}
+    if isinstance(item, Symmetry):
+        element = item.random_element(spread, rng)
+    else:
+        columns = item.leg.unfold(here[item.leg.parameter]).shape[-1]
+        element = torch.randn(item.leg.blocks, columns, dtype=torch.float64, generator=rng)
+    return item.act(here, element), element
+
+
+def _measure(bench: _Bench, item: Symmetry | Translation, spread: float, seed: int) -> tuple[float, float]:
+    """Output and gradient violation at one random element, the worst over inputs and samples."""
+    values, element = _act(item, bench.tensors, spread, seed)
+    outputs = bench.output_violation(values, bench.outputs)
+    if not bench.gradients:
+        return outputs, 0.0
+    with bench.moved(values):
+        moved = bench._gradients()
+    worst = 0.0
+    for before, after in zip(bench.gradients, moved, strict=True):
+        known = {n: g for n, g in before.items() if n in item.parameters}
+        if len(known) < len(item.parameters):
+            continue
+        predicted = {**before, **(item.act_on_gradients(known, element) if isinstance(item, Symmetry) else {})}
+        total = _norm(predicted, before)
+        for names in (before, item.parameters):
+            scale = _norm(predicted, names)
+            if scale > 1e-9 * total:
+                difference = {n: after[n] - predicted[n] for n in names}
+                worst = max(worst, _norm(difference, names) / scale)
+    return outputs, worst
+
+
+def _norm(tensors: dict[str, Tensor], names: Any) -> float:
+    return math.sqrt(sum(float(tensors[n].square().sum()) for n in names))
+
+
+def _eps_sizes(
+    bench: _Bench, item: Symmetry | Translation, eps: float, spread: float, seed: int
+) -> tuple[tuple[float, float], ...]:
+    """Output violation with the eps of every normalisation module scaled down."""
+    values, _ = _act(item, bench.tensors, spread, seed)
+    knobs = [
+        (m, name, getattr(m, name))
+        for m in bench.model.modules()
+        for name in EPS_NAMES
+        if isinstance(getattr(m, name, None), float)
+    ]
+    sizes = []
+    try:
+        for factor in EPS_FACTORS:
+            for m, name, value in knobs:
+                setattr(m, name, factor * value)
+            base = [_outputs(bench.model, x) for x in bench.inputs]
+            violation = bench.output_violation(values, base)
+            if math.isfinite(violation):
+                sizes.append((factor * eps, violation))
+    finally:
+        for m, name, value in knobs:
+            setattr(m, name, value)
+    return tuple(sizes)
