@@ -15,6 +15,8 @@ from noetherflow.symmetry import Symmetry
 from noetherflow.symmetry_set import SymmetrySet, tensors_of
 
 GRADIENT_LIKE = ("momentum_buffer", "exp_avg", "grad_avg")
+APPROXIMATE = 1e-3
+"""Default tolerance on outputs when a moved symmetry is only approximate (a normalisation's eps)."""
 SQUARE_LIKE = ("exp_avg_sq", "square_avg", "max_exp_avg_sq", "sum")
 
 
@@ -90,8 +92,8 @@ def balance_(
     and after.
 
     Raises CertificateError, leaving model and optimiser untouched, when `certificate` calls a symmetry broken, when a
-    weight would leave the range of its dtype, or when the outputs change by more than `tolerance` (default `1e4 eps`
-    of the parameters' dtype, or the largest `eps`-violation the certificate admits).
+    weight would leave the range of its dtype, or when the outputs change by more than `tolerance` (default `1e4 eps` of the
+    parameters' dtype, or `APPROXIMATE` where a normalisation's eps makes a moved symmetry approximate).
     """
     symmetries = [s for s in _symmetries(eq) if _moves(eq[s.name].element, s)]
     _refuse_broken(certificate, symmetries)
@@ -107,7 +109,7 @@ def balance_(
     old = {n: tensors[n].detach().clone() for n in new}
     _write(tensors, new)
     change = _output_change(before, _outputs(model, example_inputs))
-    limit = _tolerance(tensors, new, tolerance)
+    limit = _tolerance(tensors, new, symmetries, tolerance)
     if change is not None and not change <= limit:
         _write(tensors, old)
         raise CertificateError(
@@ -157,10 +159,13 @@ def _relative(a: Tensor, b: Tensor) -> float:
     return float(torch.linalg.vector_norm(a - b) / scale) if scale else 0.0
 
 
-def _tolerance(tensors: Mapping[str, Tensor], new: Mapping[str, Tensor], tolerance: float | None) -> float:
+def _tolerance(
+    tensors: Mapping[str, Tensor], new: Mapping[str, Tensor], symmetries: Sequence[Symmetry], tolerance: float | None
+) -> float:
     if tolerance is not None:
         return tolerance
-    return 1e4 * max((torch.finfo(tensors[n].dtype).eps for n in new), default=0.0)
+    rounding = 1e4 * max((torch.finfo(tensors[n].dtype).eps for n in new), default=0.0)
+    return max(rounding, APPROXIMATE) if any(s.eps is not None for s in symmetries) else rounding
 
 
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from noetherflow.equilibrium.orbit import MeasuredOrbit
-from noetherflow.symmetry import Symmetry
+from noetherflow import spd
+from noetherflow.equilibrium.orbit import LegTerm, MeasuredOrbit, SampleTerm
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,26 +68,90 @@ def orbit_forecast(
 def _integrate(orbit: MeasuredOrbit, steps: list[int]) -> dict[str, Tensor]:
     from scipy.integrate import solve_ivp
 
-    symmetries = orbit.symmetries
-    start = _pack([torch.zeros(s.shape, dtype=torch.float64) if s.is_torus else s.identity() for s in symmetries])
-
-    def velocity(_: float, state: np.ndarray) -> np.ndarray:
-        elements = _elements(state, symmetries)
-        generators = orbit_velocity(orbit, elements)
-        moves = [a if s.is_torus else a @ g for s, a, g in zip(symmetries, generators, elements, strict=True)]
-        return _pack(moves)
+    layout = _Layout(orbit)
+    start, tolerance = layout.start()
 
     states = [start]
     if steps[-1] > 0:
-        run = solve_ivp(velocity, (0, steps[-1]), start, method="LSODA", t_eval=steps, rtol=1e-7, atol=1e-9)
+        span = (0, steps[-1])
+        run = solve_ivp(
+            lambda _, y: layout.velocity(y), span, start, method="LSODA", t_eval=steps, rtol=1e-7, atol=tolerance
+        )
         if not run.success:
             raise ArithmeticError(f"orbit ODE: {run.message}; forecast fewer steps")
         states = list(run.y.T)
-    points = [orbit.at(_elements(y, symmetries)) for y in states]
+    points = [here.at(elements) for here, elements in map(layout.unpack, states)]
     return {
         s.name: torch.stack([s.combine(tuple(k for k, _ in p.pairs[i])) for p in points])
-        for i, s in enumerate(symmetries)
+        for i, s in enumerate(orbit.symmetries)
     }
+
+
+class _Layout:
+    """The state of the ODE: logs of torus elements, square roots of the leg Grams of GL symmetries, and matrices of GL
+    symmetries that need per-sample gradients.
+
+    Roots of Grams stay bounded where a GL direction recedes and its matrix does not.
+    """
+
+    def __init__(self, orbit: MeasuredOrbit) -> None:
+        self.orbit = orbit
+        sampled = {i for term in orbit.terms if isinstance(term, SampleTerm) for i, _ in term.symmetries}
+        self.logs = [i for i, s in enumerate(orbit.symmetries) if s.is_torus]
+        self.matrices = [i for i, s in enumerate(orbit.symmetries) if not s.is_torus and i in sampled]
+        self.carried = [
+            j
+            for j, term in enumerate(orbit.terms)
+            if isinstance(term, LegTerm) and not term.torus and term.symmetry not in sampled
+        ]
+
+    def start(self) -> tuple[np.ndarray, np.ndarray]:
+        """The state at the measured point and the absolute tolerance of each of its numbers."""
+        symmetries = self.orbit.symmetries
+        values = [torch.zeros(symmetries[i].shape, dtype=torch.float64) for i in self.logs]
+        values += [symmetries[i].identity() for i in self.matrices]
+        scales = [torch.ones_like(v) for v in values]
+        for term in self._carried_terms(self.orbit):
+            roots = [spd.sqrtm(term.weight), spd.sqrtm(term.noise)]
+            values += roots
+            scales += [torch.full_like(g, float(g.abs().max()) or 1.0) for g in roots]
+        return _pack(values), 1e-9 * _pack(scales)
+
+    def _carried_terms(self, orbit: MeasuredOrbit) -> list[LegTerm]:
+        return [t for j, t in enumerate(orbit.terms) if j in set(self.carried) and isinstance(t, LegTerm)]
+
+    def unpack(self, state: np.ndarray) -> tuple[MeasuredOrbit, list[Tensor]]:
+        """The orbit with carried Grams put in, and the elements (the identity where Grams are carried)."""
+        symmetries = self.orbit.symmetries
+        elements = [s.identity() for s in symmetries]
+        rest = torch.as_tensor(np.array(state))
+        for i in [*self.logs, *self.matrices]:
+            size = elements[i].numel()
+            value, rest = rest[:size].reshape(symmetries[i].shape), rest[size:]
+            elements[i] = value.exp() if symmetries[i].is_torus else value
+        terms = list(self.orbit.terms)
+        for j, (weight, noise) in zip(self.carried, self._roots(rest), strict=True):
+            term = self.orbit.terms[j]
+            assert isinstance(term, LegTerm)
+            terms[j] = replace(term, weight=weight @ weight.mT, noise=noise @ noise.mT)
+        return replace(self.orbit, terms=tuple(terms)), elements
+
+    def _roots(self, tail: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Factors `F` of the carried Grams `F F^T`, from the end of the state."""
+        shapes = [t.weight.shape for t in self._carried_terms(self.orbit) for _ in range(2)]
+        parts = [p.reshape(n) for p, n in zip(tail.split([n.numel() for n in shapes]), shapes, strict=True)]
+        return list(zip(parts[::2], parts[1::2], strict=True))
+
+    def velocity(self, state: np.ndarray) -> np.ndarray:
+        """The state's rate of change: `dF = +-A F` for the roots of the Grams, `dG = A G`, `dlog p = A`."""
+        here, elements = self.unpack(state)
+        generators = orbit_velocity(here, elements)
+        rates = [generators[i] for i in self.logs] + [generators[i] @ elements[i] for i in self.matrices]
+        head = sum(r.numel() for r in rates)
+        for term, roots in zip(self._carried_terms(here), self._roots(torch.as_tensor(state[head:])), strict=True):
+            a = term.exponent * generators[term.symmetry]
+            rates += [a @ roots[0], -a @ roots[1]]
+        return _pack(rates)
 
 
 def orbit_velocity(orbit: MeasuredOrbit, elements: Sequence[Tensor]) -> list[Tensor]:
@@ -129,7 +193,7 @@ def _lyapunov(basis: Any, right: Tensor) -> Tensor:
 
 
 def _divide(a: Tensor, b: Tensor) -> Tensor:
-    small = b.abs() <= 1e-13 * b.abs().amax().clamp_min(torch.finfo(b.dtype).tiny)
+    small = b.abs() <= 1e-12 * b.abs().amax().clamp_min(torch.finfo(b.dtype).tiny)
     return torch.where(small, torch.zeros_like(a), a / torch.where(small, torch.ones_like(b), b))
 
 
@@ -157,11 +221,3 @@ def _dot(a: list[Tensor], b: list[Tensor]) -> float:
 
 def _pack(values: Sequence[Tensor]) -> np.ndarray:
     return torch.cat([v.reshape(-1) for v in values]).numpy() if values else np.zeros(0)
-
-
-def _elements(state: np.ndarray, symmetries: Sequence[Symmetry]) -> list[Tensor]:
-    sizes = [int(torch.Size(s.shape).numel()) for s in symmetries]
-    parts = torch.as_tensor(np.array(state)).split(sizes)
-    return [
-        p.reshape(s.shape).exp() if s.is_torus else p.reshape(s.shape) for p, s in zip(parts, symmetries, strict=True)
-    ]
