@@ -21,6 +21,8 @@ def every_axis(model: nn.Module, linear: bool = True) -> SymmetrySet:
     """One-leg symmetries on every axis of every parameter: torus, and GL with one and two blocks."""
     out = []
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         for axis in range(p.ndim):
             label = f"{name}/{axis}"
             out += declare(model, "diagonal", [(name, axis)], name=f"{label}/torus").symmetries
@@ -198,6 +200,16 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
         lambda: Functional(lambda x, w: F.linear(x, w * torch.ones(6, 4, dtype=x.dtype).tril()), w=(6, 4)),
         lambda: data(6, 4),
     ),
+    "matmul-heads": (lambda: Functional(lambda x, w: x.unsqueeze(1) @ w, w=(2, 4, 3)), lambda: data(5, 3, 4)),
+    "gather": (lambda: Functional(lambda i, w, h: w[i] @ h, w=(6, 4), h=(4, 4)), lambda: torch.randint(-6, 6, (5,))),
+    "scattered-rows": (
+        lambda: Functional(
+            lambda x, w: torch.zeros_like(x).index_add(0, x[:, 0].argsort(), F.linear(x[x[:, 0].argsort()], w)),
+            w=(4, 4),
+        ),
+        lambda: data(6, 4),
+    ),
+    "prelu-one": (lambda: nn.Sequential(nn.PReLU(), nn.Linear(4, 2)), lambda: data(5, 4)),
     "prelu": (lambda: nn.Sequential(nn.Linear(4, 6), nn.PReLU(6), nn.Linear(6, 2)), lambda: data(5, 4)),
     "attention": (
         lambda: nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True),
@@ -225,4 +237,4 @@ def test_rule_equals_per_sample_loop(case: str) -> None:
     assert bool(got.fallback) == (case in FALLBACK), got.fallback
 
 
-FALLBACK = {"lstm", "einsum", "prelu"}
+FALLBACK = {"lstm", "scattered-rows"}

@@ -118,13 +118,18 @@ class Meter:
         while True:
             found = probe(self._covered(), batch, shared)
             shared = found.shared
-            if set(found.uncovered) & self._covered().measured:
-                self.uncovered.update({n: why for n, why in found.uncovered.items() if n in self._needs})
-                self._fallback = None
-            elif self._measure(batch, ids, found):
-                return
-            else:
+            if not self._leave_to_fallback(found.uncovered):
+                if self._measure(batch, ids, found):
+                    return
+                self._leave_to_fallback(found.scattered)
                 shared = shared | found.still_shared
+
+    def _leave_to_fallback(self, uncovered: dict[str, str]) -> bool:
+        """True if any of these was measured by rules until now."""
+        new = {n: why for n, why in uncovered.items() if n in self._covered().measured}
+        self.uncovered.update(new)
+        self._fallback = None if new else self._fallback
+        return bool(new)
 
     def _covered(self) -> Subject:
         """What the rules measure: everything but the parameters left to the fallback."""
@@ -162,7 +167,7 @@ class Meter:
 
         names = sorted(subject.measured)
         done = forward_backward(subject, batch, shared, False, ready, arrive, [subject.roots[n] for n in names])
-        if done is None or (found is not None and found.still_shared):
+        if done is None or (found is not None and (found.still_shared or found.scattered)):
             return False
         losses, trace, residuals = done
         missed = [n for n, r in zip(names, residuals, strict=True) if r is not None]

@@ -169,7 +169,7 @@ def add_one_by_one(target: Target, samples: int, gradient: Callable[[int], Tenso
     shape = target.need.shape
     squares = torch.zeros_like(target.gradient)
     for i in range(samples):
-        g = gradient(i).view(shape)
+        g = gradient(i).reshape(shape)
         target.gradient.add_(g)
         squares.addcmul_(g, g)
         if target.need.grams:
@@ -280,3 +280,34 @@ class Convolution(Form):
             reach = (self.weight.shape[2 + axis] - 1) * dilation[axis] + 1
             x = x.unfold(2 + axis, reach, stride[axis])[..., :: dilation[axis]]
         return x.movedim(1, 1 + nd)
+
+
+@dataclass(eq=False)
+class Blocks(Form):
+    """`G_i[s] = sum_t left[i, t, s] right[i, t, s]^T`, one outer product per block, brought to the operand's shape.
+
+    `left` `[samples, tokens, blocks, m]`, `right` `[samples, tokens, blocks, n]`; `arrange` takes `[blocks, m, n]`.
+    """
+
+    left: Tensor
+    right: Tensor
+    arrange: Callable[[Tensor], Tensor]
+
+    def __post_init__(self) -> None:
+        self.samples = self.left.shape[0]
+        dtype = wide(torch.promote_types(self.left.dtype, self.right.dtype))
+        self.left, self.right = self.left.to(dtype), self.right.to(dtype)
+
+    def dense(self, lo: int, hi: int) -> Tensor:
+        per_sample = self.left[lo:hi].permute(0, 2, 3, 1) @ self.right[lo:hi].transpose(1, 2)
+        return torch.stack([self.arrange(g) for g in per_sample])
+
+    def total(self) -> Tensor:
+        left, right = self.left.flatten(0, 1), self.right.flatten(0, 1)
+        return self.arrange(left.permute(1, 2, 0) @ right.transpose(0, 1))
+
+    def scale(self) -> Tensor:
+        return self.left.norm() * self.right.norm()
+
+    def accumulate(self, target: Target, lo: int, hi: int) -> None:
+        add_one_by_one(target, hi - lo, lambda i: self.dense(lo + i, lo + i + 1)[0])

@@ -8,15 +8,17 @@ does not claim counts as not covered.
 from __future__ import annotations
 
 import inspect
+import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from noetherflow.moments.forms import Convolution, Dense, Form, Lookup, Outer
+from noetherflow.moments.forms import Blocks, Convolution, Dense, Form, Lookup, Outer
 from noetherflow.moments.layout import Layout
 from noetherflow.moments.target import wide
 
@@ -41,13 +43,13 @@ class Site:
 class Call:
     """A covered call: what to keep for the backward, where samples may lie in the output, the consumed operands.
 
-    `flip`: the rule speaks of the transposed output.
+    `seen`: the output as the rule speaks of it, its axes permuted.
     """
 
     saved: tuple[Tensor, ...]
     sample_axes: Callable[[Tensor], Sequence[int]]
     sites: tuple[Site, ...]
-    flip: bool = False
+    seen: Callable[[Tensor], Tensor] = lambda out: out
 
 
 Owned = Callable[[Any], bool]
@@ -162,6 +164,11 @@ def matmul(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Call | 
         x, w = w, x
     if owned(x) == owned(w):
         return None
+    if owned(w) and w.ndim > 2:
+        if x.ndim <= w.ndim:
+            return None
+        x = x.expand(*x.shape[: x.ndim - w.ndim], *w.shape[:-2], *x.shape[-2:])
+        return _contraction(x, w, *_matmul_letters(x.ndim, w.ndim))
     if owned(w):
         if w.ndim == 1 and x.ndim > 1:
             site = summed(w, last_axes(w), lambda delta, x: (delta.unsqueeze(-1) * x,))
@@ -169,7 +176,61 @@ def matmul(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Call | 
         return Call((x,), features_last, (outer(w, False),)) if w.ndim == 2 and x.ndim > 1 else None
     if x.ndim != 2 or w.ndim < 2:
         return None
-    return Call((w.mT,), features_last, (outer(x, True),), flip=True)
+    return Call((w.mT,), features_last, (outer(x, True),), seen=_flip)
+
+
+def _flip(out: Tensor) -> Tensor:
+    return out.mT
+
+
+def _matmul_letters(x: int, w: int) -> tuple[str, str, str]:
+    letters = string.ascii_lowercase
+    batch, tokens = letters[: x - 2], letters[x - 2]
+    return f"{batch}{tokens}y", f"{batch[x - w :]}yz", f"{batch}{tokens}z"
+
+
+@rule(lambda equation, *operands: None, torch.einsum)
+def einsum(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Call | None:
+    """Two operands, explicit output, every index of the activation in the weight or the output."""
+    equation, operands = a["equation"], a["operands"]
+    if not isinstance(equation, str) or len(operands) != 2 or owned(operands[0]) == owned(operands[1]):
+        return None
+    terms, arrow, out = equation.replace(" ", "").partition("->")
+    first, _, second = terms.partition(",")
+    x, w, of_x, of_w = (*operands, first, second) if owned(operands[1]) else (*operands[::-1], second, first)
+    return _contraction(x, w, of_x, of_w, out) if arrow else None
+
+
+def _contraction(x: Tensor, w: Tensor, of_x: str, of_w: str, out: str) -> Call | None:
+    """`out = sum x w` by index letters: tokens lie in `x` and `out` alone, blocks in all three."""
+    if "." in of_x + of_w + out or any(len(set(s)) < len(s) for s in (of_x, of_w, out)):
+        return None
+    tokens = "".join(i for i in out if i in of_x and i not in of_w)
+    blocks = "".join(i for i in out if i in of_x and i in of_w)
+    rows = "".join(i for i in out if i not in of_x)
+    columns = "".join(i for i in of_x if i not in out)
+    if set(columns) - set(of_w) or set(of_w) != set(blocks + rows + columns) or not tokens:
+        return None
+    size = dict(zip(of_w, w.shape, strict=True))
+    shape = [size[i] for i in blocks + rows + columns]
+    back = [(blocks + rows + columns).index(i) for i in of_w]
+
+    def arrange(gradient: Tensor) -> Tensor:
+        return gradient.reshape(shape).permute(back)
+
+    def build(_: Layout, delta: Tensor, x: Tensor) -> Form:
+        k, m, n = (prod(size[i] for i in letters) for letters in (blocks, rows, columns))
+        left, right = delta.reshape(len(delta), -1, k, m), x.reshape(len(x), -1, k, n)
+        if k == 1 and of_w == rows + columns:
+            return Outer(left[:, :, 0], right[:, :, 0])
+        if k == 1 and of_w == columns + rows:
+            return Outer(right[:, :, 0], left[:, :, 0])
+        return Blocks(left, right, arrange)
+
+    saved = x.permute([of_x.index(i) for i in tokens + blocks + columns])
+    seen = [out.index(i) for i in tokens + blocks + rows]
+    axes = range(len(tokens))
+    return Call((saved,), lambda _: axes, (Site(w, _as_given, build),), lambda out: out.permute(seen))
 
 
 @rule(lambda input, mat1, mat2, beta=1, alpha=1: None, torch.addmm, Tensor.addmm)
@@ -197,11 +258,37 @@ def embedding(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Call
         kept = delta if padding is None else delta.masked_fill((index == padding).unsqueeze(-1), 0)
         return kept, index
 
+    return _lookup(w, index, prepare)
+
+
+@rule(lambda input, index: None, Tensor.__getitem__)
+def gather(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Call | None:
+    """`weight[index]` with an integer tensor: an embedding without a module."""
+    index = a["index"]
+    if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype == torch.bool or index.ndim < 1:
+        return None
+    wrapped = torch.where(index < 0, index + a["input"].shape[0], index)
+    return _lookup(a["input"], wrapped, _as_given) if a["input"].ndim == 2 else None
+
+
+def _lookup(w: Tensor, index: Tensor, prepare: Prepare) -> Call:
+    rows = w.shape[0]
+
     def build(_: Layout, delta: Tensor, index: Tensor) -> Form:
         k = index.shape[0]
         return Lookup(index.reshape(k, -1), delta.reshape(k, -1, delta.shape[-1]), rows)
 
     return Call((index,), features_last, (Site(w, prepare, build),))
+
+
+@rule(lambda input, weight: None, torch.prelu, F.prelu)
+def prelu(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Call | None:
+    x, w = a["input"], a["weight"]
+    if owned(x) or x.ndim < 2:
+        return None
+    aligned = channel_axis(w) if w.numel() > 1 else last_axes(w)
+    slopes = summed(w, aligned, lambda delta, x: (torch.mul(*_raised(delta, x.clamp(max=0))),))
+    return Call((x,), lambda out: [k for k in range(out.ndim) if k != 1 or w.numel() == 1], (slopes,))
 
 
 def _norm(
@@ -324,6 +411,18 @@ for _nd, _conv, _transposed in (
     rule(
         lambda input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1: None, _transposed
     )(_convolution(_nd, True))
+
+
+def spread(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """Arguments with the attention mask (relative position bias) expanded to one copy per sample; else None."""
+    if func is not F.scaled_dot_product_attention:
+        return None
+    names = ("query", "key", "value", "attn_mask")
+    a = {**dict(zip(names, args, strict=False)), **kwargs}
+    mask, query, key = a.get("attn_mask"), a["query"], a["key"]
+    if mask is None or len(args) > len(names):
+        return None
+    return {**a, "attn_mask": mask.expand(*query.shape[:-1], key.shape[-2])}
 
 
 SPREADING = (Tensor.expand, Tensor.repeat, Tensor.broadcast_to, torch.broadcast_to)

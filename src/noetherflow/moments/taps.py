@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from noetherflow.moments.layout import Layout, candidates
-from noetherflow.moments.rules import SPREADING, Call, Site, match
+from noetherflow.moments.rules import SPREADING, Call, Site, match, spread
 
 Arrive = Callable[["Use", Tensor, tuple[Tensor, ...]], None]
 
@@ -47,6 +47,11 @@ class Use:
     out_shape: torch.Size
     axes: tuple[int, ...]
     certain: bool
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Parameters consumed."""
+        return frozenset().union(*(s.names for s in self.sources))
 
     def layouts(self, samples: int, span: int) -> tuple[Layout, ...]:
         return tuple(candidates(self.out_shape, self.axes, samples, span))
@@ -167,6 +172,10 @@ class Recorder(TorchFunctionMode):
         operands = [t for t in tensors if self._owned(t)]
         if not operands:
             return func(*args, **kwargs)
+        with self:
+            spreaded = spread(func, args, kwargs)
+        if spreaded is not None:
+            return func(**spreaded)
         activations = any(t.requires_grad and not self._owned(t) for t in tensors)
         if activations or len(operands) < len(tensors) or func in SPREADING:
             call = match(self._owned, func, args, kwargs)
@@ -197,13 +206,11 @@ class Recorder(TorchFunctionMode):
         out = func(*(replaced.get(id(a), a) for a in args), **{k: replaced.get(id(a), a) for k, a in kwargs.items()})
         if out._is_view():
             out = out.clone()
-        seen = out.mT if call.flip else out
+        seen = call.seen(out)
         name = getattr(func, "__name__", str(func))
         use = Use(ordinal, name, call.sites, sources, leaves, seen.shape, tuple(call.sample_axes(seen)), certain)
         if self._recording:
             self.trace.uses.append(use)
         saved = (t.detach() for t in call.saved)
-        flip = call.flip
-        return Tap.apply(
-            out, self.anchor, lambda delta, kept: self._arrive(use, delta.mT if flip else delta, kept), *saved
-        )
+        view = call.seen
+        return Tap.apply(out, self.anchor, lambda delta, kept: self._arrive(use, view(delta), kept), *saved)

@@ -21,6 +21,10 @@ from noetherflow.moments.batch import Subject, check_finite, forward_backward, w
 from noetherflow.moments.layout import Layout
 from noetherflow.moments.taps import Trace, Use
 
+# Other samples' share of a sample's output gradient that passes for rounding; models that cast to float32 inside are
+# no more exact than that in float64.
+INDEPENDENCE = {torch.float64: 1e-6, torch.float32: 2e-3}
+
 
 def tolerance(dtype: torch.dtype) -> float:
     """Relative rounding allowed between two ways of summing the same gradient."""
@@ -52,6 +56,12 @@ def row_projection(layout: Layout, delta: Tensor, samples: int) -> tuple[Tensor,
     return rows @ direction, rows.norm(dim=1).max() * direction.norm()
 
 
+def rows_of(delta: Tensor) -> Tensor:
+    """A fixed projection of every feature vector: `[rows]`."""
+    rows = delta.reshape(-1, delta.shape[-1]).double()
+    return rows @ torch.sin(1.0 + 7.3 * torch.arange(rows.shape[1], dtype=rows.dtype, device=rows.device))
+
+
 @dataclass(eq=False)
 class Probe:
     """What the weighted pass found."""
@@ -62,6 +72,8 @@ class Probe:
     projections: dict[int, list[tuple[Layout, Tensor]]] = field(default_factory=dict)
     kept: dict[int, Layout] = field(default_factory=dict)
     still_shared: set[int] = field(default_factory=set)
+    rows: dict[int, Tensor] = field(default_factory=dict)
+    scattered: dict[str, str] = field(default_factory=dict)
 
     def locate(self, use: Use, delta: Tensor) -> Layout | None:
         """The layout under which sample i's rows scale with `c_i`; None if the output is shared by the samples.
@@ -72,9 +84,12 @@ class Probe:
         for layout, weighted in self.projections.get(use.ordinal, []):
             plain, scale = row_projection(layout, delta, samples)
             error = (weighted - self.weights.flatten().double() * plain).abs().max()
-            if error <= 10 * tolerance(delta.dtype) * scale:
+            if error <= INDEPENDENCE.get(delta.dtype, 1e-1) * scale:
                 self.kept[use.ordinal] = layout
                 return layout
+        if use.certain and self._gathered(use, delta):
+            self.scattered.update(dict.fromkeys(use.names, f"{use}: rows of several samples gathered"))
+            return None
         if use.certain:
             raise MomentError(
                 f"samples act on each other at {use}: sample i's loss has a gradient in other samples' rows. "
@@ -83,6 +98,14 @@ class Probe:
             )
         self.still_shared.add(use.ordinal)
         return None
+
+    def _gathered(self, use: Use, delta: Tensor) -> bool:
+        """Whether each row belongs to one sample, in an order of the model's own (experts): its ratio is some `c_i`."""
+        weighted, plain = self.rows[use.ordinal], rows_of(delta)
+        live = plain.abs() > 1e-3 * plain.abs().max()
+        ratio = (weighted / plain)[live]
+        distance = (ratio.unsqueeze(1) - self.weights.flatten().double()).abs().amin(1)
+        return bool((distance <= INDEPENDENCE.get(delta.dtype, 1e-1)).all())
 
 
 def probe(subject: Subject, batch: Any, shared: frozenset[int]) -> Probe:
@@ -109,8 +132,7 @@ def _try_probe(subject: Subject, batch: Any, shared: frozenset[int]) -> Probe | 
         for use in trace.uses:
             if not use.layouts(losses.numel(), span):
                 if use.certain:
-                    for s in use.sources:
-                        uncovered.update(dict.fromkeys(s.names, f"{use}: no sample axis"))
+                    uncovered.update(dict.fromkeys(use.names, f"{use}: no sample axis"))
                 else:
                     more_shared.add(use.ordinal)
         weights = random_weights(losses)
@@ -124,6 +146,8 @@ def _try_probe(subject: Subject, batch: Any, shared: frozenset[int]) -> Probe | 
             found.projections[use.ordinal] = [
                 (layout, row_projection(layout, delta, samples)[0]) for layout in use.layouts(samples, span)
             ]
+            if use.certain and delta.ndim:
+                found.rows[use.ordinal] = rows_of(delta)
             for k, site in enumerate(use.sites):
                 totals[use.ordinal, k] = whole_batch_total(site, delta, saved)
 
