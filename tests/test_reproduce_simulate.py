@@ -191,23 +191,26 @@ def test_checkpoints_include_both_ends():
     assert checkpoints(4, 100) == [0, 1, 2, 3, 4]
 
 
-def test_finite_step_gammas_match_the_stationary_second_moments():
-    """The step's own R_B, measured along a long run at fixed (U, W) of the linearised error dynamics."""
+@pytest.mark.parametrize("isotropic", [True, False])
+def test_finite_step_gammas_match_the_stationary_second_moments(isotropic):
+    """R_B in the stationary state of the linearised error dynamics at fixed (U, W)."""
     rng = torch.Generator().manual_seed(4)
     d, n, lr, batch = 3, 4000, 0.04, 10
     eye = torch.eye(d, dtype=F64)
-    se = covariances(rng, d)[0]
-    a, b = covariances(rng, d)[0], covariances(rng, d)[0]
+    sx = eye if isotropic else torch.diag(torch.tensor([0.4, 1.0, 1.5], dtype=F64))
+    se, a = covariances(rng, d)[0], covariances(rng, d)[0]
+    b = covariances(rng, d)[0] if isotropic else torch.diag(torch.tensor([1.2, 0.5, 0.9], dtype=F64))
     u, w = torch.linalg.cholesky(a), torch.linalg.cholesky(b).mT
     error, root = torch.zeros(n, d, d, dtype=F64), torch.linalg.cholesky(se)
-    for _ in range(300):
-        g = 2 * (error - root @ normal((n, d, d), rng) / math.sqrt(batch))
+    for _ in range(400):
+        noise = root @ normal((n, d, d), rng) @ sx.sqrt() / math.sqrt(batch)
+        g = 2 * (error @ sx - noise)
         error = error - lr * (u @ u.mT @ g + g @ w.mT @ w)
-    gu, gw = finite_step_gammas(se, SGDConfig(lr, batch))(u, w)
-    for exact, sample in (
-        (gu, d * se + (d + 1 + batch) * error @ error.mT),
-        (gw, (cf.trace(se) + error.square().sum((1, 2)))[:, None, None] * eye + (1 + batch) * error.mT @ error),
-    ):
+    gammas = finite_step_gammas(sx, se, SGDConfig(lr, batch))(u, w)
+    with_error = [torch.stack(parts) for parts in zip(*(cf.noise_matrices(sx, se, e) for e in error), strict=True)]
+    mean_parts = (error @ sx @ sx @ error.mT, sx @ error.mT @ error @ sx)
+    for exact, at_error, mean, plain_ in zip(gammas, with_error, mean_parts, cf.noise_matrices(sx, se), strict=True):
+        sample = at_error + (batch - 1) * mean
         z = (sample.mean(0) - exact) / (sample.std(0) / math.sqrt(n))
         assert z.abs().max() < 4.5
-    assert (gu - d * se).norm() > 0.05 * gu.norm()
+        assert (exact - plain_).norm() > 0.05 * plain_.norm()

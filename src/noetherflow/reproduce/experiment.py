@@ -22,7 +22,7 @@ Config = Mapping[str, Any]
 Point = Mapping[str, Any]
 Relation = Literal["equals", "above", "below"]
 
-REGISTRY: tuple[str, ...] = ("fig2",)
+REGISTRY: tuple[str, ...] = ("fig1", "fig2", "thm54", "rates")
 """Ids of all experiments, in the order of the gallery; each is a module of `noetherflow.reproduce.experiments`."""
 
 
@@ -143,7 +143,9 @@ class Experiment:
     def figure(self, results: Results) -> Any:
         """`plot(results)` in the common style: a matplotlib Figure."""
         with style.context():
-            return self.plot(results)
+            fig = self.plot(results)
+            style.tidy(fig)
+            return fig
 
     def fingerprint(self, config: Config, point: Point) -> str:
         """Changes whenever a recomputation could give another answer: configuration, point, or the code behind it."""

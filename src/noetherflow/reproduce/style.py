@@ -73,3 +73,16 @@ def dots(ax: Any, x: Any, values: Any, color: str, label: str | None = None, mar
     ax.errorbar(
         x, v.mean(-1), error, color=color, label=label, marker=marker, linestyle="none", ms=5, capsize=2, **kwargs
     )
+
+
+def tidy(fig: Any) -> None:
+    """Readable labels on logarithmic axes: 1-2-5 ticks where fewer than two decades are shown, no minor labels."""
+    ticker: Any = require("matplotlib.ticker", "report")
+    for ax in fig.axes:
+        for axis, limits in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
+            if axis.get_scale() != "log":
+                continue
+            if max(limits) < 80 * min(limits):
+                axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+                axis.set_major_formatter(ticker.FuncFormatter(lambda value, position: f"{value:.3g}"))
+            axis.set_minor_formatter(ticker.NullFormatter())

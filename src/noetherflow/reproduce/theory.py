@@ -67,28 +67,34 @@ def orbit_flow(
     return us, ws
 
 
-def finite_step_gammas(sigma_eps: Tensor, sgd: SGDConfig, loss_scale: float = 1.0) -> Callable[[Tensor, Tensor], Pair]:
-    """Noise matrices at first order in eta for `Sig_x = I`: with the stationary fluctuation of `E = U W - V`.
+def finite_step_gammas(
+    sigma_x: Tensor, sigma_eps: Tensor, sgd: SGDConfig, loss_scale: float = 1.0
+) -> Callable[[Tensor, Tensor], Pair]:
+    """Noise matrices at first order in eta: with the stationary fluctuation of `E = U W - V`.
 
-    R_B rather than Sigma drives the charge (theory.md section 1): `Gam_U = d_x Sig_eps + (d_x + 1 + S) <E E^T>`,
-    `Gam_W = (Tr Sig_eps + Tr<E E^T>) I + (1 + S) <E^T E>`. With a_i, b_j the eigenvalues of `U U^T`, `W^T W` and the
-    step's linear part `E -> E - 2 c eta (a_i + b_j) (E - noise)`, Cov[E] solves a diagonal Lyapunov equation.
+    Valid where `Sig_x` commutes with `W^T W` (isotropic inputs, or aligned ones). R_B rather than Sigma drives the charge (theory.md section 1), so beyond `noise_matrices(error=E)` there are
+    `(S - 1) <E Sig_x^2 E^T>` and `(S - 1) Sig_x <E^T E> Sig_x`. In the eigenbases of `U U^T` (a_i) and of `W^T W` and
+    `Sig_x` (b_j, x_j) the linear part of a step is `E_ij -> E_ij - 2 c eta (a_i + b_j) (x_j E_ij - noise_ij)`, so that
+    Cov[E] solves a diagonal Lyapunov equation.
     """
     eta, s = sgd.effective_lr, sgd.batch_size
 
     def gammas(u: Tensor, w: Tensor) -> Pair:
-        dx = w.shape[-1]
         a, qa = torch.linalg.eigh(u @ u.mT)
-        b, qb = torch.linalg.eigh(w.mT @ w)
+        wtw = w.mT @ w
+        joint = sigma_x / cf.trace(sigma_x)[..., None, None] + 1e-3 * wtw / cf.trace(wtw)[..., None, None]
+        qb = torch.linalg.eigh(joint).eigenvectors
+        b, x = ((qb.mT @ m @ qb).diagonal(dim1=-2, dim2=-1) for m in (wtw, sigma_x))
         noise = qa.mT @ sigma_eps @ qa
-        rates = 2 * loss_scale * eta * (a.unsqueeze(-1) + b.unsqueeze(-2))
-        left, right = rates.unsqueeze(-2), rates.unsqueeze(-3)
-        covariance = left * right / (left + right - left * right).clamp_min(1e-30) * noise.unsqueeze(-1) / s
-        outer = qa @ covariance.sum(-1) @ qa.mT
-        per_column = covariance.diagonal(dim1=-3, dim2=-2).sum(-1)
-        inner = (qb * per_column.unsqueeze(-2)) @ qb.mT
-        eye = torch.eye(dx, dtype=w.dtype, device=w.device)
-        isotropic = (cf.trace(sigma_eps) + cf.trace(outer))[..., None, None] * eye
-        return dx * sigma_eps + (dx + 1 + s) * outer, isotropic + (1 + s) * inner
+        kick = 2 * loss_scale * eta * (a.unsqueeze(-1) + b.unsqueeze(-2))
+        rates = kick * x.unsqueeze(-2)
+        decay = rates.unsqueeze(-2) + rates.unsqueeze(-3) - rates.unsqueeze(-2) * rates.unsqueeze(-3)
+        source = kick.unsqueeze(-2) * kick.unsqueeze(-3) * noise.unsqueeze(-1) * x[..., None, None, :] / s
+        covariance = source / decay.clamp_min(1e-30)
+        once, twice = (qa @ (covariance * x[..., None, None, :] ** k).sum(-1) @ qa.mT for k in (1, 2))
+        columns = (qb * covariance.diagonal(dim1=-3, dim2=-2).sum(-1).unsqueeze(-2)) @ qb.mT
+        gam_u, gam_w = cf.noise_matrices(sigma_x, sigma_eps)
+        gam_u = gam_u + cf.trace(sigma_x)[..., None, None] * once + (1 + s) * twice
+        return gam_u, gam_w + cf.trace(once)[..., None, None] * sigma_x + (1 + s) * sigma_x @ columns @ sigma_x
 
     return gammas

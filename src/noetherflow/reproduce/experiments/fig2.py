@@ -62,7 +62,7 @@ def compute(config: Config, point: Point) -> dict[str, Any]:
     if point["method"] == "theory":
         ended = simulate(net, [w, u], config["gd_steps"], config["lr"], generator(0), at=0, method="gd").params
         sgd = SGDConfig(config["lr"], config["batch"])
-        us, ws = orbit_flow(ended[1], ended[0], finite_step_gammas(sigma_eps, sgd), sgd, marks)
+        us, ws = orbit_flow(ended[1], ended[0], finite_step_gammas(eye, sigma_eps, sgd), sgd, marks)
         rows = [measures(wi, ui, sigma_eps) for ui, wi in zip(us, ws, strict=True)]
         end = cf.two_layer(eye.expand(count, -1, -1), *cf.noise_matrices(eye, sigma_eps))
         records = {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
