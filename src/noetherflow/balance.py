@@ -92,8 +92,9 @@ def balance_(
     and after.
 
     Raises CertificateError, leaving model and optimiser untouched, when `certificate` calls a symmetry broken, when a
-    weight would leave the range of its dtype, or when the outputs change by more than `tolerance` (default `1e4 eps` of the
-    parameters' dtype, or `APPROXIMATE` where a normalisation's eps makes a moved symmetry approximate).
+    weight would leave the range of its dtype, or when the outputs change by more than `tolerance` (default: `1e4 eps`
+    of the parameters' dtype, or `APPROXIMATE` where a normalisation's eps makes a moved symmetry approximate, or a
+    hundred times what the certificate measured).
     """
     symmetries = [s for s in _symmetries(eq) if _moves(eq[s.name].element, s)]
     _refuse_broken(certificate, symmetries)
@@ -109,7 +110,7 @@ def balance_(
     old = {n: tensors[n].detach().clone() for n in new}
     _write(tensors, new)
     change = _output_change(before, _outputs(model, example_inputs))
-    limit = _tolerance(tensors, new, symmetries, tolerance)
+    limit = _tolerance(tensors, new, symmetries, certificate, tolerance)
     if change is not None and not change <= limit:
         _write(tensors, old)
         raise CertificateError(
@@ -160,12 +161,20 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 
 def _tolerance(
-    tensors: Mapping[str, Tensor], new: Mapping[str, Tensor], symmetries: Sequence[Symmetry], tolerance: float | None
+    tensors: Mapping[str, Tensor],
+    new: Mapping[str, Tensor],
+    symmetries: Sequence[Symmetry],
+    certificate: Any,
+    tolerance: float | None,
 ) -> float:
     if tolerance is not None:
         return tolerance
-    rounding = 1e4 * max((torch.finfo(tensors[n].dtype).eps for n in new), default=0.0)
-    return max(rounding, APPROXIMATE) if any(s.eps is not None for s in symmetries) else rounding
+    limit = 1e4 * max((torch.finfo(tensors[n].dtype).eps for n in new), default=0.0)
+    if any(s.eps is not None for s in symmetries):
+        limit = max(limit, APPROXIMATE)
+    names = {s.name for s in symmetries}
+    certified = [c.outputs for c in certificate or () if c.name in names]
+    return max([limit, *(100 * c for c in certified)])
 
 
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor] | None:
