@@ -19,7 +19,7 @@ LAYERS = [
     {"discovery", "moments"},
     {"flow", "equilibrium", "sharpness", "closed_form"},
     {"balance", "checkpoint", "lora", "monitor"},
-    {"workloads"},
+    {"analysis", "workloads"},
     {"reproduce", "report"},
     {"cli"},
 ]

@@ -1,10 +1,78 @@
-"""Parameter symmetries of neural networks, the Noether flow along them, and the noise equilibrium."""
+"""Parameter symmetries of neural networks, the Noether flow along them, and the noise equilibrium.
+
+```
+syms = nf.find_symmetries(model, example_inputs)
+cert = nf.certify(model, syms, example_inputs)
+mom = nf.gradient_moments(model, loss_fn, batches, syms, entries=True)
+flow = nf.noether_flow(model, syms, mom, sgd)
+eq = nf.noise_equilibrium(model, syms, mom, sgd)
+report = nf.balance_(model, eq, optimizer)
+ledger = nf.Ledger(model, optimizer, syms)
+```
+
+Verbs are imported on first use, so that `import noetherflow` costs little beyond torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from noetherflow.legs import Leg
 from noetherflow.sgd import SGDConfig
 from noetherflow.symmetry import Symmetry, Translation
 from noetherflow.symmetry_set import SymmetrySet, declare, tensors_of
 
+if TYPE_CHECKING:
+    from noetherflow.analysis import Analysis, analyze
+    from noetherflow.balance import balance_
+    from noetherflow.discovery import certify, count_symmetries, explain, find_symmetries
+    from noetherflow.equilibrium import noise_equilibrium
+    from noetherflow.flow import noether_flow
+    from noetherflow.moments import gradient_moments
+    from noetherflow.monitor import Ledger
+
 __version__ = "0.1.0"
 
-__all__ = ["Leg", "SGDConfig", "Symmetry", "SymmetrySet", "Translation", "declare", "tensors_of"]
+_LAZY = {
+    "Analysis": "analysis",
+    "Ledger": "monitor",
+    "analyze": "analysis",
+    "balance_": "balance",
+    "certify": "discovery",
+    "count_symmetries": "discovery",
+    "explain": "discovery",
+    "find_symmetries": "discovery",
+    "gradient_moments": "moments",
+    "noether_flow": "flow",
+    "noise_equilibrium": "equilibrium",
+}
+
+__all__ = [
+    "Analysis",
+    "Ledger",
+    "Leg",
+    "SGDConfig",
+    "Symmetry",
+    "SymmetrySet",
+    "Translation",
+    "analyze",
+    "balance_",
+    "certify",
+    "count_symmetries",
+    "declare",
+    "explain",
+    "find_symmetries",
+    "gradient_moments",
+    "noether_flow",
+    "noise_equilibrium",
+    "tensors_of",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f"noetherflow.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'noetherflow' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

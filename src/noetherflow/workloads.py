@@ -81,7 +81,7 @@ def digits_cnn(seed: int = 0) -> Workload:
     return Workload("digits-cnn", model.double(), cross_entropy, split(x, y, 256), (x[:4],))
 
 
-def linear_factorisation(seed: int = 0, width: int = 8, samples: int = 4096) -> Workload:
+def linear_factorisation(seed: int = 0, width: int = 6, samples: int = 4096) -> Workload:
     """`||U W x - y||^2` with anisotropic inputs and label noise: the matrix factorisation of theory.md section 8."""
     rng = torch.Generator().manual_seed(seed)
     d = 6

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from noetherflow.cli.analyze import analyze
+from noetherflow.cli.demo import demo
 from noetherflow.cli.find import find
 
 app = typer.Typer(
@@ -13,6 +15,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(find)
+app.command()(analyze)
+app.command()(demo)
 
 
 @app.callback()

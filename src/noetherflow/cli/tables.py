@@ -26,6 +26,20 @@ def of_rows(console: Console, rows: Sequence[Mapping[str, Any]], title: str) -> 
     console.print(table)
 
 
+def transposed(console: Console, rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """A table with one row per key and one column per row, headed by each row's first value."""
+    if not rows:
+        return
+    names = list(rows[0])
+    table = Table(title=title, title_justify="left", header_style="bold")
+    table.add_column(names[0])
+    for row in rows:
+        table.add_column(cell(row[names[0]]), justify="right")
+    for name in names[1:]:
+        table.add_row(name, *(cell(row[name]) for row in rows))
+    console.print(table)
+
+
 def cell(value: Any) -> str:
     """A value as a person reads it: 4 significant digits, thousands separated, `-` for nothing."""
     if value is None:

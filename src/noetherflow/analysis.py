@@ -1,0 +1,102 @@
+"""`analyze`: find, certify, measure, forecast and settle in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from noetherflow.discovery import Certificate, certify, find_symmetries
+from noetherflow.equilibrium import Equilibrium, noise_equilibrium
+from noetherflow.flow import Flow, noether_flow
+from noetherflow.moments import GradientMoments, gradient_moments
+from noetherflow.sgd import SGDConfig
+from noetherflow.symmetry_set import SymmetrySet
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """What the symmetries of one model do under one SGD configuration, from one measurement."""
+
+    symmetries: SymmetrySet
+    certificate: Certificate
+    moments: GradientMoments
+    flow: Flow
+    equilibrium: Equilibrium
+    sgd: SGDConfig
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per family: norms of charge, drift parts per step and equilibrium charge; median relaxation steps."""
+        return [self._family(f) for f in dict.fromkeys(r.family for r in self.flow.details)]
+
+    def _family(self, family: str) -> dict[str, Any]:
+        own = [r for r in self.flow.details if r.family == family]
+        settled = [self.equilibrium[r.name] for r in own]
+        times = np.concatenate([r.relaxation_steps[r.finite].flatten().numpy() for r in own])
+        return {
+            "family": family,
+            "symmetries": len(own),
+            "charges": self.symmetries.filter(family=family).n_charges(exclude=()),
+            "charge, norm": _norm([r.charge for r in own]),
+            "drift per step: weight decay": _norm([r.decay for r in own]),
+            "drift per step: noise": _norm([r.noise for r in own]),
+            "drift per step: mean gradient": _norm([r.step_size for r in own]),
+            "equilibrium charge, norm": _norm([s.charge for s in settled]),
+            "largest relative flow": max(float(r.imbalance.max()) for r in own),
+            "relaxation steps, median": float(np.median(times)) if times.size else None,
+            "coordinates without equilibrium": sum(int((~r.finite).sum()) for r in own),
+        }
+
+    def __str__(self) -> str:
+        return "\n\n".join(str(part) for part in (self.symmetries, self.certificate, self.flow, self.equilibrium))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "families": self.rows(),
+            "symmetries": self.symmetries.to_dict(),
+            "certificate": self.certificate.to_dict(),
+            "flow": self.flow.to_dict(),
+            "equilibrium": self.equilibrium.to_dict(),
+            "samples": self.moments.samples,
+        }
+
+
+def analyze(
+    model: nn.Module,
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+    batches: Sequence[Any],
+    sgd: SGDConfig,
+    example_inputs: Any,
+    *,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Analysis:
+    """Find and certify the model's symmetries, measure the gradient noise along them, forecast and solve.
+
+    `loss_fn(model, batch)` returns per-sample losses `[batch]`; `batches` can be iterated more than once. Symmetries on
+    frozen parameters and those whose certificate says broken are excluded and listed. `progress` hears each stage.
+
+    Raises the errors of the stages: ExportError, MomentError, DataError.
+    """
+    progress("tracing the model")
+    syms = find_symmetries(model, example_inputs).trainable(model)
+    progress("certifying the symmetries")
+    certificate = certify(model, syms, example_inputs)
+    syms = syms.without(dict.fromkeys(certificate.broken, "certificate: broken"))
+    progress("measuring gradient moments")
+
+    def measure(at: nn.Module) -> GradientMoments:
+        return gradient_moments(at, loss_fn, batches, syms, entries=True)
+
+    mom = measure(model)
+    progress("integrating the Noether flow")
+    flow = noether_flow(model, syms, mom, sgd)
+    progress("solving for the noise equilibrium")
+    eq = noise_equilibrium(model, syms, mom, sgd, remeasure=measure)
+    return Analysis(syms, certificate, mom, flow, eq, sgd)
+
+
+def _norm(parts: Sequence[Tensor]) -> float:
+    return float(np.sqrt(sum(float(p.square().sum()) for p in parts)))

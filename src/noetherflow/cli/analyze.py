@@ -1,0 +1,54 @@
+"""`noetherflow analyze`: charges, drift, equilibrium and relaxation times of a model at its present point."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from noetherflow.cli import tables
+from noetherflow.cli.options import BatchSize, Data, Debug, Json, Lr, Model, Momentum, WeightDecay, console
+from noetherflow.sgd import SGDConfig
+
+
+def analyze(
+    model: Model,
+    data: Data = None,
+    lr: Lr = 0.05,
+    batch_size: BatchSize = 16,
+    weight_decay: WeightDecay = 0.0,
+    momentum: Momentum = 0.0,
+    finite_data: Annotated[
+        bool, typer.Option(help="Batches are drawn without replacement from exactly this data.")
+    ] = False,
+    report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML page here.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure MODEL once and say what SGD's gradient noise does along its symmetries."""
+    from noetherflow.analysis import analyze as run
+    from noetherflow.workloads import load_workload
+
+    workload = load_workload(model, data)
+    size = workload.samples if finite_data else None
+    sgd = SGDConfig(lr, batch_size, weight_decay, momentum, dataset_size=size)
+    with console.status("starting") as status:
+        analysis = run(
+            workload.model, workload.loss_fn, workload.batches, sgd, workload.example_inputs, progress=status.update
+        )
+    if report is not None:
+        from noetherflow.report.analysis import write_analysis
+
+        write_analysis(report, analysis, title=model)
+    if as_json:
+        print(json.dumps({"model": model, **analysis.to_dict()}))
+        return
+    printed = tables.out()
+    tables.symmetries(printed, analysis.symmetries, title=model)
+    printed.print(str(analysis.certificate), markup=False)
+    tables.transposed(printed, analysis.rows(), f"Noether flow at lr {lr:g}, batch size {batch_size}")
+    printed.print(str(analysis.equilibrium), markup=False)
+    if report is not None:
+        printed.print(f"report: {report}", markup=False)

@@ -1,0 +1,88 @@
+"""The page of one analysis: what was found, what flows, where it settles."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from noetherflow.analysis import Analysis
+from noetherflow.discovery import CertificateRow
+from noetherflow.report.figures import balance_figure, forecast_figure
+from noetherflow.report.page import Figure, Section, write_page
+
+HORIZON = 3.0
+"""Forecasts run to this many median relaxation times."""
+
+
+def write_analysis(path: str | os.PathLike[str], analysis: Analysis, title: str) -> Path:
+    """One self-contained HTML file. Raises MissingExtraError without matplotlib or jinja2."""
+    return write_page(path, f"Symmetries of {title}", analysis_sections(analysis), subtitle=_subtitle(analysis))
+
+
+def _subtitle(analysis: Analysis) -> str:
+    sgd = analysis.sgd
+    return (
+        f"SGD with lr {sgd.lr:g}, batch size {sgd.batch_size}, weight decay {sgd.weight_decay:g}, "
+        f"momentum {sgd.momentum:g}; moments of {analysis.moments.samples:,} samples"
+    )
+
+
+def analysis_sections(analysis: Analysis) -> list[Section]:
+    """Symmetries and certificate, the flow with its forecast, the equilibrium."""
+    return [
+        Section(
+            "Symmetries",
+            f"{analysis.symmetries.n_charges():,} independent Noether charges, found in the traced graph and checked "
+            "numerically in float64: outputs and per-sample gradients before and after random group elements.",
+            table=analysis.symmetries.summary(),
+        ),
+        Section("Certificate", table=[_certificate_row(r) for r in analysis.certificate.rows]),
+        Section(
+            "Noether flow",
+            "Expected change of the charge per step, split into weight decay, minibatch noise and the step of the "
+            "mean gradient. Norms over the coordinates of a family; relaxation is the median over coordinates.",
+            table=analysis.rows(),
+            figures=[Figure(_forecast(analysis), "Forecast from this one measurement.")],
+        ),
+        Section(
+            "Noise equilibrium",
+            str(analysis.equilibrium).splitlines()[0],
+            table=[_equilibrium_row(r) for r in analysis.equilibrium.rows()],
+            figures=[
+                Figure(_balance(analysis), "Coordinates with a finite equilibrium, now and predicted after the move.")
+            ],
+        ),
+    ]
+
+
+def _certificate_row(row: CertificateRow) -> dict[str, Any]:
+    return {
+        "symmetry": row.name,
+        "family": row.family,
+        "verdict": row.verdict,
+        "outputs changed by": row.outputs,
+        "gradients off by": row.gradients,
+        "eps": row.eps,
+        "note": row.note,
+    }
+
+
+def _equilibrium_row(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in row.items() if k not in ("coordinates", "kind")}
+
+
+def _forecast(analysis: Analysis) -> bytes:
+    times = np.concatenate([r.relaxation_steps[r.finite].flatten().numpy() for r in analysis.flow.details])
+    horizon = int(HORIZON * np.median(times)) if times.size else 10_000
+    steps = sorted({int(k) for k in np.linspace(0, max(horizon, 10), 31)})
+    forecast = analysis.flow.forecast(steps)
+    return forecast_figure(steps, forecast.charges, forecast.errors)
+
+
+def _balance(analysis: Analysis) -> bytes:
+    now = np.concatenate([s.imbalance_now.numpy() for s in analysis.equilibrium])
+    after = np.concatenate([s.imbalance.numpy() for s in analysis.equilibrium])
+    return balance_figure({"now": now, "after the move, predicted": after})
