@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import scipy.sparse
@@ -13,6 +13,8 @@ from torch import Tensor
 from noetherflow.monitor.decompose import ENTRIES, Rule, decompose
 from noetherflow.monitor.layout import Layout, apply
 
+Level = Literal["family", "symmetry", "coordinate"]
+LEVELS: tuple[Level, ...] = ("family", "symmetry", "coordinate")
 FIELDS = ("charge", "change", *ENTRIES, "residual", "norm")
 
 
@@ -30,22 +32,32 @@ class Measurement:
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """`FIELDS` by name, each `[T, n]`: charge before, measured change, entries, residual, `theta^T |A| theta`."""
+    """`FIELDS`: charge before, measured change, entries, residual, `theta^T |A| theta`; `table` is `[field, T, n]`."""
 
-    columns: Mapping[str, np.ndarray]
+    table: np.ndarray
 
     def mapped(self, matrix: scipy.sparse.csr_array) -> Columns:
-        return Columns({name: apply(matrix, value) for name, value in self.columns.items()})
+        """Sums of the columns: `matrix` is `[new n, n]`."""
+        fields, steps, n = self.table.shape
+        return Columns(apply(matrix, self.table.reshape(-1, n)).reshape(fields, steps, -1))
 
     def row(self, t: int) -> dict[str, np.ndarray]:
-        return {name: value[t] for name, value in self.columns.items()}
+        return dict(zip(FIELDS, self.table[:, t], strict=True))
 
 
 def coefficient_arrays(rule: Rule, layout: Layout, settings: Sequence[list[dict[str, float]]]) -> dict[str, np.ndarray]:
-    """`c[name]` `[T, n_values]` from one dict per recorded step and parameter."""
-    table = np.array([[[c[k] for k in rule.coefficients] for c in step] for step in settings], dtype=np.float64)
-    table = table.reshape(len(settings), len(layout.parameters), len(rule.coefficients))
-    return {k: table[:, layout.parameter_of_value, j] for j, k in enumerate(rule.coefficients)}
+    """`c[name]` `[T, n_values]` from one dict per recorded step and parameter; equal dicts may be shared."""
+    place: dict[int, int] = {}
+    unique: list[list[float]] = []
+    picks = np.empty((len(settings), len(layout.parameters)), dtype=int)
+    for t, step in enumerate(settings):
+        for j, c in enumerate(step):
+            if id(c) not in place:
+                place[id(c)] = len(unique)
+                unique.append([c[k] for k in rule.coefficients])
+            picks[t, j] = place[id(c)]
+    table = np.array(unique, dtype=np.float64).reshape(-1, len(rule.coefficients))[picks[:, layout.parameter_of_value]]
+    return {k: table[..., j] for j, k in enumerate(rule.coefficients)}
 
 
 def close_books(
@@ -56,17 +68,15 @@ def close_books(
     `change = C(theta') - C(theta)` is measured; `residual = change - sum of entries` is rounding (theory.md section 3).
     """
     c = coefficient_arrays(rule, layout, settings)
+    zero = np.zeros_like(values["tt"])
     with np.errstate(invalid="ignore", over="ignore"):
-        measured = {q: values.get(q, np.zeros_like(values["tt"])) for q in rule.quantities}
-        entries = decompose(rule, measured, c, layout.reference)
-        out = {name: apply(layout.matrix, value) for name, value in entries.items()}
-        change = apply(layout.matrix, values["tt_after"] - values["tt"])
-        absent = np.zeros_like(change)
-        columns = {"charge": apply(layout.matrix, values["tt"]), "change": change}
-        columns |= {name: out.get(name, absent) for name in ENTRIES}
-        columns["residual"] = change - sum(out.values())
-    columns["norm"] = apply(layout.absolute, values["tt"])
-    return Columns(columns)
+        entries = decompose(rule, {q: values.get(q, zero) for q in rule.quantities}, c, layout.reference)
+        change = values["tt_after"] - values["tt"]
+        columns = {"charge": values["tt"], "change": change, **dict.fromkeys(ENTRIES, zero), **entries}
+        columns["residual"] = change - sum(entries.values())
+    signed = Columns(np.stack([columns[f] for f in FIELDS[:-1]])).mapped(layout.matrix).table
+    norm = apply(layout.absolute, values["tt"])
+    return Columns(np.concatenate([signed, norm[None]]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,3 +109,15 @@ class Index:
                 for s in layout.symmetries
             ],
         }
+
+    def labels(self, layout: Layout, by: Level) -> list[dict[str, Any]]:
+        """What names each row of a level."""
+        if by == "family":
+            return [{"family": f} for f in self.families]
+        rows: list[dict[str, Any]] = [
+            {"family": f, "symmetry": n} for n, f in zip(self.symmetries, self.family_of, strict=True)
+        ]
+        if by == "symmetry":
+            return rows
+        spans = zip(rows, layout.spans, strict=True)
+        return [row | {"coordinate": j} for row, (start, stop) in spans for j in range(stop - start)]

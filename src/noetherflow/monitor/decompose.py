@@ -6,6 +6,7 @@ A rule names the inner products that determine all of these, so that no part of 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -216,10 +217,10 @@ class RealisedRule(Rule):
 
 def rule_for(optimizer: torch.optim.Optimizer) -> Rule:
     """The exact rule for `torch.optim.SGD`, `Adam`, `AdamW` or subclasses keeping their step, else the realised."""
-    step = getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)
+    step = inspect.unwrap(type(optimizer).step)
 
     def same(base: type[torch.optim.Optimizer]) -> bool:
-        return step is getattr(base.step, "__wrapped__", base.step)
+        return step is inspect.unwrap(base.step)
 
     if isinstance(optimizer, torch.optim.SGD) and same(torch.optim.SGD):
         return SGDRule()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,18 +17,16 @@ from torch import Tensor, nn
 
 from noetherflow.errors import DataError, DeclarationError
 from noetherflow.monitor import sharding
-from noetherflow.monitor.books import FIELDS, Index, Measurement, close_books, coefficient_arrays
+from noetherflow.monitor.books import FIELDS, LEVELS, Index, Level, Measurement, close_books, coefficient_arrays
 from noetherflow.monitor.decompose import Rule, rule_for
 from noetherflow.monitor.estimates import Estimator, rotation_rows
 from noetherflow.monitor.layout import Layout
 from noetherflow.monitor.log import FORMAT, RunLog, plain
 from noetherflow.monitor.measure import Collector
-from noetherflow.monitor.unwrap import unwrap_model, unwrap_optimizer
+from noetherflow.monitor.unwrap import unwrap_model, unwrap_optimizer, watch_closure
 from noetherflow.symmetry_set import SymmetrySet, tensors_of
 
-Level = Literal["family", "symmetry", "coordinate"]
 Sink = Callable[[Mapping[str, Any]], None]
-LEVELS: tuple[Level, ...] = ("family", "symmetry", "coordinate")
 
 
 @dataclass
@@ -93,6 +91,7 @@ class Ledger:
         self._open: _Open | None = None
         self._handles: list[Any] = [self.optimizer.register_step_post_hook(self._stepped)]
         self._loss: Any = None
+        self._finite = True
         self._set_symmetries(syms)
         writes = run_dir is not None and sharding.distributed_rank() == 0
         self._log = RunLog(run_dir) if writes and run_dir is not None else None
@@ -155,7 +154,9 @@ class Ledger:
         if now.measurement is not None:
             with torch.no_grad():
                 self._measure_after(now)
-            now.measurement.loss = self._loss if loss is None else loss
+            if loss is not None:
+                self.note(loss)
+            now.measurement.loss = self._loss
             self._pending.append(now.measurement)
         self._loss = None
         self.step += 1
@@ -174,7 +175,7 @@ class Ledger:
         found, steps = Collector(self.layout), self._optimizer_steps()
         chained = self._tt is not None and now.versions == self._tt_versions
         scale = getattr(self.optimizer, "grad_scale", None)
-        settings = []
+        settings, shared = [], _Settings(self.rule)
         for name, parameter in self._watched.items():
             group, gradient = group_of.get(id(parameter)), parameter.grad
             whole = name in self.layout.totals_only
@@ -182,12 +183,10 @@ class Ledger:
             if not chained:
                 found.add(name, tensors, lambda t: {"tt": (t["theta"], t["theta"])})
             if group is None or gradient is None:
-                settings.append(dict.fromkeys(self.rule.coefficients, 0.0))
+                settings.append(shared.idle)
                 continue
             state = self.optimizer.state.get(parameter, {})
-            c = self.rule.settings(group, state, steps.get(name, 0.0))
-            if scale is not None and "sign" in c:
-                c["sign"] /= float(scale)
+            c = shared.of(group, state, steps.get(name, 0.0), scale)
             settings.append(c)
             if self.rule.keeps_copy:
                 now.kept[name] = tensors["theta"].clone()
@@ -259,6 +258,7 @@ class Ledger:
             values = dict(zip(names, self._gathered(stacked), strict=True))
             books = close_books(self.rule, self.layout, values, [m.settings for m in pending])
             family, symmetry = books.mapped(self.index.to_family), books.mapped(self.index.to_symmetry)
+            finite = np.isfinite(books.table).all(axis=(0, 2))
             for t, m in enumerate(pending):
                 row = {"kind": "step", "step": m.step, "lr": m.lr, "family": family.row(t)}
                 if m.loss is not None:
@@ -269,8 +269,11 @@ class Ledger:
                     row["coordinate"] = books.row(t)
                 self._emit(row)
                 self._rows.append(row)
-                if m.blocks:
+                if m.blocks and finite[t]:
                     self._estimate(m, symmetry.row(t))
+                if not finite[t] and self._finite:
+                    self._note_event("non-finite", m.step)
+                self._finite = bool(finite[t])
         if self._log is not None:
             self._log.append(self._lines)
         self._lines = []
@@ -303,7 +306,11 @@ class Ledger:
             self._lines.append(plain(row))
 
     def _event(self, what: str, **details: Any) -> None:
-        row = {"kind": "event", "step": self.step, "event": what, **details}
+        self.flush()
+        self._note_event(what, self.step, **details)
+
+    def _note_event(self, what: str, step: int, **details: Any) -> None:
+        row = {"kind": "event", "step": step, "event": what, **details}
         self.events.append(row)
         self._emit(row)
 
@@ -331,26 +338,17 @@ class Ledger:
         if LEVELS.index(by) > LEVELS.index(self.detail):
             raise DataError(f"this ledger keeps detail={self.detail!r}; rows by {by!r} need Ledger(..., detail={by!r})")
         self.flush()
-        return [row for step in self._rows for row in self._expand(step, by)]
-
-    def _expand(self, step: dict[str, Any], by: Level) -> Iterator[dict[str, Any]]:
-        labels: list[dict[str, Any]]
-        if by == "family":
-            labels = [{"family": f} for f in self.index.families]
-        else:
-            pairs = zip(self.index.symmetries, self.index.family_of, strict=True)
-            labels = [{"family": f, "symmetry": n} for n, f in pairs]
-        if by == "coordinate":
-            spans = self.layout.spans
-            labels = [lab | {"coordinate": j} for lab, (a, b) in zip(labels, spans, strict=True) for j in range(b - a)]
-        for i, label in enumerate(labels):
-            yield {"step": step["step"], **label, "lr": step["lr"]} | {f: float(step[by][f][i]) for f in FIELDS}
+        labels = self.index.labels(self.layout, by)
+        return [
+            {"step": row["step"], **label, "lr": row["lr"]} | {f: float(row[by][f][i]) for f in FIELDS}
+            for row in self._rows
+            for i, label in enumerate(labels)
+        ]
 
     def estimates(self) -> list[dict[str, Any]]:
         """One row per estimated step and symmetry: see `Estimator.rows` and `rotation_rows`."""
         self.flush()
-        names = zip(self.index.symmetries, self.index.family_of, strict=True)
-        labels = [{"symmetry": n, "family": f} for n, f in names]
+        labels = self.index.labels(self.layout, "symmetry")
         return [
             {"step": e["step"], **label} | {k: float(v[i]) for k, v in e["symmetry"].items()}
             for e in self._estimates
@@ -411,24 +409,10 @@ class Ledger:
             self._open.found_inf = getattr(self.optimizer, "found_inf", None)
 
     def _pre_hook(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        position = next(
-            (i for i, a in enumerate(args) if callable(a) and not isinstance(a, torch.optim.Optimizer)), None
-        )
-        closure = kwargs.get("closure") if position is None else args[position]
-        if closure is None:
+        watched = watch_closure(args, kwargs, self.before_step)
+        if watched is None:
             self.before_step()
-            return None
-        armed = [True]
-
-        def watched() -> Any:
-            result = closure()
-            if armed.pop() if armed else False:
-                self.before_step()
-            return result
-
-        if position is None:
-            return args, {**kwargs, "closure": watched}
-        return (*args[:position], watched, *args[position + 1 :]), kwargs
+        return watched
 
     def close(self) -> None:
         """Detach, flush and close the log."""
@@ -455,3 +439,22 @@ def _charge_after(t: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
 
 def _dense(gradient: Tensor) -> Tensor:
     return gradient if gradient.layout is torch.strided else gradient.to_dense()
+
+
+class _Settings:
+    """The coefficients of one step, made once for all parameters that share them."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+        self.idle = dict.fromkeys(rule.coefficients, 0.0)
+        self._made: dict[tuple[Any, ...], dict[str, float]] = {}
+
+    def of(self, group: dict[str, Any], state: Mapping[str, Any], steps: float, scale: Any) -> dict[str, float]:
+        started = any(state.get(k) is not None for k in self.rule.state_keys)
+        key = (id(group), started, steps)
+        if key not in self._made:
+            c = self.rule.settings(group, state, steps)
+            if scale is not None and "sign" in c:
+                c["sign"] /= float(scale)
+            self._made[key] = c
+        return self._made[key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -28,3 +29,25 @@ def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
             raise DataError(f"expected a torch optimiser, got {type(optimizer).__name__}")
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def watch_closure(args: tuple[Any, ...], kwargs: dict[str, Any], then: Callable[[], None]) -> Any:
+    """The arguments of `optimizer.step` with `then` run after the first evaluation of its closure; None without one.
+
+    A closure computes the gradients inside the step (Lightning, L-BFGS), so that hooks before the step come too early.
+    """
+    place = next((i for i, a in enumerate(args) if callable(a) and not isinstance(a, torch.optim.Optimizer)), None)
+    closure = kwargs.get("closure") if place is None else args[place]
+    if closure is None:
+        return None
+    waiting = [then]
+
+    def watched() -> Any:
+        result = closure()
+        while waiting:
+            waiting.pop()()
+        return result
+
+    if place is None:
+        return args, {**kwargs, "closure": watched}
+    return (*args[:place], watched, *args[place + 1 :]), kwargs
