@@ -14,7 +14,7 @@ from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.forms import Form
 from noetherflow.moments.layout import WHOLE_BATCH, Layout
 from noetherflow.moments.rules import Site
-from noetherflow.moments.taps import Recorder, Source, Trace, Use
+from noetherflow.moments.taps import CallId, Recorder, Source, Trace, Use
 from noetherflow.moments.target import Sums
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -77,7 +77,7 @@ def tensors_in(batch: Any) -> Iterator[Tensor]:
 def forward_backward(
     subject: Subject,
     batch: Any,
-    shared: frozenset[int],
+    shared: frozenset[CallId],
     leaf: bool,
     ready: Callable[[Tensor, Trace], Tensor | None],
     arrive: Callable[[Use, Tensor, tuple[Tensor, ...]], None],

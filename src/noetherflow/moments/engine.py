@@ -14,7 +14,7 @@ from noetherflow.moments.batch import Contraction, LossFn, Subject, check_finite
 from noetherflow.moments.fallback import Fallback
 from noetherflow.moments.layout import Layout
 from noetherflow.moments.result import GradientMoments, merge_moments
-from noetherflow.moments.taps import Trace, Use
+from noetherflow.moments.taps import CallId, Trace, Use
 from noetherflow.moments.target import Sums, needs_of
 from noetherflow.moments.verify import Probe, probe, signature
 from noetherflow.symmetry_set import SymmetrySet, tensors_of
@@ -85,8 +85,8 @@ class Meter:
         self._needs = needs_of(self.syms, {n: roots[n] for n in wanted}, self.entries)
         self._roots = roots
         self._subject = Subject(self.model, self.loss_fn, roots, frozenset(wanted), self.sample_axes)
-        self._verified: dict[Any, dict[int, Layout]] = {}
-        self._shared: frozenset[int] = frozenset()
+        self._verified: dict[Any, dict[CallId, Layout]] = {}
+        self._shared: frozenset[CallId] = frozenset()
         self._fallback: Fallback | None = None
         self._used: set[str] = set()
 
@@ -114,7 +114,7 @@ class Meter:
     def _update(self, batch: Any, ids: list[int]) -> None:
         if self._verified and self._measure(batch, ids, None):
             return
-        shared: frozenset[int] = frozenset()
+        shared: frozenset[CallId] = frozenset()
         while True:
             found = probe(self._covered(), batch, shared)
             shared = found.shared
@@ -141,7 +141,7 @@ class Meter:
         subject = self._covered()
         shared = self._shared if found is None else found.shared
         sums = {g: Sums.zeros(self.syms, self._needs) if found or g not in self.groups else self.groups[g] for g in ids}
-        layouts: dict[int, Layout] = {}
+        layouts: dict[CallId, Layout] = {}
         keys: list[Any] = []
         contractions: list[Contraction] = []
         slices: list[tuple[int, int, Sums]] = []
@@ -159,7 +159,7 @@ class Meter:
 
         def arrive(use: Use, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
             samples = slices[-1][1]
-            layout = layouts.get(use.ordinal) if found is None else found.locate(use, delta)
+            layout = layouts.get(use.id) if found is None else found.locate(use, delta)
             if layout is not None:
                 for site, source in zip(use.sites, use.sources, strict=True):
                     if source.names & subject.measured:

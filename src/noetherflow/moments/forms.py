@@ -6,13 +6,13 @@ Every form stands for `G_i`, the gradient of sample `i` with respect to the oper
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from noetherflow.moments.target import Target, stacked, wide
+from noetherflow.moments.target import SidedLeg, Target, stacked, wide
 
 # Time of one element moved through the cache, in floating-point operations of a matrix product.
 MOVE = 16.0
@@ -114,20 +114,28 @@ def _add_rank_one(target: Target, left: Tensor, right: Tensor) -> None:
     m, n = left.shape[1], right.shape[1]
     target.gradient.view(m, n).addmm_(left.mT, right)
     split = target.need.split(m)
-    left2, right2 = left.square(), right.square()
-    if target.need.entries or split.mixed_torus:
-        target.add_squares((left2.mT @ right2).view(target.need.shape))
+    if target.squares is not None:
+        target.squares.view(m, n).addmm_(left.square().mT, right.square())
+    elif split.mixed_torus:
+        target.add_squares((left.square().mT @ right.square()).view(target.need.shape))
     else:
-        for need, side, leg in split.torus:
-            own, other = (left2, right2) if side == "rows" else (right2, left2)
-            target.add_leg(need, leg.row_sums(own.mT @ other.sum(1)))
-    for need, side, leg in split.linear:
-        own, other = (left, right2) if side == "rows" else (right, left2)
-        target.add_leg(need, stacked(leg).gram((own * other.sum(1, keepdim=True).sqrt()).mT))
+        _add_sided(target, split.torus, left, right)
+    _add_sided(target, split.linear, left, right)
     if split.mixed_linear:
         for i in range(len(left)):
             gradient = torch.outer(left[i], right[i]).view(*target.need.shape, 1)
             target.add_grams(gradient, split.mixed_linear)
+
+
+def _add_sided(target: Target, legs: Sequence[SidedLeg], left: Tensor, right: Tensor) -> None:
+    for side, own, other in (("rows", left, right), ("columns", right, left)):
+        here = [(need, leg) for need, s, leg in legs if s == side]
+        if here:
+            norms = torch.linalg.vector_norm(other, dim=1, keepdim=True)
+            weighted = own * norms
+            squares = weighted.square_().sum(0) if here[0][0].torus else weighted
+            for need, leg in here:
+                target.add_leg(need, leg.row_sums(squares) if need.torus else stacked(leg).gram(weighted.mT))
 
 
 def prefer_token_grams(target: Target, tokens: int, m: int, n: int) -> bool:
@@ -167,14 +175,15 @@ def add_token_grams(target: Target, left: Tensor, right: Tensor) -> None:
 def add_one_by_one(target: Target, samples: int, gradient: Callable[[int], Tensor]) -> None:
     """One explicit gradient at a time, small enough to stay in cache."""
     shape = target.need.shape
-    squares = torch.zeros_like(target.gradient)
+    squares = torch.zeros_like(target.gradient) if target.squares is None else target.squares
     for i in range(samples):
         g = gradient(i).reshape(shape)
         target.gradient.add_(g)
         squares.addcmul_(g, g)
         if target.need.grams:
             target.add_grams(g.unsqueeze(-1))
-    target.add_squares(squares)
+    if target.squares is None:
+        target.add_squares(squares)
 
 
 @dataclass(eq=False)
@@ -213,12 +222,13 @@ class Lookup(Form):
         target.gradient.index_add_(0, index.flatten(), per_token)
         tokens, merged = self._merge_repeats(index, per_token)
         squares = merged.square()
-        by_row = squares.new_zeros(self.rows).index_add_(0, tokens, squares.sum(1))
-        by_column = squares.sum(0)
-        if target.need.entries:
-            target.sums.squares[target.need.name].index_add_(0, tokens, squares)
-        for need, side, leg in split.torus:
-            target.add_leg(need, leg.row_sums(by_row if side == "rows" else by_column))
+        if target.squares is not None:
+            target.squares.index_add_(0, tokens, squares)
+        else:
+            by_row = squares.new_zeros(self.rows).index_add_(0, tokens, squares.sum(1))
+            by_column = squares.sum(0)
+            for need, side, leg in split.torus:
+                target.add_leg(need, leg.row_sums(by_row if side == "rows" else by_column))
         for need, _, leg in split.linear:
             target.add_leg(need, stacked(leg).gram(merged.mT))
 

@@ -54,12 +54,43 @@ class Call:
 
 Owned = Callable[[Any], bool]
 Rule = Callable[[Owned, Callable[..., Any], dict[str, Any]], Call | None]
-RULES: dict[Callable[..., Any], tuple[inspect.Signature, Rule]] = {}
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Parameter names, defaults, and the name that takes further positional arguments, if any."""
+
+    names: tuple[str, ...]
+    defaults: dict[str, Any]
+    rest: str | None
+
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> Signature:
+        given = inspect.signature(function).parameters.values()
+        rest = next((p.name for p in given if p.kind is p.VAR_POSITIONAL), None)
+        return cls(
+            tuple(p.name for p in given if p.kind is not p.VAR_POSITIONAL),
+            {p.name: p.default for p in given if p.default is not p.empty},
+            rest,
+        )
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """All arguments by name; None for a call of another shape."""
+        known = len(self.names)
+        if (len(args) > known and self.rest is None) or any(k not in self.names for k in kwargs):
+            return None
+        bound = {**self.defaults, **dict(zip(self.names, args, strict=False)), **kwargs}
+        if self.rest is not None:
+            bound[self.rest] = args[known:]
+        return bound if all(n in bound for n in self.names) else None
+
+
+RULES: dict[Callable[..., Any], tuple[Signature, Rule]] = {}
 
 
 def rule(signature: Callable[..., Any], *functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
     """Register a rule for functions that share one call signature, given as that of a function."""
-    parsed = inspect.signature(signature)
+    parsed = Signature.of(signature)
 
     def register(function: Rule) -> Rule:
         for f in functions:
@@ -75,12 +106,8 @@ def match(owned: Owned, func: Callable[..., Any], args: tuple[Any, ...], kwargs:
     if entry is None:
         return None
     signature, function = entry
-    try:
-        bound = signature.bind(*args, **kwargs)
-    except TypeError:
-        return None
-    bound.apply_defaults()
-    return function(owned, func, bound.arguments)
+    bound = signature.bind(args, kwargs)
+    return None if bound is None else function(owned, func, bound)
 
 
 def features_last(out: Tensor) -> range:

@@ -8,7 +8,8 @@ a parameter comes from a use that no rule saw.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -32,15 +33,18 @@ class Source:
     view_of: str | None
 
 
+CallId = tuple[str, tuple[str, ...], int]
+
+
 @dataclass(eq=False)
 class Use:
-    """One covered call: its place in the forward order, what it consumed, where samples may lie in its output.
+    """One covered call: what it consumed and where samples may lie in its output.
 
-    `certain`: its input is known to depend on the samples.
+    `id`: operator, parameters consumed, and how many such calls came before. `certain`: its input is known to depend on
+    the samples.
     """
 
-    ordinal: int
-    operator: str
+    id: CallId
     sites: tuple[Site, ...]
     sources: tuple[Source, ...]
     leaves: tuple[Tensor, ...]
@@ -49,19 +53,20 @@ class Use:
     certain: bool
 
     @property
-    def names(self) -> frozenset[str]:
+    def names(self) -> tuple[str, ...]:
         """Parameters consumed."""
-        return frozenset().union(*(s.names for s in self.sources))
+        return self.id[1]
 
     def layouts(self, samples: int, span: int) -> tuple[Layout, ...]:
         return tuple(candidates(self.out_shape, self.axes, samples, span))
 
     def key(self, samples: int, span: int) -> tuple[Any, ...]:
         """What must be the same for a layout found earlier to hold again."""
-        return self.ordinal, self.operator, tuple(s.names for s in self.sources), self.layouts(samples, span)
+        return self.id, self.layouts(samples, span)
 
     def __str__(self) -> str:
-        return f"{self.operator} (call {self.ordinal}, output {tuple(self.out_shape)})"
+        operator, names, before = self.id
+        return f"{operator} of {', '.join(names)} (call {before + 1}, output {tuple(self.out_shape)})"
 
 
 class Tap(torch.autograd.Function):
@@ -93,12 +98,14 @@ def transparent(func: types.FunctionType) -> types.FunctionType:
     return copy
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
     for v in values:
         if isinstance(v, Tensor):
-            yield v
+            found.append(v)
         elif isinstance(v, list | tuple):
-            yield from _tensors(v)
+            found += _tensors(v)
+    return found
 
 
 def _is_plain_view(tensor: Tensor) -> bool:
@@ -117,7 +124,7 @@ class Trace:
 class Recorder(TorchFunctionMode):
     """Intercepts consumption of the parameters in `roots` (by name); those `measured` are tapped.
 
-    `shared`: ordinals of calls known to give the same output for every sample, which run as they are and whose result
+    `shared`: calls known to give the same output for every sample, which run as they are and whose result
     is an operand in turn. `leaf`: give every operand a gradient of its own, for comparison with autograd.
     """
 
@@ -126,7 +133,7 @@ class Recorder(TorchFunctionMode):
         roots: dict[str, Tensor],
         measured: frozenset[str],
         arrive: Arrive,
-        shared: frozenset[int],
+        shared: frozenset[CallId],
         leaf: bool,
     ) -> None:
         super().__init__()
@@ -137,7 +144,7 @@ class Recorder(TorchFunctionMode):
         self._made: dict[int, Tensor] = {}
         self._origin: dict[int, frozenset[str]] = {}
         self._arrive, self._shared, self._leaf = arrive, shared, leaf
-        self._ordinal = 0
+        self._before: Counter[tuple[str, tuple[str, ...]]] = Counter()
         self._recording = True
 
     def stop(self) -> None:
@@ -168,49 +175,60 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        tensors = list(_tensors((*args, *kwargs.values()))) if kwargs else list(_tensors(args))
-        operands = [t for t in tensors if self._owned(t)]
+        tensors = _tensors((*args, *kwargs.values()) if kwargs else args)
+        operands = [t for t in tensors if self._find(t) is not None]
         if not operands:
             return func(*args, **kwargs)
         with self:
             spreaded = spread(func, args, kwargs)
         if spreaded is not None:
             return func(**spreaded)
-        activations = any(t.requires_grad and not self._owned(t) for t in tensors)
+        activations = any(t.requires_grad and self._find(t) is None for t in tensors)
         if activations or len(operands) < len(tensors) or func in SPREADING:
             call = match(self._owned, func, args, kwargs)
             if call is not None:
-                ordinal, self._ordinal = self._ordinal, self._ordinal + 1
-                if ordinal not in self._shared:
-                    return self._tapped(ordinal, func, call, args, kwargs, activations)
-        if isinstance(func, types.FunctionType) and "has_torch_function" in " ".join(func.__code__.co_names):
+                sources = tuple(self._source(s.operand) for s in call.sites)
+                kind = (getattr(func, "__name__", str(func)), tuple(sorted(set().union(*(s.names for s in sources)))))
+                self._before[kind] += 1
+                call_id = (*kind, self._before[kind] - 1)
+                if call_id not in self._shared:
+                    return self._tapped(call_id, func, call, sources, args, kwargs, activations)
+        if isinstance(func, types.FunctionType) and any(n.startswith("has_torch") for n in func.__code__.co_names):
             with self:
                 return transparent(func)(*args, **kwargs)
         out = func(*args, **kwargs)
-        names = frozenset().union(*(self._find(t) or () for t in operands))
         made = [t for t in _tensors((out,)) if t.requires_grad]
-        if made and activations:
-            for n in names:
-                self.trace.uncovered.setdefault(n, set()).add(getattr(func, "__name__", str(func)))
-        elif made:
-            for t in made:
-                self._made[id(t)], self._origin[id(t)] = t, names
+        if made:
+            names = frozenset().union(*(self._find(t) or () for t in operands))
+            if activations:
+                for n in names:
+                    self.trace.uncovered.setdefault(n, set()).add(getattr(func, "__name__", str(func)))
+            else:
+                for t in made:
+                    self._made[id(t)], self._origin[id(t)] = t, names
         return out
 
-    def _tapped(self, ordinal: int, func: Any, call: Call, args: Any, kwargs: Any, certain: bool) -> Any:
-        sources = tuple(self._source(s.operand) for s in call.sites)
-        if not any(s.names & self._measured for s in sources):
+    def _tapped(
+        self,
+        call_id: CallId,
+        func: Any,
+        call: Call,
+        sources: tuple[Source, ...],
+        args: Any,
+        kwargs: Any,
+        certain: bool,
+    ) -> Any:
+        if not any(n in self._measured for n in call_id[1]):
             return func(*args, **kwargs)
         leaves = tuple(s.operand.detach().requires_grad_(self._leaf) for s in call.sites)
         replaced = {id(s.operand): leaf for s, leaf in zip(call.sites, leaves, strict=True)}
         out = func(*(replaced.get(id(a), a) for a in args), **{k: replaced.get(id(a), a) for k, a in kwargs.items()})
         if out._is_view():
             out = out.clone()
-        seen = call.seen(out)
-        name = getattr(func, "__name__", str(func))
-        use = Use(ordinal, name, call.sites, sources, leaves, seen.shape, tuple(call.sample_axes(seen)), certain)
+        view = call.seen
+        seen = view(out)
+        use = Use(call_id, call.sites, sources, leaves, seen.shape, tuple(call.sample_axes(seen)), certain)
         if self._recording:
             self.trace.uses.append(use)
         saved = (t.detach() for t in call.saved)
-        view = call.seen
         return Tap.apply(out, self.anchor, lambda delta, kept: self._arrive(use, view(delta), kept), *saved)

@@ -15,6 +15,7 @@ from noetherflow.moments.result import GradientMoments
 from noetherflow.symmetry_set import SymmetrySet
 
 Side = Literal["rows", "columns"]
+SidedLeg = tuple["LegNeed", Side, Leg]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +32,8 @@ class LegNeed:
 class Split:
     """Legs of a parameter read as a matrix: on one side (with the leg restated on that side alone), or mixing both."""
 
-    torus: tuple[tuple[LegNeed, Side, Leg], ...]
-    linear: tuple[tuple[LegNeed, Side, Leg], ...]
+    torus: tuple[SidedLeg, ...]
+    linear: tuple[SidedLeg, ...]
     mixed_torus: bool
     mixed_linear: tuple[LegNeed, ...]
 
@@ -139,6 +140,12 @@ class Sums:
     def target(self, name: str) -> Target:
         return Target(self.needs[name], self)
 
+    def add_torus_legs(self, need: Need, squares: Tensor) -> None:
+        for n in need.legs:
+            if n.torus:
+                out = self.second[n.symmetry][n.position]
+                out.add_(n.leg.row_sums(squares).reshape(out.shape))
+
     def plus(self, other: Sums) -> Sums:
         """Both together."""
         for mine, theirs in ((self.gradient, other.gradient), (self.squares, other.squares)):
@@ -154,6 +161,11 @@ class Sums:
     def moments(self, fallback: tuple[str, ...]) -> GradientMoments:
         """Means over the samples so far."""
         n = self.samples
+        for name, squares in self.squares.items():
+            for leg in self.needs[name].legs:
+                if leg.torus:
+                    self.second[leg.symmetry][leg.position].zero_()
+            self.add_torus_legs(self.needs[name], squares)
         return GradientMoments(
             samples=n,
             loss=self.loss / n,
@@ -180,13 +192,17 @@ class Target:
         out = self.sums.second[need.symmetry][need.position]
         out.add_(value.reshape(out.shape))
 
+    @property
+    def squares(self) -> Tensor | None:
+        """Entry-wise `sum_i g_i^2` where wanted; torus legs are then read off it at the end."""
+        return self.sums.squares.get(self.need.name)
+
     def add_squares(self, squares: Tensor) -> None:
-        """Entry-wise `sum_i g_i^2`, the parameter's shape."""
-        if self.need.entries:
-            self.sums.squares[self.need.name].add_(squares)
-        for n in self.need.legs:
-            if n.torus:
-                self.add_leg(n, n.leg.row_sums(squares))
+        """Entry-wise `sum_i g_i^2` of some samples, the parameter's shape."""
+        if self.squares is not None:
+            self.squares.add_(squares)
+        else:
+            self.sums.add_torus_legs(self.need, squares)
 
     def add_grams(self, gradients: Tensor, needs: Iterable[LegNeed] | None = None) -> None:
         """General-linear leg Grams of per-sample gradients stacked along a last axis: `[*parameter shape, samples]`."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from noetherflow.errors import MomentError
 from noetherflow.moments.batch import Subject, check_finite, forward_backward, whole_batch_total
 from noetherflow.moments.layout import Layout
-from noetherflow.moments.taps import Trace, Use
+from noetherflow.moments.taps import CallId, Trace, Use
 
 # Other samples' share of a sample's output gradient that passes for rounding; models that cast to float32 inside are
 # no more exact than that in float64.
@@ -66,13 +66,13 @@ def rows_of(delta: Tensor) -> Tensor:
 class Probe:
     """What the weighted pass found."""
 
-    shared: frozenset[int]
+    shared: frozenset[CallId]
     uncovered: dict[str, str]
     weights: Tensor
-    projections: dict[int, list[tuple[Layout, Tensor]]] = field(default_factory=dict)
-    kept: dict[int, Layout] = field(default_factory=dict)
-    still_shared: set[int] = field(default_factory=set)
-    rows: dict[int, Tensor] = field(default_factory=dict)
+    projections: dict[CallId, list[tuple[Layout, Tensor]]] = field(default_factory=dict)
+    kept: dict[CallId, Layout] = field(default_factory=dict)
+    still_shared: set[CallId] = field(default_factory=set)
+    rows: dict[CallId, Tensor] = field(default_factory=dict)
     scattered: dict[str, str] = field(default_factory=dict)
 
     def locate(self, use: Use, delta: Tensor) -> Layout | None:
@@ -81,11 +81,11 @@ class Probe:
         Raises MomentError when no layout fits an output that depends on the samples: they act on each other.
         """
         samples = self.weights.numel()
-        for layout, weighted in self.projections.get(use.ordinal, []):
+        for layout, weighted in self.projections.get(use.id, []):
             plain, scale = row_projection(layout, delta, samples)
             error = (weighted - self.weights.flatten().double() * plain).abs().max()
             if error <= INDEPENDENCE.get(delta.dtype, 1e-1) * scale:
-                self.kept[use.ordinal] = layout
+                self.kept[use.id] = layout
                 return layout
         if use.certain and self._gathered(use, delta):
             self.scattered.update(dict.fromkeys(use.names, f"{use}: rows of several samples gathered"))
@@ -96,19 +96,19 @@ class Probe:
                 "Per-sample gradients do not describe SGD here (batch statistics, contrastive loss?); "
                 "use minibatch_moments, or sample_axes=1 if the samples are whole sequences"
             )
-        self.still_shared.add(use.ordinal)
+        self.still_shared.add(use.id)
         return None
 
     def _gathered(self, use: Use, delta: Tensor) -> bool:
         """Whether each row belongs to one sample, in an order of the model's own (experts): its ratio is some `c_i`."""
-        weighted, plain = self.rows[use.ordinal], rows_of(delta)
+        weighted, plain = self.rows[use.id], rows_of(delta)
         live = plain.abs() > 1e-3 * plain.abs().max()
         ratio = (weighted / plain)[live]
         distance = (ratio.unsqueeze(1) - self.weights.flatten().double()).abs().amin(1)
         return bool((distance <= INDEPENDENCE.get(delta.dtype, 1e-1)).all())
 
 
-def probe(subject: Subject, batch: Any, shared: frozenset[int]) -> Probe:
+def probe(subject: Subject, batch: Any, shared: frozenset[CallId]) -> Probe:
     """The weighted pass, repeated until it is settled which calls have an output that all samples share.
 
     Raises MomentError naming the parameter and the uses seen where rules and autograd disagree.
@@ -120,11 +120,11 @@ def probe(subject: Subject, batch: Any, shared: frozenset[int]) -> Probe:
         shared = found
 
 
-def _try_probe(subject: Subject, batch: Any, shared: frozenset[int]) -> Probe | frozenset[int]:
+def _try_probe(subject: Subject, batch: Any, shared: frozenset[CallId]) -> Probe | frozenset[CallId]:
     span = subject.sample_axes
     state: list[Probe] = []
-    more_shared: set[int] = set()
-    totals: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    more_shared: set[CallId] = set()
+    totals: dict[tuple[CallId, int], tuple[Tensor, Tensor]] = {}
 
     def ready(losses: Tensor, trace: Trace) -> Tensor | None:
         check_finite(losses, None)
@@ -134,7 +134,7 @@ def _try_probe(subject: Subject, batch: Any, shared: frozenset[int]) -> Probe | 
                 if use.certain:
                     uncovered.update(dict.fromkeys(use.names, f"{use}: no sample axis"))
                 else:
-                    more_shared.add(use.ordinal)
+                    more_shared.add(use.id)
         weights = random_weights(losses)
         state.append(Probe(shared, uncovered, weights))
         return None if more_shared else weights
@@ -143,13 +143,13 @@ def _try_probe(subject: Subject, batch: Any, shared: frozenset[int]) -> Probe | 
         if use.leaves[0].requires_grad:
             found = state[0]
             samples = found.weights.numel()
-            found.projections[use.ordinal] = [
+            found.projections[use.id] = [
                 (layout, row_projection(layout, delta, samples)[0]) for layout in use.layouts(samples, span)
             ]
             if use.certain and delta.ndim:
-                found.rows[use.ordinal] = rows_of(delta)
+                found.rows[use.id] = rows_of(delta)
             for k, site in enumerate(use.sites):
-                totals[use.ordinal, k] = whole_batch_total(site, delta, saved)
+                totals[use.id, k] = whole_batch_total(site, delta, saved)
 
     names = sorted(subject.measured)
     with same_random_numbers():
@@ -169,7 +169,7 @@ def _try_probe(subject: Subject, batch: Any, shared: frozenset[int]) -> Probe | 
 def _compare(
     subject: Subject,
     trace: Trace,
-    totals: dict[tuple[int, int], tuple[Tensor, Tensor]],
+    totals: dict[tuple[CallId, int], tuple[Tensor, Tensor]],
     gradients: tuple[Tensor | None, ...],
     found: Probe,
 ) -> None:
@@ -179,7 +179,7 @@ def _compare(
             expected = next(position)
             if not source.names & (subject.measured - set(found.uncovered)):
                 continue
-            total, scale = totals.get((use.ordinal, k), (None, None))
+            total, scale = totals.get((use.id, k), (None, None))
             if expected is None and total is None:
                 continue
             if expected is None or total is None or not _close(total, expected, scale):
