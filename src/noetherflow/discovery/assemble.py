@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.sparse as sp
+from scipy.sparse.csgraph import connected_components
 
 from noetherflow.discovery.gauges import Array, Bundle, Store, mix
 from noetherflow.discovery.infer import Inference
@@ -77,7 +79,22 @@ def _entries(store: Store, solution: Solution) -> _Entries:
     first = np.flatnonzero(np.r_[True, np.diff(column) != 0]) if column.size else np.zeros(0, dtype=np.int64)
     # Producers are +: a coordinate counts along its first leg, and a torus coordinate in units of it.
     lead = np.repeat(power[first], np.diff(np.r_[first, column.size])) if column.size else power
-    return _Entries(column, atom[order], np.round(power / lead, 9), bundle[order], store.cell[atom[order]])
+    return _Entries(column, atom[order], np.round(power / lead, 9), bundle[order], _cells(store)[atom[order]])
+
+
+def _cells(store: Store) -> Array:
+    """The cell of every atom, told apart also by what was asked of the atoms it always equals."""
+    cell = store.cell[: store.size]
+    same = [e.ids for e in store.equations if len(e.coefficients) == 2 and e.coefficients[0] == -e.coefficients[1]]
+    if not same:
+        return cell
+    pairs = np.concatenate(same)
+    ones = np.ones(len(pairs), dtype=np.int8)
+    graph = sp.coo_array((ones, (pairs[:, 0], pairs[:, 1])), shape=(store.size, store.size))
+    count, label = connected_components(graph, directed=False)
+    together = np.zeros(count, dtype=np.uint64)
+    np.add.at(together, label, mix(cell))
+    return mix(cell ^ together[label])
 
 
 def _may_mix(entries: _Entries, starts: Array, store: Store) -> Array:
@@ -111,8 +128,6 @@ def _eps(store: Store, solution: Solution, columns: Array) -> Array:
     out = np.zeros(solution.free)
     if not store.approximations:
         return out[columns]
-    import scipy.sparse as sp
-
     shape = (store.size, solution.free)
     combos = sp.coo_array((solution.coefficient, (solution.atom, solution.column)), shape=shape).tocsr()
     for equation, eps in store.approximations:

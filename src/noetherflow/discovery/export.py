@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,13 +68,14 @@ def module_path(node: fx.Node) -> str:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel, DataParallel or torch.compile."""
+    inner: Any = model
     while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+        if isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = inner.module
+        elif hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
         else:
-            return model
+            return inner
 
 
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -86,18 +85,15 @@ def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (example_inputs, {}) if isinstance(example_inputs, tuple) else ((example_inputs,), {})
 
 
-@contextmanager
-def _no_cache(model: nn.Module) -> Iterator[None]:
-    """HF models: switch off key/value caches while tracing."""
-    config = getattr(model, "config", None)
-    if not getattr(config, "use_cache", False):
-        yield
-        return
-    config.use_cache = False
-    try:
-        yield
-    finally:
-        config.use_cache = True
+def _prepare(model: nn.Module) -> nn.Module:
+    """Settings of a transformers model copy that change how, not what, it computes: no caches, experts in one batch."""
+    configs = {id(m.config): m.config for m in model.modules() if getattr(m, "config", None) is not None}
+    for config in configs.values():
+        if getattr(config, "use_cache", False):
+            config.use_cache = False
+        if hasattr(config, "_experts_implementation"):
+            config._experts_implementation = "batched_mm"
+    return model
 
 
 def weightless(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None) -> nn.Module:
@@ -145,10 +141,9 @@ def _trace(model: nn.Module, example_inputs: Any, dtype: torch.dtype | None) -> 
             return torch.empty(value.shape, dtype=kind, device="cpu")
 
     args, kwargs = pytree.tree_map(fake, split_inputs(example_inputs))
-    with warnings.catch_warnings(), _no_cache(model):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        blank = weightless(model, mode, dtype)
-        # Tracing a training-mode graph would bake the mode in anyway; the copy keeps whatever mode the model is in.
+        blank = _prepare(weightless(model, mode, dtype))
         return torch.export.export(blank, args, kwargs, strict=False).run_decompositions({})
 
 

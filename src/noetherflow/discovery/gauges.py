@@ -33,8 +33,8 @@ class Field:
 class Gauge:
     """How one tensor transforms. `zero` marks a tensor of zeros, which fits every gauge.
 
-    `marks` are facts about the value: `data` (depends on the input), `softmax` (a probability). `leaf` names the parameter
-    or buffer that the tensor is, unchanged.
+    `marks` are facts about the value: `data` (depends on the input), `softmax` (a probability), `stack` (weights
+    chosen by data). `leaf` names the parameter or buffer that the tensor is, unchanged.
     """
 
     shape: tuple[int, ...]
@@ -63,7 +63,7 @@ class Bundle:
     size: int
     exponent: float
     joint: int
-    """Number of slices (matrices of a stack, groups of a convolution) with constants of their own, 1 for a plain axis."""
+    """Number of slices (matrices of a stack, groups of a convolution) with their own constants, 1 for a plain axis."""
     fixed: Array = field(default_factory=lambda: np.zeros(1, dtype=bool))
 
 
@@ -163,6 +163,8 @@ class Store:
             full = shape if view is None else view
             sizes = [full[a] for a in axes]
             count = int(np.prod(sizes))
+            if count == 1 and (fields or any(_entries(shape, v, a) > 1 for v, a, _ in layout)):
+                continue  # a scalar on an axis of length 1 is a scalar on any other axis
             start = self.fresh(count)
             bundle = Bundle(name, view, axes, start, count, exponent, joint, np.zeros(joint, dtype=bool))
             self.bundles.append(bundle)
@@ -261,7 +263,7 @@ class Store:
             self.refine(Field(a, 1.0), torch.from_numpy(rb).reshape(a.shape))
         elif rb is None and ra is not None:
             self.refine(Field(b, 1.0), torch.from_numpy(ra).reshape(b.shape))
-        elif ra is not None and not np.array_equal(ra, rb):
+        elif ra is not None and rb is not None and not np.array_equal(ra, rb):
             self.singletons(fields)
 
     # --- equations ---
@@ -291,19 +293,20 @@ class Store:
                 self.demand(scalars, why)
             return
         # What depends on different axes is constant along each; one group can absorb all the constants.
-        groups.sort(key=lambda g: self._freedom(g))
+        groups.sort(key=lambda g: not any(self.fixable(f, ()) for f in g))
         for group in groups[:-1]:
             scalars += self._constants(group, (), why)
         last = [*groups[-1], *scalars]
+        for f in groups[-1]:
+            # Two axes of one parameter in one product: their common constant is the parameter's redundancy.
+            if any(g is not f and self._leaf_of(g) == self._leaf_of(f) != "" for g in last) and self.fix([f], ()):
+                self.demand([Field(f.ids.reshape(-1)[:1], 1.0)], why)
         self._match_if_bilinear(groups[-1])
         self.demand(last, why)
 
     def _match_if_bilinear(self, group: Sequence[Field]) -> None:
         if len(group) > 1:
             self._match(group)
-
-    def _freedom(self, group: Sequence[Field]) -> bool:
-        return not any(self.fixable(f, ()) for f in group)
 
     def _constants(self, group: Sequence[Field], rest: tuple[int, ...], why: str) -> list[Field]:
         """Demand that a product of fields depends on the `rest` axes only; the fields that remain."""
@@ -345,7 +348,7 @@ class Store:
         return self.simplify(out)
 
     def contract(self, left: Gauge, right: Gauge, axes: Sequence[int], why: str) -> tuple[Field, ...]:
-        """Sum over `axes` of a product of two tensors laid out on common axes; the fields of the result, size 1 there."""
+        """Sum over `axes` of a product of two tensors laid out on common axes; the result has size 1 there."""
         kept = [a for a in range(left.ndim) if a not in axes]
         shared = [a for a in kept if left.shape[a] > 1 and right.shape[a] > 1]
         inner: list[Field] = []
@@ -430,3 +433,8 @@ def _by_axes(fields: Sequence[Field]) -> list[list[Field]]:
         merged = (axes.union(*[g[0] for g in touching]), [x for g in touching for x in g[1]] + [f])
         groups = [g for g in groups if not any(g is t for t in touching)] + [merged]
     return [g[1] for g in groups]
+
+
+def _entries(shape: tuple[int, ...], view: tuple[int, ...] | None, axes: tuple[int, ...]) -> int:
+    full = shape if view is None else view
+    return int(np.prod([full[a] for a in axes]))

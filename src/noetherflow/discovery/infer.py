@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from noetherflow.discovery.export import Graph, module_path, operator_name
@@ -66,8 +67,18 @@ def _argument(node: fx.Node, name: str, default: Any) -> Any:
     return node.args[position] if position < len(node.args) else default
 
 
+def layouts(graph: Graph) -> dict[str, Layout]:
+    """The layout of every parameter the graph uses."""
+    out: dict[str, Layout] = {}
+    for node in graph.nodes:
+        name = graph.leaves.get(node.name, "") if node.op == "placeholder" else ""
+        if name in graph.parameters and node.users:
+            out[name] = layout(graph.shapes[name], list(node.users), node)
+    return out
+
+
 def infer(graph: Graph) -> Inference:
-    """Run every rule once, in graph order."""
+    """Run every rule once, in graph order (twice if stacks of matrices are indexed by data)."""
     store = Store()
     nodes = tuple(graph.nodes)
     env: dict[fx.Node, Any] = {}
@@ -105,8 +116,23 @@ def infer(graph: Graph) -> Inference:
             return {k: value(v) for k, v in argument.items()}
         return argument
 
-    for number, node in enumerate(nodes):
-        store.node = number
+    shift, shifted = 0, False
+
+    def stand_in(count: int, length: int) -> Tensor | None:
+        """Positions that meet every entry of an axis of `length`; a second pass with other ones makes that sound."""
+        nonlocal shifted
+        if count < length:
+            return None
+        shifted = True
+        return (torch.arange(count) + shift) % length
+
+    def run() -> None:
+        env.clear()
+        for number, node in enumerate(nodes):
+            store.node = number
+            visit(node)
+
+    def visit(node: fx.Node) -> None:
         if node.op == "placeholder":
             shape = _shapes(node)[0]
             name = graph.leaves.get(node.name, "")
@@ -118,11 +144,16 @@ def infer(graph: Graph) -> Inference:
             for gauge in gauges_in(value(node.args)):
                 store.vanish(gauge.fields, "is an output")
         elif node.op == "call_function":
-            env[node] = _apply(graph, store, node, value, buffer, unknown)
+            env[node] = _apply(store, node, value, (buffer, stand_in), unknown)
+
+    run()
+    if shifted:
+        shift = 1
+        run()
     return Inference(graph, store, nodes, tuple(unknown.values()))
 
 
-def _apply(graph: Graph, store: Store, node: fx.Node, value: Any, buffer: Any, unknown: dict) -> Any:
+def _apply(store: Store, node: fx.Node, value: Any, services: tuple, unknown: dict) -> Any:
     args, kwargs = value(node.args), value(node.kwargs)
     if node.target is operator.getitem:
         container = args[0]
@@ -143,7 +174,7 @@ def _apply(graph: Graph, store: Store, node: fx.Node, value: Any, buffer: Any, u
         out: Any = [Gauge(shape or ()) for shape in shapes]
         out = out if isinstance(node.meta.get("val"), (list, tuple)) else out[0]
     else:
-        out = rule(Context(store, node, shapes, buffer), *args, **kwargs)
+        out = rule(Context(store, node, shapes, *services), *args, **kwargs)
     if any("data" in g.marks for g in inputs):
         out = _marked(out)
     return out
@@ -152,6 +183,8 @@ def _apply(graph: Graph, store: Store, node: fx.Node, value: Any, buffer: Any, u
 def _marked(out: Any) -> Any:
     if isinstance(out, list):
         return [_marked(g) for g in out]
+    if "stack" in out.marks:
+        return out
     return replace(out, marks=out.marks | {"data"})
 
 

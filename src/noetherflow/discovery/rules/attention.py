@@ -57,3 +57,16 @@ def attention(
 def fused_attention(ctx: Context, q: Gauge, k: Gauge, v: Gauge, *args: Any, **kwargs: Any) -> list[Gauge]:
     ctx.trivial(args, kwargs)
     return [attention(ctx, q, k, v), *(Gauge(shape or ()) for shape in ctx.shapes[1:])]
+
+
+@rule("aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input", "aten.rnn_relu.input")
+def recurrent(ctx: Context, x: Gauge, state: Any, weights: Any, *args: Any) -> list[Gauge]:
+    """Trivial inside; the first layer's input weights pair with the input."""
+    layers, bidirectional = args[1], args[4]
+    per_cell = len(weights) // (layers * (2 if bidirectional else 1))
+    first = {0, per_cell} if bidirectional else {0}
+    for k, weight in enumerate(weights):
+        fields = contracted(ctx, x, weight, "abz,yz->aby") if k in first else weight.fields
+        ctx.store.vanish(fields, "passes a recurrent cell")
+    ctx.trivial(state, why="passes a recurrent cell")
+    return [Gauge(shape or ()) for shape in ctx.shapes]

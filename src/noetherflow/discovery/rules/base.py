@@ -14,6 +14,8 @@ from noetherflow.discovery.gauges import Field, Gauge, Store, narrow
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
 """Operator name (with or without overload) -> rule."""
+KEPT = frozenset({"softmax", "stack"})
+"""Marks that survive re-indexing and casts."""
 
 
 def rule(*operators: str) -> Callable[[Rule], Rule]:
@@ -37,13 +39,14 @@ class Context:
     """What a rule sees besides the gauges of its arguments.
 
     `shapes` are the shapes of the outputs (None for one that is no tensor), `buffer` gives a gauge to a buffer that
-    moves with the weights.
+    moves with the weights, `stand_in(count, length)` gives positions in place of `count` unknown ones (or None).
     """
 
     store: Store
     node: fx.Node
     shapes: tuple[tuple[int, ...] | None, ...]
     buffer: Callable[[Gauge, float], Gauge]
+    stand_in: Callable[[int, int], Tensor | None]
 
     @property
     def shape(self) -> tuple[int, ...]:

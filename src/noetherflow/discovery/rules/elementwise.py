@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from noetherflow.discovery.gauges import Field, Gauge
-from noetherflow.discovery.rules.base import Context, aligned, is_number, rule, short_name
+from noetherflow.discovery.rules.base import KEPT, Context, aligned, is_number, rule, short_name
 from noetherflow.discovery.rules.shape import agree
 
 SMALL = 1e-2
@@ -33,7 +33,7 @@ SMALL = 1e-2
     "aten._conj",
 )
 def identity(ctx: Context, x: Gauge, *_: Any, **__: Any) -> Gauge:
-    return ctx.out(x.fields, zero=x.zero, marks=x.marks & {"softmax"})
+    return ctx.out(x.fields, zero=x.zero, marks=x.marks & KEPT)
 
 
 @rule("aten.dropout", "aten.feature_dropout", "aten.alpha_dropout")
@@ -113,7 +113,7 @@ def mul(ctx: Context, x: Any, y: Any) -> Gauge:
     if is_number(x):
         x, y = y, x
     if is_number(y):
-        return ctx.out(x.fields if y != 0 else (), zero=x.zero or y == 0, marks=x.marks & {"softmax"})
+        return ctx.out(x.fields if y != 0 else (), zero=x.zero or y == 0, marks=x.marks & KEPT)
     return _product(ctx, x, y, 1.0)
 
 
@@ -123,7 +123,7 @@ def div(ctx: Context, x: Any, y: Any, **mode: Any) -> Gauge:
         ctx.trivial(x, y)
         return ctx.out()
     if is_number(y):
-        return ctx.out(x.fields, zero=x.zero, marks=x.marks & {"softmax"})
+        return ctx.out(x.fields, zero=x.zero, marks=x.marks & KEPT)
     return _product(ctx, x, y, -1.0)
 
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from noetherflow.discovery.gauges import Field, Gauge, narrow
-from noetherflow.discovery.rules.base import Context, aligned, normal_axes, on_ids, reshaped, rule
+from noetherflow.discovery.rules.base import KEPT, Context, aligned, normal_axes, on_ids, reshaped, rule
 
 
 def _kept(gauge: Gauge) -> frozenset[str]:
-    return gauge.marks & {"softmax"}
+    return gauge.marks & KEPT
 
 
 @rule("aten.view", "aten._unsafe_view", "aten.reshape", "aten.flatten", "aten.unflatten")
@@ -163,8 +164,19 @@ def _spatial(ctx: Context, x: Gauge, count: int) -> Gauge:
 @rule("aten.index.Tensor")
 def index(ctx: Context, x: Gauge, indices: Sequence[Gauge | None]) -> Gauge:
     axes = [a for a, i in enumerate(indices) if i is not None]
+    blank: list[Tensor | None] = [None if i is None else torch.zeros(i.shape, dtype=torch.int64) for i in indices]
+    matrices = [f for f in x.fields if f.spans(axes) and len(f.spans(range(len(x.shape)))) > 1]
+    chosen = indices[axes[0]]
+    if matrices and len(axes) == 1 and chosen is not None:
+        # One matrix of a stack per position: which one depends on data, but equally for everything indexed alike.
+        positions = ctx.stand_in(int(np.prod(chosen.shape)), x.shape[axes[0]])
+        if positions is not None:
+            blank[axes[0]] = positions.reshape(chosen.shape)
+            single = [f for f in x.fields if f not in matrices]
+            fields = (*matrices, *ctx.store.constant_along(single, axes, "is indexed by data"))
+            moved = on_ids(fields, x.shape, lambda ids: torch.ops.aten.index.Tensor(ids, blank))
+            return ctx.out(moved, marks=frozenset({"stack"}))
     fields = ctx.store.constant_along(x.fields, axes, "is indexed by data")
-    blank = [None if i is None else torch.zeros(i.shape, dtype=torch.int64) for i in indices]
     return ctx.out(on_ids(fields, x.shape, lambda ids: torch.ops.aten.index.Tensor(ids, blank)), zero=x.zero)
 
 
