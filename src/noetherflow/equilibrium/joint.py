@@ -58,6 +58,7 @@ def noise_equilibrium(
     *,
     objective: Objective = "noise+decay",
     joint: bool = True,
+    approximate: bool = True,
     remeasure: Remeasure | None = None,
     samples: Samples | None = None,
     tol: float = 1e-11,
@@ -82,6 +83,8 @@ def noise_equilibrium(
     if not 0 < recede <= 1:
         raise ValueError(f"recede must lie in (0, 1], got {recede!r}")
     syms = syms.trainable(model)
+    if not approximate:
+        syms = syms.without({s.name: f"only approximate (eps {s.eps:g})" for s in syms if s.eps is not None})
     weights = objective_weights(objective, mom, sgd)
     symmetries = tuple(syms)
     singular = _rank_tolerance(model, symmetries)

@@ -1,0 +1,342 @@
+"""The joint equilibrium of whole networks against re-measured noise and independent references."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import noetherflow as nf
+from equilibrium_cases import Problem, imbalance, linear, mlp, moved, union
+from noetherflow.equilibrium import noise_equilibrium
+from noetherflow.errors import MomentError
+from noetherflow.moments.result import merge_moments
+from reference import moments_by_loop, per_sample_gradients
+
+SGD = nf.SGDConfig(0.05, 4)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).detach().norm() / b.detach().norm())
+
+
+def samples_of(problem: Problem) -> dict[str, torch.Tensor]:
+    gradients = per_sample_gradients(problem.model, problem.loss, problem.data)
+    return {n: torch.stack([g[n] for g in gradients]) for n in gradients[0]}
+
+
+@pytest.mark.parametrize("decay", [0.0, 1e-3])
+def test_mis_scaled_mlp_is_balanced_by_one_measurement(decay: float) -> None:
+    problem = mlp((20, 30, 40, 25, 5), (10, 0.1, 3, 0.3), seed=1, samples=96)
+    assert problem.syms.n_charges() == 95
+    sgd = nf.SGDConfig(0.1, 8, weight_decay=decay)
+    eq = noise_equilibrium(problem.model, problem.syms, problem.measure(), sgd)
+    other = moved(problem.model, problem.syms, eq.elements)
+    assert eq.converged
+    assert imbalance(problem, problem.model, sgd) > 0.5
+    assert imbalance(problem, other, sgd) < 1e-10
+    x = problem.data[0]
+    assert relative(other(x).detach(), problem.model(x).detach()) < 1e-12
+
+
+def test_predicted_charges_and_grams_are_the_measured_ones() -> None:
+    problem = mlp(scales=(4, 0.5, 1))
+    sgd = nf.SGDConfig(0.1, 4, weight_decay=1e-2)
+    eq = noise_equilibrium(problem.model, problem.syms, problem.measure(), sgd)
+    other = moved(problem.model, problem.syms, eq.elements)
+    again = problem.measure(other)
+    params = {n: t.detach() for n, t in nf.tensors_of(other).items()}
+    for s in problem.syms:
+        torch.testing.assert_close(eq[s.name].charge, s.charge(params), rtol=1e-10, atol=1e-12)
+        for predicted, measured in zip(eq[s.name].noise_grams, again.batch_grams(s, sgd), strict=True):
+            torch.testing.assert_close(predicted, sgd.lr**2 * measured, rtol=1e-9, atol=1e-15)
+    assert eq.norm == pytest.approx(
+        sum(float(p.square().sum()) for n, p in params.items() if n in problem.syms.parameters)
+    )
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "general_linear"])
+def test_equilibrium_does_not_depend_on_the_point_of_the_orbit(kind: str) -> None:
+    problem = linear((5, 3, 4), kind)
+    sgd = nf.SGDConfig(0.05, 4, weight_decay=1e-2)
+    (s,) = problem.syms
+    start = {s.name: s.random_element(1.0, torch.Generator().manual_seed(3))}
+    far = moved(problem.model, problem.syms, start)
+    ends = []
+    for model in (problem.model, far):
+        eq = noise_equilibrium(model, problem.syms, problem.measure(model), sgd)
+        ends.append(moved(model, problem.syms, eq.elements))
+    assert relative(far[0].weight, problem.model[0].weight) > 0.3
+    first, second = (end[0].weight.detach() for end in ends)
+    if kind == "diagonal":
+        assert relative(second, first) < 1e-10
+    else:
+        rotation = second @ torch.linalg.pinv(first)
+        torch.testing.assert_close(rotation @ rotation.mT, torch.eye(3, dtype=torch.float64), atol=1e-9, rtol=0)
+        assert relative(second, first) > 1e-3
+        assert relative(rotation @ first, second) < 1e-9
+        assert relative(ends[0][1].weight @ rotation.mT, ends[1][1].weight) < 1e-9
+
+
+def test_torus_network_reaches_the_same_point_from_everywhere_on_the_orbit() -> None:
+    problem = mlp(scales=(3, 1, 0.2))
+    rng = torch.Generator().manual_seed(5)
+    far = moved(problem.model, problem.syms, {s.name: s.random_element(1.5, rng) for s in problem.syms})
+    sgd = nf.SGDConfig(0.05, 4, weight_decay=1e-3)
+    ends = []
+    for model in (problem.model, far):
+        eq = noise_equilibrium(model, problem.syms, problem.measure(model), sgd)
+        ends.append(torch.cat([p.detach().flatten() for p in moved(model, problem.syms, eq.elements).parameters()]))
+    assert relative(ends[1], ends[0]) < 1e-9
+
+
+def test_chain_of_general_linear_symmetries() -> None:
+    problem = linear((6, 3, 3, 5))
+    sgd = nf.SGDConfig(0.05, 4, weight_decay=1e-2, dataset_size=60)
+    moments = problem.measure()
+    with pytest.raises(MomentError, match=r"remeasure=, samples=, or joint=False"):
+        noise_equilibrium(problem.model, problem.syms, moments, sgd)
+    by_samples = noise_equilibrium(problem.model, problem.syms, moments, sgd, samples=samples_of(problem))
+    by_measuring = noise_equilibrium(problem.model, problem.syms, moments, sgd, remeasure=problem.measure)
+    assert by_samples.converged
+    assert by_measuring.converged
+    for s in problem.syms:
+        torch.testing.assert_close(by_samples[s.name].charge, by_measuring[s.name].charge, rtol=1e-8, atol=1e-10)
+        assert by_samples[s.name].classification == "finite"
+    assert imbalance(problem, moved(problem.model, problem.syms, by_samples.elements), sgd) < 1e-10
+
+
+def test_directions_beyond_the_rank_recede_as_far_as_asked() -> None:
+    problem = linear((3, 6, 6, 2))
+    sgd = nf.SGDConfig(0.05, 4, weight_decay=1e-2, dataset_size=60)
+    left = {}
+    for recede in (1e-1, 1e-2):
+        eq = noise_equilibrium(
+            problem.model, problem.syms, problem.measure(), sgd, samples=samples_of(problem), recede=recede
+        )
+        assert eq.converged
+        assert all(s.classification == "degenerate" and "directions" in s.reason for s in eq)
+        left[recede] = imbalance(problem, moved(problem.model, problem.syms, eq.elements), sgd)
+    assert left[1e-2] < 0.2 * left[1e-1]
+
+
+def test_one_sweep_suffices_for_a_lone_symmetry_and_none_is_worse_jointly() -> None:
+    problem = mlp((5, 6, 2))
+    eq = noise_equilibrium(problem.model, problem.syms, problem.measure(), nf.SGDConfig(0.1, 4, weight_decay=1e-2))
+    assert eq.iterations == 1
+
+
+def test_self_coupled_layer_and_unequal_powers() -> None:
+    """A recurrent weight carries the same torus on both axes, a scale enters squared: the one solver does both."""
+    torch.manual_seed(2)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.loop, self.last = nn.Linear(4, 5), nn.Linear(5, 5, bias=False), nn.Linear(5, 3)
+            self.gain = nn.Parameter(torch.rand(5) + 0.5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = torch.relu(self.first(x)) * self.gain.abs().sqrt()
+            return self.last(torch.relu(self.loop(torch.relu(self.loop(h)))))
+
+    model = Net().double()
+    legs = [
+        nf.Leg(name, torch.arange(5).reshape(5, 1, 1).numpy(), sign, (axis,), power=power)
+        for name, sign, axis, power in [
+            ("first.weight", 1, 0, 1.0),
+            ("first.bias", 1, 0, 1.0),
+            ("loop.weight", -1, 1, 1.0),
+            ("loop.weight", 1, 0, 1.0),
+            ("last.weight", -1, 1, 1.0),
+        ]
+    ]
+    stream = nf.Symmetry("stream", "rescaling", "diagonal", tuple(legs))
+    gain = nf.Symmetry(
+        "gain",
+        "rescaling",
+        "diagonal",
+        (
+            nf.Leg("gain", torch.arange(5).reshape(5, 1, 1).numpy(), 1, (0,), power=2.0),
+            nf.Leg("first.weight", torch.arange(5).reshape(5, 1, 1).numpy(), -1),
+            nf.Leg("first.bias", torch.arange(5).reshape(5, 1, 1).numpy(), -1),
+        ),
+    )
+    syms = nf.SymmetrySet((stream, gain), shapes={n: tuple(t.shape) for n, t in nf.tensors_of(model).items()})
+    data = torch.randn(30, 4, dtype=torch.float64), torch.randn(30, 3, dtype=torch.float64)
+    problem = Problem(model, syms, data)
+    sgd = nf.SGDConfig(0.05, 4, weight_decay=1e-2)
+    eq = noise_equilibrium(model, syms, problem.measure(), sgd)
+    other = moved(model, syms, eq.elements)
+    assert stream.self_coupled
+    assert relative(other(data[0]), model(data[0])) < 1e-13
+    moments, params = problem.measure(other), {n: t.detach() for n, t in nf.tensors_of(other).items()}
+    decay = sgd.lr * sgd.weight_decay * (2 - sgd.lr * sgd.weight_decay)
+    for s in syms:
+        drift = -decay * s.charge(params) + sgd.lr**2 * s.combine(moments.batch_grams(s, sgd))
+        assert float((drift.abs() / (decay * sum(s.grams(params)))).max()) < 1e-9
+
+
+def test_one_sided_scale_without_and_with_decay() -> None:
+    """`2 w~ C = eta Tr R_B`; without decay the norm grows for ever, which is said and not clamped."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.LayerNorm(4, eps=0.0), nn.Linear(4, 2)).double()
+    syms = nf.declare(model, "scalar", [("0.weight", 0)], family="one-sided")
+    syms = nf.SymmetrySet((nf.Symmetry("scale", "one-sided", "scalar", _scalar_leg(syms[0].legs)),), shapes=syms.shapes)
+    problem = Problem(model, syms, (torch.randn(20, 3, dtype=torch.float64), torch.randn(20, 2, dtype=torch.float64)))
+    moments = problem.measure()
+    free = noise_equilibrium(model, syms, moments, SGD)
+    assert free["scale"].classification == "one-sided"
+    assert "grows for ever" in free["scale"].reason
+    assert torch.equal(free["scale"].element, torch.ones(1, dtype=torch.float64))
+    sgd = nf.SGDConfig(0.05, 4, weight_decay=1e-2)
+    held = noise_equilibrium(model, syms, moments, sgd)["scale"]
+    other = moved(model, syms, {"scale": held.element})
+    norm = float(other[0].weight.detach().square().sum())
+    trace = float(problem.measure(other).batch_grams(syms[0], sgd)[0])
+    assert held.classification == "finite"
+    assert 2 * sgd.weight_decay * (1 - sgd.lr * sgd.weight_decay / 2) * norm == pytest.approx(sgd.lr * trace, rel=1e-9)
+
+
+def _scalar_leg(legs: tuple[nf.Leg, ...]) -> tuple[nf.Leg, ...]:
+    rows = torch.arange(4).reshape(1, 1, 4).numpy()
+    return tuple(nf.Leg(leg.parameter, rows, leg.sign, leg.axes) for leg in legs)
+
+
+def test_dead_and_cut_off_neurons_are_named() -> None:
+    problem = mlp((4, 6, 3))
+    with torch.no_grad():
+        problem.model[0].bias[1] = -1e3
+        problem.model[2].weight[:, 4] = 0
+    moments = problem.measure()
+    eq = noise_equilibrium(problem.model, problem.syms, moments, SGD)
+    (only,) = eq
+    assert only.classification == "degenerate"
+    assert only.coordinates == (1, 4)
+    assert "dead or unused" in only.reason
+    assert "recedes to zero" in only.reason
+    assert bool(torch.isfinite(only.element).all())
+    assert only.element[1] == only.element[4] == 1
+    assert "degenerate" in str(eq)
+    held = noise_equilibrium(problem.model, problem.syms, moments, nf.SGDConfig(0.05, 4, weight_decay=1e-3))
+    assert held.settled[0].coordinates == (4,)
+
+
+def test_lora_at_initialisation_is_degenerate() -> None:
+    problem = linear((5, 2, 4))
+    with torch.no_grad():
+        problem.model[1].weight.zero_()
+    eq = noise_equilibrium(problem.model, problem.syms, problem.measure(), nf.SGDConfig(0.05, 4, weight_decay=1e-3))
+    (only,) = eq
+    assert only.classification == "degenerate"
+    assert torch.equal(only.element, torch.eye(2, dtype=torch.float64)[None])
+    assert "2 directions" in only.reason
+
+
+def test_frozen_parameters_exclude_their_symmetries() -> None:
+    problem = mlp((4, 6, 5, 3))
+    moments = problem.measure()
+    problem.model[0].weight.requires_grad_(False)
+    eq = noise_equilibrium(problem.model, problem.syms, moments, SGD)
+    assert [s.name for s in eq] == [problem.syms[1].name]
+    assert "frozen parameter 0.weight" in eq.excluded[problem.syms[0].name]
+
+
+def test_objectives_on_the_same_orbit() -> None:
+    problem = mlp(scales=(5, 1, 1))
+    moments = problem.measure()
+    norm = noise_equilibrium(problem.model, problem.syms, moments, objective="norm")
+    for s in norm:
+        torch.testing.assert_close(s.charge, torch.zeros_like(s.charge), atol=1e-8, rtol=0)
+    fisher = noise_equilibrium(problem.model, problem.syms, moments, objective="fisher")
+    noise = noise_equilibrium(problem.model, problem.syms, moments, SGD, objective="noise")
+    traces = {}
+    for name, eq in (("norm", norm), ("fisher", fisher), ("noise", noise)):
+        again = problem.measure(moved(problem.model, problem.syms, eq.elements))
+        traces[name] = sum(float(again.squares[n].sum()) for n in problem.syms.parameters)
+        assert eq.trace is not None
+    assert traces["fisher"] == pytest.approx(fisher.trace, rel=1e-9)
+    assert traces["fisher"] < traces["noise"] < traces["norm"]
+    with pytest.raises(ValueError, match="not one of"):
+        noise_equilibrium(problem.model, problem.syms, moments, SGD, objective="loss")  # type: ignore[arg-type]
+    with pytest.raises(MomentError, match="sgd=SGDConfig"):
+        noise_equilibrium(problem.model, problem.syms, moments)
+
+
+def test_norm_objective_is_enorm_and_path_rescaling() -> None:
+    """ENorm (Stock et al. 2019) for p = 2: sweeps of `d = sqrt(|out| / |in|)` per neuron until norms agree."""
+    problem = mlp((5, 7, 6, 3), (6, 0.2, 1))
+    eq = noise_equilibrium(problem.model, problem.syms, problem.measure(), objective="norm", tol=1e-13)
+    by_solver = moved(problem.model, problem.syms, eq.elements)
+    by_enorm = copy.deepcopy(problem.model)
+    with torch.no_grad():
+        for _ in range(300):
+            for i in (0, 2):
+                first, second = by_enorm[i], by_enorm[i + 2]
+                size = (first.weight.square().sum(1) + first.bias.square()).sqrt()
+                d = (second.weight.norm(dim=0) / size).sqrt()
+                first.weight *= d[:, None]
+                first.bias *= d
+                second.weight /= d
+    for a, b in zip(by_solver.parameters(), by_enorm.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_separate_solve_holds_the_others() -> None:
+    problem = mlp(scales=(4, 1, 0.3))
+    moments = problem.measure()
+    alone = noise_equilibrium(problem.model, problem.syms, moments, SGD, joint=False)
+    for s in problem.syms:
+        other = Problem(problem.model, problem.syms.filter(parameter=s.parameters[-1]), problem.data)
+        own = nf.SymmetrySet((s,), shapes=problem.syms.shapes)
+        single = noise_equilibrium(problem.model, own, moments, SGD)
+        torch.testing.assert_close(alone[s.name].element, single[s.name].element, rtol=1e-9, atol=0)
+        assert imbalance(Problem(other.model, own, other.data), moved(problem.model, own, single.elements), SGD) < 1e-10
+
+
+def test_missing_moments_are_named() -> None:
+    problem = mlp()
+    import dataclasses
+
+    moments = dataclasses.replace(problem.measure(), squares={})
+    with pytest.raises(MomentError, match=r"entries=True"):
+        noise_equilibrium(problem.model, problem.syms, moments, SGD)
+    with pytest.raises(MomentError, match="at least as many samples as a batch holds"):
+        noise_equilibrium(problem.model, problem.syms, problem.measure(), nf.SGDConfig(0.1, 1000))
+    with pytest.raises(MomentError, match="two groups"):
+        noise_equilibrium(problem.model, problem.syms, problem.measure(), SGD, errors=True)
+
+
+def test_jackknife_errors_cover_the_truth() -> None:
+    problem = mlp((4, 6, 3), samples=4000)
+    x, y = problem.data
+    truth = noise_equilibrium(problem.model, problem.syms, problem.measure(), SGD).settled[0]
+    deviations = []
+    for k in range(0, 2000, 200):
+        parts = [
+            moments_by_loop(problem.model, problem.loss, [(x[i : i + 25], y[i : i + 25])], problem.syms)
+            for i in range(k, k + 200, 25)
+        ]
+        import dataclasses
+
+        moments = dataclasses.replace(merge_moments(parts), groups=tuple(parts))
+        eq = noise_equilibrium(problem.model, problem.syms, moments, SGD, errors=True).settled[0]
+        assert eq.log_error is not None
+        deviations.append((eq.element.log() - truth.element.log()) / eq.log_error)
+    spread = torch.stack(deviations).square().mean().sqrt()
+    assert 0.5 < float(spread) < 2.0
+
+
+def test_union_of_everything_serialises() -> None:
+    problem = mlp()
+    eq = noise_equilibrium(problem.model, union(problem.model, [problem.syms]), problem.measure(), SGD)
+    import json
+
+    data = json.loads(json.dumps(eq.to_dict()))
+    assert data["converged"] is True
+    assert len(data["settled"]) == 2
+    assert eq.rows()[0]["class"] == "finite"
+    with pytest.raises(KeyError, match="no symmetry named"):
+        eq["nothing"]
