@@ -415,11 +415,14 @@ class Ledger:
         return watched
 
     def close(self) -> None:
-        """Detach, flush and close the log."""
+        """Detach, flush and close the log and the sinks; `records()` and `estimates()` stay readable."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
         self.flush()
+        for sink in self.sinks:
+            getattr(sink, "close", lambda: None)()
+        self.sinks = []
         if self._log is not None:
             self._log.close()
             self._log = None

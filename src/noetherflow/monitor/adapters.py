@@ -1,0 +1,139 @@
+"""The ledger inside training frameworks: accelerate, Lightning (both import names), the Hugging Face Trainer.
+
+A plain loop needs no adapter: `Ledger(model, optimizer, syms).attach()`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from noetherflow.errors import DataError, MissingExtraError, require
+from noetherflow.monitor.ledger import Ledger
+from noetherflow.symmetry_set import SymmetrySet
+
+Symmetries = SymmetrySet | Callable[[nn.Module], SymmetrySet]
+LIGHTNING = ("lightning.pytorch", "pytorch_lightning")
+STATE_NAME = "noetherflow_ledger.pt"
+
+
+def _resolve(syms: Symmetries, model: nn.Module) -> SymmetrySet:
+    return syms if isinstance(syms, SymmetrySet) else syms(model)
+
+
+def watch_accelerate(accelerator: Any, model: nn.Module, optimizer: Any, syms: Symmetries, **options: Any) -> Ledger:
+    """An attached ledger for a model and optimiser that `accelerator.prepare` returned.
+
+    It is registered for `accelerator.save_state` and `load_state`. `options` go to `Ledger`.
+    """
+    plain = accelerator.unwrap_model(model)
+    ledger = Ledger(plain, optimizer, _resolve(syms, plain), **options).attach()
+    accelerator.register_for_checkpointing(ledger)
+    return ledger
+
+
+def lightning_callback(syms: Symmetries, *, package: str | None = None, optimizer: int = 0, **options: Any) -> Any:
+    """A Lightning callback; its `.ledger` exists once fitting has started. State goes into Lightning's checkpoints.
+
+    `package`: `lightning.pytorch` or `pytorch_lightning`, by default the one already imported. `optimizer` is the index
+    of the watched one. The ledger hooks the optimiser itself, inside the closure that Lightning passes to its step:
+    `on_before_optimizer_step` fires before Lightning clips the gradients.
+
+    Raises MissingExtraError when neither package is installed.
+    """
+    names = [package] if package else [n for n in LIGHTNING if n in sys.modules] or list(LIGHTNING)
+    base = _first(names).Callback
+
+    class LedgerCallback(base):  # type: ignore[misc, valid-type]
+        """Keeps a ledger of one optimiser's steps."""
+
+        ledger: Ledger | None = None
+        _restored: dict[str, Any] | None = None
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            self.ledger = Ledger(pl_module, trainer.optimizers[optimizer], _resolve(syms, pl_module), **options)
+            if self._restored is not None:
+                self.ledger.load_state_dict(self._restored)
+            self.ledger.attach()
+
+        def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+            if self.ledger is not None:
+                self.ledger.note(loss)
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            if self.ledger is not None:
+                self.ledger.close()
+
+        def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+            if self.ledger is not None:
+                self.ledger.close()
+
+        def state_dict(self) -> dict[str, Any]:
+            return {} if self.ledger is None else self.ledger.state_dict()
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self._restored = dict(state_dict) or None
+
+    return LedgerCallback()
+
+
+def _first(names: list[str]) -> Any:
+    for name in names:
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            continue
+    raise MissingExtraError(f"none of {names} is installed; install it with: pip install 'noetherflow[lightning]'")
+
+
+def trainer_callback(syms: Symmetries, **options: Any) -> Any:
+    """A callback for `transformers.Trainer`; its `.ledger` exists once training has begun.
+
+    Its state is saved beside every checkpoint (`noetherflow_ledger.pt`) and read when training resumes from one.
+    Raises MissingExtraError without transformers; while training DataError when a checkpoint to resume from lacks it.
+    """
+    transformers: Any = require("transformers", "hf")
+
+    class LedgerCallback(transformers.TrainerCallback):
+        """Keeps a ledger of the trainer's optimiser."""
+
+        ledger: Ledger | None = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            model = kwargs["model"]
+            self.ledger = Ledger(model, kwargs["optimizer"], _resolve(syms, model), **options)
+            if state.global_step:
+                path = _checkpoint(args, state)
+                if not path.exists():
+                    raise DataError(f"training resumes at step {state.global_step}, but {path} is missing")
+                self.ledger.load_state_dict(torch.load(path, weights_only=True))
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.ledger is not None:
+                self.ledger.before_step()
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.ledger is not None:
+                self.ledger.after_step()
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.ledger is not None:
+                saved = self.ledger.state_dict()
+                if state.is_world_process_zero:
+                    torch.save(saved, _checkpoint(args, state))
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.ledger is not None:
+                self.ledger.close()
+
+    return LedgerCallback()
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_NAME
