@@ -6,7 +6,10 @@ import sys
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; exit 0 on success, 1 on a noetherflow error, 2 on wrong usage, 130 when interrupted."""
+    """Run the command line.
+
+    Exit 0: success; 1: a noetherflow error; 2: wrong usage; 3: a reproduced claim fails; 130: interrupted.
+    """
     from rich.console import Console
 
     from noetherflow.cli.app import app

@@ -7,6 +7,7 @@ import typer
 from noetherflow.cli.analyze import analyze
 from noetherflow.cli.demo import demo
 from noetherflow.cli.find import find
+from noetherflow.cli.reproduce import reproduce
 
 app = typer.Typer(
     help="Parameter symmetries, Noether flow and noise equilibrium of neural networks.",
@@ -16,6 +17,7 @@ app = typer.Typer(
 )
 app.command()(find)
 app.command()(analyze)
+app.command()(reproduce)
 app.command()(demo)
 
 

@@ -110,8 +110,8 @@ def _analyse(run: Run, printed: Any) -> list[Any]:
         f"{name}: forecast against training",
         f"After {run.warm:,} SGD steps the gradient noise was measured once. Lines: the charges this one measurement "
         f"forecasts. Dots: a twin that trained on for {run.follow:,} steps. The band is the statistical error of the "
-        "measurement; what lies beyond it is the drift of the loss itself while training goes on, which one measurement "
-        f"cannot know. {FLIPPED:.0%} of the labels are redrawn in every batch, so that gradient noise does not die out.",
+        "measurement; what lies beyond it is the drift of the loss itself in training, which one measurement cannot "
+        f"know. {FLIPPED:.0%} of the labels are redrawn in every batch, so that gradient noise does not die out.",
         figures=[Figure(forecast_figure(steps, forecast.charges, forecast.errors, measured), "Forecast and training.")],
     )
     balanced = Section(

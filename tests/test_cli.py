@@ -1,0 +1,187 @@
+"""The command line: output, JSON, exit codes, and errors without tracebacks for bad input of every kind."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+
+import noetherflow as nf
+from noetherflow.cli import main
+from noetherflow.errors import DataError, ExportError
+
+FACTORIES = """
+import torch
+from torch import nn
+
+def per_sample(model, batch):
+    return (model(batch[0]) - batch[1]).square().sum(1)
+
+def reduced(model, batch):
+    return per_sample(model, batch).mean()
+
+def data(n=12):
+    rng = torch.Generator().manual_seed(0)
+    return [(torch.randn(n, 3, generator=rng).double(), torch.randn(n, 2, generator=rng).double())]
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+
+def good():
+    return net(), per_sample, data()
+
+def scalar_loss():
+    return net(), reduced, data()
+
+def nan_data(row=7):
+    (x, y), = data()
+    x[row, 1] = float("nan")
+    return net(), per_sample, [(x, y)]
+
+def nan_example():
+    return nan_data(0)
+
+class Branch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2).double()
+
+    def forward(self, x):
+        return self.layer(x) if x.sum() > 0 else -self.layer(x)
+
+def branch():
+    return Branch(), per_sample, data()
+
+class Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+        self.spare = nn.Parameter(torch.zeros(5).double())
+
+    def forward(self, x):
+        return self.net(x)
+
+def unused():
+    return Unused(), per_sample, data()
+
+def frozen():
+    model = net()
+    model[0].weight.requires_grad_(False)
+    return model, per_sample, data()
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run a command; returns exit code, standard output and standard error."""
+    name = f"cli_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(textwrap.dedent(FACTORIES))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def go(*words: str) -> tuple[int, str, str]:
+        code = 0
+        try:
+            main([w.replace("MODULE", name) for w in words])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return go
+
+
+def test_find_prints_a_table_and_json(run):
+    code, out, _ = run("find", "MODULE:good", "--certify")
+    assert code == 0
+    assert "rescaling" in out
+    assert "exact" in out
+    code, out, _ = run("find", "MODULE:good", "--json")
+    assert code == 0
+    assert nf.SymmetrySet.from_dict(json.loads(out)).n_charges() == 4
+
+
+def test_analyze_json_agrees_with_the_library(run):
+    code, out, _ = run("analyze", "MODULE:good", "--json", "--lr", "0.1", "--batch-size", "4")
+    assert code == 0
+    found = json.loads(out)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    charge = (model[0].weight.square().sum(1) + model[0].bias.square() - model[2].weight.square().sum(0)).detach()
+    (symmetry,) = found["flow"]["symmetries"]
+    assert torch.allclose(torch.tensor(symmetry["charge"], dtype=torch.float64), charge)
+    assert found["equilibrium"]["converged"]
+
+
+def test_analyze_writes_a_report(run, tmp_path):
+    code, out, _ = run("analyze", "MODULE:good", "--batch-size", "4", "--report", "page.html")
+    assert code == 0
+    assert "Noether flow" in out
+    page = (tmp_path / "page.html").read_text()
+    assert "data:image/png;base64" in page
+    assert "http://" not in page.split("<body")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("analyze", "MODULE:scalar_loss"), "per-sample losses"),
+        (("analyze", "MODULE:nan_data"), "the batch itself holds NaN"),
+        (("analyze", "MODULE:nan_example"), "not finite"),
+        (("analyze", "MODULE:good", "--batch-size", "99"), "measure at least as many samples"),
+        (("analyze", "MODULE:branch"), "declare"),
+        (("analyze", "MODULE:good", "--batch-size", "99", "--finite-data"), "larger than dataset_size 12"),
+        (("analyze", "MODULE:good", "--lr", "-1"), "lr must be a positive"),
+        (("find", "nothing-here"), "neither a built-in example"),
+        (("find", "hf:/no/such/config.json"), "/no/such/config.json"),
+    ],
+)
+def test_bad_input_is_one_clear_message(run, words, message):
+    code, _, err = run(*words)
+    assert code == 1
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_debug_shows_the_error_itself(run):
+    with pytest.raises(DataError):
+        run("find", "nothing-here", "--debug")
+
+
+def test_wrong_usage_exits_2(run):
+    assert run("find")[0] == 2
+    assert run("find", "digits-mlp", "--no-such-option")[0] == 2
+
+
+def test_unused_parameters_do_not_stop_an_analysis(run):
+    code, out, _ = run("analyze", "MODULE:unused", "--batch-size", "4")
+    assert code == 0
+    assert "spare" not in out
+
+
+def test_frozen_parameters_are_excluded_and_listed(run):
+    code, out, _ = run("analyze", "MODULE:frozen", "--batch-size", "4")
+    assert code == 0
+    assert "frozen parameter 0.weight" in " ".join(out.split())
+
+
+def test_a_model_with_a_branch_on_data_names_the_reason_and_the_way_out():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(3, 4)
+            self.b = nn.Linear(4, 2)
+
+        def forward(self, x):
+            h = torch.relu(self.a(x))
+            return self.b(h) if x.sum() > 0 else -self.b(h)
+
+    model, x = Branch(), torch.ones(2, 3)
+    with pytest.raises(ExportError, match=r"nf\.declare"):
+        nf.find_symmetries(model, x)
+    syms = nf.declare(model, "diagonal", plus=[("a.weight", 0), ("a.bias", 0)], minus=[("b.weight", 1)])
+    assert [r.verdict for r in nf.certify(model, syms, x)] == ["exact"]
