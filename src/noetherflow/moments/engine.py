@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.batch import Contraction, LossFn, Subject, check_finite, form_of, forward_backward
+from noetherflow.moments.distributed import added_over_ranks, ranks_of, unwrapped
 from noetherflow.moments.fallback import Fallback
 from noetherflow.moments.layout import Layout
 from noetherflow.moments.result import GradientMoments, merge_moments
-from noetherflow.moments.taps import CallId, Trace, Use
+from noetherflow.moments.statistics import noise_error
+from noetherflow.moments.taps import CallId, Recorder, Use
 from noetherflow.moments.target import Sums, needs_of
 from noetherflow.moments.verify import Probe, probe, signature
 from noetherflow.symmetry_set import SymmetrySet, tensors_of
@@ -27,28 +29,43 @@ def gradient_moments(
     syms: SymmetrySet,
     *,
     entries: bool = False,
+    until: float | None = None,
     groups: int = 16,
     parameters: Iterable[str] = (),
     sample_axes: int = 1,
+    resume: GradientMoments | None = None,
+    process_group: Any = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> GradientMoments:
     """`E_z[dX dX^T]` on every leg of `syms`, `gbar`, and with `entries` also `E_z[g^2]` (theory.md sections 1 and 2).
 
-    `loss_fn(model, batch)` returns per-sample losses `[batch]`, not reduced. `groups`: samples are split into up to
-    that many groups (whole batches where there are enough of them) for jackknife errors; each group holds one copy of
-    the mean gradient. `parameters`: names measured beside those of `syms`. `progress(samples, loss)` is called after
-    each batch. The model, its buffers and `.grad` are left as they were.
+    `loss_fn(model, batch)` returns per-sample losses `[batch]`, not reduced; with `sample_axes=2`, losses
+    `[batch, tokens]` whose every entry is a sample. `parameters`: names measured beside those of `syms`.
+    `groups`: samples are split into up to that many groups (whole batches, where there are enough of them) for jackknife
+    errors; each group holds one copy of the mean gradient. `until`: stop when the relative standard error of every leg's
+    `Tr E[g g^T]` is below. `resume`: go on from moments measured before; give the batches not seen yet.
+    Under DistributedDataParallel or `fully_shard`, or with `process_group`, ranks measure their own batches and all
+    get the moments of their union. `progress(samples, loss)` is called after each batch.
+    The model, its buffers and `.grad` are left as they were.
 
     Raises DataError for a scalar or wrongly shaped loss, NaN or inf, no batch; MomentError for a symmetry on a frozen
     or unused parameter, for samples that act on each other, and where rules and autograd disagree.
     """
+    ranks = ranks_of(model, process_group)
     meter = Meter(model, loss_fn, syms, entries=entries, parameters=parameters, sample_axes=sample_axes)
+    if resume is not None:
+        meter.resume(resume)
+    if until is not None and ranks is not None:
+        raise MomentError("until= is for one process: ranks would stop at different batches; fix the number of batches")
     splits = _splits(batches, groups)
+    first = len(meter.groups) if resume is not None else 0
     for k, batch in enumerate(batches):
-        meter.update(batch, range(k * splits, (k + 1) * splits), groups)
+        meter.update(batch, range(first + k * splits, first + (k + 1) * splits), groups)
         if progress is not None:
             progress(meter.samples, meter.loss)
-    return meter.result()
+        if until is not None and noise_error(meter.result()) < until:
+            break
+    return meter.result(ranks)
 
 
 def _splits(batches: Iterable[Any], groups: int) -> int:
@@ -71,8 +88,10 @@ class Meter:
     uncovered: dict[str, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
+        self.model = unwrapped(self.model)
         tensors = {n: t for n, t in tensors_of(self.model).items() if isinstance(t, nn.Parameter)}
-        wanted = [*dict.fromkeys([*self.syms.parameters, *self.parameters])] or list(tensors)
+        wanted = [*dict.fromkeys([*self.syms.parameters, *self.parameters])]
+        wanted = wanted or [n for n, t in tensors.items() if t.requires_grad]
         for name in wanted:
             if name not in tensors:
                 raise MomentError(f"no parameter named {name!r} in the model; it has {list(tensors)[:8]}")
@@ -98,6 +117,20 @@ class Meter:
     def loss(self) -> float:
         """Mean loss so far."""
         return sum(s.loss for s in self.groups.values()) / max(1, self.samples)
+
+    def resume(self, moments: GradientMoments) -> None:
+        """Go on from moments of the same symmetries. Raises MomentError if they hold anything else."""
+        wanted = {"symmetries": {s.name for s in self.syms}, "parameters": set(self._needs)}
+        squares = set(self._needs) if self.entries else set()
+        found = {"symmetries": set(moments.second), "parameters": set(moments.mean)}
+        if found != wanted or set(moments.squares) != squares or moments.replicate_factor != 1.0:
+            raise MomentError(
+                f"cannot resume: the earlier moments hold {found}, wanted {wanted} (entries={self.entries})"
+            )
+        parts = moments.groups or (moments,)
+        self.groups = {k: Sums.of(part, self._needs) for k, part in enumerate(parts)}
+        self._used.update(moments.mean)
+        self.uncovered.update(dict.fromkeys(moments.fallback, "fallback in the moments resumed from"))
 
     def update(self, batch: Any, groups: Iterable[int] = (0,), of: int = 1) -> None:
         """Measure one batch; its samples are divided among the given groups (taken modulo `of`)."""
@@ -146,15 +179,15 @@ class Meter:
         contractions: list[Contraction] = []
         slices: list[tuple[int, int, Sums]] = []
 
-        def ready(losses: Tensor, trace: Trace) -> Tensor | None:
-            samples = losses.numel()
+        def ready(losses: Tensor, recorder: Recorder) -> Tensor | None:
+            trace, samples = recorder.trace, losses.numel()
             keys.append((shared, samples == 1, signature(trace, samples, self.sample_axes)))
             if found is None and keys[0] not in self._verified:
                 return None
             check_finite(losses, batch)
             layouts.update(self._verified.get(keys[0], {}))
             slices.extend(_slices(samples, sums))
-            contractions.append(Contraction(subject.roots, subject.measured, trace, slices))
+            contractions.append(Contraction(recorder.roots, subject.measured, trace, slices))
             return torch.ones_like(losses)
 
         def arrive(use: Use, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
@@ -166,7 +199,7 @@ class Meter:
                         contractions[0].receive(source, form_of(site, layout, samples, delta, saved))
 
         names = sorted(subject.measured)
-        done = forward_backward(subject, batch, shared, False, ready, arrive, [subject.roots[n] for n in names])
+        done = forward_backward(subject, batch, shared, False, ready, arrive, names)
         if done is None or (found is not None and (found.still_shared or found.scattered)):
             return False
         losses, trace, residuals = done
@@ -191,17 +224,23 @@ class Meter:
                 self.groups[g] = self.groups[g].plus(sums[g]) if found and g in self.groups else sums[g]
         return True
 
-    def result(self) -> GradientMoments:
-        """The moments so far. Raises DataError without a sample, MomentError for a parameter the loss never used."""
-        if not self.samples:
+    def result(self, ranks: Any = None) -> GradientMoments:
+        """The moments so far, of all `ranks` if a process group is given.
+
+        Raises DataError without a sample, MomentError for a parameter the loss never used.
+        """
+        groups = self.groups
+        if ranks is not None:
+            groups = added_over_ranks(groups, self.syms, self._needs, ranks)
+        if not groups:
             raise DataError("no batch to measure: the iterator of batches is empty")
-        unused = [n for n in self._needs if n not in self._used and n not in self.uncovered]
+        unused = [n for n in self._needs if n not in self._used and n not in self.uncovered] if self.groups else []
         if unused:
             raise MomentError(
                 f"no gradient reaches {unused}: the loss does not use them. "
                 "Freeze them (requires_grad_(False)) and take syms.trainable(model)"
             )
-        parts = [s.moments(tuple(self.uncovered)) for _, s in sorted(self.groups.items())]
+        parts = [s.moments(tuple(self.uncovered)) for _, s in sorted(groups.items())]
         return replace(merge_moments(parts), groups=tuple(parts) if len(parts) > 1 else ())
 
 
