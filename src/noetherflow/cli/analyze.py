@@ -29,6 +29,7 @@ def analyze(
 ) -> None:
     """Measure MODEL once and say what SGD's gradient noise does along its symmetries."""
     from noetherflow.analysis import analyze as run
+    from noetherflow.report.analysis import transposed, write_analysis
     from noetherflow.workloads import load_workload
 
     workload = load_workload(model, data)
@@ -39,8 +40,6 @@ def analyze(
             workload.model, workload.loss_fn, workload.batches, sgd, workload.example_inputs, progress=status.update
         )
     if report is not None:
-        from noetherflow.report.analysis import write_analysis
-
         write_analysis(report, analysis, title=model)
     if as_json:
         print(json.dumps({"model": model, **analysis.to_dict()}))
@@ -48,7 +47,7 @@ def analyze(
     printed = tables.out()
     tables.symmetries(printed, analysis.symmetries, title=model)
     printed.print(str(analysis.certificate), markup=False)
-    tables.transposed(printed, analysis.rows(), f"Noether flow at lr {lr:g}, batch size {batch_size}")
+    tables.of_rows(printed, transposed(analysis.rows()), f"Noether flow at lr {lr:g}, batch size {batch_size}")
     printed.print(str(analysis.equilibrium), markup=False)
     if report is not None:
         printed.print(f"report: {report}", markup=False)

@@ -75,7 +75,7 @@ def _analyse(run: Run, printed: Any) -> list[Any]:
     from noetherflow.balance import balance_
     from noetherflow.equilibrium import noise_equilibrium
     from noetherflow.moments import gradient_moments
-    from noetherflow.report.analysis import analysis_sections
+    from noetherflow.report.analysis import analysis_sections, transposed
     from noetherflow.report.figures import balance_figure, forecast_figure
     from noetherflow.report.page import Figure, Section
 
@@ -88,7 +88,9 @@ def _analyse(run: Run, printed: Any) -> list[Any]:
     inputs = workload.example_inputs
     with console.status("analysing") as status:
         analysis = analyze(model, workload.loss_fn, batches, sgd, inputs, progress=status.update)
-    tables.transposed(printed, analysis.rows(), f"{name}: Noether flow at lr {sgd.lr:g}, batch size {sgd.batch_size}")
+    tables.of_rows(
+        printed, transposed(analysis.rows()), f"{name}: Noether flow at lr {sgd.lr:g}, batch size {sgd.batch_size}"
+    )
     printed.print(str(analysis.equilibrium), markup=False)
 
     steps = [int(k) for k in np.linspace(0, run.follow, 11)]
@@ -154,7 +156,14 @@ def train(model: nn.Module, loss_fn: LossFn, stream: Iterator[Any], sgd: SGDConf
     """Plain SGD for `steps` steps with a progress bar; the mean loss of the last tenth."""
     optimizer = torch.optim.SGD(model.parameters(), sgd.lr, sgd.momentum, weight_decay=sgd.weight_decay)
     losses = []
-    for batch in track(itertools.islice(stream, steps), title, total=steps, console=console, transient=True):
+    for batch in track(
+        itertools.islice(stream, steps),
+        title,
+        total=steps,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ):
         optimizer.zero_grad()
         loss = loss_fn(model, batch).mean()
         loss.backward()

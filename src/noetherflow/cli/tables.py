@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from noetherflow.report.page import show
 from noetherflow.symmetry_set import SymmetrySet
 
 
@@ -22,35 +23,8 @@ def of_rows(console: Console, rows: Sequence[Mapping[str, Any]], title: str) -> 
     for name, value in rows[0].items() if rows else ():
         table.add_column(name.replace("_", " "), justify="left" if isinstance(value, str) else "right")
     for row in rows:
-        table.add_row(*(cell(v) for v in row.values()))
+        table.add_row(*(show(v) for v in row.values()))
     console.print(table)
-
-
-def transposed(console: Console, rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    """A table with one row per key and one column per row, headed by each row's first value."""
-    if not rows:
-        return
-    names = list(rows[0])
-    table = Table(title=title, title_justify="left", header_style="bold")
-    table.add_column(names[0])
-    for row in rows:
-        table.add_column(cell(row[names[0]]), justify="right")
-    for name in names[1:]:
-        table.add_row(name, *(cell(row[name]) for row in rows))
-    console.print(table)
-
-
-def cell(value: Any) -> str:
-    """A value as a person reads it: 4 significant digits, thousands separated, `-` for nothing."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
-    return str(value)
 
 
 def symmetries(console: Console, syms: SymmetrySet, title: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def analysis_sections(analysis: Analysis) -> list[Section]:
             "Noether flow",
             "Expected change of the charge per step, split into weight decay, minibatch noise and the step of the "
             "mean gradient. Norms over the coordinates of a family; relaxation is the median over coordinates.",
-            table=analysis.rows(),
+            table=transposed(analysis.rows()),
             figures=[Figure(_forecast(analysis), "Forecast from this one measurement.")],
         ),
         Section(
@@ -56,6 +57,12 @@ def analysis_sections(analysis: Analysis) -> list[Section]:
             ],
         ),
     ]
+
+
+def transposed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row per key and one column per row, headed by each row's first value."""
+    first, *names = rows[0] if rows else ("",)
+    return [{first: name, **{r[first]: r[name] for r in rows}} for name in names]
 
 
 def _certificate_row(row: CertificateRow) -> dict[str, Any]:
