@@ -1,0 +1,298 @@
+"""Curvature along the orbit: what the Noether flow will do to sharpness and to the stable learning rate (theory.md 6,
+10).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from noetherflow.equilibrium.orbit import Weights, orbit_of
+from noetherflow.equilibrium.result import Equilibrium
+from noetherflow.errors import DataError, MomentError
+from noetherflow.flow import Flow
+from noetherflow.moments.result import GradientMoments, merge_moments
+from noetherflow.symmetry_set import SymmetrySet, tensors_of
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+EXACT_LIMIT = 20_000
+
+
+class HessianProduct:
+    """`v -> H v` for the mean per-sample loss over fixed batches; `v` and `H v` are dicts by canonical parameter
+    name.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any]) -> None:
+        self.model, self.loss_fn, self.batches = model, loss_fn, list(batches)
+        self.parameters = {
+            n: t for n, t in tensors_of(model).items() if isinstance(t, nn.Parameter) and t.requires_grad
+        }
+        if not self.batches:
+            raise DataError("no batches to measure curvature on")
+
+    @property
+    def size(self) -> int:
+        """Number of trainable entries."""
+        return sum(p.numel() for p in self.parameters.values())
+
+    def __call__(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Raises DataError when the loss is not one number per sample or is not finite."""
+        names, params = list(self.parameters), list(self.parameters.values())
+        total = [torch.zeros_like(p, dtype=torch.float64) for p in params]
+        samples = 0
+        for batch in self.batches:
+            with _differentiable_attention():
+                losses = self.loss_fn(self.model, batch)
+                if losses.ndim != 1:
+                    raise DataError(f"loss_fn must return per-sample losses [batch], got shape {tuple(losses.shape)}")
+                if not bool(torch.isfinite(losses).all()):
+                    raise DataError("the loss is not finite on this batch; look for NaN in the data or the weights")
+                gradients = torch.autograd.grad(losses.sum(), params, create_graph=True, materialize_grads=True)
+                product = sum(
+                    ((g * vector[n].to(g)).sum() for n, g in zip(names, gradients, strict=True)), losses.new_zeros(())
+                )
+                parts = torch.autograd.grad(product, params, materialize_grads=True)
+            total = [t + p.double() for t, p in zip(total, parts, strict=True)]
+            samples += len(losses)
+        return {n: t / samples for n, t in zip(names, total, strict=True)}
+
+    def flat(self, vector: np.ndarray) -> np.ndarray:
+        """The same on flat float64 vectors, parameters in order."""
+        parts = torch.as_tensor(vector.reshape(-1)).split([p.numel() for p in self.parameters.values()])
+        shaped = {n: v.reshape(p.shape) for (n, p), v in zip(self.parameters.items(), parts, strict=True)}
+        out = self({n: v.to(self.parameters[n].device) for n, v in shaped.items()})
+        return torch.cat([v.reshape(-1).cpu() for v in out.values()]).numpy()
+
+
+def _differentiable_attention() -> AbstractContextManager[None]:
+    """Fused attention kernels have no second derivative; the plain one has."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def curvature_moments(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    syms: SymmetrySet,
+    *,
+    probes: int | None = None,
+    seed: int = 0,
+) -> GradientMoments:
+    """Leg Grams and diagonal of the Hessian, in the form of moments: `second` holds `sum_m H[(i,m),(j,m)]`, `mean` is
+    0.
+
+    With `probes=None` exact, one Hessian product per entry; otherwise Hutchinson's `E[(H v) v^T]` over that many
+    random sign vectors, kept as groups so that standard errors follow by jackknife. Under the group, `H` transforms
+    as `E[g g^T]` does, so the result can be given to `noise_equilibrium(..., objective="hessian")` for the flattest
+    point of the orbit.
+
+    Raises DataError for an unusable loss, or exact mode beyond 20,000 entries. Source: theory.md section 6.
+    """
+    product = HessianProduct(model, loss_fn, batches)
+    if probes is None and product.size > EXACT_LIMIT:
+        raise DataError(f"{product.size:,} entries are too many for the exact Hessian trace; pass probes=64 or so")
+    parts = []
+    if probes is None:
+        for name, p in product.parameters.items():
+            for i in range(p.numel()):
+                v = {n: torch.zeros_like(q, dtype=torch.float64) for n, q in product.parameters.items()}
+                v[name].view(-1)[i] = 1.0
+                parts.append(_contract(product(v), v, syms))
+        return _total(parts)
+    rng = torch.Generator().manual_seed(seed)
+    for _ in range(probes):
+        v = {
+            n: (torch.randint(0, 2, p.shape, generator=rng).double() * 2 - 1).to(p.device)
+            for n, p in product.parameters.items()
+        }
+        parts.append(_contract(product(v), v, syms))
+    merged = merge_moments(parts)
+    return GradientMoments(merged.samples, merged.loss, merged.second, merged.mean, merged.squares, tuple(parts))
+
+
+def _contract(hv: dict[str, Tensor], v: dict[str, Tensor], syms: SymmetrySet) -> GradientMoments:
+    """`(H v) v^T` contracted on every leg (symmetrised) and entry by entry, as moments of one sample."""
+    trainable = [s for s in syms if all(n in v for n in s.parameters)]
+    second = {}
+    for s in trainable:
+        plus = s.grams({n: hv[n] + v[n] for n in s.parameters})
+        minus = s.grams({n: hv[n] - v[n] for n in s.parameters})
+        second[s.name] = tuple(((a - b) / 4).cpu() for a, b in zip(plus, minus, strict=True))
+    return GradientMoments(
+        samples=1,
+        loss=0.0,
+        second=second,
+        mean={n: torch.zeros_like(t) for n, t in v.items()},
+        squares={n: hv[n] * v[n] for n in v},
+    )
+
+
+def _total(parts: Sequence[GradientMoments]) -> GradientMoments:
+    merged, n = merge_moments(list(parts)), len(parts)
+    return GradientMoments(
+        samples=n,
+        loss=0.0,
+        second={name: tuple(n * leg for leg in legs) for name, legs in merged.second.items()},
+        mean=merged.mean,
+        squares={name: n * t for name, t in merged.squares.items()},
+    )
+
+
+def trace_at(
+    model: nn.Module, syms: SymmetrySet, curvature: GradientMoments, elements: Mapping[str, Tensor]
+) -> tuple[float, float]:
+    """`Tr H` today and at the group elements, from today's leg Grams and diagonal alone (theory.md section 6).
+
+    Works for any second moment that transforms as the gradient does: `curvature_moments` or `gradient_moments`, whose
+    trace is that of the empirical Fisher matrix. Symmetries without an element stay.
+
+    Raises MomentError where a general_linear symmetry shares entries with another moved one: move a copy and measure
+    there.
+    """
+    movers = [s for s in syms if s.name in elements]
+    orbit = orbit_of(model, movers, curvature, Weights(0.0, 1.0, 0.0))
+    now = orbit.at([s.identity() for s in movers]).trace
+    then = orbit.at([elements[s.name] for s in movers]).trace
+    assert now is not None
+    assert then is not None
+    total = float(sum(t.sum() for t in curvature.squares.values()))
+    return total, total - now + then
+
+
+def top_eigenvalue(
+    model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], *, tolerance: float = 1e-4, seed: int = 0
+) -> float:
+    """The algebraically largest Hessian eigenvalue, by Lanczos on Hessian products.
+
+    Raises DataError for an unusable loss.
+    """
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
+    product = HessianProduct(model, loss_fn, batches)
+    n = product.size
+    if n == 1:
+        return float(product.flat(np.ones(1))[0])
+    start = np.random.default_rng(seed).standard_normal(n)
+    operator = LinearOperator((n, n), matvec=product.flat, dtype=np.float64)
+    return float(eigsh(operator, k=1, which="LA", tol=tolerance, v0=start, return_eigenvectors=False)[0])
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """Sharpness today and at the noise equilibrium of the same function, and what it means for the learning rate.
+
+    `trace_*`: `Tr H`; `top_*`: largest Hessian eigenvalue, at the equilibrium measured on a moved copy. `ratio` is
+    `trace_equilibrium / trace_now`: above 1 sharpening, below 1 flattening is still to come. `stable_lr_*` is `2 /
+    top`, where gradient descent on a quadratic stops being stable. `warmup_steps`: length of a linear warmup to `lr`
+    that keeps `lr(k)` below `2 / top(k)`; 0 if none is needed, None if `lr` is unstable even at the equilibrium or
+    without time scale.
+    """
+
+    trace_now: float
+    trace_equilibrium: float
+    top_now: float
+    top_equilibrium: float
+    lr: float
+    warmup_steps: int | None
+
+    @property
+    def ratio(self) -> float:
+        return self.trace_equilibrium / self.trace_now
+
+    @property
+    def stable_lr_now(self) -> float:
+        return 2 / self.top_now
+
+    @property
+    def stable_lr_equilibrium(self) -> float:
+        return 2 / self.top_equilibrium
+
+    def __str__(self) -> str:
+        change = "sharpening" if self.ratio > 1 else "flattening"
+        warmup = {0: "no warmup needed", None: "no warmup length makes it stable along this orbit"}.get(
+            self.warmup_steps, f"linear warmup over about {self.warmup_steps} steps"
+        )
+        return "\n".join(
+            [
+                f"Tr H {self.trace_now:.4g} -> {self.trace_equilibrium:.4g} at the noise equilibrium: {change} by "
+                f"{max(self.ratio, 1 / self.ratio):.3g}",
+                f"largest eigenvalue {self.top_now:.4g} -> {self.top_equilibrium:.4g}; stable lr below "
+                f"{self.stable_lr_now:.3g} -> {self.stable_lr_equilibrium:.3g}",
+                f"lr {self.lr:g}: {warmup}",
+                "assumes: loss and function stay as they are meanwhile; the top eigenvalue follows the distance of the "
+                "charges to equilibrium; noise drift scales with lr^2 during warmup",
+            ]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "ratio": self.ratio,
+            "stable_lr_now": self.stable_lr_now,
+            "stable_lr_equilibrium": self.stable_lr_equilibrium,
+        }
+
+
+def sharpness_forecast(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    eq: Equilibrium,
+    flow: Flow,
+    *,
+    curvature: GradientMoments | None = None,
+    probes: int = 32,
+) -> Sharpness:
+    """Sharpness now and at `eq`, stable learning rates, and a warmup length for `flow.sgd.lr` (theory.md 6, 7, 10).
+
+    `Tr H` at the equilibrium comes from today's curvature (`curvature_moments` with `probes` unless given) where leg
+    Grams determine it, else from a moved copy; the largest eigenvalues by Lanczos on the model and on a moved copy.
+
+    Raises DataError for an unusable loss.
+    """
+    data = list(batches)
+    syms: SymmetrySet = eq.symmetries
+    moved = copy.deepcopy(model)
+    for s in syms:
+        s.act_(tensors_of(moved), eq[s.name].element)
+    if curvature is None:
+        curvature = curvature_moments(model, loss_fn, data, syms, probes=probes)
+    try:
+        now, then = trace_at(model, syms, curvature, eq.elements)
+    except MomentError:
+        there = curvature_moments(moved, loss_fn, data, syms, probes=probes)
+        now, then = (float(sum(t.sum() for t in c.squares.values())) for c in (curvature, there))
+    top_now, top_then = top_eigenvalue(model, loss_fn, data), top_eigenvalue(moved, loss_fn, data)
+    return Sharpness(now, then, top_now, top_then, flow.sgd.lr, _warmup(flow, eq, top_now, top_then))
+
+
+def _warmup(flow: Flow, eq: Equilibrium, top_now: float, top_then: float) -> int | None:
+    """Steps `k` of the flow until `top(k) < 2 / lr`, times 3: a linear ramp of lr drives `int (lr(k)/lr)^2 dk = k /
+    3`.
+    """
+    limit = 2 / flow.sgd.lr
+    if top_now < limit:
+        return 0
+    slowest = max((float(r.relaxation_steps.max()) for r in flow.details), default=0.0)
+    if top_then >= limit or slowest <= 0:
+        return None
+    steps = sorted({max(1, round(slowest * x)) for x in np.geomspace(1e-3, 20, 40)})
+    forecast = flow.forecast([0, *steps])
+    away = [
+        sum(float((c[i] - eq[n].charge).square().sum()) for n, c in forecast.charges.items()) ** 0.5
+        for i in range(len(steps) + 1)
+    ]
+    for k, distance in zip(steps, away[1:], strict=True):
+        if top_then + (top_now - top_then) * min(1.0, distance / away[0]) < limit:
+            return 3 * k
+    return None
