@@ -19,7 +19,7 @@ from noetherflow.symmetry import Kind, Symmetry
 
 @dataclass(frozen=True, eq=False)
 class _Entries:
-    """Nonzero entries of the solution that lie on parameters, sorted by column: one row per (coordinate, atom)."""
+    """Nonzero entries of the solution on parameters: one row per (coordinate, atom), legs of a coordinate in order."""
 
     column: Array
     atom: Array
@@ -43,23 +43,28 @@ def assemble(inference: Inference, solution: Solution) -> list[Symmetry]:
     mixes = _may_mix(entries, starts, store)
     tags, used = _facts(store, solution, columns)
     eps = _eps(store, solution, columns)
-    ends = np.r_[starts[1:], entries.column.size]
-    groups: dict[tuple, list[int]] = defaultdict(list)
-    for k in range(columns.size):
-        if used[k]:
-            groups[(int(legs_hash[k]), float(eps[k]))].append(k)
     found = []
-    for (_, size), members in groups.items():
+    for members in _alike(np.flatnonzero(used), legs_hash, eps):
+        size = float(eps[members[0]])
         for kind, blocks in _blocks(members, cell_hash, mixes):
-            rows = [[slice(starts[k], ends[k]) for k in block] for block in blocks]
-            legs = _legs(entries, rows, store.bundles, buffers)
+            legs = _legs(entries, starts[blocks], store.bundles, buffers)
             if all(leg.buffer for leg in legs):
                 continue
-            tag = int(np.bitwise_or.reduce(tags[[k for block in blocks for k in block]]))
+            tag = int(np.bitwise_or.reduce(tags[blocks.reshape(-1)]))
             family = _family(kind, legs, {t for i, t in enumerate(store.TAGS) if tag >> i & 1})
-            kind = "scalar" if kind == "diagonal" and len(blocks) == 1 else kind
-            found.append(Symmetry(_name(legs), family, kind, tuple(legs), size or None, _note(size)))
+            group: Kind = "scalar" if kind == "diagonal" and len(blocks) == 1 else kind
+            found.append(Symmetry(_name(legs), family, group, tuple(legs), size or None, _note(size)))
     return _unique_names(found)
+
+
+def _alike(members: Array, legs: Array, eps: Array) -> list[Array]:
+    """Coordinates with the same legs and the same eps, in order of their first member."""
+    if not members.size:
+        return []
+    order = np.lexsort((members, eps[members], legs[members]))
+    key = np.stack([legs[members[order]], eps[members[order]].view(np.uint64)])
+    cuts = np.flatnonzero((np.diff(key, axis=1) != 0).any(0)) + 1
+    return sorted(np.split(members[order], cuts), key=lambda group: int(group[0]))
 
 
 def _note(eps: float) -> str:
@@ -74,12 +79,13 @@ def _entries(store: Store, solution: Solution) -> _Entries:
     bundle, atom = bundle[inside], solution.atom[inside]
     column, coefficient = solution.column[inside], solution.coefficient[inside]
     exponent = np.array([b.exponent for b in store.bundles])[bundle] if starts.size else coefficient
-    order = np.argsort(column, kind="stable")
-    column, power = column[order], (coefficient * exponent)[order]
+    power = coefficient * exponent
     first = np.flatnonzero(np.r_[True, np.diff(column) != 0]) if column.size else np.zeros(0, dtype=np.int64)
     # Producers are +: a coordinate counts along its first leg, and a torus coordinate in units of it.
     lead = np.repeat(power[first], np.diff(np.r_[first, column.size])) if column.size else power
-    return _Entries(column, atom[order], np.round(power / lead, 9), bundle[order], _cells(store)[atom[order]])
+    power, cell = np.round(power / lead, 9), _cells(store)[atom]
+    order = np.lexsort((atom, cell, -power, bundle, column))
+    return _Entries(column[order], atom[order], power[order], bundle[order], cell[order])
 
 
 def _cells(store: Store) -> Array:
@@ -142,54 +148,42 @@ def _eps(store: Store, solution: Solution, columns: Array) -> Array:
     return out[columns]
 
 
-def _blocks(members: Sequence[int], cell_hash: Array, mixes: Array) -> list[tuple[Kind, list[list[int]]]]:
-    """Members that share all cells form a block; blocks of one size go together, lone coordinates into one torus."""
-    by_cell: dict[int, list[int]] = defaultdict(list)
-    alone: list[list[int]] = []
-    for k in members:
-        if mixes[k]:
-            by_cell[int(cell_hash[k])].append(k)
-        else:
-            alone.append([k])
-    by_size: dict[int, list[list[int]]] = defaultdict(list)
-    for block in by_cell.values():
-        if len(block) > 1:
-            by_size[len(block)].append(block)
-        else:
-            alone.append(block)
-    out: list[tuple[Kind, list[list[int]]]] = [("general_linear", blocks) for blocks in by_size.values()]
-    if alone:
-        out.append(("diagonal", sorted(alone)))
+def _blocks(members: Array, cell_hash: Array, mixes: Array) -> list[tuple[Kind, Array]]:
+    """Members that share all cells form a block; blocks of one size go together, lone coordinates into one torus.
+
+    Pairs of a group kind and its coordinates, `[blocks, dim]`.
+    """
+    keys = cell_hash[members]
+    order = np.argsort(keys, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(keys[order]) != 0])
+    sizes = np.repeat(np.diff(np.r_[starts, keys.size]), np.diff(np.r_[starts, keys.size]))
+    sizes[~mixes[members[order]]] = 1
+    out: list[tuple[Kind, Array]] = []
+    for size in np.unique(sizes[sizes > 1]):
+        blocks = members[order[sizes == size]].reshape(-1, size)
+        out.append(("general_linear", blocks[np.argsort(blocks[:, 0])]))
+    alone = np.sort(members[order[sizes == 1]])
+    if alone.size:
+        out.append(("diagonal", alone[:, None]))
     return out
 
 
-def _legs(entries: _Entries, rows: list[list[slice]], bundles: Sequence[Bundle], buffers: set[str]) -> list[Leg]:
-    """One leg per (bundle, power): `index[block, coordinate, replica]` lists its rows."""
-    first = rows[0][0]
-    kinds = dict.fromkeys(zip(entries.bundle[first].tolist(), entries.power[first].tolist(), strict=True))
+def _legs(entries: _Entries, where: Array, bundles: Sequence[Bundle], buffers: set[str]) -> list[Leg]:
+    """One leg per (bundle, power) of the coordinates whose entries begin at `where[block, coordinate]`.
+
+    `index[block, coordinate, replica]` lists its rows; replicas are ordered by cell, so that they correspond.
+    """
+    first = int(where[0, 0])
+    size = int(np.searchsorted(entries.column, entries.column[first], side="right")) - first
+    bundle, power = entries.bundle[first : first + size], entries.power[first : first + size]
+    cuts = np.flatnonzero(np.r_[True, (np.diff(bundle) != 0) | (np.diff(power) != 0)])
     legs = []
-    for number, power in kinds:
-        bundle = bundles[number]
-        index = np.array([[_rows_of(entries, s, number, power, bundle) for s in block] for block in rows])
-        legs.append(
-            Leg(
-                bundle.leaf,
-                index.astype(np.int64),
-                1 if power > 0 else -1,
-                bundle.axes,
-                bundle.view,
-                abs(power),
-                bundle.leaf in buffers,
-            )
-        )
+    for low, high in zip(cuts, [*cuts[1:], size], strict=True):
+        owner = bundles[bundle[low]]
+        index = entries.atom[where[..., None] + np.arange(low, high)] - owner.start
+        sign = 1 if power[low] > 0 else -1
+        legs.append(Leg(owner.leaf, index, sign, owner.axes, owner.view, abs(float(power[low])), owner.leaf in buffers))
     return legs
-
-
-def _rows_of(entries: _Entries, where: slice, bundle: int, power: float, owner: Bundle) -> Array:
-    """Rows of one coordinate on one leg, ordered by cell so that replicas correspond between coordinates."""
-    mine = (entries.bundle[where] == bundle) & (entries.power[where] == power)
-    atoms, cells = entries.atom[where][mine], entries.cell[where][mine]
-    return atoms[np.lexsort((atoms, cells))] - owner.start
 
 
 def _family(kind: Kind, legs: Sequence[Leg], tags: set[str]) -> str:

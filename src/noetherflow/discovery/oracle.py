@@ -40,7 +40,8 @@ class SymmetryCount:
     def __str__(self) -> str:
         return (
             f"{self.symmetries} symmetric directions = {self.null} null - {self.relations} that act as zero; "
-            f"{self.unknowns} unknowns, {self.equations} equations, singular values {self.zero:.1e} | {self.nonzero:.1e}"
+            f"{self.unknowns} unknowns, {self.equations} equations, "
+            f"singular values {self.zero:.1e} | {self.nonzero:.1e}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,8 +59,8 @@ def count_symmetries(
 ) -> SymmetryCount:
     """`sum_pa <B_pa, unfold_a(dy/dtheta_p) unfold_a(theta_p)^T> = 0` for every output y, all theta and inputs.
 
-    Unknown matrices `B` per parameter axis, symmetric ones only (they carry the charges) unless `symmetric=False`, which
-    counts Lie-algebra dimensions. Weights are redrawn around the model's with deviation `spread`, integer inputs
+    Unknown matrices `B` per parameter axis, symmetric ones only (they carry the charges) unless `symmetric=False`,
+    which counts Lie-algebra dimensions. Weights are redrawn around the model's with deviation `spread`, integer inputs
     permuted, floating ones redrawn; `eps` of normalisation modules is set to 1e-30. Parameters and coordinates whose
     gradient is identically zero (unused embedding rows, key biases) are left out. For small models: the cost grows with
     the cube of the number of unknowns. `train=True` runs in training mode (batch statistics).
@@ -76,7 +77,9 @@ def count_symmetries(
     params = {n: p for n, p in tensors.items() if isinstance(p, nn.Parameter) and n in plan}
     unknowns = sum(_unknowns(tuple(p.shape), plan[n], symmetric) for n, p in params.items())
     if unknowns > MAX_UNKNOWNS:
-        raise DataError(f"{unknowns} unknowns are too many for a dense null space (at most {MAX_UNKNOWNS}); use a smaller model")
+        raise DataError(
+            f"{unknowns} unknowns are too many for a dense null space (at most {MAX_UNKNOWNS}); use a smaller model"
+        )
     rng = torch.Generator().manual_seed(seed)
     base = {n: p.detach().clone() for n, p in params.items()}
     inputs = _cast(example_inputs, torch.float64)

@@ -62,12 +62,9 @@ def _components(store: Store) -> tuple[Array, Array, sp.csr_array]:
             edges.append((a, b, np.full(a.size, -1 if c[0] == c[1] else 1, dtype=np.int64)))
         else:
             blocks.append((equation.ids, c))
-    root, sign = _merge(
-        root,
-        sign,
-        *(np.concatenate([e[k] for e in edges]) if edges else np.zeros(0, dtype=np.int64) for k in range(3)),
-        np.concatenate(zeros) if zeros else np.zeros(0, dtype=np.int64),
-    )
+    none = [np.zeros(0, dtype=np.int64)]
+    a, b, relation = (np.concatenate([e[k] for e in edges] or none) for k in range(3))
+    root, sign = _merge(root, sign, a, b, relation, np.concatenate(zeros or none))
     rows = _rows(blocks, n)
     while True:
         rows = _reduced(rows, root, sign)
@@ -96,7 +93,7 @@ def _merge(root: Array, sign: Array, a: Array, b: Array, relation: Array, zeros:
     plus, minus = label[:n], label[n:]
     # Representative of a component pair: its smallest atom, taken positive.
     low = np.full(label.max() + 1, n, dtype=np.int64)
-    present = np.unique(root)
+    present = _occurring(root, n)
     np.minimum.at(low, plus[present], present)
     np.minimum.at(low, minus[present], present)
     dead = plus == minus
@@ -105,6 +102,13 @@ def _merge(root: Array, sign: Array, a: Array, b: Array, relation: Array, zeros:
     new_root, new_sign = low[plus], np.where(plus[np.minimum(low[plus], n - 1)] == plus, 1, -1)
     new_root[dead_label[plus]] = 0
     return new_root[root], sign * new_sign[root]
+
+
+def _occurring(values: Array, n: int) -> Array:
+    """The distinct values among `0 .. n - 1`, sorted."""
+    seen = np.zeros(n, dtype=bool)
+    seen[values] = True
+    return np.flatnonzero(seen)
 
 
 def _rows(blocks: list[tuple[Array, tuple[float, ...]]], n: int) -> sp.csr_array:
@@ -153,7 +157,7 @@ def _distinct(rows: sp.csr_array) -> sp.csr_array:
 
 def _eliminate(rows: sp.csr_array, root: Array, store: Store) -> tuple[Array, sp.csr_array]:
     """All roots, and each as a combination of free ones: `[roots, free]`."""
-    roots = np.unique(root)
+    roots = _occurring(root, store.size)
     roots = roots[roots != 0]
     rows = rows[:, roots]
     n = roots.size
@@ -175,8 +179,10 @@ def _eliminate(rows: sp.csr_array, root: Array, store: Store) -> tuple[Array, sp
         away = np.ones(n)
         away[pivots] = 0
         steps.append((pivots, sp.csr_array(-picked @ sp.diags_array(away))))
-    bound = np.concatenate([s[0] for s in steps]) if steps else np.zeros(0, dtype=np.int64)
-    free = np.setdiff1d(np.arange(n), bound)
+    bound = np.zeros(n, dtype=bool)
+    for pivots, _ in steps:
+        bound[pivots] = True
+    free = np.flatnonzero(~bound)
     basis = sp.csr_array((np.ones(free.size), (free, np.arange(free.size))), shape=(n, free.size))
     for pivots, expression in reversed(steps):
         placed = sp.csr_array((np.ones(pivots.size), (pivots, np.arange(pivots.size))), shape=(n, pivots.size))
