@@ -57,9 +57,12 @@ class BalanceReport:
 
 
 def moved_tensors(
-    tensors: Mapping[str, Tensor], symmetries: Sequence[Symmetry], elements: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor],
+    symmetries: Sequence[Symmetry],
+    elements: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype],
 ) -> tuple[dict[str, Tensor], float]:
-    """The tensors on the legs of all symmetries, moved in float64 and rounded once to their own dtype.
+    """The tensors on the legs of all symmetries, moved in float64 and rounded once to `dtypes` (default their own).
 
     Returns them by name with the largest relative rounding error in norm.
     """
@@ -68,7 +71,7 @@ def moved_tensors(
         exact = tensors[name].detach().double()
         for symmetry in legs:
             exact = symmetry.move(name, exact, elements[symmetry.name].double())
-        stored = exact.to(tensors[name].dtype)
+        stored = exact.to(dtypes.get(name, tensors[name].dtype)).to(tensors[name].dtype)
         rounding = max(rounding, _relative(stored.double(), exact))
         out[name] = stored
     return out, rounding
@@ -92,15 +95,31 @@ def balance_(
     and after.
 
     Raises CertificateError, leaving model and optimiser untouched, when `certificate` calls a symmetry broken, when a
-    weight would leave the range of its dtype, or when the outputs change by more than `tolerance` (default: `1e4 eps`
-    of the parameters' dtype, or `APPROXIMATE` where a normalisation's eps makes a moved symmetry approximate, or a
-    hundred times what the certificate measured).
+    weight would leave the range of its dtype, or when the outputs change by more than `tolerance`: by default
+    `10 eps^(3/4)` of the parameters' dtype (2e-11 in float64, 6e-5 in float32), or `APPROXIMATE` where a normalisation's
+    eps makes a moved symmetry approximate, or a hundred times what the certificate measured.
     """
+    return _balance(
+        model, eq, optimizer, example_inputs=example_inputs, certificate=certificate, tolerance=tolerance, dtypes={}
+    )
+
+
+def _balance(
+    model: nn.Module,
+    eq: Equilibrium,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    example_inputs: Any,
+    certificate: Any,
+    tolerance: float | None,
+    dtypes: Mapping[str, torch.dtype],
+) -> BalanceReport:
+    """`balance_`, with tensors rounded to the `dtypes` given by name instead of their own."""
     symmetries = [s for s in _symmetries(eq) if _moves(eq[s.name].element, s)]
     _refuse_broken(certificate, symmetries)
     tensors = tensors_of(model)
     before = _outputs(model, example_inputs)
-    new, rounding = moved_tensors(tensors, symmetries, eq.elements)
+    new, rounding = moved_tensors(tensors, symmetries, eq.elements, dtypes)
     overflow = [n for n, t in new.items() if not bool(torch.isfinite(t).all())]
     if overflow:
         raise CertificateError(
@@ -110,7 +129,7 @@ def balance_(
     old = {n: tensors[n].detach().clone() for n in new}
     _write(tensors, new)
     change = _output_change(before, _outputs(model, example_inputs))
-    limit = _tolerance(tensors, new, symmetries, certificate, tolerance)
+    limit = _tolerance(tensors, new, symmetries, certificate, dtypes, tolerance)
     if change is not None and not change <= limit:
         _write(tensors, old)
         raise CertificateError(
@@ -165,11 +184,12 @@ def _tolerance(
     new: Mapping[str, Tensor],
     symmetries: Sequence[Symmetry],
     certificate: Any,
+    dtypes: Mapping[str, torch.dtype],
     tolerance: float | None,
 ) -> float:
     if tolerance is not None:
         return tolerance
-    limit = 1e4 * max((torch.finfo(tensors[n].dtype).eps for n in new), default=0.0)
+    limit = 10 * max((torch.finfo(dtypes.get(n, tensors[n].dtype)).eps for n in new), default=0.0) ** 0.75
     if any(s.eps is not None for s in symmetries):
         limit = max(limit, APPROXIMATE)
     names = {s.name for s in symmetries}

@@ -1,0 +1,168 @@
+"""Balancing files: the function stays, the rest is bit-identical, and errors leave everything as it was."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import noetherflow as nf
+import noetherflow.checkpoint as checkpoint
+from equilibrium_cases import Problem, mlp
+from noetherflow.checkpoint import balance_checkpoint, load_checkpoint_, read_checkpoint
+from noetherflow.equilibrium import Equilibrium, noise_equilibrium
+from noetherflow.errors import CheckpointError
+
+
+def solved(problem: Problem) -> Equilibrium:
+    sgd = nf.SGDConfig(0.05, 4, weight_decay=1e-3)
+    return noise_equilibrium(problem.model, problem.syms, problem.measure(), sgd)
+
+
+def stored(tmp_path: Path, suffix: str, dtype: torch.dtype) -> tuple[Problem, Path]:
+    """A problem whose weights are exactly representable in `dtype`, and its checkpoint in `dtype`."""
+    problem = mlp(scales=(4, 0.5, 1))
+    with torch.no_grad():
+        for p in problem.model.parameters():
+            p.copy_(p.to(dtype))
+    state = {n: t.detach().to(dtype) for n, t in problem.model.state_dict().items()}
+    path = tmp_path / f"in{suffix}"
+    if suffix == ".safetensors":
+        save_file(state, path, metadata={"format": "pt", "note": "kept"})
+    else:
+        torch.save({"state_dict": state, "epoch": 3}, path)
+    return problem, path
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_balanced_file_computes_the_same(tmp_path: Path, suffix: str, dtype: torch.dtype) -> None:
+    problem, path = stored(tmp_path, suffix, dtype)
+    raw = path.read_bytes()
+    before = problem.tensors()
+    eq = solved(problem)
+    out = tmp_path / f"out{suffix}"
+    report = balance_checkpoint(path, out, problem.model, eq, example_inputs=problem.data[0], tolerance=0.1)
+    assert path.read_bytes() == raw
+    assert all(torch.equal(t, before[n]) for n, t in problem.tensors().items())
+    new = read_checkpoint(out)
+    assert all(t.dtype == dtype for t in new.values())
+    assert torch.equal(new["4.bias"], before["4.bias"].to(dtype)), "no leg: bit by bit"
+    assert not torch.equal(new["0.weight"], before["0.weight"].to(dtype))
+    other = copy.deepcopy(problem.model)
+    load_checkpoint_(other, out)
+    x = problem.data[0]
+    change = float((other(x) - problem.model(x)).detach().abs().max() / problem.model(x).detach().abs().max())
+    assert report.output_change == pytest.approx(change, rel=1e-6, abs=1e-15)
+    assert change < 30 * torch.finfo(dtype).eps
+    if suffix == ".pt":
+        assert torch.load(out, weights_only=True)["epoch"] == 3
+    else:
+        with safe_open(out, framework="pt") as file:
+            assert file.metadata() == {"format": "pt", "note": "kept"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([path.name, out.name])
+
+
+def test_dry_run_writes_nothing(tmp_path: Path) -> None:
+    problem, path = stored(tmp_path, ".safetensors", torch.float32)
+    report = balance_checkpoint(path, tmp_path / "out.safetensors", problem.model, solved(problem), dry_run=True)
+    assert report.moved["0.weight"] > 0
+    assert [p.name for p in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_interrupted_write_leaves_the_input_untouched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_place: bool
+) -> None:
+    problem, path = stored(tmp_path, ".safetensors", torch.float32)
+    eq, raw = solved(problem), path.read_bytes()
+    target = path if in_place else tmp_path / "out.safetensors"
+
+    def interrupted(tensors: Any, name: Any, metadata: Any) -> None:
+        Path(name).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("safetensors.torch.save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        balance_checkpoint(path, target, problem.model, eq)
+    assert path.read_bytes() == raw
+    assert [p.name for p in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+def test_disk_errors_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, path = stored(tmp_path, ".safetensors", torch.float32)
+
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(CheckpointError, match=r"could not write .*No space left"):
+        balance_checkpoint(path, tmp_path / "out.safetensors", problem.model, solved(problem))
+
+
+def test_corrupt_missing_and_mismatched_files(tmp_path: Path) -> None:
+    problem, path = stored(tmp_path, ".safetensors", torch.float32)
+    eq, out = solved(problem), tmp_path / "out.safetensors"
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(path.read_bytes()[:-20])
+    garbage = tmp_path / "garbage.pt"
+    garbage.write_bytes(b"not a checkpoint")
+    for bad in (cut, garbage):
+        with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+            balance_checkpoint(bad, out, problem.model, eq)
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        read_checkpoint(tmp_path / "nothing.pt")
+    torch.save({"epoch": 3}, tmp_path / "empty.pt")
+    with pytest.raises(CheckpointError, match="no named tensors"):
+        read_checkpoint(tmp_path / "empty.pt")
+    state = load_file(path)
+    state["extra"] = torch.zeros(2)
+    state["0.bias"] = torch.zeros(9)
+    del state["2.weight"]
+    save_file(state, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint_(problem.model, tmp_path / "other.safetensors")
+    for part in (
+        "missing in the file: ['2.weight']",
+        "unknown to the model: ['extra']",
+        "0.bias: file (9,), model (8,)",
+    ):
+        assert part in str(caught.value)
+    with torch.no_grad():
+        problem.model[0].weight += 1
+    with pytest.raises(CheckpointError, match=r"0\.weight .* differs from the model"):
+        balance_checkpoint(path, out, problem.model, eq)
+    assert not out.exists()
+
+
+def test_tied_weights_are_stored_once_or_twice(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 6, bias=False), nn.Linear(6, 3), nn.Linear(4, 6, bias=False)
+            self.c.weight = self.a.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(torch.relu(self.a(x)) + torch.relu(self.c(-x)))
+
+    torch.manual_seed(0)
+    model = Tied().double()
+    syms = nf.declare(model, "diagonal", [("a.weight", 0)], [("b.weight", 1)])
+    problem = Problem(model, syms, (torch.randn(20, 4).double(), torch.randn(20, 3).double()))
+    eq = solved(problem)
+    full = {n: t.detach().clone() for n, t in model.state_dict().items()}
+    for names in (set(full), set(full) - {"a.weight"}):
+        path, out = tmp_path / "tied.safetensors", tmp_path / "tied_out.safetensors"
+        save_file({n: full[n] for n in names}, path)
+        balance_checkpoint(path, out, model, eq, example_inputs=problem.data[0])
+        new = load_file(out)
+        assert set(new) == names
+        if len(names) == 4:
+            assert torch.equal(new["a.weight"], new["c.weight"])
+        assert not torch.equal(new["c.weight"], full["c.weight"])
