@@ -95,7 +95,7 @@ def balance_(
     and after.
 
     Raises CertificateError, leaving model and optimiser untouched, when `certificate` calls a symmetry broken, when a
-    weight would leave the range of its dtype, or when the outputs change by more than `tolerance`: by default
+    weight would leave the range of its dtype, or when outputs change by more than `tolerance`: by default
     `10 eps^(3/4)` of the parameters' dtype (2e-11 in float64, 6e-5 in float32), or `APPROXIMATE` where a normalisation's
     eps makes a moved symmetry approximate, or a hundred times what the certificate measured.
     """
