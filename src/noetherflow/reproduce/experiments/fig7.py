@@ -114,7 +114,13 @@ def verdicts(results: Results) -> list[Verdict]:
         sgd, gd = growth(results, f"sgd {net}"), growth(results, f"gd {net}")
         out += [
             from_seeds(f"Net-{net}, SGD: growth of the squared norm", 0, sgd, relation="above"),
-            from_seeds(f"Net-{net}, SGD: (growth - sum of eta^2 |g_B|^2) / squared norm", 0, results.array(f"sgd {net}", "unclosed"), 1e-12, relative=False),
+            from_seeds(
+                f"Net-{net}, SGD: (growth - sum of eta^2 |g_B|^2) / squared norm",
+                0,
+                results.array(f"sgd {net}", "unclosed"),
+                1e-12,
+                relative=False,
+            ),
             from_seeds(f"Net-{net}: growth under GD / under SGD", 0.05, gd.mean() / sgd, relation="below"),
         ]
     for key, label in (("w2", "|w|^2"), ("u2", "|u|^2")):
