@@ -96,8 +96,8 @@ def balance_(
 
     Raises CertificateError, leaving model and optimiser untouched, when `certificate` calls a symmetry broken, when a
     weight would leave the range of its dtype, or when outputs change by more than `tolerance`: by default
-    `10 eps^(3/4)` of the parameters' dtype (2e-11 in float64, 6e-5 in float32), or `APPROXIMATE` where a normalisation's
-    eps makes a moved symmetry approximate, or a hundred times what the certificate measured.
+    `10 eps^(3/4)` of the parameters' dtype (2e-11 in float64, 6e-5 in float32), or `APPROXIMATE` where a
+    normalisation's eps makes a moved symmetry approximate, or a hundred times what the certificate measured.
     """
     return _balance(
         model, eq, optimizer, example_inputs=example_inputs, certificate=certificate, tolerance=tolerance, dtypes={}
