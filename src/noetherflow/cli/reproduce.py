@@ -1,0 +1,42 @@
+"""`noetherflow reproduce`: the paper's experiments with a verdict for every claim."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from noetherflow.cli import tables
+from noetherflow.cli.options import Debug, Json, console
+
+
+def reproduce(
+    ids: Annotated[list[str] | None, typer.Argument(help="Experiment ids, or all (default).")] = None,
+    scale: Annotated[str, typer.Option(help="quick (minutes on two cores) or paper (the paper's sizes).")] = "quick",
+    out: Annotated[Path, typer.Option(help="Folder for figures, results and the gallery.")] = Path("reproduction"),
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds, in place of each experiment's own.")] = None,
+    jobs: Annotated[int, typer.Option(help="Processes on this machine.")] = 1,
+    dask: Annotated[str | None, typer.Option(help="Address of a dask scheduler to run on.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run experiments of the paper; finished points are kept, so a killed run continues. Exit 3 if a claim fails."""
+    from noetherflow.reproduce import run
+
+    summary = run(
+        ids or "all",
+        scale=scale,
+        out=out,
+        seeds=seeds,
+        jobs=jobs,
+        dask=dask,
+        progress=lambda text: console.print(text, markup=False, highlight=False),
+    )
+    if as_json:
+        print(json.dumps([finished.to_dict() for finished in summary.finished]))
+    else:
+        tables.out().print(str(summary), markup=False, soft_wrap=True)
+    if summary.failing:
+        raise typer.Exit(3)
