@@ -61,7 +61,7 @@ def rotation_at_equilibrium(rule: Rule, c: Mapping[str, float]) -> float:
     """Predicted angular update per step of a scale-invariant weight once its norm is stationary, radians.
 
     SGD with momentum: `sqrt(2 lr w / (1 + mu))`; AdamW: `sqrt(2 lr w (1 - beta1) / (1 + beta1))`; NaN for others.
-    Source: Kosson, Messmer, Jaggi, *Rotational Equilibrium*, ICML 2024 (arXiv 2305.17212), table 1; for SGD also
+    Source: Kosson, Messmer, Jaggi, *Rotational Equilibrium*, ICML 2024 (arXiv 2305.17212); for SGD also
     Wan et al., *Spherical Motion Dynamics*, 2021 (arXiv 2006.08419).
     """
     if isinstance(rule, SGDRule):

@@ -76,14 +76,17 @@ def balance_figure(imbalances: Mapping[str, np.ndarray]) -> bytes:
 
 
 def orbit_figure(path: np.ndarray, predicted: np.ndarray, measured_at: np.ndarray, measured: np.ndarray) -> bytes:
-    """Trace of the Hessian along the orbit through today's point (0) and the noise equilibrium (1)."""
+    """Trace of the Hessian along the orbit through today's point (0) and the noise equilibrium (1).
+
+    `predicted`: `[len(path)]`; `measured`: `[len(measured_at), probes]`, drawn with two standard errors.
+    """
     with style.context():
         figure, (ax,) = style.figure(columns=1, width=6.4)
         ax.plot(path, predicted, color=style.THEORY, label="predicted from one measurement at 0")
-        ax.plot(measured_at, measured, "o", color=style.SGD, label="measured there")
+        style.dots(ax, measured_at, measured, style.SGD, "measured there (2 s.e. over probes)")
         ax.axvline(0, color=style.GD, lw=1)
         ax.axvline(1, color=style.SGD, lw=1)
-        top = max(predicted.max(), measured.max())
+        top = max(predicted.max(), measured.mean(-1).max())
         ax.annotate("today", (0, top), color=style.GD, ha="right", xytext=(-4, 0), textcoords="offset points")
         ax.annotate("equilibrium", (1, top), color=style.SGD, xytext=(4, 0), textcoords="offset points")
         ax.set(xlabel="position on the orbit, G^s", ylabel="trace of the Hessian", ylim=(0, None))

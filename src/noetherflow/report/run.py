@@ -1,0 +1,323 @@
+"""The page of one training run: what moved the charges, how far equilibrium is, in figures and plain words."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from noetherflow.errors import require
+from noetherflow.monitor.rundata import RunData
+from noetherflow.report.page import Figure, Section, show, write_page
+
+REPORT_NAME = "report.html"
+POINTS = 1500
+BINS = 100
+CURVES = 12
+NAMES = {
+    "second_order": "step size and noise",
+    "decay": "weight decay",
+    "momentum": "momentum memory",
+    "preconditioner": "preconditioner",
+    "gradient": "gradient (zero for an exact symmetry)",
+    "other": "first-order part of the update",
+}
+COLOURS = {
+    "second_order": "#009E73",
+    "decay": "#D55E00",
+    "momentum": "#0072B2",
+    "preconditioner": "#CC79A7",
+    "gradient": "#777777",
+    "other": "#E69F00",
+}
+PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#333333"]
+MAPS = {
+    "distance": ("distance to equilibrium |λ*|", False),
+    "steps": ("steps to equilibrium (log10)", True),
+    "growth": ("change of C by step size and noise, per step and norm", False),
+    "norm": ("norm θᵀ|A|θ (log10)", True),
+    "check": ("violation of invariance (log10)", True),
+}
+
+
+def write_run_report(run_dir: str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> Path:
+    """Write `RUN_DIR/report.html` (or `path`) from the run's log: one interactive file that needs no network.
+
+    Raises DataError when the directory holds no log with a recorded step, MissingExtraError without plotly or jinja2.
+    """
+    data = RunData.load(run_dir)
+    events = sorted([*data.events, *data.spikes()], key=lambda e: e["step"])
+    sections = [
+        Section("Summary", "\n\n".join(summary(data, events)), facts=_facts(data, events)),
+        Section(
+            "Charges and what moves them",
+            "Above: the charge `C = θᵀAθ`, summed over the symmetries of one family. Below: what one step adds to it, "
+            "split exactly into its causes and averaged over bins of steps. Choose the family with the buttons.",
+            figures=[Figure(charges_figure(data), "Charge and its drift per step, by cause.")],
+        ),
+        *_equilibrium(data),
+        *_layers(data),
+        *_norms(data),
+        Section("Loss, learning rate and events", _event_text(events), figures=_training(data, events)),
+    ]
+    if events:
+        sections.append(Section("Events", table=[_event_row(e) for e in events[:200]]))
+    name = Path(run_dir).resolve().name
+    subtitle = f"{data.header['optimizer']}, started {data.header['time'].replace('T', ' ')}, {len(data.steps):,} steps"
+    return write_page(path or Path(run_dir) / REPORT_NAME, f"Ledger of {name}", sections, subtitle)
+
+
+def summary(data: RunData, events: list[dict[str, Any]]) -> list[str]:
+    """The run in plain words, one paragraph per topic."""
+    out = []
+    for i, family in enumerate(data.families):
+        charge, norm = data.family["charge"][:, i], data.family["norm"][:, i]
+        end = charge[-1] + data.family["change"][-1, i]
+        text = f"`{family}`: the charge went from {show(charge[0])} to {show(float(end))}"
+        causes = data.causes(i)
+        total = sum(abs(v) for v in causes.values())
+        if total > 1e-12 * float(np.nan_to_num(np.abs(norm)).max()):
+            main, value = next(iter(causes.items()))
+            text += f". The largest cause was {NAMES[main]} ({show(value)} over the recorded steps"
+            others = [f"{NAMES[k]} {show(v)}" for k, v in list(causes.items())[1:4] if abs(v) > 1e-3 * total]
+            out.append(text + (f"; {', '.join(others)})." if others else ")."))
+        else:
+            out.append(text + ": conserved.")
+    return out + _equilibrium_words(data) + _norm_words(data) + _event_words(events)
+
+
+def _equilibrium_words(data: RunData) -> list[str]:
+    if "distance" not in data.estimates:
+        return ["The noise equilibrium is not predicted for this optimiser: the theory covers SGD with momentum."]
+    two_sided = ~data.one_sided
+    distance, steps = data.estimates["distance"][-1], data.estimates["steps"][-1]
+    known = np.flatnonzero(two_sided & np.isfinite(distance))
+    if not known.size:
+        return []
+    far, near = known[np.argmax(distance[known])], known[np.argmin(distance[known])]
+
+    def place(i: int, word: str) -> str:
+        return f"`{data.symmetries[i]}` is {word} its noise equilibrium (|λ*| = {show(float(distance[i]))})"
+
+    text = f"At the end {place(near, 'nearest to')}"
+    text += f"; {place(far, 'farthest from')}." if near != far else "."
+    slow = steps[known][np.isfinite(steps[known])]
+    if slow.size:
+        text += f" With the present noise and learning rate the way there takes {show(float(np.median(slow)))} steps"
+        text += " (median over layers; until the distance has fallen to 37 %)."
+    return [text]
+
+
+def _norm_words(data: RunData) -> list[str]:
+    if not data.estimates or not data.one_sided.any():
+        return []
+    norm = data.estimates["norm"][:, data.one_sided]
+    ratio = np.sqrt(norm[-1] / norm[0])
+    names = np.array(data.symmetries)[data.one_sided]
+    if not np.isfinite(ratio).all():
+        return []
+    most = int(np.argmax(np.abs(np.log(ratio))))
+    return [
+        f"{len(names)} scale-invariant weights: their norms changed by a factor between {show(float(ratio.min()))} and "
+        f"{show(float(ratio.max()))}, most for `{names[most]}`; the effective learning rate goes as one over the "
+        "squared norm."
+    ]
+
+
+def _event_words(events: list[dict[str, Any]]) -> list[str]:
+    counts = {kind: sum(e["event"] == kind for e in events) for kind in dict.fromkeys(e["event"] for e in events)}
+    if not counts:
+        return ["No spikes, skipped steps or other events."]
+    return ["Events: " + ", ".join(f"{n} × {kind}" for kind, n in counts.items()) + "."]
+
+
+def _facts(data: RunData, events: list[dict[str, Any]]) -> list[tuple[str, Any]]:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.nan_to_num(np.abs(data.family["residual"] / data.family["norm"]))
+    facts: list[tuple[str, Any]] = [
+        ("steps", int(data.steps[-1]) + 1),
+        ("families", len(data.families)),
+        ("symmetries", len(data.symmetries)),
+        ("largest residual / norm", float(ratio.max())),
+    ]
+    if "check" in data.estimates:
+        facts.append(("largest violation of invariance", float(np.nan_to_num(data.estimates["check"]).max())))
+    if np.isfinite(data.loss).any():
+        facts.append(("last loss", float(data.loss[np.isfinite(data.loss)][-1])))
+    return facts + [("events", len(events))]
+
+
+def charges_figure(data: RunData) -> Any:
+    """Charge over steps and, below, the mean drift per step in bins, stacked by cause; buttons choose the family."""
+    go: Any = require("plotly.graph_objects", "report")
+    thin = slice(None, None, max(1, len(data.steps) // POINTS))
+    edges = np.unique(np.linspace(0, len(data.steps), min(BINS, len(data.steps)) + 1).astype(int))
+    centres = [float(data.steps[a:b].mean()) for a, b in itertools.pairwise(edges)]
+    figure = go.Figure()
+    owners: list[int] = []
+    for i, _ in enumerate(data.families):
+        line = {"color": "#1c2430", "width": 2}
+        charge = data.family["charge"][thin, i]
+        figure.add_trace(go.Scatter(x=data.steps[thin], y=charge, name="charge C", line=line, showlegend=False))
+        owners.append(i)
+        for name in data.causes(i):
+            entry = data.family[name][:, i]
+            means = [finite_mean(entry[a:b]) for a, b in itertools.pairwise(edges)]
+            bar = go.Bar(x=centres, y=means, name=NAMES[name], marker_color=COLOURS[name], yaxis="y2", legendrank=1)
+            figure.add_trace(bar)
+            owners.append(i)
+    for trace, owner in zip(figure.data, owners, strict=True):
+        trace.visible = owner == 0
+    buttons = [
+        {"label": family, "method": "update", "args": [{"visible": [owner == i for owner in owners]}]}
+        for i, family in enumerate(data.families)
+    ]
+    figure.update_layout(
+        **_layout(560),
+        barmode="relative",
+        bargap=0,
+        yaxis={"title": "charge", "domain": [0.55, 1]},
+        yaxis2={"title": "added per step", "domain": [0, 0.45], "exponentformat": "e"},
+        updatemenus=[
+            {"buttons": buttons, "type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "y": 1.17}
+        ]
+        if len(buttons) > 1
+        else [],
+    )
+    return figure
+
+
+def finite_mean(values: np.ndarray) -> float:
+    """Mean of the finite values, NaN without any."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if known.size else float("nan")
+
+
+def _equilibrium(data: RunData) -> list[Section]:
+    chosen = np.flatnonzero(~data.one_sided)
+    if "distance" not in data.estimates or not chosen.size:
+        return []
+    order = chosen[np.argsort(-np.nan_to_num(data.estimates["distance"][-1][chosen]))][:CURVES]
+    note = f" The {CURVES} farthest of {chosen.size} are drawn; the heat map has all." if chosen.size > CURVES else ""
+    return [
+        Section(
+            "Distance to the noise equilibrium",
+            "The median over coordinates of `|λ*|`: by how much (in log scale) a layer must still be rescaled against "
+            "its partner to reach the noise equilibrium, from the running gradient noise." + note,
+            figures=[Figure(_curves(data, "distance", order, "|λ*|"), "Distance to equilibrium per layer.")],
+        )
+    ]
+
+
+def _layers(data: RunData) -> list[Section]:
+    if not data.estimates:
+        return []
+    go: Any = require("plotly.graph_objects", "report")
+    figure, buttons = go.Figure(), []
+    present = [k for k in MAPS if k in data.estimates and np.isfinite(data.estimates[k]).any()]
+    names = [_short(n) for n in data.symmetries]
+    for k in present:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = np.log10(np.abs(data.estimates[k])) if MAPS[k][1] else data.estimates[k]
+        values = np.where(np.isfinite(values), values, np.nan)
+        figure.add_trace(
+            go.Heatmap(
+                x=data.estimate_steps,
+                y=names,
+                z=values.T,
+                colorscale="Viridis",
+                visible=k == present[0],
+                hovertemplate="step %{x}<br>%{y}<br>%{z:.4g}<extra></extra>",
+            )
+        )
+        buttons.append(
+            {"label": MAPS[k][0], "method": "update", "args": [{"visible": [other == k for other in present]}]}
+        )
+    layout = _layout(max(300, 110 + 22 * len(names)))
+    menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1 + 44 / layout["height"], "yanchor": "bottom"}
+    figure.update_layout(**layout, yaxis={"autorange": "reversed", "automargin": True}, updatemenus=[menu])
+    figure.update_layout(margin={"l": 30, "r": 20, "t": 70, "b": 50})
+    return [
+        Section(
+            "Layers over time",
+            "Every symmetry against the steps; choose the quantity with the menu.",
+            figures=[Figure(figure, "One row per symmetry.")],
+        )
+    ]
+
+
+def _norms(data: RunData) -> list[Section]:
+    chosen = np.flatnonzero(data.one_sided)
+    if not data.estimates or not chosen.size:
+        return []
+    figures = [Figure(_curves(data, "norm", chosen[:CURVES], "‖W‖²", log=True), "Squared norms.")]
+    if np.isfinite(data.estimates["angular"]).any():
+        rotation = _curves(data, "angular", chosen[:CURVES], "radians per step")
+        predicted = np.array([finite_mean(row) for row in data.estimates["angular_predicted"][:, chosen]])
+        if (np.nan_to_num(predicted) > 0).any():
+            line = {"dash": "dash", "color": "#1c2430"}
+            rotation.add_scatter(x=data.estimate_steps, y=predicted, name="rotational equilibrium", line=line)
+        figures.append(Figure(rotation, "Angular update per step; dashed: the prediction at stationary norm."))
+    return [
+        Section(
+            "Scale-invariant weights",
+            "Weights in front of a normalisation: their norm has no counterweight, grows by `uᵀu` per step, and sets "
+            "the effective learning rate.",
+            figures=figures,
+        )
+    ]
+
+
+def _training(data: RunData, events: list[dict[str, Any]]) -> list[Figure]:
+    go: Any = require("plotly.graph_objects", "report")
+    thin = slice(None, None, max(1, len(data.steps) // POINTS))
+    figure = go.Figure()
+    if np.isfinite(data.loss).any():
+        figure.add_scatter(x=data.steps[thin], y=data.loss[thin], name="loss", line={"color": PALETTE[0]})
+    rate = {"color": PALETTE[1], "dash": "dot"}
+    figure.add_scatter(x=data.steps[thin], y=data.lr[thin], name="learning rate", yaxis="y2", line=rate)
+    for event in events[:50]:
+        figure.add_vline(x=event["step"], line={"color": "#999", "width": 1, "dash": "dash"})
+    axis2 = {"title": "learning rate", "overlaying": "y", "side": "right", "showgrid": False, "rangemode": "tozero"}
+    figure.update_layout(**_layout(340), yaxis={"title": "loss"}, yaxis2=axis2)
+    return [Figure(figure, "Loss and learning rate; dashed lines mark events.")]
+
+
+def _curves(data: RunData, field: str, chosen: np.ndarray, title: str, log: bool = False) -> Any:
+    go: Any = require("plotly.graph_objects", "report")
+    figure = go.Figure()
+    for k, i in enumerate(chosen):
+        colour = {"color": PALETTE[k % len(PALETTE)], "dash": "solid" if k < len(PALETTE) else "dot"}
+        values = data.estimates[field][:, i]
+        figure.add_scatter(x=data.estimate_steps, y=values, name=_short(data.symmetries[i]), line=colour)
+    figure.update_layout(**_layout(380), yaxis={"title": title, "type": "log" if log else "linear"}, showlegend=True)
+    return figure
+
+
+def _layout(height: int) -> dict[str, Any]:
+    return {
+        "height": height,
+        "template": "plotly_white",
+        "font": {"family": "system-ui, sans-serif", "size": 13},
+        "xaxis": {"title": "step"},
+        "legend": {"orientation": "h", "y": -0.16, "x": 0},
+        "margin": {"l": 70, "r": 70, "t": 50, "b": 60},
+    }
+
+
+def _short(name: str, limit: int = 48) -> str:
+    """Long names keep their beginning and end."""
+    return name if len(name) <= limit else f"{name[: limit // 2 - 1]}…{name[-limit // 2 :]}"
+
+
+def _event_text(events: list[dict[str, Any]]) -> str:
+    return "Dashed lines mark the first 50 events." if len(events) > 50 else ""
+
+
+def _event_row(event: dict[str, Any]) -> dict[str, Any]:
+    details = {k: v for k, v in event.items() if k not in ("kind", "step", "event")}
+    text = ", ".join(f"{k} {show(v)}" for k, v in details.items())
+    return {"step": event["step"], "event": event["event"], "details": text}

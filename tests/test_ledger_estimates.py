@@ -1,0 +1,177 @@
+"""Live estimates against integration of the expected flow, exact equilibria and simulated rotation."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import noetherflow as nf
+from noetherflow.monitor.decompose import AdamRule, RealisedRule, SGDRule
+from noetherflow.monitor.estimates import angle, distance, orbit_forces, relaxation_steps, rotation_at_equilibrium
+from noetherflow.monitor.ledger import Ledger
+from test_ledger import backward, batches, mlp, mlp_symmetries
+
+positive = st.floats(0.05, 20.0)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    k_plus=positive, k_minus=positive, m_plus=positive, m_minus=positive, eta=st.floats(1e-3, 0.05), w=st.floats(0, 0.1)
+)
+def test_relaxation_steps_equal_integration(
+    k_plus: float, k_minus: float, m_plus: float, m_minus: float, eta: float, w: float
+) -> None:
+    """`dlam/dk = E[C' - C](lam) / (dC/dlam)` with everything moved along the orbit (theory.md sections 5 and 7)."""
+    integrate = pytest.importorskip("scipy.integrate")
+    decay = eta * (2 * w - eta * w * w)
+    x, y = orbit_forces(*map(np.array, (decay * k_plus, decay * k_minus, eta**2 * m_plus, eta**2 * m_minus)))
+    lam = float(distance(x, y))
+    steps = float(relaxation_steps(np.array(k_plus), np.array(k_minus), x, y))
+    assert steps > 0
+
+    def speed(_: float, state: np.ndarray) -> list[float]:
+        a = math.exp(2 * state[0])
+        charge = a * k_plus - k_minus / a
+        noise = m_plus / a - a * m_minus
+        drift = -decay * charge + eta**2 * noise
+        return [drift / (2 * (a * k_plus + k_minus / a))]
+
+    end = integrate.solve_ivp(speed, (0, steps), [0.0], rtol=1e-10, atol=1e-13, method="LSODA").y[0, -1]
+    assert end == pytest.approx(lam * (1 - math.exp(-1)), rel=1e-5, abs=1e-9)
+
+
+def test_relaxation_at_the_equilibrium_is_the_limit() -> None:
+    one = np.array(1.0)
+    near = relaxation_steps(one, one, 0.01 * one, 0.01 * np.exp(4e-4) * one)
+    exact = relaxation_steps(one, one, 0.01 * one, 0.01 * one)
+    assert float(exact) == pytest.approx(float(near), rel=1e-3)
+    assert float(exact) == pytest.approx(100.0)
+
+
+def test_no_finite_equilibrium_is_not_a_number() -> None:
+    zero, one = np.array(0.0), np.array(1.0)
+    assert np.isnan(distance(zero, one))
+    assert np.isnan(distance(one, zero))
+    assert np.isnan(relaxation_steps(one, one, zero, one))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_estimates_agree_with_moments_of_the_minibatch_gradient(momentum: float) -> None:
+    """At frozen weights the running drive tends to `sum sign E[dX dX^T]`, and distance to that of the exact forces."""
+    model = mlp()
+    eta, w = 1e-30, 3.0
+    optimizer = torch.optim.SGD(model.parameters(), lr=eta, weight_decay=w, momentum=momentum)
+    syms = mlp_symmetries(model)
+    ledger = Ledger(model, optimizer, syms, estimate_every=1)
+    assert ledger.estimator is not None
+    ledger.estimator.memory = 0.995
+    ledger.attach()
+    grams: dict[str, list[list[torch.Tensor]]] = {s.name: [] for s in syms}
+    for batch in batches(600):
+        optimizer.zero_grad()
+        backward(model, batch)
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        for s in syms:
+            grams[s.name].append([_diagonal(s, g) for g in s.grams(gradients)])
+        optimizer.step()
+    rows = {r["symmetry"]: r for r in ledger.estimates()[-len(syms) :]}
+    weights = 0.995 ** torch.arange(599, -1, -1, dtype=torch.float64)
+    theta = {n: p.detach() for n, p in model.named_parameters()}
+    slow = eta / (1 - momentum)
+    for s in syms:
+        legs = [
+            sum(a * g for a, g in zip(weights, series, strict=True)) / weights.sum()
+            for series in zip(*grams[s.name], strict=True)
+        ]
+        signs = [leg.sign for leg in s.weight_legs]
+        drive = sum(sign * m.sum() for sign, m in zip(signs, legs, strict=True))
+        assert rows[s.name]["drive"] == pytest.approx(float(drive), rel=1e-9)
+        assert rows[s.name]["check"] < 1e-13
+        k = [_diagonal(s, x) for x in s.grams(theta)]
+        side = lambda values, sign: sum(v for v, t in zip(values, signs, strict=True) if t == sign)  # noqa: B023
+        x = slow * w * 2 * side(k, 1) + slow**2 * side(legs, -1)
+        y = slow * w * 2 * side(k, -1) + slow**2 * side(legs, 1)
+        lam = (0.25 * torch.log(y / x)).abs().numpy()
+        assert rows[s.name]["distance"] == pytest.approx(float(np.median(lam)), rel=1e-9)
+        assert rows[s.name]["distance_max"] == pytest.approx(float(lam.max()), rel=1e-9)
+        assert rows[s.name]["at_infinity"] == 0
+
+
+def _diagonal(s: nf.Symmetry, gram: torch.Tensor) -> torch.Tensor:
+    """Row sums for a torus, the trace of each block for general_linear."""
+    return gram if s.is_torus else gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def test_a_dead_neuron_has_no_finite_equilibrium() -> None:
+    model = nn.Sequential(nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 10)).double()
+    with torch.no_grad():
+        model[0].weight[0] = 0
+        model[0].bias[0] = -1
+        model[2].weight[:, 0] = 0
+    syms = nf.declare(model, "diagonal", [("0.weight", 0), ("0.bias", 0)], [("2.weight", 1)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ledger = Ledger(model, optimizer, syms, estimate_every=1).attach()
+    backward(model, batches(1)[0])
+    optimizer.step()
+    (row,) = ledger.estimates()
+    assert row["at_infinity"] == 0.25
+    assert math.isfinite(row["distance"])
+
+
+def test_angle_is_exact() -> None:
+    rng = np.random.default_rng(0)
+    theta, u = rng.normal(size=(2, 50))
+    after = theta - 0.01 * u
+    cosine = theta @ after / np.linalg.norm(theta) / np.linalg.norm(after)
+    found = angle(np.array(theta @ theta), np.array(theta @ u * 0.01), np.array(u @ u * 1e-4))
+    assert float(found) == pytest.approx(math.acos(cosine), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adamw"])
+def test_rotation_settles_at_the_prediction(name: str) -> None:
+    """A scale-invariant weight under pure noise: gradients orthogonal to it, of size one over its norm."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(400, dtype=torch.float64))
+    model = nn.ParameterDict({"weight": weight})
+    syms = nf.declare(model, "scalar", [("weight", 0)], family="one-sided")
+    kinds = {
+        "sgd": (torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.02}),
+        "momentum": (torch.optim.SGD, {"lr": 0.02, "weight_decay": 0.02, "momentum": 0.9}),
+        "adamw": (torch.optim.AdamW, {"lr": 0.02, "weight_decay": 0.1, "betas": (0.9, 0.99)}),
+    }
+    kind, options = kinds[name]
+    optimizer = kind([weight], **options)
+    ledger = Ledger(model, optimizer, syms, estimate_every=1).attach()
+    for _ in range(4000):
+        noise = torch.randn_like(weight)
+        w = weight.detach()
+        weight.grad = (noise - w * (w @ noise) / (w @ w)) / w.norm()
+        optimizer.step()
+    rows = ledger.estimates()[2000:]
+    measured = np.array([r["angular"] for r in rows])
+    assert rows[0]["angular_predicted"] == pytest.approx(rotation_at_equilibrium(ledger.rule, _settings(ledger)))
+    assert measured.mean() == pytest.approx(rows[0]["angular_predicted"], rel=0.03)
+    assert rows[-1]["effective_lr"] == pytest.approx(options["lr"] / rows[-1]["norm"])
+    if name == "sgd":
+        size = np.array([r["growth"] for r in rows]).mean()
+        assert size == pytest.approx(2 * options["lr"] * options["weight_decay"], rel=0.05)
+
+
+def _settings(ledger: Ledger) -> dict[str, float]:
+    optimizer = ledger.optimizer
+    return ledger.rule.settings(optimizer.param_groups[0], next(iter(optimizer.state.values()), {}), 10)
+
+
+def test_rotation_is_not_predicted_where_there_is_no_formula() -> None:
+    group = torch.optim.Adam([nn.Parameter(torch.ones(1))], weight_decay=0.1).param_groups[0]
+    rule = AdamRule()
+    assert math.isnan(rotation_at_equilibrium(rule, rule.settings(group, {}, 0)))
+    assert math.isnan(rotation_at_equilibrium(RealisedRule(), {"lr": 0.1}))
+    plain = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1).param_groups[0]
+    assert rotation_at_equilibrium(SGDRule(), SGDRule().settings(plain, {}, 0)) == 0
