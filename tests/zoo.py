@@ -271,7 +271,7 @@ def spectral_norm() -> Case:
 
 def _tokens(model: nn.Module, vocabulary: int, length: int = 5, **extra: Any) -> Case:
     model.config.use_cache = False
-    ids = torch.randint(vocabulary, (BATCH, length))
+    ids = torch.randint(3, vocabulary, (BATCH, length))  # special tokens apart: padding rows get no gradient
     inputs = {"input_ids": ids, **extra}
     out = output_of(model(**inputs))
     targets = torch.randint(out.shape[-1], (BATCH, out.shape[1]) if out.ndim == 3 else (BATCH,))
@@ -443,7 +443,7 @@ def t5() -> Case:
         feed_forward_proj="relu",
         dropout_rate=0.0,
     )
-    return _tokens(tf.T5ForConditionalGeneration(config), 11, decoder_input_ids=torch.randint(11, (BATCH, 3)))
+    return _tokens(tf.T5ForConditionalGeneration(config), 11, decoder_input_ids=torch.randint(3, 11, (BATCH, 3)))
 
 
 @case("t5_encoder")
@@ -460,7 +460,7 @@ def t5_encoder() -> Case:
         feed_forward_proj="relu",
         dropout_rate=0.0,
     )
-    return _regress(tf.T5EncoderModel(config), {"input_ids": torch.randint(11, (BATCH, 5))})
+    return _regress(tf.T5EncoderModel(config), {"input_ids": torch.randint(3, 11, (BATCH, 5))})
 
 
 @case("whisper")
@@ -486,7 +486,7 @@ def whisper() -> Case:
     )
     model = tf.WhisperForConditionalGeneration(config)
     model.config.use_cache = False
-    inputs = {"input_features": torch.randn(BATCH, 4, 8), "decoder_input_ids": torch.randint(11, (BATCH, 3))}
+    inputs = {"input_features": torch.randn(BATCH, 4, 8), "decoder_input_ids": torch.randint(3, 11, (BATCH, 3))}
     return Case(model, inputs, per_sample_cross_entropy, (inputs, torch.randint(11, (BATCH, 3))))
 
 

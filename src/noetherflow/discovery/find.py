@@ -9,6 +9,7 @@ from torch import nn
 from noetherflow.discovery.assemble import assemble
 from noetherflow.discovery.export import Graph, export
 from noetherflow.discovery.infer import infer
+from noetherflow.discovery.shifts import find_translations
 from noetherflow.discovery.solve import solve
 from noetherflow.symmetry_set import SymmetrySet
 
@@ -31,6 +32,7 @@ def find_in_graph(graph: Graph) -> SymmetrySet:
     symmetries = assemble(inference, solve(inference.store))
     return SymmetrySet(
         tuple(symmetries),
+        tuple(find_translations(graph)),
         shapes=dict(graph.shapes),
         unknown=inference.unknown,
         casts=graph.casts(),

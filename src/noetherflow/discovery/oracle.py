@@ -143,6 +143,7 @@ def _equations(
     count = min(count, y.numel())  # more projections of one draw would not be independent
     probes = torch.randn(count, y.numel(), dtype=torch.float64, generator=rng)
     gradients = [torch.autograd.grad(y, list(params.values()), p, retain_graph=True, allow_unused=True) for p in probes]
+    largest = max(float(g.abs().max()) for row in gradients for g in row if g is not None and g.numel())
     rows, seen = [], []
     for k, (name, p) in enumerate(params.items()):
         g = torch.stack([torch.zeros_like(p) if row[k] is None else row[k] for row in gradients])
@@ -154,11 +155,12 @@ def _equations(
             moved = moved.reshape(count, blocks, n, -1)
             product = torch.einsum("kbim,bjm->kbij", moved, theta)
             size = moved.abs().amax(dim=(0, 3))
-            touched = (size > 1e-13 * size.max())[..., None].expand(-1, -1, n)
+            used = size > 1e-13 * largest
+            touched = used[..., :, None] & used[..., None, :]
             if symmetric:
                 i, j = torch.triu_indices(n, n)
                 product = torch.where(i == j, product[..., i, j], product[..., i, j] + product[..., j, i])
-                touched = touched[..., i, j] | touched[..., j, i]
+                touched = touched[..., i, j]
             rows.append(product.reshape(count, -1))
             seen.append(touched.reshape(-1))
     return torch.cat(rows, dim=1), torch.cat(seen)
