@@ -191,7 +191,7 @@ def _family(kind: Kind, legs: Sequence[Leg], tags: set[str]) -> str:
     if len({leg.sign for leg in weight_legs}) == 1:
         return "one-sided"
     if "score" in tags and "gain" not in tags:
-        paired = kind == "diagonal" and any(leg.replicas > 1 for leg in weight_legs)
+        paired = kind == "diagonal" and legs[0].blocks > 1 and any(leg.replicas > 1 for leg in weight_legs)
         return "rotary-qk" if paired else "attention-qk"
     if "value" in tags:
         return "attention-vo"

@@ -87,8 +87,8 @@ def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _prepare(model: nn.Module) -> nn.Module:
     """Settings of a transformers model copy that change how, not what, it computes: no caches, experts in one batch."""
-    configs = {id(m.config): m.config for m in model.modules() if getattr(m, "config", None) is not None}
-    for config in configs.values():
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
         if getattr(config, "use_cache", False):
             config.use_cache = False
         if hasattr(config, "_experts_implementation"):

@@ -158,7 +158,7 @@ class Store:
         exponent: float = 1.0,
     ) -> Gauge:
         """The gauge of a parameter: one bundle of fresh atoms per entry of its layout."""
-        fields = []
+        fields: list[Field] = []
         for view, axes, joint in layout:
             full = shape if view is None else view
             sizes = [full[a] for a in axes]

@@ -80,6 +80,8 @@ def count_symmetries(
         raise DataError(
             f"{unknowns} unknowns are too many for a dense null space (at most {MAX_UNKNOWNS}); use a smaller model"
         )
+    for p in params.values():
+        p.requires_grad_(True)
     rng = torch.Generator().manual_seed(seed)
     base = {n: p.detach().clone() for n, p in params.items()}
     inputs = _cast(example_inputs, torch.float64)

@@ -331,6 +331,13 @@ def _embedding(shifts: _Shifts, node: fx.Node, args: list[Any], kwargs: dict[str
     return tuple(out)
 
 
+def _index(shifts: _Shifts, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Terms:
+    if len(_shape(node.args[0])) == 2 and len(args[1]) == 1:
+        return _embedding(shifts, node, args, kwargs)
+    shifts.kill(_terms(args))
+    return ()
+
+
 def _layer_norm(shifts: _Shifts, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     count = len(args[1])
     shape = _shape(node)
@@ -373,6 +380,7 @@ RULES: dict[str, Callable[[_Shifts, fx.Node, list[Any], dict[str, Any]], Any]] =
     "bmm": _matmul,
     "addmm": _addmm,
     "embedding": _embedding,
+    "index": _index,
     "layer_norm": _layer_norm,
     "native_layer_norm": _layer_norm,
     "softmax": _softmax,

@@ -197,8 +197,10 @@ def embedding(ctx: Context, weight: Gauge, ids: Gauge, *_: Any) -> Gauge:
 @rule("aten.index_add", "aten.index_copy", "aten.scatter_add", "aten.scatter.src")
 def write_along(ctx: Context, x: Gauge, dim: int, _: Gauge, source: Gauge, **__: Any) -> Gauge:
     axes = normal_axes(dim, len(x.shape))
-    both = [Gauge(g.shape, ctx.store.constant_along(g.fields, axes, "is indexed by data"), g.zero) for g in (x, source)]
-    return ctx.out(agree(ctx, *both), zero=x.zero and source.zero)
+    own, other = (
+        Gauge(g.shape, ctx.store.constant_along(g.fields, axes, "is indexed by data"), g.zero) for g in (x, source)
+    )
+    return ctx.out(agree(ctx, own, other), zero=x.zero and source.zero)
 
 
 @rule("aten.index_put")
