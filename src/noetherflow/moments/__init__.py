@@ -1,6 +1,20 @@
 """Measuring gradient noise on the legs of symmetries."""
 
 from noetherflow.moments.engine import Meter, gradient_moments
+from noetherflow.moments.minibatch import MinibatchMeter, minibatch_moments
 from noetherflow.moments.result import GradientMoments, merge_moments
+from noetherflow.moments.statistics import Estimate, standard_error
+from noetherflow.moments.storage import load_moments, save_moments
 
-__all__ = ["GradientMoments", "Meter", "gradient_moments", "merge_moments"]
+__all__ = [
+    "Estimate",
+    "GradientMoments",
+    "Meter",
+    "MinibatchMeter",
+    "gradient_moments",
+    "load_moments",
+    "merge_moments",
+    "minibatch_moments",
+    "save_moments",
+    "standard_error",
+]

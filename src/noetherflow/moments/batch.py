@@ -14,7 +14,7 @@ from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.forms import Form
 from noetherflow.moments.layout import WHOLE_BATCH, Layout
 from noetherflow.moments.rules import Site
-from noetherflow.moments.taps import CallId, Recorder, Source, Trace, Use
+from noetherflow.moments.taps import CallId, Recorder, Source, Trace, Use, transparent
 from noetherflow.moments.target import Sums
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -79,25 +79,25 @@ def forward_backward(
     batch: Any,
     shared: frozenset[CallId],
     leaf: bool,
-    ready: Callable[[Tensor, Trace], Tensor | None],
+    ready: Callable[[Tensor, Recorder], Tensor | None],
     arrive: Callable[[Use, Tensor, tuple[Tensor, ...]], None],
-    asked: Sequence[Tensor] = (),
+    asked: Sequence[str] = (),
 ) -> tuple[Tensor, Trace, tuple[Tensor | None, ...]] | None:
     """Loss under a recorder; `ready` sees it and answers the weights of the losses, or None to stop before backward.
 
-    Returns losses, trace and the gradients of the operands' leaves (with `leaf`), then of `asked`.
+    Returns losses, trace and the gradients of the operands' leaves (with `leaf`), then of the parameters `asked`.
     """
-    with Recorder(subject.roots, subject.measured, arrive, shared, leaf) as recorder:
+    with Recorder(subject.model, subject.roots, subject.measured, arrive, shared, leaf) as recorder:
         losses = subject.losses(batch)
         recorder.stop()
         with torch._C.DisableTorchFunction():
-            weights = ready(losses, recorder.trace)
+            weights = ready(losses, recorder)
         if weights is None:
             return None
         leaves = [t for u in recorder.trace.uses for t in u.leaves] if leaf else []
-        inputs = [recorder.anchor, *leaves, *asked]
+        inputs = [recorder.anchor, *leaves, *(recorder.roots[n] for n in asked)]
         with torch.autograd.set_multithreading_enabled(False):
-            gradients = torch.autograd.grad(losses, inputs, weights, allow_unused=True)
+            gradients = transparent(torch.autograd.grad)(losses, inputs, weights, allow_unused=True)
     return losses.detach(), recorder.trace, gradients[1:]
 
 

@@ -41,8 +41,8 @@ def gradient_moments(
 
     `loss_fn(model, batch)` returns per-sample losses `[batch]`, not reduced; with `sample_axes=2`, losses
     `[batch, tokens]` whose every entry is a sample. `parameters`: names measured beside those of `syms`.
-    `groups`: samples are split into up to that many groups (whole batches, where there are enough of them) for jackknife
-    errors; each group holds one copy of the mean gradient. `until`: stop when the relative standard error of every leg's
+    `groups`: samples are split into up to that many groups (whole batches, if there are enough) for jackknife errors;
+    each group holds one copy of the mean gradient. `until`: stop when the relative standard error of each leg's
     `Tr E[g g^T]` is below. `resume`: go on from moments measured before; give the batches not seen yet.
     Under DistributedDataParallel or `fully_shard`, or with `process_group`, ranks measure their own batches and all
     get the moments of their union. `progress(samples, loss)` is called after each batch.
@@ -123,7 +123,7 @@ class Meter:
         wanted = {"symmetries": {s.name for s in self.syms}, "parameters": set(self._needs)}
         squares = set(self._needs) if self.entries else set()
         found = {"symmetries": set(moments.second), "parameters": set(moments.mean)}
-        if found != wanted or set(moments.squares) != squares or moments.replicate_factor != 1.0:
+        if found != wanted or set(moments.squares) != squares or moments.replicates is not None:
             raise MomentError(
                 f"cannot resume: the earlier moments hold {found}, wanted {wanted} (entries={self.entries})"
             )

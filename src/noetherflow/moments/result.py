@@ -3,13 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from torch import Tensor
 
 from noetherflow.errors import MomentError
 from noetherflow.sgd import SGDConfig
 from noetherflow.symmetry import Symmetry
+
+Sampling = Literal["replacement", "independent", "epoch"]
+
+
+@dataclass(frozen=True)
+class Replicates:
+    """How minibatches of `batch_size` (S) were drawn from `dataset_size` (N) samples.
+
+    `replacement` (or fresh data), `independent` batches without replacement inside each, or `epoch`: batches that share
+    no sample.
+    """
+
+    batch_size: int
+    dataset_size: int | None
+    sampling: Sampling
+
+    @property
+    def spread(self) -> float:
+        """`c`: the sample covariance of replicates has mean `c Sigma`; epoch batches repel each other."""
+        s, n = self.batch_size, self.dataset_size
+        if n is None or self.sampling == "replacement":
+            return 1 / s
+        return n / (n - 1) / s if self.sampling == "epoch" else (n - s) / (n - 1) / s
+
+    def of_mean(self, replicates: int) -> float:
+        """`v`: the mean of K replicates has covariance `v Sigma`."""
+        n, drawn = self.dataset_size, replicates * self.batch_size
+        if n is not None and self.sampling == "epoch":
+            return max(0, n - drawn) / (n - 1) / drawn
+        return self.spread / replicates
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +51,7 @@ class GradientMoments:
     `mean[parameter]`: `gbar`, the parameter's shape. `squares[parameter]`: entry-wise `E_z[g^2]`, present when measured
     with `entries=True`. `groups`: the same leg moments over disjoint groups of samples, for jackknife errors.
     `fallback`: parameters that no rule covered, measured by `vmap(grad)` or one backward per sample.
+    `replicates`: set when each "sample" is one minibatch gradient (`minibatch_moments`).
     """
 
     samples: int
@@ -29,6 +61,7 @@ class GradientMoments:
     squares: Mapping[str, Tensor] = field(default_factory=dict)
     groups: tuple[GradientMoments, ...] = ()
     fallback: tuple[str, ...] = ()
+    replicates: Replicates | None = None
 
     def batch_grams(self, symmetry: Symmetry, sgd: SGDConfig) -> tuple[Tensor, ...]:
         """`M_leg`: leg Grams of `R_B = Cov[g_B] + gbar gbar^T`, one per charge-carrying leg (theory.md section 1).
@@ -60,15 +93,39 @@ class GradientMoments:
         """`(a, b), (c, d)`: `f Sigma = a E[g g^T] + b m` and the true `gbar gbar^T = c E[g g^T] + d m`, `m` measured.
 
         A data set measured whole (`sgd.dataset_size == samples`) has exactly these moments. Otherwise the measured
-        samples stand for a larger population: `Sigma = N/(N-1) (E[gg] - m)`, `gbar gbar^T = m - Sigma/N` (unbiased).
+        samples stand for a larger population: `Sigma = N/(N-1) (E[gg] - m)`, `gbar gbar^T = m - Sigma/N` (unbiased),
+        and for minibatches as `Replicates` says.
         """
         n, f = self.samples, sgd.covariance_factor
-        if sgd.dataset_size == n:
+        if self.replicates is None and sgd.dataset_size == n:
             return (f, -f), (0.0, 1.0)
         if n < 2:
             raise MomentError("one sample has no covariance; measure at least two")
-        q = n / (n - 1)
-        return (f * q, -f * q), (-q / n, 1 + q / n)
+        c, v = (1.0, 1 / n) if self.replicates is None else (self.replicates.spread, self.replicates.of_mean(n))
+        q = n / (n - 1) / c
+        return (f * q, -f * q), (-v * q, 1 + v * q)
+
+    def __str__(self) -> str:
+        unit = "samples" if self.replicates is None else "minibatches"
+        lines = [f"{self.samples:,} {unit} in {max(1, len(self.groups))} groups, mean loss {self.loss:.6g}"]
+        lines += [f"by fallback, not by rule: {', '.join(self.fallback)}"] if self.fallback else []
+        lines += [f"{'symmetry':<48}{'Tr E[g g^T] per leg'}"]
+        lines += [f"{name:<48}{'  '.join(f'{t:.4g}' for t in traces)}" for name, traces in self._traces().items()]
+        return "\n".join(lines)
+
+    def _traces(self) -> dict[str, list[float]]:
+        return {name: [float(_trace(leg)) for leg in legs] for name, legs in self.second.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Counts, loss and leg traces, without the tensors (`save_moments` keeps those)."""
+        return {
+            "samples": self.samples,
+            "loss": self.loss,
+            "groups": len(self.groups),
+            "fallback": list(self.fallback),
+            "replicates": None if self.replicates is None else asdict(self.replicates),
+            "traces": self._traces(),
+        }
 
     def leave_one_out(self) -> Iterator[GradientMoments]:
         """The moments without each group in turn, for jackknife errors of anything computed from them."""
@@ -76,13 +133,27 @@ class GradientMoments:
             yield merge_moments([g for g in self.groups if g is not left_out])
 
 
+def _trace(leg: Tensor) -> Tensor:
+    return leg.sum() if leg.ndim == 1 else leg.diagonal(dim1=-2, dim2=-1).sum()
+
+
 def merge_moments(parts: list[GradientMoments]) -> GradientMoments:
-    """Sample-weighted mean of moments measured on disjoint samples."""
+    """Sample-weighted mean of moments measured on disjoint samples.
+
+    Raises MomentError for no parts, or parts that measured different things.
+    """
+    if not parts:
+        raise MomentError("nothing to merge: no moments given")
+    kinds = {(tuple(p.second), tuple(p.mean), tuple(p.squares), p.replicates) for p in parts}
+    if len(kinds) > 1:
+        raise MomentError("moments to merge differ in symmetries, parameters, entries or minibatch size")
     total = sum(p.samples for p in parts)
     weights = [p.samples / total for p in parts]
 
     def mix(tensors: list[Tensor]) -> Tensor:
-        return sum((w * t for w, t in zip(weights[1:], tensors[1:], strict=True)), weights[0] * tensors[0])
+        return sum(
+            (w * t.double() for w, t in zip(weights[1:], tensors[1:], strict=True)), weights[0] * tensors[0].double()
+        )
 
     first = parts[0]
     return GradientMoments(
@@ -96,4 +167,5 @@ def merge_moments(parts: list[GradientMoments]) -> GradientMoments:
         squares={name: mix([p.squares[name] for p in parts]) for name in first.squares},
         groups=tuple(g for p in parts for g in p.groups),
         fallback=tuple(dict.fromkeys(n for p in parts for n in p.fallback)),
+        replicates=first.replicates,
     )

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from noetherflow.moments.layout import Layout, candidates
@@ -89,7 +89,7 @@ class Tap(torch.autograd.Function):
 
 @lru_cache(maxsize=256)
 def transparent(func: types.FunctionType) -> types.FunctionType:
-    """`func`, a Python function of torch that would hand itself to the active mode, made to run its body instead."""
+    """A Python function of torch that would hand itself to the active mode, made to run its body under it instead."""
     never = {n: lambda *_: False for n in func.__globals__ if n.startswith("has_torch_function")}
     copy = types.FunctionType(
         func.__code__, {**func.__globals__, **never}, func.__name__, func.__defaults__, func.__closure__
@@ -130,6 +130,7 @@ class Recorder(TorchFunctionMode):
 
     def __init__(
         self,
+        model: nn.Module,
         roots: dict[str, Tensor],
         measured: frozenset[str],
         arrive: Arrive,
@@ -137,7 +138,8 @@ class Recorder(TorchFunctionMode):
         leaf: bool,
     ) -> None:
         super().__init__()
-        self._measured = measured
+        self._model, self._measured = model, measured
+        self.roots = dict(roots)
         self.trace = Trace()
         self.anchor = torch.zeros((), requires_grad=True)  # its gradient is asked for, so that every tap runs
         self._names = {id(t): n for n, t in roots.items()}
@@ -157,6 +159,8 @@ class Recorder(TorchFunctionMode):
     def _find(self, tensor: Tensor) -> frozenset[str] | None:
         """Names of the parameters a tensor is made from, or None."""
         name = self._names.get(id(tensor))
+        if name is None and isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+            name = self._stand_in(tensor)
         if name is not None:
             return frozenset((name,))
         made = self._origin.get(id(tensor))
@@ -164,6 +168,14 @@ class Recorder(TorchFunctionMode):
             return made
         base = tensor._base if tensor.requires_grad and tensor._is_view() else None
         return None if base is None else self._find(base)
+
+    def _stand_in(self, tensor: Tensor) -> str | None:
+        """The name under which a sharded model holds this gathered parameter just now."""
+        for name, held in self._model.named_parameters(remove_duplicate=False):
+            if held is tensor and name in self.roots:
+                self._names[id(tensor)], self.roots[name] = name, tensor
+                return name
+        return None
 
     def _source(self, tensor: Tensor) -> Source:
         names = self._find(tensor) or frozenset()
@@ -193,7 +205,7 @@ class Recorder(TorchFunctionMode):
                 call_id = (*kind, self._before[kind] - 1)
                 if call_id not in self._shared:
                     return self._tapped(call_id, func, call, sources, args, kwargs, activations)
-        if isinstance(func, types.FunctionType) and any(n.startswith("has_torch") for n in func.__code__.co_names):
+        if isinstance(func, types.FunctionType) and func.__module__ == "torch.nn.functional":
             with self:
                 return transparent(func)(*args, **kwargs)
         out = func(*args, **kwargs)

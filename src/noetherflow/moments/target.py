@@ -161,11 +161,7 @@ class Sums:
     def moments(self, fallback: tuple[str, ...]) -> GradientMoments:
         """Means over the samples so far."""
         n = self.samples
-        for name, squares in self.squares.items():
-            for leg in self.needs[name].legs:
-                if leg.torus:
-                    self.second[leg.symmetry][leg.position].zero_()
-            self.add_torus_legs(self.needs[name], squares)
+        self._read_torus_legs()
         return GradientMoments(
             samples=n,
             loss=self.loss / n,
@@ -174,6 +170,27 @@ class Sums:
             squares={name: q / n for name, q in self.squares.items()},
             fallback=fallback,
         )
+
+    @classmethod
+    def of(cls, moments: GradientMoments, needs: dict[str, Need]) -> Sums:
+        """The sums behind moments measured before, to go on from."""
+        n = moments.samples
+        return cls(
+            needs,
+            n,
+            moments.loss * n,
+            {name: g * n for name, g in moments.mean.items()},
+            {name: q * n for name, q in moments.squares.items()},
+            {name: [leg * n for leg in legs] for name, legs in moments.second.items()},
+        )
+
+    def _read_torus_legs(self) -> None:
+        """Torus legs from the entry-wise squares, where those are kept."""
+        for name, squares in self.squares.items():
+            for leg in self.needs[name].legs:
+                if leg.torus:
+                    self.second[leg.symmetry][leg.position].zero_()
+            self.add_torus_legs(self.needs[name], squares)
 
 
 @dataclass(frozen=True, eq=False)

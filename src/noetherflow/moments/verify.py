@@ -19,7 +19,7 @@ from torch import Tensor
 from noetherflow.errors import MomentError
 from noetherflow.moments.batch import Subject, check_finite, forward_backward, whole_batch_total
 from noetherflow.moments.layout import Layout
-from noetherflow.moments.taps import CallId, Trace, Use
+from noetherflow.moments.taps import CallId, Recorder, Trace, Use
 
 # Other samples' share of a sample's output gradient that passes for rounding; models that cast to float32 inside are
 # no more exact than that in float64.
@@ -69,6 +69,7 @@ class Probe:
     shared: frozenset[CallId]
     uncovered: dict[str, str]
     weights: Tensor
+    span: int
     projections: dict[CallId, list[tuple[Layout, Tensor]]] = field(default_factory=dict)
     kept: dict[CallId, Layout] = field(default_factory=dict)
     still_shared: set[CallId] = field(default_factory=set)
@@ -87,14 +88,14 @@ class Probe:
             if error <= INDEPENDENCE.get(delta.dtype, 1e-1) * scale:
                 self.kept[use.id] = layout
                 return layout
-        if use.certain and self._gathered(use, delta):
-            self.scattered.update(dict.fromkeys(use.names, f"{use}: rows of several samples gathered"))
+        if use.certain and (self.span > 1 or self._gathered(use, delta)):
+            self.scattered.update(dict.fromkeys(use.names, f"{use}: rows of several samples"))
             return None
         if use.certain:
             raise MomentError(
                 f"samples act on each other at {use}: sample i's loss has a gradient in other samples' rows. "
                 "Per-sample gradients do not describe SGD here (batch statistics, contrastive loss?); "
-                "use minibatch_moments, or sample_axes=1 if the samples are whole sequences"
+                "use minibatch_moments"
             )
         self.still_shared.add(use.id)
         return None
@@ -124,10 +125,11 @@ def _try_probe(subject: Subject, batch: Any, shared: frozenset[CallId]) -> Probe
     span = subject.sample_axes
     state: list[Probe] = []
     more_shared: set[CallId] = set()
-    totals: dict[tuple[CallId, int], tuple[Tensor, Tensor]] = {}
+    totals: dict[tuple[CallId, int], tuple[Tensor, Tensor, torch.dtype]] = {}
 
-    def ready(losses: Tensor, trace: Trace) -> Tensor | None:
-        check_finite(losses, None)
+    def ready(losses: Tensor, recorder: Recorder) -> Tensor | None:
+        trace = recorder.trace
+        check_finite(losses, batch)
         uncovered = {n: ", ".join(sorted(ops)) for n, ops in trace.uncovered.items()}
         for use in trace.uses:
             if not use.layouts(losses.numel(), span):
@@ -136,7 +138,7 @@ def _try_probe(subject: Subject, batch: Any, shared: frozenset[CallId]) -> Probe
                 else:
                     more_shared.add(use.id)
         weights = random_weights(losses)
-        state.append(Probe(shared, uncovered, weights))
+        state.append(Probe(shared, uncovered, weights, span))
         return None if more_shared else weights
 
     def arrive(use: Use, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
@@ -149,11 +151,11 @@ def _try_probe(subject: Subject, batch: Any, shared: frozenset[CallId]) -> Probe
             if use.certain and delta.ndim:
                 found.rows[use.id] = rows_of(delta)
             for k, site in enumerate(use.sites):
-                totals[use.id, k] = whole_batch_total(site, delta, saved)
+                totals[use.id, k] = (*whole_batch_total(site, delta, saved), delta.dtype)
 
     names = sorted(subject.measured)
     with same_random_numbers():
-        done = forward_backward(subject, batch, shared, True, ready, arrive, [subject.roots[n] for n in names])
+        done = forward_backward(subject, batch, shared, True, ready, arrive, names)
     if done is None:
         return shared | more_shared
     _, trace, gradients = done
@@ -169,7 +171,7 @@ def _try_probe(subject: Subject, batch: Any, shared: frozenset[CallId]) -> Probe
 def _compare(
     subject: Subject,
     trace: Trace,
-    totals: dict[tuple[CallId, int], tuple[Tensor, Tensor]],
+    totals: dict[tuple[CallId, int], tuple[Tensor, Tensor, torch.dtype]],
     gradients: tuple[Tensor | None, ...],
     found: Probe,
 ) -> None:
@@ -179,10 +181,10 @@ def _compare(
             expected = next(position)
             if not source.names & (subject.measured - set(found.uncovered)):
                 continue
-            total, scale = totals.get((use.id, k), (None, None))
+            total = totals.get((use.id, k))
             if expected is None and total is None:
                 continue
-            if expected is None or total is None or not _close(total, expected, scale):
+            if expected is None or total is None or not _close(expected, *total):
                 seen = [str(u) for u in trace.uses if any(s.names & source.names for s in u.sources)]
                 raise MomentError(
                     f"the gradient of {sorted(source.names)} summed by rule differs from autograd's at {use}; "
@@ -190,7 +192,7 @@ def _compare(
                 )
 
 
-def _close(total: Tensor, expected: Tensor, scale: Tensor | None) -> bool:
+def _close(expected: Tensor, total: Tensor, scale: Tensor, dtype: torch.dtype) -> bool:
+    """`dtype` is that of the output gradient: under autocast autograd multiplies in it."""
     error = (total.double() - expected.double()).norm()
-    size = expected.double().norm() + (0.0 if scale is None else 1e-2 * scale.double())
-    return bool(error <= tolerance(expected.dtype) * size)
+    return bool(error <= tolerance(dtype) * (expected.double().norm() + 1e-2 * scale.double()))

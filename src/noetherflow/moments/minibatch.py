@@ -1,0 +1,122 @@
+"""Moments of minibatch gradients over replicates: for samples that act on each other, and during training for free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from noetherflow.errors import DataError, MomentError
+from noetherflow.moments.batch import LossFn, check_finite
+from noetherflow.moments.distributed import added_over_ranks, ranks_of, unwrapped
+from noetherflow.moments.result import GradientMoments, Replicates, Sampling, merge_moments
+from noetherflow.moments.target import Sums, needs_of
+from noetherflow.sgd import SGDConfig
+from noetherflow.symmetry_set import SymmetrySet, tensors_of
+
+
+def minibatch_moments(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    syms: SymmetrySet,
+    *,
+    batch_size: int,
+    dataset_size: int | None = None,
+    sampling: Sampling | None = None,
+    entries: bool = False,
+    groups: int = 16,
+    process_group: Any = None,
+    progress: Callable[[int, float], None] | None = None,
+) -> GradientMoments:
+    """Leg Grams `E[g_B g_B^T]` of minibatch gradients, each batch one replicate (theory.md section 1).
+
+    `loss_fn(model, batch)` may return the batch's mean loss or per-sample losses. The model runs in the mode it is in,
+    batch statistics included; buffers and `.grad` are left as they were. The result's `batch_grams(symmetry, sgd)` are
+    unbiased for every `sgd`, also of another batch size, from `K >= 2` replicates:
+    `Sigma ~ K/(K-1) (E[g_B g_B^T] - m) / c`, `gbar gbar^T ~ m - v Sigma`, `m` of the mean gradient, with `c` and `v` by
+    how batches were drawn (`Replicates`): `replacement` or fresh data, `independent` draws without replacement inside a
+    batch, or `epoch`: batches that partition the data. Default: `epoch` if `dataset_size` is given.
+    Where samples act on each other, Sigma depends on S: then keep `sgd.batch_size` at `batch_size`.
+
+    Ranks of torch.distributed are further replicates at no cost. Raises DataError for NaN, inf, no batch or a batch
+    larger than the data; MomentError for a frozen or unused parameter.
+    """
+    meter = MinibatchMeter(model, syms, batch_size, dataset_size, sampling, entries, groups)
+    params = list(meter.params.values())
+    buffers = [(b, b.clone()) for b in meter.model.buffers()]
+    try:
+        for batch in batches:
+            losses = loss_fn(meter.model, batch)
+            check_finite(losses, batch)
+            loss = losses.mean()
+            meter.observe(float(loss.detach()), torch.autograd.grad(loss, params, allow_unused=True))
+            if progress is not None:
+                progress(meter.replicates, meter.loss)
+    finally:
+        with torch.no_grad():
+            for b, before in buffers:
+                b.copy_(before)
+    return meter.result(ranks_of(model, process_group))
+
+
+@dataclass(eq=False)
+class MinibatchMeter:
+    """Accumulates minibatch gradients; in training call `observe(loss)` after `backward()`, before `step()`."""
+
+    model: nn.Module
+    syms: SymmetrySet
+    batch_size: int
+    dataset_size: int | None = None
+    sampling: Sampling | None = None
+    entries: bool = False
+    groups: int = 16
+    replicates: int = field(default=0, init=False)
+    _sums: dict[int, Sums] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self.model = unwrapped(self.model)
+        SGDConfig(1.0, self.batch_size, dataset_size=self.dataset_size)
+        tensors = tensors_of(self.model)
+        frozen = [n for n in self.syms.parameters if not tensors[n].requires_grad]
+        if frozen:
+            raise MomentError(f"parameters {frozen} are frozen; drop their symmetries with syms.trainable(model)")
+        self.params = {n: tensors[n] for n in self.syms.parameters}
+        self._needs = needs_of(self.syms, self.params, self.entries)
+
+    @property
+    def loss(self) -> float:
+        """Mean loss so far."""
+        return sum(s.loss for s in self._sums.values()) / max(1, self.replicates)
+
+    def observe(self, loss: float, gradients: Iterable[Tensor | None] | None = None) -> None:
+        """Add one replicate: the given gradients, in the order of `params`, or the model's `.grad`."""
+        given = [p.grad for p in self.params.values()] if gradients is None else list(gradients)
+        missing = [n for n, g in zip(self.params, given, strict=True) if g is None]
+        if missing:
+            raise MomentError(f"no gradient reaches {missing}; freeze them and take syms.trainable(model)")
+        index = self.replicates % self.groups
+        if index not in self._sums:
+            self._sums[index] = Sums.zeros(self.syms, self._needs)
+        sums = self._sums[index]
+        for name, g in zip(self.params, given, strict=True):
+            if g is not None:
+                sums.target(name).add_dense(g.detach().unsqueeze(0))
+        sums.samples += 1
+        sums.loss += loss
+        self.replicates += 1
+
+    def result(self, ranks: Any = None) -> GradientMoments:
+        """The moments so far, of all `ranks` if a process group is given. Raises DataError without a replicate."""
+        sums = self._sums if ranks is None else added_over_ranks(self._sums, self.syms, self._needs, ranks)
+        if not sums:
+            raise DataError("no batch to measure: the iterator of batches is empty")
+        drawn = self.sampling or ("replacement" if self.dataset_size is None else "epoch")
+        replicates = Replicates(self.batch_size, self.dataset_size, drawn)
+        if replicates.spread == 0:
+            raise DataError(f"batches of all {self.dataset_size} samples have no noise; use smaller batches")
+        parts = [replace(s.moments(()), replicates=replicates) for _, s in sorted(sums.items())]
+        return replace(merge_moments(parts), groups=tuple(parts) if len(parts) > 1 else ())

@@ -1,0 +1,93 @@
+"""Errors of anything computed from gradient moments: the delete-a-group jackknife."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from noetherflow.errors import MomentError
+from noetherflow.moments.result import GradientMoments
+
+Statistic = Callable[[GradientMoments], Tensor | float]
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """A statistic of gradient moments: its value, standard error and bias estimate, all of one shape, float64."""
+
+    value: Tensor
+    error: Tensor
+    bias: Tensor
+    groups: int
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """`value -+ t * error`, `t` of Student's distribution with `groups - 1` degrees of freedom."""
+        from scipy.special import stdtrit
+
+        t = float(stdtrit(self.groups - 1, 0.5 + level / 2))
+        return self.value - t * self.error, self.value + t * self.error
+
+    @property
+    def relative(self) -> Tensor:
+        """`error / |value|`; infinite where the value is zero."""
+        return self.error / self.value.abs()
+
+    def __str__(self) -> str:
+        if self.value.numel() > 8:
+            return f"{tuple(self.value.shape)} values, median relative error {float(self.relative.median()):.2g}"
+        pairs = zip(self.value.flatten().tolist(), self.error.flatten().tolist(), strict=True)
+        return ", ".join(f"{v:.6g} +- {e:.2g}" for v, e in pairs)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "value": self.value.tolist(),
+            "error": self.error.tolist(),
+            "bias": self.bias.tolist(),
+            "groups": self.groups,
+        }
+
+
+def standard_error(moments: GradientMoments, statistic: Statistic) -> Estimate:
+    """Value and jackknife error of `statistic(moments)`: a drift, an equilibrium, any smooth function.
+
+    With groups of `m_j` of `n` samples, `h_j = n / m_j`, estimates `T` from all and `T_j` without group j:
+    pseudo-values `P_j = h_j T - (h_j - 1) T_j`, jackknife mean `J = sum_j P_j / h_j`, variance
+    `(1/G) sum_j (P_j - J)^2 / (h_j - 1)`, bias `T - J` (Busing, Meijer, van der Leeden 1999). For groups of one size
+    this is the usual delete-a-group jackknife. The error is that of sampling the data, not of SGD's own noise.
+
+    Raises MomentError with fewer than two groups.
+    """
+    count = len(moments.groups)
+    if count < 2:
+        raise MomentError(
+            f"a standard error needs at least 2 groups of samples, got {count}; measure more batches or raise groups="
+        )
+    value = _float64(statistic(moments))
+    parts = torch.stack([_float64(statistic(m)) for m in moments.leave_one_out()])
+    total = sum(g.samples for g in moments.groups)
+    h = torch.tensor([total / g.samples for g in moments.groups], dtype=torch.float64)
+    h = h.view(-1, *(1 for _ in value.shape))
+    pseudo = h * value - (h - 1) * parts
+    mean = (pseudo / h).sum(0)
+    variance = ((pseudo - mean).square() / (h - 1)).mean(0)
+    return Estimate(value, variance.sqrt(), value - mean, count)
+
+
+def _float64(value: Tensor | float) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+
+
+def noise_error(moments: GradientMoments) -> float:
+    """The largest relative standard error of any leg's `Tr E[g g^T]`, infinite with fewer than four groups."""
+    if len(moments.groups) < 4:
+        return float("inf")
+    traces = torch.tensor([[t for leg in g._traces().values() for t in leg] for g in moments.groups])
+    weights = torch.tensor([g.samples / moments.samples for g in moments.groups]).unsqueeze(1)
+    mean = (weights * traces).sum(0)
+    spread = (weights * (traces - mean)).square().sum(0) / (1 - weights.square().sum())
+    relative = spread.sqrt() / mean
+    return float(relative[mean > 0].max()) if bool((mean > 0).any()) else 0.0

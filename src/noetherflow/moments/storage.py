@@ -1,0 +1,93 @@
+"""Gradient moments on disk: one safetensors file, written atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from noetherflow.errors import CheckpointError
+from noetherflow.moments.result import GradientMoments, Replicates
+
+FORMAT = 1
+
+
+def save_moments(moments: GradientMoments, path: str | Path) -> None:
+    """Write moments and their groups; a reader never sees half a file."""
+    from safetensors.torch import save
+
+    tensors: dict[str, Tensor] = {}
+    header = _pack(moments, "", tensors)
+    header["groups"] = [_pack(g, f"{k}/", tensors) for k, g in enumerate(moments.groups)]
+    data = save(tensors, metadata={"noetherflow": json.dumps({"format": FORMAT, **header})})
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load_moments(path: str | Path) -> GradientMoments:
+    """Read what `save_moments` wrote. Raises CheckpointError for another or a damaged file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("noetherflow", "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as cause:
+        raise CheckpointError(f"{path} holds no gradient moments: {cause}") from cause
+    if header.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has moments format {header.get('format')!r}, this version reads {FORMAT}")
+    groups = tuple(_unpack(g, f"{k}/", tensors) for k, g in enumerate(header["groups"]))
+    return _unpack(header, "", tensors, groups)
+
+
+def _pack(moments: GradientMoments, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    for name, legs in moments.second.items():
+        for k, leg in enumerate(legs):
+            tensors[f"{prefix}second/{k}/{name}"] = leg.contiguous()
+    for kind, named in (("mean", moments.mean), ("squares", moments.squares)):
+        tensors.update({f"{prefix}{kind}/{name}": t.contiguous() for name, t in named.items()})
+    return {
+        "samples": moments.samples,
+        "loss": moments.loss,
+        "second": {name: len(legs) for name, legs in moments.second.items()},
+        "mean": list(moments.mean),
+        "squares": list(moments.squares),
+        "fallback": list(moments.fallback),
+        "replicates": moments.to_dict()["replicates"],
+    }
+
+
+def _unpack(
+    header: Mapping[str, Any],
+    prefix: str,
+    tensors: Mapping[str, Tensor],
+    groups: tuple[GradientMoments, ...] = (),
+) -> GradientMoments:
+    return GradientMoments(
+        samples=int(header["samples"]),
+        loss=float(header["loss"]),
+        second={
+            name: tuple(tensors[f"{prefix}second/{k}/{name}"] for k in range(count))
+            for name, count in header["second"].items()
+        },
+        mean={name: tensors[f"{prefix}mean/{name}"] for name in header["mean"]},
+        squares={name: tensors[f"{prefix}squares/{name}"] for name in header["squares"]},
+        groups=groups,
+        fallback=tuple(header["fallback"]),
+        replicates=None if header["replicates"] is None else Replicates(**header["replicates"]),
+    )
