@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,8 +46,9 @@ def assemble(inference: Inference, solution: Solution) -> list[Symmetry]:
     found = []
     for members in _alike(np.flatnonzero(used), legs_hash, eps):
         size = float(eps[members[0]])
-        for kind, blocks in _blocks(members, cell_hash, mixes):
-            legs = _legs(entries, starts[blocks], store.bundles, buffers)
+        for kind, blocks, legs in _with_legs(
+            entries, starts, _blocks(members, cell_hash, mixes), store.bundles, buffers
+        ):
             if all(leg.buffer for leg in legs):
                 continue
             tag = int(np.bitwise_or.reduce(tags[blocks.reshape(-1)]))
@@ -184,6 +185,23 @@ def _legs(entries: _Entries, where: Array, bundles: Sequence[Bundle], buffers: s
         sign = 1 if power[low] > 0 else -1
         legs.append(Leg(owner.leaf, index, sign, owner.axes, owner.view, abs(float(power[low])), owner.leaf in buffers))
     return legs
+
+
+def _with_legs(
+    entries: _Entries,
+    starts: Array,
+    found: Sequence[tuple[Kind, Array]],
+    bundles: Sequence[Bundle],
+    buffers: set[str],
+) -> Iterator[tuple[Kind, Array, list[Leg]]]:
+    """Groups with their legs; where two coordinates scale the same row, each coordinate stands alone."""
+    for kind, blocks in found:
+        legs = _legs(entries, starts[blocks], bundles, buffers)
+        if blocks.size > 1 and any(bool((np.bincount(leg.index.reshape(-1)) > 1).any()) for leg in legs):
+            for coordinate in blocks.reshape(-1, 1, 1):
+                yield "diagonal", coordinate, _legs(entries, starts[coordinate], bundles, buffers)
+        else:
+            yield kind, blocks, legs
 
 
 def _family(kind: Kind, legs: Sequence[Leg], tags: set[str]) -> str:
