@@ -1,0 +1,1 @@
+"""Timings and memory of noetherflow; `python -m benchmarks [name ...]`."""
