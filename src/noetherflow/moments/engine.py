@@ -105,6 +105,7 @@ class Meter:
         self._roots = roots
         self._subject = Subject(self.model, self.loss_fn, roots, frozenset(wanted), self.sample_axes)
         self._verified: dict[Any, dict[CallId, Layout]] = {}
+        self._layouts: dict[Any, dict[CallId, Layout]] = {}  # the same by exact shapes, a quick look-up
         self._shared: frozenset[CallId] = frozenset()
         self._fallback: Fallback | None = None
         self._used: set[str] = set()
@@ -181,11 +182,17 @@ class Meter:
 
         def ready(losses: Tensor, recorder: Recorder) -> Tensor | None:
             trace, samples = recorder.trace, losses.numel()
-            keys.append((shared, samples == 1, signature(trace, samples, self.sample_axes)))
-            if found is None and keys[0] not in self._verified:
-                return None
+            keys.append((shared, samples, *((u.id, u.out_shape) for u in trace.uses)))
+            keys.append((shared, samples == 1))
+            if keys[0] not in self._layouts:
+                keys[1] = (*keys[1], signature(trace, samples, self.sample_axes))
+                known = self._verified.get(keys[1])
+                if known is not None:
+                    self._layouts[keys[0]] = known
+                elif found is None:
+                    return None
             check_finite(losses, batch)
-            layouts.update(self._verified.get(keys[0], {}))
+            layouts.update(self._layouts.get(keys[0], {}))
             slices.extend(_slices(samples, sums))
             contractions.append(Contraction(recorder.roots, subject.measured, trace, slices))
             return torch.ones_like(losses)
@@ -217,7 +224,7 @@ class Meter:
             s.loss += float(losses.flatten()[lo:hi].double().sum())
         self._used.update(n for u in trace.uses for s in u.sources for n in s.names)
         if found is not None:
-            self._verified[keys[0]] = found.kept
+            self._verified[keys[1]] = self._layouts[keys[0]] = found.kept
             self._shared = shared
         for g in ids:
             if sums[g].samples:

@@ -46,10 +46,10 @@ class Form(ABC):
 
 @dataclass(eq=False)
 class Dense(Form):
-    """Explicit gradients `g`, `[samples, *operand shape]`: biases, gains, other small operands."""
+    """Explicit gradients `g`, `[samples, *operand shape]`, sums of `summands`: biases, gains, other small operands."""
 
     g: Tensor
-    magnitude: Tensor | None = None
+    summands: Tensor | None = None
 
     @property
     def samples(self) -> int:  # type: ignore[override]
@@ -65,7 +65,8 @@ class Dense(Form):
         target.add_dense(self.g[lo:hi])
 
     def scale(self) -> Tensor:
-        return self.g.norm() if self.magnitude is None else self.magnitude
+        terms = self.g if self.summands is None else self.summands
+        return terms.norm() * terms[0].numel() ** 0.5
 
 
 @dataclass(eq=False)

@@ -149,7 +149,7 @@ def summed(operand: Tensor, aligned: Callable[[int], Sequence[int]], prepare: Pr
         axes = [k + 1 for k, size in enumerate(target) if size == 1 and product.shape[k + 1] != 1]
         product = product.to(wide(product.dtype))
         gradient = product.sum(axes) if axes else product
-        return Dense(gradient.reshape(product.shape[0], *operand_shape), product.norm() * product[0].numel() ** 0.5)
+        return Dense(gradient.reshape(product.shape[0], *operand_shape), product)
 
     operand_shape = tuple(operand.shape)
     return Site(operand, prepare, build)

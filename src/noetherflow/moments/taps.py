@@ -76,6 +76,8 @@ class Tap(torch.autograd.Function):
     def forward(ctx: Any, out: Tensor, anchor: Tensor, arrive: Callable[..., None], *saved: Tensor) -> Tensor:
         ctx.arrive = arrive
         ctx.save_for_backward(*saved)
+        if out._is_view():
+            return torch.ops.aten._unsafe_view(out, out.shape)
         ctx.mark_dirty(out)
         return out
 
@@ -235,8 +237,6 @@ class Recorder(TorchFunctionMode):
         leaves = tuple(s.operand.detach().requires_grad_(self._leaf) for s in call.sites)
         replaced = {id(s.operand): leaf for s, leaf in zip(call.sites, leaves, strict=True)}
         out = func(*(replaced.get(id(a), a) for a in args), **{k: replaced.get(id(a), a) for k, a in kwargs.items()})
-        if out._is_view():
-            out = out.clone()
         view = call.seen
         seen = view(out)
         use = Use(call_id, call.sites, sources, leaves, seen.shape, tuple(call.sample_axes(seen)), certain)
