@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from noetherflow import SymmetrySet, declare
 from noetherflow.moments import Meter
 
 OUT = Path(__file__).parent.parent / "docs" / "figures"
-PAIRS = 11
+PAIRS = {"mlp": 41, "gpt-relu": 7, "gpt-swiglu": 7, "resnet18": 5}
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,14 @@ def resnet18(batch: int = 64) -> Case:
     return Case(f"ResNet-18, 32x32, batch {batch}", model, _labelled(torch.randn(batch, 3, 32, 32), 10), syms)
 
 
+CASES: dict[str, Callable[[], Case]] = {
+    "mlp": mlp,
+    "gpt-relu": partial(gpt, False),
+    "gpt-swiglu": partial(gpt, True),
+    "resnet18": resnet18,
+}
+
+
 def _labelled(x: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     return x, torch.randint(classes, (len(x),))
 
@@ -154,7 +163,7 @@ def measured(case: Case, entries: bool) -> tuple[Callable[[], None], Meter]:
     return lambda: meter.update(case.batch), meter
 
 
-def ratio(base: Callable[[], Any], other: Callable[[], Any], pairs: int = PAIRS) -> tuple[float, float, float]:
+def ratio(base: Callable[[], Any], other: Callable[[], Any], pairs: int) -> tuple[float, float, float]:
     """Median of paired time ratios `other / base`, its quartile half-range, and the median base time in seconds."""
     base(), other()
     ratios, times = [], []
@@ -169,12 +178,22 @@ def ratio(base: Callable[[], Any], other: Callable[[], Any], pairs: int = PAIRS)
     return middle, (high - low) / 2, statistics.median(times)
 
 
-def peak_memory(step: Callable[[], Any]) -> float:
-    """Resident MiB above the level before, at the highest point of three steps."""
-    gc.collect()
+def _peak(name: str, ours: bool) -> float:
+    """Resident MiB at the highest point of three steady steps, above the level with model and data alone."""
+    import ctypes
+
+    torch.manual_seed(0)
+    case = CASES[name]()
     page = os.sysconf("SC_PAGE_SIZE") / 2**20
     resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * page
+    plain(case)()
+    case.model.zero_grad()
+    gc.collect()
+    trim = ctypes.CDLL(None).malloc_trim
+    trim(0)
     before, seen, done = resident(), [0.0], threading.Event()
+    step = measured(case, False)[0] if ours else plain(case)
+    trim(0)
 
     def watch() -> None:
         while not done.is_set():
@@ -190,7 +209,13 @@ def peak_memory(step: Callable[[], Any]) -> float:
     return max(seen) - before
 
 
-def compare(case: Case, pairs: int = PAIRS, peers: bool = True) -> list[dict[str, Any]]:
+def peak_memory(name: str, ours: bool) -> float:
+    """`_peak` in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak, (name, ours))
+
+
+def compare(case: Case, pairs: int, peers: bool = True) -> list[dict[str, Any]]:
     base = plain(case)
     rows: list[dict[str, Any]] = []
     for entries in (False, True):
@@ -207,9 +232,7 @@ def compare(case: Case, pairs: int = PAIRS, peers: bool = True) -> list[dict[str
                 warnings.simplefilter("ignore")
                 step_of = make(case.model, per_sample_loss)
                 theirs = step_of(case.batch)
-                row["error"] = max(
-                    float((theirs[k].double() / n - squares[k]).norm() / squares[k].norm()) for k in squares
-                )
+                row |= disagreement({k: t.double() / n for k, t in theirs.items()}, squares)
                 row["ratio"], row["spread"], _ = ratio(base, partial(step_of, case.batch), 3)
         except Exception as refused:
             row["refused"] = f"{type(refused).__name__}: {refused}".splitlines()[0][:90]
@@ -217,10 +240,18 @@ def compare(case: Case, pairs: int = PAIRS, peers: bool = True) -> list[dict[str
     return rows
 
 
+def disagreement(theirs: dict[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Largest relative difference of a parameter's `E[g^2]`, and whose; without key biases, whose gradient is zero."""
+    largest = max(float(t.norm()) for t in ours.values())
+    real = [k for k, t in ours.items() if float(t.norm()) > 1e-9 * largest]
+    error, worst = max((float((theirs[k] - ours[k]).norm() / ours[k].norm()), k) for k in real)
+    return {"error": error, "worst": worst}
+
+
 def show(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         value = row.get("refused") or f"{row['ratio']:7.2f} +- {row['spread']:.2f}"
-        error = f"  differs by {row['error']:.0e}" if "error" in row else ""
+        error = f"  differs by {row['error']:.0e} ({row['worst']})" if "error" in row else ""
         print(f"{row['model']:<52}{row['method']:<12}{value}{error}", flush=True)
 
 
@@ -266,12 +297,14 @@ def run() -> list[dict[str, Any]]:
     threads = torch.get_num_threads()
     print(f"torch {torch.__version__}, {threads} threads, {platform.machine()}, load {os.getloadavg()[0]:.1f}")
     rows = []
-    for case, pairs in ((mlp(), 41), (gpt(False), 9), (gpt(True), 9), (resnet18(), 5)):
-        memory = [peak_memory(plain(case)), peak_memory(measured(case, False)[0])]
-        found = compare(case, pairs)
+    for name, build in CASES.items():
+        case = build()
+        found = compare(case, PAIRS[name])
+        memory = [peak_memory(name, ours) for ours in (False, True)]
+        found[0] |= {"memory_ratio": memory[1] / memory[0], "plain_MiB": memory[0]}
         show(found)
+        print(f"{case.name:<52}{'peak memory':<12}{memory[1] / memory[0]:7.2f} ({memory[0]:.0f} MiB plain)")
         rows += found
-        print(f"{case.name:<52}{'peak memory':<12}{memory[1] / max(memory[0], 1e-9):7.2f} ({memory[0]:.0f} MiB plain)")
     curves = scaling()
     for name, points in curves.items():
         print(f"{name}: " + ", ".join(f"{x} -> {1e3 * y:.1f} ms" for x, y in points))
