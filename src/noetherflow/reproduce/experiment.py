@@ -22,7 +22,27 @@ Config = Mapping[str, Any]
 Point = Mapping[str, Any]
 Relation = Literal["equals", "above", "below"]
 
-REGISTRY: tuple[str, ...] = ("fig1", "fig2", "thm54", "rates")
+REGISTRY: tuple[str, ...] = (
+    "hero",
+    "fig1",
+    "fig2",
+    "fig3",
+    "fig4",
+    "fig5",
+    "fig6",
+    "fig7",
+    "fig8",
+    "fig9",
+    "thm43",
+    "thm54",
+    "repnorm",
+    "approx",
+    "rates",
+    "momentum",
+    "sharpness",
+    "neurons",
+    "warmup",
+)
 """Ids of all experiments, in the order of the gallery; each is a module of `noetherflow.reproduce.experiments`."""
 
 

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Theory curves for linear networks: the Noether flow along the orbit of a given solution (theory.md 4, 7)."""
 
 from __future__ import annotations

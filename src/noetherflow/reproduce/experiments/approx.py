@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Section 5.4: a loss with a symmetry-breaking term of strength zeta."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Figure 3: norm ratio and sharpness at the equilibrium against the anisotropy of the inputs."""
 
 from __future__ import annotations

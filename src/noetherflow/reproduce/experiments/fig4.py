@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Figure 4: warmup. Gradient noise lowers the sharpness at a small rate, then a large rate is stable."""
 
 from __future__ import annotations

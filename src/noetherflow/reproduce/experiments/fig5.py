@@ -1,3 +1,4 @@
+# ruff: noqa: E501, PERF401
 """Figure 5: layer norms of a deep linear net on image data."""
 
 from __future__ import annotations

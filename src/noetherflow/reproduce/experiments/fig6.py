@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Figure 6: a tanh net aligns its two layers under SGD though it has no exact rotation symmetry."""
 
 from noetherflow.reproduce import alignment

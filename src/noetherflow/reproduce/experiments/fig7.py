@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Figure 7: nets whose scale is free. The norm grows under SGD by eta^2 |g_B|^2 per step."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Figure 8: distance to the equilibrium against steps, and the predicted relaxation time."""
 
 from __future__ import annotations

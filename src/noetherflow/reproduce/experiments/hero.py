@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Many initialisations, one fixed point: SGD against GD."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Beyond the paper: momentum SGD and Adam on figure 2."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Representation normalisation: what it does to the noise equilibrium."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Theorem 4.3: on every orbit the drift falls, the charge rises, and there is one attracting equilibrium."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Theorem 5.4: the noise equilibrium of deep linear nets, as corrected and as printed."""
 
 from __future__ import annotations

@@ -1,0 +1,158 @@
+# ruff: noqa: E501
+"""Beyond the paper: the length of a warmup predicted from one measurement."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from noetherflow import closed_form as cf
+from noetherflow.reproduce import style
+from noetherflow.reproduce.experiment import Config, Experiment, Point, Results, Verdict, from_seeds, generator, plain
+from noetherflow.reproduce.simulate import LinearNet, Network, Params, normal, simulate, squared_error
+from noetherflow.reproduce.theory import orbit_flow
+from noetherflow.sgd import SGDConfig
+
+COMMON = {
+    "d": 40,
+    "batch": 40,
+    "size": 12.0,
+    "low": 0.002,
+    "lengths": list(range(0, 5001, 250)),
+    "test_steps": 400,
+    "spike": 10.0,
+}
+CASES = [{"noise": 5.0, "high": 0.02}, {"noise": 7.0, "high": 0.02}, {"noise": 5.0, "high": 0.03}]
+SCALES = {"quick": {**COMMON, "cases": CASES, "seeds": 4}, "paper": {**COMMON, "cases": CASES, "seeds": 32}}
+
+
+def points(config: Config) -> list[Point]:
+    """One point per label noise and high learning rate."""
+    return [{"name": f"noise {c['noise']:g}, rate {c['high']:g}", **c} for c in config["cases"]]
+
+
+def stable_norm(high: float) -> float:
+    """`||U||^2` at which the largest curvature `2 ||U||^2` meets the stability limit `2 / eta`."""
+    return 1 / high
+
+
+def compute(config: Config, point: Point) -> dict[str, Any]:
+    """Per warmup length and seed whether the high rate then diverges; forecast of `||U||^2` from step 0's solution."""
+    d, seeds, batch = config["d"], config["seeds"], config["batch"]
+    rng = generator(41)
+    a, b = (v / v.norm() for v in normal((2, d), rng))
+    eye = torch.eye(d, dtype=torch.float64)
+
+    def draw(replicas: int, samples: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        x = normal((replicas, samples, d), rng)
+        return x, (point["noise"] * normal((replicas, samples, d), rng)).addcmul_(
+            (x @ b).unsqueeze(-1), config["size"] * a
+        )
+
+    forward = lambda p, x: (x @ p[0].mT) @ p[1].mT
+    problem = Network(forward, squared_error, draw, (eye, eye), batch)
+    u0, w0 = math.sqrt(2) * normal((1, d, 1), rng), math.sqrt(2 / d) * normal((1, 1, d), rng)
+    target = config["size"] * torch.outer(a, b)
+    settled = simulate(LinearNet.of(target, eye, eye, batch), [w0, u0], 2000, config["low"], rng, method="gd").params
+    snapshots: list[Params] = []
+
+    def keep(params: Params) -> dict[str, Tensor]:
+        snapshots.append([p.clone() for p in params])
+        return {"u2": params[1].square().sum((1, 2))}
+
+    start = [p.expand(seeds, -1, -1) for p in settled]
+    slow = simulate(problem, start, config["lengths"][-1], config["low"], generator(42), keep, at=config["lengths"])
+    all_starts = [torch.cat([s[i] for s in snapshots]) for i in range(2)]
+
+    def error(params: Params) -> dict[str, Tensor]:
+        return {"error": (params[1] @ params[0] - target).square().sum((1, 2)) / config["size"] ** 2}
+
+    fast = simulate(
+        problem, all_starts, config["test_steps"], point["high"], generator(43), error, at=config["test_steps"]
+    )
+    peak = fast.records["error"].nan_to_num(nan=torch.inf).amax(0)
+    failed = ~(peak < config["spike"])
+    fine = list(range(0, config["lengths"][-1] + 1, 50))
+    gammas = cf.noise_matrices(eye, point["noise"] ** 2 * eye)
+    us, _ = orbit_flow(settled[1], settled[0], gammas, SGDConfig(config["low"], batch), fine)
+    return plain(
+        {
+            "failed": failed.double().reshape(-1, seeds),
+            "u2": slow.records["u2"],
+            "fine": fine,
+            "forecast": [float(u.square().sum()) for u in us],
+        }
+    )
+
+
+def needed(results: Results, point: Point) -> tuple[np.ndarray, float]:
+    """Shortest sufficient warmup per seed (halfway between the last failing and the next length), and predicted."""
+    lengths = np.asarray(results.config["lengths"], dtype=float)
+    failed = results.array(point["name"], "failed") > 0.5
+    stride = lengths[1] - lengths[0]
+    measured = np.array([(lengths[column].max() + stride / 2) if column.any() else 0.0 for column in failed.T])
+    forecast, fine = results.array(point["name"], "forecast"), results.array(point["name"], "fine")
+    limit = stable_norm(point["high"])
+    return measured, float(np.interp(-limit, -forecast, fine))
+
+
+def plot(results: Results) -> Any:
+    """Forecast and measured `||U||^2` with the stability limit, and divergence by length of warmup."""
+    fig, (norm, failing) = style.figure(2, width=5.2)
+    lengths = np.asarray(results.config["lengths"], dtype=float)
+    for (point, _), color in zip(results.points, (style.SGD, style.ACCENT, style.SDE), strict=True):
+        name = point["name"]
+        _, predicted = needed(results, point)
+        style.band(norm, lengths, results.array(name, "u2"), color, name)
+        norm.plot(results.array(name, "fine"), results.array(name, "forecast"), "--", color=style.THEORY, lw=1)
+        norm.axhline(stable_norm(point["high"]), color=color, ls=":", lw=1)
+        failing.plot(lengths, results.array(name, "failed").mean(-1), "o-", color=color, ms=4, label=name)
+        failing.axvline(predicted, color=color, ls="--")
+    norm.plot([], [], "--", color=style.THEORY, lw=1, label="forecast from one point")
+    norm.plot([], [], ":", color=style.MUTED, label="stable below (by case)")
+    norm.set(xlabel="warmup steps", ylabel=r"$\|U\|^2$", title="the flow lowers the sharpness")
+    failing.plot([], [], "--", color=style.MUTED, label="predicted length")
+    failing.set(xlabel="warmup steps", ylabel="fraction that diverges afterwards", title="how long is long enough")
+    for ax in (norm, failing):
+        ax.legend(fontsize=8)
+    return fig
+
+
+def verdicts(results: Results) -> list[Verdict]:
+    """Needed against predicted length of warmup."""
+    out = []
+    for point, _ in results.points:
+        measured, predicted = needed(results, point)
+        out.append(
+            from_seeds(
+                f"shortest sufficient warmup (steps), {point['name']}", predicted, measured, 0.25, analysis=ANALYSIS
+            )
+        )
+    return out
+
+
+ANALYSIS = (
+    "2 / eta against the largest curvature is the rule for full-batch descent, not a theorem for SGD: on its own, the "
+    "linear dynamics with minibatches is unstable earlier, but a growing error first shrinks U (a catapult) and many runs "
+    "survive; the two effects leave the rule right only to a few tens of per cent"
+)
+
+EXPERIMENT = Experiment(
+    id="warmup",
+    title="Beyond the paper: the length of a warmup, predicted",
+    setup=(
+        "Rank-one factorisation as in fig4 (d = 40, batch 40) from Kaiming's initialisation. The forecast integrates the "
+        "Noether flow from the first solution; the high rate counts as stable once the largest curvature 2 ||U||^2 is below 2 / eta."
+    ),
+    scales=SCALES,
+    points=points,
+    compute=compute,
+    plot=plot,
+    verdicts=verdicts,
+    choices="Lengths are tested every 250 steps; a run counts as diverged when |U W - V|^2 exceeds ten times |V|^2 within 400 steps.",
+    beyond=True,
+)
