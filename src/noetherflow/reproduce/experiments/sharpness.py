@@ -18,7 +18,7 @@ from noetherflow.sgd import SGDConfig
 COMMON = {"d": 8, "width": 8, "phi_x": 0.5, "phi_eps": 0.3, "imbalances": [0.5, 1.0, 2.0], "batch": 40, "data": 2000}
 CASES = {"linear": {"lr": 0.02, "activation": False}, "relu": {"lr": 0.02, "activation": True}}
 SCALES = {
-    "quick": {**COMMON, "cases": CASES, "steps": 8000, "fit": 3000, "seeds": 3},
+    "quick": {**COMMON, "cases": CASES, "steps": 18_000, "fit": 3000, "seeds": 3},
     "paper": {**COMMON, "cases": CASES, "steps": 100_000, "fit": 20_000, "seeds": 16},
 }
 

@@ -1,0 +1,39 @@
+"""A sweep on a dask cluster of two worker processes, one of them killed in the middle."""
+
+import os
+import signal
+
+import pytest
+
+from noetherflow.reproduce import run
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_killed_dask_worker_changes_nothing(tmp_path):
+    distributed = pytest.importorskip("distributed")
+    here = run(["rates"], out=tmp_path / "here", progress=None)
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, protocol="tcp://"
+    ) as cluster:
+        pids = [w.pid for w in cluster.workers.values()]
+        killed = []
+
+        def kill_after_first_point(text):
+            if not killed and text.startswith("[1/"):
+                killed.append(pids[0])
+                os.kill(pids[0], signal.SIGKILL)
+
+        there = run(["rates"], out=tmp_path / "there", dask=cluster.scheduler_address, progress=kill_after_first_point)
+    assert killed, "a worker was killed while points were left"
+    assert there.computed == here.computed > 2
+    assert [v for _, v in there.verdicts] == [v for _, v in here.verdicts]
+    for a, b in zip(here.finished[0].results.points, there.finished[0].results.points, strict=True):
+        assert a == b
+
+
+@pytest.mark.slow
+def test_processes_give_the_same_numbers(tmp_path):
+    one = run(["rates"], out=tmp_path / "one", progress=None)
+    two = run(["rates"], out=tmp_path / "two", jobs=2, progress=None)
+    assert one.finished[0].results.points == two.finished[0].results.points

@@ -1,0 +1,43 @@
+"""Theory twice: closed forms against find_symmetries -> gradient_moments -> noise_equilibrium."""
+
+import pytest
+import torch
+
+from noetherflow import SGDConfig
+from noetherflow import closed_form as cf
+from noetherflow.reproduce.generic import LinearChain, generic_equilibrium, product_design
+
+F64 = torch.float64
+
+
+def task(seed, dx=4, dy=3):
+    rng = torch.Generator().manual_seed(seed)
+
+    def spd(n):
+        a = torch.randn(n, n, dtype=F64, generator=rng)
+        return a @ a.T / n + 0.3 * torch.eye(n, dtype=F64)
+
+    return torch.randn(dy, dx, dtype=F64, generator=rng), spd(dx), spd(dy)
+
+
+@pytest.mark.parametrize("depth", [2, 3, 4])
+def test_generic_machinery_finds_the_closed_form(depth):
+    v, sx, se = task(depth)
+    x, y = product_design(v, sx, se)
+    start = cf.deep_linear(v, torch.eye(4, dtype=F64), torch.eye(3, dtype=F64), depth)
+    exact = cf.deep_linear(v, sx, se, depth)
+    found = generic_equilibrium(start, x, y, SGDConfig(0.01, 8))
+    assert torch.allclose(LinearChain(found)(x), x @ v.T, atol=1e-9)
+    for a, b, s in zip(found, exact, start, strict=True):
+        assert abs(a.norm() / b.norm() - 1) < 1e-8
+        assert abs(s.norm() / b.norm() - 1) > 1e-3
+    assert torch.allclose(found[0].T @ found[0], exact[0].T @ exact[0], rtol=1e-7, atol=1e-9)
+
+
+def test_product_design_has_exactly_the_noise_matrices_of_theory_8():
+    v, sx, se = task(9)
+    x, y = product_design(v, sx, se)
+    r = y - x @ v.T
+    gam_u, gam_w = cf.noise_matrices(sx, se)
+    assert torch.allclose((x.square().sum(1)[:, None, None] * r[:, :, None] * r[:, None, :]).mean(0), gam_u)
+    assert torch.allclose((r.square().sum(1)[:, None, None] * x[:, :, None] * x[:, None, :]).mean(0), gam_w)
