@@ -7,6 +7,7 @@ import textwrap
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import noetherflow as nf
@@ -124,6 +125,50 @@ def test_analyze_writes_a_report(run, tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert "data:image/png;base64" in page
     assert "http://" not in page.split("<body")[1]
+
+
+def test_balance_moves_a_checkpoint_and_keeps_its_function(run, tmp_path):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    with torch.no_grad():
+        model[0].weight.mul_(8)
+    x = torch.randn(20, 3, dtype=torch.float64)
+    before = model(x)
+    save_file(model.state_dict(), tmp_path / "in.safetensors")
+    words = ("balance", "in.safetensors", "--model", "MODULE:good", "--batch-size", "4")
+    assert run(*words, "--dry-run")[0] == 0
+    assert not (tmp_path / "out.safetensors").exists()
+    code, out, _ = run(*words, "--out", "out.safetensors")
+    assert code == 0
+    assert "out.safetensors" in out
+    moved = load_file(tmp_path / "out.safetensors")
+    assert not torch.allclose(moved["0.weight"], model[0].weight)
+    model.load_state_dict(moved)
+    assert torch.allclose(model(x), before, rtol=1e-11)
+    assert run(*words)[0] == 2
+    (tmp_path / "bad.safetensors").write_bytes(b"broken")
+    code, _, err = run("balance", "bad.safetensors", "--model", "MODULE:good", "--dry-run", "--batch-size", "4")
+    assert code == 1
+    assert "bad.safetensors" in err
+
+
+def test_report_of_a_recorded_run(run, tmp_path):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    syms = nf.find_symmetries(model, torch.ones(2, 3, dtype=torch.float64))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    ledger = nf.Ledger(model, optimizer, syms, run_dir=tmp_path / "run")
+    with ledger:
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(torch.ones(2, 3, dtype=torch.float64)).square().sum().backward()
+            optimizer.step()
+    code, _, _ = run("report", "run")
+    assert code == 0
+    assert (tmp_path / "run" / "report.html").exists()
+    code, _, err = run("report", "nowhere")
+    assert code == 1
+    assert "nowhere" in err
 
 
 @pytest.mark.parametrize(

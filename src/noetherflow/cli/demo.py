@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from noetherflow.cli.options import Debug, console
 from noetherflow.sgd import SGDConfig
 from noetherflow.symmetry_set import SymmetrySet, tensors_of
 from noetherflow.workloads import LossFn, Workload, digits, digits_cnn, digits_mlp, minibatches, split
+
+if TYPE_CHECKING:
+    from noetherflow.analysis import Analysis
 
 FLIPPED = 0.1
 """Fraction of labels redrawn at random in every batch: gradient noise does not die out, as the theory assumes."""
@@ -97,7 +100,7 @@ def _analyse(run: Run, printed: Any) -> list[Any]:
     forecast = analysis.flow.forecast(steps)
     measured = follow(copy.deepcopy(model), run, analysis.symmetries, stream, steps)
     with console.status("sharpness along the orbit"):
-        sharpness = _orbit(model, workload, analysis)
+        sharpness = _orbit(model, run, analysis)
     moved = balance_(model, analysis.equilibrium, example_inputs=inputs, certificate=analysis.certificate)
     printed.print(f"balanced: {moved}", markup=False)
     again = gradient_moments(model, workload.loss_fn, batches, analysis.symmetries, entries=True)
@@ -131,6 +134,30 @@ def _analyse(run: Run, printed: Any) -> list[Any]:
     )
     found = [replace(s, heading=f"{name}: {s.heading.lower()}", figures=()) for s in analysis_sections(analysis)]
     return [*found, trained, balanced]
+
+
+def _orbit(model: nn.Module, run: Run, analysis: Analysis, probes: int = 24) -> bytes:
+    """Tr H along `G^s`: predicted from the Hessian probed at s = 0, and probed again on models moved there."""
+    from noetherflow.report.figures import orbit_figure
+    from noetherflow.sharpness import curvature_moments, trace_at
+
+    syms, elements = analysis.symmetries, analysis.equilibrium.elements
+    data = split(*digits(run.images), 2048)
+    here = curvature_moments(model, run.workload.loss_fn, data, syms, probes=probes)
+
+    def at(s: float) -> dict[str, Tensor]:
+        return {name: element**s for name, element in elements.items()}
+
+    line = np.linspace(-0.2, 1.2, 29)
+    predicted = np.array([trace_at(model, syms, here, at(s))[1] for s in line])
+    dots, measured = np.linspace(0, 1, 5), []
+    for seed, s in enumerate(dots, start=1):
+        moved = copy.deepcopy(model)
+        for symmetry in syms:
+            symmetry.act_(tensors_of(moved), at(s)[symmetry.name])
+        there = curvature_moments(moved, run.workload.loss_fn, data, syms, probes=probes, seed=seed)
+        measured.append([float(sum(t.sum() for t in g.squares.values())) for g in there.groups])
+    return orbit_figure(line, predicted, dots, np.array(measured))
 
 
 def noisy_minibatches(run: Run, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
