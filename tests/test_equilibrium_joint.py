@@ -10,7 +10,7 @@ from torch import nn
 
 import noetherflow as nf
 from equilibrium_cases import Problem, imbalance, linear, mlp, moved, union
-from noetherflow.equilibrium import noise_equilibrium
+from noetherflow.equilibrium import gradient_factors, noise_equilibrium
 from noetherflow.errors import MomentError
 from noetherflow.moments.result import merge_moments
 from reference import moments_by_loop, per_sample_gradients
@@ -100,10 +100,14 @@ def test_chain_of_general_linear_symmetries() -> None:
         noise_equilibrium(problem.model, problem.syms, moments, sgd)
     by_samples = noise_equilibrium(problem.model, problem.syms, moments, sgd, samples=samples_of(problem))
     by_measuring = noise_equilibrium(problem.model, problem.syms, moments, sgd, remeasure=problem.measure)
+    factors = gradient_factors(problem.model, problem.loss, [problem.data], problem.syms)
+    by_factors = noise_equilibrium(problem.model, problem.syms, moments, sgd, samples=factors)
     assert by_samples.converged
     assert by_measuring.converged
+    assert by_factors.converged
     for s in problem.syms:
         torch.testing.assert_close(by_samples[s.name].charge, by_measuring[s.name].charge, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(by_samples[s.name].charge, by_factors[s.name].charge, rtol=1e-8, atol=1e-10)
         assert by_samples[s.name].classification == "finite"
     assert imbalance(problem, moved(problem.model, problem.syms, by_samples.elements), sgd) < 1e-10
 

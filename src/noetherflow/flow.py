@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from noetherflow import spd
 from noetherflow.equilibrium.forecast import Forecast, orbit_forecast
 from noetherflow.equilibrium.joint import noise_equilibrium
-from noetherflow.equilibrium.orbit import Drift, MeasuredOrbit, Samples, Weights, measured_orbit, separate_orbits
+from noetherflow.equilibrium.orbit import MeasuredOrbit, Samples, measured_orbit, separate_orbits
 from noetherflow.equilibrium.result import Settled
 from noetherflow.equilibrium.solve import drives
+from noetherflow.equilibrium.weights import Drift, Weights
 from noetherflow.errors import MomentError
 from noetherflow.moments.result import GradientMoments
 from noetherflow.sgd import SGDConfig

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from noetherflow.equilibrium.orbit import Weights, orbit_of
+from noetherflow.equilibrium.orbit import orbit_of
 from noetherflow.equilibrium.result import Equilibrium
+from noetherflow.equilibrium.weights import Weights
 from noetherflow.errors import DataError, MomentError
 from noetherflow.flow import Flow
 from noetherflow.moments.result import GradientMoments, merge_moments

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from noetherflow import spd
+from noetherflow.equilibrium.factors import FactorTerm
 from noetherflow.equilibrium.orbit import LegTerm, MeasuredOrbit, SampleTerm
 
 
@@ -96,7 +97,7 @@ class _Layout:
 
     def __init__(self, orbit: MeasuredOrbit) -> None:
         self.orbit = orbit
-        sampled = {i for term in orbit.terms if isinstance(term, SampleTerm) for i, _ in term.symmetries}
+        sampled = {i for term in orbit.terms if isinstance(term, SampleTerm | FactorTerm) for i, _ in term.symmetries}
         self.logs = [i for i, s in enumerate(orbit.symmetries) if s.is_torus]
         self.matrices = [i for i, s in enumerate(orbit.symmetries) if not s.is_torus and i in sampled]
         self.carried = [

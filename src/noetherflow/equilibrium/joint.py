@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow.equilibrium.blocks import GLClasses, TorusClasses
-from noetherflow.equilibrium.orbit import Drift, Orbit, Remeasure, Samples, Weights, orbit_of, separate_orbits
+from noetherflow.equilibrium.orbit import Orbit, Remeasure, Samples, orbit_of, separate_orbits
 from noetherflow.equilibrium.overlap import leg_coordinates, stiffness
 from noetherflow.equilibrium.result import Class, Equilibrium, Settled
 from noetherflow.equilibrium.solve import Classes, Solution, classify, drives, elements_of, imbalance, minimise
+from noetherflow.equilibrium.weights import Drift, Weights
 from noetherflow.errors import MomentError
 from noetherflow.moments.result import GradientMoments
 from noetherflow.sgd import SGDConfig

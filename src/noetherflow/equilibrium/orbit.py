@@ -9,56 +9,16 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from noetherflow.equilibrium.factors import Factors, FactorTerm, fits_factors
 from noetherflow.equilibrium.overlap import LegCoordinates, leg_coordinates, mixed_parameters, overlapping_parameters
+from noetherflow.equilibrium.weights import LegPair, Weights
 from noetherflow.errors import MomentError
 from noetherflow.moments.result import GradientMoments
-from noetherflow.sgd import SGDConfig
 from noetherflow.symmetry import Symmetry
 from noetherflow.symmetry_set import tensors_of
 
-Samples = Mapping[str, Tensor]
+Samples = Mapping[str, Tensor | Factors]
 Remeasure = Callable[[nn.Module], GradientMoments]
-
-
-@dataclass(frozen=True)
-class Drift:
-    """`E[C' - C] = -decay C + noise D(f Sigma) + mean D(gbar gbar^T)` per step (theory.md sections 3 and 4)."""
-
-    decay: float
-    noise: float
-    mean: float
-
-    @classmethod
-    def of(cls, sgd: SGDConfig) -> Drift:
-        """Exact without momentum. With momentum `m`, to leading order in lr and stationary in `1/(1-m)` steps:
-
-        `decay = 2 lr w / (1-m)`, `noise = lr^2 / (1-m)^2`, and because the mean gradient persists from step to step,
-        `mean = lr^2 (1+m) / (1-m)^3`, for Nesterov `lr^2 (1 - m + 2 m^2) / (1-m)^3`.
-        """
-        m, lr, rest = sgd.momentum, sgd.lr, 1 - sgd.momentum
-        persistence = (1 - m + 2 * m * m if sgd.nesterov else 1 + m) / rest**3
-        decay = lr * sgd.weight_decay * (2 - lr * sgd.weight_decay) / rest
-        return cls(decay, lr**2 / rest**2, lr**2 * persistence)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """`Phi = 1/2 (weight ||theta||^2 + second Tr E[g g^T] + mean Tr gbar gbar^T)` on the measured moments."""
-
-    weight: float
-    second: float
-    mean: float
-
-    @classmethod
-    def of_drift(cls, drift: Drift, moments: GradientMoments, sgd: SGDConfig) -> Weights:
-        (a, b), (c, d) = moments.batch_weights(sgd)
-        return cls(drift.decay, drift.noise * a + drift.mean * c, drift.noise * b + drift.mean * d)
-
-    def drive(self, second: Tensor, mean_square: Tensor) -> Tensor:
-        return self.second * second.double() + self.mean * mean_square.double()
-
-
-LegPair = tuple[Tensor, Tensor]
 
 
 class Term(Protocol):
@@ -277,8 +237,8 @@ def measured_orbit(
     """The orbit from one measurement.
 
     Legs that share no entry need their Grams only; several torus legs on one parameter need entry-wise moments; a
-    parameter that a general_linear leg shares with another leg needs per-sample gradients (`samples[parameter]`,
-    `[N, *shape]`).
+    parameter that a general_linear leg shares with another leg needs per-sample gradients (`samples[parameter]`, dense
+    `[N, *shape]` or `Factors`).
 
     Raises MomentError naming the parameters for which nothing suffices.
     """
@@ -295,11 +255,10 @@ def measured_orbit(
         )
     terms: list[Term] = []
     for name, legs in coordinates.items():
-        theta = tensors[name].detach().double().cpu()
+        theta = tensors[name].detach().cpu()
         if name in mixed and samples is not None:
             own = tuple((i, s) for i, s in enumerate(symmetries) if name in s.parameters)
-            mean = moments.mean[name].double().cpu()
-            terms.append(SampleTerm(name, own, theta.clone(), samples[name].double().cpu(), mean, weights))
+            terms.append(_sample_term(name, own, theta, samples[name], moments.mean[name], weights))
         elif name in shared:
             terms.append(_entry_term(name, legs, theta, moments, weights))
         else:
@@ -321,13 +280,28 @@ def separate_orbits(
         own = leg_coordinates([symmetry], shapes)
         shared = overlapping_parameters(own)
         for name, legs in own.items():
-            theta = tensors[name].detach().double().cpu()
+            theta = tensors[name].detach().cpu()
             here = tuple(replace(leg, symmetry=index) for leg in legs)
             if name in shared:
                 terms.append(_entry_term(name, here, theta, moments, weights))
             else:
                 terms += [_leg_term(symmetries, leg, theta, moments, weights) for leg in here]
     return MeasuredOrbit(tuple(symmetries), weights, tuple(terms))
+
+
+def _sample_term(
+    name: str,
+    own: tuple[tuple[int, Symmetry], ...],
+    theta: Tensor,
+    gradients: Tensor | Factors,
+    mean: Tensor,
+    weights: Weights,
+) -> Term:
+    if isinstance(gradients, Factors):
+        if fits_factors([s for _, s in own], name, tuple(theta.shape)):
+            return FactorTerm(name, own, theta.clone(), gradients, mean.cpu(), weights)
+        gradients = gradients.dense()
+    return SampleTerm(name, own, theta.double().clone(), gradients.double().cpu(), mean.double().cpu(), weights)
 
 
 def _entry_term(
@@ -337,7 +311,7 @@ def _entry_term(
         raise MomentError(
             f"several symmetries move the same entries of {name!r}; measure with gradient_moments(..., entries=True)"
         )
-    squares = moments.squares[name].cpu()
+    squares, theta = moments.squares[name].cpu(), theta.double()
     noise = weights.drive(squares, moments.mean[name].double().cpu().square())
     return EntryTerm(legs, legs[0].reduce(theta.square(), legs), legs[0].reduce(noise, legs))
 
@@ -345,7 +319,7 @@ def _entry_term(
 def _leg_term(
     symmetries: Sequence[Symmetry], at: LegCoordinates, theta: Tensor, moments: GradientMoments, weights: Weights
 ) -> LegTerm:
-    symmetry = symmetries[at.symmetry]
+    symmetry, theta = symmetries[at.symmetry], theta.double()
     leg = symmetry.weight_legs[at.leg]
     if symmetry.name not in moments.second:
         raise MomentError(f"no moments for symmetry {symmetry.name!r}; measured: {list(moments.second)[:8]}")

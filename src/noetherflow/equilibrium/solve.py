@@ -15,7 +15,8 @@ from torch import Tensor
 
 from noetherflow import spd
 from noetherflow.equilibrium.blocks import GLClasses, TorusClasses, classify_gl, classify_torus
-from noetherflow.equilibrium.orbit import Orbit, Point, Weights
+from noetherflow.equilibrium.orbit import Orbit, Point
+from noetherflow.equilibrium.weights import Weights
 from noetherflow.symmetry import Symmetry
 
 Classes = TorusClasses | GLClasses
