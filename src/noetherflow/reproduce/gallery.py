@@ -46,7 +46,7 @@ def write_markdown(summary: Summary, path: Path) -> Path:
         "`reproduction/index.html`.",
         "",
         f"**{held} of {len(summary.verdicts)} claims hold.** A claim holds when measured ± 2 standard "
-        "errors (over seeds) lies wholly within the tolerance; failing claims are listed with an analysis where they stand.",
+        "errors (over seeds) lies wholly within the tolerance; failing claims are listed with an analysis.",
         "",
         "| experiment | claims | hold |",
         "|---|---|---|",
