@@ -414,8 +414,16 @@ class Ledger:
             self.before_step()
         return watched
 
+    def detach(self) -> None:
+        """Stop watching; `attach()` starts again."""
+        for handle in self._handles[1:]:
+            handle.remove()
+        del self._handles[1:]
+        self._tt = None
+
     def close(self) -> None:
         """Detach, flush and close the log and the sinks; `records()` and `estimates()` stay readable."""
+        self.detach()
         for handle in self._handles:
             handle.remove()
         self._handles = []
