@@ -75,13 +75,13 @@ def _one_batch(
     gradients = torch.autograd.grad(losses.sum(), [*outputs, *params], materialize_grads=True)
     deltas, sums = iter(gradients[: len(outputs)]), gradients[len(outputs) :]
     result = {}
-    for (name, weight), total in zip(wanted.items(), sums, strict=True):
+    for name, total in zip(wanted, sums, strict=True):
         pairs = [(_per_sample(x, len(losses)), _per_sample(next(deltas), len(losses))) for x, _ in uses[name]]
         if not pairs:
             raise MomentError(f"{name} is not the weight of a linear layer; pass dense samples= or remeasure=")
         a, d = torch.cat([p[0] for p in pairs], 1), torch.cat([p[1] for p in pairs], 1)
-        transposed = (a.shape[-1], d.shape[-1]) != tuple(weight.shape)
-        factors = Factors(d, a) if transposed else Factors(a, d)
+        rows_are_outputs = any(isinstance(m, nn.Linear) for m, n in layers.items() if n == name)
+        factors = Factors(d, a) if rows_are_outputs else Factors(a, d)
         if not _accounts_for(factors, total):
             raise MomentError(f"{name} is also used outside its layer; pass dense samples= or remeasure=")
         result[name] = factors
