@@ -39,5 +39,5 @@ clean:
 	@touch $@
 
 .venv/.test: .venv/.torch pyproject.toml
-	$(PIP) -e '.[report,examples,hf]' pytest pytest-xdist hypothesis ruff==0.17.6 mypy==2.4.1
+	$(PIP) -e '.[report,examples,hf,lightning,track,sweep]' pytest pytest-xdist hypothesis selenium ruff==0.17.6 mypy==2.4.1
 	@touch $@

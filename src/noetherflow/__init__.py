@@ -24,30 +24,53 @@ from noetherflow.symmetry_set import SymmetrySet, declare, tensors_of
 if TYPE_CHECKING:
     from noetherflow.analysis import Analysis, analyze
     from noetherflow.balance import balance_
-    from noetherflow.discovery import certify, count_symmetries, explain, find_symmetries
+    from noetherflow.checkpoint import balance_checkpoint
+    from noetherflow.discovery.certify import certify
+    from noetherflow.discovery.explain import explain
+    from noetherflow.discovery.find import find_symmetries
+    from noetherflow.discovery.oracle import count_symmetries
     from noetherflow.equilibrium import noise_equilibrium
     from noetherflow.flow import noether_flow
-    from noetherflow.moments import gradient_moments
+    from noetherflow.moments import (
+        GradientMoments,
+        gradient_moments,
+        load_moments,
+        merge_moments,
+        minibatch_moments,
+        save_moments,
+        standard_error,
+    )
     from noetherflow.monitor import Ledger
+    from noetherflow.sharpness import curvature_moments, sharpness_forecast
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "Analysis": "analysis",
+    "GradientMoments": "moments",
     "Ledger": "monitor",
     "analyze": "analysis",
     "balance_": "balance",
+    "balance_checkpoint": "checkpoint",
     "certify": "discovery",
     "count_symmetries": "discovery",
+    "curvature_moments": "sharpness",
     "explain": "discovery",
     "find_symmetries": "discovery",
     "gradient_moments": "moments",
+    "load_moments": "moments",
+    "merge_moments": "moments",
+    "minibatch_moments": "moments",
     "noether_flow": "flow",
     "noise_equilibrium": "equilibrium",
+    "save_moments": "moments",
+    "sharpness_forecast": "sharpness",
+    "standard_error": "moments",
 }
 
 __all__ = [
     "Analysis",
+    "GradientMoments",
     "Ledger",
     "Leg",
     "SGDConfig",
@@ -56,14 +79,22 @@ __all__ = [
     "Translation",
     "analyze",
     "balance_",
+    "balance_checkpoint",
     "certify",
     "count_symmetries",
+    "curvature_moments",
     "declare",
     "explain",
     "find_symmetries",
     "gradient_moments",
+    "load_moments",
+    "merge_moments",
+    "minibatch_moments",
     "noether_flow",
     "noise_equilibrium",
+    "save_moments",
+    "sharpness_forecast",
+    "standard_error",
     "tensors_of",
 ]
 

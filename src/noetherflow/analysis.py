@@ -71,12 +71,14 @@ def analyze(
     sgd: SGDConfig,
     example_inputs: Any,
     *,
+    approximate: bool = True,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Analysis:
     """Find and certify the model's symmetries, measure the gradient noise along them, forecast and solve.
 
     `loss_fn(model, batch)` returns per-sample losses `[batch]`; `batches` can be iterated more than once. Symmetries on
-    frozen parameters and those whose certificate says broken are excluded and listed. `progress` hears each stage.
+    frozen parameters and those whose certificate says broken are excluded and listed; with `approximate=False` the
+    equilibrium leaves those in place that a normalisation's eps makes approximate. `progress` hears each stage.
 
     Raises the errors of the stages: ExportError, MomentError, DataError.
     """
@@ -94,7 +96,7 @@ def analyze(
     progress("integrating the Noether flow")
     flow = noether_flow(model, syms, mom, sgd)
     progress("solving for the noise equilibrium")
-    eq = noise_equilibrium(model, syms, mom, sgd, remeasure=measure)
+    eq = noise_equilibrium(model, syms, mom, sgd, approximate=approximate, remeasure=measure)
     return Analysis(syms, certificate, mom, flow, eq, sgd)
 
 

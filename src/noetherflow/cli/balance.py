@@ -26,7 +26,10 @@ def balance(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write SOURCE, moved to the noise equilibrium, to OUT. The file is replaced whole or not at all."""
+    """Write SOURCE, moved to the noise equilibrium, to OUT; symmetries that an eps makes approximate stay in place.
+
+    The file is replaced whole or not at all.
+    """
     from noetherflow.analysis import analyze
     from noetherflow.checkpoint import balance_checkpoint, load_checkpoint_
     from noetherflow.workloads import load_workload
