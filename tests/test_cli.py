@@ -106,6 +106,30 @@ def test_find_prints_a_table_and_json(run):
     assert nf.SymmetrySet.from_dict(json.loads(out)).n_charges() == 4
 
 
+def test_find_reads_a_hugging_face_configuration_without_weights(run, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    transformers.LlamaConfig(
+        hidden_size=16,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=31,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(tmp_path / "tiny")
+    code, out, _ = run("find", "hf:tiny", "--json")
+    assert code == 0
+    found = nf.SymmetrySet.from_dict(json.loads(out))
+    by_family = {row["family"]: row["charges"] for row in found.summary()}
+    assert by_family["attention-vo"] == 2 * 4 * 5 // 2
+    assert by_family["rotary-qk"] == 2 * 2
+    assert by_family["gated"] == 12
+    assert by_family["norm-gain"] == 3 * 16
+    code, out, _ = run("find", "hf:tiny", "--explain", "model.layers.0.mlp.up_proj.weight")
+    assert code == 0
+    assert "up_proj" in out
+
+
 def test_analyze_json_agrees_with_the_library(run):
     code, out, _ = run("analyze", "MODULE:good", "--json", "--lr", "0.1", "--batch-size", "4")
     assert code == 0
