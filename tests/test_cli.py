@@ -254,3 +254,12 @@ def test_a_model_with_a_branch_on_data_names_the_reason_and_the_way_out():
         nf.find_symmetries(model, x)
     syms = nf.declare(model, "diagonal", plus=[("a.weight", 0), ("a.bias", 0)], minus=[("b.weight", 1)])
     assert [r.verdict for r in nf.certify(model, syms, x)] == ["exact"]
+
+
+@pytest.mark.slow
+def test_demo_writes_one_page(run, tmp_path):
+    code, out, _ = run("demo", "--quick", "--out", "demo")
+    assert code == 0
+    assert "Noether flow measured again" in " ".join(out.split())
+    page = (tmp_path / "demo" / "index.html").read_text()
+    assert page.count("data:image/png;base64") >= 7
