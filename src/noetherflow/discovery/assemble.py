@@ -10,9 +10,10 @@ import numpy as np
 import scipy.sparse as sp
 from scipy.sparse.csgraph import connected_components
 
-from noetherflow.discovery.gauges import Array, Bundle, Store, mix
+from noetherflow.discovery.gauges import Array, Bundle, mix
 from noetherflow.discovery.infer import Inference
 from noetherflow.discovery.solve import Solution
+from noetherflow.discovery.store import Store
 from noetherflow.legs import Leg
 from noetherflow.symmetry import Kind, Symmetry
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from noetherflow.discovery.export import Graph, module_path, operator_name
-from noetherflow.discovery.gauges import Gauge, Layout, Store
+from noetherflow.discovery.gauges import Gauge, Layout
 from noetherflow.discovery.rules import Context, find_rule, gauges_in
+from noetherflow.discovery.store import Store
 from noetherflow.symmetry_set import UnknownOperator
 
 

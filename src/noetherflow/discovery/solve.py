@@ -12,7 +12,8 @@ import numpy as np
 import scipy.sparse as sp
 from scipy.sparse.csgraph import connected_components
 
-from noetherflow.discovery.gauges import Array, Store, mix
+from noetherflow.discovery.gauges import Array, mix
+from noetherflow.discovery.store import Store
 
 TINY = 1e-9
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from noetherflow.discovery.gauges import Field, Gauge, Store, narrow
+from noetherflow.discovery.gauges import Field, Gauge, narrow
+from noetherflow.discovery.store import Store
 
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}

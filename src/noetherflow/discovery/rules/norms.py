@@ -191,29 +191,8 @@ def batch_norm_eval(
     return _batch_norm(ctx, x, weight, bias, mean, var, eps)
 
 
-@rule("aten._native_batch_norm_legit_functional", "aten._native_batch_norm_legit", "aten.native_batch_norm")
-def batch_norm_train(
-    ctx: Context,
-    x: Gauge,
-    weight: Gauge | None,
-    bias: Gauge | None,
-    mean: Gauge | None,
-    var: Gauge | None,
-    training: bool,
-    _: float,
-    eps: float,
-) -> Any:
-    return _batch_norm(ctx, x, weight, bias, mean, var, eps)
-
-
-@rule("aten._native_batch_norm_legit.no_stats")
-def batch_norm_plain(
-    ctx: Context, x: Gauge, weight: Gauge | None, bias: Gauge | None, training: bool, _: float, eps: float
-) -> Any:
-    return _batch_norm(ctx, x, weight, bias, None, None, eps)
-
-
-@rule("aten.batch_norm")
+@rule("aten.batch_norm", "aten.native_batch_norm")
+@rule("aten._native_batch_norm_legit_functional", "aten._native_batch_norm_legit")
 def batch_norm(
     ctx: Context,
     x: Gauge,
@@ -227,6 +206,13 @@ def batch_norm(
     *_: Any,
 ) -> Any:
     return _batch_norm(ctx, x, weight, bias, mean, var, eps)
+
+
+@rule("aten._native_batch_norm_legit.no_stats")
+def batch_norm_plain(
+    ctx: Context, x: Gauge, weight: Gauge | None, bias: Gauge | None, training: bool, _: float, eps: float
+) -> Any:
+    return _batch_norm(ctx, x, weight, bias, None, None, eps)
 
 
 def _batch_norm(
