@@ -61,7 +61,7 @@ def vector_norm(ctx: Context, x: Gauge, order: Any = 2, dim: Any = None, keepdim
     return amax(ctx, x, dim, keepdim)
 
 
-@rule("aten.norm", "aten.frobenius_norm")
+@rule("aten.norm", "aten.frobenius_norm", "aten.linalg_norm")
 def norm(ctx: Context, x: Gauge, order: Any = 2, dim: Any = None, keepdim: bool = False, **_: Any) -> Gauge:
     return amax(ctx, x, dim, keepdim)
 
