@@ -208,7 +208,10 @@ def _gl_verdict(symmetry: Symmetry, classes: GLClasses) -> tuple[Class, tuple[in
         return "finite", (), ""
     parts = [f"{int(r.sum())} directions {what}" for what, r in ranks.items() if int(r.sum())]
     total = symmetry.blocks * symmetry.dim
-    return "degenerate", tuple(torch.nonzero(bad).flatten().tolist()), f"of {total}: " + ", ".join(parts)
+    reason = f"of {total}: " + ", ".join(parts)
+    if not int(GLClasses.rank(classes.finite).sum()):
+        reason += "; if a factor is zero (LoRA's B at initialisation), train some steps first, then balance"
+    return "degenerate", tuple(torch.nonzero(bad).flatten().tolist()), reason
 
 
 def _moved_charge(
