@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import hashlib
 import importlib
 import inspect
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -168,17 +171,37 @@ class Experiment:
             return fig
 
     def fingerprint(self, config: Config, point: Point) -> str:
-        """Changes whenever a recomputation could give another answer: configuration, point, or the code behind it."""
+        """Changes whenever a recomputation could give another answer: configuration, point, or the code behind it.
+
+        Comments, layout, and the parts that only draw, judge or describe do not count.
+        """
         text = json.dumps([self.id, config, point, _source_of(self.compute)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _source_of(compute: Callable[..., Any]) -> str:
-    from noetherflow import closed_form
-    from noetherflow.reproduce import simulate
+    """The sources of compute's module and of those of `noetherflow.reproduce` (and `closed_form`) that it uses."""
+    used = {inspect.getmodule(v) for v in inspect.unwrap(compute).__globals__.values()}
+    names = {m.__name__ for m in used if m is not None and m.__name__.startswith("noetherflow.reproduce.")}
+    names = (names | {"noetherflow.closed_form", compute.__module__}) - {style.__name__, __name__}
+    return "".join(_computing(inspect.getsource(sys.modules[name])) for name in sorted(names))
 
-    modules = [inspect.getmodule(compute), simulate, closed_form]
-    return "".join(inspect.getsource(m) for m in modules if m is not None)
+
+@functools.cache
+def _computing(source: str) -> str:
+    """`source` in a normal form, without `plot`, `verdicts`, `SCALES` (they are in the configuration) and words."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    tree.body = [node for node in tree.body if not _names_of(node) & {"plot", "verdicts", "SCALES", "EXPERIMENT"}]
+    return ast.unparse(tree)
+
+
+def _names_of(node: ast.stmt) -> set[str]:
+    if isinstance(node, ast.FunctionDef):
+        return {node.name}
+    return {t.id for t in node.targets if isinstance(t, ast.Name)} if isinstance(node, ast.Assign) else set()
 
 
 def find_experiment(name: str) -> Experiment:
