@@ -9,7 +9,6 @@ import importlib
 import inspect
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -180,11 +179,12 @@ class Experiment:
 
 
 def _source_of(compute: Callable[..., Any]) -> str:
-    """The sources of compute's module and of those of `noetherflow.reproduce` (and `closed_form`) that it uses."""
+    """The sources of compute's module, of those of `noetherflow.reproduce` that it uses, and of `closed_form`."""
     used = {inspect.getmodule(v) for v in inspect.unwrap(compute).__globals__.values()}
     names = {m.__name__ for m in used if m is not None and m.__name__.startswith("noetherflow.reproduce.")}
-    names = (names | {"noetherflow.closed_form", compute.__module__}) - {style.__name__, __name__}
-    return "".join(_computing(inspect.getsource(sys.modules[name])) for name in sorted(names))
+    others = sorted((names | {"noetherflow.closed_form"}) - {style.__name__, __name__, compute.__module__})
+    modules = [inspect.getsource(importlib.import_module(name)) for name in others]
+    return "".join(_computing(text) for text in ("".join(inspect.findsource(compute)[0]), *modules))
 
 
 @functools.cache
