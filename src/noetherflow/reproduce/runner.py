@@ -23,7 +23,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Finished:
-    """One experiment's outcome: results, verdicts, seconds of computation (all points, one thread each), files."""
+    """One experiment's outcome: results, verdicts, processor seconds (all points, one thread each), files."""
 
     experiment: Experiment
     scale: str
@@ -176,11 +176,11 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def compute_point(name: str, config: dict[str, Any], point: dict[str, Any]) -> tuple[dict[str, Any], float]:
-    """One point on one thread: `(data, seconds)`; what a worker process runs."""
-    began = time.perf_counter()
+    """One point on one thread: `(data, processor seconds)`; what a worker process runs."""
+    began = time.process_time()
     with _one_thread():
         data = find_experiment(name).compute(config, point)
-    return json.loads(json.dumps(data)), time.perf_counter() - began
+    return json.loads(json.dumps(data)), time.process_time() - began
 
 
 @contextlib.contextmanager
