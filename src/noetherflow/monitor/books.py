@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import scipy.sparse
-from torch import Tensor
 
 from noetherflow.monitor.decompose import ENTRIES, Rule, decompose
 from noetherflow.monitor.layout import Layout, apply
@@ -16,18 +15,6 @@ from noetherflow.monitor.layout import Layout, apply
 Level = Literal["family", "symmetry", "coordinate"]
 LEVELS: tuple[Level, ...] = ("family", "symmetry", "coordinate")
 FIELDS = ("charge", "change", *ENTRIES, "residual", "norm")
-
-
-@dataclass
-class Measurement:
-    """One recorded step: inner products `[n_values]` by name (`tt`, `tt_after`: charges), settings per parameter."""
-
-    step: int
-    values: dict[str, Tensor]
-    settings: list[dict[str, float]]
-    lr: float
-    loss: Any = None
-    blocks: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

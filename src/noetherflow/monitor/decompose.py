@@ -166,7 +166,8 @@ class AdamRule(Rule):
 
     def after(self, c: Settings, t: Tensors) -> Pairs:
         m, v = t["exp_avg"], t["max_exp_avg_sq"] if "max_exp_avg_sq" in t else t["exp_avg_sq"]
-        p = m / v.sqrt().add_(c["root"] * c["eps"])
+        p = v.sqrt().add_(c["root"] * c["eps"])
+        torch.div(m, p, out=p)
         return {"tp": (t["theta"], p), "pp": (p, p), "nn": (m, m)}
 
     def first_order(self, q: Values, c: Values, reference: np.ndarray | float) -> dict[str, np.ndarray]:

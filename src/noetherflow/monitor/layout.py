@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -71,22 +71,27 @@ class Slot:
         run = np.array_equal(flat, np.arange(flat[0], flat[0] + flat.size))
         return (self.leg.axes[0], int(flat[0]), flat.size) if run else None
 
+    @cached_property
+    def from_rows(self) -> bool:
+        """True when the values are sums of the entry-wise product over rows."""
+        return not (self.matrix or (self.total and (self.whole or self._span is not None)))
+
     def inner(self, a: Tensor, b: Tensor) -> Tensor:
         """The slot's values of `<a, b>`, shape `[size]`."""
-        if self.total and self.whole:
-            return dot(a, b).reshape(1)
-        if self.total and self._span is not None:
-            return dot(a.narrow(*self._span), b.narrow(*self._span)).reshape(1)
-        a, b = accumulation_dtype(a), accumulation_dtype(b)
-        if not self.total and self.leg.dim == 1:
-            return self.leg.row_sums(a * b)
-        x, y = self.leg.unfold(a), self.leg.unfold(b)
-        if self.total:
-            return (x * y).sum().reshape(1)
+        if self.from_rows:
+            return self.reduce(accumulation_dtype(a) * accumulation_dtype(b))
         if self.matrix:
+            x, y = self.leg.unfold(accumulation_dtype(a)), self.leg.unfold(accumulation_dtype(b))
             product = x @ y.mT
             return ((product + product.mT) / 2).reshape(-1)
-        return torch.einsum("bim,bim->b", x, y)
+        if not self.whole and self._span is not None:
+            a, b = a.narrow(*self._span), b.narrow(*self._span)
+        return dot(a, b).reshape(1)
+
+    def reduce(self, product: Tensor) -> Tensor:
+        """The slot's values of `<a, b>` from `a * b`, where `from_rows`."""
+        rows = self.leg.row_sums(product)
+        return rows.sum().reshape(1) if self.total else rows.reshape(self.leg.blocks, -1).sum(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,10 +190,16 @@ class Layout:
             n for n, slots in self.slots_of.items() if len(slots) == 1 and slots[0].total and slots[0].whole
         )
 
-    def inner(self, parameter: str, a: Tensor, b: Tensor) -> Tensor:
-        """All values of `<a, b>` on the legs of one parameter, `[sizes[parameter]]`."""
+    def inner(self, parameter: str, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """All values of `<a, b>` on the legs of one parameter, `[sizes[parameter]]` per pair."""
         slots = self.slots_of[parameter]
-        return slots[0].inner(a, b) if len(slots) == 1 else torch.cat([s.inner(a, b) for s in slots])
+        if not any(s.from_rows for s in slots):
+            return {q: torch.cat([s.inner(a, b) for s in slots]) for q, (a, b) in pairs.items()}
+        out = {}
+        for q, (a, b) in pairs.items():
+            product = accumulation_dtype(a) * accumulation_dtype(b)
+            out[q] = torch.cat([s.reduce(product) if s.from_rows else s.inner(a, b) for s in slots])
+        return out
 
     @cached_property
     def totals_matrix(self) -> scipy.sparse.csr_array:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,12 +16,12 @@ from torch import Tensor, nn
 
 from noetherflow.errors import DataError, DeclarationError
 from noetherflow.monitor import sharding
-from noetherflow.monitor.books import FIELDS, LEVELS, Index, Level, Measurement, close_books, coefficient_arrays
+from noetherflow.monitor.books import FIELDS, LEVELS, Index, Level, close_books, coefficient_arrays
 from noetherflow.monitor.decompose import Rule, rule_for
 from noetherflow.monitor.estimates import Estimator, rotation_rows
 from noetherflow.monitor.layout import Layout
 from noetherflow.monitor.log import FORMAT, RunLog, plain
-from noetherflow.monitor.measure import Collector
+from noetherflow.monitor.measure import Measurement, Probe, tabulate
 from noetherflow.monitor.unwrap import unwrap_model, unwrap_optimizer, watch_closure
 from noetherflow.symmetry_set import SymmetrySet, tensors_of
 
@@ -33,10 +32,7 @@ Sink = Callable[[Mapping[str, Any]], None]
 class _Open:
     """What is known of a step between `before_step` and `after_step`."""
 
-    versions: list[int]
     measurement: Measurement | None = None
-    kept: dict[str, Tensor] = field(default_factory=dict)
-    moving: set[str] = field(default_factory=set)
     stepped: bool = False
     found_inf: Any = None
 
@@ -107,10 +103,7 @@ class Ledger:
         shapes = {n: tuple(t.shape) for n, t in named.items()}
         self.layout = Layout.of(tuple(syms), shapes, self.detail)
         self.index = Index.of(self.layout)
-        self._watched = {n: named[n] for n in self.layout.parameters}
-        self._sharded = any(sharding.is_sharded(p) for p in self._watched.values())
-        self._tt: Tensor | None = None
-        self._tt_versions: list[int] = []
+        self._probe = Probe(self.layout, self.rule, self.optimizer, {n: named[n] for n in self.layout.parameters})
         blocks = Layout.of(tuple(syms), shapes, "block")
         self.estimator = Estimator(blocks, self.rule) if self.estimate_every else None
 
@@ -121,7 +114,7 @@ class Ledger:
         self._estimates.clear()
         self._set_symmetries(syms)
         self._write_header()
-        self._event("symmetries replaced", parameters=len(self._watched))
+        self._event("symmetries replaced", parameters=len(self.layout.parameters))
 
     # -- measuring ----------------------------------------------------------------------------------------------------
 
@@ -132,10 +125,13 @@ class Ledger:
         """
         if self._open is not None:
             self._event("skipped")
-        self._open = _Open(self._versions())
+        self._open = _Open()
         if self.step % self.every == 0:
-            with torch.no_grad():
-                self._measure_before(self._open)
+            self._open.measurement = m = self._probe.before(self.step)
+            if m.edited and self.every == 1:
+                self._event("edited", note="parameters changed between steps, outside the optimiser")
+            if self.estimator is not None and (self.step // self.every) % self.estimate_every == 0:
+                m.blocks = self._probe.gradients(self.estimator.layout)
 
     def after_step(self, loss: Any = None) -> None:
         """Measure the charges after the step and enter it in the books. `loss` (a number or tensor) is logged along.
@@ -152,8 +148,7 @@ class Ledger:
             self._event("skipped")
             return
         if now.measurement is not None:
-            with torch.no_grad():
-                self._measure_after(now)
+            self._probe.after(now.measurement)
             if loss is not None:
                 self.note(loss)
             now.measurement.loss = self._loss
@@ -167,95 +162,13 @@ class Ledger:
         """Keep the loss of the step under way, for `after_step` calls made by hooks."""
         self._loss = loss.detach() if isinstance(loss, Tensor) else loss
 
-    def _versions(self) -> list[int]:
-        return [sharding.local(p, True)._version for p in self._watched.values()]
-
-    def _measure_before(self, now: _Open) -> None:
-        group_of = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
-        found, steps = Collector(self.layout), self._optimizer_steps()
-        chained = self._tt is not None and now.versions == self._tt_versions
-        scale = getattr(self.optimizer, "grad_scale", None)
-        settings, shared = [], _Settings(self.rule)
-        for name, parameter in self._watched.items():
-            group, gradient = group_of.get(id(parameter)), parameter.grad
-            whole = name in self.layout.totals_only
-            tensors = {"theta": sharding.local(parameter, whole)}
-            if not chained:
-                found.add(name, tensors, lambda t: {"tt": (t["theta"], t["theta"])})
-            if group is None or gradient is None:
-                settings.append(shared.idle)
-                continue
-            state = self.optimizer.state.get(parameter, {})
-            c = shared.of(group, state, steps.get(name, 0.0), scale)
-            settings.append(c)
-            if self.rule.keeps_copy:
-                now.kept[name] = tensors["theta"].clone()
-            else:
-                tensors["grad"] = sharding.local(_dense(gradient), whole)
-                found.add(name, tensors | self._state(state, whole), partial(self.rule.before, c))
-            now.moving.add(name)
-        values = found.vectors()
-        if chained and self._tt is not None:
-            values["tt"] = self._tt
-        elif self._tt is not None and self.every == 1:
-            self._event("edited", note="parameters changed between steps, outside the optimiser")
-        lr = float(self.optimizer.param_groups[0].get("lr", float("nan")))
-        now.measurement = Measurement(self.step, values, settings, lr)
-        if self.estimator is not None and (self.step // self.every) % self.estimate_every == 0:
-            now.measurement.blocks = self._measure_blocks(self.estimator.layout)
-
-    def _measure_after(self, now: _Open) -> None:
-        measurement = now.measurement
-        assert measurement is not None
-        found = Collector(self.layout)
-        for (name, parameter), c in zip(self._watched.items(), measurement.settings, strict=True):
-            whole = name in self.layout.totals_only
-            tensors = {"theta": sharding.local(parameter, whole)}
-            if name not in now.moving:
-                found.add(name, tensors, _charge_after)
-                continue
-            if name in now.kept:
-                tensors["kept"] = now.kept.pop(name)
-            state = self._state(self.optimizer.state.get(parameter, {}), whole)
-            found.add(name, tensors | state, lambda t, c=c: _charge_after(t) | self.rule.after(c, t))  # type: ignore[misc]
-        measurement.values |= found.vectors()
-        self._tt, self._tt_versions = measurement.values["tt_after"], self._versions()
-
-    def _measure_blocks(self, layout: Layout) -> dict[str, Tensor]:
-        """`tt`, `tg`, `gg` per coordinate (or general_linear block), for the estimates."""
-        found = Collector(layout)
-        for name, parameter in self._watched.items():
-            tensors = {"t": sharding.local(parameter, False)}
-            if parameter.grad is not None:
-                tensors["g"] = sharding.local(_dense(parameter.grad), False)
-            names = ("tt", "tg", "gg") if "g" in tensors else ("tt",)
-            found.add(name, tensors, lambda t, names=names: {q: (t[q[0]], t[q[1]]) for q in names})  # type: ignore[misc]
-        return found.vectors()
-
-    def _state(self, state: Mapping[str, Any], whole: bool) -> dict[str, Tensor]:
-        wanted = ((k, state.get(k)) for k in self.rule.state_keys)
-        return {k: sharding.local(v, whole) for k, v in wanted if v is not None}
-
-    def _optimizer_steps(self) -> dict[str, float]:
-        """Steps already made per parameter, read with one transfer."""
-        found = {
-            n: self.optimizer.state[p]["step"]
-            for n, p in self._watched.items()
-            if "step" in self.optimizer.state.get(p, {})
-        }
-        tensors = [torch.as_tensor(s, dtype=torch.float64) for s in found.values()]
-        return dict(zip(found, torch.stack(tensors).tolist(), strict=True)) if tensors else {}
-
     # -- books --------------------------------------------------------------------------------------------------------
 
     def flush(self) -> None:
         """Close the books on the steps measured so far: one transfer from the device, one write to the log."""
         pending, self._pending = self._pending, []
         if pending:
-            names = sorted({q for m in pending for q in m.values})
-            zero = torch.zeros_like(pending[0].values["tt"])
-            stacked = torch.stack([torch.stack([m.values.get(q, zero) for m in pending]) for q in names])
-            values = dict(zip(names, self._gathered(stacked), strict=True))
+            values = self._probe.gathered([m.values for m in pending])
             books = close_books(self.rule, self.layout, values, [m.settings for m in pending])
             family, symmetry = books.mapped(self.index.to_family), books.mapped(self.index.to_symmetry)
             finite = np.isfinite(books.table).all(axis=(0, 2))
@@ -278,20 +191,10 @@ class Ledger:
             self._log.append(self._lines)
         self._lines = []
 
-    def _gathered(self, stacked: Tensor) -> np.ndarray:
-        """To the host in float64, summed over processes when parameters are sharded."""
-        if self._sharded:
-            weights = [
-                np.full(self.layout.sizes[n], sharding.share(p, n in self.layout.totals_only))
-                for n, p in self._watched.items()
-            ]
-            stacked = stacked.double() * torch.as_tensor(np.concatenate(weights), device=stacked.device)
-            torch.distributed.all_reduce(stacked)
-        return stacked.double().cpu().numpy()
-
     def _estimate(self, m: Measurement, row: dict[str, np.ndarray]) -> None:
         assert self.estimator is not None
-        values = {q: v.double().cpu().numpy() for q, v in m.blocks.items()}
+        sizes = list(self.estimator.layout.sizes.values())
+        values = dict(zip(m.blocks, tabulate([[row] for row in m.blocks.values()], sizes)[:, 0], strict=True))
         c = {k: v[0] for k, v in coefficient_arrays(self.rule, self.estimator.layout, [m.settings]).items()}
         columns = self.estimator.rows(values, c, row["second_order"])
         columns |= rotation_rows(self.layout, self.rule, row, m.settings)
@@ -373,7 +276,8 @@ class Ledger:
         """
         if state.get("format") != FORMAT:
             raise DataError(f"ledger state has format {state.get('format')!r}, this version reads {FORMAT}")
-        self._pending, self._open, self._tt = [], None, None
+        self._pending, self._open = [], None
+        self._probe.forget()
         self.step = int(state["step"])
         if self.estimator is not None and state["mean"] is not None:
             self.estimator.mean, self.estimator.weight = state["mean"].numpy().copy(), float(state["weight"])
@@ -419,7 +323,7 @@ class Ledger:
         for handle in self._handles[1:]:
             handle.remove()
         del self._handles[1:]
-        self._tt = None
+        self._probe.forget()
 
     def close(self) -> None:
         """Detach, flush and close the log and the sinks; `records()` and `estimates()` stay readable."""
@@ -442,30 +346,3 @@ class Ledger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _charge_after(t: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    return {"tt_after": (t["theta"], t["theta"])}
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient if gradient.layout is torch.strided else gradient.to_dense()
-
-
-class _Settings:
-    """The coefficients of one step, made once for all parameters that share them."""
-
-    def __init__(self, rule: Rule) -> None:
-        self.rule = rule
-        self.idle = dict.fromkeys(rule.coefficients, 0.0)
-        self._made: dict[tuple[Any, ...], dict[str, float]] = {}
-
-    def of(self, group: dict[str, Any], state: Mapping[str, Any], steps: float, scale: Any) -> dict[str, float]:
-        started = any(state.get(k) is not None for k in self.rule.state_keys)
-        key = (id(group), started, steps)
-        if key not in self._made:
-            c = self.rule.settings(group, state, steps)
-            if scale is not None and "sign" in c:
-                c["sign"] /= float(scale)
-            self._made[key] = c
-        return self._made[key]

@@ -1,69 +1,243 @@
-"""Inner products on the legs of a model's parameters, cheaply: cache-sized slices, no full-size temporaries."""
+"""What is read around one optimiser step: inner products on the legs of the watched parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from noetherflow.legs import accumulation_dtype
+from noetherflow.monitor import sharding
+from noetherflow.monitor.decompose import Rule
 from noetherflow.monitor.layout import Layout
 
-SLICE = 1 << 17
+SLICE = 1 << 19
+Value = float | Tensor
 PairsOf = Callable[[Mapping[str, Tensor]], Mapping[str, tuple[Tensor, Tensor]]]
 
 
-class Collector:
-    """Gathers inner products by name and parameter; `vectors()` lays them out as the layout's values.
+@dataclass
+class Measurement:
+    """One recorded step. `values[name][j]`: the inner products of parameter j (`tt`, `tt_after`: its charges).
 
-    A parameter that only needs totals over all its entries is read slice by slice, so that the several products of one
-    slice come out of the cache; on a CPU the slices' sums are added in double precision.
+    A value stays a tensor on the weights' device until the books are closed; on a CPU totals are plain numbers.
+    `settings`: the rule's coefficients per parameter. `blocks`: values for the estimates, empty where none are due.
     """
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
-        self.values: dict[str, dict[str, float | Tensor]] = {}
+    step: int
+    lr: float
+    values: dict[str, list[Value]]
+    settings: list[dict[str, float]]
+    loss: Any = None
+    blocks: dict[str, list[Value]] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    moving: set[str] = field(default_factory=set)
+    edited: bool = False
 
-    def add(self, name: str, tensors: Mapping[str, Tensor], pairs_of: PairsOf) -> None:
-        """Measure the pairs that `pairs_of` makes of one parameter's tensors, all of the parameter's shape."""
-        if name in self.layout.totals_only and all(_plain(t) for t in tensors.values()):
-            flat = {k: t.view(-1) for k, t in tensors.items()}
-            self._add_sliced(name, flat, pairs_of)
-            return
-        for q, (a, b) in pairs_of({k: accumulation_dtype(t) for k, t in tensors.items()}).items():
-            self.values.setdefault(q, {})[name] = self.layout.inner(name, a, b)
 
-    def _add_sliced(self, name: str, flat: Mapping[str, Tensor], pairs_of: PairsOf) -> None:
-        theta = next(iter(flat.values()))
-        if theta.device.type != "cpu":
-            for q, (a, b) in pairs_of(flat).items():
-                self.values.setdefault(q, {})[name] = torch.dot(a, b)
-            return
-        sums: dict[str, float] = {}
-        for start in range(0, theta.numel(), SLICE):
-            part = flat if theta.numel() <= SLICE else {k: t[start : start + SLICE] for k, t in flat.items()}
-            for q, (a, b) in pairs_of(part).items():
-                sums[q] = sums.get(q, 0.0) + torch.dot(a, b).item()
-        for q, value in sums.items():
-            self.values.setdefault(q, {})[name] = value
+class Probe:
+    """Reads weights, gradients and optimiser state before and after a step, each no more often than the rule asks.
 
-    def vectors(self) -> dict[str, Tensor]:
-        """One vector `[n_values]` per name; parameters without a value count zero."""
-        return {q: self._vector(by_name) for q, by_name in self.values.items()}
+    The charges after one step are the charges before the next as long as nobody writes to the weights in between.
+    """
 
-    def _vector(self, by_name: Mapping[str, float | Tensor]) -> Tensor:
-        sizes = self.layout.sizes
-        if all(isinstance(v, float) for v in by_name.values()) and len(self.layout.totals_only) == len(sizes):
-            return torch.from_numpy(np.array([by_name.get(n, 0.0) for n in sizes]))
-        device = next((v.device for v in by_name.values() if isinstance(v, Tensor)), torch.device("cpu"))
-        parts = [
-            torch.as_tensor(by_name.get(n, 0.0), dtype=torch.float64, device=device).reshape(-1).expand(size)
-            for n, size in sizes.items()
-        ]
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+    def __init__(
+        self, layout: Layout, rule: Rule, optimizer: torch.optim.Optimizer, watched: Mapping[str, nn.Parameter]
+    ) -> None:
+        self.layout, self.rule, self.optimizer, self.watched = layout, rule, optimizer, watched
+        self.sharded = any(sharding.is_sharded(p) for p in watched.values())
+        self._charges: list[Value] | None = None
+        self._seen: list[int] = []
+
+    def forget(self) -> None:
+        """Do not rely on the charges of the last step."""
+        self._charges = None
+
+    @torch.no_grad()
+    def before(self, step: int) -> Measurement:
+        """The part of a measurement that needs the weights, gradients and state before the step."""
+        group_of = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        steps, settings = self._steps_made(), _Settings(self.rule, getattr(self.optimizer, "grad_scale", None))
+        chained = self._charges is not None and self._versions() == self._seen
+        now = Measurement(step, float(self.optimizer.param_groups[0].get("lr", float("nan"))), self._blank(), [])
+        now.edited = self._charges is not None and not chained
+        for j, (name, parameter) in enumerate(self.watched.items()):
+            group, gradient = group_of.get(id(parameter)), parameter.grad
+            whole = name in self.layout.totals_only
+            tensors = {"theta": sharding.local(parameter, whole)}
+            if not chained:
+                self._enter(now.values, j, name, tensors, _charge_before)
+            if group is None or gradient is None:
+                now.settings.append(settings.idle)
+                continue
+            state = self.optimizer.state.get(parameter, {})
+            c = settings.of(group, state, steps.get(name, 0.0))
+            now.settings.append(c)
+            now.moving.add(name)
+            if self.rule.keeps_copy:
+                now.kept[name] = tensors["theta"].clone()
+            else:
+                tensors["grad"] = sharding.local(_dense(gradient), whole)
+                self._enter(now.values, j, name, tensors | self._state(state, whole), partial(self.rule.before, c))
+        if chained and self._charges is not None:
+            now.values["tt"] = self._charges
+        return now
+
+    @torch.no_grad()
+    def after(self, now: Measurement) -> None:
+        """Complete a measurement once the step is made."""
+        for j, ((name, parameter), c) in enumerate(zip(self.watched.items(), now.settings, strict=True)):
+            whole = name in self.layout.totals_only
+            tensors = {"theta": sharding.local(parameter, whole)}
+            if name in now.kept:
+                tensors["kept"] = now.kept.pop(name)
+            pairs_of: PairsOf = _charge_after
+            if name in now.moving:
+                tensors |= self._state(self.optimizer.state.get(parameter, {}), whole)
+                pairs_of = partial(_charge_and, self.rule, c)
+            self._enter(now.values, j, name, tensors, pairs_of)
+        self._charges, self._seen = now.values["tt_after"], self._versions()
+
+    @torch.no_grad()
+    def gradients(self, layout: Layout) -> dict[str, list[Value]]:
+        """`tt`, `tg`, `gg` on another layout's legs, for the estimates."""
+        values: dict[str, list[Value]] = {q: [0.0] * len(self.watched) for q in ("tt", "tg", "gg")}
+        for j, (name, parameter) in enumerate(self.watched.items()):
+            tensors = {"t": sharding.local(parameter, False)}
+            if parameter.grad is not None:
+                tensors["g"] = sharding.local(_dense(parameter.grad), False)
+            for q, value in inner_products(layout, name, tensors, _squares).items():
+                values[q][j] = value
+        return values
+
+    def gathered(self, values: Sequence[Mapping[str, list[Value]]]) -> dict[str, np.ndarray]:
+        """All values of the given steps as float64 `[T, n_values]` by name: one transfer, summed over processes."""
+        names = list(values[0])
+        table = tabulate([[row[q] for row in values] for q in names], list(self.layout.sizes.values()))
+        if self.sharded:
+            shares = [sharding.share(p, n in self.layout.totals_only) for n, p in self.watched.items()]
+            device = next(iter(self.watched.values())).device
+            total = torch.as_tensor(table * np.repeat(shares, list(self.layout.sizes.values())), device=device)
+            torch.distributed.all_reduce(total)
+            table = total.cpu().numpy()
+        return dict(zip(names, table, strict=True))
+
+    def _blank(self) -> dict[str, list[Value]]:
+        return {q: [0.0] * len(self.watched) for q in (*self.rule.quantities, "tt_after")}
+
+    def _enter(
+        self, values: dict[str, list[Value]], j: int, name: str, tensors: Mapping[str, Tensor], pairs_of: PairsOf
+    ) -> None:
+        for q, value in inner_products(self.layout, name, tensors, pairs_of).items():
+            values[q][j] = value
+
+    def _versions(self) -> list[int]:
+        return [sharding.local(p, True)._version for p in self.watched.values()]
+
+    def _state(self, state: Mapping[str, Any], whole: bool) -> dict[str, Tensor]:
+        wanted = ((k, state.get(k)) for k in self.rule.state_keys)
+        return {k: sharding.local(v, whole) for k, v in wanted if v is not None}
+
+    def _steps_made(self) -> dict[str, float]:
+        """Steps the optimiser has made per parameter, read with one transfer."""
+        states = {n: self.optimizer.state.get(p, {}).get("step") for n, p in self.watched.items()}
+        found = {n: torch.as_tensor(s) for n, s in states.items() if s is not None}
+        device = next((s.device for s in found.values() if s.device.type != "cpu"), None)
+        if device is None:
+            return {n: s.item() for n, s in found.items()}
+        return dict(zip(found, torch.stack([s.to(device) for s in found.values()]).tolist(), strict=True))
+
+
+def inner_products(layout: Layout, name: str, tensors: Mapping[str, Tensor], pairs_of: PairsOf) -> Mapping[str, Value]:
+    """`<a, b>` on the legs of one parameter, for every pair that `pairs_of` makes of tensors of its shape.
+
+    A parameter that needs only totals is read in slices, so that what `pairs_of` forms stays in the cache and is never
+    as large as the parameter; on a CPU the sums of slices are added in double precision.
+    """
+    if name not in layout.totals_only or not all(_plain(t) for t in tensors.values()):
+        wide = {k: accumulation_dtype(t) for k, t in tensors.items()}
+        return layout.inner(name, pairs_of(wide))
+    flat = {k: t.view(-1) for k, t in tensors.items()}
+    theta = next(iter(flat.values()))
+    if theta.device.type != "cpu":
+        return {q: torch.dot(a, b) for q, (a, b) in pairs_of(flat).items()}
+    if theta.numel() <= SLICE:
+        return {q: torch.dot(a, b).item() for q, (a, b) in pairs_of(flat).items()}
+    sums: dict[str, Value] = {}
+    for start in range(0, theta.numel(), SLICE):
+        for q, (a, b) in pairs_of({k: t[start : start + SLICE] for k, t in flat.items()}).items():
+            sums[q] = sums.get(q, 0.0) + torch.dot(a, b).item()
+    return sums
+
+
+def tabulate(rows: Sequence[Sequence[Sequence[Value]]], sizes: Sequence[int]) -> np.ndarray:
+    """`rows[q][t][j]`, `sizes[j]` numbers each (a plain number stands for all of them), as float64 `[q, t, n]`."""
+    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(int)
+    tensors: list[Tensor] = []
+    places: list[tuple[int, int, int]] = []
+    for q, steps in enumerate(rows):
+        for t, row in enumerate(steps):
+            for j, value in enumerate(row):
+                if isinstance(value, Tensor):
+                    tensors.append(value.reshape(-1))
+                    places.append((q, t, j))
+    if not tensors and all(s == 1 for s in sizes):
+        return np.array(rows, dtype=np.float64).reshape(len(rows), -1, len(sizes))
+    table = np.zeros((len(rows), len(rows[0]), starts[-1]))
+    for q, steps in enumerate(rows):
+        for t, row in enumerate(steps):
+            table[q, t] = np.repeat([v if isinstance(v, float) else 0.0 for v in row], sizes)
+    host = torch.cat(tensors).double().cpu().numpy() if tensors else np.zeros(0)
+    end = 0
+    for q, t, j in places:
+        table[q, t, starts[j] : starts[j + 1]] = host[end : end + sizes[j]]
+        end += sizes[j]
+    return table
+
+
+class _Settings:
+    """The coefficients of one step, made once for all parameters that share them."""
+
+    def __init__(self, rule: Rule, scale: Any) -> None:
+        self.rule, self.scale = rule, scale
+        self.idle = dict.fromkeys(rule.coefficients, 0.0)
+        self._made: dict[tuple[Any, ...], dict[str, float]] = {}
+
+    def of(self, group: dict[str, Any], state: Mapping[str, Any], steps: float) -> dict[str, float]:
+        started = any(state.get(k) is not None for k in self.rule.state_keys)
+        key = (id(group), started, steps)
+        if key not in self._made:
+            c = self.rule.settings(group, state, steps)
+            if self.scale is not None and "sign" in c:
+                c["sign"] /= float(self.scale)
+            self._made[key] = c
+        return self._made[key]
+
+
+def _charge_before(t: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    return {"tt": (t["theta"], t["theta"])}
+
+
+def _charge_after(t: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    return {"tt_after": (t["theta"], t["theta"])}
+
+
+def _charge_and(rule: Rule, c: Mapping[str, float], t: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    return _charge_after(t) | rule.after(c, t)
+
+
+def _squares(t: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    return {q: (t[q[0]], t[q[1]]) for q in ("tt", "tg", "gg") if q[1] in t}
 
 
 def _plain(tensor: Tensor) -> bool:
     return tensor.is_contiguous() and tensor.dtype in (torch.float32, torch.float64)
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient if gradient.layout is torch.strided else gradient.to_dense()
