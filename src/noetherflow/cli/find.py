@@ -43,4 +43,4 @@ def find(
     printed = tables.out()
     tables.symmetries(printed, syms, title=model)
     if certificate is not None:
-        printed.print(str(certificate), markup=False)
+        printed.print(str(certificate), markup=False, soft_wrap=True)

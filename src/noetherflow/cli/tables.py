@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,10 +12,15 @@ from rich.table import Table
 from noetherflow.report.page import show
 from noetherflow.symmetry_set import SymmetrySet
 
+PIPED_WIDTH = 240
+
 
 def out() -> Console:
-    """The console for results (standard output)."""
-    return Console(highlight=False)
+    """The console for results (standard output); in a pipe or file lines are not cut at 80 characters."""
+    console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = PIPED_WIDTH
+    return console
 
 
 def of_rows(console: Console, rows: Sequence[Mapping[str, Any]], title: str) -> None:

@@ -45,7 +45,8 @@ def load_hf(path: str | Path, device: str = "meta") -> tuple[nn.Module, Any]:
 
 
 def example_inputs(model: nn.Module) -> dict[str, Tensor]:
-    """Inputs of the right form for a transformers model: token ids, pixels or audio features by its main input.
+    """Inputs of the right form for a transformers model: token ids, pixels or audio features by its main input
+    (both for two-tower models).
 
     Raises DataError when the main input is of another kind.
     """
@@ -53,20 +54,30 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
     main = getattr(model, "main_input_name", "input_ids")
     rng = torch.Generator().manual_seed(0)
     if main == "pixel_values":
-        size = getattr(config, "image_size", None) or 224
-        height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        shape = (BATCH, getattr(config, "num_channels", 3), height, width)
-        inputs = {"pixel_values": torch.randn(shape, generator=rng)}
+        inputs = {"pixel_values": _pixels(config, rng)}
     elif main == "input_features":
         frames = 2 * config.max_source_positions
         inputs = {"input_features": torch.randn(BATCH, config.num_mel_bins, frames, generator=rng)}
     elif main == "input_ids":
         inputs = {"input_ids": _tokens(config, rng)}
+        if _two_towers(config):
+            inputs["pixel_values"] = _pixels(config.vision_config, rng)
     else:
         raise DataError(f"{type(model).__name__} takes {main!r}; pass a package.module:factory instead of a config")
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = _tokens(config, rng)
     return inputs
+
+
+def _pixels(config: Any, rng: torch.Generator) -> Tensor:
+    size = getattr(config, "image_size", None) or 224
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    return torch.randn((BATCH, getattr(config, "num_channels", 3), height, width), generator=rng)
+
+
+def _two_towers(config: Any) -> bool:
+    """An image and a text encoder side by side (CLIP); image tokens within the text are optional and left out."""
+    return hasattr(config, "vision_config") and hasattr(config, "text_config") and not hasattr(config, "image_token_id")
 
 
 def _tokens(config: Any, rng: torch.Generator) -> Tensor:
