@@ -6,16 +6,21 @@ Every form stands for `G_i`, the gradient of sample `i` with respect to the oper
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from noetherflow.moments.target import SidedLeg, Target, stacked, wide
+from noetherflow.moments.target import Target, gram, wide
 
-# Time of one element moved through the cache, in floating-point operations of a matrix product.
-MOVE = 16.0
+# Explicit gradients are made this many entries at a time: on a CPU they should stay in cache.
+CHUNK_ENTRIES = {"cpu": 1 << 20}
+CHUNK_ENTRIES_ELSEWHERE = 1 << 24
+# One pass over one entry of an explicit gradient, in floating-point operations of a matrix product: 0.05 to 0.06 ns
+# against 190 per ns in `benchmarks.moments` terms (2 cores, 2^20 entries).
+PASS = 10.0
 
 
 class Form(ABC):
@@ -31,9 +36,15 @@ class Form(ABC):
     def total(self) -> Tensor:
         """`sum_i G_i`, the operand's shape."""
 
-    @abstractmethod
     def accumulate(self, target: Target, lo: int, hi: int) -> None:
-        """Add samples `lo .. hi - 1` to everything the target wants; the operand is the whole parameter."""
+        """Add samples `lo .. hi - 1` to everything the target wants; the operand is the whole parameter.
+
+        Here by explicit gradients, which `dense` must have made afresh.
+        """
+        limit = CHUNK_ENTRIES.get(target.need.device.type, CHUNK_ENTRIES_ELSEWHERE)
+        step = max(1, limit // target.need.shape.numel())
+        for i in range(lo, hi, step):
+            target.add_dense(self.dense(i, min(i + step, hi)), scratch=True)
 
     @abstractmethod
     def scale(self) -> Tensor:
@@ -98,93 +109,78 @@ class Outer(Form):
         return self.left.to(self.dtype).norm() * self.right.to(self.dtype).norm()
 
     def accumulate(self, target: Target, lo: int, hi: int) -> None:
+        tokens, m, n = self.left.shape[1], self.left.shape[2], self.right.shape[2]
+        factored = (
+            _add_rank_one if tokens == 1 else _add_token_grams if prefer_token_grams(target, tokens, m, n) else None
+        )
+        if factored is None:
+            super().accumulate(target, lo, hi)
+            return
         left, right = self._slice(lo, hi)
-        tokens, m, n = left.shape[1], left.shape[2], right.shape[2]
-        if tokens == 1:
-            _add_rank_one(target, left[:, 0], right[:, 0])
-        elif prefer_token_grams(target, tokens, m, n):
-            target.gradient.view(m, n).addmm_(left.flatten(0, 1).mT, right.flatten(0, 1))
-            add_token_grams(target, left, right)
-        else:
-            buffer = torch.empty(m, n, dtype=self.dtype, device=left.device)
-            add_one_by_one(target, hi - lo, lambda i: torch.mm(left[i].mT, right[i], out=buffer))
+        target.gradient.view(m, n).addmm_(left.flatten(0, 1).mT, right.flatten(0, 1))
+        factored(target, left, right)
 
 
 def _add_rank_one(target: Target, left: Tensor, right: Tensor) -> None:
     """One token per sample, `G = l r^T`: `E[G_oi^2] = sum l_o^2 r_i^2`, and Grams weighted by the other side's norm."""
-    m, n = left.shape[1], right.shape[1]
-    target.gradient.view(m, n).addmm_(left.mT, right)
-    split = target.need.split(m)
+    left, right = left.flatten(0, 1), right.flatten(0, 1)
+    split = target.need.split(left.shape[1])
     if target.squares is not None:
-        target.squares.view(m, n).addmm_(left.square().mT, right.square())
-    elif split.mixed_torus:
-        target.add_squares((left.square().mT @ right.square()).view(target.need.shape))
+        target.squares.view(left.shape[1], -1).addmm_(left.square().mT, right.square())
+    elif any(leg.torus for leg in split.mixed):
+        target.add_torus_legs(left.square().mT @ right.square())
     else:
-        _add_sided(target, split.torus, left, right)
-    _add_sided(target, split.linear, left, right)
-    if split.mixed_linear:
-        for i in range(len(left)):
-            gradient = torch.outer(left[i], right[i]).view(*target.need.shape, 1)
-            target.add_grams(gradient, split.mixed_linear)
+        target.add_side(split.rows, lambda: _weighted_squares(left, right))
+        target.add_side(split.columns, lambda: _weighted_squares(right, left))
+    for legs, own, other in ((split.rows, left, right), (split.columns, right, left)):
+        for leg in legs:
+            if not leg.torus:
+                norms = torch.linalg.vector_norm(other, dim=1, keepdim=True)
+                target.add_leg(leg, gram(leg.unfold(own * norms)))
+    for leg in split.mixed:
+        if not leg.torus:
+            for a, b in zip(left, right, strict=True):
+                target.add_leg(leg, gram(leg.unfold(torch.outer(a, b).view(1, -1))))
 
 
-def _add_sided(target: Target, legs: Sequence[SidedLeg], left: Tensor, right: Tensor) -> None:
-    for side, own, other in (("rows", left, right), ("columns", right, left)):
-        here = [(need, leg) for need, s, leg in legs if s == side]
-        if here:
-            norms = torch.linalg.vector_norm(other, dim=1, keepdim=True)
-            weighted = own * norms
-            squares = weighted.square_().sum(0) if here[0][0].torus else weighted
-            for need, leg in here:
-                target.add_leg(need, leg.row_sums(squares) if need.torus else stacked(leg).gram(weighted.mT))
+def _weighted_squares(own: Tensor, other: Tensor) -> Tensor:
+    """`sum_i own_i^2 |other_i|^2`."""
+    return torch.mv(own.square().mT, torch.linalg.vector_norm(other, dim=1).square_())
 
 
 def prefer_token_grams(target: Target, tokens: int, m: int, n: int) -> bool:
     """Whether `tokens x tokens` Grams cost less than one explicit `m x n` gradient per sample.
 
-    Both also pay `2 tokens m n` for the summed gradient. Direct: the elementwise passes over `m n` (gradient, square)
-    and `2 m n dim` per general-linear leg. Token Grams: `2 tokens^2 (m + n)` per side, `2 tokens m dim` per linear leg.
+    Both also pay `2 tokens m n` for the summed gradient. Direct: passes over the `m n` entries (one for the sum, one
+    for rows, two for columns) and `2 m n dim` per general-linear leg. Token Grams: `2 tokens^2 (m + n)` per side and
+    `2 tokens m dim` per linear leg, and passes over their factors.
     """
     split = target.need.split(m)
-    if target.need.entries or not split.separable:
+    if target.need.entries or split.mixed:
         return False
-    sides = {side for _, side, _ in (*split.torus, *split.linear)}
-    direct = MOVE * m * n + sum(2 * m * n * leg.dim for _, _, leg in split.linear)
-    grams = 2 * tokens**2 * (m + n) * len(sides) + MOVE * tokens * (tokens + m + n)
-    grams += sum(2 * tokens * (m if side == "rows" else n) * leg.dim for _, side, leg in split.linear)
+    direct, grams = PASS * m * n, 0.0
+    for legs, own, passes in ((split.rows, m, 1), (split.columns, n, 2)):
+        dims = [leg.shape[1] for leg in legs if not leg.torus]
+        direct += 2 * m * n * sum(dims) + (PASS * passes * m * n if len(dims) < len(legs) else 0)
+        grams += 2 * tokens * own * sum(dims)
+        grams += (2 * tokens**2 * (m + n) + PASS * tokens * (tokens + 2 * own)) if legs else 0
     return grams < direct
 
 
-def add_token_grams(target: Target, left: Tensor, right: Tensor) -> None:
+def _add_token_grams(target: Target, left: Tensor, right: Tensor) -> None:
     """`G = l^T r` over tokens: `G G^T = l^T (r r^T) l`, so rows need the token Gram of `right`."""
     split = target.need.split(left.shape[2])
-    for side, own, other in (("rows", left, right), ("columns", right, left)):
-        torus = [(need, leg) for need, s, leg in split.torus if s == side]
-        linear = [(need, leg) for need, s, leg in split.linear if s == side]
-        if torus or linear:
+    for legs, own, other in ((split.rows, left, right), (split.columns, right, left)):
+        if legs:
             weighted = other @ other.mT @ own
-            sums = (weighted * own).sum((0, 1))
-            for need, leg in torus:
-                target.add_leg(need, leg.row_sums(sums))
-            for need, leg in linear:
-                wide_leg = stacked(leg)
-                flat = (t.flatten(0, 1).mT for t in (weighted, own))
-                a, b = (wide_leg.unfold(t) for t in flat)
-                target.add_leg(need, a @ b.mT)
+            target.add_side(legs, partial(_inner, own, weighted))
+            for leg in legs:
+                if not leg.torus:
+                    target.add_leg(leg, leg.unfold(weighted.flatten(0, 1)) @ leg.unfold(own.flatten(0, 1)).mT)
 
 
-def add_one_by_one(target: Target, samples: int, gradient: Callable[[int], Tensor]) -> None:
-    """One explicit gradient at a time, small enough to stay in cache."""
-    shape = target.need.shape
-    squares = torch.zeros_like(target.gradient) if target.squares is None else target.squares
-    for i in range(samples):
-        g = gradient(i).reshape(shape)
-        target.gradient.add_(g)
-        squares.addcmul_(g, g)
-        if target.need.grams:
-            target.add_grams(g.unsqueeze(-1))
-    if target.squares is None:
-        target.add_squares(squares)
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum((0, 1))
 
 
 @dataclass(eq=False)
@@ -216,8 +212,8 @@ class Lookup(Form):
 
     def accumulate(self, target: Target, lo: int, hi: int) -> None:
         split = target.need.split(self.rows)
-        if split.mixed_linear or split.mixed_torus or any(side == "rows" for _, side, _ in split.linear):
-            add_one_by_one(target, hi - lo, lambda i: self.dense(lo + i, lo + i + 1)[0])
+        if split.mixed or any(not leg.torus for leg in split.rows):
+            super().accumulate(target, lo, hi)
             return
         index, per_token = self.index[lo:hi], self.delta[lo:hi].flatten(0, 1)
         target.gradient.index_add_(0, index.flatten(), per_token)
@@ -226,12 +222,11 @@ class Lookup(Form):
         if target.squares is not None:
             target.squares.index_add_(0, tokens, squares)
         else:
-            by_row = squares.new_zeros(self.rows).index_add_(0, tokens, squares.sum(1))
-            by_column = squares.sum(0)
-            for need, side, leg in split.torus:
-                target.add_leg(need, leg.row_sums(by_row if side == "rows" else by_column))
-        for need, _, leg in split.linear:
-            target.add_leg(need, stacked(leg).gram(merged.mT))
+            target.add_side(split.rows, lambda: squares.new_zeros(self.rows).index_add_(0, tokens, squares.sum(1)))
+            target.add_side(split.columns, lambda: squares.sum(0))
+        for leg in split.columns:
+            if not leg.torus:
+                target.add_leg(leg, gram(leg.unfold(merged)))
 
     def _merge_repeats(self, index: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """`(row of slot, gradient of slot)`: one slot per distinct (sample, row), the unused slots zero."""
@@ -278,9 +273,9 @@ class Convolution(Form):
             target.gradient.add_(self._gradient(lo, hi))
             for i in range(lo, hi):
                 left = self.delta[i].flatten(2).movedim(1, 2).reshape(1, -1, m)
-                add_token_grams(target, left, self._patches(self.x[i]).reshape(1, -1, n))
+                _add_token_grams(target, left, self._patches(self.x[i]).reshape(1, -1, n))
         else:
-            add_one_by_one(target, hi - lo, lambda i: self._gradient(lo + i, lo + i + 1))
+            super().accumulate(target, lo, hi)
 
     def _patches(self, x: Tensor) -> Tensor:
         """`[fold, *output positions, channels, *kernel]`."""
@@ -319,6 +314,3 @@ class Blocks(Form):
 
     def scale(self) -> Tensor:
         return self.left.norm() * self.right.norm()
-
-    def accumulate(self, target: Target, lo: int, hi: int) -> None:
-        add_one_by_one(target, hi - lo, lambda i: self.dense(lo + i, lo + i + 1)[0])

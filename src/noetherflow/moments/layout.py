@@ -29,7 +29,7 @@ class Layout:
         if self.span > 1:
             tensor = tensor.flatten(self.axis, self.axis + self.span - 1)
         if self.fold == "whole":
-            return tensor.movedim(self.axis, 0)
+            return tensor.movedim(self.axis, 0) if self.axis else tensor
         if self.fold == "major":
             return tensor.unflatten(self.axis, (samples, -1)).movedim(self.axis, 0)
         return tensor.unflatten(self.axis, (-1, samples)).movedim(self.axis + 1, 0)

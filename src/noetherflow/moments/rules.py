@@ -440,10 +440,8 @@ for _nd, _conv, _transposed in (
     )(_convolution(_nd, True))
 
 
-def spread(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """Arguments with the attention mask (relative position bias) expanded to one copy per sample; else None."""
-    if func is not F.scaled_dot_product_attention:
-        return None
+def spread(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """Attention's arguments with the mask (relative position bias) expanded to one copy per sample; None without."""
     names = ("query", "key", "value", "attn_mask")
     a = {**dict(zip(names, args, strict=False)), **kwargs}
     mask, query, key = a.get("attn_mask"), a["query"], a["key"]

@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -84,7 +85,7 @@ class Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         saved = ctx.saved_tensors
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with torch._C.DisableTorchFunction():
             ctx.arrive(gradients[0], saved)
         return (gradients[0], None, None, *(None for _ in saved))
 
@@ -106,7 +107,7 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
         if isinstance(v, Tensor):
             found.append(v)
         elif isinstance(v, list | tuple):
-            found += _tensors(v)
+            found.extend(_tensors(v))
     return found
 
 
@@ -145,8 +146,8 @@ class Recorder(TorchFunctionMode):
         self.trace = Trace()
         self.anchor = torch.zeros((), requires_grad=True)  # its gradient is asked for, so that every tap runs
         self._names = {id(t): n for n, t in roots.items()}
-        self._made: dict[int, Tensor] = {}
-        self._origin: dict[int, frozenset[str]] = {}
+        self._made: dict[int, Tensor] = {}  # kept, so that no other tensor gets their id
+        self._origin = {key: frozenset((n,)) for key, n in self._names.items()}
         self._arrive, self._shared, self._leaf = arrive, shared, leaf
         self._before: Counter[tuple[str, tuple[str, ...]]] = Counter()
         self._recording = True
@@ -155,51 +156,53 @@ class Recorder(TorchFunctionMode):
         """From now on (the backward, where checkpoints recompute) calls are tapped but not recorded."""
         self._recording = False
 
-    def _owned(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and self._find(value) is not None
-
     def _find(self, tensor: Tensor) -> frozenset[str] | None:
         """Names of the parameters a tensor is made from, or None."""
-        name = self._names.get(id(tensor))
-        if name is None and isinstance(tensor, nn.Parameter) and tensor.requires_grad:
-            name = self._stand_in(tensor)
-        if name is not None:
-            return frozenset((name,))
-        made = self._origin.get(id(tensor))
-        if made is not None:
-            return made
-        base = tensor._base if tensor.requires_grad and tensor._is_view() else None
+        found = self._origin.get(id(tensor))
+        if found is not None or not tensor.requires_grad:
+            return found
+        if tensor.is_leaf:
+            return self._stand_in(tensor) if isinstance(tensor, nn.Parameter) else None
+        base = tensor._base
         return None if base is None else self._find(base)
 
-    def _stand_in(self, tensor: Tensor) -> str | None:
+    def _stand_in(self, tensor: Tensor) -> frozenset[str] | None:
         """The name under which a sharded model holds this gathered parameter just now."""
         for name, held in self._model.named_parameters(remove_duplicate=False):
             if held is tensor and name in self.roots:
                 self._names[id(tensor)], self.roots[name] = name, tensor
-                return name
+                return self._origin.setdefault(id(tensor), frozenset((name,)))
         return None
 
     def _source(self, tensor: Tensor) -> Source:
         names = self._find(tensor) or frozenset()
-        base = tensor._base if tensor._is_view() and id(tensor) not in self._names else tensor
-        view_of = self._names.get(id(base)) if _is_plain_view(tensor) else None
-        return Source(tensor, names, view_of)
+        if id(tensor) in self._names:
+            return Source(tensor, names, self._names[id(tensor)])
+        base = tensor._base if tensor._is_view() else tensor
+        return Source(tensor, names, self._names.get(id(base)) if _is_plain_view(tensor) else None)
 
     def __torch_function__(self, func: Any, types_: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled():
+        if type(func) is types.MethodWrapperType or not torch.is_grad_enabled():  # an attribute, at most a view
             return func(*args, **kwargs)
-        tensors = _tensors((*args, *kwargs.values()) if kwargs else args)
-        operands = [t for t in tensors if self._find(t) is not None]
-        if not operands:
+        owned: dict[int, frozenset[str]] = {}
+        activations = others = False
+        for t in _tensors((*args, *kwargs.values()) if kwargs else args):
+            names = self._find(t)
+            if names is not None:
+                owned[id(t)] = names
+            else:
+                others = True
+                activations = activations or t.requires_grad
+        if not owned:
             return func(*args, **kwargs)
-        with self:
-            spreaded = spread(func, args, kwargs)
-        if spreaded is not None:
-            return func(**spreaded)
-        activations = any(t.requires_grad and self._find(t) is None for t in tensors)
-        if activations or len(operands) < len(tensors) or func in SPREADING:
-            call = match(self._owned, func, args, kwargs)
+        if func is F.scaled_dot_product_attention:
+            with self:
+                spreaded = spread(args, kwargs)
+            if spreaded is not None:
+                return func(**spreaded)
+        if others or func in SPREADING:
+            call = match(lambda v: id(v) in owned, func, args, kwargs)
             if call is not None:
                 sources = tuple(self._source(s.operand) for s in call.sites)
                 kind = (getattr(func, "__name__", str(func)), tuple(sorted(set().union(*(s.names for s in sources)))))
@@ -213,7 +216,7 @@ class Recorder(TorchFunctionMode):
         out = func(*args, **kwargs)
         made = [t for t in _tensors((out,)) if t.requires_grad]
         if made:
-            names = frozenset().union(*(self._find(t) or () for t in operands))
+            names = frozenset().union(*owned.values())
             if activations:
                 for n in names:
                     self.trace.uncovered.setdefault(n, set()).add(getattr(func, "__name__", str(func)))
@@ -232,15 +235,19 @@ class Recorder(TorchFunctionMode):
         kwargs: Any,
         certain: bool,
     ) -> Any:
-        if not any(n in self._measured for n in call_id[1]):
+        if self._measured.isdisjoint(call_id[1]):
             return func(*args, **kwargs)
-        leaves = tuple(s.operand.detach().requires_grad_(self._leaf) for s in call.sites)
+        leaves = tuple(s.operand.detach() for s in call.sites)
+        if self._leaf:
+            for leaf in leaves:
+                leaf.requires_grad_()
         replaced = {id(s.operand): leaf for s, leaf in zip(call.sites, leaves, strict=True)}
-        out = func(*(replaced.get(id(a), a) for a in args), **{k: replaced.get(id(a), a) for k, a in kwargs.items()})
+        given = {k: replaced.get(id(a), a) for k, a in kwargs.items()} if kwargs else kwargs
+        out = func(*[replaced.get(id(a), a) for a in args], **given)
         view = call.seen
         seen = view(out)
         use = Use(call_id, call.sites, sources, leaves, seen.shape, tuple(call.sample_axes(seen)), certain)
         if self._recording:
             self.trace.uses.append(use)
-        saved = (t.detach() for t in call.saved)
+        saved = [t.detach() for t in call.saved]
         return Tap.apply(out, self.anchor, lambda delta, kept: self._arrive(use, view(delta), kept), *saved)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from math import prod
-from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,95 +14,103 @@ from noetherflow.legs import Leg
 from noetherflow.moments.result import GradientMoments
 from noetherflow.symmetry_set import SymmetrySet
 
-Side = Literal["rows", "columns"]
-SidedLeg = tuple["LegNeed", Side, Leg]
-
 
 @dataclass(frozen=True, eq=False)
-class LegNeed:
-    """One leg whose Gram `E[dX dX^T]` is wanted: leg number `position` of symmetry `symmetry`."""
+class SideLeg:
+    """Leg number `position` of a symmetry, on a vector (one side of a matrix, or a whole parameter flattened).
+
+    `shape` `(blocks, dim, entries)`: each coordinate is carried by `entries` entries of the vector, listed in `order`;
+    None if they come one coordinate after the other.
+    """
 
     symmetry: str
     position: int
-    leg: Leg
     torus: bool
+    shape: tuple[int, int, int]
+    order: Tensor | None
+
+    def sums(self, values: Tensor) -> Tensor:
+        """`[size]` summed over the entries of each coordinate: `[blocks * dim]`."""
+        picked = values if self.order is None else values[self.order]
+        return picked if self.shape[2] == 1 else picked.view(-1, self.shape[2]).sum(1)
+
+    def unfold(self, vectors: Tensor) -> Tensor:
+        """`[vectors, size]` as `[blocks, dim, vectors * entries]`."""
+        picked = vectors if self.order is None else vectors[:, self.order]
+        return picked.reshape(-1, *self.shape).permute(1, 2, 0, 3).reshape(*self.shape[:2], -1)
+
+    def row_gram(self, matrices: Tensor) -> Tensor:
+        """`sum_k X_k X_k^T` of the rows of matrices `[k, size, columns]`."""
+        picked = matrices if self.order is None else matrices[:, self.order]
+        x = picked.reshape(len(matrices), *self.shape[:2], -1)
+        return (x @ x.mT).sum(0)
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Legs of a parameter read as a matrix: on one side (with the leg restated on that side alone), or mixing both."""
+    """Legs of a parameter read as a matrix: on its rows, on its columns, or mixing both (on all its entries)."""
 
-    torus: tuple[SidedLeg, ...]
-    linear: tuple[SidedLeg, ...]
-    mixed_torus: bool
-    mixed_linear: tuple[LegNeed, ...]
-
-    @property
-    def separable(self) -> bool:
-        return not self.mixed_torus and not self.mixed_linear
+    rows: tuple[SideLeg, ...]
+    columns: tuple[SideLeg, ...]
+    mixed: tuple[SideLeg, ...]
 
 
 @dataclass(eq=False)
 class Need:
-    """The leg Grams wanted of one parameter, and its entry-wise squares if `entries`."""
+    """The leg Grams wanted of one parameter, as (symmetry, position, leg, is torus), and its squares if `entries`."""
 
     name: str
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-    legs: tuple[LegNeed, ...]
+    legs: tuple[tuple[str, int, Leg, bool], ...]
     entries: bool
     _splits: dict[int, Split] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the parameter as a matrix: its first axis; a vector is one row."""
+        return self.shape[0] if len(self.shape) > 1 else 1
 
     def split(self, rows: int) -> Split:
         """The legs sorted by which side of the parameter, read as `[rows, columns]`, they live on."""
         if rows not in self._splits:
-            sided: list[tuple[LegNeed, Side, Leg]] = []
-            mixed: list[LegNeed] = []
-            for n in self.legs:
-                found = _one_side(n.leg, self.shape, rows)
-                if found is None:
-                    mixed.append(n)
-                else:
-                    sided.append((n, *found))
-            self._splits[rows] = Split(
-                tuple(s for s in sided if s[0].torus),
-                tuple(s for s in sided if not s[0].torus),
-                any(n.torus for n in mixed),
-                tuple(n for n in mixed if not n.torus),
-            )
+            found: dict[str, list[SideLeg]] = {"rows": [], "columns": [], "mixed": []}
+            for symmetry, position, leg, torus in self.legs:
+                side, order = _side(leg, self.shape, rows)
+                size = self.shape.numel() if side == "mixed" else rows if side == "rows" else self.shape.numel() // rows
+                plain = order.size == size and np.array_equal(order.reshape(-1), np.arange(size))
+                index = None if plain else torch.as_tensor(order.reshape(-1), device=self.device)
+                found[side].append(SideLeg(symmetry, position, torus, order.shape, index))
+            self._splits[rows] = Split(*(tuple(legs) for legs in found.values()))
         return self._splits[rows]
 
-    @property
-    def grams(self) -> bool:
-        """True when a general-linear leg is among the legs."""
-        return any(not n.torus for n in self.legs)
 
-
-def _one_side(leg: Leg, shape: torch.Size, rows: int) -> tuple[Side, Leg] | None:
+def _side(leg: Leg, shape: torch.Size, rows: int) -> tuple[str, np.ndarray]:
+    """Which side a leg lives on, and the entries of that side that carry each coordinate: `[blocks, dim, entries]`."""
     view = tuple(shape) if leg.view is None else leg.view
     axes = tuple(a % len(view) for a in leg.axes)
     for k in range(len(view) + 1):
         if prod(view[:k]) == rows:
             if all(a < k for a in axes):
-                return "rows", replace(leg, view=view[:k], axes=axes)
+                return "rows", _order(leg.index, view[:k], axes)
             if all(a >= k for a in axes):
-                return "columns", replace(leg, view=view[k:], axes=tuple(a - k for a in axes))
-    return None
+                return "columns", _order(leg.index, view[k:], tuple(a - k for a in axes))
+    return "mixed", _order(leg.index, view, axes)
 
 
-def stacked(leg: Leg, shape: Sequence[int] = ()) -> Leg:
-    """The leg (of a parameter of this shape, if it has no view) with one more axis at the end for further columns."""
-    view = tuple(shape) if leg.view is None else leg.view
-    return replace(leg, view=(*view, -1), axes=tuple(a % len(view) for a in leg.axes))
+def _order(index: np.ndarray, view: tuple[int, ...], axes: tuple[int, ...]) -> np.ndarray:
+    entries = np.moveaxis(np.arange(prod(view)).reshape(view), axes, range(len(axes)))
+    picked = entries.reshape(prod(view[a] for a in axes), -1)[index.reshape(-1)]
+    return picked.reshape(*index.shape[:2], -1)
 
 
 def needs_of(syms: SymmetrySet, params: dict[str, Tensor], entries: bool) -> dict[str, Need]:
     """The `Need` of every parameter in `params`."""
-    legs: dict[str, list[LegNeed]] = {name: [] for name in params}
+    legs: dict[str, list[tuple[str, int, Leg, bool]]] = {name: [] for name in params}
     for s in syms:
         for i, leg in enumerate(s.weight_legs):
-            legs[leg.parameter].append(LegNeed(s.name, i, leg, s.is_torus))
+            legs[leg.parameter].append((s.name, i, leg, s.is_torus))
     return {
         name: Need(name, p.shape, wide(p.dtype), p.device, tuple(legs[name]), entries) for name, p in params.items()
     }
@@ -139,12 +147,6 @@ class Sums:
 
     def target(self, name: str) -> Target:
         return Target(self.needs[name], self)
-
-    def add_torus_legs(self, need: Need, squares: Tensor) -> None:
-        for n in need.legs:
-            if n.torus:
-                out = self.second[n.symmetry][n.position]
-                out.add_(n.leg.row_sums(squares).reshape(out.shape))
 
     def plus(self, other: Sums) -> Sums:
         """Both together."""
@@ -187,10 +189,10 @@ class Sums:
     def _read_torus_legs(self) -> None:
         """Torus legs from the entry-wise squares, where those are kept."""
         for name, squares in self.squares.items():
-            for leg in self.needs[name].legs:
-                if leg.torus:
-                    self.second[leg.symmetry][leg.position].zero_()
-            self.add_torus_legs(self.needs[name], squares)
+            for symmetry, position, _, torus in self.needs[name].legs:
+                if torus:
+                    self.second[symmetry][position].zero_()
+            self.target(name).add_torus_legs(squares.view(self.needs[name].rows, -1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,33 +206,61 @@ class Target:
     def gradient(self) -> Tensor:
         return self.sums.gradient[self.need.name]
 
-    def add_leg(self, need: LegNeed, value: Tensor) -> None:
-        """Add to a leg Gram; `value` in any shape with the symmetry's number of entries."""
-        out = self.sums.second[need.symmetry][need.position]
-        out.add_(value.reshape(out.shape))
-
     @property
     def squares(self) -> Tensor | None:
         """Entry-wise `sum_i g_i^2` where wanted; torus legs are then read off it at the end."""
         return self.sums.squares.get(self.need.name)
 
-    def add_squares(self, squares: Tensor) -> None:
-        """Entry-wise `sum_i g_i^2` of some samples, the parameter's shape."""
+    def add_leg(self, leg: SideLeg, value: Tensor) -> None:
+        """Add to a leg Gram; `value` in any shape with the symmetry's number of entries."""
+        out = self.sums.second[leg.symmetry][leg.position]
+        out.add_(value.view(out.shape))
+
+    def add_torus_legs(self, squares: Tensor) -> None:
+        """Torus legs from entry-wise `sum_i g_i^2` of the parameter as a matrix."""
+        split = self.need.split(len(squares))
+        for legs, sums in ((split.rows, lambda: squares.sum(1)), (split.columns, lambda: squares.sum(0))):
+            self.add_side(legs, sums)
+        self.add_side(split.mixed, lambda: squares.reshape(-1))
+
+    def add_side(self, legs: tuple[SideLeg, ...], squares: Callable[[], Tensor]) -> None:
+        """Torus legs of one side from `sum_i g_i^2` summed over the other side, computed if there is any."""
+        torus = [leg for leg in legs if leg.torus]
+        if torus:
+            values = squares()
+            for leg in torus:
+                self.add_leg(leg, leg.sums(values))
+
+    def add_matrices(self, g: Tensor, scratch: Tensor | None = None) -> None:
+        """Everything from explicit per-sample gradients, the parameter as a matrix: `[samples, rows, columns]`.
+
+        `scratch`: memory of that shape to overwrite, `g` itself where nobody else needs it.
+        """
+        k, m, n = g.shape
+        self.gradient.view(m, n).add_(g[0] if k == 1 else g.sum(0))
+        split = self.need.split(m)
+        for legs, gram_of in (
+            (split.rows, lambda leg: leg.row_gram(g)),
+            (split.columns, lambda leg: gram(leg.unfold(g.reshape(k * m, n)))),
+            (split.mixed, lambda leg: gram(leg.unfold(g.reshape(k, m * n)))),
+        ):
+            for leg in legs:
+                if not leg.torus:
+                    self.add_leg(leg, gram_of(leg))
         if self.squares is not None:
-            self.squares.add_(squares)
+            self.squares.view(m, n).add_(torch.mul(g, g, out=scratch).sum(0))
+        elif any(leg.torus for leg in split.mixed):
+            self.add_torus_legs(torch.mul(g, g, out=scratch).sum(0))
         else:
-            self.sums.add_torus_legs(self.need, squares)
+            self.add_side(split.rows, lambda: torch.linalg.vector_norm(g, dim=2).square_().sum(0))
+            self.add_side(split.columns, lambda: torch.mul(g, g, out=scratch).reshape(k * m, n).sum(0))
 
-    def add_grams(self, gradients: Tensor, needs: Iterable[LegNeed] | None = None) -> None:
-        """General-linear leg Grams of per-sample gradients stacked along a last axis: `[*parameter shape, samples]`."""
-        for n in self.need.legs if needs is None else needs:
-            if not n.torus:
-                self.add_leg(n, stacked(n.leg, self.need.shape).gram(gradients))
+    def add_dense(self, gradients: Tensor, scratch: bool = False) -> None:
+        """`add_matrices` of gradients `[samples, *parameter shape]`, which may be overwritten if `scratch`."""
+        g = gradients.to(self.need.dtype).reshape(len(gradients), self.need.rows, -1)
+        self.add_matrices(g, g if scratch else None)
 
-    def add_dense(self, gradients: Tensor) -> None:
-        """Everything from explicit per-sample gradients `[samples, *parameter shape]`."""
-        gradients = gradients.to(self.need.dtype)
-        self.gradient.add_(gradients.sum(0))
-        self.add_squares(gradients.square().sum(0))
-        if self.need.grams:
-            self.add_grams(gradients.movedim(0, -1))
+
+def gram(x: Tensor) -> Tensor:
+    """`X X^T` per block."""
+    return x @ x.mT
