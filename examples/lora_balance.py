@@ -1,0 +1,265 @@
+"""Does balancing help LoRA? A small GPT-2 on the texts of `pydoc_data.topics`, told in docs/lora.md.
+
+python examples/lora_balance.py [--quick] [--work runs/lora_balance]
+Finished points are kept in WORK/points.jsonl, so a run can be stopped and started again; the figure goes to
+docs/figures/lora_balance.png (with --quick to WORK).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import pydoc_data.topics
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import noetherflow as nf
+from noetherflow.monitor.rebalance import BalanceSchedule
+from noetherflow.reproduce import style
+
+FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "lora_balance.png"
+CONTEXT, BATCH, WARM_LR, WARM_STEPS, SKEW = 64, 8, 0.25, 40, 10.0
+DIVERGED = 1.0  # nats per character above the base model
+VARIANTS = ("none", "once", "every", "skewed")
+OPTIMISERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`lrs`: the learning rates by optimiser; `skewed_lrs`: those for the skewed start, which needs smaller ones."""
+
+    pretrain: int
+    steps: int
+    every: int
+    seeds: int
+    lrs: dict[str, tuple[float, ...]]
+    skewed_lrs: dict[str, tuple[float, ...]]
+
+
+FULL = Plan(
+    pretrain=800,
+    steps=200,
+    every=50,
+    seeds=5,
+    lrs={"sgd": tuple(0.25 * 2 ** (k / 2) for k in range(7)), "adamw": tuple(5e-4 * 2.0**k for k in range(8))},
+    skewed_lrs={"sgd": tuple(0.00125 * 2.0**k for k in range(7)), "adamw": tuple(1.25e-4 * 2.0**k for k in range(7))},
+)
+QUICK = Plan(
+    pretrain=100,
+    steps=20,
+    every=10,
+    seeds=2,
+    lrs={"sgd": (0.25, 0.5), "adamw": (1e-3, 4e-3)},
+    skewed_lrs={"sgd": (0.0025, 0.005), "adamw": (2.5e-4, 1e-3)},
+)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Character ids: the first 60 topics for pretraining, the others for fine-tuning, every tenth chunk held out."""
+
+    vocabulary: int
+    pretrain: Tensor
+    tune: Tensor
+    held_out: Tensor
+
+    @classmethod
+    def load(cls) -> Texts:
+        topics = [pydoc_data.topics.topics[k] for k in sorted(pydoc_data.topics.topics)]
+        alphabet = {c: i for i, c in enumerate(sorted(set("".join(topics))))}
+
+        def chunks(texts: list[str]) -> Tensor:
+            ids = torch.tensor([alphabet[c] for c in "".join(texts)])
+            return ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT)
+
+        tune = chunks(topics[60:])
+        held = torch.arange(len(tune)) % 10 == 9
+        return cls(len(alphabet), chunks(topics[:60]), tune[~held], tune[held])
+
+
+def batches(chunks: Tensor, size: int, seed: int) -> Iterator[Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    while True:
+        yield chunks[torch.randint(len(chunks), (size,), generator=rng)]
+
+
+def losses(model: nn.Module, ids: Tensor) -> Tensor:
+    """Cross entropy per sequence, nats per character."""
+    logits = model(input_ids=ids).logits[:, :-1]
+    return nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
+
+
+def pretrained(texts: Texts, plan: Plan, work: Path) -> nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": texts.vocabulary, "n_positions": CONTEXT, "n_embd": 64, "n_layer": 2, "n_head": 4}
+    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **off, bos_token_id=0, eos_token_id=0))
+    path = work / f"base-{plan.pretrain}.pt"
+    if path.exists():
+        model.load_state_dict(torch.load(path))
+        return model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, plan.pretrain)
+    for _, batch in zip(range(plan.pretrain), batches(texts.pretrain, 16, 0), strict=False):
+        optimizer.zero_grad()
+        losses(model, batch).mean().backward()
+        optimizer.step()
+        schedule.step()
+    torch.save(model.state_dict(), path)
+    return model
+
+
+def adapted(base: nn.Module, seed: int) -> nn.Module:
+    """LoRA of rank 4 on every attention and MLP projection."""
+    import peft
+
+    torch.manual_seed(seed)
+    targets = ["c_attn", "c_proj", "c_fc"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, fan_in_fan_out=True)
+        return peft.get_peft_model(copy.deepcopy(base), config)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run. `variant`: never balanced, balanced `once` at the start or `every` so many steps; `skewed`: never
+    balanced, started at `(SKEW * A, B / SKEW)`."""
+
+    optimiser: str
+    variant: str
+    lr: float
+    seed: int
+
+
+def points(plan: Plan) -> list[Point]:
+    return [
+        Point(optimiser, variant, lr, seed)
+        for seed in range(plan.seeds)
+        for optimiser in OPTIMISERS
+        for variant in VARIANTS
+        for lr in (plan.skewed_lrs if variant == "skewed" else plan.lrs)[optimiser]
+    ]
+
+
+class Study:
+    """All runs start from one base model and, per seed, from one adapter warmed up by `WARM_STEPS` steps of SGD."""
+
+    def __init__(self, plan: Plan, work: Path) -> None:
+        self.plan, self.texts = plan, Texts.load()
+        self.base = pretrained(self.texts, plan, work)
+        self.model = adapted(self.base, 0)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.syms = nf.find_symmetries(self.model, {"input_ids": self.texts.tune[:2]})
+        self.limit = self.held_out() + DIVERGED
+        self.starts: dict[int, tuple[list[Tensor], float]] = {}
+
+    def held_out(self) -> float:
+        with torch.no_grad():
+            return float(losses(self.model, self.texts.held_out).mean())
+
+    def train(self, optimizer: torch.optim.Optimizer, steps: int, seed: int) -> Iterator[int]:
+        """Yields after each step; ends early when the loss of a batch is `DIVERGED` above the base model's."""
+        for step, batch in zip(range(1, steps + 1), batches(self.texts.tune, BATCH, seed), strict=False):
+            optimizer.zero_grad()
+            loss = losses(self.model, batch).mean()
+            if not loss < self.limit:
+                return
+            loss.backward()
+            optimizer.step()
+            yield step
+
+    def start(self, seed: int) -> float:
+        """Set the warmed-up adapter of a seed; returns its held-out loss."""
+        if seed not in self.starts:
+            fresh = adapted(self.base, seed)
+            _copy(self.trained, [p for p in fresh.parameters() if p.requires_grad])
+            for _ in self.train(torch.optim.SGD(self.trained, WARM_LR), WARM_STEPS, 1000 + seed):
+                pass
+            self.starts[seed] = [p.detach().clone() for p in self.trained], self.held_out()
+        values, loss = self.starts[seed]
+        _copy(self.trained, values)
+        return loss
+
+    def run(self, point: Point) -> dict[str, Any]:
+        """Held-out loss before and after (None when diverged), squared norms of the factors at the end."""
+        before = self.start(point.seed)
+        if point.variant == "skewed":
+            for s in self.syms:
+                s.act_(nf.tensors_of(self.model), SKEW * s.identity())
+        optimizer = OPTIMISERS[point.optimiser](self.trained, point.lr, weight_decay=0.0)
+        probe = next(batches(self.texts.tune, 4 * BATCH, 2000 + point.seed))
+        sgd = nf.SGDConfig(point.lr, BATCH)
+        schedule = BalanceSchedule(
+            self.model, self.syms, losses, [probe], self.plan.every, sgd=sgd, optimizer=optimizer, objective="noise"
+        )
+        done = 0
+        try:
+            if point.variant in ("once", "every"):
+                schedule.balance()
+            for done in self.train(optimizer, self.plan.steps, point.seed):
+                if point.variant == "every" and done < self.plan.steps:
+                    schedule.after_step(done)
+        except nf.errors.NoetherflowError:
+            done = -1
+        after = self.held_out() if done == self.plan.steps else math.inf
+        norms = {
+            k: sum(float(p.detach().square().sum()) for n, p in self.model.named_parameters() if k in n)
+            for k in ("lora_A", "lora_B")
+        }
+        return {**asdict(point), "before": before, "after": after if after < math.inf else None, **norms}
+
+
+@torch.no_grad()
+def _copy(parameters: list[nn.Parameter], values: Sequence[Tensor]) -> None:
+    for p, v in zip(parameters, values, strict=True):
+        p.copy_(v)
+
+
+def finished(path: Path) -> list[dict[str, Any]]:
+    """The points of an earlier run; a line cut short by an interruption is dropped."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def compute(plan: Plan, work: Path) -> list[dict[str, Any]]:
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / "points.jsonl"
+    rows = finished(path)
+    known = {Point(*(row[k] for k in ("optimiser", "variant", "lr", "seed"))) for row in rows}
+    todo = [p for p in points(plan) if p not in known]
+    study = Study(plan, work) if todo else None
+    for k, point in enumerate(todo):
+        began = time.time()
+        rows.append(study.run(point))
+        with path.open("a") as f:
+            f.write(json.dumps(rows[-1]) + "\n")
+        print(f"{k + 1} of {len(todo)}: {point}, {rows[-1]['after']}, {time.time() - began:.1f} s", flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a minute instead of half an hour; no conclusions")
+    parser.add_argument("--work", type=Path, default=Path("runs/lora_balance"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    work = options.work / ("quick" if options.quick else "full")
+    rows = compute(QUICK if options.quick else FULL, work)
