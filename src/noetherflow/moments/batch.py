@@ -32,9 +32,8 @@ class Subject:
     measured: frozenset[str]
     sample_axes: int = 1
 
-    def losses(self, batch: Any) -> Tensor:
-        """Per-sample losses. Raises DataError for a scalar, a wrong number of axes, no sample, NaN or inf."""
-        losses = self.loss_fn(self.model, batch)
+    def checked(self, losses: Any) -> Tensor:
+        """Per-sample losses. Raises DataError for a scalar, a wrong number of axes or no sample."""
         if not isinstance(losses, Tensor) or losses.ndim != self.sample_axes:
             got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
             wanted = "[batch]" if self.sample_axes == 1 else f"{self.sample_axes} sample axes"
@@ -82,23 +81,23 @@ def forward_backward(
     ready: Callable[[Tensor, Recorder], Tensor | None],
     arrive: Callable[[Use, Tensor, tuple[Tensor, ...]], None],
     asked: Sequence[str] = (),
-) -> tuple[Tensor, Trace, tuple[Tensor | None, ...]] | None:
+) -> tuple[Trace, tuple[Tensor | None, ...]] | None:
     """Loss under a recorder; `ready` sees it and answers the weights of the losses, or None to stop before backward.
 
-    Returns losses, trace and the gradients of the operands' leaves (with `leaf`), then of the parameters `asked`.
+    Returns the trace and the gradients of the operands' leaves (with `leaf`), then of the parameters `asked`.
     """
-    with Recorder(subject.model, subject.roots, subject.measured, arrive, shared, leaf) as recorder:
-        losses = subject.losses(batch)
+    recorder = Recorder(subject.model, subject.roots, subject.measured, arrive, shared, leaf)
+    with torch.autograd.set_multithreading_enabled(False), recorder:
+        losses = subject.loss_fn(subject.model, batch)
         recorder.stop()
         with torch._C.DisableTorchFunction():
-            weights = ready(losses, recorder)
+            weights = ready(subject.checked(losses), recorder)
         if weights is None:
             return None
         leaves = [t for u in recorder.trace.uses for t in u.leaves] if leaf else []
         inputs = [recorder.anchor, *leaves, *(recorder.roots[n] for n in asked)]
-        with torch.autograd.set_multithreading_enabled(False):
-            gradients = transparent(torch.autograd.grad)(losses, inputs, weights, allow_unused=True)
-    return losses.detach(), recorder.trace, gradients[1:]
+        gradients = transparent(torch.autograd.grad)(losses, inputs, weights, allow_unused=True)
+    return recorder.trace, gradients[1:]
 
 
 def form_of(site: Site, layout: Layout, samples: int, delta: Tensor, saved: tuple[Tensor, ...]) -> Form:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -104,6 +105,7 @@ class Meter:
         self._needs = needs_of(self.syms, {n: roots[n] for n in wanted}, self.entries)
         self._roots = roots
         self._subject = Subject(self.model, self.loss_fn, roots, frozenset(wanted), self.sample_axes)
+        self._covered = self._subject  # what the rules measure: everything but the parameters left to the fallback
         self._verified: dict[Any, dict[CallId, Layout]] = {}
         self._layouts: dict[Any, dict[CallId, Layout]] = {}  # the same by exact shapes, a quick look-up
         self._shared: frozenset[CallId] = frozenset()
@@ -136,8 +138,7 @@ class Meter:
     def update(self, batch: Any, groups: Iterable[int] = (0,), of: int = 1) -> None:
         """Measure one batch; its samples are divided among the given groups (taken modulo `of`)."""
         ids = list(dict.fromkeys(g % of for g in groups))
-        buffers = [(b, b.clone()) for b in self.model.buffers()]
-        _refuse_batch_statistics(self.model)
+        buffers = [(b, b.clone()) for b in _buffers_without_batch_statistics(self.model)]
         try:
             self._update(batch, ids)
         finally:
@@ -150,7 +151,7 @@ class Meter:
             return
         shared: frozenset[CallId] = frozenset()
         while True:
-            found = probe(self._covered(), batch, shared)
+            found = probe(self._covered, batch, shared)
             shared = found.shared
             if not self._leave_to_fallback(found.uncovered):
                 if self._measure(batch, ids, found):
@@ -160,25 +161,24 @@ class Meter:
 
     def _leave_to_fallback(self, uncovered: dict[str, str]) -> bool:
         """True if any of these was measured by rules until now."""
-        new = {n: why for n, why in uncovered.items() if n in self._covered().measured}
-        self.uncovered.update(new)
-        self._fallback = None if new else self._fallback
+        new = {n: why for n, why in uncovered.items() if n in self._covered.measured}
+        if new:
+            self.uncovered.update(new)
+            self._fallback = None
+            self._covered = replace(self._subject, measured=self._subject.measured - set(self.uncovered))
         return bool(new)
-
-    def _covered(self) -> Subject:
-        """What the rules measure: everything but the parameters left to the fallback."""
-        return replace(self._subject, measured=self._subject.measured - set(self.uncovered))
 
     def _measure(self, batch: Any, ids: list[int], found: Probe | None) -> bool:
         """The measuring pass. Without a probe, False if this way through the model is not verified yet; with one,
         False if a call turned out to be shared by all samples."""
-        subject = self._covered()
+        subject = self._covered
         shared = self._shared if found is None else found.shared
         sums = {g: Sums.zeros(self.syms, self._needs) if found or g not in self.groups else self.groups[g] for g in ids}
         layouts: dict[CallId, Layout] = {}
         keys: list[Any] = []
         contractions: list[Contraction] = []
         slices: list[tuple[int, int, Sums]] = []
+        losses_of: list[float] = []
 
         def ready(losses: Tensor, recorder: Recorder) -> Tensor | None:
             trace, samples = recorder.trace, losses.numel()
@@ -191,9 +191,12 @@ class Meter:
                     self._layouts[keys[0]] = known
                 elif found is None:
                     return None
-            check_finite(losses, batch)
             layouts.update(self._layouts.get(keys[0], {}))
             slices.extend(_slices(samples, sums))
+            flat = losses.detach().flatten().double()
+            losses_of.extend(torch.stack([flat[lo:hi].sum() for lo, hi, _ in slices]).tolist())
+            if not all(map(isfinite, losses_of)):
+                check_finite(losses, batch)
             contractions.append(Contraction(recorder.roots, subject.measured, trace, slices))
             return torch.ones_like(losses)
 
@@ -209,7 +212,7 @@ class Meter:
         done = forward_backward(subject, batch, shared, False, ready, arrive, names)
         if done is None or (found is not None and (found.still_shared or found.scattered)):
             return False
-        losses, trace, residuals = done
+        trace, residuals = done
         missed = [n for n, r in zip(names, residuals, strict=True) if r is not None]
         if missed:
             seen = [str(u) for u in trace.uses if any(s.names & set(missed) for s in u.sources)]
@@ -219,9 +222,9 @@ class Meter:
             left = tuple(n for n in self._needs if n in self.uncovered)
             self._fallback = self._fallback or Fallback(self._subject, left)
             self._fallback.add(batch, slices)
-        for lo, hi, s in slices:
+        for (lo, hi, s), loss in zip(slices, losses_of, strict=True):
             s.samples += hi - lo
-            s.loss += float(losses.flatten()[lo:hi].double().sum())
+            s.loss += loss
         self._used.update(n for u in trace.uses for s in u.sources for n in s.names)
         if found is not None:
             self._verified[keys[1]] = self._layouts[keys[0]] = found.kept
@@ -258,11 +261,14 @@ def _slices(samples: int, sums: dict[int, Sums]) -> list[tuple[int, int, Sums]]:
     return [(lo, hi, s) for lo, hi, s in zip(edges, edges[1:], sums.values(), strict=False) if hi > lo]
 
 
-def _refuse_batch_statistics(model: nn.Module) -> None:
-    """Raises MomentError for a batch norm in training mode."""
+def _buffers_without_batch_statistics(model: nn.Module) -> list[Tensor]:
+    """The model's buffers. Raises MomentError for a batch norm in training mode."""
+    buffers: list[Tensor] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             raise MomentError(
                 f"batch norm {name!r} uses batch statistics, so samples have no gradients of their own; "
                 "call model.eval(), or use minibatch_moments"
             )
+        buffers += [b for b in module._buffers.values() if b is not None]
+    return buffers

@@ -44,7 +44,7 @@ class Fallback:
 
     def _losses(self, batch: Any) -> Tensor:
         try:
-            return self.subject.losses(batch).flatten()
+            return self.subject.checked(self.subject.loss_fn(self.subject.model, batch)).flatten()
         except RuntimeError as cause:
             raise MomentError(f"no rule and no fallback for {list(self.names)}: {cause}") from cause
 

@@ -158,7 +158,7 @@ def _try_probe(subject: Subject, batch: Any, shared: frozenset[CallId]) -> Probe
         done = forward_backward(subject, batch, shared, True, ready, arrive, names)
     if done is None:
         return shared | more_shared
-    _, trace, gradients = done
+    trace, gradients = done
     found = state[0]
     leaves = sum(len(u.leaves) for u in trace.uses)
     for name, residual in zip(names, gradients[leaves:], strict=True):
