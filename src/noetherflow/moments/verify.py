@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from noetherflow.errors import MomentError
 from noetherflow.moments.batch import Subject, check_finite, forward_backward, whole_batch_total
@@ -24,6 +24,14 @@ from noetherflow.moments.taps import CallId, Recorder, Trace, Use
 # Other samples' share of a sample's output gradient that passes for rounding; models that cast to float32 inside are
 # no more exact than that in float64.
 INDEPENDENCE = {torch.float64: 1e-6, torch.float32: 2e-3}
+
+
+def independence(model: nn.Module, dtype: torch.dtype) -> float:
+    """The limit for an output gradient of `dtype`: no finer than the least precise parameter it may have come through
+    (float32 adapters on a bfloat16 base).
+    """
+    dtypes = {dtype, *(p.dtype for p in model.parameters())}
+    return max(INDEPENDENCE.get(d, 1e-1) for d in dtypes)
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -70,6 +78,7 @@ class Probe:
     uncovered: dict[str, str]
     weights: Tensor
     span: int
+    model: nn.Module
     projections: dict[CallId, list[tuple[Layout, Tensor]]] = field(default_factory=dict)
     kept: dict[CallId, Layout] = field(default_factory=dict)
     still_shared: set[CallId] = field(default_factory=set)
@@ -85,7 +94,7 @@ class Probe:
         for layout, weighted in self.projections.get(use.id, []):
             plain, scale = row_projection(layout, delta, samples)
             error = (weighted - self.weights.flatten().double() * plain).abs().max()
-            if error <= INDEPENDENCE.get(delta.dtype, 1e-1) * scale:
+            if error <= independence(self.model, delta.dtype) * scale:
                 self.kept[use.id] = layout
                 return layout
         if use.certain and (self.span > 1 or self._gathered(use, delta)):
@@ -106,7 +115,7 @@ class Probe:
         live = plain.abs() > 1e-3 * plain.abs().max()
         ratio = (weighted / plain)[live]
         distance = (ratio.unsqueeze(1) - self.weights.flatten().double()).abs().amin(1)
-        return bool((distance <= INDEPENDENCE.get(delta.dtype, 1e-1)).all())
+        return bool((distance <= independence(self.model, delta.dtype)).all())
 
 
 def probe(subject: Subject, batch: Any, shared: frozenset[CallId]) -> Probe:
@@ -138,7 +147,7 @@ def _try_probe(subject: Subject, batch: Any, shared: frozenset[CallId]) -> Probe
                 else:
                     more_shared.add(use.id)
         weights = random_weights(losses)
-        state.append(Probe(shared, uncovered, weights, span))
+        state.append(Probe(shared, uncovered, weights, span, subject.model))
         return None if more_shared else weights
 
     def arrive(use: Use, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
