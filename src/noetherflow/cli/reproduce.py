@@ -19,11 +19,14 @@ def reproduce(
     seeds: Annotated[int | None, typer.Option(help="Number of seeds, in place of each experiment's own.")] = None,
     jobs: Annotated[int, typer.Option(help="Processes on this machine.")] = 1,
     dask: Annotated[str | None, typer.Option(help="Address of a dask scheduler to run on.")] = None,
+    vary: Annotated[bool, typer.Option(help="Judge all claims again with one setting changed at a time.")] = False,
+    markdown: Annotated[Path | None, typer.Option(help="Write the report to this file as well.")] = None,
+    paper: Annotated[Path | None, typer.Option(help="Folder of a paper-scale run to show in that report.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Run experiments of the paper; finished points are kept, so a killed run continues. Exit 3 if a claim fails."""
-    from noetherflow.reproduce import run
+    from noetherflow.reproduce import run, write_markdown
 
     summary = run(
         ids or "all",
@@ -32,8 +35,11 @@ def reproduce(
         seeds=seeds,
         jobs=jobs,
         dask=dask,
+        vary=vary,
         progress=lambda text: console.print(text, markup=False, highlight=False),
     )
+    if markdown is not None:
+        write_markdown(summary, markdown, paper)
     if as_json:
         print(json.dumps([finished.to_dict() for finished in summary.finished]))
     else:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from noetherflow.reproduce import style
-from noetherflow.reproduce.experiment import Config, Point, Results, Verdict, from_seeds, generator, plain
+from noetherflow.reproduce.experiment import Config, Point, Results, Setting, Verdict, from_seeds, generator, plain
 from noetherflow.reproduce.simulate import Network, Params, checkpoints, normal, simulate, squared_error
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -118,3 +118,21 @@ def verdicts(results: Results) -> list[Verdict]:
             from_seeds(f"{act}, off the diagonal: SGD minus GD", 0.25, off_sgd - off_gd.mean(), relation="above"),
         ]
     return out
+
+
+SETTINGS = (
+    Setting(
+        "width, learning rate, batch",
+        "80, 0.02, 50",
+        "the correlation rises with the number of relaxation times in the run: with the square of the rate, 1 / batch",
+    ),
+    Setting("length of GD", "1,500 steps at most in quick", "its correlation is flat after 500"),
+    Setting(
+        "GD's loss", "400 inputs (quick), 2,000 (paper), noiseless labels", "label noise has mean zero: same gradient"
+    ),
+)
+EXPLORATORY = (
+    "These nets have no exact rotation symmetry, so alignment is approximate and the claim is a correlation, not an "
+    "equality. The thresholds 0.9 (SGD), 0.75 (GD) and 0.25 (off the diagonal) were set after a first run."
+)
+VARIATIONS = {"hidden width 40": {"width": 40}, "learning rate 0.014, batch 25": {"lr": 0.014, "batch": 25}}

@@ -10,7 +10,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 from noetherflow.errors import DataError
 from noetherflow.reproduce import style
 
+NOT_COMPUTING = {"plot", "verdicts", "SCALES", "EXPERIMENT", "SETTINGS", "EXPLORATORY", "VARIATIONS"}
 Config = Mapping[str, Any]
 Point = Mapping[str, Any]
 Relation = Literal["equals", "above", "below"]
@@ -54,7 +55,8 @@ class Verdict:
 
     `equals` holds when the whole interval `measured +- 2 error` lies within `tolerance` of `predicted` (absolute, or
     relative to `predicted` when `relative`); `above` / `below` when the whole interval lies beyond `predicted` (then a
-    threshold). `error` is 0 for deterministic quantities. Not-a-number never holds. `analysis` says why a claim fails.
+    threshold). `error` is 0 for deterministic quantities. Not-a-number never holds. `analysis` says why a claim fails,
+    `difference` which difference from the print (`differences.py`) it demonstrates.
     """
 
     claim: str
@@ -65,6 +67,7 @@ class Verdict:
     relation: Relation = "equals"
     relative: bool = True
     analysis: str = ""
+    difference: int = 0
 
     @property
     def holds(self) -> bool:
@@ -86,13 +89,17 @@ class Verdict:
         allowed = f"{100 * self.tolerance:.3g} %" if self.relative else f"{self.tolerance:.2g}"
         return f"{self.predicted:.5g} within {allowed}"
 
+    @property
+    def found(self) -> str:
+        """The measurement as text: `0.598 ± 0.002`."""
+        return f"{self.measured:.5g} ± {self.error:.2g}" if self.error else f"{self.measured:.5g}"
+
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "holds": self.holds, "criterion": self.criterion}
 
     def __str__(self) -> str:
-        error = f" +- {self.error:.2g}" if self.error else ""
         mark = "holds" if self.holds else "FAILS"
-        return f"[{mark}] {self.claim}: measured {self.measured:.5g}{error}, predicted {self.criterion}"
+        return f"[{mark}] {self.claim}: measured {self.found}, predicted {self.criterion}"
 
 
 def from_seeds(
@@ -103,11 +110,13 @@ def from_seeds(
     relation: Relation = "equals",
     relative: bool = True,
     analysis: str = "",
+    difference: int = 0,
 ) -> Verdict:
     """A verdict whose measurement is the mean of `values`, one per independent seed."""
     v = np.asarray(values, dtype=float).reshape(-1)
     error = float(v.std(ddof=1) / math.sqrt(len(v))) if len(v) > 1 else math.nan
-    return Verdict(claim, float(predicted), float(v.mean()), error, tolerance, relation, relative, analysis)
+    mean = float(v.mean())
+    return Verdict(claim, float(predicted), mean, error, tolerance, relation, relative, analysis, difference)
 
 
 @dataclass(frozen=True)
@@ -130,12 +139,22 @@ class Results:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """Something the paper leaves unsaid: what it is, the choice made here, and what is known of its effect."""
+
+    what: str
+    chosen: str
+    effect: str
+
+
+@dataclass(frozen=True)
 class Experiment:
     """`compute(config, point) -> data`, `plot(results) -> Figure`, `verdicts(results) -> [Verdict]`, and the words.
 
     `scales` maps `quick` and `paper` to configurations; `points(config)` lists independent pieces of work, each a
-    dictionary with a unique `name`. `choices` says what the paper leaves open, what was chosen, and how much it
-    matters; `differences` what differs from the print.
+    dictionary with a unique `name`. `settings` lists what the paper leaves unsaid, `exploratory` what was settled only
+    after looking at runs (so that those claims are not predictions made blindly). `variations` are changes to the quick
+    configuration under which all claims are judged again.
     """
 
     id: str
@@ -146,8 +165,9 @@ class Experiment:
     compute: Callable[[Config, Point], dict[str, Any]]
     plot: Callable[[Results], Any]
     verdicts: Callable[[Results], list[Verdict]]
-    choices: str = ""
-    differences: tuple[str, ...] = ()
+    settings: tuple[Setting, ...] = ()
+    exploratory: str = ""
+    variations: Mapping[str, Config] = field(default_factory=dict)
     beyond: bool = False
 
     def config(self, scale: str, seeds: int | None = None) -> dict[str, Any]:
@@ -189,12 +209,12 @@ def _source_of(compute: Callable[..., Any]) -> str:
 
 @functools.cache
 def _computing(source: str) -> str:
-    """`source` in a normal form, without `plot`, `verdicts`, `SCALES` (they are in the configuration) and words."""
+    """`source` in a normal form, without what draws, judges, describes or is in the configuration anyhow."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
-    tree.body = [node for node in tree.body if not _names_of(node) & {"plot", "verdicts", "SCALES", "EXPERIMENT"}]
+    tree.body = [node for node in tree.body if not _names_of(node) & NOT_COMPUTING]
     return ast.unparse(tree)
 
 

@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,25 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
+class Varied:
+    """The verdicts of one variation of an experiment's quick configuration, beside those of the unchanged one."""
+
+    label: str
+    verdicts: tuple[Verdict, ...]
+    unchanged: tuple[Verdict, ...]
+
+    @property
+    def held(self) -> int:
+        return sum(v.holds for v in self.verdicts)
+
+    @property
+    def turned(self) -> list[Verdict]:
+        """The verdicts that differ from the unchanged configuration's; claims are matched by position."""
+        pairs = zip(self.verdicts, self.unchanged, strict=True)
+        return [varied for varied, before in pairs if varied.holds != before.holds]
+
+
+@dataclass(frozen=True)
 class Finished:
     """One experiment's outcome: results, verdicts, processor seconds (all points, one thread each), files."""
 
@@ -31,10 +50,15 @@ class Finished:
     verdicts: tuple[Verdict, ...]
     seconds: float
     files: tuple[str, ...]
+    varied: tuple[Varied, ...] = ()
 
     @property
     def holds(self) -> bool:
-        return all(v.holds for v in self.verdicts)
+        return not self.failing
+
+    @property
+    def failing(self) -> list[Verdict]:
+        return [v for v in self.verdicts if not v.holds]
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -45,6 +69,7 @@ class Finished:
             "versions": versions(),
             "seconds": round(self.seconds, 2),
             "verdicts": [v.to_dict() for v in self.verdicts],
+            "varied": {v.label: [w.to_dict() for w in v.verdicts] for v in self.varied},
             "points": [{"point": dict(p), "data": d} for p, d in self.results.points],
         }
 
@@ -54,6 +79,9 @@ class Finished:
             lines.append(f"  {v}")
             if not v.holds and v.analysis:
                 lines.append(f"        why: {v.analysis}")
+        for varied in self.varied:
+            turned = "; ".join(str(v) for v in varied.turned) or "no verdict changes"
+            lines.append(f"  with {varied.label}: {turned}")
         return "\n".join(lines)
 
 
@@ -87,8 +115,6 @@ class Summary:
 
 @dataclass
 class _Job:
-    experiment: Experiment
-    config: dict[str, Any]
     point: Point
     path: Path
     data: dict[str, Any] | None = None
@@ -96,11 +122,20 @@ class _Job:
 
 
 @dataclass
-class _Pending:
-    jobs: list[_Job] = field(default_factory=list)
+class _Batch:
+    """All points of one experiment at one configuration; `label` names the variation, empty for none."""
 
-    def missing(self) -> list[_Job]:
-        return [j for j in self.jobs if j.data is None]
+    experiment: Experiment
+    label: str
+    config: dict[str, Any]
+    jobs: list[_Job]
+
+    @property
+    def done(self) -> bool:
+        return all(job.data is not None for job in self.jobs)
+
+    def results(self) -> Results:
+        return Results(self.config, tuple((job.point, job.data or {}) for job in self.jobs))
 
 
 def run(
@@ -110,16 +145,20 @@ def run(
     seeds: int | None = None,
     jobs: int = 1,
     dask: str | None = None,
+    vary: bool = False,
     progress: Progress | None = print,
 ) -> Summary:
     """Compute, judge and draw experiments; write `<id>.png`, `.svg`, `.json`, `points/` and `index.html` to `out`.
 
     `ids`: experiment ids or `all`. `scale`: `quick` or `paper`. `seeds` replaces the number of seeds. `jobs` processes
-    on this machine (joblib), or a dask cluster at address `dask`. Points whose fingerprint (configuration, point, code)
-    is already in `out` are not computed again, so a killed run continues. Files are replaced atomically.
+    on this machine (joblib), or a dask cluster at address `dask`. `vary`: judge every claim again under each of the
+    experiment's variations. Points whose fingerprint (configuration, point, code) is already in `out` are not computed
+    again, so a killed run continues. Files are replaced atomically.
 
     Raises DataError for an unknown id or scale, MissingExtraError without joblib, matplotlib or jinja2.
     """
+    from noetherflow.reproduce.gallery import write_gallery
+
     began = time.perf_counter()
     names = list(REGISTRY) if ids == "all" or "all" in ids else [ids] if isinstance(ids, str) else list(ids)
     chosen = [find_experiment(n) for n in dict.fromkeys(names)]
@@ -127,40 +166,44 @@ def run(
     folder = Path(out)
     (folder / "points").mkdir(parents=True, exist_ok=True)
     say = progress or (lambda text: None)
-    pending = {e.id: _Pending(list(_jobs_of(e, e.config(scale, seeds), folder))) for e in chosen}
-    todo = [job for p in pending.values() for job in p.missing()]
-    skipped = sum(len(p.jobs) for p in pending.values()) - len(todo)
+    batches = {e.id: _batches_of(e, e.config(scale, seeds), vary, folder) for e in chosen}
+    todo = [(b, job) for group in batches.values() for b in group for job in b.jobs if job.data is None]
+    skipped = sum(len(b.jobs) for group in batches.values() for b in group) - len(todo)
     if skipped:
         say(f"{skipped} finished points found in {folder}")
     finished: dict[str, Finished] = {}
 
-    def close(e: Experiment) -> None:
-        done = pending[e.id].jobs
-        results = Results(done[0].config, tuple((j.point, j.data or {}) for j in done))
-        finished[e.id] = _conclude(e, scale, results, sum(j.seconds for j in done), folder)
-        say(str(finished[e.id]))
+    def close(name: str) -> None:
+        if all(batch.done for batch in batches[name]):
+            finished[name] = _conclude(batches[name], scale, folder)
+            say(str(finished[name]))
 
-    for e in chosen:
-        if not pending[e.id].missing():
-            close(e)
-    for number, (job, data, seconds) in enumerate(_computed(todo, jobs, dask), start=1):
+    for name in batches:
+        close(name)
+    for number, ((batch, job), (data, seconds)) in enumerate(_computed(todo, jobs, dask), start=1):
         job.data, job.seconds = data, seconds
         write_atomically(job.path, json.dumps({"point": dict(job.point), "seconds": seconds, "data": data}))
-        say(f"[{number}/{len(todo)}] {job.experiment.id} {job.point['name']}: {seconds:.1f} s")
-        if not pending[job.experiment.id].missing():
-            close(job.experiment)
-    from noetherflow.reproduce.gallery import write_gallery
-
+        label = f" ({batch.label})" if batch.label else ""
+        say(f"[{number}/{len(todo)}] {batch.experiment.id} {job.point['name']}{label}: {seconds:.1f} s")
+        close(batch.experiment.id)
     summary = Summary(tuple(finished[e.id] for e in chosen), folder, time.perf_counter() - began, len(todo), skipped)
     write_gallery(summary)
     return summary
 
 
+def _batches_of(e: Experiment, config: dict[str, Any], vary: bool, folder: Path) -> list[_Batch]:
+    changes = {"": {}, **(e.variations if vary else {})}
+    configs = {label: _plain({**config, **change}) for label, change in changes.items()}
+    return [_Batch(e, label, c, list(_jobs_of(e, c, folder))) for label, c in configs.items()]
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
 def _jobs_of(e: Experiment, config: dict[str, Any], folder: Path) -> Iterator[_Job]:
-    config = json.loads(json.dumps(config))
-    for point in e.points(config):
-        point = json.loads(json.dumps(point))
-        job = _Job(e, config, point, folder / "points" / f"{e.id}-{e.fingerprint(config, point)}.json")
+    for point in _plain(e.points(config)):
+        job = _Job(point, folder / "points" / f"{e.id}-{e.fingerprint(config, point)}.json")
         stored = _read(job.path)
         if stored is not None:
             job.data, job.seconds = stored["data"], float(stored["seconds"])
@@ -180,7 +223,7 @@ def compute_point(name: str, config: dict[str, Any], point: dict[str, Any]) -> t
     began = time.process_time()
     with _one_thread():
         data = find_experiment(name).compute(config, point)
-    return json.loads(json.dumps(data)), time.process_time() - began
+    return _plain(data), time.process_time() - began
 
 
 @contextlib.contextmanager
@@ -198,12 +241,14 @@ def _indexed(index: int, name: str, config: dict[str, Any], point: dict[str, Any
     return (index, *compute_point(name, config, point))
 
 
-def _computed(todo: list[_Job], jobs: int, dask: str | None) -> Iterable[tuple[_Job, dict[str, Any], float]]:
-    arguments = [(i, j.experiment.id, j.config, dict(j.point)) for i, j in enumerate(todo)]
+def _computed(
+    todo: list[tuple[_Batch, _Job]], jobs: int, dask: str | None
+) -> Iterable[tuple[tuple[_Batch, _Job], tuple[dict[str, Any], float]]]:
+    arguments = [(i, batch.experiment.id, batch.config, dict(job.point)) for i, (batch, job) in enumerate(todo)]
     if dask is None and (jobs == 1 or len(todo) < 2):
         for a in arguments:
             index, data, seconds = _indexed(*a)
-            yield todo[index], data, seconds
+            yield todo[index], (data, seconds)
         return
     joblib: Any = require("joblib", "sweep")
     with contextlib.ExitStack() as stack:
@@ -216,11 +261,14 @@ def _computed(todo: list[_Job], jobs: int, dask: str | None) -> Iterable[tuple[_
         else:
             parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)
         for index, data, seconds in parallel(joblib.delayed(_indexed)(*a) for a in arguments):
-            yield todo[index], data, seconds
+            yield todo[index], (data, seconds)
 
 
-def _conclude(e: Experiment, scale: str, results: Results, seconds: float, folder: Path) -> Finished:
+def _conclude(batches: list[_Batch], scale: str, folder: Path) -> Finished:
+    own, *others = batches
+    e, results = own.experiment, own.results()
     verdicts = tuple(e.verdicts(results))
+    varied = tuple(Varied(b.label, tuple(e.verdicts(b.results())), verdicts) for b in others)
     figure = e.figure(results)
     files = []
     for suffix in ("png", "svg"):
@@ -229,7 +277,8 @@ def _conclude(e: Experiment, scale: str, results: Results, seconds: float, folde
         style.save(figure, scratch, metadata={"Date": None} if suffix == "svg" else {"Software": None})
         os.replace(scratch, path)
         files.append(path.name)
-    done = Finished(e, scale, results, verdicts, seconds, (*files, f"{e.id}.json"))
+    seconds = sum(job.seconds for job in own.jobs)
+    done = Finished(e, scale, results, verdicts, seconds, (*files, f"{e.id}.json"), varied)
     write_atomically(folder / f"{e.id}.json", json.dumps(done.to_dict()))
     return done
 

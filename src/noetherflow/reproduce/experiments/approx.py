@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """Section 5.4: a loss with a symmetry-breaking term of strength zeta."""
 
 from __future__ import annotations
@@ -12,7 +11,17 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from noetherflow.reproduce import style
-from noetherflow.reproduce.experiment import Config, Experiment, Point, Results, Verdict, from_seeds, generator, plain
+from noetherflow.reproduce.experiment import (
+    Config,
+    Experiment,
+    Point,
+    Results,
+    Setting,
+    Verdict,
+    from_seeds,
+    generator,
+    plain,
+)
 from noetherflow.reproduce.simulate import LinearNet, Params, checkpoints, simulate
 
 COMMON = {
@@ -24,14 +33,14 @@ COMMON = {
     "log10_zetas": [-6, -5, -4, -3.5, -3, -2.5, -2, -1],
 }
 SCALES = {
-    "quick": {**COMMON, "steps": 6000, "seeds": 3},
+    "quick": {**COMMON, "steps": 6000, "seeds": 6},
     "paper": {**COMMON, "lr": 0.005, "steps": 200_000, "seeds": 16},
 }
 
 
 @dataclass(frozen=True, eq=False)
 class Broken:
-    """`net`'s loss plus `zeta / (2 d) (||U||_F^2 - d preferred)^2`, which prefers one point of the orbit; `zeta` is `[R]`."""
+    """`net`'s loss plus `zeta / (2 d) (||U||_F^2 - d preferred)^2`; `zeta` is `[R]`."""
 
     net: LinearNet
     zeta: Tensor
@@ -155,13 +164,28 @@ EXPERIMENT = Experiment(
     id="approx",
     title="An approximate symmetry: noise wins below zeta = eta d / S, the loss above",
     setup=(
-        "Two-layer linear net, d = 8, unit covariances, plus zeta/(2d) (||U||^2 - 2.5 d)^2, which prefers ||U||^2 = 2.5 d; "
-        "two starts on the orbit, learning rate 0.02, batch 16."
+        "Two-layer linear net, d = 8, unit covariances, plus zeta/(2d) (||U||^2 - 2.5 d)^2, which prefers "
+        "||U||^2 = 2.5 d; two starts on the orbit, learning rate 0.02, batch 16."
     ),
     scales=SCALES,
     points=points,
     compute=compute,
     plot=plot,
     verdicts=verdicts,
-    choices="The paper leaves the form of the asymmetric term open; this one has its minimum on the orbit.",
+    settings=(
+        Setting(
+            "the asymmetric term",
+            "zeta/(2d) (||U||^2 - 2.5 d)^2, with its minimum on the orbit",
+            "the two limits do not depend on its form, the crossover does (predicted for this form)",
+        ),
+        Setting("size, learning rate, batch", "d = 8, 0.02, 16", "enter through eta d / S (variations below)"),
+    ),
+    exploratory=(
+        "The values of zeta were placed after a first run so as to cover the crossover, the smallest so small and the "
+        "largest so large that the limits are reached."
+    ),
+    variations={
+        "preferred point below (0.4)": {"preferred": 0.4},
+        "batch 32, twice the steps": {"batch": 32, "steps": 12_000},
+    },
 )

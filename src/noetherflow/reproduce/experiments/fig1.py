@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from noetherflow.reproduce import style
-from noetherflow.reproduce.experiment import Config, Experiment, Point, Results, Verdict, from_seeds, generator, plain
+from noetherflow.reproduce.experiment import (
+    Config,
+    Experiment,
+    Point,
+    Results,
+    Setting,
+    Verdict,
+    from_seeds,
+    generator,
+    plain,
+)
 from noetherflow.reproduce.simulate import Network, Params, checkpoints, normal, simulate, squared_error
 
 SCALES = {
@@ -131,12 +141,18 @@ def verdicts(results: Results) -> list[Verdict]:
         Verdict("GD: growth of |theta|^2 in one step ~ eta^p, p", 2, float(slope), tolerance=0.01),
         from_seeds("growth of |theta|^2 under GD / under SGD", 0.05, (gd[-1] - gd[0]) / growth, relation="below"),
         Verdict(
-            "SGD: smallest change of |theta|^2 in any step of any seed",
-            0,
+            "SGD: smallest change of |theta|^2 in any step of any seed (zero up to rounding is allowed)",
+            -1e-12,
             float(results.array("sgd", "smallest").min()),
             relation="above",
         ),
-        from_seeds("SGD: growth of |theta|^2 / sum of eta^2 Tr R_B", 1, growth / expected[-1], 0.05),
+        from_seeds(
+            "SGD: growth of |theta|^2 / sum of eta^2 Tr R_B (0.5 would fit the print)",
+            1,
+            growth / expected[-1],
+            0.05,
+            difference=1,
+        ),
         from_seeds("SGD: growth of |theta|^2, continuous-time law", law, growth, 0.1),
     ]
 
@@ -150,9 +166,20 @@ EXPERIMENT = Experiment(
     compute=compute,
     plot=plot,
     verdicts=verdicts,
-    choices="The loss is ours (any function of the direction has the same symmetry): the claims do not depend on it.",
-    differences=(
-        "Growth per step is eta^2 Tr R_B with C = |theta|^2 (the printed sigma^2 Tr[Sigma A] is the growth of C/2): "
-        "the measured sum fits the former, and is twice the printed value.",
+    settings=(
+        Setting(
+            "the loss", "squared distance of theta/|theta| to a noisy target", "any function of the direction would do"
+        ),
+        Setting("learning rate, batch, noise", "0.05, 2, 1", "set the speed of growth only (variations below)"),
     ),
+    exploratory=(
+        "The continuous-time law leaves out the time to find the direction; its tolerance of 10 % was set knowing "
+        "that. That no step shrinks the norm was first asked without allowance for rounding, which fails by 4e-15 "
+        "over the 30,000 steps of the paper scale; 1e-12 is allowed now."
+    ),
+    variations={
+        "learning rate 0.1": {"lr": 0.1},
+        "batch 8": {"batch": 8},
+        "half the noise": {"noise": 0.5},
+    },
 )

@@ -1,4 +1,3 @@
-# ruff: noqa: E501, PERF401
 """Figure 5: layer norms of a deep linear net on image data."""
 
 from __future__ import annotations
@@ -13,8 +12,18 @@ from torch import Tensor
 from noetherflow import closed_form as cf
 from noetherflow.errors import DataError
 from noetherflow.reproduce import style
-from noetherflow.reproduce.experiment import Config, Experiment, Point, Results, Verdict, from_seeds, generator, plain
-from noetherflow.reproduce.generic import generic_equilibrium
+from noetherflow.reproduce.experiment import (
+    Config,
+    Experiment,
+    Point,
+    Results,
+    Setting,
+    Verdict,
+    from_seeds,
+    generator,
+    plain,
+)
+from noetherflow.reproduce.generic import generic_equilibrium, product_design
 from noetherflow.reproduce.simulate import (
     LinearNet,
     Network,
@@ -30,15 +39,23 @@ from noetherflow.workloads import digits
 
 BASE = {"components": 3, "depth": 4, "target_scale": 2.0, "data": None, "scales": [2.0, 0.6, 1.2, 0.8]}
 SCALES = {
-    "quick": {**BASE, "lr": 0.02, "batch": 16, "steps": 8000, "seeds": 4},
+    "quick": {**BASE, "lr": 0.02, "batch": 16, "steps": 16_000, "seeds": 4},
     "paper": {**BASE, "components": 10, "lr": 0.01, "batch": 16, "steps": 100_000, "seeds": 8},
 }
-INITS = ("equal", "random")
 
 
 def points(config: Config) -> list[Point]:
-    """Predictions; SGD and GD on the images; SGD on Gaussian data of the same covariances."""
-    return [{"name": n} for n in ("theory", "sgd", "gd", "gaussian")]
+    """Predictions; SGD on the images and on Gaussian data of the same covariances, also at half the rate; GD."""
+    full = {"lr": config["lr"], "steps": config["steps"]}
+    half = {"lr": config["lr"] / 2, "steps": 2 * config["steps"]}
+    return [
+        {"name": "theory"},
+        {"name": "sgd", "method": "sgd", "gaussian": False, **full},
+        {"name": "gaussian", "method": "sgd", "gaussian": True, **full},
+        {"name": "gd", "method": "gd", "gaussian": True, **full},
+        {"name": "sgd, half rate", "method": "sgd", "gaussian": False, **half},
+        {"name": "gaussian, half rate", "method": "sgd", "gaussian": True, **half},
+    ]
 
 
 def images(config: Config) -> Tensor:
@@ -82,63 +99,79 @@ def forward(params: Params, x: Tensor) -> Tensor:
 
 
 def compute(config: Config, point: Point) -> dict[str, Any]:
-    """Layer norms `[T, init, seeds, D]`, or their predictions `[D]`."""
+    """Layer norms `[T, 2 seeds, D]` (first half: equal start, second half: random), or their predictions `[D]`."""
     x, y = halves(config)
     v, sigma_x, sigma_eps = statistics(x, y)
-    depth, k, seeds = config["depth"], config["components"], config["seeds"]
+    closed = cf.deep_linear(v, sigma_x, sigma_eps, config["depth"])
     if point["name"] == "theory":
-        closed = cf.deep_linear(v, sigma_x, sigma_eps, depth)
-        measured = generic_equilibrium(closed, x, y, SGDConfig(config["lr"], config["batch"]))
-        # The same machinery on data of the same covariances whose residuals are independent of the inputs.
-        design = _gaussian_like(v, sigma_x, sigma_eps)
-        independent = generic_equilibrium(
-            cf.deep_linear(v, *(torch.eye(k).double(),) * 2, depth), *design, SGDConfig(config["lr"], config["batch"])
-        )
-        norms = {"closed": closed, "generic": measured, "generic_independent": independent}
-        return plain({name: [float(w.norm()) for w in layers] for name, layers in norms.items()})
-    rng = generator(4)
-    shape = (2 * seeds, k, k)
-    sizes = torch.stack([torch.ones(depth), torch.tensor(config["scales"])]).double().repeat_interleave(seeds, 0)
-    start = []
-    for i in range(depth):
-        w = normal(shape, rng)
-        start.append(1.7 * sizes[:, i, None, None] * w / w.norm(dim=(1, 2), keepdim=True))
+        return predictions(config, closed, x, y)
+    # At half the rate only the place of the equilibrium is asked for: those runs start at section 9.
+    many = (2 * config["seeds"], -1, -1)
+    start = [w.expand(many) for w in closed] if "half" in point["name"] else starts(config, generator(4))
     network = Network(forward, squared_error, from_data(x, y), (x[None], y[None]), config["batch"])
     surrogate = LinearNet.of(v, sigma_x, sigma_eps, config["batch"])
-    gd = point["name"] == "gd"
-    problem = surrogate if point["name"] in ("gaussian", "gd") else network
-    marks = checkpoints(config["steps"], 80)
     record = lambda params: {"norms": torch.stack([w.norm(dim=(1, 2)) for w in params], -1)}
+    marks = checkpoints(point["steps"], 80)
     run = simulate(
-        problem, start, config["steps"], config["lr"], generator(5), record, at=marks, method="gd" if gd else "sgd"
+        surrogate if point["gaussian"] else network,
+        start,
+        point["steps"],
+        point["lr"],
+        generator(5),
+        record,
+        at=marks,
+        method=point["method"],
     )
-    return plain({"steps": marks, "norms": run.records["norms"].reshape(len(marks), 2, seeds, depth)})
+    return plain({"steps": marks, "norms": run.records["norms"]})
 
 
-def _gaussian_like(v: Tensor, sigma_x: Tensor, sigma_eps: Tensor) -> tuple[Tensor, Tensor]:
-    from noetherflow.reproduce.generic import product_design
+def starts(config: Config, rng: torch.Generator) -> Params:
+    """Gaussian layers `[2 seeds, k, k]`: of equal norms, then with norms in the ratio `scales`."""
+    depth, k, seeds = config["depth"], config["components"], config["seeds"]
+    sizes = torch.stack([torch.ones(depth), torch.tensor(config["scales"])]).double().repeat_interleave(seeds, 0)
+    layers = [normal((2 * seeds, k, k), rng) for _ in range(depth)]
+    return [1.7 * sizes[:, i, None, None] * w / w.norm(dim=(1, 2), keepdim=True) for i, w in enumerate(layers)]
 
-    return product_design(v, sigma_x, sigma_eps)
+
+def predictions(config: Config, closed: Params, x: Tensor, y: Tensor) -> dict[str, Any]:
+    """Norms by section 9, by the generic machinery on the images, and by it on data with independent residuals."""
+    v, sigma_x, sigma_eps = statistics(x, y)
+    sgd, eye = SGDConfig(config["lr"], config["batch"]), torch.eye(len(v), dtype=torch.float64)
+    isotropic = cf.deep_linear(v, eye, eye, config["depth"])
+    design = product_design(v, sigma_x, sigma_eps)
+    found = {
+        "closed": closed,
+        "generic": generic_equilibrium(closed, x, y, sgd),
+        "generic_independent": generic_equilibrium(isotropic, *design, sgd),
+    }
+    return plain({name: [float(w.norm()) for w in layers] for name, layers in found.items()})
 
 
 def final(results: Results, name: str) -> np.ndarray:
-    """Norms averaged over the last quarter, `[init, seeds, D]`."""
+    """Norms averaged over the last quarter, `[2 seeds, D]`."""
     norms = results.array(name, "norms")
     return norms[-len(norms) // 4 :].mean(0)
 
 
+def limit(results: Results, name: str) -> np.ndarray:
+    """Norms extrapolated to eta = 0 from both rates, `[2 seeds, D]`."""
+    return 2 * final(results, f"{name}, half rate") - final(results, name)
+
+
 def plot(results: Results) -> Any:
-    """Norms against steps on images and on Gaussian data, SGD and GD."""
-    fig, axes = style.figure(3, width=4.4)
+    """Norms against steps on images and on Gaussian data, SGD and GD; deviations from the theory against the rate."""
+    fig, axes = style.figure(4, width=4.2)
     colors = (style.SGD, style.SDE, style.ACCENT, style.OTHER)
     closed, measured = results.array("theory", "closed"), results.array("theory", "generic")
-    titles = {"sgd": "SGD, images", "gaussian": "SGD, Gaussian data, same covariances", "gd": "GD, images"}
-    for ax, name in zip(axes, ("sgd", "gaussian", "gd"), strict=True):
+    titles = {"sgd": "SGD, images", "gaussian": "SGD, Gaussian data", "gd": "GD, Gaussian data"}
+    for ax, name in zip(axes, titles, strict=False):
         norms, steps = results.array(name, "norms"), results.array(name, "steps")
+        seeds = norms.shape[1] // 2
         for layer in range(norms.shape[-1]):
             color = colors[layer % 4]
-            for i, line in enumerate((":", "-")):
-                style.band(ax, steps, norms[:, i, :, layer], color, f"$W_{layer + 1}$" if i else None, ls=line)
+            for part, line in ((slice(seeds), ":"), (slice(seeds, None), "-")):
+                label = f"$W_{layer + 1}$" if line == "-" else None
+                style.band(ax, steps, norms[:, part, layer], color, label, ls=line)
             if name != "gd":
                 ax.plot([1.03 * steps[-1]], [closed[layer]], "_", color=color, ms=16, mew=2.5)
             if name == "sgd":
@@ -149,69 +182,134 @@ def plot(results: Results) -> Any:
     axes[0].plot([], [], "_", color=style.MUTED, ms=12, mew=2.5, ls="none", label="theory, section 9")
     axes[0].plot([], [], "*", color=style.MUTED, ls="none", label="measured moments")
     axes[0].legend(ncols=2)
+    _plot_rates(axes[3], results)
     return fig
 
 
+def _plot_rates(ax: Any, results: Results) -> None:
+    """Relative deviation of the last layer's norm against the learning rate."""
+    lr = results.config["lr"]
+    rates = np.array([lr, lr / 2])
+    cases = (("sgd", "generic", "images, measured moments", "*"), ("gaussian", "closed", "Gaussian, section 9", "o"))
+    for (name, theory, label, marker), color in zip(cases, (style.ACCENT, style.SGD), strict=True):
+        target = results.array("theory", theory)[-1]
+        values = np.stack([final(results, n)[:, -1] / target - 1 for n in (name, f"{name}, half rate")])
+        style.dots(ax, rates, 100 * values, color, label, marker)
+        line = 200 * values[1].mean() / lr * np.r_[0, rates]
+        ax.plot(np.r_[0, rates], line, "--", color=color, lw=1)
+    ax.axhline(0, color=style.THEORY, lw=0.8)
+    ax.plot([], [], "--", color=style.MUTED, lw=1, label=r"$\propto\eta$")
+    ax.set(
+        xlabel=r"learning rate $\eta$", ylabel=r"$\|W_D\|$: measured - predicted (%)", title="last layer: finite rate"
+    )
+    ax.legend(fontsize=8)
+
+
 def verdicts(results: Results) -> list[Verdict]:
-    """Agreement of starts, middle layers, predictions; the two theories; GD."""
+    """Agreement of starts, middle layers, predictions; the two theories; GD; the limit of small learning rates."""
     closed, measured = results.array("theory", "closed"), results.array("theory", "generic")
     sgd, gaussian, gd = (final(results, n) for n in ("sgd", "gaussian", "gd"))
-    last = len(closed) - 1
-    out = [
+    last, uneven = len(closed) - 1, slice(len(sgd) // 2, None)
+    independent = np.abs(results.array("theory", "generic_independent") / closed - 1).max()
+    ends = (0, 1, last)
+    norm = lambda layer: f"||W_{layer + 1}||"
+    far, near = (final(results, f"gaussian{n}")[:, last] - closed[last] for n in ("", ", half rate"))
+    section9, moments = "section 9 with the data's covariances", "from the measured moments"
+    return [
         Verdict(
             "generic machinery / section 9 for independent noise: largest deviation",
             0,
-            float(np.abs(results.array("theory", "generic_independent") / closed - 1).max()),
+            float(independent),
             tolerance=1e-6,
             relative=False,
         ),
-        from_seeds("images: ||W_2|| / ||W_3||, random start", 1, sgd[1, :, 1] / sgd[1, :, 2], 0.06),
-        from_seeds("GD, random start: ||W_2|| / ||W_3||", 0.85, gd[1, :, 1] / gd[1, :, 2], relation="below"),
+        from_seeds("images: ||W_2|| / ||W_3||, random start", 1, sgd[uneven, 1] / sgd[uneven, 2], 0.06),
+        from_seeds(
+            "images: largest |equal / random start - 1| over the layers' norms",
+            0.03,
+            np.abs(sgd[: len(sgd) // 2] / sgd[uneven].mean(0) - 1).max(1),
+            relation="below",
+        ),
+        from_seeds("GD, random start: ||W_2|| / ||W_3||", 0.85, gd[uneven, 1] / gd[uneven, 2], relation="below"),
+        *(from_seeds(f"images: {norm(i)} {moments}", measured[i], sgd[:, i], 0.05) for i in range(last + 1)),
+        *(from_seeds(f"Gaussian data: {norm(i)}, section 9", closed[i], gaussian[:, i], 0.05) for i in ends),
+        *(
+            from_seeds(f"images: {norm(i)}, {section9}", closed[i], sgd[:, i], 0.05, analysis=analysis(results, i))
+            for i in ends
+        ),
+        *(
+            from_seeds(f"images, eta -> 0: {norm(i)} {moments}", measured[i], limit(results, "sgd")[:, i], 0.02)
+            for i in range(last + 1)
+        ),
+        *(
+            from_seeds(
+                f"Gaussian data, eta -> 0: {norm(i)}, section 9", closed[i], limit(results, "gaussian")[:, i], 0.02
+            )
+            for i in ends
+        ),
+        from_seeds(f"Gaussian data: deviation of {norm(last)} at eta / at eta/2", 2, far / near.mean(), 0.3),
     ]
-    for layer in range(last + 1):
-        out.append(
-            from_seeds(
-                f"images: ||W_{layer + 1}|| from the measured moments", measured[layer], sgd.mean(0)[:, layer], 0.05
-            )
-        )
-    for layer in (0, 1, last):
-        out.append(
-            from_seeds(f"Gaussian data: ||W_{layer + 1}||, section 9", closed[layer], gaussian.mean(0)[:, layer], 0.05)
-        )
-    why = (
-        "section 9 assumes residuals independent of the inputs; those of the digits are not (their variance depends on the "
-        "input). With the moments of the data themselves (previous claims) and on Gaussian data the prediction holds."
+
+
+def analysis(results: Results, layer: int) -> str:
+    """What the deviation from section 9 consists of, in numbers."""
+    closed, measured = (results.array("theory", k)[layer] for k in ("closed", "generic"))
+    found, half = (final(results, n)[:, layer].mean() for n in ("sgd", "sgd, half rate"))
+    norms = results.array("sgd", "norms")[..., layer].mean(1)
+    quarter = len(norms) // 4
+    late = norms[-quarter:].mean() / norms[-2 * quarter : -quarter].mean() - 1
+    percent = lambda value: f"{100 * value:+.1f} %"
+    return (
+        f"Two causes, measured apart. Section 9 assumes residuals independent of the inputs; those of the digits are "
+        f"not, which moves the equilibrium by {percent(measured / closed - 1)} (measured moments against section 9). "
+        f"The rest is the finite learning rate: {percent(found / measured - 1)} from the moments' prediction at eta, "
+        f"{percent(half / measured - 1)} at eta/2. Not the run length: the norm changes by {percent(late)} from the "
+        f"third "
+        "to the last quarter."
     )
-    for layer in (0, 1, last):
-        out.append(
-            from_seeds(
-                f"images: ||W_{layer + 1}||, section 9 with the data's covariances",
-                closed[layer],
-                sgd.mean(0)[:, layer],
-                0.05,
-                analysis=why,
-            )
-        )
-    return out
 
 
 EXPERIMENT = Experiment(
     id="fig5",
     title="Deep linear net on images: layer norms converge to predicted values",
     setup=(
-        "Depth 4, no decay. Inputs: leading principal components of the upper half of scikit-learn's digits; targets: those "
-        "of the lower half, scaled by 2 (a regression with genuine residuals). Layers start with equal norms or with norms in "
-        "the ratio 2 : 0.6 : 1.2 : 0.8."
+        "Depth 4, no decay. Inputs: leading principal components of the upper half of scikit-learn's digits; targets: "
+        "those of the lower half, scaled by 2 (a regression with genuine residuals). Layers start with equal norms or "
+        "with norms in the ratio 2 : 0.6 : 1.2 : 0.8."
     ),
     scales=SCALES,
     points=points,
     compute=compute,
     plot=plot,
     verdicts=verdicts,
-    choices=(
-        "The paper uses MNIST (set `data` to a local copy); digits are the default because they come with scikit-learn. Four "
-        "components (quick) keep the slowest direction learnable within the run. How far section 9 is off on images depends on "
-        "how strongly the residuals' variance depends on the input."
+    settings=(
+        Setting(
+            "images",
+            "scikit-learn's digits; the paper's MNIST when `data` names a local copy",
+            "only the covariances and the dependence of the residuals on the inputs enter",
+        ),
+        Setting(
+            "components",
+            "3 (quick), 10 (paper)",
+            "the slowest direction sets the length of the run; four in a variation",
+        ),
+        Setting(
+            "learning rate and batch", "0.02 and 16", "terms of order eta shift the last layer by 3 % (last panel)"
+        ),
+        Setting("targets", "the image's other half, scaled by 2", "the scale sets the size of the norms"),
     ),
-    differences=("The predicted norms are those of the corrected Theorem 5.4 (see thm54).",),
+    exploratory=(
+        "Three components were taken after runs with four had not learned the slowest direction within 8,000 steps. "
+        "Tolerances (5 %, 6 %) and the target scale were set after first runs. In the first full run the last layer "
+        "failed against section 9 by 5.1 %. Halving the rate and comparing the quarters of the run showed why: with "
+        "8,000 steps the random starts had not settled (the norm still moved by 2.2 % from the third to the last "
+        "quarter). The run was then doubled, by the rule that the two starts must agree, and a claim added that they "
+        "do; no tolerance was changed. The 2 % on the limits and 30 % on the factor 2 were written down before they "
+        "were measured."
+    ),
+    variations={
+        "four components, twice the steps": {"components": 4, "steps": 32_000},
+        "depth 3": {"depth": 3, "scales": [2.0, 0.6, 1.2]},
+        "batch 32, twice the steps": {"batch": 32, "steps": 32_000},
+    },
 )

@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """Figure 7: nets whose scale is free. The norm grows under SGD by eta^2 |g_B|^2 per step."""
 
 from __future__ import annotations
@@ -10,7 +9,17 @@ import torch
 from torch import Tensor
 
 from noetherflow.reproduce import style
-from noetherflow.reproduce.experiment import Config, Experiment, Point, Results, Verdict, from_seeds, generator, plain
+from noetherflow.reproduce.experiment import (
+    Config,
+    Experiment,
+    Point,
+    Results,
+    Setting,
+    Verdict,
+    from_seeds,
+    generator,
+    plain,
+)
 from noetherflow.reproduce.simulate import Network, Params, checkpoints, normal, simulate, squared_error
 
 COMMON = {"d": 10, "width": 16, "noise": 1.0, "lr": 0.01, "batch": 4, "population": 600}
@@ -141,14 +150,28 @@ def verdicts(results: Results) -> list[Verdict]:
 EXPERIMENT = Experiment(
     id="fig7",
     title="Scale-invariant nets grow without bound under SGD",
-    setup="Net-A: sum_j u_j/|w| tanh(w_j.x/|u|), Net-B: sum_j u_j/|u| tanh(w_j.x/|w|); x in R^10, y = v.x + eps, width 16.",
+    setup=(
+        "Net-A: sum_j u_j/|w| tanh(w_j.x/|u|), Net-B: sum_j u_j/|u| tanh(w_j.x/|w|) (given); x in R^10, y = v.x + eps, "
+        "width 16, learning rate 0.01, batch 4."
+    ),
     scales=SCALES,
     points=points,
     compute=compute,
     plot=plot,
     verdicts=verdicts,
-    choices=(
-        "Sizes, learning rate 0.01 and batch 4 are ours. |u|, |w| are norms of the whole layer: Net-A is invariant only under "
-        "a common scaling, Net-B under one for each layer. GD grows at second order in the learning rate, while it learns."
+    settings=(
+        Setting(
+            "|u|, |w|",
+            "norms of the whole layer",
+            "Net-A is then invariant only under a common scaling, Net-B under one for each layer, as the claims need",
+        ),
+        Setting(
+            "sizes, learning rate, batch", "d = 10, width 16, 0.01, 4", "set the speed of growth (variations below)"
+        ),
     ),
+    exploratory=(
+        "The threshold 0.05 for GD's growth: GD grows at second order in the learning rate while it learns, so the "
+        "ratio falls with the length of the run and rises with the learning rate."
+    ),
+    variations={"learning rate 0.02": {"lr": 0.02}, "batch 16": {"batch": 16}, "width 48": {"width": 48}},
 )

@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """Beyond the paper: neuron balance of a small language model and a small CNN, predicted from one measurement."""
 
 from __future__ import annotations
@@ -190,8 +189,9 @@ def plot(results: Results) -> Any:
 
 
 ANALYSIS = (
-    "the forecast holds the gradient noise of step 0 fixed up to the symmetry; while the model still learns, its loss falls and "
-    "the noise with it, so the later part of the predicted change is too large. The correlation over neurons is not affected"
+    "the forecast holds the gradient noise of step 0 fixed up to the symmetry; while the model still learns, its loss "
+    "falls and the noise with it, so the later part of the predicted change is too large. The correlation over "
+    "neurons is not affected"
 )
 
 
@@ -221,9 +221,9 @@ EXPERIMENT = Experiment(
     id="neurons",
     title="Beyond the paper: neuron balance of a language model and a CNN from one measurement",
     setup=(
-        "Language model: characters of the standard library's pydoc_data.topics, width 24, one attention block, 48 ReLU "
-        "neurons. CNN: two convolutions on digits, 20 ReLU channels. Trained by SGD for a few hundred steps, measured once, "
-        "trained on with three different data orders."
+        "Language model: characters of the standard library's pydoc_data.topics, width 24, one attention block, 48 "
+        "ReLU neurons. CNN: two convolutions on digits, 20 ReLU channels. Trained by SGD for a few hundred steps, "
+        "measured once, trained on with three different data orders."
     ),
     scales=SCALES,
     points=points,

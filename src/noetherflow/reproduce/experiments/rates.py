@@ -9,7 +9,17 @@ import torch
 
 from noetherflow import closed_form as cf
 from noetherflow.reproduce import style
-from noetherflow.reproduce.experiment import Config, Experiment, Point, Results, Verdict, from_seeds, generator, plain
+from noetherflow.reproduce.experiment import (
+    Config,
+    Experiment,
+    Point,
+    Results,
+    Setting,
+    Verdict,
+    from_seeds,
+    generator,
+    plain,
+)
 from noetherflow.reproduce.simulate import LinearNet, Params, checkpoints, simulate
 
 SETTINGS = [
@@ -100,7 +110,7 @@ def verdicts(results: Results) -> list[Verdict]:
     out = []
     for i, s in enumerate(results.config["settings"]):
         label = f"decay rate per step at lr {s['lr']}, S {s['batch']}, noise {s['noise']}"
-        out.append(from_seeds(label, predicted(s), measured(results, i), 0.08))
+        out.append(from_seeds(label, predicted(s), measured(results, i), 0.08, difference=1 if i == 0 else 0))
     gd = results.array("gd", "imbalance")
     out.append(
         Verdict(
@@ -123,6 +133,9 @@ EXPERIMENT = Experiment(
     compute=compute,
     plot=plot,
     verdicts=verdicts,
-    choices="All settings are ours; they span a factor of 60 in the rate. Corrections are of order eta.",
-    differences=("With the printed sigma^2 (for C/2) the rate would be half of what is measured.",),
+    settings=(
+        Setting("the six settings", "eta 0.005 to 0.02, S 2 to 32, noise 0.5 to 2", "a factor of 16 in the rate"),
+        Setting("start", "u = 1.5, w = 2/3", "the rate does not depend on it at leading order"),
+    ),
+    exploratory="The tolerance of 8 % leaves room for the corrections of order eta seen in a first run (2 to 6 %).",
 )

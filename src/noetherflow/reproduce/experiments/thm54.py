@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """Theorem 5.4: the noise equilibrium of deep linear nets, as corrected and as printed."""
 
 from __future__ import annotations
@@ -14,7 +13,17 @@ from torch import Tensor
 from noetherflow import closed_form as cf
 from noetherflow import spd
 from noetherflow.reproduce import style
-from noetherflow.reproduce.experiment import Config, Experiment, Point, Results, Verdict, from_seeds, generator, plain
+from noetherflow.reproduce.experiment import (
+    Config,
+    Experiment,
+    Point,
+    Results,
+    Setting,
+    Verdict,
+    from_seeds,
+    generator,
+    plain,
+)
 from noetherflow.reproduce.simulate import LinearNet, normal, simulate
 
 SCALES = {
@@ -42,7 +51,8 @@ SCALES = {
 
 
 def printed(product: Tensor, sigma_x: Tensor, sigma_eps: Tensor, depth: int) -> list[Tensor]:
-    """The printed theorem: `S_1 = S_D = (d / Tr S')^((D-2)/(2D)) S'^1/2`, middle layers `(Tr S'/d)^(1/D) U_i U_{i-1}^T`.
+    """The printed theorem as reconstructed: `S_1 = S_D = (d / Tr S')^((D-2)/(2D)) S'^1/2`,
+    middle layers `(Tr S'/d)^(1/D) U_i U_{i-1}^T`.
 
     Its product is `product`, but the traces of the covariances are missing: right only for `Tr Sig_x = Tr Sig_eps = d`.
     """
@@ -84,7 +94,7 @@ def charges(layers: list[Tensor]) -> Tensor:
 
 
 def compute(config: Config, point: Point) -> dict[str, Any]:
-    """Relative violations over random tasks; or the drift of all charges from one solution, projected on the printed drift."""
+    """Relative violations over random tasks; or the drift of the charges from one solution along the printed drift."""
     if point["name"] == "residuals":
         rng = generator(3)
         tasks = [task(config["d"], rng) for _ in range(config["trials"])]
@@ -158,6 +168,7 @@ def verdicts(results: Results) -> list[Verdict]:
             0.1,
             float(typical.min()),
             relation="above",
+            difference=3,
         ),
     ]
     for d in results.config["depths"]:
@@ -176,6 +187,7 @@ def verdicts(results: Results) -> list[Verdict]:
                 1,
                 results.array(f"printed{d}", "projected"),
                 0.15,
+                difference=3,
             )
         )
     return out
@@ -185,16 +197,29 @@ EXPERIMENT = Experiment(
     id="thm54",
     title="Deep linear nets: the corrected equilibrium is stationary, the printed one is not",
     setup=(
-        "d_x = d_y = width = 4, depth 2 to 5, random targets and random anisotropic covariances with Tr Sig_x != Tr Sig_eps. "
-        "Left: violation of the stationarity conditions by the formulas. Right: SGD started at each formula's solution."
+        "d_x = d_y = width = 4, depth 2 to 5, random targets and random anisotropic covariances with Tr Sig_x != "
+        "Tr Sig_eps. Left: violation of the stationarity conditions by the formulas. Right: SGD started at each "
+        "formula's solution. The printed formula is a reconstruction: the paper's text was not at hand, and theory.md "
+        "12.3 says only that the print violates the first and last layer conditions for generic covariances (by 0.3 "
+        "to 2 in random trials). Tested is the form without the covariances' traces, which does that; it is not a "
+        "quotation."
     ),
     scales=SCALES,
     points=points,
     compute=compute,
     plot=plot,
     verdicts=verdicts,
-    choices="Dimensions, covariances and learning rate are ours. The printed form is as we read the theorem.",
-    differences=(
-        "Theorem 5.4 as printed leaves out the traces of the covariances: this experiment is the demonstration.",
+    settings=(
+        Setting(
+            "the printed formula",
+            "reconstructed from theory.md 12.3: section 9 with Tr Sig_x = Tr Sig_eps = d put in",
+            "the claims about the print are claims about this reconstruction; those about section 9 are not affected",
+        ),
+        Setting("dimensions, covariances, learning rate", "d = 4, random, 0.002", "variations below"),
     ),
+    exploratory="The threshold 0.1 for the printed form's violation was set after a first run (medians are about 0.6).",
+    variations={
+        "d = 3": {"d": 3},
+        "learning rate 0.004, half the steps": {"lr": 0.004, "steps": 75},
+    },
 )

@@ -1,0 +1,44 @@
+"""Where the paper's print and this software differ (theory.md section 12)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One difference: what is printed, and what holds. Verdicts that demonstrate it carry its number."""
+
+    number: int
+    printed: str
+    holds: str
+
+
+DIFFERENCES = (
+    Difference(
+        1,
+        "Drive of the charge C = theta^T A theta: sigma^2 Tr[Sigma A].",
+        "2 sigma^2 Tr[Sigma A] = (eta/S) Tr[Sigma A]; the printed factor belongs to C/2.",
+    ),
+    Difference(
+        2,
+        "Weight decay adds 2 gamma I to Gam_U and Gam_W.",
+        "It adds (gamma S / eta) I for the un-halved loss, equal to w S / (2 eta) with torch's w = 2 gamma.",
+    ),
+    Difference(
+        3,
+        "Theorem 5.4 (deep linear nets), as reconstructed in theory.md 12.3: no traces of the covariances.",
+        "First and last layer carry (Tr Sig_x / Tr Sig_eps)^(1/4) and its inverse, the middle ones their product "
+        "(theory.md section 9).",
+    ),
+    Difference(4, "t_equi is proportional to sigma^2.", "t_equi is proportional to 1/sigma^2, sigma^2 = eta/(2S)."),
+    Difference(
+        5, "Tr H of the two-layer linear net.", "The printed value is that of the halved loss; the loss doubles it."
+    ),
+    Difference(
+        6,
+        "The noise equilibrium is sharper than the norm-balanced solution.",
+        "Only with anisotropic label noise: with isotropic label noise the equilibrium minimises Tr H over the orbit.",
+    ),
+)
+"""The six differences; `Verdict.difference` refers to their numbers."""
