@@ -118,8 +118,8 @@ def test_directions_beyond_the_rank_recede_as_far_as_asked() -> None:
     left = {}
     for recede in (1e-1, 1e-2):
         eq = noise_equilibrium(
-            problem.model, problem.syms, problem.measure(), sgd, samples=samples_of(problem), recede=recede
-        )
+            problem.model, problem.syms, problem.measure(), sgd, samples=samples_of(problem), recede=recede, tol=1e-10
+        )  # rounding leaves 2e-11 where some directions are 1e4 times smaller than others
         assert eq.converged
         assert all(s.classification == "degenerate" and "directions" in s.reason for s in eq)
         left[recede] = imbalance(problem, moved(problem.model, problem.syms, eq.elements), sgd)

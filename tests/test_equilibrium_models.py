@@ -12,7 +12,7 @@ import torch
 import noetherflow as nf
 from noetherflow.balance import balance_
 from noetherflow.discovery import certify, find_symmetries
-from noetherflow.equilibrium import noise_equilibrium
+from noetherflow.equilibrium import gradient_factors, noise_equilibrium
 from noetherflow.moments import GradientMoments, gradient_moments
 from zoo import ZOO, Case, jitter, per_sample_cross_entropy
 
@@ -120,3 +120,35 @@ def test_approximate_scale_symmetries_of_batch_norm_are_balanced_to_their_eps() 
     end = drift_imbalance(syms, again, moved, sgd)
     assert max(start.values()) > 0.3
     assert max(end.values()) < 0.05
+
+
+def test_factors_of_one_measurement_give_the_equilibrium_of_a_transformer() -> None:
+    """GPT-2's packed query-key-value weights, which GL and gain symmetries move together, without measuring again."""
+    case = two_layers("gpt2").double()
+    syms = find_symmetries(case.model, case.inputs)
+    exact = syms.without({s.name: "approximate" for s in syms if s.eps is not None})
+    sgd = nf.SGDConfig(0.05, 2, weight_decay=1e-2, dataset_size=6)
+    moments = gradient_moments(case.model, case.loss_fn, [case.batch], exact)
+    factors = gradient_factors(case.model, case.loss_fn, [case.batch], exact)
+    assert set(factors) == {f"transformer.h.{i}.attn.c_attn.weight" for i in (0, 1)}
+    eq = noise_equilibrium(case.model, exact, moments, sgd, samples=factors)
+    assert eq.converged
+    moved = copy.deepcopy(case.model)
+    balance_(moved, eq, example_inputs=case.inputs)
+    again = gradient_moments(moved, case.loss_fn, [case.batch], exact)
+    assert max(drift_imbalance(exact, again, moved, sgd).values()) < 1e-8
+    apart = noise_equilibrium(case.model, exact, moments, sgd, joint=False)
+    balance_(moved := copy.deepcopy(case.model), apart, example_inputs=case.inputs)
+    again = gradient_moments(moved, case.loss_fn, [case.batch], exact)
+    assert max(drift_imbalance(exact, again, moved, sgd).values()) > 1e-2, "one by one is not the joint equilibrium"
+
+
+def test_moments_in_single_precision_do_not_stop_the_solver() -> None:
+    """Leg Grams measured in float32 are symmetric only to 1e-7; the solve still ends below 1e-11."""
+    case = two_layers("gpt2")
+    syms = find_symmetries(case.model, case.inputs)
+    exact = syms.without({s.name: "approximate" for s in syms if s.eps is not None})
+    moments = gradient_moments(case.model, case.loss_fn, [case.batch], exact)
+    factors = gradient_factors(case.model, case.loss_fn, [case.batch], exact)
+    eq = noise_equilibrium(case.model, exact, moments, nf.SGDConfig(0.05, 2, weight_decay=1e-2), samples=factors)
+    assert eq.converged

@@ -44,5 +44,7 @@ def geometric_mean(x_inverse_of: Tensor, y: Tensor) -> Tensor:
 
     `X`, `Y` positive definite, shape `[..., n, n]` (theory.md section 5).
     """
-    root, inverse_root = sqrtm(x_inverse_of), inv_sqrtm(x_inverse_of)
+    w, v = torch.linalg.eigh(symmetric(x_inverse_of))
+    scale = w.clamp_min(0).sqrt().unsqueeze(-2)
+    root, inverse_root = (v * scale) @ v.mT, (v / scale) @ v.mT
     return symmetric(inverse_root @ sqrtm(root @ y @ root) @ inverse_root)

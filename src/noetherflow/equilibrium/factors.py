@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from noetherflow.equilibrium.overlap import leg_coordinates, mixed_parameters
-from noetherflow.equilibrium.weights import LegPair, Weights
 from noetherflow.errors import DataError, MomentError
-from noetherflow.legs import Leg
-from noetherflow.symmetry import Symmetry
 from noetherflow.symmetry_set import SymmetrySet, tensors_of
 
 
@@ -101,87 +98,3 @@ def _accounts_for(factors: Factors, total: Tensor) -> bool:
     mine = factors.left.flatten(0, 1).mT @ factors.right.flatten(0, 1)
     tolerance = 1e3 * torch.finfo(total.dtype).eps
     return float(torch.linalg.vector_norm(mine - total)) <= tolerance * float(torch.linalg.vector_norm(total)) + 1e-30
-
-
-@dataclass(frozen=True, eq=False)
-class FactorTerm:
-    """A weight matrix that legs on both its axes move, with its per-sample gradients as `Factors`."""
-
-    parameter: str
-    symmetries: tuple[tuple[int, Symmetry], ...]
-    theta: Tensor
-    factors: Factors
-    mean: Tensor
-    weights: Weights
-
-    def add(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
-        duals = {i: _dual(s, elements[i]) for i, s in self.symmetries}
-        here = {i: elements[i] for i, _ in self.symmetries}
-        theta, mean = self._moved(self.theta, here), self._moved(self.mean, duals)
-        sides = (self.factors.left, self.factors.right)
-        n, t = sides[0].shape[:2]
-        moved = [self._side(sides[axis], axis, duals) for axis in (0, 1)]
-        inner = [x.reshape(n, t, -1) @ x.reshape(n, t, -1).mT for x in moved]
-        partner = [(inner[1 - axis] @ moved[axis].reshape(n, t, -1)).reshape(n * t, -1) for axis in (0, 1)]
-        for index, position, leg, symmetry in self._legs():
-            axis = leg.axes[0] % 2
-            row_leg = replace(leg, axes=(0,))
-            x, y = row_leg.unfold(moved[axis].mT), row_leg.unfold(partner[axis].mT)
-            second = (x * y).sum((1, 2)) if symmetry.is_torus else x @ y.mT
-            drive = self.weights.drive(second / n, symmetry.leg_gram(leg, mean))
-            out[index][position] = (symmetry.leg_gram(leg, theta), drive)
-        trace = (inner[0] * inner[1]).sum() / n
-        return float(theta.square().sum()), float(self.weights.drive(trace, mean.square().sum()))
-
-    def slope(self, elements: Sequence[Tensor], generators: Sequence[Tensor], out: list[Tensor]) -> None:
-        theta = self._moved(self.theta, {i: elements[i] for i, _ in self.symmetries})
-        rate = torch.zeros_like(theta)
-        for index, symmetry in self.symmetries:
-            rate = rate + symmetry.tangent_of(self.parameter, theta, generators[index])
-        for index, _, leg, symmetry in self._legs():
-            grown, shrunk = symmetry.leg_gram(leg, theta + rate), symmetry.leg_gram(leg, theta - rate)
-            out[index] = out[index] + leg.exponent * (grown - shrunk) / 2
-
-    def _legs(self) -> list[tuple[int, int, Leg, Symmetry]]:
-        return [
-            (index, position, leg, symmetry)
-            for index, symmetry in self.symmetries
-            for position, leg in enumerate(symmetry.weight_legs)
-            if leg.parameter == self.parameter
-        ]
-
-    def _moved(self, matrix: Tensor, elements: dict[int, Tensor]) -> Tensor:
-        """`matrix` under all legs, in float64."""
-        x = matrix.double().clone()
-        for index, _, leg, symmetry in self._legs():
-            _apply(leg, symmetry, elements[index], x if leg.axes[0] % 2 == 0 else x.mT)
-        return x
-
-    def _side(self, factor: Tensor, axis: int, elements: dict[int, Tensor]) -> Tensor:
-        """One factor, `[N * T, rows of the axis]`, under the legs on that axis."""
-        x = factor.double().flatten(0, 1).clone()
-        for index, _, leg, symmetry in self._legs():
-            if leg.axes[0] % 2 == axis:
-                _apply(leg, symmetry, elements[index], x.mT)
-        return x
-
-
-def _dual(symmetry: Symmetry, element: Tensor) -> Tensor:
-    return symmetry.inverse(element) if symmetry.is_torus else torch.linalg.inv(element).mT
-
-
-def _apply(leg: Leg, symmetry: Symmetry, element: Tensor, x: Tensor) -> None:
-    """Move the rows of `x` that the leg chooses, in place."""
-    rows = torch.as_tensor(leg.index.reshape(-1))
-    if symmetry.is_torus:
-        factors = (element**leg.exponent).repeat_interleave(leg.replicas)
-        x[rows] *= factors[:, None]
-        return
-    g = element if leg.sign > 0 else torch.linalg.inv(element).mT
-    x[rows] = (g @ x[rows].reshape(leg.blocks, leg.dim, -1)).reshape(len(rows), -1)
-
-
-def fits_factors(symmetries: Sequence[Symmetry], parameter: str, shape: tuple[int, ...]) -> bool:
-    """True when every leg on the parameter lies along one of its two axes as it is stored."""
-    legs = [leg for s in symmetries for leg in s.weight_legs if leg.parameter == parameter]
-    return len(shape) == 2 and all(leg.view in (None, shape) and len(leg.axes) == 1 for leg in legs)

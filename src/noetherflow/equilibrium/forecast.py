@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from noetherflow import spd
-from noetherflow.equilibrium.factors import FactorTerm
-from noetherflow.equilibrium.orbit import LegTerm, MeasuredOrbit, SampleTerm
+from noetherflow.equilibrium.orbit import MeasuredOrbit
+from noetherflow.equilibrium.terms import FactorTerm, LegTerm, SampleTerm
 
 
 @dataclass(frozen=True, eq=False)

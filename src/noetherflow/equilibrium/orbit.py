@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from noetherflow.equilibrium.factors import Factors, FactorTerm, fits_factors
+from noetherflow.equilibrium.factors import Factors
 from noetherflow.equilibrium.overlap import LegCoordinates, leg_coordinates, mixed_parameters, overlapping_parameters
+from noetherflow.equilibrium.terms import EntryTerm, FactorTerm, LegTerm, SampleTerm, Term, fits_factors
 from noetherflow.equilibrium.weights import LegPair, Weights
 from noetherflow.errors import MomentError
 from noetherflow.moments.result import GradientMoments
@@ -19,121 +20,6 @@ from noetherflow.symmetry_set import tensors_of
 
 Samples = Mapping[str, Tensor | Factors]
 Remeasure = Callable[[nn.Module], GradientMoments]
-
-
-class Term(Protocol):
-    """A part of the model that knows its leg Grams, and how charges change, on the whole orbit."""
-
-    def add(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
-        """Write `(K, M)` of this part's legs into `out[symmetry][leg]`; return its `||theta||^2` and `Tr M`."""
-
-    def slope(self, elements: Sequence[Tensor], generators: Sequence[Tensor], out: list[Tensor]) -> None:
-        """Add to `out[symmetry]` the change of its charge under infinitesimal generators of all symmetries."""
-
-
-@dataclass(frozen=True, eq=False)
-class LegTerm:
-    """A leg that shares no entry with any other leg: its two Grams say everything."""
-
-    symmetry: int
-    leg: int
-    exponent: float
-    torus: bool
-    weight: Tensor
-    noise: Tensor
-
-    def add(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
-        element = elements[self.symmetry]
-        if self.torus:
-            factor = element ** (2 * self.exponent)
-            k, m = self.weight * factor, self.noise / factor
-            traces = float(k.sum()), float(m.sum())
-        else:
-            dual = torch.linalg.inv(element).mT
-            g, h = (element, dual) if self.exponent > 0 else (dual, element)
-            k, m = g @ self.weight @ g.mT, h @ self.noise @ h.mT
-            traces = _trace(k), _trace(m)
-        out[self.symmetry][self.leg] = (k, m)
-        return traces
-
-    def slope(self, elements: Sequence[Tensor], generators: Sequence[Tensor], out: list[Tensor]) -> None:
-        element, a = elements[self.symmetry], generators[self.symmetry]
-        if self.torus:
-            change = 2 * self.exponent**2 * a * self.weight * element ** (2 * self.exponent)
-        else:
-            g = element if self.exponent > 0 else torch.linalg.inv(element).mT
-            k = g @ self.weight @ g.mT
-            change = a @ k + k @ a
-        out[self.symmetry] = out[self.symmetry] + change
-
-
-@dataclass(frozen=True, eq=False)
-class EntryTerm:
-    """A parameter moved by several torus legs at once: its entries, summed over the axes that no leg touches."""
-
-    legs: tuple[LegCoordinates, ...]
-    weight: Tensor
-    noise: Tensor
-
-    def add(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
-        k, m = self.weight, self.noise
-        for leg in self.legs:
-            factor = leg.spread(elements[leg.symmetry]) ** (2 * leg.exponent)
-            k, m = k * factor, m / factor
-        for leg in self.legs:
-            out[leg.symmetry][leg.leg] = (leg.collect(k), leg.collect(m))
-        return float(k.sum()), float(m.sum())
-
-    def slope(self, elements: Sequence[Tensor], generators: Sequence[Tensor], out: list[Tensor]) -> None:
-        k, rate = 2 * self.weight, torch.zeros((), dtype=torch.float64)
-        for leg in self.legs:
-            k = k * leg.spread(elements[leg.symmetry]) ** (2 * leg.exponent)
-            rate = rate + leg.exponent * leg.spread(generators[leg.symmetry], outside=0.0)
-        for leg in self.legs:
-            change = leg.exponent * leg.collect(k * rate)
-            out[leg.symmetry] = out[leg.symmetry] + change
-
-
-@dataclass(frozen=True, eq=False)
-class SampleTerm:
-    """A parameter that general_linear and other legs move together: the weights and its gradient for every sample."""
-
-    parameter: str
-    symmetries: tuple[tuple[int, Symmetry], ...]
-    theta: Tensor
-    gradients: Tensor
-    mean: Tensor
-    weights: Weights
-
-    def add(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
-        theta, mean, gradients = self.theta, self.mean, self.gradients
-        for index, symmetry in self.symmetries:
-            element = elements[index]
-            dual = symmetry.inverse(element) if symmetry.is_torus else torch.linalg.inv(element).mT
-            theta = symmetry.move(self.parameter, theta, element)
-            mean = symmetry.move(self.parameter, mean, dual)
-            gradients = torch.stack([symmetry.move(self.parameter, g, dual) for g in gradients])
-        for index, symmetry in self.symmetries:
-            for position, leg in enumerate(symmetry.weight_legs):
-                if leg.parameter != self.parameter:
-                    continue
-                second = torch.stack([symmetry.leg_gram(leg, g) for g in gradients]).mean(0)
-                drive = self.weights.drive(second, symmetry.leg_gram(leg, mean))
-                out[index][position] = (symmetry.leg_gram(leg, theta), drive)
-        norm = float(theta.square().sum())
-        return norm, float(self.weights.drive(gradients.square().mean(0), mean.square()).sum())
-
-    def slope(self, elements: Sequence[Tensor], generators: Sequence[Tensor], out: list[Tensor]) -> None:
-        theta, rate = self.theta, torch.zeros_like(self.theta)
-        for index, symmetry in self.symmetries:
-            theta = symmetry.move(self.parameter, theta, elements[index])
-        for index, symmetry in self.symmetries:
-            rate = rate + symmetry.tangent_of(self.parameter, theta, generators[index])
-        for index, symmetry in self.symmetries:
-            for leg in symmetry.weight_legs:
-                if leg.parameter == self.parameter:
-                    grown, shrunk = symmetry.leg_gram(leg, theta + rate), symmetry.leg_gram(leg, theta - rate)
-                    out[index] = out[index] + leg.exponent * (grown - shrunk) / 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,25 +130,14 @@ def measured_orbit(
     """
     tensors = tensors_of(model)
     coordinates = leg_coordinates(symmetries, {n: tuple(t.shape) for n, t in tensors.items()})
-    shared = overlapping_parameters(coordinates)
-    mixed = mixed_parameters(coordinates, symmetries)
-    lacking = [n for n in mixed if samples is None or n not in samples]
+    lacking = [n for n in mixed_parameters(coordinates, symmetries) if samples is None or n not in samples]
     if lacking:
         raise MomentError(
             f"one measurement does not determine the joint equilibrium: general_linear and other symmetries move the "
             f"same entries of {lacking[:4]}{' ...' if len(lacking) > 4 else ''}; pass remeasure=, samples=, or "
             f"joint=False to solve every symmetry with the others held"
         )
-    terms: list[Term] = []
-    for name, legs in coordinates.items():
-        theta = tensors[name].detach().cpu()
-        if name in mixed and samples is not None:
-            own = tuple((i, s) for i, s in enumerate(symmetries) if name in s.parameters)
-            terms.append(_sample_term(name, own, theta, samples[name], moments.mean[name], weights))
-        elif name in shared:
-            terms.append(_entry_term(name, legs, theta, moments, weights))
-        else:
-            terms += [_leg_term(symmetries, leg, theta, moments, weights) for leg in legs]
+    terms = _terms(tensors, symmetries, coordinates, moments, weights, samples or {})
     return MeasuredOrbit(tuple(symmetries), weights, tuple(terms))
 
 
@@ -277,16 +152,37 @@ def separate_orbits(
     shapes = {n: tuple(t.shape) for n, t in tensors.items()}
     terms: list[Term] = []
     for index, symmetry in enumerate(symmetries):
-        own = leg_coordinates([symmetry], shapes)
-        shared = overlapping_parameters(own)
-        for name, legs in own.items():
-            theta = tensors[name].detach().cpu()
-            here = tuple(replace(leg, symmetry=index) for leg in legs)
-            if name in shared:
-                terms.append(_entry_term(name, here, theta, moments, weights))
-            else:
-                terms += [_leg_term(symmetries, leg, theta, moments, weights) for leg in here]
+        alone = {
+            name: tuple(replace(leg, symmetry=index) for leg in legs)
+            for name, legs in leg_coordinates([symmetry], shapes).items()
+        }
+        terms += _terms(tensors, symmetries, alone, moments, weights, {})
     return MeasuredOrbit(tuple(symmetries), weights, tuple(terms))
+
+
+def _terms(
+    tensors: Mapping[str, Tensor],
+    symmetries: Sequence[Symmetry],
+    coordinates: Mapping[str, tuple[LegCoordinates, ...]],
+    moments: GradientMoments,
+    weights: Weights,
+    samples: Samples,
+) -> list[Term]:
+    """The terms of all parameters: Grams where no two legs meet, per-sample gradients where a general_linear leg meets
+    another and `samples` holds them, else entries.
+    """
+    shared, mixed = overlapping_parameters(coordinates), mixed_parameters(coordinates, symmetries)
+    terms: list[Term] = []
+    for name, legs in coordinates.items():
+        theta = tensors[name].detach().cpu()
+        if name in mixed and name in samples:
+            own = tuple((i, s) for i, s in enumerate(symmetries) if name in s.parameters)
+            terms.append(_sample_term(name, own, theta, samples[name], moments.mean[name].cpu(), weights))
+        elif name in shared:
+            terms.append(_entry_term(name, legs, theta, moments, weights))
+        else:
+            terms += [_leg_term(symmetries, leg, theta, moments, weights) for leg in legs]
+    return terms
 
 
 def _sample_term(
@@ -297,11 +193,12 @@ def _sample_term(
     mean: Tensor,
     weights: Weights,
 ) -> Term:
+    """Weights are copied: the model may move on before a forecast asks for them."""
     if isinstance(gradients, Factors):
         if fits_factors([s for _, s in own], name, tuple(theta.shape)):
-            return FactorTerm(name, own, theta.clone(), gradients, mean.cpu(), weights)
+            return FactorTerm(name, own, theta.clone(), mean, weights, gradients)
         gradients = gradients.dense()
-    return SampleTerm(name, own, theta.double().clone(), gradients.double().cpu(), mean.double().cpu(), weights)
+    return SampleTerm(name, own, theta.double().clone(), mean.double(), weights, gradients.double().cpu())
 
 
 def _entry_term(
@@ -326,7 +223,3 @@ def _leg_term(
     mean = symmetry.leg_gram(leg, moments.mean[leg.parameter].double().cpu())
     noise = weights.drive(moments.second[symmetry.name][at.leg].cpu(), mean)
     return LegTerm(at.symmetry, at.leg, leg.exponent, symmetry.is_torus, symmetry.leg_gram(leg, theta), noise)
-
-
-def _trace(a: Tensor) -> float:
-    return float(a.diagonal(dim1=-2, dim2=-1).sum())

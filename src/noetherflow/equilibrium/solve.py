@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def drives(symmetry: Symmetry, pairs: Sequence[tuple[Tensor, Tensor]], weights: 
         c = abs(leg.exponent) / 2
         shrinking, growing = (weights.weight * k, m) if leg.exponent > 0 else (m, weights.weight * k)
         x, y = x + c * shrinking, y + c * growing
-    return x, y
+    return (x, y) if symmetry.is_torus else (spd.symmetric(x), spd.symmetric(y))
 
 
 def classify(symmetry: Symmetry, x: Tensor, y: Tensor, tolerance: float) -> Classes:
@@ -144,8 +145,7 @@ def _sweep(
             ratio = torch.where(c.finite, y / torch.where(c.finite, x, torch.ones_like(x)), torch.ones_like(x))
             logs.append(g.log() + ratio.log() / (4 * k))
         else:
-            p = finite_gl_step(c, x, y)
-            shortened = spd.expm(spd.logm(p) / k[:, None, None])
+            shortened = spd.spectral(finite_gl_step(c, x, y), partial(torch.pow, exponent=1 / k[:, None]))
             logs.append(spd.logm(g.mT @ shortened @ g) / 2)
     return logs
 
@@ -166,27 +166,31 @@ def finite_gl_step(classes: GLClasses, x: Tensor, y: Tensor) -> Tensor:
 
 
 class _Anderson:
-    """Type-II Anderson mixing of a fixed-point map, on flat vectors."""
+    """Type-II Anderson mixing of a fixed-point map, on flat vectors; keeps `memory - 1` differences of each kind."""
 
     def __init__(self, memory: int) -> None:
-        self.memory = memory
-        self.points: list[Tensor] = []
-        self.images: list[Tensor] = []
+        self.differences = memory - 1
+        self.last: tuple[Tensor, Tensor] | None = None
+        self.steps: list[Tensor] = []
+        self.moves: list[Tensor] = []
 
     def clear(self) -> None:
-        self.points, self.images = self.points[-1:], self.images[-1:]
+        self.steps, self.moves = [], []
 
     def propose(self, point: Tensor, image: Tensor) -> Tensor:
         """The next point given that the map sends `point` to `image`; `image` itself while there is no history."""
-        self.points = [*self.points, point][-self.memory :]
-        self.images = [*self.images, image][-self.memory :]
-        if len(self.points) < 2:
+        residual = image - point
+        if self.last is not None:
+            self.steps = [*self.steps, residual - self.last[0]][-self.differences :]
+            self.moves = [*self.moves, image - self.last[1]][-self.differences :]
+        self.last = (residual, image)
+        if not self.steps:
             return image
-        residuals = torch.stack([i - p for i, p in zip(self.images, self.points, strict=True)], dim=1)
-        images = torch.stack(self.images, dim=1)
-        steps, moves = residuals.diff(dim=1), images.diff(dim=1)
-        mixing = torch.linalg.lstsq(steps, residuals[:, -1:], rcond=1e-12, driver="gelsd").solution
-        proposal = image - (moves @ mixing).squeeze(1)
+        columns = torch.stack(self.steps, dim=1)
+        mixing = torch.linalg.lstsq(columns, residual[:, None], rcond=1e-12, driver="gelsd").solution
+        proposal = image.clone()
+        for weight, move in zip(mixing.flatten().tolist(), self.moves, strict=True):
+            proposal.sub_(move, alpha=weight)
         return proposal if bool(torch.isfinite(proposal).all()) else image
 
 

@@ -1,0 +1,207 @@
+"""Parts of a model that know their leg Grams anywhere on the orbit, by how much of the gradients they need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from noetherflow.equilibrium.factors import Factors
+from noetherflow.equilibrium.overlap import LegCoordinates
+from noetherflow.equilibrium.weights import LegPair, Weights
+from noetherflow.legs import Leg
+from noetherflow.symmetry import Symmetry
+
+
+class Term(Protocol):
+    """A part of the model that knows its leg Grams, and how charges change, on the whole orbit."""
+
+    def add(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
+        """Write `(K, M)` of this part's legs into `out[symmetry][leg]`; return its `||theta||^2` and `Tr M`."""
+
+    def slope(self, elements: Sequence[Tensor], generators: Sequence[Tensor], out: list[Tensor]) -> None:
+        """Add to `out[symmetry]` the change of its charge under infinitesimal generators of all symmetries."""
+
+
+@dataclass(frozen=True, eq=False)
+class LegTerm:
+    """A leg that shares no entry with any other leg: its two Grams say everything."""
+
+    symmetry: int
+    leg: int
+    exponent: float
+    torus: bool
+    weight: Tensor
+    noise: Tensor
+
+    def add(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
+        element = elements[self.symmetry]
+        if self.torus:
+            factor = element ** (2 * self.exponent)
+            k, m = self.weight * factor, self.noise / factor
+            traces = float(k.sum()), float(m.sum())
+        else:
+            dual = torch.linalg.inv(element).mT
+            g, h = (element, dual) if self.exponent > 0 else (dual, element)
+            k, m = g @ self.weight @ g.mT, h @ self.noise @ h.mT
+            traces = _trace(k), _trace(m)
+        out[self.symmetry][self.leg] = (k, m)
+        return traces
+
+    def slope(self, elements: Sequence[Tensor], generators: Sequence[Tensor], out: list[Tensor]) -> None:
+        element, a = elements[self.symmetry], generators[self.symmetry]
+        if self.torus:
+            change = 2 * self.exponent**2 * a * self.weight * element ** (2 * self.exponent)
+        else:
+            g = element if self.exponent > 0 else torch.linalg.inv(element).mT
+            k = g @ self.weight @ g.mT
+            change = a @ k + k @ a
+        out[self.symmetry] = out[self.symmetry] + change
+
+
+@dataclass(frozen=True, eq=False)
+class EntryTerm:
+    """A parameter moved by several torus legs at once: its entries, summed over the axes that no leg touches."""
+
+    legs: tuple[LegCoordinates, ...]
+    weight: Tensor
+    noise: Tensor
+
+    def add(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
+        k, m = self.weight, self.noise
+        for leg in self.legs:
+            factor = leg.spread(elements[leg.symmetry]) ** (2 * leg.exponent)
+            k, m = k * factor, m / factor
+        for leg in self.legs:
+            out[leg.symmetry][leg.leg] = (leg.collect(k), leg.collect(m))
+        return float(k.sum()), float(m.sum())
+
+    def slope(self, elements: Sequence[Tensor], generators: Sequence[Tensor], out: list[Tensor]) -> None:
+        k, rate = 2 * self.weight, torch.zeros((), dtype=torch.float64)
+        for leg in self.legs:
+            k = k * leg.spread(elements[leg.symmetry]) ** (2 * leg.exponent)
+            rate = rate + leg.exponent * leg.spread(generators[leg.symmetry], outside=0.0)
+        for leg in self.legs:
+            change = leg.exponent * leg.collect(k * rate)
+            out[leg.symmetry] = out[leg.symmetry] + change
+
+
+@dataclass(frozen=True, eq=False)
+class _GradientTerm:
+    """A parameter that general_linear and other legs move together: its weights, mean gradient and what a subclass
+    holds.
+    """
+
+    parameter: str
+    symmetries: tuple[tuple[int, Symmetry], ...]
+    theta: Tensor
+    mean: Tensor
+    weights: Weights
+
+    def slope(self, elements: Sequence[Tensor], generators: Sequence[Tensor], out: list[Tensor]) -> None:
+        theta = self._moved(self.theta, elements)
+        rate = torch.zeros_like(theta)
+        for index, symmetry in self.symmetries:
+            rate = rate + symmetry.tangent_of(self.parameter, theta, generators[index])
+        for index, _, leg, symmetry in self._legs():
+            grown, shrunk = symmetry.leg_gram(leg, theta + rate), symmetry.leg_gram(leg, theta - rate)
+            out[index] = out[index] + leg.exponent * (grown - shrunk) / 2
+
+    def _legs(self) -> list[tuple[int, int, Leg, Symmetry]]:
+        return [
+            (index, position, leg, symmetry)
+            for index, symmetry in self.symmetries
+            for position, leg in enumerate(symmetry.weight_legs)
+            if leg.parameter == self.parameter
+        ]
+
+    def _duals(self, elements: Sequence[Tensor]) -> list[Tensor]:
+        """What gradients are moved by; elements of symmetries without a leg here as they are."""
+        duals = list(elements)
+        for i, s in self.symmetries:
+            duals[i] = s.inverse(elements[i]) if s.is_torus else torch.linalg.inv(elements[i]).mT
+        return duals
+
+    def _moved(self, values: Tensor, elements: Sequence[Tensor]) -> Tensor:
+        for index, symmetry in self.symmetries:
+            values = symmetry.move(self.parameter, values, elements[index])
+        return values
+
+
+@dataclass(frozen=True, eq=False)
+class SampleTerm(_GradientTerm):
+    """... with its dense gradient for every sample, `[N, *shape]`."""
+
+    gradients: Tensor
+
+    def add(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
+        duals = self._duals(elements)
+        theta, mean = self._moved(self.theta, elements), self._moved(self.mean, duals)
+        gradients = torch.stack([self._moved(g, duals) for g in self.gradients])
+        for index, position, leg, symmetry in self._legs():
+            second = torch.stack([symmetry.leg_gram(leg, g) for g in gradients]).mean(0)
+            drive = self.weights.drive(second, symmetry.leg_gram(leg, mean))
+            out[index][position] = (symmetry.leg_gram(leg, theta), drive)
+        trace = self.weights.drive(gradients.square().mean(0), mean.square()).sum()
+        return float(theta.square().sum()), float(trace)
+
+
+@dataclass(frozen=True, eq=False)
+class FactorTerm(_GradientTerm):
+    """... as a matrix whose gradients are `Factors`, every leg along one of its axes (`fits_factors`)."""
+
+    factors: Factors
+
+    def add(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
+        duals = self._duals(elements)
+        theta, mean = self._moved(self.theta, elements), self._moved(self.mean, duals)
+        n, t = self.factors.left.shape[:2]
+        sides = [
+            self._along(x.flatten(0, 1).mT, a, duals) for a, x in enumerate((self.factors.left, self.factors.right))
+        ]
+        samples = [x.reshape(-1, n, t).movedim(0, 1) for x in sides]
+        inner = [x.mT @ x for x in samples]
+        partner = [(samples[a] @ inner[1 - a]).movedim(0, 1).reshape(-1, n * t) for a in (0, 1)]
+        for index, position, leg, symmetry in self._legs():
+            axis = leg.axes[0] % 2
+            rows = replace(leg, axes=(0,))
+            x, y = rows.unfold(sides[axis]), rows.unfold(partner[axis])
+            second = (x * y).sum((1, 2)) if symmetry.is_torus else x @ y.mT
+            drive = self.weights.drive(second / n, symmetry.leg_gram(leg, mean))
+            out[index][position] = (symmetry.leg_gram(leg, theta), drive)
+        trace = (inner[0] * inner[1]).sum() / n
+        return float(theta.square().sum()), float(self.weights.drive(trace, mean.square().sum()))
+
+    def _moved(self, values: Tensor, elements: Sequence[Tensor]) -> Tensor:
+        return self._along(self._along(values, 0, elements).mT, 1, elements).mT
+
+    def _along(self, matrix: Tensor, axis: int, elements: Sequence[Tensor]) -> Tensor:
+        """A float64 copy of `matrix`, whose rows run along `axis` of the parameter, under the legs on that axis."""
+        x = torch.empty(matrix.shape, dtype=torch.float64).copy_(matrix)
+        for index, _, leg, symmetry in self._legs():
+            if leg.axes[0] % 2 == axis:
+                _apply(leg, symmetry, elements[index], x)
+        return x
+
+
+def _apply(leg: Leg, symmetry: Symmetry, element: Tensor, x: Tensor) -> None:
+    """Move the rows of `x` that the leg chooses, in place."""
+    rows = torch.as_tensor(leg.index.reshape(-1))
+    if symmetry.is_torus:
+        x[rows] *= (element**leg.exponent).repeat_interleave(leg.replicas)[:, None]
+        return
+    g = element if leg.sign > 0 else torch.linalg.inv(element).mT
+    x[rows] = (g @ x[rows].reshape(leg.blocks, leg.dim, -1)).reshape(len(rows), -1)
+
+
+def fits_factors(symmetries: Sequence[Symmetry], parameter: str, shape: tuple[int, ...]) -> bool:
+    """True when every leg on the parameter lies along one of its two axes as it is stored."""
+    legs = [leg for s in symmetries for leg in s.weight_legs if leg.parameter == parameter]
+    return len(shape) == 2 and all(leg.view in (None, shape) and len(leg.axes) == 1 for leg in legs)
+
+
+def _trace(a: Tensor) -> float:
+    return float(a.diagonal(dim1=-2, dim2=-1).sum())
