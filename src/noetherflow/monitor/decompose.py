@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -38,12 +38,21 @@ class Rule:
     parts: ClassVar[tuple[str, ...]]
     coefficients: ClassVar[tuple[str, ...]]
     state_keys: ClassVar[tuple[str, ...]] = ()
+    counts_steps: ClassVar[bool] = False
     keeps_copy: ClassVar[bool] = False
     has_equilibrium: ClassVar[bool] = False
 
     def settings(self, group: Group, state: State, steps: float) -> dict[str, float]:
         """Coefficients of one parameter's next step; `steps` already made by the optimiser on it."""
         raise NotImplementedError
+
+    def reads_before(self, c: Settings) -> Sequence[str]:
+        """The `state_keys` that `before` uses."""
+        return self.state_keys
+
+    def reads_after(self, c: Settings) -> Sequence[str]:
+        """The `state_keys` that `after` uses."""
+        return self.state_keys
 
     def before(self, c: Settings, t: Tensors) -> Pairs:
         """Pairs from `theta`, `grad` and the `state_keys` before the step; entry-wise, so slices of them will do."""
@@ -97,6 +106,12 @@ class SGDRule(Rule):
             "memory": mu,
         }
 
+    def reads_before(self, c: Settings) -> Sequence[str]:
+        return () if c["heavy_ball"] else self.state_keys
+
+    def reads_after(self, c: Settings) -> Sequence[str]:
+        return self.state_keys if c["heavy_ball"] else ()
+
     def before(self, c: Settings, t: Tensors) -> Pairs:
         theta, g, b = t["theta"], t["grad"], t.get("momentum_buffer")
         pairs = {"tg": (theta, g)}
@@ -139,6 +154,7 @@ class AdamRule(Rule):
 
     quantities = ("tt", "tg", "tm", "tp", "pp", "nn")
     state_keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    counts_steps = True
     parts = ("gradient", "momentum", "decay", "preconditioner")
     coefficients = ("lr", "sign", "coupled", "decoupled", "beta1", "rate", "root", "eps")
 
@@ -157,6 +173,9 @@ class AdamRule(Rule):
             "root": root,
             "eps": float(group["eps"]),
         }
+
+    def reads_before(self, c: Settings) -> Sequence[str]:
+        return ("exp_avg",)
 
     def before(self, c: Settings, t: Tensors) -> Pairs:
         pairs = {"tg": (t["theta"], t["grad"])}

@@ -195,9 +195,9 @@ class Layout:
         slots = self.slots_of[parameter]
         if not any(s.from_rows for s in slots):
             return {q: torch.cat([s.inner(a, b) for s in slots]) for q, (a, b) in pairs.items()}
-        out = {}
+        out, product = {}, None
         for q, (a, b) in pairs.items():
-            product = accumulation_dtype(a) * accumulation_dtype(b)
+            product = torch.mul(accumulation_dtype(a), accumulation_dtype(b), out=product)
             out[q] = torch.cat([s.reduce(product) if s.from_rows else s.inner(a, b) for s in slots])
         return out
 

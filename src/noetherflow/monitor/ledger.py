@@ -64,7 +64,7 @@ class Ledger:
         detail: Level = "family",
         run_dir: str | Path | None = None,
         capacity: int = 10_000,
-        estimate_every: int = 25,
+        estimate_every: int = 50,
         flush_every: int = 20,
         sinks: Iterable[Sink] = (),
     ) -> None:
@@ -182,7 +182,7 @@ class Ledger:
                     row["coordinate"] = books.row(t)
                 self._emit(row)
                 self._rows.append(row)
-                if m.blocks and finite[t]:
+                if "gg" in m.blocks and finite[t]:
                     self._estimate(m, symmetry.row(t))
                 if not finite[t] and self._finite:
                     self._note_event("non-finite", m.step)

@@ -22,12 +22,17 @@ def plain(value: Any, digits: int = 9) -> Any:
     if isinstance(value, Mapping):
         return {k: plain(v, digits) for k, v in value.items()}
     if isinstance(value, np.ndarray):
-        return [plain(v, digits) for v in value.tolist()]
+        numbers = value.ndim == 1 and value.dtype.kind == "f"
+        return [_rounded(v, digits) if numbers else plain(v, digits) for v in value.tolist()]
     if isinstance(value, (list, tuple)):
         return [plain(v, digits) for v in value]
     if isinstance(value, (float, np.floating)):
-        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+        return _rounded(float(value), digits)
     return value.item() if isinstance(value, np.generic) else value
+
+
+def _rounded(value: float, digits: int) -> float | None:
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
 class RunLog:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,10 @@ from noetherflow.monitor import sharding
 from noetherflow.monitor.decompose import Rule
 from noetherflow.monitor.layout import Layout
 
-SLICE = 1 << 19
+SLICE = 1 << 18
+PLAIN = (torch.float32, torch.float64)
 Value = float | Tensor
-PairsOf = Callable[[Mapping[str, Tensor]], Mapping[str, tuple[Tensor, Tensor]]]
+PairsOf = Callable[[Mapping[str, float], Mapping[str, Tensor]], Mapping[str, tuple[Tensor, Tensor]]]
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Measurement:
     loss: Any = None
     blocks: dict[str, list[Value]] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
-    moving: set[str] = field(default_factory=set)
+    moving: set[int] = field(default_factory=set)
     edited: bool = False
 
 
@@ -58,67 +58,68 @@ class Probe:
         """Do not rely on the charges of the last step."""
         self._charges = None
 
-    @torch.no_grad()
     def before(self, step: int) -> Measurement:
         """The part of a measurement that needs the weights, gradients and state before the step."""
-        group_of = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
-        steps, settings = self._steps_made(), _Settings(self.rule, getattr(self.optimizer, "grad_scale", None))
+        rule, optimizer = self.rule, self.optimizer
+        group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        settings = _Settings(rule, getattr(optimizer, "grad_scale", None))
+        steps = self._steps_made() if rule.counts_steps else {}
         chained = self._charges is not None and self._versions() == self._seen
-        now = Measurement(step, float(self.optimizer.param_groups[0].get("lr", float("nan"))), self._blank(), [])
-        now.edited = self._charges is not None and not chained
-        for j, (name, parameter) in enumerate(self.watched.items()):
-            group, gradient = group_of.get(id(parameter)), parameter.grad
-            whole = name in self.layout.totals_only
-            tensors = {"theta": sharding.local(parameter, whole)}
-            if not chained:
-                self._enter(now.values, j, name, tensors, _charge_before)
-            if group is None or gradient is None:
-                now.settings.append(settings.idle)
-                continue
-            state = self.optimizer.state.get(parameter, {})
-            c = settings.of(group, state, steps.get(name, 0.0))
-            now.settings.append(c)
-            now.moving.add(name)
-            if self.rule.keeps_copy:
-                now.kept[name] = tensors["theta"].clone()
-            else:
-                tensors["grad"] = sharding.local(_dense(gradient), whole)
-                self._enter(now.values, j, name, tensors | self._state(state, whole), partial(self.rule.before, c))
-        if chained and self._charges is not None:
-            now.values["tt"] = self._charges
+        values: dict[str, list[Value]] = {}
+        now = Measurement(step, float(optimizer.param_groups[0].get("lr", float("nan"))), values, [])
+        if self._charges is not None and chained:
+            values["tt"] = self._charges
+        elif self._charges is not None:
+            now.edited = True
+        with torch.no_grad():
+            for j, (name, parameter) in enumerate(self.watched.items()):
+                if not chained:
+                    self._enter(values, j, name, {"theta": parameter}, _charge_before, settings.idle)
+                group, gradient = group_of.get(id(parameter)), parameter.grad
+                if group is None or gradient is None:
+                    now.settings.append(settings.idle)
+                    continue
+                state = optimizer.state.get(parameter, {})
+                c = settings.of(group, state, steps.get(name, 0.0))
+                now.settings.append(c)
+                now.moving.add(j)
+                if rule.keeps_copy:
+                    now.kept[name] = sharding.local(parameter, name in self.layout.totals_only).clone()
+                else:
+                    tensors = {"theta": parameter, "grad": _dense(gradient)} | _present(state, rule.reads_before(c))
+                    self._enter(values, j, name, tensors, rule.before, c)
         return now
 
-    @torch.no_grad()
     def after(self, now: Measurement) -> None:
         """Complete a measurement once the step is made."""
-        for j, ((name, parameter), c) in enumerate(zip(self.watched.items(), now.settings, strict=True)):
-            whole = name in self.layout.totals_only
-            tensors = {"theta": sharding.local(parameter, whole)}
-            if name in now.kept:
-                tensors["kept"] = now.kept.pop(name)
-            pairs_of: PairsOf = _charge_after
-            if name in now.moving:
-                tensors |= self._state(self.optimizer.state.get(parameter, {}), whole)
-                pairs_of = partial(_charge_and, self.rule, c)
-            self._enter(now.values, j, name, tensors, pairs_of)
+        with torch.no_grad():
+            for j, ((name, parameter), c) in enumerate(zip(self.watched.items(), now.settings, strict=True)):
+                tensors: dict[str, Tensor] = {"theta": parameter}
+                if j not in now.moving:
+                    self._enter(now.values, j, name, tensors, _charge_after, c)
+                    continue
+                if name in now.kept:
+                    tensors["kept"] = now.kept.pop(name)
+                tensors |= _present(self.optimizer.state.get(parameter, {}), self.rule.reads_after(c))
+                self._enter(now.values, j, name, tensors, self._charge_and_rule, c)
         self._charges, self._seen = now.values["tt_after"], self._versions()
 
-    @torch.no_grad()
     def gradients(self, layout: Layout) -> dict[str, list[Value]]:
         """`tt`, `tg`, `gg` on another layout's legs, for the estimates."""
-        values: dict[str, list[Value]] = {q: [0.0] * len(self.watched) for q in ("tt", "tg", "gg")}
-        for j, (name, parameter) in enumerate(self.watched.items()):
-            tensors = {"t": sharding.local(parameter, False)}
-            if parameter.grad is not None:
-                tensors["g"] = sharding.local(_dense(parameter.grad), False)
-            for q, value in inner_products(layout, name, tensors, _squares).items():
-                values[q][j] = value
+        values: dict[str, list[Value]] = {}
+        with torch.no_grad():
+            for j, (name, parameter) in enumerate(self.watched.items()):
+                tensors = {"t": sharding.local(parameter, False)}
+                if parameter.grad is not None:
+                    tensors["g"] = sharding.local(_dense(parameter.grad), False)
+                self._write(values, j, inner_products(layout, name, tensors, _squares, {}))
         return values
 
     def gathered(self, values: Sequence[Mapping[str, list[Value]]]) -> dict[str, np.ndarray]:
         """All values of the given steps as float64 `[T, n_values]` by name: one transfer, summed over processes."""
-        names = list(values[0])
-        table = tabulate([[row[q] for row in values] for q in names], list(self.layout.sizes.values()))
+        names = list(dict.fromkeys(("tt", "tt_after", *(q for row in values for q in row))))
+        blank: list[Value] = [0.0] * len(self.watched)
+        table = tabulate([[row.get(q, blank) for row in values] for q in names], list(self.layout.sizes.values()))
         if self.sharded:
             shares = [sharding.share(p, n in self.layout.totals_only) for n, p in self.watched.items()]
             device = next(iter(self.watched.values())).device
@@ -127,21 +128,31 @@ class Probe:
             table = total.cpu().numpy()
         return dict(zip(names, table, strict=True))
 
-    def _blank(self) -> dict[str, list[Value]]:
-        return {q: [0.0] * len(self.watched) for q in (*self.rule.quantities, "tt_after")}
-
     def _enter(
-        self, values: dict[str, list[Value]], j: int, name: str, tensors: Mapping[str, Tensor], pairs_of: PairsOf
+        self,
+        values: dict[str, list[Value]],
+        j: int,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        pairs_of: PairsOf,
+        c: Mapping[str, float],
     ) -> None:
-        for q, value in inner_products(self.layout, name, tensors, pairs_of).items():
-            values[q][j] = value
+        if self.sharded:
+            tensors = {k: sharding.local(t, name in self.layout.totals_only) for k, t in tensors.items()}
+        self._write(values, j, inner_products(self.layout, name, tensors, pairs_of, c))
+
+    def _write(self, values: dict[str, list[Value]], j: int, found: Mapping[str, Value]) -> None:
+        for q, value in found.items():
+            row = values.get(q)
+            if row is None:
+                values[q] = row = [0.0] * len(self.watched)
+            row[j] = value
+
+    def _charge_and_rule(self, c: Mapping[str, float], t: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        return {"tt_after": (t["theta"], t["theta"]), **self.rule.after(c, t)}
 
     def _versions(self) -> list[int]:
         return [sharding.local(p, True)._version for p in self.watched.values()]
-
-    def _state(self, state: Mapping[str, Any], whole: bool) -> dict[str, Tensor]:
-        wanted = ((k, state.get(k)) for k in self.rule.state_keys)
-        return {k: sharding.local(v, whole) for k, v in wanted if v is not None}
 
     def _steps_made(self) -> dict[str, float]:
         """Steps the optimiser has made per parameter, read with one transfer."""
@@ -153,26 +164,37 @@ class Probe:
         return dict(zip(found, torch.stack([s.to(device) for s in found.values()]).tolist(), strict=True))
 
 
-def inner_products(layout: Layout, name: str, tensors: Mapping[str, Tensor], pairs_of: PairsOf) -> Mapping[str, Value]:
-    """`<a, b>` on the legs of one parameter, for every pair that `pairs_of` makes of tensors of its shape.
+def inner_products(
+    layout: Layout, name: str, tensors: Mapping[str, Tensor], pairs_of: PairsOf, c: Mapping[str, float]
+) -> Mapping[str, Value]:
+    """`<a, b>` on the legs of one parameter, for every pair that `pairs_of(c, .)` makes of tensors of its shape.
 
     A parameter that needs only totals is read in slices, so that what `pairs_of` forms stays in the cache and is never
     as large as the parameter; on a CPU the sums of slices are added in double precision.
     """
-    if name not in layout.totals_only or not all(_plain(t) for t in tensors.values()):
-        wide = {k: accumulation_dtype(t) for k, t in tensors.items()}
-        return layout.inner(name, pairs_of(wide))
-    flat = {k: t.view(-1) for k, t in tensors.items()}
+    flat = _flat(tensors) if name in layout.totals_only else None
+    if flat is None:
+        return layout.inner(name, pairs_of(c, {k: accumulation_dtype(t) for k, t in tensors.items()}))
     theta = next(iter(flat.values()))
     if theta.device.type != "cpu":
-        return {q: torch.dot(a, b) for q, (a, b) in pairs_of(flat).items()}
+        return {q: torch.dot(a, b) for q, (a, b) in pairs_of(c, flat).items()}
     if theta.numel() <= SLICE:
-        return {q: torch.dot(a, b).item() for q, (a, b) in pairs_of(flat).items()}
-    sums: dict[str, Value] = {}
+        return {q: torch.dot(a, b).item() for q, (a, b) in pairs_of(c, flat).items()}
+    sums: dict[str, float] = {}
     for start in range(0, theta.numel(), SLICE):
-        for q, (a, b) in pairs_of({k: t[start : start + SLICE] for k, t in flat.items()}).items():
+        for q, (a, b) in pairs_of(c, {k: t[start : start + SLICE] for k, t in flat.items()}).items():
             sums[q] = sums.get(q, 0.0) + torch.dot(a, b).item()
     return sums
+
+
+def _flat(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """All tensors as vectors without a copy, None where that or single precision cannot be had."""
+    flat = {}
+    for k, t in tensors.items():
+        if t.dtype not in PLAIN or not t.is_contiguous():
+            return None
+        flat[k] = t.view(-1)
+    return flat
 
 
 def tabulate(rows: Sequence[Sequence[Sequence[Value]]], sizes: Sequence[int]) -> np.ndarray:
@@ -187,7 +209,7 @@ def tabulate(rows: Sequence[Sequence[Sequence[Value]]], sizes: Sequence[int]) ->
                     tensors.append(value.reshape(-1))
                     places.append((q, t, j))
     if not tensors and all(s == 1 for s in sizes):
-        return np.array(rows, dtype=np.float64).reshape(len(rows), -1, len(sizes))
+        return np.array(rows, dtype=np.float64).reshape(len(rows), len(rows[0]), len(sizes))
     table = np.zeros((len(rows), len(rows[0]), starts[-1]))
     for q, steps in enumerate(rows):
         for t, row in enumerate(steps):
@@ -219,24 +241,20 @@ class _Settings:
         return self._made[key]
 
 
-def _charge_before(t: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+def _charge_before(c: Mapping[str, float], t: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     return {"tt": (t["theta"], t["theta"])}
 
 
-def _charge_after(t: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+def _charge_after(c: Mapping[str, float], t: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     return {"tt_after": (t["theta"], t["theta"])}
 
 
-def _charge_and(rule: Rule, c: Mapping[str, float], t: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    return _charge_after(t) | rule.after(c, t)
-
-
-def _squares(t: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+def _squares(c: Mapping[str, float], t: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     return {q: (t[q[0]], t[q[1]]) for q in ("tt", "tg", "gg") if q[1] in t}
 
 
-def _plain(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() and tensor.dtype in (torch.float32, torch.float64)
+def _present(state: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Tensor]:
+    return {k: state[k] for k in keys if state.get(k) is not None}
 
 
 def _dense(gradient: Tensor) -> Tensor:
