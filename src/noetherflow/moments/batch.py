@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 
 from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.forms import Form
 from noetherflow.moments.layout import WHOLE_BATCH, Layout
 from noetherflow.moments.rules import Site
-from noetherflow.moments.taps import CallId, Recorder, Source, Trace, Use, transparent
+from noetherflow.moments.taps import CallId, Recorder, Source, Trace, Use
 from noetherflow.moments.target import Sums
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -96,7 +97,10 @@ def forward_backward(
             return None
         leaves = [t for u in recorder.trace.uses for t in u.leaves] if leaf else []
         inputs = [recorder.anchor, *leaves, *(recorder.roots[n] for n in asked)]
-        gradients = transparent(torch.autograd.grad)(losses, inputs, weights, allow_unused=True)
+        # `autograd.grad` without its checks in Python, each of which the active mode would intercept
+        gradients = _engine_run_backward(
+            (losses,), (weights,), False, False, tuple(inputs), True, accumulate_grad=False
+        )
     return recorder.trace, gradients[1:]
 
 

@@ -193,8 +193,7 @@ class Meter:
                     return None
             layouts.update(self._layouts.get(keys[0], {}))
             slices.extend(_slices(samples, sums))
-            flat = losses.detach().flatten().double()
-            losses_of.extend(torch.stack([flat[lo:hi].sum() for lo, hi, _ in slices]).tolist())
+            losses_of.extend(_sums_over(losses.detach().flatten(), slices))
             if not all(map(isfinite, losses_of)):
                 check_finite(losses, batch)
             contractions.append(Contraction(recorder.roots, subject.measured, trace, slices))
@@ -259,6 +258,12 @@ def _slices(samples: int, sums: dict[int, Sums]) -> list[tuple[int, int, Sums]]:
     k = len(sums)
     edges = [samples * i // k for i in range(k + 1)]
     return [(lo, hi, s) for lo, hi, s in zip(edges, edges[1:], sums.values(), strict=False) if hi > lo]
+
+
+def _sums_over(losses: Tensor, slices: list[tuple[int, int, Sums]]) -> list[float]:
+    """Summed losses of each slice, in one synchronisation."""
+    sums = [losses[lo:hi].sum(dtype=torch.float64) for lo, hi, _ in slices]
+    return [float(sums[0])] if len(sums) == 1 else torch.stack(sums).tolist()
 
 
 def _buffers_without_batch_statistics(model: nn.Module) -> list[Tensor]:

@@ -23,6 +23,10 @@ CHUNK_ENTRIES_ELSEWHERE = 1 << 24
 PASS = 10.0
 
 
+def _wide(a: Tensor, b: Tensor) -> torch.dtype:
+    return wide(a.dtype if a.dtype == b.dtype else torch.promote_types(a.dtype, b.dtype))
+
+
 class Form(ABC):
     """`G_0 .. G_{samples - 1}`."""
 
@@ -89,10 +93,11 @@ class Outer(Form):
 
     def __post_init__(self) -> None:
         self.samples = self.left.shape[0]
-        self.dtype = wide(torch.promote_types(self.left.dtype, self.right.dtype))
+        self.dtype = _wide(self.left, self.right)
 
     def _slice(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
-        return self.left[lo:hi].to(self.dtype), self.right[lo:hi].to(self.dtype)
+        left, right = (t if hi - lo == self.samples else t[lo:hi] for t in (self.left, self.right))
+        return left.to(self.dtype), right.to(self.dtype)
 
     def transposed(self) -> Outer:
         return Outer(self.right, self.left)
@@ -301,7 +306,7 @@ class Blocks(Form):
 
     def __post_init__(self) -> None:
         self.samples = self.left.shape[0]
-        dtype = wide(torch.promote_types(self.left.dtype, self.right.dtype))
+        dtype = _wide(self.left, self.right)
         self.left, self.right = self.left.to(dtype), self.right.to(dtype)
 
     def dense(self, lo: int, hi: int) -> Tensor:

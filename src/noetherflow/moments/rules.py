@@ -26,7 +26,7 @@ Prepare = Callable[..., tuple[Tensor, ...]]
 Build = Callable[..., Form]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Site:
     """One consumed operand.
 
@@ -39,7 +39,7 @@ class Site:
     build: Build
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Call:
     """A covered call: what to keep for the backward, where samples may lie in the output, the consumed operands.
 

@@ -25,7 +25,7 @@ from noetherflow.moments.rules import SPREADING, Call, Site, match, spread
 Arrive = Callable[["Use", Tensor, tuple[Tensor, ...]], None]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Source:
     """An operand made from the parameters `names` alone; `view_of` is set when it is a parameter or a view of one."""
 
@@ -37,7 +37,7 @@ class Source:
 CallId = tuple[str, tuple[str, ...], int]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Use:
     """One covered call: what it consumed and where samples may lie in its output.
 

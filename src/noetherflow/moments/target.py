@@ -195,7 +195,7 @@ class Sums:
             self.target(name).add_torus_legs(squares.view(self.needs[name].rows, -1))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Target:
     """The accumulators of one parameter."""
 
