@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -64,6 +65,48 @@ def close_books(
     signed = Columns(np.stack([columns[f] for f in FIELDS[:-1]])).mapped(layout.matrix).table
     norm = apply(layout.absolute, values["tt"])
     return Columns(np.concatenate([signed, norm[None]]))
+
+
+@dataclass(frozen=True, eq=False)
+class Page:
+    """Closed books of some consecutive recorded steps: `tables[level]` for every level kept."""
+
+    steps: np.ndarray
+    lr: np.ndarray
+    tables: Mapping[Level, Columns]
+
+    def cut(self, which: slice | np.ndarray) -> Page:
+        """The chosen steps only."""
+        tables = {level: Columns(columns.table[:, which].copy()) for level, columns in self.tables.items()}
+        return Page(self.steps[which], self.lr[which], tables)
+
+
+class History:
+    """The pages of the last `capacity` recorded steps."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.pages: deque[Page] = deque()
+
+    def add(self, page: Page) -> None:
+        self.pages.append(page)
+        surplus = sum(len(p.steps) for p in self.pages) - self.capacity
+        while surplus > 0:
+            first = self.pages.popleft()
+            if len(first.steps) > surplus:
+                self.pages.appendleft(first.cut(slice(surplus, None)))
+            surplus -= len(first.steps)
+
+    def rewind(self, step: int) -> None:
+        """Forget everything from `step` on."""
+        kept = [page.cut(page.steps < step) for page in self.pages]
+        self.pages = deque(page for page in kept if len(page.steps))
+
+    def rows(self, level: Level) -> Iterator[tuple[int, float, dict[str, np.ndarray]]]:
+        """`(step, lr, {field: [n]})` per recorded step."""
+        for page in self.pages:
+            for t, (step, lr) in enumerate(zip(page.steps, page.lr, strict=True)):
+                yield int(step), float(lr), page.tables[level].row(t)
 
 
 @dataclass(frozen=True, eq=False)

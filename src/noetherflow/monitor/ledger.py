@@ -16,7 +16,17 @@ from torch import Tensor, nn
 
 from noetherflow.errors import DataError, DeclarationError
 from noetherflow.monitor import sharding
-from noetherflow.monitor.books import FIELDS, LEVELS, Index, Level, close_books, coefficient_arrays
+from noetherflow.monitor.books import (
+    FIELDS,
+    LEVELS,
+    Columns,
+    History,
+    Index,
+    Level,
+    Page,
+    close_books,
+    coefficient_arrays,
+)
 from noetherflow.monitor.decompose import Rule, rule_for
 from noetherflow.monitor.estimates import Estimator, rotation_rows
 from noetherflow.monitor.layout import Layout
@@ -80,7 +90,7 @@ class Ledger:
         self.step = 0
         self.events: list[dict[str, Any]] = []
         self.sinks = list(sinks)
-        self._rows: deque[dict[str, Any]] = deque(maxlen=capacity)
+        self._history = History(capacity)
         self._estimates: deque[dict[str, Any]] = deque(maxlen=capacity)
         self._pending: list[Measurement] = []
         self._lines: list[dict[str, Any]] = []
@@ -110,7 +120,7 @@ class Ledger:
     def replace_symmetries(self, syms: SymmetrySet) -> None:
         """Go on with another set of symmetries, after layers were added or removed. Earlier rows stay in the log."""
         self.flush()
-        self._rows.clear()
+        self._history.pages.clear()
         self._estimates.clear()
         self._set_symmetries(syms)
         self._write_header()
@@ -170,18 +180,15 @@ class Ledger:
         if pending:
             values = self._probe.gathered([m.values for m in pending])
             books = close_books(self.rule, self.layout, values, [m.settings for m in pending])
-            family, symmetry = books.mapped(self.index.to_family), books.mapped(self.index.to_symmetry)
+            symmetry = books.mapped(self.index.to_symmetry)
+            levels: dict[Level, Columns] = {"family": books.mapped(self.index.to_family), "symmetry": symmetry}
+            levels["coordinate"] = books
+            tables = {level: levels[level] for level in LEVELS[: LEVELS.index(self.detail) + 1]}
+            self._history.add(Page(np.array([m.step for m in pending]), np.array([m.lr for m in pending]), tables))
             finite = np.isfinite(books.table).all(axis=(0, 2))
             for t, m in enumerate(pending):
-                row = {"kind": "step", "step": m.step, "lr": m.lr, "family": family.row(t)}
-                if m.loss is not None:
-                    row["loss"] = float(m.loss)
-                if self.detail != "family":
-                    row["symmetry"] = symmetry.row(t)
-                if self.detail == "coordinate":
-                    row["coordinate"] = books.row(t)
-                self._emit(row)
-                self._rows.append(row)
+                if self._log is not None or self.sinks:
+                    self._emit(_row_of(m, tables, t))
                 if "gg" in m.blocks and finite[t]:
                     self._estimate(m, symmetry.row(t))
                 if not finite[t] and self._finite:
@@ -243,8 +250,8 @@ class Ledger:
         self.flush()
         labels = self.index.labels(self.layout, by)
         return [
-            {"step": row["step"], **label, "lr": row["lr"]} | {f: float(row[by][f][i]) for f in FIELDS}
-            for row in self._rows
+            {"step": step, **label, "lr": lr} | {f: float(row[f][i]) for f in FIELDS}
+            for step, lr, row in self._history.rows(by)
             for i, label in enumerate(labels)
         ]
 
@@ -281,10 +288,10 @@ class Ledger:
         self.step = int(state["step"])
         if self.estimator is not None and state["mean"] is not None:
             self.estimator.mean, self.estimator.weight = state["mean"].numpy().copy(), float(state["weight"])
-        for rows in (self._rows, self._estimates):
-            kept = [row for row in rows if row["step"] < self.step]
-            rows.clear()
-            rows.extend(kept)
+        self._history.rewind(self.step)
+        kept = [row for row in self._estimates if row["step"] < self.step]
+        self._estimates.clear()
+        self._estimates.extend(kept)
         if self._log is not None:
             self._lines = []
             last = self._log.last_step()
@@ -346,3 +353,10 @@ class Ledger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _row_of(m: Measurement, tables: Mapping[Level, Columns], t: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"kind": "step", "step": m.step, "lr": m.lr}
+    if m.loss is not None:
+        row["loss"] = float(m.loss)
+    return row | {level: columns.row(t) for level, columns in tables.items()}
