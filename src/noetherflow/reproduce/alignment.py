@@ -135,4 +135,7 @@ EXPLORATORY = (
     "These nets have no exact rotation symmetry, so alignment is approximate and the claim is a correlation, not an "
     "equality. The thresholds 0.9 (SGD), 0.75 (GD) and 0.25 (off the diagonal) were set after a first run."
 )
-VARIATIONS = {"hidden width 40": {"width": 40}, "learning rate 0.014, batch 25": {"lr": 0.014, "batch": 25}}
+VARIATIONS: dict[str, Config] = {
+    "hidden width 40": {"width": 40},
+    "learning rate 0.014, batch 25": {"lr": 0.014, "batch": 25},
+}

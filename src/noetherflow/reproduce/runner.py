@@ -73,6 +73,12 @@ class Finished:
             "points": [{"point": dict(p), "data": d} for p, d in self.results.points],
         }
 
+    def headline(self) -> str:
+        """How many claims hold, and those that fail."""
+        held = len(self.verdicts) - len(self.failing)
+        lines = [f"{self.experiment.id}: {held} of {len(self.verdicts)} claims hold"]
+        return "\n".join([*lines, *(f"  {v} {v.analysis}" for v in self.failing)])
+
     def __str__(self) -> str:
         lines = [f"{self.experiment.id}: {self.experiment.title} ({self.scale}, {self.seconds:.1f} s)"]
         for v in self.verdicts:
@@ -176,7 +182,7 @@ def run(
     def close(name: str) -> None:
         if all(batch.done for batch in batches[name]):
             finished[name] = _conclude(batches[name], scale, folder)
-            say(str(finished[name]))
+            say(finished[name].headline())
 
     for name in batches:
         close(name)

@@ -12,16 +12,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from noetherflow.reproduce import style
-from noetherflow.reproduce.experiment import Config, Experiment, Point, Results, Verdict, from_seeds, generator, plain
+from noetherflow.reproduce.experiment import (
+    Config,
+    Experiment,
+    Point,
+    Results,
+    Setting,
+    Verdict,
+    from_seeds,
+    generator,
+    plain,
+)
 from noetherflow.sgd import SGDConfig
 from noetherflow.workloads import digits
 
 CASES = {
-    "language model": {"lr": 0.3, "batch": 8, "before": 250, "steps": 250, "measured": 384},
+    "language model": {"lr": 0.3, "batch": 8, "before": 250, "steps": 250, "measured": 768},
     "CNN": {"lr": 0.15, "batch": 8, "before": 300, "steps": 400, "measured": 1797},
 }
 SCALES = {
-    "quick": {"cases": CASES, "seeds": 3, "context": 24, "marks": 8},
+    "quick": {"cases": CASES, "seeds": 5, "context": 24, "marks": 16},
     "paper": {
         "cases": {k: {**v, "lr": v["lr"] / 3, "steps": 20_000, "before": 3000} for k, v in CASES.items()},
         "seeds": 8,
@@ -78,6 +88,7 @@ def problem(name: str, config: Config) -> tuple[nn.Module, Any, Tensor, Tensor]:
             loss = lambda m, batch: F.cross_entropy(m(batch[0]), batch[1], reduction="none")
             return cnn.double(), loss, images, labels
         windows, vocabulary = text_windows(config["context"])
+        windows = windows[torch.randperm(len(windows))]
         lm = CharacterModel(vocabulary, config["context"]).double()
         per_window = lambda m, batch: F.cross_entropy(m(batch[0]).mT, batch[1], reduction="none").mean(1)
         return lm, per_window, windows[:, :-1], windows[:, 1:]
@@ -113,107 +124,121 @@ def train(
                 p.sub_(g, alpha=point["lr"])
 
 
+def neurons_of(model: nn.Module, example: Tensor) -> Any:
+    """The symmetries of hidden neurons: every torus with a positive and a negative leg, apart from norm gains."""
+    nf: Any = importlib.import_module("noetherflow")
+    syms = nf.find_symmetries(model, (example,))
+    other = lambda s: not s.is_torus or s.one_sided or any("norm" in p or "embed" in p for p in s.parameters)
+    return syms.without({s.name: "not a hidden neuron" for s in syms if other(s)})
+
+
 def compute(config: Config, point: Point) -> dict[str, Any]:
-    """Charges of every neuron `[T, seeds, neurons]` after the measurement, and their forecasts `[T, neurons]`."""
+    """Charges of every neuron `[T, seeds, neurons]` after the measurement, and their forecasts `[T, neurons]`.
+
+    Also, along each run, the drift `E[C' - C]` and the loss measured again at every mark.
+    """
     nf: Any = importlib.import_module("noetherflow")
     model, loss, x, y = problem(point["name"], config)
     train(model, loss, x, y, point, point["before"], generator(61))
-    syms = nf.find_symmetries(model, (x[:2],))
-    # Neurons: every torus with a positive and a negative leg, apart from norm gains.
-    chosen = [
-        s for s in syms if s.is_torus and not s.one_sided and not any("norm" in p or "embed" in p for p in s.parameters)
-    ]
-    only = syms.without({s.name: "not a hidden neuron" for s in syms if s not in chosen})
-    few = slice(0, point["measured"])
-    sgd = SGDConfig(point["lr"], point["batch"])
-    moments = nf.gradient_moments(model, loss, [(x[few], y[few])], only, entries=True, groups=1)
+    syms, sgd = neurons_of(model, x[:2]), SGDConfig(point["lr"], point["batch"])
+    sample = [(x[: point["measured"]], y[: point["measured"]])]
     marks = tuple(round(point["steps"] * k / config["marks"]) for k in range(config["marks"] + 1))
-    predicted = nf.noether_flow(model, only, moments, sgd).forecast(list(marks))
-    forecasts = torch.cat([predicted.charges[s.name] for s in chosen], dim=1)
+    moments = nf.gradient_moments(model, loss, sample, syms, entries=True, groups=1)
+    predicted = nf.noether_flow(model, syms, moments, sgd).forecast(list(marks))
     saved = {n: t.clone() for n, t in model.state_dict().items()}
+
+    def state() -> dict[str, Tensor]:
+        params = {n: p.detach() for n, p in model.named_parameters()}
+        now = nf.gradient_moments(model, loss, sample, syms, groups=1)
+        drift = [sgd.lr**2 * s.combine(now.batch_grams(s, sgd)) for s in syms]
+        charges = torch.cat([s.charge(params) for s in syms])
+        return {"charges": charges, "drift": torch.cat(drift), "loss": torch.tensor(now.loss)}
+
     runs = []
     for seed in range(config["seeds"]):
         model.load_state_dict(saved)
-        rows: list[Tensor] = []
-
-        def see(rows: list[Tensor] = rows) -> None:
-            params = {n: p.detach() for n, p in model.named_parameters()}
-            rows.append(torch.cat([s.charge(params) for s in chosen]))
-
+        rows: list[dict[str, Tensor]] = []
+        see = lambda rows=rows: rows.append(state())
         train(model, loss, x, y, point, point["steps"], generator(62 + seed), see, marks)
-        runs.append(torch.stack(rows))
-    return plain(
-        {
-            "steps": marks,
-            "charges": torch.stack(runs, 1),
-            "forecasts": forecasts,
-            "loss": moments.loss,
-            "families": [s.family for s in chosen],
-        }
-    )
+        runs.append({k: torch.stack([row[k] for row in rows]) for k in rows[0]})
+    along = {k: torch.stack([run[k] for run in runs], 1) for k in runs[0]}
+    forecasts = torch.cat([predicted.charges[s.name] for s in syms], dim=1)
+    return plain({"steps": marks, **along, "forecasts": forecasts})
 
 
-def changes(results: Results, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Measured change of every charge per seed `[seeds, neurons]`, and predicted `[neurons]`, at the end."""
+def changes(results: Results, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Change of every charge over the run: measured, summed from the drift along it (both by seed), and forecast."""
     charges, forecasts = results.array(name, "charges"), results.array(name, "forecasts")
-    return charges[-1] - charges[0], forecasts[-1] - forecasts[0]
+    drift, steps = (torch.from_numpy(results.array(name, key)) for key in ("drift", "steps"))
+    summed = torch.trapezoid(drift, steps, dim=0).numpy()
+    return charges[-1] - charges[0], summed, forecasts[-1] - forecasts[0]
+
+
+def agreement(measured: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Correlation over neurons, and slope of measured on predicted, per seed."""
+    predicted = np.broadcast_to(predicted, measured.shape)
+    pairs = list(zip(measured, predicted, strict=True))
+    return np.array([np.corrcoef(m, p)[0, 1] for m, p in pairs]), np.array([m @ p / (p @ p) for m, p in pairs])
 
 
 def plot(results: Results) -> Any:
-    """Measured against predicted change of every neuron's balance."""
-    fig, axes = style.figure(2, width=5.0, height=4.2)
-    for ax, (point, _), color in zip(axes, results.points, (style.SGD, style.ACCENT), strict=True):
-        measured, predicted = changes(results, point["name"])
+    """Measured against predicted change of every neuron's balance, and the drift along the runs."""
+    fig, axes = style.figure(4, width=4.4, height=4.0)
+    for (ax, drift), (point, _), color in zip(
+        axes.reshape(2, 2), results.points, (style.SGD, style.ACCENT), strict=True
+    ):
+        name = point["name"]
+        measured, _, predicted = changes(results, name)
         mean, error = measured.mean(0), measured.std(0, ddof=1) / math.sqrt(len(measured))
-        ax.errorbar(
-            predicted,
-            mean,
-            2 * error,
-            fmt="o",
-            color=color,
-            ms=4,
-            capsize=0,
-            lw=0.8,
-            label="one neuron, mean over seeds",
-        )
+        ax.errorbar(predicted, mean, 2 * error, fmt="o", color=color, ms=4, lw=0.8, label="one neuron, mean over seeds")
         ends = np.array([min(predicted.min(), mean.min()), max(predicted.max(), mean.max())])
         ax.plot(ends, ends, "--", color=style.THEORY, label="measured = predicted")
         ax.axhline(0, color=style.MUTED, lw=0.6)
         ax.set(
-            xlabel=f"predicted change of the charge in {point['steps']} steps",
+            xlabel=f"change of the charge in {point['steps']} steps,\npredicted at step 0",
             ylabel="measured change",
-            title=f"{point['name']}: {len(predicted)} neurons",
+            title=f"{name}: {len(predicted)} neurons",
         )
-        ax.legend(fontsize=8)
+        steps, size = results.array(name, "steps"), np.linalg.norm(results.array(name, "drift"), axis=-1)
+        style.band(drift, steps, size, color, "measured along the runs")
+        drift.axhline(size[0, 0], color=style.THEORY, ls=":", lw=1, label="at step 0, used by the forecast")
+        drift.set(xlabel="step after the measurement", ylabel="|drift of all charges| per step", title=f"{name}: drift")
+        drift.set_ylim(bottom=0)
+        for panel in (ax, drift):
+            panel.legend(fontsize=8)
     return fig
 
 
-ANALYSIS = (
-    "the forecast holds the gradient noise of step 0 fixed up to the symmetry; while the model still learns, its loss "
-    "falls and the noise with it, so the later part of the predicted change is too large. The correlation over "
-    "neurons is not affected"
-)
+def analysis(results: Results, name: str) -> str:
+    """Why a forecast's slope is off, in numbers."""
+    measured, summed, _ = changes(results, name)
+    size, losses = np.linalg.norm(results.array(name, "drift"), axis=-1), results.array(name, "loss")
+    correlations, slopes = agreement(measured, summed)
+    return (
+        f"The forecast holds the gradient noise of step 0 fixed up to the symmetry. There the loss is "
+        f"{losses[0].mean():.2f} and the drift {size[0].mean():.2g}; along the runs they average {losses[1:].mean():.2f} "
+        f"and {size[1:].mean():.2g}. With the drift measured again along the runs the slope is {slopes.mean():.2f} and the "
+        f"correlation {correlations.mean():.2f}: what is off is the noise's constancy, not the theory (shared weights "
+        "included)."
+    )
 
 
 def verdicts(results: Results) -> list[Verdict]:
-    """Correlation and slope over neurons."""
+    """Correlation and slope over neurons, from one measurement and from measurements along the run."""
     out = []
     for point, _ in results.points:
-        measured, predicted = changes(results, point["name"])
-        correlations = [np.corrcoef(m, predicted)[0, 1] for m in measured]
-        slopes = measured @ predicted / (predicted @ predicted)
-        out.append(
-            from_seeds(
-                f"{point['name']}: correlation of measured and predicted change over neurons",
-                0.8,
-                correlations,
-                relation="above",
-                analysis=ANALYSIS,
-            )
-        )
-        out.append(
-            from_seeds(f"{point['name']}: slope of measured on predicted change", 1, slopes, 0.3, analysis=ANALYSIS)
-        )
+        name = point["name"]
+        why = analysis(results, name)
+        measured, summed, predicted = changes(results, name)
+        for source, change, least, off in (
+            ("forecast from step 0", predicted, 0.8, 0.3),
+            ("drift measured along the run", summed, 0.95, 0.2),
+        ):
+            correlations, slopes = agreement(measured, change)
+            label = f"{name}, {source}: correlation with the measured change over neurons"
+            out.append(from_seeds(label, least, correlations, relation="above", analysis=why))
+            label = f"{name}, {source}: slope of the measured change on it"
+            out.append(from_seeds(label, 1, slopes, off, analysis=why))
     return out
 
 
@@ -223,13 +248,34 @@ EXPERIMENT = Experiment(
     setup=(
         "Language model: characters of the standard library's pydoc_data.topics, width 24, one attention block, 48 "
         "ReLU neurons. CNN: two convolutions on digits, 20 ReLU channels. Trained by SGD for a few hundred steps, "
-        "measured once, trained on with three different data orders."
+        "measured once, trained on with five different data orders."
     ),
     scales=SCALES,
     points=points,
     compute=compute,
     plot=plot,
     verdicts=verdicts,
-    choices="Models, rates and lengths are ours; the forecast is for the neurons' charges while training continues.",
+    settings=(
+        Setting("models, rates, lengths", "small enough for seconds; rates near the stable limit", "variations below"),
+        Setting(
+            "what is forecast",
+            "the charges of hidden neurons while training continues",
+            "the forecast knows the orbit of one point, not how the point moves on",
+        ),
+    ),
+    exploratory=(
+        "Rates and lengths were chosen so that charges move visibly. The slope of the CNN failed in the first full run "
+        "(0.53) and still does; the claims with the drift measured along the run were added to find out why, their "
+        "thresholds (0.95, 20 %) after a look at three seeds. The sample of text windows is drawn at random since "
+        "then: the first 384 windows had more noise than the rest."
+    ),
+    variations={
+        "half the learning rates": {
+            "cases": {k: {**v, "lr": v["lr"] / 2} for k, v in CASES.items()},
+        },
+        "twice as long before": {
+            "cases": {k: {**v, "before": 2 * v["before"]} for k, v in CASES.items()},
+        },
+    },
     beyond=True,
 )
