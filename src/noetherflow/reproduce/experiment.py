@@ -214,15 +214,18 @@ def _computing(source: str) -> str:
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
-    tree.body = [node for node in tree.body if not _names_of(node) & NOT_COMPUTING]
+    tree.body = [node for node in tree.body if _computes(node)]
     return ast.unparse(tree)
 
 
-def _names_of(node: ast.stmt) -> set[str]:
+def _computes(node: ast.stmt) -> bool:
+    """Whether a top-level statement can change a result (imported modules are read themselves)."""
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return False
     if isinstance(node, ast.FunctionDef):
-        return {node.name}
+        return node.name not in NOT_COMPUTING
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    return {t.id for t in targets if isinstance(t, ast.Name)}
+    return not {t.id for t in targets if isinstance(t, ast.Name)} & NOT_COMPUTING
 
 
 def find_experiment(name: str) -> Experiment:

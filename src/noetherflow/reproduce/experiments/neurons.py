@@ -216,9 +216,9 @@ def analysis(results: Results, name: str) -> str:
     correlations, slopes = agreement(measured, summed)
     return (
         f"The forecast holds the gradient noise of step 0 fixed up to the symmetry. There the loss is "
-        f"{losses[0].mean():.2f} and the drift {size[0].mean():.2g}; along the runs they average {losses[1:].mean():.2f} "
-        f"and {size[1:].mean():.2g}. With the drift measured again along the runs the slope is {slopes.mean():.2f} and the "
-        f"correlation {correlations.mean():.2f}: what is off is the noise's constancy, not the theory (shared weights "
+        f"{losses[0].mean():.2f} and the drift {size[0].mean():.2g}; along the runs they average "
+        f"{losses[1:].mean():.2f} and {size[1:].mean():.2g}. With the drift measured again along the runs the slope is "
+        f"{slopes.mean():.2f} and the correlation {correlations.mean():.2f}: what is off is the noise's constancy, not the theory (shared weights "
         "included)."
     )
 
