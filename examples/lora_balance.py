@@ -50,8 +50,11 @@ FULL = Plan(
     pretrain=800,
     steps=200,
     every=50,
-    seeds=5,
-    lrs={"sgd": tuple(0.25 * 2 ** (k / 2) for k in range(7)), "adamw": tuple(5e-4 * 2.0**k for k in range(8))},
+    seeds=8,
+    lrs={
+        "sgd": tuple(0.25 * 2 ** (k / 4) for k in (0, 2, 4, 5, 6, 7, 8, 9, 10, 12)),
+        "adamw": tuple(5e-4 * 2.0**k for k in range(8)),
+    },
     skewed_lrs={"sgd": tuple(0.00125 * 2.0**k for k in range(7)), "adamw": tuple(1.25e-4 * 2.0**k for k in range(7))},
 )
 QUICK = Plan(
@@ -255,6 +258,92 @@ def compute(plan: Plan, work: Path) -> list[dict[str, Any]]:
     return rows
 
 
+class Results:
+    """Losses after training minus before, by seed and learning rate: `[seeds, lrs]`, infinite where a run diverged."""
+
+    def __init__(self, rows: list[dict[str, Any]], optimiser: str, variant: str) -> None:
+        own = {(r["lr"], r["seed"]): r for r in rows if (r["optimiser"], r["variant"]) == (optimiser, variant)}
+        self.lrs = np.array(sorted({lr for lr, _ in own}))
+        seeds = sorted({seed for _, seed in own})
+        table = [[own[lr, seed] for lr in self.lrs] for seed in seeds]
+        self.change = np.array(
+            [[math.inf if r["after"] is None else r["after"] - r["before"] for r in t] for t in table]
+        )
+
+    @property
+    def best(self) -> np.ndarray:
+        """Per seed, over all learning rates."""
+        return self.change.min(1)
+
+    @property
+    def best_lr(self) -> np.ndarray:
+        return np.log2(self.lrs[self.change.argmin(1)])
+
+    @property
+    def largest_lr(self) -> np.ndarray:
+        """Per seed, log2 of the largest learning rate that ends below where it started."""
+        return np.log2([self.lrs[c < 0].max(initial=self.lrs[0] / 2) for c in self.change])
+
+
+def with_error(values: np.ndarray, scale: float = 1.0, digits: int = 4) -> str:
+    values = scale * values
+    return f"{values.mean():.{digits}f} ± {values.std(ddof=1) / math.sqrt(len(values)):.{digits}f}"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Means and standard errors over seeds; differences to `none` are taken seed by seed."""
+    lines = [
+        "| optimiser | variant | best change of the loss | minus that of none | log2 of the best lr | log2 of the "
+        "largest lr that helps | minus that of none |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for optimiser in OPTIMISERS:
+        plain = Results(rows, optimiser, "none")
+        for variant in VARIANTS:
+            own = Results(rows, optimiser, variant)
+            cells = [with_error(own.best), with_error(own.best - plain.best)]
+            cells += [with_error(own.best_lr, digits=2), with_error(own.largest_lr, digits=2)]
+            cells.append(with_error(own.largest_lr - plain.largest_lr, digits=2))
+            lines.append(f"| {optimiser} | {variant} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    fig, axes = style.figure(2, 2)
+    colours = dict(zip(VARIANTS, (style.GD, style.SGD, style.SDE, style.MUTED), strict=True))
+    labels = {
+        "none": "never balanced",
+        "once": "balanced once",
+        "every": "balanced again and again",
+        "skewed": f"start ({SKEW:g} A, B / {SKEW:g}), never balanced",
+    }
+    for column, optimiser in enumerate(OPTIMISERS):
+        above, below = axes[column], axes[column + 2]
+        plain = Results(rows, optimiser, "none")
+        low = plain.best.mean()
+        top = -0.6 * low
+        for k, variant in enumerate(VARIANTS):
+            own = Results(rows, optimiser, variant)
+            whole = np.isfinite(own.change).all(0)
+            lrs = own.lrs * 1.02 ** (k - 1)
+            style.dots(above, lrs[whole], own.change.T[whole], colours[variant], labels[variant])
+            above.plot(lrs[whole], own.change.T[whole].mean(1), color=colours[variant], lw=1)
+            above.plot(lrs[~whole], np.full(sum(~whole), top * (0.94 - 0.09 * k)), "x", color=colours[variant], ms=5)
+            if variant in ("once", "every"):
+                both = np.isfinite(own.change).all(0) & np.isfinite(plain.change).all(0)
+                difference = (own.change - plain.change).T[both] if both.any() else np.empty((0, 2))
+                style.dots(below, lrs[both], difference, colours[variant], labels[variant])
+        above.set(title={"sgd": "SGD", "adamw": "AdamW"}[optimiser] + ": change of the held-out loss (nats)")
+        above.set(xscale="log", xlabel="learning rate", ylim=(1.25 * low, top))
+        below.set(title="the same minus never balanced, seed by seed", xscale="log", xlabel="learning rate")
+        below.set_xlim(above.get_xlim())
+        for ax in (above, below):
+            ax.axhline(0, color=style.THEORY, lw=0.8)
+    axes[0].legend(loc="lower left", title="x: a seed diverged")
+    axes[2].legend()
+    style.save(fig, path)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a minute instead of half an hour; no conclusions")
@@ -263,3 +352,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     work = options.work / ("quick" if options.quick else "full")
     rows = compute(QUICK if options.quick else FULL, work)
+    print(table(rows))
+    with style.context():
+        draw(rows, work / FIGURE.name if options.quick else FIGURE)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import socket
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -255,6 +257,23 @@ def test_adapters_that_share_a_factor_move_together() -> None:
     assert inner.k_proj.lora_A["default"].weight is inner.q_proj.lora_A["default"].weight
 
 
+def test_convolutions_have_adapters_too() -> None:
+    base = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=RANK, target_modules=["0", "2", "5"])).double().eval()
+    x, y = torch.randn(12, 2, 6, 6).double(), torch.randint(3, (12,))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(3):
+        per_sample_cross_entropy(model, (x, y)).mean().backward()
+        optimizer.step()
+    syms = find_symmetries(model, x[:2])
+    assert [(s.kind, s.dim) for s in syms] == [("general_linear", RANK)] * 3
+    moments = gradient_moments(model, per_sample_cross_entropy, [(x, y)], syms)
+    report = balance_(model, noise_equilibrium(model, syms, moments, SGD), example_inputs=x)
+    assert len(report.moved) == 6
+    assert report.output_change is not None
+    assert report.output_change < 1e-10
+
+
 def test_only_the_active_adapter_moves() -> None:
     model = gpt2()
     train(model)
@@ -407,3 +426,62 @@ def test_at_initialisation_a_schedule_moves_nothing_and_says_why(syms: nf.Symmet
     assert report is not None
     assert report.moved == {}
     assert all("train some steps first" in report.skipped[s.name] for s in syms)
+
+
+@pytest.mark.slow
+def test_hugging_face_trainer(tmp_path: Any, syms: nf.SymmetrySet) -> None:
+    """As docs/lora.md shows it: the optimiser exists when training begins."""
+    pytest.importorskip("accelerate")
+
+    class Balance(tf.TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            options = {"sgd": SGD, "optimizer": kwargs["optimizer"], "example_inputs": {"input_ids": TOKENS}}
+            self.schedule = BalanceSchedule(kwargs["model"], syms, per_sample_cross_entropy, [BATCH], 3, **options)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.schedule.after_step(state.global_step)
+
+    model = gpt2()
+    rows = [{"input_ids": t, "labels": t} for t in TOKENS]
+    options = {"max_steps": 7, "per_device_train_batch_size": 4, "learning_rate": 0.01, "use_cpu": True}
+    arguments = tf.TrainingArguments(str(tmp_path), **options, report_to=[], save_strategy="no")
+    callback = Balance()
+    tf.Trainer(model, arguments, train_dataset=rows, callbacks=[callback]).train()
+    assert list(callback.schedule.reports) == [3, 6]
+    for report in callback.schedule.reports.values():
+        assert report.output_change is not None
+        assert report.output_change < 1e-10
+        assert report.state_entries > 0
+
+
+def _two_layers() -> tuple[nn.Module, nf.SymmetrySet, list[tuple[Tensor, Tensor]]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 3, bias=False), nn.Linear(3, 4, bias=False)).double()
+    syms = nf.declare(model, "general_linear", [("0.weight", 0)], [("1.weight", 1)])
+    return model, syms, list(zip(torch.randn(4, 6, 5).double(), torch.randint(4, (4, 6)), strict=True))
+
+
+def _rank(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    try:
+        model, syms, data = _two_layers()
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        BalanceSchedule(wrapped, syms, per_sample_cross_entropy, data[rank::2], 1, sgd=SGD).after_step(1)
+        torch.save(model.state_dict(), f"{folder}/{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ranks_move_together(tmp_path: Any) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = int(s.getsockname()[1])
+    torch.multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    model, syms, data = _two_layers()
+    BalanceSchedule(model, syms, per_sample_cross_entropy, data, 1, sgd=SGD).after_step(1)
+    for rank in (0, 1):
+        for name, t in torch.load(tmp_path / f"{rank}.pt").items():
+            torch.testing.assert_close(t, model.state_dict()[name], rtol=1e-9, atol=0)

@@ -11,6 +11,7 @@ from noetherflow.balance import BalanceReport, balance_
 from noetherflow.equilibrium import noise_equilibrium
 from noetherflow.errors import DataError
 from noetherflow.moments import GradientMoments, gradient_moments
+from noetherflow.moments.distributed import ranks_of
 from noetherflow.monitor.unwrap import unwrap_model, unwrap_optimizer
 from noetherflow.sgd import SGDConfig
 from noetherflow.symmetry_set import SymmetrySet
@@ -29,8 +30,11 @@ class BalanceSchedule:
     - `optimizer`: its state moves with the weights, as in `balance_`.
     - `options` go to `noise_equilibrium` (`objective`, `approximate`, `tol`, ...).
 
-    `reports` keeps the report of every balancing by step. Raises DataError for `steps` below 1 or no batch; while
-    training the errors of `gradient_moments`, `noise_equilibrium` and `balance_`, the model untouched.
+    `reports` keeps the report of every balancing by step. Under DistributedDataParallel every rank measures its own
+    `batches`, all move to the equilibrium of their union, and every rank must call `after_step`.
+
+    Raises DataError for `steps` below 1 or no batch; while training the errors of `gradient_moments`,
+    `noise_equilibrium` and `balance_`, the model untouched.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class BalanceSchedule:
         if not batches:
             raise DataError("BalanceSchedule needs at least one batch to measure the gradient noise on")
         self.model = unwrap_model(model)
+        self.process_group = ranks_of(model, None)
         self.syms = syms.trainable(self.model)
         self.loss_fn = loss_fn
         self.batches = batches
@@ -88,4 +93,6 @@ class BalanceSchedule:
     def _measure(self, model: nn.Module) -> GradientMoments:
         moved = [leg.parameter for s in self.syms for leg in s.weight_legs]
         meeting = len(moved) > len(set(moved))
-        return gradient_moments(model, self.loss_fn, self.batches, self.syms, entries=meeting)
+        return gradient_moments(
+            model, self.loss_fn, self.batches, self.syms, entries=meeting, process_group=self.process_group
+        )
