@@ -218,8 +218,8 @@ def analysis(results: Results, name: str) -> str:
         f"The forecast holds the gradient noise of step 0 fixed up to the symmetry. There the loss is "
         f"{losses[0].mean():.2f} and the drift {size[0].mean():.2g}; along the runs they average "
         f"{losses[1:].mean():.2f} and {size[1:].mean():.2g}. With the drift measured again along the runs the slope is "
-        f"{slopes.mean():.2f} and the correlation {correlations.mean():.2f}: what is off is the noise's constancy, not the theory (shared weights "
-        "included)."
+        f"{slopes.mean():.2f} and the correlation {correlations.mean():.2f}: what is off is the noise's constancy, "
+        "not the theory (shared weights included)."
     )
 
 
