@@ -310,6 +310,6 @@ EXPERIMENT = Experiment(
     variations={
         "four components, twice the steps": {"components": 4, "steps": 32_000},
         "depth 3": {"depth": 3, "scales": [2.0, 0.6, 1.2]},
-        "batch 32, twice the steps": {"batch": 32, "steps": 32_000},
+        "batch 8, half the steps": {"batch": 8, "steps": 8000},
     },
 )

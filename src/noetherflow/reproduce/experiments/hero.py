@@ -207,7 +207,7 @@ EXPERIMENT = Experiment(
     ),
     exploratory="The thresholds 0.03 (spread), 0.15 and 0.5 (distances) were set after a first run.",
     variations={
-        "learning rate 0.02, twice the steps": {"lr": 0.02, "steps": 50_000},
+        "learning rate 0.06, half the steps": {"lr": 0.06, "steps": 12_500},
         "hidden width 8": {"width": 8},
         "weaker anisotropy (0.7 and 0.5)": {"phi_x": 0.7, "phi_eps": 0.5},
     },

@@ -155,7 +155,7 @@ EXPERIMENT = Experiment(
     ),
     variations={
         "label-noise variances 0.5 and 1.5": {"phi_eps": 0.5},
-        "batch 120, twice the steps": {"batch": 120, "steps": 14_000},
+        "batch 30, half the steps": {"batch": 30, "steps": 3500},
     },
     beyond=True,
 )

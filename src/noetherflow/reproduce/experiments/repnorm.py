@@ -310,7 +310,7 @@ EXPERIMENT = Experiment(
         "the 15 % and the window for the one-sided norm were set after first runs."
     ),
     variations={
-        "batch 60, twice the steps": {"batch": 60, "steps": 28_000, "relu_steps": 12_000},
+        "batch 15, half the steps": {"batch": 15, "steps": 7000, "relu_steps": 3000},
         "hidden decay 0.01, window 600 to 900": {
             "hidden": {**HIDDEN, "decay": 0.01, "early": [600, 900]},
             "steps": 14_000,

@@ -177,7 +177,10 @@ EXPERIMENT = Experiment(
         "because the larger starts had not arrived (linear, U times 2: 0.608 against 0.536 predicted)."
     ),
     variations={
-        "batch 80, twice the steps": {"batch": 80, "steps": 36_000},
+        "learning rate 0.028, half the steps": {
+            "cases": {k: {**v, "lr": 0.028} for k, v in CASES.items()},
+            "steps": 9000,
+        },
         "weaker anisotropy (0.8 and 0.7)": {"phi_x": 0.8, "phi_eps": 0.7},
     },
     beyond=True,
