@@ -1,126 +1,117 @@
-"""Cost of the ledger: training steps with it against the same steps without it, interleaved in one process.
+"""Cost of the ledger on the models of the moments table: the same training steps with and without it, in one process.
 
-    python benchmarks/ledger.py [--rounds 15] [--models mlp,gpt,resnet18] [--optimizers momentum,adamw]
+    python -m benchmarks.ledger [--models mlp,gpt-relu,gpt-swiglu,resnet18] [--optimizers momentum,adamw] [--seconds 60]
+    python -m benchmarks.ledger --memory
 
-Prints, per model and optimiser, the median ratio of step times with its quartiles at every=1 and every=10, and the
-growth of the tensors held and of the peak during a step.
+Per model, optimiser and `every`: the time inside the ledger's two calls over the rest of the steps they sit in (log and
+estimates included), and as a check on what those calls do to the rest of the step, the ratio of whole blocks of steps
+with and without the ledger, in turns: medians over blocks ± half the distance of the quartiles. Memory: what the ledger
+holds on the host, and its growth of the peak of a step, at every step.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import noetherflow as nf
+from benchmarks.moments import CASES, per_sample_loss
 
-Case = tuple[nn.Module, Any, Callable[[nn.Module], Tensor]]
-
-
-def mlp() -> Case:
-    """784-512-512-10, batch 256."""
-    layers = [nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)]
-    x, y = torch.randn(256, 784), torch.randint(10, (256,))
-    return nn.Sequential(*layers), x[:2], lambda m: nn.functional.cross_entropy(m(x), y)
-
-
-def gpt() -> Case:
-    """GPT-2 with 4 layers of width 128, 4 heads; 8 sequences of 128 tokens."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        vocab_size=256, n_positions=128, n_embd=128, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0
-    )
-    config.loss_type = "ForCausalLM"
-    ids = torch.randint(256, (8, 128))
-    example = {"input_ids": ids[:2, :16], "use_cache": False}
-    return GPT2LMHeadModel(config), example, lambda m: m(input_ids=ids, labels=ids, use_cache=False).loss
-
-
-def resnet18() -> Case:
-    """ResNet-18 on 32x32 images, batch 16."""
-    from transformers import ResNetConfig, ResNetForImageClassification
-
-    config = ResNetConfig(layer_type="basic", depths=[2, 2, 2, 2], hidden_sizes=[64, 128, 256, 512], num_labels=10)
-    x, y = torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
-    example = {"pixel_values": x[:2]}
-    return ResNetForImageClassification(config), example, lambda m: m(pixel_values=x, labels=y).loss
-
-
-MODELS = {"mlp": mlp, "gpt": gpt, "resnet18": resnet18}
-OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "momentum": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-5),
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "momentum": lambda model: torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9),
+    "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-5),
 }
 
 
-def measure(model_name: str, optimizer_name: str, rounds: int) -> str:
-    """One row of the table."""
-    torch.manual_seed(0)
-    model, example, loss = MODELS[model_name]()
-    syms = nf.find_symmetries(model.eval(), example).trainable(model)
-    model.train()
-    optimizer = OPTIMIZERS[optimizer_name](model.parameters())
+@dataclass
+class Run:
+    """A training loop whose steps can be made with or without a ledger."""
 
-    def steps(n: int) -> float:
-        start = time.perf_counter()
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    syms: nf.SymmetrySet
+    loss: Callable[[], torch.Tensor]
+    inside: list[float] = field(default_factory=list)
+
+    def steps(self, n: int, ledger: nf.Ledger | None = None) -> float:
+        """Seconds for n steps; `inside` gets the share of them spent in the ledger's calls over the rest."""
+        own, start = 0.0, time.perf_counter()
         for _ in range(n):
-            optimizer.zero_grad()
-            loss(model).backward()
-            optimizer.step()
-        return (time.perf_counter() - start) / n
+            self.optimizer.zero_grad()
+            self.loss().backward()
+            if ledger is None:
+                self.optimizer.step()
+                continue
+            began = time.perf_counter()
+            ledger.before_step()
+            own -= began - time.perf_counter()
+            self.optimizer.step()
+            began = time.perf_counter()
+            ledger.after_step()
+            own -= began - time.perf_counter()
+        total = time.perf_counter() - start
+        if ledger is not None:
+            self.inside.append(own / (total - own))
+        return total
 
-    alone = steps(3)
-    count = 20 if alone < 0.05 else 10
+
+def build(model_name: str, optimizer_name: str) -> Run:
+    torch.manual_seed(0)
+    case = CASES[model_name]()
+    syms = nf.find_symmetries(case.model.eval(), case.batch[0][:2])
+    model = case.model.train()
+    return Run(model, OPTIMIZERS[optimizer_name](model), syms, lambda: per_sample_loss(model, case.batch).mean())
+
+
+def overhead(run: Run, every: int, block: int, rounds: int) -> str:
+    run.inside.clear()
+    ratios = []
+    with tempfile.TemporaryDirectory() as run_dir:
+        ledger = nf.Ledger(run.model, run.optimizer, run.syms, every=every, run_dir=run_dir)
+        for k in range(rounds):
+            order = (None, ledger) if k % 2 else (ledger, None)
+            taken = {used: run.steps(block, used) for used in order}
+            ratios.append(taken[ledger] / taken[None] - 1)
+        ledger.close()
     cells = []
-    for every in (1, 10):
-        with tempfile.TemporaryDirectory() as run_dir:
-            ledger = nf.Ledger(model, optimizer, syms, every=every, run_dir=run_dir)
-            ratios = []
-            for k in range(rounds):
-                first = k % 2 == 0
-                if first:
-                    plain = steps(count)
-                ledger.attach()
-                watched = steps(count)
-                ledger.detach()
-                if not first:
-                    plain = steps(count)
-                ratios.append(watched / plain - 1)
-            ledger.close()
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        cells.append(f"{middle:+7.1%} [{low:+.1%}, {high:+.1%}]")
-    held, peak = memory(model, optimizer, syms, lambda: steps(1))
-    return f"{model_name:<10}{optimizer_name:<10}{alone * 1e3:>9.1f} ms  {'  '.join(cells)}  {held:+6.2%}  {peak:+6.2%}"
+    for values in (run.inside, ratios):
+        low, middle, high = statistics.quantiles(values, n=4)
+        cells.append(f"{middle:+6.2%} ± {(high - low) / 2:5.2%}")
+    return f"every={every:<3} inside {cells[0]}   blocks {cells[1]}   ({rounds} rounds of {block} steps)"
 
 
-def memory(
-    model: nn.Module, optimizer: torch.optim.Optimizer, syms: nf.SymmetrySet, step: Callable[[], float]
-) -> tuple[float, float]:
-    """Growth of what is held between steps (host memory the ledger keeps against weights, gradients and optimiser
-    state), and of the largest sum of live tensor memory during a step."""
-    step()
-    base = sum(p.numel() * p.element_size() * (2 + len(optimizer.state[p])) for p in model.parameters())
-    quiet = peak_bytes(step)
+def memory(run: Run) -> str:
+    """Held on the host with a full ring, and growth of the peak, over weights, gradients, state (and activations)."""
+    run.steps(1)
+    state = [t for s in run.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor) and t.ndim]
+    base = sum(t.numel() * t.element_size() for t in [*run.model.parameters(), *run.model.parameters(), *state])
+    alone = peak_bytes(lambda: run.steps(1))
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
-    ledger = nf.Ledger(model, optimizer, syms).attach()
-    for _ in range(20):
-        step()
-    held = tracemalloc.get_traced_memory()[0] - before
+    ledger = nf.Ledger(run.model, run.optimizer, run.syms)
+    held = []
+    for _ in range(2):
+        run.steps(40, ledger)
+        gc.collect()
+        held.append(tracemalloc.get_traced_memory()[0] - before)
     tracemalloc.stop()
-    ledger.flush()
-    watched = peak_bytes(step)
-    ledger.close()
-    return held / base, (watched - quiet) / (base + quiet)
+    full = held[1] + (1000 - 80) * (held[1] - held[0]) / 40
+    run.steps(20, ledger)
+    watched = peak_bytes(lambda: run.steps(1, ledger))
+    return (
+        f"held {held[1] / 2**20:.2f} MiB after 80 steps ({held[1] / base:.1%} of {base / 2**20:.0f}), "
+        f"{full / 2**20:.2f} with 1000 rows ({full / base:.1%}); peak {(watched - alone) / (base + alone):+.2%}"
+    )
 
 
 def peak_bytes(step: Callable[[], float]) -> int:
@@ -136,14 +127,22 @@ def peak_bytes(step: Callable[[], float]) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--models", default=",".join(MODELS))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(CASES))
     parser.add_argument("--optimizers", default=",".join(OPTIMIZERS))
+    parser.add_argument("--seconds", type=float, default=60, help="per model and optimiser")
+    parser.add_argument("--memory", action="store_true", help="memory instead of time")
     options = parser.parse_args()
-    print(
-        f"{'model':<10}{'optimiser':<10}{'step':>12}  {'every=1 [quartiles]':<24}  {'every=10':<24}  {'held':<6} peak"
-    )
     for name in options.models.split(","):
         for kind in options.optimizers.split(","):
-            print(measure(name, kind, options.rounds), flush=True)
+            run = build(name, kind)
+            run.steps(3)
+            if options.memory:
+                print(f"{name}, {kind}: {memory(run)}", flush=True)
+                continue
+            alone = run.steps(5) / 5
+            print(f"{name}, {kind}: {alone * 1e3:.1f} ms a step", flush=True)
+            for every, share in ((1, 0.6), (10, 0.4)):
+                block = max(10 if every > 1 else 4, round(0.25 / alone / 10) * 10)
+                rounds = max(3, round(options.seconds * share / (2 * block * alone)))
+                print("   ", overhead(run, every, block, rounds), flush=True)

@@ -135,7 +135,7 @@ class Layout:
         for key, slot in unique.items():
             starts[key] = n_values
             n_values += slot.size
-            owner.append(np.full(slot.size, order[slot.leg.parameter]))
+            owner.append(np.full(slot.size, order[slot.leg.parameter], dtype=np.int32))
             counted = slot.leg.parameter not in first_of
             reference.append(_diagonal(slot) * counted)
             first_of.add(slot.leg.parameter)
@@ -154,13 +154,15 @@ class Layout:
         row, column, weight = (np.concatenate(x) if x else np.zeros(0) for x in (rows, columns, weights))
 
         def sparse(values: np.ndarray) -> scipy.sparse.csr_array:
-            return scipy.sparse.csr_array((values, (row, column)), shape=(n_out, n_values))
+            matrix = scipy.sparse.csr_array((values, (row, column)), shape=(n_out, n_values))
+            matrix.eliminate_zeros()
+            return matrix
 
         return cls(
             tuple(symmetries),
             tuple(unique.values()),
             parameters,
-            np.concatenate(owner) if owner else np.zeros(0, dtype=int),
+            np.concatenate(owner) if owner else np.zeros(0, dtype=np.int32),
             sparse(weight),
             sparse(np.abs(weight)),
             sparse((weight > 0).astype(float)),

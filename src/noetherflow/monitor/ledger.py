@@ -58,7 +58,7 @@ class Ledger:
       and term; `coordinate` keeps every charge (matrices for general_linear).
     - `estimate_every`: recorded steps between the live estimates (`estimates()`), 0 for none.
     - `run_dir`: append-only log `ledger.jsonl`, written every `flush_every` recorded steps; resumes after a crash.
-    - `capacity`: recorded steps kept in memory for `records()`.
+    - `capacity`: recorded steps kept in memory for `records()`; the log keeps all.
     - `sinks`: called with every logged row (TensorBoard, W&B, MLflow, CSV: see `monitor.sinks`).
 
     Raises DeclarationError when a symmetry names a parameter that the model does not have, DataError for bad settings.
@@ -73,7 +73,7 @@ class Ledger:
         every: int = 1,
         detail: Level = "family",
         run_dir: str | Path | None = None,
-        capacity: int = 10_000,
+        capacity: int = 1_000,
         estimate_every: int = 50,
         flush_every: int = 20,
         sinks: Iterable[Sink] = (),
