@@ -1,7 +1,10 @@
 """Verdicts, resumption, atomicity and the gallery."""
 
+import inspect
+import itertools
 import json
 import math
+import re
 import sys
 import types
 
@@ -10,8 +13,19 @@ import torch
 
 from noetherflow.errors import DataError
 from noetherflow.reproduce import experiment as registry
-from noetherflow.reproduce import run
-from noetherflow.reproduce.experiment import REGISTRY, Experiment, Results, Verdict, find_experiment, from_seeds, plain
+from noetherflow.reproduce import run, write_markdown
+from noetherflow.reproduce.differences import DIFFERENCES
+from noetherflow.reproduce.experiment import (
+    REGISTRY,
+    Experiment,
+    Results,
+    Setting,
+    Verdict,
+    _computing,
+    find_experiment,
+    from_seeds,
+    plain,
+)
 
 CALLS: list[str] = []
 
@@ -19,7 +33,8 @@ CALLS: list[str] = []
 def toy_compute(config, point):
     CALLS.append(point["name"])
     rng = torch.Generator().manual_seed(point["offset"])
-    return plain({"values": point["offset"] + 0.01 * torch.randn(config["seeds"], generator=rng)})
+    shift = config.get("shift", 0)
+    return plain({"values": point["offset"] + shift + 0.01 * torch.randn(config["seeds"], generator=rng)})
 
 
 def toy_plot(results):
@@ -34,7 +49,7 @@ def toy_plot(results):
 
 def toy_verdicts(results):
     return [
-        from_seeds("a is one", 1.0, results["a"]["values"], 0.05),
+        from_seeds("a is one", 1.0, results["a"]["values"], 0.05, difference=4),
         from_seeds("b is <three>", 3.0, results["b"]["values"], 0.05, analysis="it is two & not three"),
     ]
 
@@ -48,6 +63,9 @@ TOY = Experiment(
     compute=toy_compute,
     plot=toy_plot,
     verdicts=toy_verdicts,
+    settings=(Setting("offset | start", "one and two", "none"),),
+    exploratory="Five per cent, after a look.",
+    variations={"shifted by one": {"shift": 1}, "more seeds": {"seeds": 6}},
 )
 
 
@@ -119,6 +137,59 @@ def test_fingerprint_depends_on_config_point_and_code(toy):
     assert toy.fingerprint({"seeds": 4}, a) != toy.fingerprint({"seeds": 5}, a)
     assert toy.fingerprint({"seeds": 4}, a) != toy.fingerprint({"seeds": 4}, b)
     assert toy.fingerprint({"seeds": 4}, a) != find_experiment("fig2").fingerprint({"seeds": 4}, a)
+
+
+def test_words_and_drawing_do_not_count_as_computing():
+    source = "import a\n\ndef compute(x):\n    'Doc.'\n    return x + 1  # note\n\ndef plot(r): ...\nSCALES = {}\n"
+    same = "import a, b\ndef compute(x):\n    return (x + 1)\ndef plot(r): return 2\nSCALES = {'quick': 3}\n"
+    assert _computing(source) == _computing(same)
+    assert _computing(source) != _computing(source.replace("x + 1", "x + 2"))
+    assert _computing(source) != _computing(source + "LIMIT = 3\n")
+
+
+def test_variations_are_judged_beside_the_unchanged_configuration(toy, tmp_path):
+    summary = run(["toy"], out=tmp_path, vary=True, progress=None)
+    assert CALLS == ["a", "b"] * 3
+    shifted, more = summary.finished[0].varied
+    assert [v.claim for v in shifted.turned] == ["a is one", "b is <three>"]
+    assert (shifted.held, more.held, more.turned) == (1, 1, [])
+    assert len(summary.verdicts) == 2, "variations are not counted as claims"
+    assert run(["toy"], out=tmp_path, vary=True, progress=None).computed == 0
+    assert run(["toy"], out=tmp_path, progress=None).finished[0].varied == ()
+
+
+def test_report_holds_everything(toy, tmp_path):
+    summary = run(["toy"], out=tmp_path / "quick", vary=True, progress=None)
+    run(["toy"], out=tmp_path / "paper", scale="paper", progress=None)
+    (tmp_path / "paper" / "estimates.json").write_text('{"fig2": 7200}')
+    text = write_markdown(summary, tmp_path / "report.md", tmp_path / "paper").read_text()
+    lines = text.splitlines()
+    assert "**1 of 2 claims hold.**" in text
+    assert "| [toy](#toy) A toy | 2 | 1 | 0 | 1 of 2 hold, 0 s |" in lines
+    assert any(line.startswith("- [toy](#toy), b is <three>:") and line.endswith("not three") for line in lines)
+    assert any(line.startswith("| 4 | t_equi") and "[toy](#toy), a is one" in line for line in lines)
+    assert "- [toy](#toy): Five per cent, after a look." in lines
+    assert any(line.startswith("| [toy](#toy) | shifted by one | 1 of 2 | a is one:") for line in lines)
+    assert "| [toy](#toy) | more seeds | 1 of 2 | none |" in lines
+    assert "| offset \\| start | one and two | none |" in lines
+    assert not any(line.startswith("| 1 |") for line in lines), "a difference nobody demonstrates is left out"
+    for before, line in itertools.pairwise(lines):
+        if line.startswith("|---"):
+            assert before.count("|") == line.count("|"), "header and rule of a table belong together"
+
+
+def test_every_difference_from_the_print_is_demonstrated():
+    sources = [inspect.getsource(sys.modules[find_experiment(e).compute.__module__]) for e in REGISTRY]
+    named = {int(n) for text in sources for n in re.findall(r"difference=(\d)", text)}
+    assert named == {d.number for d in DIFFERENCES}
+
+
+def test_variations_change_known_settings():
+    for name in REGISTRY:
+        e = find_experiment(name)
+        for label, change in e.variations.items():
+            assert set(change) <= set(e.config("quick")), (name, label)
+            assert {**e.config("quick"), **change} != e.config("quick"), (name, label)
 
 
 def test_bad_input_is_named(toy, tmp_path):

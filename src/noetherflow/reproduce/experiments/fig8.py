@@ -139,10 +139,8 @@ def verdicts(results: Results) -> list[Verdict]:
         names = ["lr {lr} d {d} S {batch}".format(**{**results.config["base"], key: v}) for v in values]
         logs = np.log(np.stack([times(results, n)[0] for n in names]))
         slopes = np.polyfit(np.log(values), logs, 1)[0]
-        # sigma^2 = eta / 2S: by the print the time would fall with S.
-        shown = 4 if key == "batch" else 0
         label = f"relaxation time ~ {key}^p, p"
-        out.append(from_seeds(label, power, slopes, 0.15, relative=False, difference=shown))
+        out.append(from_seeds(label, power, slopes, 0.15, relative=False, difference=4 if key == "batch" else 0))
     return out
 
 
