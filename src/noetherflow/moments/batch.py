@@ -105,7 +105,7 @@ def forward_backward(
 
 
 def form_of(site: Site, layout: Layout, samples: int, delta: Tensor, saved: tuple[Tensor, ...]) -> Form:
-    return site.build(layout, *(layout.front(t, samples) for t in site.prepare(delta, *saved)))
+    return site.build(layout, *[layout.front(t, samples) for t in site.prepare(delta, *saved)])
 
 
 class Contraction:

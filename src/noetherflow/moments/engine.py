@@ -204,8 +204,10 @@ class Meter:
             layout = layouts.get(use.id) if found is None else found.locate(use, delta)
             if layout is not None:
                 for site, source in zip(use.sites, use.sources, strict=True):
-                    if source.names & subject.measured:
+                    if not source.names.isdisjoint(subject.measured):
                         contractions[0].receive(source, form_of(site, layout, samples, delta, saved))
+            for _, _, s in slices:
+                s.forget()
 
         names = sorted(subject.measured)
         done = forward_backward(subject, batch, shared, False, ready, arrive, names)

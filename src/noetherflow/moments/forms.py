@@ -48,7 +48,7 @@ class Form(ABC):
         limit = CHUNK_ENTRIES.get(target.need.device.type, CHUNK_ENTRIES_ELSEWHERE)
         step = max(1, limit // target.need.shape.numel())
         for i in range(lo, hi, step):
-            target.add_dense(self.dense(i, min(i + step, hi)), scratch=True)
+            target.add_dense(self.dense(i, min(i + step, hi)), Tensor.square_)
 
     @abstractmethod
     def scale(self) -> Tensor:
@@ -77,7 +77,7 @@ class Dense(Form):
         return self.g.sum(0)
 
     def accumulate(self, target: Target, lo: int, hi: int) -> None:
-        target.add_dense(self.g[lo:hi])
+        target.add_dense(self.g[lo:hi], target.square)
 
     def scale(self) -> Tensor:
         terms = self.g if self.summands is None else self.summands
@@ -122,21 +122,22 @@ class Outer(Form):
             super().accumulate(target, lo, hi)
             return
         left, right = self._slice(lo, hi)
-        target.gradient.view(m, n).addmm_(left.flatten(0, 1).mT, right.flatten(0, 1))
+        if tokens == 1:
+            left, right = left.squeeze(1), right.squeeze(1)
+        target.add_product(left.flatten(0, -2), right.flatten(0, -2))
         factored(target, left, right)
 
 
 def _add_rank_one(target: Target, left: Tensor, right: Tensor) -> None:
     """One token per sample, `G = l r^T`: `E[G_oi^2] = sum l_o^2 r_i^2`, and Grams weighted by the other side's norm."""
-    left, right = left.flatten(0, 1), right.flatten(0, 1)
     split = target.need.split(left.shape[1])
     if target.squares is not None:
-        target.squares.view(left.shape[1], -1).addmm_(left.square().mT, right.square())
+        target.squares.view(left.shape[1], -1).addmm_(target.square(left).mT, right.square())
     elif any(leg.torus for leg in split.mixed):
-        target.add_torus_legs(left.square().mT @ right.square())
+        target.add_torus_legs(target.square(left).mT @ right.square())
     else:
-        target.add_side(split.rows, lambda: _weighted_squares(left, right))
-        target.add_side(split.columns, lambda: _weighted_squares(right, left))
+        target.add_side(split.rows, lambda: _weighted(target.square(left), right))
+        target.add_side(split.columns, lambda: _weighted(right.square(), left))
     for legs, own, other in ((split.rows, left, right), (split.columns, right, left)):
         for leg in legs:
             if not leg.torus:
@@ -148,9 +149,9 @@ def _add_rank_one(target: Target, left: Tensor, right: Tensor) -> None:
                 target.add_leg(leg, gram(leg.unfold(torch.outer(a, b).view(1, -1))))
 
 
-def _weighted_squares(own: Tensor, other: Tensor) -> Tensor:
-    """`sum_i own_i^2 |other_i|^2`."""
-    return torch.mv(own.square().mT, torch.linalg.vector_norm(other, dim=1).square_())
+def _weighted(squares: Tensor, other: Tensor) -> Tensor:
+    """`sum_i squares_i |other_i|^2`."""
+    return torch.mv(squares.mT, torch.linalg.vector_norm(other, dim=1).square_())
 
 
 def prefer_token_grams(target: Target, tokens: int, m: int, n: int) -> bool:

@@ -140,6 +140,8 @@ def summed(operand: Tensor, aligned: Callable[[int], Sequence[int]], prepare: Pr
     """An operand that was broadcast: its gradient is `prepare(..)` summed over the axes where `aligned` is 1."""
 
     def build(layout: Layout, product: Tensor) -> Form:
+        if product.shape[1:] == operand_shape and layout.fold != "none":
+            return Dense(product.to(wide(product.dtype)))
         if layout.fold == "none":
             target = aligned(product.ndim - 1)
         else:
@@ -151,7 +153,7 @@ def summed(operand: Tensor, aligned: Callable[[int], Sequence[int]], prepare: Pr
         gradient = product.sum(axes) if axes else product
         return Dense(gradient.reshape(product.shape[0], *operand_shape), product)
 
-    operand_shape = tuple(operand.shape)
+    operand_shape = operand.shape
     return Site(operand, prepare, build)
 
 

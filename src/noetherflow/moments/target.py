@@ -131,6 +131,7 @@ class Sums:
     gradient: dict[str, Tensor] = field(default_factory=dict)
     squares: dict[str, Tensor] = field(default_factory=dict)
     second: dict[str, list[Tensor]] = field(default_factory=dict)
+    _squared: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def zeros(cls, syms: SymmetrySet, needs: dict[str, Need]) -> Sums:
@@ -147,6 +148,20 @@ class Sums:
 
     def target(self, name: str) -> Target:
         return Target(self.needs[name], self)
+
+    def square(self, t: Tensor) -> Tensor:
+        """`t^2`, remembered until `forget`: the weight and the bias of a layer ask for that of the same tensor."""
+        if not t.is_contiguous():
+            return t.square()
+        if self._squared is None or (self._squared[0].data_ptr(), self._squared[0].numel()) != (
+            t.data_ptr(),
+            t.numel(),
+        ):
+            self._squared = t, t.square()
+        return self._squared[1].view(t.shape)
+
+    def forget(self) -> None:
+        self._squared = None
 
     def plus(self, other: Sums) -> Sums:
         """Both together."""
@@ -214,7 +229,16 @@ class Target:
     def add_leg(self, leg: SideLeg, value: Tensor) -> None:
         """Add to a leg Gram; `value` in any shape with the symmetry's number of entries."""
         out = self.sums.second[leg.symmetry][leg.position]
-        out.add_(value.view(out.shape))
+        out.add_(value if value.shape == out.shape else value.view(out.shape))
+
+    def add_product(self, left: Tensor, right: Tensor) -> None:
+        """Add `left^T right` to the summed gradient, the parameter as a matrix."""
+        shape = left.shape[1], right.shape[1]
+        gradient = self.gradient
+        (gradient if gradient.shape == shape else gradient.view(shape)).addmm_(left.mT, right)
+
+    def square(self, t: Tensor) -> Tensor:
+        return self.sums.square(t)
 
     def add_torus_legs(self, squares: Tensor) -> None:
         """Torus legs from entry-wise `sum_i g_i^2` of the parameter as a matrix."""
@@ -231,11 +255,12 @@ class Target:
             for leg in torus:
                 self.add_leg(leg, leg.sums(values))
 
-    def add_matrices(self, g: Tensor, scratch: Tensor | None = None) -> None:
-        """Everything from explicit per-sample gradients, the parameter as a matrix: `[samples, rows, columns]`.
+    def add_dense(self, gradients: Tensor, square: Callable[[Tensor], Tensor] = torch.square) -> None:
+        """Everything from explicit per-sample gradients `[samples, *parameter shape]`.
 
-        `scratch`: memory of that shape to overwrite, `g` itself where nobody else needs it.
+        `square` is called last and may overwrite them (`Tensor.square_`) where nobody else needs them.
         """
+        g = gradients.to(self.need.dtype).reshape(len(gradients), self.need.rows, -1)
         k, m, n = g.shape
         self.gradient.view(m, n).add_(g[0] if k == 1 else g.sum(0))
         split = self.need.split(m)
@@ -248,17 +273,12 @@ class Target:
                 if not leg.torus:
                     self.add_leg(leg, gram_of(leg))
         if self.squares is not None:
-            self.squares.view(m, n).add_(torch.mul(g, g, out=scratch).sum(0))
+            self.squares.view(m, n).add_(square(g).sum(0))
         elif any(leg.torus for leg in split.mixed):
-            self.add_torus_legs(torch.mul(g, g, out=scratch).sum(0))
+            self.add_torus_legs(square(g).sum(0))
         else:
             self.add_side(split.rows, lambda: torch.linalg.vector_norm(g, dim=2).square_().sum(0))
-            self.add_side(split.columns, lambda: torch.mul(g, g, out=scratch).reshape(k * m, n).sum(0))
-
-    def add_dense(self, gradients: Tensor, scratch: bool = False) -> None:
-        """`add_matrices` of gradients `[samples, *parameter shape]`, which may be overwritten if `scratch`."""
-        g = gradients.to(self.need.dtype).reshape(len(gradients), self.need.rows, -1)
-        self.add_matrices(g, g if scratch else None)
+            self.add_side(split.columns, lambda: square(g).reshape(k * m, n).sum(0))
 
 
 def gram(x: Tensor) -> Tensor:
