@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import os
 import socket
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -452,6 +455,22 @@ def test_hugging_face_trainer(tmp_path: Any, syms: nf.SymmetrySet) -> None:
         assert report.output_change is not None
         assert report.output_change < 1e-10
         assert report.state_entries > 0
+
+
+@pytest.mark.slow
+def test_the_study_runs_and_resumes(tmp_path: Any) -> None:
+    script = Path(__file__).parent.parent / "examples" / "lora_balance.py"
+    command = [sys.executable, str(script), "--quick", "--work", str(tmp_path)]
+    points = tmp_path / "quick" / "points.jsonl"
+    first = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    whole = points.read_text().splitlines()
+    assert len(whole) == 32
+    assert (tmp_path / "quick" / "lora_balance.png").stat().st_size > 10_000
+    points.write_text("\n".join([*whole[:-2], whole[-1][:40]]))
+    again = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "2 of 2" in again
+    assert "| adamw | every |" in again
+    assert first.splitlines()[-9:] == again.splitlines()[-9:]
 
 
 def _two_layers() -> tuple[nn.Module, nf.SymmetrySet, list[tuple[Tensor, Tensor]]]:
