@@ -21,7 +21,7 @@ from noetherflow.reproduce.experiment import (
     Results,
     Setting,
     Verdict,
-    _computing,
+    _reached,
     find_experiment,
     from_seeds,
     plain,
@@ -139,12 +139,12 @@ def test_fingerprint_depends_on_config_point_and_code(toy):
     assert toy.fingerprint({"seeds": 4}, a) != find_experiment("fig2").fingerprint({"seeds": 4}, a)
 
 
-def test_words_and_drawing_do_not_count_as_computing():
-    source = "import a\n\ndef compute(x):\n    'Doc.'\n    return x + 1  # note\n\ndef plot(r): ...\nSCALES = {}\n"
-    same = "import a, b\ndef compute(x):\n    return (x + 1)\ndef plot(r): return 2\nSCALES = {'quick': 3}\n"
-    assert _computing(source) == _computing(same)
-    assert _computing(source) != _computing(source.replace("x + 1", "x + 2"))
-    assert _computing(source) != _computing(source + "LIMIT = 3\n")
+def test_only_what_compute_reaches_counts_as_code():
+    source = "K = 1\nL = 2\ndef f(x): return x + K\ndef compute(x):\n    'Doc.'\n    return f(x)  # note\n"
+    same = "import a\nK = 1\nL = 3\ndef f(x):\n    return (x + K)\ndef compute(x): return f(x)\ndef plot(r): return L\n"
+    assert _reached(source, "compute") == _reached(same, "compute")
+    for change in (("K = 1", "K = 2"), ("x + K", "x - K"), ("return f(x)", "return f(f(x))")):
+        assert _reached(source, "compute") != _reached(source.replace(*change), "compute")
 
 
 def test_variations_are_judged_beside_the_unchanged_configuration(toy, tmp_path):

@@ -20,7 +20,6 @@ from torch import Tensor
 from noetherflow.errors import DataError
 from noetherflow.reproduce import style
 
-NOT_COMPUTING = {"plot", "verdicts", "SCALES", "EXPERIMENT", "SETTINGS", "EXPLORATORY", "VARIATIONS"}
 Config = Mapping[str, Any]
 Point = Mapping[str, Any]
 Relation = Literal["equals", "above", "below"]
@@ -192,40 +191,48 @@ class Experiment:
     def fingerprint(self, config: Config, point: Point) -> str:
         """Changes whenever a recomputation could give another answer: configuration, point, or the code behind it.
 
-        Comments, layout, and the parts that only draw, judge or describe do not count.
+        Comments, layout, and what only draws, judges or describes do not count.
         """
         text = json.dumps([self.id, config, point, _source_of(self.compute)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _source_of(compute: Callable[..., Any]) -> str:
-    """The sources of compute's module, of those of `noetherflow.reproduce` that it uses, and of `closed_form`."""
+    """What `compute` reaches in its module, the modules of `noetherflow.reproduce` that it uses, and `closed_form`."""
     used = {inspect.getmodule(v) for v in inspect.unwrap(compute).__globals__.values()}
     names = {m.__name__ for m in used if m is not None and m.__name__.startswith("noetherflow.reproduce.")}
     others = sorted((names | {"noetherflow.closed_form"}) - {style.__name__, __name__, compute.__module__})
-    modules = [inspect.getsource(importlib.import_module(name)) for name in others]
-    return "".join(_computing(text) for text in ("".join(inspect.findsource(compute)[0]), *modules))
+    own = _reached("".join(inspect.findsource(compute)[0]), compute.__name__)
+    return own + "".join(_normal(ast.parse(inspect.getsource(importlib.import_module(name)))) for name in others)
 
 
 @functools.cache
-def _computing(source: str) -> str:
-    """`source` in a normal form, without what draws, judges, describes or is in the configuration anyhow."""
+def _reached(source: str, name: str) -> str:
+    """The top-level definitions of `source` that `name` uses, directly or not, in a normal form."""
     tree = ast.parse(source)
+    definitions = {defined: node for node in tree.body for defined in _defines(node)}
+    reached, left = set(), {name}
+    while left:
+        reached |= left
+        used = {n.id for d in left for n in ast.walk(definitions[d]) if isinstance(n, ast.Name)}
+        left = (used & definitions.keys()) - reached
+    tree.body = [node for node in tree.body if reached & _defines(node)]
+    return _normal(tree)
+
+
+def _defines(node: ast.stmt) -> set[str]:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return {t.id for t in targets if isinstance(t, ast.Name)}
+
+
+def _normal(tree: ast.Module) -> str:
+    """Source text without comments, layout and docstrings."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
-    tree.body = [node for node in tree.body if _computes(node)]
     return ast.unparse(tree)
-
-
-def _computes(node: ast.stmt) -> bool:
-    """Whether a top-level statement can change a result (imported modules are read themselves)."""
-    if isinstance(node, ast.Import | ast.ImportFrom):
-        return False
-    if isinstance(node, ast.FunctionDef):
-        return node.name not in NOT_COMPUTING
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    return not {t.id for t in targets if isinstance(t, ast.Name)} & NOT_COMPUTING
 
 
 def find_experiment(name: str) -> Experiment:

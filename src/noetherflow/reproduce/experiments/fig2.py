@@ -145,7 +145,7 @@ def plot(results: Results) -> Any:
         xlabel="step",
         ylabel=r"$|U^T\Gamma_U U - W\Gamma_W W^T|$",
         title="noise matrices align (unit noise)",
-        ylim=(1e-3, None),
+        ylim=(1e-4, None),
     )
     left.legend()
     shades = (style.SGD, style.SDE, style.ACCENT, style.OTHER)

@@ -160,7 +160,7 @@ def limit(results: Results, name: str) -> np.ndarray:
 
 def plot(results: Results) -> Any:
     """Norms against steps on images and on Gaussian data, SGD and GD; deviations from the theory against the rate."""
-    fig, axes = style.figure(4, width=4.2)
+    fig, axes = style.figure(2, 2, width=5.4, height=3.6)
     colors = (style.SGD, style.SDE, style.ACCENT, style.OTHER)
     closed, measured = results.array("theory", "closed"), results.array("theory", "generic")
     titles = {"sgd": "SGD, images", "gaussian": "SGD, Gaussian data", "gd": "GD, Gaussian data"}
@@ -189,13 +189,13 @@ def plot(results: Results) -> Any:
 def _plot_rates(ax: Any, results: Results) -> None:
     """Relative deviation of the last layer's norm against the learning rate."""
     lr = results.config["lr"]
-    rates = np.array([lr, lr / 2])
+    rates = np.array([lr / 2, lr])
     cases = (("sgd", "generic", "images, measured moments", "*"), ("gaussian", "closed", "Gaussian, section 9", "o"))
     for (name, theory, label, marker), color in zip(cases, (style.ACCENT, style.SGD), strict=True):
         target = results.array("theory", theory)[-1]
-        values = np.stack([final(results, n)[:, -1] / target - 1 for n in (name, f"{name}, half rate")])
+        values = np.stack([final(results, n)[:, -1] / target - 1 for n in (f"{name}, half rate", name)])
         style.dots(ax, rates, 100 * values, color, label, marker)
-        line = 200 * values[1].mean() / lr * np.r_[0, rates]
+        line = 200 * values[0].mean() / lr * np.r_[0, rates]
         ax.plot(np.r_[0, rates], line, "--", color=color, lw=1)
     ax.axhline(0, color=style.THEORY, lw=0.8)
     ax.plot([], [], "--", color=style.MUTED, lw=1, label=r"$\propto\eta$")

@@ -101,7 +101,7 @@ def times(results: Results, name: str) -> tuple[np.ndarray, float]:
 
 def plot(results: Results) -> Any:
     """Distances for each sweep, and predicted against measured times."""
-    fig, axes = style.figure(4, width=4.0)
+    fig, axes = style.figure(2, 2, width=5.4, height=3.6)
     colors, labels = (style.SGD, style.ACCENT, style.SDE), {"lr": r"$\eta$", "d": "$d$", "batch": "$S$"}
     for ax, (key, values) in zip(axes, results.config["sweeps"].items(), strict=False):
         for value, color in zip(values, colors, strict=True):

@@ -183,7 +183,7 @@ def agreement(measured: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, 
 
 def plot(results: Results) -> Any:
     """Measured against predicted change of every neuron's balance, and the drift along the runs."""
-    fig, axes = style.figure(4, width=4.4, height=4.0)
+    fig, axes = style.figure(2, 2, width=5.4, height=3.9)
     for (ax, drift), (point, _), color in zip(
         axes.reshape(2, 2), results.points, (style.SGD, style.ACCENT), strict=True
     ):
@@ -203,7 +203,7 @@ def plot(results: Results) -> Any:
         style.band(drift, steps, size, color, "measured along the runs")
         drift.axhline(size[0, 0], color=style.THEORY, ls=":", lw=1, label="at step 0, used by the forecast")
         drift.set(xlabel="step after the measurement", ylabel="|drift of all charges| per step", title=f"{name}: drift")
-        drift.set_ylim(bottom=0)
+        drift.set_ylim(0, 1.3 * drift.get_ylim()[1])
         for panel in (ax, drift):
             panel.legend(fontsize=8)
     return fig

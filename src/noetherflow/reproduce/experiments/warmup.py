@@ -112,7 +112,7 @@ def plot(results: Results) -> Any:
         style.band(norm, lengths, results.array(name, "u2"), color, name)
         norm.plot(results.array(name, "fine"), results.array(name, "forecast"), "--", color=style.THEORY, lw=1)
         norm.axhline(stable_norm(point["high"]), color=color, ls=":", lw=1)
-        failing.plot(lengths, results.array(name, "failed").mean(-1), "o-", color=color, ms=4, label=name)
+        style.band(failing, lengths, results.array(name, "failed"), color, name, marker="o", ms=4)
         failing.axvline(predicted, color=color, ls="--")
     norm.plot([], [], "--", color=style.THEORY, lw=1, label="forecast from one point")
     norm.plot([], [], ":", color=style.MUTED, label="stable below (by case)")
