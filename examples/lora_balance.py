@@ -14,7 +14,7 @@ import math
 import pydoc_data.topics
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import noetherflow as nf
 from noetherflow.monitor.rebalance import BalanceSchedule
 from noetherflow.reproduce import style
+from noetherflow.sharpness import top_eigenvalue
 
 FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "lora_balance.png"
 CONTEXT, BATCH, WARM_LR, WARM_STEPS, SKEW = 64, 8, 0.25, 40, 10.0
@@ -196,18 +197,39 @@ class Study:
         _copy(self.trained, values)
         return loss
 
+    def skew(self) -> None:
+        for s in self.syms:
+            s.act_(nf.tensors_of(self.model), SKEW * s.identity())
+
+    def probe(self, seed: int) -> Tensor:
+        return next(batches(self.texts.tune, 4 * BATCH, 2000 + seed))
+
+    def schedule(self, lr: float, seed: int, optimizer: torch.optim.Optimizer | None = None) -> BalanceSchedule:
+        options = {"sgd": nf.SGDConfig(lr, BATCH), "optimizer": optimizer, "objective": "noise"}
+        return BalanceSchedule(self.model, self.syms, losses, [self.probe(seed)], self.plan.every, **options)
+
+    def sharpness(self, seed: int) -> dict[str, Any]:
+        """`Tr E[g g^T]` and the largest Hessian eigenvalue where runs of a seed start."""
+        out: dict[str, Any] = {"seed": seed}
+        for state in ("start", "balanced", "skewed"):
+            self.start(seed)
+            if state == "balanced":
+                self.schedule(1.0, seed).balance()
+            elif state == "skewed":
+                self.skew()
+            moments = nf.gradient_moments(self.model, losses, [self.probe(seed)], self.syms)
+            grams = [gram for legs in moments.second.values() for gram in legs]
+            out[f"noise {state}"] = sum(float(gram.diagonal(dim1=-2, dim2=-1).sum()) for gram in grams)
+            out[f"top {state}"] = top_eigenvalue(self.model, losses, [self.probe(seed)], tolerance=1e-2)
+        return out
+
     def run(self, point: Point) -> dict[str, Any]:
         """Held-out loss before and after (None when diverged), squared norms of the factors at the end."""
         before = self.start(point.seed)
         if point.variant == "skewed":
-            for s in self.syms:
-                s.act_(nf.tensors_of(self.model), SKEW * s.identity())
+            self.skew()
         optimizer = OPTIMISERS[point.optimiser](self.trained, point.lr, weight_decay=0.0)
-        probe = next(batches(self.texts.tune, 4 * BATCH, 2000 + point.seed))
-        sgd = nf.SGDConfig(point.lr, BATCH)
-        schedule = BalanceSchedule(
-            self.model, self.syms, losses, [probe], self.plan.every, sgd=sgd, optimizer=optimizer, objective="noise"
-        )
+        schedule = self.schedule(point.lr, point.seed, optimizer)
         done = 0
         try:
             if point.variant in ("once", "every"):
@@ -242,20 +264,32 @@ def finished(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def compute(plan: Plan, work: Path) -> list[dict[str, Any]]:
+def compute(plan: Plan, work: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The finished points, and the sharpness at the start of every seed."""
     work.mkdir(parents=True, exist_ok=True)
-    path = work / "points.jsonl"
-    rows = finished(path)
-    known = {Point(*(row[k] for k in ("optimiser", "variant", "lr", "seed"))) for row in rows}
-    todo = [p for p in points(plan) if p not in known]
-    study = Study(plan, work) if todo else None
-    for k, point in enumerate(todo):
-        began = time.time()
-        rows.append(study.run(point))
-        with path.open("a") as f:
-            f.write(json.dumps(rows[-1]) + "\n")
-        print(f"{k + 1} of {len(todo)}: {point}, {rows[-1]['after']}, {time.time() - began:.1f} s", flush=True)
-    return rows
+    made: list[Study] = []
+
+    def study() -> Study:
+        made[:] = made or [Study(plan, work)]
+        return made[0]
+
+    def through(name: str, wanted: list[Any], key: Callable[[dict], Any], run: Callable[[Any], dict]) -> list[dict]:
+        rows = [row for row in finished(work / name) if key(row) in wanted]
+        todo = [item for item in wanted if item not in [key(row) for row in rows]]
+        for k, item in enumerate(todo):
+            began = time.time()
+            rows.append(run(item))
+            with (work / name).open("a") as f:
+                f.write("\n" + json.dumps(rows[-1]))
+            print(f"{k + 1} of {len(todo)}: {item}, {time.time() - began:.1f} s", flush=True)
+        return rows
+
+    def point(row: dict[str, Any]) -> Point:
+        return Point(row["optimiser"], row["variant"], row["lr"], row["seed"])
+
+    rows = through("points.jsonl", points(plan), point, lambda p: study().run(p))
+    starts = through("starts.jsonl", list(range(plan.seeds)), lambda row: row["seed"], lambda s: study().sharpness(s))
+    return rows, starts
 
 
 class Results:
@@ -351,7 +385,10 @@ if __name__ == "__main__":
     options = parser.parse_args()
     torch.set_num_threads(1)
     work = options.work / ("quick" if options.quick else "full")
-    rows = compute(QUICK if options.quick else FULL, work)
+    rows, starts = compute(QUICK if options.quick else FULL, work)
     print(table(rows))
+    for what in ("noise", "top"):
+        states = {state: np.array([s[f"{what} {state}"] for s in starts]) for state in ("start", "balanced", "skewed")}
+        print(what, {state: with_error(v) for state, v in states.items()})
     with style.context():
         draw(rows, work / FIGURE.name if options.quick else FIGURE)
