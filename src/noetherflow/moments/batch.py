@@ -16,7 +16,7 @@ from noetherflow.moments.forms import Form
 from noetherflow.moments.layout import WHOLE_BATCH, Layout
 from noetherflow.moments.rules import Site
 from noetherflow.moments.taps import CallId, Recorder, Source, Trace, Use
-from noetherflow.moments.target import Sums
+from noetherflow.moments.target import Sums, Workspace
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 Slices = Sequence[tuple[int, int, Sums]]
@@ -113,17 +113,26 @@ class Contraction:
 
     def __init__(self, roots: dict[str, Tensor], measured: frozenset[str], trace: Trace, slices: Slices) -> None:
         self._roots, self._measured, self._slices = roots, measured, slices
+        self._workspace = Workspace()
         counts = Counter(n for u in trace.uses for s in u.sources for n in s.names)
         self._once = {n for n, k in counts.items() if k == 1}
         self._pending: list[tuple[Source, Form]] = []
 
-    def receive(self, source: Source, form: Form) -> None:
+    def receive(self, use: Use, layout: Layout, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
+        """Take the output gradient and the activations of one use."""
+        samples = self._slices[-1][1]
+        for site, source in zip(use.sites, use.sources, strict=True):
+            if not source.names.isdisjoint(self._measured):
+                self._add(source, form_of(site, layout, samples, delta, saved))
+        self._workspace.forget()
+
+    def _add(self, source: Source, form: Form) -> None:
         name = source.view_of
         if name in self._once and name is not None:
             whole = _as_whole(source.operand, self._roots[name], form)
             if whole is not None:
                 for lo, hi, sums in self._slices:
-                    whole.accumulate(sums.target(name), lo, hi)
+                    whole.accumulate(sums.target(name, self._workspace), lo, hi)
                 return
         self._pending.append((source, form))
 

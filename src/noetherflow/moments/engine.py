@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow.errors import DataError, MomentError
-from noetherflow.moments.batch import Contraction, LossFn, Subject, check_finite, form_of, forward_backward
+from noetherflow.moments.batch import Contraction, LossFn, Subject, check_finite, forward_backward
 from noetherflow.moments.distributed import added_over_ranks, ranks_of, unwrapped
 from noetherflow.moments.fallback import Fallback
 from noetherflow.moments.layout import Layout
@@ -200,14 +200,9 @@ class Meter:
             return torch.ones_like(losses)
 
         def arrive(use: Use, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
-            samples = slices[-1][1]
             layout = layouts.get(use.id) if found is None else found.locate(use, delta)
             if layout is not None:
-                for site, source in zip(use.sites, use.sources, strict=True):
-                    if not source.names.isdisjoint(subject.measured):
-                        contractions[0].receive(source, form_of(site, layout, samples, delta, saved))
-            for _, _, s in slices:
-                s.forget()
+                contractions[0].receive(use, layout, delta, saved)
 
         names = sorted(subject.measured)
         done = forward_backward(subject, batch, shared, False, ready, arrive, names)

@@ -6,7 +6,7 @@ Every form stands for `G_i`, the gradient of sample `i` with respect to the oper
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,11 +16,16 @@ from torch import Tensor
 from noetherflow.moments.target import Target, gram, wide
 
 # Explicit gradients are made this many entries at a time: on a CPU they should stay in cache.
-CHUNK_ENTRIES = {"cpu": 1 << 20}
-CHUNK_ENTRIES_ELSEWHERE = 1 << 24
+CHUNK_ENTRIES, CHUNK_ENTRIES_CPU = 1 << 24, 1 << 19
 # One pass over one entry of an explicit gradient, in floating-point operations of a matrix product: 0.05 to 0.06 ns
 # against 190 per ns in `benchmarks.moments` terms (2 cores, 2^20 entries).
 PASS = 10.0
+
+
+def _chunks(target: Target, lo: int, hi: int) -> Iterator[tuple[int, int]]:
+    limit = CHUNK_ENTRIES_CPU if target.need.device.type == "cpu" else CHUNK_ENTRIES
+    step = max(1, limit // max(1, target.need.shape.numel()))
+    return ((i, min(i + step, hi)) for i in range(lo, hi, step))
 
 
 def _wide(a: Tensor, b: Tensor) -> torch.dtype:
@@ -45,10 +50,8 @@ class Form(ABC):
 
         Here by explicit gradients, which `dense` must have made afresh.
         """
-        limit = CHUNK_ENTRIES.get(target.need.device.type, CHUNK_ENTRIES_ELSEWHERE)
-        step = max(1, limit // target.need.shape.numel())
-        for i in range(lo, hi, step):
-            target.add_dense(self.dense(i, min(i + step, hi)), Tensor.square_)
+        for i, j in _chunks(target, lo, hi):
+            target.add_dense(self.dense(i, j), Tensor.square_)
 
     @abstractmethod
     def scale(self) -> Tensor:
@@ -77,7 +80,7 @@ class Dense(Form):
         return self.g.sum(0)
 
     def accumulate(self, target: Target, lo: int, hi: int) -> None:
-        target.add_dense(self.g[lo:hi], target.square)
+        target.add_dense(self.g[lo:hi], target.workspace.square)
 
     def scale(self) -> Tensor:
         terms = self.g if self.summands is None else self.summands
@@ -118,10 +121,12 @@ class Outer(Form):
         factored = (
             _add_rank_one if tokens == 1 else _add_token_grams if prefer_token_grams(target, tokens, m, n) else None
         )
-        if factored is None:
-            super().accumulate(target, lo, hi)
-            return
         left, right = self._slice(lo, hi)
+        if factored is None:
+            for i, j in _chunks(target, 0, hi - lo):
+                out = target.workspace.empty((j - i, m, n), left)
+                target.add_dense(torch.bmm(left[i:j].mT, right[i:j], out=out), Tensor.square_)
+            return
         if tokens == 1:
             left, right = left.squeeze(1), right.squeeze(1)
         target.add_product(left.flatten(0, -2), right.flatten(0, -2))
@@ -132,11 +137,11 @@ def _add_rank_one(target: Target, left: Tensor, right: Tensor) -> None:
     """One token per sample, `G = l r^T`: `E[G_oi^2] = sum l_o^2 r_i^2`, and Grams weighted by the other side's norm."""
     split = target.need.split(left.shape[1])
     if target.squares is not None:
-        target.squares.view(left.shape[1], -1).addmm_(target.square(left).mT, right.square())
+        target.squares.view(left.shape[1], -1).addmm_(target.workspace.square(left).mT, right.square())
     elif any(leg.torus for leg in split.mixed):
-        target.add_torus_legs(target.square(left).mT @ right.square())
+        target.add_torus_legs(target.workspace.square(left).mT @ right.square())
     else:
-        target.add_side(split.rows, lambda: _weighted(target.square(left), right))
+        target.add_side(split.rows, lambda: _weighted(target.workspace.square(left), right))
         target.add_side(split.columns, lambda: _weighted(right.square(), left))
     for legs, own, other in ((split.rows, left, right), (split.columns, right, left)):
         for leg in legs:

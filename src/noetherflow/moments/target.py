@@ -121,6 +121,34 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@dataclass(eq=False, slots=True)
+class Workspace:
+    """Memory that the contractions of one batch use one after the other."""
+
+    _memory: Tensor | None = None
+    _squared: tuple[Tensor, Tensor] | None = None
+
+    def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """An uninitialised tensor, which the next call overwrites."""
+        held, entries = self._memory, prod(shape)
+        if held is None or held.numel() < entries or (held.dtype, held.device) != (like.dtype, like.device):
+            held = self._memory = like.new_empty(entries)
+        return held[:entries].view(shape)
+
+    def square(self, t: Tensor) -> Tensor:
+        """`t^2`, remembered until `forget`: the weight and the bias of a layer ask for that of the same tensor."""
+        if not t.is_contiguous():
+            return t.square()
+        held = self._squared
+        if held is None or held[0].data_ptr() != t.data_ptr() or held[0].numel() != t.numel():
+            held = self._squared = t, t.square()
+        return held[1].view(t.shape)
+
+    def forget(self) -> None:
+        """To be called before any tensor squared so far may change."""
+        self._squared = None
+
+
 @dataclass(eq=False)
 class Sums:
     """Running sums over samples: gradients and squares by parameter, leg Grams by symmetry (float64)."""
@@ -131,7 +159,6 @@ class Sums:
     gradient: dict[str, Tensor] = field(default_factory=dict)
     squares: dict[str, Tensor] = field(default_factory=dict)
     second: dict[str, list[Tensor]] = field(default_factory=dict)
-    _squared: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def zeros(cls, syms: SymmetrySet, needs: dict[str, Need]) -> Sums:
@@ -146,22 +173,8 @@ class Sums:
             ]
         return sums
 
-    def target(self, name: str) -> Target:
-        return Target(self.needs[name], self)
-
-    def square(self, t: Tensor) -> Tensor:
-        """`t^2`, remembered until `forget`: the weight and the bias of a layer ask for that of the same tensor."""
-        if not t.is_contiguous():
-            return t.square()
-        if self._squared is None or (self._squared[0].data_ptr(), self._squared[0].numel()) != (
-            t.data_ptr(),
-            t.numel(),
-        ):
-            self._squared = t, t.square()
-        return self._squared[1].view(t.shape)
-
-    def forget(self) -> None:
-        self._squared = None
+    def target(self, name: str, workspace: Workspace | None = None) -> Target:
+        return Target(self.needs[name], self, workspace or Workspace())
 
     def plus(self, other: Sums) -> Sums:
         """Both together."""
@@ -216,6 +229,7 @@ class Target:
 
     need: Need
     sums: Sums
+    workspace: Workspace
 
     @property
     def gradient(self) -> Tensor:
@@ -236,9 +250,6 @@ class Target:
         shape = left.shape[1], right.shape[1]
         gradient = self.gradient
         (gradient if gradient.shape == shape else gradient.view(shape)).addmm_(left.mT, right)
-
-    def square(self, t: Tensor) -> Tensor:
-        return self.sums.square(t)
 
     def add_torus_legs(self, squares: Tensor) -> None:
         """Torus legs from entry-wise `sum_i g_i^2` of the parameter as a matrix."""
