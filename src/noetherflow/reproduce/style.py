@@ -84,5 +84,5 @@ def tidy(fig: Any) -> None:
                 continue
             if max(limits) < 80 * min(limits):
                 axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-                axis.set_major_formatter(ticker.FuncFormatter(lambda value, position: f"{value:.3g}"))
+                axis.set_major_formatter(ticker.FuncFormatter(lambda value, position: f"{value:g}"))
             axis.set_minor_formatter(ticker.NullFormatter())

@@ -75,7 +75,7 @@ def final_sharpness(config: Config) -> float:
 
 
 def plot(results: Results) -> Any:
-    """Sharpness against steps for all runs of one seed-averaged initialisation each."""
+    """Sharpness against steps, up to where the first seed diverges."""
     fig, axes = style.figure(2, width=5.4)
     colors = {"kaiming": style.ACCENT, "xavier": style.SGD}
     for ax, method in zip(axes, ("sgd", "gd"), strict=True):
@@ -84,7 +84,7 @@ def plot(results: Results) -> Any:
                 values = results.array(f"{method} {schedule}", "sharpness")[:, i]
                 steps, curve = results.array(f"{method} {schedule}", "steps"), values.mean(-1)
                 ok = np.isfinite(curve) & (curve < 1e7)
-                ax.plot(steps[ok], curve[ok], line, color=colors[init], label=f"{init}, {schedule}")
+                style.band(ax, steps[ok], values[ok], colors[init], f"{init}, {schedule}", ls=line)
                 if not ok.all():
                     ax.plot(steps[ok][-1], curve[ok][-1], "x", color=style.GD, ms=9, mew=2.5)
         ax.plot([], [], "x", color=style.GD, ms=9, mew=2.5, ls="none", label="diverges")

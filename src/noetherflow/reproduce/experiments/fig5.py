@@ -200,7 +200,10 @@ def _plot_rates(ax: Any, results: Results) -> None:
     ax.axhline(0, color=style.THEORY, lw=0.8)
     ax.plot([], [], "--", color=style.MUTED, lw=1, label=r"$\propto\eta$")
     ax.set(
-        xlabel=r"learning rate $\eta$", ylabel=r"$\|W_D\|$: measured - predicted (%)", title="last layer: finite rate"
+        xticks=[0, *rates],
+        xlabel=r"learning rate $\eta$",
+        ylabel=r"$\|W_D\|$: measured - predicted (%)",
+        title="last layer: finite rate",
     )
     ax.legend(fontsize=8)
 

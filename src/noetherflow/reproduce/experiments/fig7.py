@@ -94,26 +94,23 @@ def _total(results: Results, name: str) -> np.ndarray:
 
 
 def plot(results: Results) -> Any:
-    """Total and per-layer norms of both nets."""
-    fig, axes = style.figure(2, width=5.0)
-    for ax, net in zip(axes, NETS, strict=True):
+    """Total norms above, norms of the layers below, for both nets."""
+    fig, axes = style.figure(2, 2, width=5.2, height=3.2)
+    for net, total_ax, layers in zip(NETS, axes[:2], axes[2:], strict=True):
         for method, color in (("sgd", style.SGD), ("gd", style.GD)):
             name = f"{method} {net}"
-            steps, total = results.array(name, "steps"), _total(results, name)
-            style.band(ax, steps, total - total[0], color, f"{method.upper()}: total")
-            if method == "sgd":
-                ax.plot(
-                    steps,
-                    results.array(name, "ledger").mean(-1),
-                    "--",
-                    color=style.THEORY,
-                    label=r"ledger: $\sum\eta^2|g_B|^2$",
-                )
-                for key, line, label in (("w2", "-.", r"$|w|^2$"), ("u2", ":", r"$|u|^2$")):
-                    values = results.array(name, key)
-                    style.band(ax, steps, values - values[0], style.SDE, f"SGD: {label}", ls=line)
-        ax.set(xlabel="step", ylabel="growth of the squared norm", title=f"Net-{net}")
-        ax.legend()
+            total = _total(results, name)
+            style.band(total_ax, results.array(name, "steps"), total - total[0], color, method.upper())
+        name = f"sgd {net}"
+        steps, ledger = results.array(name, "steps"), results.array(name, "ledger").mean(-1)
+        total_ax.plot(steps, ledger, "--", color=style.THEORY, label=r"ledger: $\sum\eta^2|g_B|^2$")
+        for key, color, label in (("w2", style.SDE, r"$|w|^2$"), ("u2", style.ACCENT, r"$|u|^2$")):
+            values = results.array(name, key)
+            style.band(layers, steps, values - values[0], color, f"SGD: {label}")
+        total_ax.set(ylabel=r"growth of $|w|^2 + |u|^2$", title=f"Net-{net}: total")
+        layers.set(xlabel="step", ylabel="growth of the squared norm", title=f"Net-{net}: layers")
+        for ax in (total_ax, layers):
+            ax.legend()
     return fig
 
 
