@@ -16,15 +16,15 @@ from torch import Tensor
 from noetherflow.moments.target import Target, gram, wide
 
 # Explicit gradients are made this many entries at a time: on a CPU they should stay in cache.
-CHUNK_ENTRIES, CHUNK_ENTRIES_CPU = 1 << 24, 1 << 19
+CHUNK_ENTRIES, CHUNK_ENTRIES_CPU = 1 << 24, 1 << 20
 # One pass over one entry of an explicit gradient, in floating-point operations of a matrix product: 0.05 to 0.06 ns
 # against 190 per ns in `benchmarks.moments` terms (2 cores, 2^20 entries).
 PASS = 10.0
 
 
-def _chunks(target: Target, lo: int, hi: int) -> Iterator[tuple[int, int]]:
+def _chunks(target: Target, entries: int, lo: int, hi: int) -> Iterator[tuple[int, int]]:
     limit = CHUNK_ENTRIES_CPU if target.need.device.type == "cpu" else CHUNK_ENTRIES
-    step = max(1, limit // max(1, target.need.shape.numel()))
+    step = max(1, limit // max(1, entries))
     return ((i, min(i + step, hi)) for i in range(lo, hi, step))
 
 
@@ -50,7 +50,7 @@ class Form(ABC):
 
         Here by explicit gradients, which `dense` must have made afresh.
         """
-        for i, j in _chunks(target, lo, hi):
+        for i, j in _chunks(target, target.need.shape.numel(), lo, hi):
             target.add_dense(self.dense(i, j), Tensor.square_)
 
     @abstractmethod
@@ -123,7 +123,7 @@ class Outer(Form):
         )
         left, right = self._slice(lo, hi)
         if factored is None:
-            for i, j in _chunks(target, 0, hi - lo):
+            for i, j in _chunks(target, m * n, 0, hi - lo):
                 out = target.workspace.empty((j - i, m, n), left)
                 target.add_dense(torch.bmm(left[i:j].mT, right[i:j], out=out), Tensor.square_)
             return
@@ -141,8 +141,8 @@ def _add_rank_one(target: Target, left: Tensor, right: Tensor) -> None:
     elif any(leg.torus for leg in split.mixed):
         target.add_torus_legs(target.workspace.square(left).mT @ right.square())
     else:
-        target.add_side(split.rows, lambda: _weighted(target.workspace.square(left), right))
         target.add_side(split.columns, lambda: _weighted(right.square(), left))
+        target.add_side(split.rows, lambda: _weighted(target.workspace.square(left), right))
     for legs, own, other in ((split.rows, left, right), (split.columns, right, left)):
         for leg in legs:
             if not leg.torus:
@@ -282,14 +282,15 @@ class Convolution(Form):
         tokens = self.delta.shape[1] * self.delta[0, 0, 0].numel()
         if not transposed and groups == 1 and prefer_token_grams(target, tokens, m, n):
             target.gradient.add_(self._gradient(lo, hi))
-            for i in range(lo, hi):
-                left = self.delta[i].flatten(2).movedim(1, 2).reshape(1, -1, m)
-                _add_token_grams(target, left, self._patches(self.x[i]).reshape(1, -1, n))
+            for i, j in _chunks(target, tokens * n, lo, hi):
+                left = self.delta[i:j].flatten(3).mT.reshape(j - i, -1, m)
+                _add_token_grams(target, left, self._patches(self.x[i:j].flatten(0, 1)).reshape(j - i, -1, n))
         else:
-            super().accumulate(target, lo, hi)
+            for i in range(lo, hi):
+                target.add_dense(self._gradient(i, i + 1).unsqueeze(0), Tensor.square_)
 
     def _patches(self, x: Tensor) -> Tensor:
-        """`[fold, *output positions, channels, *kernel]`."""
+        """`[images, *output positions, channels, *kernel]`."""
         stride, padding, dilation = self.settings[:3]
         x = torch.nn.functional.pad(x, [p for size in reversed(padding) for p in (size, size)])
         nd = x.ndim - 2
