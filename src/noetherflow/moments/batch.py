@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,6 +33,11 @@ class Subject:
     roots: dict[str, Tensor]
     measured: frozenset[str]
     sample_axes: int = 1
+
+    @cached_property
+    def names(self) -> dict[int, str]:
+        """The name of each parameter by its `id`."""
+        return {id(t): n for n, t in self.roots.items()}
 
     def checked(self, losses: Any) -> Tensor:
         """Per-sample losses. Raises DataError for a scalar, a wrong number of axes or no sample."""
@@ -87,7 +93,7 @@ def forward_backward(
 
     Returns the trace and the gradients of the operands' leaves (with `leaf`), then of the parameters `asked`.
     """
-    recorder = Recorder(subject.model, subject.roots, subject.measured, arrive, shared, leaf)
+    recorder = Recorder(subject.model, subject.roots, subject.names, subject.measured, arrive, shared, leaf)
     with torch.autograd.set_multithreading_enabled(False), recorder:
         losses = subject.loss_fn(subject.model, batch)
         recorder.stop()

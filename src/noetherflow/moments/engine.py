@@ -110,6 +110,7 @@ class Meter:
         self._layouts: dict[Any, dict[CallId, Layout]] = {}  # the same by exact shapes, a quick look-up
         self._shared: frozenset[CallId] = frozenset()
         self._fallback: Fallback | None = None
+        self._modules = tuple(self.model.named_modules())
         self._used: set[str] = set()
 
     @property
@@ -138,7 +139,8 @@ class Meter:
     def update(self, batch: Any, groups: Iterable[int] = (0,), of: int = 1) -> None:
         """Measure one batch; its samples are divided among the given groups (taken modulo `of`)."""
         ids = list(dict.fromkeys(g % of for g in groups))
-        buffers = [(b, b.clone()) for b in _buffers_without_batch_statistics(self.model)]
+        _refuse_batch_statistics(self._modules)
+        buffers = [(b, b.clone()) for _, m in self._modules for b in m._buffers.values() if b is not None]
         try:
             self._update(batch, ids)
         finally:
@@ -259,18 +261,16 @@ def _slices(samples: int, sums: dict[int, Sums]) -> list[tuple[int, int, Sums]]:
 
 def _sums_over(losses: Tensor, slices: list[tuple[int, int, Sums]]) -> list[float]:
     """Summed losses of each slice, in one synchronisation."""
-    sums = [losses[lo:hi].sum(dtype=torch.float64) for lo, hi, _ in slices]
-    return [float(sums[0])] if len(sums) == 1 else torch.stack(sums).tolist()
+    if len(slices) == 1:
+        return [float(losses.sum(dtype=torch.float64))]
+    return torch.stack([losses[lo:hi].sum(dtype=torch.float64) for lo, hi, _ in slices]).tolist()
 
 
-def _buffers_without_batch_statistics(model: nn.Module) -> list[Tensor]:
-    """The model's buffers. Raises MomentError for a batch norm in training mode."""
-    buffers: list[Tensor] = []
-    for name, module in model.named_modules():
+def _refuse_batch_statistics(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raises MomentError for a batch norm in training mode."""
+    for name, module in modules:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             raise MomentError(
                 f"batch norm {name!r} uses batch statistics, so samples have no gradients of their own; "
                 "call model.eval(), or use minibatch_moments"
             )
-        buffers += [b for b in module._buffers.values() if b is not None]
-    return buffers

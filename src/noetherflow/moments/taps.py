@@ -125,7 +125,7 @@ class Trace:
 
 
 class Recorder(TorchFunctionMode):
-    """Intercepts consumption of the parameters in `roots` (by name); those `measured` are tapped.
+    """Intercepts consumption of the parameters in `roots` (`names` by `id`); those `measured` are tapped.
 
     `shared`: calls known to give the same output for every sample, which run as they are and whose result
     is an operand in turn. `leaf`: give every operand a gradient of its own, for comparison with autograd.
@@ -135,6 +135,7 @@ class Recorder(TorchFunctionMode):
         self,
         model: nn.Module,
         roots: dict[str, Tensor],
+        names: dict[int, str],
         measured: frozenset[str],
         arrive: Arrive,
         shared: frozenset[CallId],
@@ -145,9 +146,9 @@ class Recorder(TorchFunctionMode):
         self.roots = dict(roots)
         self.trace = Trace()
         self.anchor = torch.zeros((), requires_grad=True)  # its gradient is asked for, so that every tap runs
-        self._names = {id(t): n for n, t in roots.items()}
+        self._names = dict(names)
         self._made: dict[int, Tensor] = {}  # kept, so that no other tensor gets their id
-        self._origin = {key: frozenset((n,)) for key, n in self._names.items()}
+        self._origin: dict[int, frozenset[str]] = {}
         self._arrive, self._shared, self._leaf = arrive, shared, leaf
         self._before: Counter[tuple[str, tuple[str, ...]]] = Counter()
         self._recording = True
@@ -158,7 +159,10 @@ class Recorder(TorchFunctionMode):
 
     def _find(self, tensor: Tensor) -> frozenset[str] | None:
         """Names of the parameters a tensor is made from, or None."""
-        found = self._origin.get(id(tensor))
+        key = id(tensor)
+        if key in self._names:
+            return frozenset((self._names[key],))
+        found = self._origin.get(key)
         if found is not None or not tensor.requires_grad:
             return found
         if tensor.is_leaf:
@@ -171,7 +175,7 @@ class Recorder(TorchFunctionMode):
         for name, held in self._model.named_parameters(remove_duplicate=False):
             if held is tensor and name in self.roots:
                 self._names[id(tensor)], self.roots[name] = name, tensor
-                return self._origin.setdefault(id(tensor), frozenset((name,)))
+                return frozenset((name,))
         return None
 
     def _source(self, tensor: Tensor) -> Source:
