@@ -76,13 +76,15 @@ def dots(ax: Any, x: Any, values: Any, color: str, label: str | None = None, mar
 
 
 def tidy(fig: Any) -> None:
-    """Readable labels on logarithmic axes: 1-2-5 ticks where fewer than two decades are shown, no minor labels."""
+    """Readable labels on logarithmic axes: round ticks where fewer than two decades are shown, no minor labels."""
     ticker: Any = require("matplotlib.ticker", "report")
     for ax in fig.axes:
         for axis, limits in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
             if axis.get_scale() != "log":
                 continue
-            if max(limits) < 80 * min(limits):
-                axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            span = max(limits) / min(limits)
+            if span < 80:
+                few = ticker.MaxNLocator(5, steps=(1, 2, 5, 10))
+                axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)) if span > 8 else few)
                 axis.set_major_formatter(ticker.FuncFormatter(lambda value, position: f"{value:g}"))
             axis.set_minor_formatter(ticker.NullFormatter())

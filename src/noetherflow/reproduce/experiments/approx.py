@@ -102,7 +102,7 @@ def compute(config: Config, point: Point) -> dict[str, Any]:
 
 def plot(results: Results) -> Any:
     """End point against zeta."""
-    fig, (ax,) = style.figure(1, width=6.2, height=3.8)
+    fig, (ax,) = style.figure(1, width=8.0, height=3.8)
     c = results.config
     zetas = 10.0 ** np.asarray(c["log10_zetas"], dtype=float)
     fine = np.logspace(np.log10(zetas[0]), np.log10(zetas[-1]), 200)
@@ -120,7 +120,7 @@ def plot(results: Results) -> Any:
         ylabel=r"$\|U\|^2/d$ at the end",
         title="small and large breaking of the symmetry",
     )
-    ax.legend(fontsize=7.5)
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return fig
 
 

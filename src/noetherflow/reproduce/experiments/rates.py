@@ -87,13 +87,13 @@ def plot(results: Results) -> Any:
     for i, s in enumerate(settings):
         steps, imbalance = results.array(f"sgd{i}", "steps"), results.array(f"sgd{i}", "imbalance")
         label = rf"$\eta$={s['lr']}, S={s['batch']}, $\sigma_\epsilon$={s['noise']}"
-        style.band(curves, steps, imbalance, colors[i], label)
+        style.band(curves, steps, imbalance, colors[i])
         curves.plot(steps, imbalance[0, 0] * np.exp(-predicted(s) * steps), "--", color=style.THEORY, lw=0.9)
-        style.dots(rates, [predicted(s)], measured(results, i)[None], colors[i], None)
+        style.dots(rates, [predicted(s)], measured(results, i)[None], colors[i], label)
     curves.plot(results.array("gd", "steps"), results.array("gd", "imbalance"), color=style.GD, label="GD")
     curves.plot([], [], "--", color=style.THEORY, lw=0.9, label="theory")
     curves.set(xlabel="step", ylabel=r"$|u^2 - w^2|$", yscale="log", xlim=(0, 3000), title="the imbalance decays")
-    curves.legend(fontsize=7.5)
+    curves.legend(loc="lower left")
     line = np.array(sorted(predicted(s) for s in settings))
     rates.loglog(line, line, "--", color=style.THEORY, label="predicted = measured")
     rates.set(
@@ -101,7 +101,7 @@ def plot(results: Results) -> Any:
         ylabel="measured rate per step",
         title="rates",
     )
-    rates.legend()
+    rates.legend(fontsize=7.5, loc="lower right")
     return fig
 
 

@@ -170,7 +170,7 @@ def _hidden(config: Config, kind: str, decay: bool) -> dict[str, Any]:
 
 def plot(results: Results) -> Any:
     """Norm ratio and sharpness by treatment and data set; one-sided norms."""
-    fig, (ratio, trace, norms) = style.figure(3, width=4.8)
+    fig, (ratio, trace, norms) = style.figure(3, width=4.8, height=4.4)
     _, _, names = treated(results.config)
     colors = dict(zip(TREATMENTS, (style.GD, style.ACCENT, style.SGD), strict=True))
     for treatment in TREATMENTS:
@@ -187,7 +187,7 @@ def plot(results: Results) -> Any:
         ax.plot([], [], "_", color=style.THEORY, ms=15, mew=2, label="theory, section 8")
         ax.set_xticks(range(len(ticks)), ticks, fontsize=8)
         ax.set(yscale="log", xlabel="input covariance")
-        ax.legend(fontsize=7)
+        ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3)
     ratio.set(ylabel=r"$\|U\|^2/\|W\|^2$", title="norm balance")
     trace.set(ylabel="Tr $H$", title="sharpness")
     for kind, color in (("batch", style.SGD), ("layer", style.ACCENT)):
@@ -206,7 +206,7 @@ def plot(results: Results) -> Any:
     norms.set(
         xlabel="step", ylabel=r"$\|W\|^2$ before the normalisation", title="normalised hidden layer", yscale="log"
     )
-    norms.legend(fontsize=7.5)
+    norms.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     return fig
 
 
