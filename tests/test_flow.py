@@ -202,6 +202,17 @@ def test_relaxation_steps_are_the_decay_time_of_small_deviations(family: str) ->
     assert ratio == pytest.approx(float(torch.tensor(-(steps[1] - steps[0]) / late).exp()), rel=0.05)
 
 
+def test_phases_sort_symmetries_by_the_length_of_a_training() -> None:
+    problem = mlp((4, 5, 4, 3))
+    flow = noether_flow(problem.model, problem.syms, problem.measure(), nf.SGDConfig(0.05, 4, weight_decay=0.01))
+    times = [r.relaxation_steps for r in flow.details]
+    middle = float(times[0].median())
+    assert {r["phase"] for r in flow.rows(2 * max(float(t.max()) for t in times))} == {"fast"}
+    assert {r["phase"] for r in flow.rows(0.5 * min(float(t.min()) for t in times))} == {"slow"}
+    assert flow.rows(middle)[0]["phase"] == "mixed"
+    assert "phase" not in flow.rows()[0]
+
+
 def test_directions_without_equilibrium_are_counted_and_the_forecast_stays_finite() -> None:
     problem = linear((4, 6, 3))
     sgd = nf.SGDConfig(0.01, 4, weight_decay=0.01)

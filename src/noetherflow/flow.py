@@ -110,6 +110,15 @@ class Row:
         """`E[C' - C]` per step."""
         return self.decay + self.noise + self.step_size
 
+    def phase(self, steps: float) -> str:
+        """`fast` if every finite coordinate relaxes within `steps` of training, `slow` if none does, else `mixed`;
+        `none` without a finite coordinate (theory.md section 7).
+        """
+        within = self.relaxation_steps[self.finite] <= steps
+        return (
+            "none" if not len(within) else "fast" if bool(within.all()) else "mixed" if bool(within.any()) else "slow"
+        )
+
     def row(self) -> dict[str, Any]:
         """Norms over the coordinates, and the median and largest relaxation time (None where nothing is finite)."""
         times = self.relaxation_steps[self.finite]
@@ -168,9 +177,9 @@ class Flow:
         """
         return orbit_forecast(self.orbit, self.orbit_parts, steps, self.joint)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """One row of norms per symmetry."""
-        return [r.row() for r in self.details]
+    def rows(self, steps: float | None = None) -> list[dict[str, Any]]:
+        """One row of norms per symmetry; with the `steps` of a training, also the `phase` each symmetry is in."""
+        return [r.row() | ({} if steps is None else {"phase": r.phase(steps)}) for r in self.details]
 
     def __str__(self) -> str:
         head = f"{'family':<18}{'symmetries':>11}{'|C|':>11}{'|C*|':>11}{'decay':>11}{'noise':>11}{'step size':>11}"

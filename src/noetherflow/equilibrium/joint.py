@@ -76,7 +76,8 @@ def noise_equilibrium(
 
     Directions without a finite equilibrium are left where they are and named in the result; in general_linear
     symmetries `recede < 1` moves them towards their limit by this factor. `errors=True` adds jackknife standard
-    errors of the logs of torus elements. Symmetries on frozen parameters are excluded and listed.
+    errors of the logs of the elements, from moments in groups that determine the answer without `samples` or
+    `remeasure`. Symmetries on frozen parameters are excluded and listed.
 
     Raises MomentError when the moments do not determine the answer, ValueError for an unknown objective or bad
     `recede`. Source: theory.md section 5.
@@ -236,7 +237,7 @@ def _jackknife(
     sgd: SGDConfig | None,
     joint: bool,
 ) -> dict[str, Tensor]:
-    """Standard errors of torus logs: the solve repeated without each group of samples, from the full solution.
+    """Standard errors of the logs: the solve repeated without each group of samples, from the full solution.
 
     Raises MomentError when the moments carry no groups.
     """
@@ -249,9 +250,7 @@ def _jackknife(
         orbit = build(model, symmetries, part, weights)
         logs.append(minimise(orbit, classes, kappa, start=solution.logs, tolerance=1e-6).logs)
     g = len(logs)
-    out = {}
-    for i, s in enumerate(symmetries):
-        if s.is_torus:
-            values = torch.stack([run[i] for run in logs])
-            out[s.name] = ((g - 1) * values.var(dim=0, correction=0)).sqrt()
-    return out
+    return {
+        s.name: ((g - 1) * torch.stack([run[i] for run in logs]).var(dim=0, correction=0)).sqrt()
+        for i, s in enumerate(symmetries)
+    }

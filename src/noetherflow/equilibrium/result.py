@@ -19,7 +19,7 @@ class Settled:
     no decay); `degenerate`: some coordinates (`coordinates`: torus indices, or GL blocks) have no finite equilibrium,
     for `reason`. `charge_now`, `charge`: the charge today and predicted at `element`; `weight_grams`, `noise_grams`:
     predicted leg Grams there. `imbalance`: relative Noether flow left, per coordinate or block. `log_error`: standard
-    error of `log element` (torus).
+    error of `log element`, entry by entry.
     """
 
     name: str
