@@ -92,7 +92,7 @@ def overhead(run: Run, every: int, block: int, rounds: int) -> str:
 
 def memory(run: Run) -> str:
     """Held on the host with a full ring, and growth of the peak, over weights, gradients, state (and activations)."""
-    run.steps(1)
+    run.steps(60, nf.Ledger(run.model, run.optimizer, run.syms))
     state = [t for s in run.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor) and t.ndim]
     base = sum(t.numel() * t.element_size() for t in [*run.model.parameters(), *run.model.parameters(), *state])
     alone = peak_bytes(lambda: run.steps(1))

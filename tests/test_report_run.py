@@ -78,7 +78,7 @@ def test_run_data_and_words(tmp_path: Path) -> None:
     assert data.causes(0)["second_order"] > 0
     assert [e["step"] for e in data.spikes() if e["where"].startswith("charge")] == [60, 60]
     words = " ".join(summary(data, data.spikes()))
-    for expected in ("`one-sided`", "step size and noise", "noise equilibrium", "1 scale-invariant weights", "spike"):
+    for expected in ("`one-sided`", "step size and noise", "noise equilibrium", "norm of `", "spike"):
         assert expected in words
     adam = record(tmp_path / "adam", torch.optim.AdamW, lr=1e-3)
     assert "preconditioner" in " ".join(summary(adam, []))

@@ -26,6 +26,17 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum()
 
 
+def axis_sums(a: Tensor, b: Tensor, axes: tuple[int, ...], piece: int = 1 << 16) -> Tensor:
+    """`a b` summed over all axes but `axes` (kept with length 1), without a temporary of the whole size."""
+    keep = [axis % a.ndim for axis in axes]
+    over = tuple(axis for axis in range(a.ndim) if axis not in keep)
+    if not over:
+        return a * b
+    rows = max(1, piece * a.shape[0] // max(1, a.numel()))
+    parts = [(x * y).sum(over, keepdim=True) for x, y in zip(a.split(rows), b.split(rows), strict=True)]
+    return torch.cat(parts) if 0 in keep else torch.stack(parts).sum(0)
+
+
 @dataclass(frozen=True, eq=False)
 class Slot:
     """One leg's inner product of two tensors of its parameter's shape.
@@ -71,26 +82,18 @@ class Slot:
         run = np.array_equal(flat, np.arange(flat[0], flat[0] + flat.size))
         return (self.leg.axes[0], int(flat[0]), flat.size) if run else None
 
-    @cached_property
-    def from_rows(self) -> bool:
-        """True when the values are sums of the entry-wise product over rows."""
-        return not (self.matrix or (self.total and (self.whole or self._span is not None)))
-
     def inner(self, a: Tensor, b: Tensor) -> Tensor:
         """The slot's values of `<a, b>`, shape `[size]`."""
-        if self.from_rows:
-            return self.reduce(accumulation_dtype(a) * accumulation_dtype(b))
+        if self.total and self.whole:
+            return dot(a, b).reshape(1)
+        if self.total and self._span is not None:
+            return dot(a.narrow(*self._span), b.narrow(*self._span)).reshape(1)
+        a, b = accumulation_dtype(a), accumulation_dtype(b)
         if self.matrix:
-            x, y = self.leg.unfold(accumulation_dtype(a)), self.leg.unfold(accumulation_dtype(b))
+            x, y = self.leg.unfold(a), self.leg.unfold(b)
             product = x @ y.mT
             return ((product + product.mT) / 2).reshape(-1)
-        if not self.whole and self._span is not None:
-            a, b = a.narrow(*self._span), b.narrow(*self._span)
-        return dot(a, b).reshape(1)
-
-    def reduce(self, product: Tensor) -> Tensor:
-        """The slot's values of `<a, b>` from `a * b`, where `from_rows`."""
-        rows = self.leg.row_sums(product)
+        rows = self.leg.row_sums(axis_sums(a, b, self.leg.axes) if self.leg.view is None else a * b)
         return rows.sum().reshape(1) if self.total else rows.reshape(self.leg.blocks, -1).sum(1)
 
 
@@ -148,9 +151,9 @@ class Layout:
             n_out += sizes[i]
         rows, columns, weights = [], [], []
         for i, exponent, slot in wanted:
-            rows.append(np.arange(*spans[i]))
-            columns.append(starts[slot.key] + np.arange(slot.size))
-            weights.append(np.full(slot.size, exponent))
+            rows.append(np.arange(*spans[i], dtype=np.int32))
+            columns.append(starts[slot.key] + np.arange(slot.size, dtype=np.int32))
+            weights.append(np.full(slot.size, exponent, dtype=np.float32))
         row, column, weight = (np.concatenate(x) if x else np.zeros(0) for x in (rows, columns, weights))
 
         def sparse(values: np.ndarray) -> scipy.sparse.csr_array:
@@ -165,8 +168,8 @@ class Layout:
             np.concatenate(owner) if owner else np.zeros(0, dtype=np.int32),
             sparse(weight),
             sparse(np.abs(weight)),
-            sparse((weight > 0).astype(float)),
-            sparse((weight < 0).astype(float)),
+            sparse((weight > 0).astype(np.float32)),
+            sparse((weight < 0).astype(np.float32)),
             tuple(spans),
             np.concatenate(trace) if trace else np.zeros(0),
             np.concatenate(reference) if reference else np.zeros(0),
@@ -195,13 +198,7 @@ class Layout:
     def inner(self, parameter: str, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """All values of `<a, b>` on the legs of one parameter, `[sizes[parameter]]` per pair."""
         slots = self.slots_of[parameter]
-        if not any(s.from_rows for s in slots):
-            return {q: torch.cat([s.inner(a, b) for s in slots]) for q, (a, b) in pairs.items()}
-        out, product = {}, None
-        for q, (a, b) in pairs.items():
-            product = torch.mul(accumulation_dtype(a), accumulation_dtype(b), out=product)
-            out[q] = torch.cat([s.reduce(product) if s.from_rows else s.inner(a, b) for s in slots])
-        return out
+        return {q: torch.cat([s.inner(a, b) for s in slots]) for q, (a, b) in pairs.items()}
 
     @cached_property
     def totals_matrix(self) -> scipy.sparse.csr_array:

@@ -95,7 +95,13 @@ class RunData:
         What follows within `WINDOW` recorded steps belongs to the same spike.
         """
         found = [
-            {"kind": "event", "step": int(self.steps[t]), "event": "spike", "where": name, "times": float(ratio[t])}
+            {
+                "kind": "event",
+                "step": int(self.steps[t]),
+                "event": "spike",
+                "where": name,
+                "times_usual": float(ratio[t]),
+            }
             for name, ratio in self._ratios()
             for t in _starts(ratio > SPIKE)
         ]

@@ -78,7 +78,7 @@ def _certificate_row(row: CertificateRow) -> dict[str, Any]:
 
 
 def _equilibrium_row(row: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in row.items() if k not in ("coordinates", "kind")}
+    return {k.replace("_", " "): v for k, v in row.items() if k not in ("coordinates", "kind")}
 
 
 def _forecast(analysis: Analysis) -> bytes:
@@ -90,6 +90,10 @@ def _forecast(analysis: Analysis) -> bytes:
 
 
 def _balance(analysis: Analysis) -> bytes:
-    now = np.concatenate([s.imbalance_now.numpy() for s in analysis.equilibrium])
-    after = np.concatenate([s.imbalance.numpy() for s in analysis.equilibrium])
+    pairs = []
+    for settled in analysis.equilibrium:
+        finite = np.ones(len(settled.imbalance), dtype=bool)
+        finite[list(settled.coordinates)] = False
+        pairs.append((settled.imbalance_now.numpy()[finite], settled.imbalance.numpy()[finite]))
+    now, after = (np.concatenate(values) for values in zip(*pairs, strict=True))
     return balance_figure({"now": now, "after the move, predicted": after})

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from noetherflow.errors import require
 from noetherflow.reproduce import style
 
 
@@ -30,6 +31,7 @@ def forecast_figure(
     `predicted`, `errors`, `measured`: per symmetry `[len(steps), *symmetry.shape]`. With `measured`, a second panel
     compares the change of every coordinate.
     """
+    ticker: Any = require("matplotlib.ticker", "report")
     with style.context():
         figure, axes = style.figure(columns=1 if measured is None else 2, width=6.4 if measured is None else 4.6)
         left = axes[0]
@@ -40,6 +42,8 @@ def forecast_figure(
                 spread = 2 * _norm_error(charges, errors[name])
                 left.fill_between(steps, theory - spread, theory + spread, color=f"C{i % 10}", alpha=0.25, linewidth=0)
         left.set(xlabel="SGD steps after the measurement", ylabel="norm of the Noether charge", ylim=(0, None))
+        left.xaxis.set_major_locator(ticker.MaxNLocator(6))
+        left.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
         left.set_title("Forecast charges (band: 2 s.e.)")
         if measured is not None:
             for i, charges in enumerate(measured.values()):

@@ -81,7 +81,7 @@ def summary(data: RunData, events: list[dict[str, Any]]) -> list[str]:
         total = sum(abs(v) for v in causes.values())
         if total > 1e-12 * float(np.nan_to_num(np.abs(norm)).max()):
             main, value = next(iter(causes.items()))
-            text += f". The largest cause was {NAMES[main]} ({show(value)} over the recorded steps"
+            text += f". Largest cause: {NAMES[main]} ({show(value)} over the recorded steps"
             others = [f"{NAMES[k]} {show(v)}" for k, v in list(causes.items())[1:4] if abs(v) > 1e-3 * total]
             out.append(text + (f"; {', '.join(others)})." if others else ")."))
         else:
@@ -120,11 +120,11 @@ def _norm_words(data: RunData) -> list[str]:
     if not np.isfinite(ratio).all():
         return []
     most = int(np.argmax(np.abs(np.log(ratio))))
-    return [
-        f"{len(names)} scale-invariant weights: their norms changed by a factor between {show(float(ratio.min()))} and "
-        f"{show(float(ratio.max()))}, most for `{names[most]}`; the effective learning rate goes as one over the "
-        "squared norm."
-    ]
+    text = f"The norm of `{names[most]}` changed by a factor of {show(float(ratio[most]))}"
+    if len(names) > 1:
+        text += f", the most of {len(names)} scale-invariant weights (factors {show(float(ratio.min()))} to "
+        text += f"{show(float(ratio.max()))})"
+    return [text + "; the effective learning rate goes as one over the squared norm."]
 
 
 def _event_words(events: list[dict[str, Any]]) -> list[str]:
@@ -175,12 +175,13 @@ def charges_figure(data: RunData) -> Any:
         {"label": family, "method": "update", "args": [{"visible": [owner == i for owner in owners]}]}
         for i, family in enumerate(data.families)
     ]
+    figure.update_xaxes(anchor="y2")
     figure.update_layout(
         **_layout(560),
         barmode="relative",
         bargap=0,
-        yaxis={"title": "charge", "domain": [0.55, 1]},
-        yaxis2={"title": "added per step", "domain": [0, 0.45], "exponentformat": "e"},
+        yaxis={"title": "charge", "domain": [0.52, 1]},
+        yaxis2={"title": "added per step", "domain": [0, 0.44], "exponentformat": "e"},
         updatemenus=[
             {"buttons": buttons, "type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "y": 1.17}
         ]
@@ -282,6 +283,7 @@ def _training(data: RunData, events: list[dict[str, Any]]) -> list[Figure]:
     for event in events[:50]:
         figure.add_vline(x=event["step"], line={"color": "#999", "width": 1, "dash": "dash"})
     axis2 = {"title": "learning rate", "overlaying": "y", "side": "right", "showgrid": False, "rangemode": "tozero"}
+    axis2 |= {"tickmode": "auto", "nticks": 6}
     figure.update_layout(**_layout(340), yaxis={"title": "loss"}, yaxis2=axis2)
     return [Figure(figure, "Loss and learning rate; dashed lines mark events.")]
 
@@ -293,7 +295,8 @@ def _curves(data: RunData, field: str, chosen: np.ndarray, title: str, log: bool
         colour = {"color": PALETTE[k % len(PALETTE)], "dash": "solid" if k < len(PALETTE) else "dot"}
         values = data.estimates[field][:, i]
         figure.add_scatter(x=data.estimate_steps, y=values, name=_short(data.symmetries[i]), line=colour)
-    figure.update_layout(**_layout(380), yaxis={"title": title, "type": "log" if log else "linear"}, showlegend=True)
+    axis = {"title": title} | ({"type": "log", "dtick": "D2"} if log else {})
+    figure.update_layout(**_layout(380), yaxis=axis, showlegend=True)
     return figure
 
 
@@ -319,5 +322,5 @@ def _event_text(events: list[dict[str, Any]]) -> str:
 
 def _event_row(event: dict[str, Any]) -> dict[str, Any]:
     details = {k: v for k, v in event.items() if k not in ("kind", "step", "event")}
-    text = ", ".join(f"{k} {show(v)}" for k, v in details.items())
+    text = ", ".join(f"{k.replace('_', ' ')}: {show(v)}" for k, v in details.items())
     return {"step": event["step"], "event": event["event"], "details": text}
