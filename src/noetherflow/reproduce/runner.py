@@ -35,9 +35,9 @@ class Varied:
 
     @property
     def turned(self) -> list[Verdict]:
-        """The verdicts that differ from the unchanged configuration's; claims are matched by position."""
-        pairs = zip(self.verdicts, self.unchanged, strict=True)
-        return [varied for varied, before in pairs if varied.holds != before.holds]
+        """The verdicts that differ from the same claim's unchanged; a claim without a namesake there, when it fails."""
+        before = {v.claim: v.holds for v in self.unchanged}
+        return [v for v in self.verdicts if v.holds != before.get(v.claim, True)]
 
 
 @dataclass(frozen=True)
