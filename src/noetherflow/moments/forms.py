@@ -80,7 +80,7 @@ class Dense(Form):
         return self.g.sum(0)
 
     def accumulate(self, target: Target, lo: int, hi: int) -> None:
-        target.add_dense(self.g[lo:hi], target.workspace.square)
+        target.add_dense(self.g if hi - lo == self.samples else self.g[lo:hi], target.workspace.square)
 
     def scale(self) -> Tensor:
         terms = self.g if self.summands is None else self.summands
@@ -118,40 +118,54 @@ class Outer(Form):
 
     def accumulate(self, target: Target, lo: int, hi: int) -> None:
         tokens, m, n = self.left.shape[1], self.left.shape[2], self.right.shape[2]
-        factored = (
-            _add_rank_one if tokens == 1 else _add_token_grams if prefer_token_grams(target, tokens, m, n) else None
-        )
         left, right = self._slice(lo, hi)
-        if factored is None:
-            for i, j in _chunks(target, m * n, 0, hi - lo):
-                out = target.workspace.empty((j - i, m, n), left)
-                target.add_dense(torch.bmm(left[i:j].mT, right[i:j], out=out), Tensor.square_)
+        if prefer_token_grams(target, tokens, m, n):
+            target.add_product(left.flatten(0, 1), right.flatten(0, 1))
+            _add_token_grams(target, left, right)
             return
-        if tokens == 1:
-            left, right = left.squeeze(1), right.squeeze(1)
-        target.add_product(left.flatten(0, -2), right.flatten(0, -2))
-        factored(target, left, right)
+        for i, j in _chunks(target, m * n, 0, hi - lo):
+            out = target.workspace.empty((j - i, m, n), left)
+            target.add_dense(torch.bmm(left[i:j].mT, right[i:j], out=out), Tensor.square_)
 
 
-def _add_rank_one(target: Target, left: Tensor, right: Tensor) -> None:
-    """One token per sample, `G = l r^T`: `E[G_oi^2] = sum l_o^2 r_i^2`, and Grams weighted by the other side's norm."""
-    split = target.need.split(left.shape[1])
-    if target.squares is not None:
-        target.squares.view(left.shape[1], -1).addmm_(target.workspace.square(left).mT, right.square())
-    elif any(leg.torus for leg in split.mixed):
-        target.add_torus_legs(target.workspace.square(left).mT @ right.square())
-    else:
-        target.add_side(split.columns, lambda: _weighted(right.square(), left))
-        target.add_side(split.rows, lambda: _weighted(target.workspace.square(left), right))
-    for legs, own, other in ((split.rows, left, right), (split.columns, right, left)):
-        for leg in legs:
+@dataclass(eq=False)
+class RankOne(Outer):
+    """`Outer` with one token per sample, `G_i = left[i] right[i]^T`: `left` `[samples, m]`, `right` `[samples, n]`.
+
+    `E[G_oi^2] = sum l_o^2 r_i^2`, so that row sums are those of `left^2` weighted by `|right|^2`.
+    """
+
+    def transposed(self) -> RankOne:
+        return RankOne(self.right, self.left)
+
+    def dense(self, lo: int, hi: int) -> Tensor:
+        left, right = self._slice(lo, hi)
+        return left.unsqueeze(2) * right.unsqueeze(1)
+
+    def total(self) -> Tensor:
+        left, right = self._slice(0, self.samples)
+        return left.mT @ right
+
+    def accumulate(self, target: Target, lo: int, hi: int) -> None:
+        left, right = self._slice(lo, hi)
+        target.add_product(left, right)
+        split = target.need.split(left.shape[1])
+        if target.squares is not None:
+            target.squares.view(left.shape[1], -1).addmm_(target.workspace.square(left).mT, right.square())
+        elif any(leg.torus for leg in split.mixed):
+            target.add_torus_legs(target.workspace.square(left).mT @ right.square())
+        else:
+            target.add_side(split.columns, lambda: _weighted(right.square(), left))
+            target.add_side(split.rows, lambda: _weighted(target.workspace.square(left), right))
+        for legs, own, other in ((split.rows, left, right), (split.columns, right, left)):
+            for leg in legs:
+                if not leg.torus:
+                    norms = torch.linalg.vector_norm(other, dim=1, keepdim=True)
+                    target.add_leg(leg, gram(leg.unfold(own * norms)))
+        for leg in split.mixed:
             if not leg.torus:
-                norms = torch.linalg.vector_norm(other, dim=1, keepdim=True)
-                target.add_leg(leg, gram(leg.unfold(own * norms)))
-    for leg in split.mixed:
-        if not leg.torus:
-            for a, b in zip(left, right, strict=True):
-                target.add_leg(leg, gram(leg.unfold(torch.outer(a, b).view(1, -1))))
+                for i in range(lo, hi):
+                    target.add_leg(leg, gram(leg.unfold(self.dense(i, i + 1).view(1, -1))))
 
 
 def _weighted(squares: Tensor, other: Tensor) -> Tensor:

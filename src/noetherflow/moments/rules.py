@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from noetherflow.moments.forms import Blocks, Convolution, Dense, Form, Lookup, Outer
+from noetherflow.moments.forms import Blocks, Convolution, Dense, Form, Lookup, Outer, RankOne
 from noetherflow.moments.layout import Layout
 from noetherflow.moments.target import wide
 
@@ -130,8 +130,10 @@ def outer(operand: Tensor, out_first: bool, prepare: Prepare = _as_given) -> Sit
     """`[.., features]` tensors: a weight `[out, in]` if `out_first`, else `[in, out]`."""
 
     def build(_: Layout, delta: Tensor, x: Tensor) -> Form:
-        d, a = (t.reshape(t.shape[0], -1, t.shape[-1]) for t in (delta, x))
-        return Outer(d, a) if out_first else Outer(a, d)
+        left, right = (delta, x) if out_first else (x, delta)
+        if delta.ndim == 2:
+            return RankOne(left, right)
+        return Outer(*(t.reshape(t.shape[0], -1, t.shape[-1]) for t in (left, right)))
 
     return Site(operand, prepare, build)
 
@@ -171,8 +173,8 @@ def channel_axis(operand: Tensor) -> Callable[[int], Sequence[int]]:
 
 def _claimed(owned: Owned, arguments: dict[str, Any], sites: Sequence[Site]) -> bool:
     """Every owned operand among the arguments is one of the sites, and there is a site."""
-    operands = [v for v in arguments.values() if owned(v)]
-    return bool(sites) and all(any(v is s.operand for s in sites) for v in operands)
+    claimed = [s.operand for s in sites]
+    return bool(sites) and not any(owned(v) and all(v is not c for c in claimed) for v in arguments.values())
 
 
 @rule(lambda input, weight, bias=None: None, F.linear)

@@ -74,7 +74,7 @@ class Tap(torch.autograd.Function):
     """Identity on `out`; in the backward the recorder receives the output gradient and the saved activations."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, anchor: Tensor, arrive: Callable[..., None], *saved: Tensor) -> Tensor:
+    def forward(ctx: Any, out: Tensor, anchor: Tensor, arrive: Callable[..., None], saved: list[Tensor]) -> Tensor:
         ctx.arrive = arrive
         ctx.save_for_backward(*saved)
         if out._is_view():
@@ -87,7 +87,10 @@ class Tap(torch.autograd.Function):
         saved = ctx.saved_tensors
         with torch._C.DisableTorchFunction():
             ctx.arrive(gradients[0], saved)
-        return (gradients[0], None, None, *(None for _ in saved))
+        return gradients[0], None, None, None
+
+
+_apply = super(torch.autograd.Function, Tap).apply  # without the look for functorch transforms at every call
 
 
 @lru_cache(maxsize=256)
@@ -254,4 +257,4 @@ class Recorder(TorchFunctionMode):
         if self._recording:
             self.trace.uses.append(use)
         saved = [t.detach() for t in call.saved]
-        return Tap.apply(out, self.anchor, lambda delta, kept: self._arrive(use, view(delta), kept), *saved)
+        return _apply(out, self.anchor, lambda delta, kept: self._arrive(use, view(delta), kept), saved)

@@ -271,7 +271,11 @@ class Target:
 
         `square` is called last and may overwrite them (`Tensor.square_`) where nobody else needs them.
         """
-        g = gradients.to(self.need.dtype).reshape(len(gradients), self.need.rows, -1)
+        g = gradients.to(self.need.dtype)
+        if g.ndim == 2:
+            self._add_vectors(g, square)
+            return
+        g = g.reshape(g.shape[0], self.need.rows, -1)
         k, m, n = g.shape
         self.gradient.view(m, n).add_(g[0] if k == 1 else g.sum(0))
         split = self.need.split(m)
@@ -290,6 +294,17 @@ class Target:
         else:
             self.add_side(split.rows, lambda: torch.linalg.vector_norm(g, dim=2).square_().sum(0))
             self.add_side(split.columns, lambda: square(g).reshape(k * m, n).sum(0))
+
+    def _add_vectors(self, g: Tensor, square: Callable[[Tensor], Tensor]) -> None:
+        self.gradient.add_(g.sum(0))
+        legs = self.need.split(1).columns
+        for leg in legs:
+            if not leg.torus:
+                self.add_leg(leg, gram(leg.unfold(g)))
+        if self.squares is not None:
+            self.squares.add_(square(g).sum(0))
+        else:
+            self.add_side(legs, lambda: square(g).sum(0))
 
 
 def gram(x: Tensor) -> Tensor:
