@@ -124,7 +124,7 @@ SETTINGS = (
     Setting(
         "width, learning rate, batch",
         "80, 0.02, 50",
-        "the correlation rises with the number of relaxation times in the run: with the square of the rate, 1 / batch",
+        "set how many relaxation times the run holds (variations below)",
     ),
     Setting("length of GD", "1,500 steps at most in quick", "its correlation is flat after 500"),
     Setting(

@@ -156,9 +156,11 @@ EXPERIMENT = Experiment(
     plot=plot,
     verdicts=verdicts,
     settings=(
-        Setting("values of the sweeps", "factors of 2 to 4 around eta 0.03, d 20, S 100", "none seen"),
+        Setting(
+            "values of the sweeps", "factors of 2 to 4 around eta 0.03, d 20, S 100", "another base in a variation"
+        ),
         Setting("start", "the minimum with U 1.6 times too large", "the theory curve starts at the same point"),
-        Setting("relaxation time", "distance of log(|U|^2/|W|^2) fallen to 1/e", "exponents would be the same for 1/2"),
+        Setting("relaxation time", "distance of log(|U|^2/|W|^2) fallen to 1/e", "a definition"),
     ),
     exploratory=(
         "Theory: the Noether flow integrated along the orbit, with R_B (mean gradient included) at first order in eta. "

@@ -217,7 +217,7 @@ EXPERIMENT = Experiment(
         ),
         Setting("dimensions, covariances, learning rate", "d = 4, random, 0.002", "variations below"),
     ),
-    exploratory="The threshold 0.1 for the printed form's violation was set after a first run (medians are about 0.6).",
+    exploratory="The threshold 0.1 for the printed form's violation was set after a first run (medians are about 1).",
     variations={
         "d = 3": {"d": 3},
         "learning rate 0.004, half the steps": {"lr": 0.004, "steps": 75},
