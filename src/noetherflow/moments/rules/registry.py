@@ -1,0 +1,104 @@
+"""Which operator has which rule.
+
+A rule looks at the arguments of one call and answers which operands are consumed how (`Call`), or None when this use of
+the operator is beyond it. Operands may be parameters or tensors made from parameters alone; every operand that a rule
+does not claim counts as not covered.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from noetherflow.moments.forms import Form
+
+Prepare = Callable[..., tuple[Tensor, ...]]
+Build = Callable[..., Form]
+
+
+@dataclass(eq=False, slots=True)
+class Site:
+    """One consumed operand.
+
+    `prepare(delta, *saved)` gives tensors that carry samples on the output's axes; `build(layout, *tensors)` gets them
+    with samples in front.
+    """
+
+    operand: Tensor
+    prepare: Prepare
+    build: Build
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """A covered call: what to keep for the backward, where samples may lie in the output, the consumed operands.
+
+    `seen`: the output as the rule speaks of it, its axes permuted.
+    """
+
+    saved: tuple[Tensor, ...]
+    sample_axes: Callable[[Tensor], Sequence[int]]
+    sites: tuple[Site, ...]
+    seen: Callable[[Tensor], Tensor] = lambda out: out
+
+
+Owned = Callable[[Any], bool]
+Rule = Callable[[Owned, Callable[..., Any], dict[str, Any]], Call | None]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Parameter names, defaults, and the name that takes further positional arguments, if any."""
+
+    names: tuple[str, ...]
+    defaults: dict[str, Any]
+    rest: str | None
+
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> Signature:
+        given = inspect.signature(function).parameters.values()
+        rest = next((p.name for p in given if p.kind is p.VAR_POSITIONAL), None)
+        return cls(
+            tuple(p.name for p in given if p.kind is not p.VAR_POSITIONAL),
+            {p.name: p.default for p in given if p.default is not p.empty},
+            rest,
+        )
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """All arguments by name; None for a call of another shape."""
+        known = len(self.names)
+        if (len(args) > known and self.rest is None) or any(k not in self.names for k in kwargs):
+            return None
+        bound = {**self.defaults, **dict(zip(self.names, args, strict=False)), **kwargs}
+        if self.rest is not None:
+            bound[self.rest] = args[known:]
+        return bound if all(n in bound for n in self.names) else None
+
+
+RULES: dict[Callable[..., Any], tuple[Signature, Rule]] = {}
+
+
+def rule(signature: Callable[..., Any], *functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
+    """Register a rule for functions that share one call signature, given as that of a function."""
+    parsed = Signature.of(signature)
+
+    def register(function: Rule) -> Rule:
+        for f in functions:
+            RULES[f] = (parsed, function)
+        return function
+
+    return register
+
+
+def match(owned: Owned, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    """The `Call` of a covered use of `func`, else None; `owned` tells operands made from parameters alone."""
+    entry = RULES.get(func)
+    if entry is None:
+        return None
+    signature, function = entry
+    bound = signature.bind(args, kwargs)
+    return None if bound is None else function(owned, func, bound)

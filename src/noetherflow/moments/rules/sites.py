@@ -1,0 +1,84 @@
+"""What rules share: sites that are outer products or broadcast sums, and where samples may lie in an output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from noetherflow.moments.forms import Dense, Form, Outer, RankOne
+from noetherflow.moments.layout import Layout
+from noetherflow.moments.rules.registry import Owned, Prepare, Site
+from noetherflow.moments.target import wide
+
+
+def features_last(out: Tensor) -> range:
+    return range(out.ndim - 1)
+
+
+def first_axis(out: Tensor) -> range:
+    return range(1)
+
+
+def raised(*tensors: Tensor) -> list[Tensor]:
+    return [t.to(wide(t.dtype)) for t in tensors]
+
+
+def as_given(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tensors
+
+
+def delta_alone(delta: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+    return (delta,)
+
+
+def outer(operand: Tensor, out_first: bool, prepare: Prepare = as_given) -> Site:
+    """`[.., features]` tensors: a weight `[out, in]` if `out_first`, else `[in, out]`."""
+
+    def build(_: Layout, delta: Tensor, x: Tensor) -> Form:
+        left, right = (delta, x) if out_first else (x, delta)
+        if delta.ndim == 2:
+            return RankOne(left, right)
+        return Outer(*(t.reshape(t.shape[0], -1, t.shape[-1]) for t in (left, right)))
+
+    return Site(operand, prepare, build)
+
+
+def summed(operand: Tensor, aligned: Callable[[int], Sequence[int]], prepare: Prepare = delta_alone) -> Site:
+    """An operand that was broadcast: its gradient is `prepare(..)` summed over the axes where `aligned` is 1."""
+
+    def build(layout: Layout, product: Tensor) -> Form:
+        if product.shape[1:] == operand_shape and layout.fold != "none":
+            return Dense(product.to(wide(product.dtype)))
+        if layout.fold == "none":
+            target = aligned(product.ndim - 1)
+        else:
+            target = layout.rest(
+                aligned(product.ndim - 1 + (layout.span if layout.fold == "whole" else layout.span - 1))
+            )
+        axes = [k + 1 for k, size in enumerate(target) if size == 1 and product.shape[k + 1] != 1]
+        product = product.to(wide(product.dtype))
+        gradient = product.sum(axes) if axes else product
+        return Dense(gradient.reshape(product.shape[0], *operand_shape), product)
+
+    operand_shape = operand.shape
+    return Site(operand, prepare, build)
+
+
+def last_axes(operand: Tensor) -> Callable[[int], Sequence[int]]:
+    """Broadcasting as usual: the operand's shape at the end."""
+    shape = tuple(operand.shape)
+    return lambda ndim: (1,) * (ndim - len(shape)) + shape
+
+
+def channel_axis(operand: Tensor) -> Callable[[int], Sequence[int]]:
+    """The operand's one axis is axis 1 of the output."""
+    size = operand.shape[0]
+    return lambda ndim: (1, size) + (1,) * (ndim - 2)
+
+
+def claimed(owned: Owned, arguments: dict[str, Any], sites: Sequence[Site]) -> bool:
+    """Every owned operand among the arguments is one of the sites, and there is a site."""
+    claimed = [s.operand for s in sites]
+    return bool(sites) and not any(owned(v) and all(v is not c for c in claimed) for v in arguments.values())
