@@ -12,7 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
 
+from noetherflow import declare
+from noetherflow.errors import NoetherflowError
 from noetherflow.moments import gradient_moments, load_moments, minibatch_moments, save_moments
 from test_moments_engine import assert_same, data, hidden, net, squared
 
@@ -51,8 +54,43 @@ def _worker(rank: int, port: int, folder: str) -> None:
         save_moments(minibatch_moments(model, squared, mine, hidden(net()), batch_size=6), Path(folder) / f"mini{rank}")
         plain = gradient_moments(net(), squared, mine, hidden(net()), process_group=dist.group.WORLD, entries=True)
         save_moments(plain, Path(folder) / f"plain{rank}")
+        uneven = [data(2)[rank], cut(data(2)[1 - rank], 1 if rank else 6)]
+        save_moments(gradient_moments(_wrap("fsdp"), squared, uneven, hidden(net())), Path(folder) / f"uneven{rank}")
+        refusals = [_refusal(f, rank) for f in (_short, _uncovered, _minibatches)]
+        (Path(folder) / f"refusals{rank}").write_text("\n".join(refusals))
     finally:
         dist.destroy_process_group()
+
+
+def cut(batch: Any, size: int) -> Any:
+    return tuple(t[:size] for t in batch)
+
+
+def _refusal(measure: Any, rank: int) -> str:
+    try:
+        measure(rank)
+    except NoetherflowError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def _short(rank: int) -> None:
+    gradient_moments(_wrap("fsdp"), squared, iter(data(3 - rank)), hidden(net()))
+
+
+def _uncovered(rank: int) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(nn.Linear(4, 6), nn.LSTM(6, 3, batch_first=True)).double()
+    for layer in model:
+        fully_shard(layer)
+    fully_shard(model)
+    syms = declare(model, "diagonal", [("0.weight", 0)], [("1.weight_ih_l0", 1)])
+    gradient_moments(model, lambda m, b: m(b[0].unsqueeze(1))[0].square().sum((1, 2)), data(1), syms)
+
+
+def _minibatches(rank: int) -> None:
+    minibatch_moments(_wrap("fsdp"), squared, data(2), hidden(net()), batch_size=6)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +98,7 @@ def folder() -> Any:
     with tempfile.TemporaryDirectory() as name:
         processes = mp.start_processes(_worker, (_port(), name), nprocs=2, join=False, start_method="spawn")
         assert processes is not None
-        done = processes.join(60) or processes.join(1)
+        done = processes.join(120) or processes.join(1)
         for p in processes.processes:
             p.kill()
         assert done, "the two processes did not finish"
@@ -75,6 +113,23 @@ def test_ranks_agree_with_one_process(folder: Path, kind: str) -> None:
         got = load_moments(folder / f"{kind}{rank}")
         assert len(got.groups) >= 2
         assert_same(got, expected, 1e-10)
+
+
+def test_sharded_ranks_verify_a_new_way_through_the_model_together(folder: Path) -> None:
+    """Rank 1's last batch is a single sample, which rank 0 never meets."""
+    model = net()
+    batches = [*data(2), data(2)[1], cut(data(2)[0], 1)]
+    expected = gradient_moments(model, squared, batches, hidden(model))
+    for rank in (0, 1):
+        assert_same(load_moments(folder / f"uneven{rank}"), expected, 1e-10)
+
+
+def test_sharded_models_are_refused_with_a_reason_on_every_rank(folder: Path) -> None:
+    for rank in (0, 1):
+        short, uncovered, minibatches = (folder / f"refusals{rank}").read_text().splitlines()
+        assert "DataError: batch 3: 1 of 2 ranks have one" in short
+        assert "MomentError: ['1.weight_ih_l0'] are sharded by fully_shard, and no rule covers them" in uncovered
+        assert "MomentError: ['0.weight', '0.bias', '2.weight'] are sharded" in minibatches
 
 
 def test_ranks_are_replicates(folder: Path) -> None:

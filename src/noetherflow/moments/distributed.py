@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
+from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.target import Need, Sums
 from noetherflow.symmetry_set import SymmetrySet
 
@@ -23,10 +25,65 @@ def ranks_of(model: nn.Module, process_group: Any) -> Any | None:
         return process_group
     if not (dist.is_available() and dist.is_initialized()):
         return None
+    distributed = isinstance(model, nn.parallel.DistributedDataParallel) or is_sharded(model)
+    return dist.group.WORLD if distributed else None
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` wraps the model or a part: its forward and backward then wait for all ranks."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
     from torch.distributed.fsdp import FSDPModule
 
-    distributed = isinstance(model, nn.parallel.DistributedDataParallel | FSDPModule)
-    return dist.group.WORLD if distributed else None
+    return any(isinstance(m, FSDPModule) for m in model.modules())
+
+
+def in_step(batches: Iterable[Any], model: nn.Module, process_group: Any) -> Iterator[Any]:
+    """The batches; of a sharded model, whose ranks must go together, with the same number on every rank.
+
+    Raises DataError on all ranks, instead of waiting for ever, as soon as only some of them have a batch left.
+    """
+    if not is_sharded(model):
+        yield from batches
+        return
+    iterator, end, count = iter(batches), object(), 0
+    while True:
+        batch = next(iterator, end)
+        having, ranks = _total(batch is not end, model, process_group), dist.get_world_size(process_group)
+        if having == 0:
+            return
+        if having < ranks:
+            raise DataError(
+                f"batch {count + 1}: {having} of {ranks} ranks have one, the others have no more; a model under "
+                f"fully_shard needs the same number of batches on every rank: leave out all beyond {count}"
+            )
+        yield batch
+        count += 1
+
+
+def all_ranks(flag: bool, model: nn.Module) -> bool:
+    """Whether `flag` holds on every rank."""
+    return _total(flag, model, None) == dist.get_world_size()
+
+
+def _total(flag: bool, model: nn.Module, process_group: Any) -> int:
+    total = torch.tensor(int(flag), device=next(model.parameters()).device)
+    dist.all_reduce(total, dist.ReduceOp.SUM, process_group)
+    return int(total)
+
+
+def refuse_sharded(params: Mapping[str, Tensor], why: str) -> None:
+    """Raises MomentError naming the parameters that `fully_shard` holds, of which autograd never sees the whole."""
+    if not dist.is_available():
+        return
+    from torch.distributed.tensor import DTensor
+
+    sharded = [n for n, p in params.items() if isinstance(p, DTensor)]
+    if sharded:
+        raise MomentError(
+            f"{sharded} are sharded by fully_shard, and {why}; "
+            "leave the modules that hold them unsharded, or measure with DistributedDataParallel or one process"
+        )
 
 
 def added_over_ranks(

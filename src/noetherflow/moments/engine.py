@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.batch import Contraction, LossFn, Subject, check_finite, forward_backward
-from noetherflow.moments.distributed import added_over_ranks, ranks_of, unwrapped
+from noetherflow.moments.distributed import (
+    added_over_ranks,
+    all_ranks,
+    in_step,
+    is_sharded,
+    ranks_of,
+    refuse_sharded,
+    unwrapped,
+)
 from noetherflow.moments.fallback import Fallback
 from noetherflow.moments.layout import Layout
 from noetherflow.moments.result import GradientMoments, merge_moments
@@ -46,10 +54,12 @@ def gradient_moments(
     each group holds one copy of the mean gradient. `until`: stop when the relative standard error of each leg's
     `Tr E[g g^T]` is below. `resume`: go on from moments measured before; give the batches not seen yet.
     Under DistributedDataParallel or `fully_shard`, or with `process_group`, ranks measure their own batches and all
-    get the moments of their union. `progress(samples, loss)` is called after each batch.
+    get the moments of their union; under `fully_shard` every rank must have the same number of batches, and every
+    measured parameter a rule. `progress(samples, loss)` is called after each batch.
     The model, its buffers and `.grad` are left as they were.
 
-    Raises DataError for a scalar or wrongly shaped loss, NaN or inf, no batch; MomentError for a symmetry on a frozen
+    Raises DataError for a scalar or wrongly shaped loss, NaN or inf, no batch, or fewer batches on some rank than on
+    others under `fully_shard`; MomentError for a symmetry on a frozen
     or unused parameter, for samples that act on each other, and where rules and autograd disagree.
     """
     ranks = ranks_of(model, process_group)
@@ -60,7 +70,7 @@ def gradient_moments(
         raise MomentError("until= is for one process: ranks would stop at different batches; fix the number of batches")
     splits = _splits(batches, groups)
     first = len(meter.groups) if resume is not None else 0
-    for k, batch in enumerate(batches):
+    for k, batch in enumerate(in_step(batches, model, ranks)):
         meter.update(batch, range(first + k * splits, first + (k + 1) * splits), groups)
         if progress is not None:
             progress(meter.samples, meter.loss)
@@ -110,6 +120,7 @@ class Meter:
         self._layouts: dict[Any, dict[CallId, Layout]] = {}  # the same by exact shapes, a quick look-up
         self._shared: frozenset[CallId] = frozenset()
         self._fallback: Fallback | None = None
+        self._sharded = is_sharded(self.model)
         self._modules = tuple(self.model.named_modules())
         self._used: set[str] = set()
 
@@ -188,11 +199,11 @@ class Meter:
             keys.append((shared, samples == 1))
             if keys[0] not in self._layouts:
                 keys[1] = (*keys[1], signature(trace, samples, self.sample_axes))
-                known = self._verified.get(keys[1])
-                if known is not None:
-                    self._layouts[keys[0]] = known
-                elif found is None:
-                    return None
+                if keys[1] in self._verified:
+                    self._layouts[keys[0]] = self._verified[keys[1]]
+            known = keys[0] in self._layouts
+            if found is None and not (all_ranks(known, self.model) if self._sharded else known):
+                return None
             layouts.update(self._layouts.get(keys[0], {}))
             slices.extend(_slices(samples, sums))
             losses_of.extend(_sums_over(losses.detach().flatten(), slices))
@@ -218,6 +229,7 @@ class Meter:
         contractions[0].finish()
         if self.uncovered:
             left = tuple(n for n in self._needs if n in self.uncovered)
+            refuse_sharded({n: self._roots[n] for n in left}, f"no rule covers them ({self.uncovered})")
             self._fallback = self._fallback or Fallback(self._subject, left)
             self._fallback.add(batch, slices)
         for (lo, hi, s), loss in zip(slices, losses_of, strict=True):

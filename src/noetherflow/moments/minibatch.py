@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.batch import LossFn, check_finite
-from noetherflow.moments.distributed import added_over_ranks, ranks_of, unwrapped
+from noetherflow.moments.distributed import added_over_ranks, ranks_of, refuse_sharded, unwrapped
 from noetherflow.moments.result import GradientMoments, Replicates, Sampling, merge_moments
 from noetherflow.moments.target import Sums, needs_of
 from noetherflow.sgd import SGDConfig
@@ -43,7 +43,7 @@ def minibatch_moments(
     Where samples act on each other, Sigma depends on S: then keep `sgd.batch_size` at `batch_size`.
 
     Ranks of torch.distributed are further replicates at no cost. Raises DataError for NaN, inf, no batch or a batch
-    larger than the data; MomentError for a frozen or unused parameter.
+    larger than the data; MomentError for a frozen, unused or sharded parameter.
     """
     meter = MinibatchMeter(model, syms, batch_size, dataset_size, sampling, entries, groups)
     params = list(meter.params.values())
@@ -85,6 +85,7 @@ class MinibatchMeter:
         if frozen:
             raise MomentError(f"parameters {frozen} are frozen; drop their symmetries with syms.trainable(model)")
         self.params = {n: tensors[n] for n in self.syms.parameters}
+        refuse_sharded(self.params, "minibatch gradients are then sharded too")
         self._needs = needs_of(self.syms, self.params, self.entries)
 
     @property
