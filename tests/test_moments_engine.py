@@ -289,6 +289,24 @@ def test_uneven_batches_and_changing_shapes_are_measured() -> None:
     assert_same(gradient_moments(model, squared, batches, syms, entries=True), expected)
 
 
+@pytest.mark.parametrize("size", [1, 4, 6])
+def test_micro_batches_equal_one_batch(size: int) -> None:
+    """Gradient accumulation: 24 samples in micro-batches of any size, against one batch and against `.grad`."""
+    model = net()
+    syms = hidden(model)
+    x, y = data(1, 24)[0]
+    whole = gradient_moments(model, squared, [(x, y)], syms, entries=True, groups=1)
+    micro = gradient_moments(
+        model, squared, list(zip(x.split(size), y.split(size), strict=True)), syms, entries=True, groups=1
+    )
+    assert_same(micro, whole)
+    for a, b in zip(x.split(size), y.split(size), strict=True):
+        (squared(model, (a, b)).sum() / 24).backward()
+    for name, p in model.named_parameters():
+        if name in micro.mean:
+            torch.testing.assert_close(micro.mean[name], p.grad, rtol=1e-12, atol=1e-12)
+
+
 def test_resuming_from_disk_equals_one_go(tmp_path: Path) -> None:
     model = net()
     syms = hidden(model)

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from noetherflow import SymmetrySet, declare
-from noetherflow.moments import gradient_moments
+from noetherflow.moments import Meter, batch, gradient_moments
 from reference import moments_by_loop
 
 TOLERANCE = 1e-10
@@ -216,6 +217,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
         lambda: data(5, 3, 8),
     ),
     "lstm": (lambda: First(nn.LSTM(4, 3, batch_first=True)), lambda: data(5, 3, 4)),
+    "gru": (lambda: First(nn.GRU(4, 3, batch_first=True, bidirectional=True)), lambda: data(5, 3, 4)),
+    "gru-cell": (lambda: Scan(nn.GRUCell(4, 3)), lambda: data(5, 3, 4)),
 }
 
 
@@ -228,6 +231,20 @@ class First(nn.Module):
         return self.inner(x)[0]
 
 
+class Scan(nn.Module):
+    """A recurrent cell applied by hand: its weights are used once per step."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x[:, 0, :3]
+        for t in range(x.shape[1]):
+            h = self.cell(x[:, t], h)
+        return h
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_rule_equals_per_sample_loop(case: str) -> None:
     torch.manual_seed(0)
@@ -237,4 +254,40 @@ def test_rule_equals_per_sample_loop(case: str) -> None:
     assert bool(got.fallback) == (case in FALLBACK), got.fallback
 
 
-FALLBACK = {"lstm", "scattered-rows"}
+FALLBACK = {"lstm", "gru", "gru-cell", "scattered-rows"}
+
+
+class NoSynchronisation(TorchDispatchMode):
+    """Fails where the host would wait for a device: a value read back, or a size that depends on values."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket.__name__ not in self.WAITS, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", sorted(CASES.keys() - FALLBACK))
+def test_backward_does_not_wait_for_the_device(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second batch on; the first is also checked against autograd, which reads values back."""
+    torch.manual_seed(0)
+    build, sample = CASES[case]
+    model = build().double()
+    meter = Meter(model, squared_output, every_axis(model), entries=case in ("mlp", "conv2d", "embedding"))
+    meter.update(sample())
+    runs = []
+    engine = batch._engine_run_backward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        runs.append(case)
+        with NoSynchronisation():
+            return engine(*args, **kwargs)
+
+    monkeypatch.setattr(batch, "_engine_run_backward", watched)
+    meter.update(sample())
+    assert runs == [case]
+
+
+def test_reading_a_value_back_in_the_backward_is_noticed() -> None:
+    with pytest.raises(AssertionError, match="waits for the device"), NoSynchronisation():
+        float(torch.ones(()))
