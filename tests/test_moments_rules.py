@@ -257,6 +257,28 @@ def test_rule_equals_per_sample_loop(case: str) -> None:
 FALLBACK = {"lstm", "gru", "gru-cell", "scattered-rows"}
 
 
+class Positions(nn.Module):
+    """A learned position table whose index has no sample axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions, self.head = nn.Embedding(9, 4), nn.Embedding(6, 4), nn.Linear(4, 9)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))))
+
+
+def test_position_table_is_measured_per_sample_and_not_per_position() -> None:
+    """`sum_i g_i^2` over samples; Opacus takes the index's first axis for samples and gives `(sum_i g_i)^2` instead."""
+    torch.manual_seed(0)
+    model = Positions().double()
+    ids = torch.randint(9, (5, 6))
+    got = assert_agrees(model, squared_output, [ids])
+    assert got.fallback == ()
+    confused = 5 * got.mean["positions.weight"].square()
+    assert relative_error(confused, got.squares["positions.weight"]) > 0.1
+
+
 class NoSynchronisation(TorchDispatchMode):
     """Fails where the host would wait for a device: a value read back, or a size that depends on values."""
 
