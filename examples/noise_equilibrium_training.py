@@ -284,7 +284,7 @@ def figure(comparisons: dict[str, Comparison], path: Path) -> None:
             row[1].axhline(3, color=style.GD, lw=1, ls="--")
             row[1].set(title="all charges: rms deviation", xlabel="step", ylabel="standard errors", yscale="log")
             row[1].set_xlim(row[0].get_xlim())
-        axes[0].legend(loc="upper right")
+        axes[2].legend(loc="lower left")
         style.tidy(fig)
         style.save(fig, path)
 
