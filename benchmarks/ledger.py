@@ -105,12 +105,13 @@ def memory(run: Run) -> str:
         gc.collect()
         held.append(tracemalloc.get_traced_memory()[0] - before)
     tracemalloc.stop()
-    full = held[1] + (1000 - 80) * (held[1] - held[0]) / 40
+    full = held[1] + (500 - 80) * (held[1] - held[0]) / 40
     run.steps(20, ledger)
     watched = peak_bytes(lambda: run.steps(1, ledger))
     return (
         f"held {held[1] / 2**20:.2f} MiB after 80 steps ({held[1] / base:.1%} of {base / 2**20:.0f}), "
-        f"{full / 2**20:.2f} with 1000 rows ({full / base:.1%}); peak {(watched - alone) / (base + alone):+.2%}"
+        f"{full / 2**20:.2f} with 500 rows, the full ring ({full / base:.1%}); "
+        f"peak {(watched - alone) / (base + alone):+.2%}"
     )
 
 

@@ -29,6 +29,7 @@ NAMES = {
     "preconditioner": "preconditioner",
     "gradient": "gradient",
 }
+WINDOW = 100
 COLOURS = dict(zip(NAMES, [style.SDE, style.GD, style.SGD, style.OTHER, style.MUTED], strict=True))
 
 
@@ -37,11 +38,11 @@ def digits() -> tuple[Tensor, Tensor]:
     return torch.tensor(x / 16.0).view(-1, 1, 8, 8), torch.tensor(y)
 
 
-def train(model: nn.Module, optimizer: Any, syms: nf.SymmetrySet, steps: int, estimate_every: int = 10) -> nf.Ledger:
+def train(model: nn.Module, optimizer: Any, syms: nf.SymmetrySet, steps: int) -> nf.Ledger:
     """Cross entropy on bundled digits in batches of 32, with a ledger attached."""
     x, y = digits()
     rng = torch.Generator().manual_seed(1)
-    ledger = nf.Ledger(model, optimizer, syms, detail="symmetry", estimate_every=estimate_every).attach()
+    ledger = nf.Ledger(model, optimizer, syms, detail="symmetry", estimate_every=10, capacity=steps).attach()
     for _ in range(steps):
         pick = torch.randint(len(x), (32,), generator=rng)
         optimizer.zero_grad()
@@ -63,21 +64,26 @@ def norm_growth(out: Path) -> None:
         ledger = train(model, optimizer, syms, 3000)
         rows = [r for r in ledger.records("symmetry") if r["symmetry"] == syms[1].name]
         live = [r for r in ledger.estimates() if r["symmetry"] == syms[1].name]
-        steps, norm = [r["step"] for r in rows], np.array([r["charge"] for r in rows])
-        pushed = norm[0] + np.cumsum([r["second_order"] for r in rows])
-        at = [r["step"] for r in live]
+        steps = [r["step"] for r in rows]
+        entries = {f: np.array([r[f] for r in rows]) for f in ("norm", "second_order", "gradient", "decay", "change")}
+        norm = entries["norm"]
+        pushed = norm[0] + np.cumsum(entries["second_order"])
+        turned = entries["second_order"] / norm
         axes[0].plot(steps, norm, color=colour, label=f"w = {w:g}")
-        axes[0].plot(steps, pushed, color=colour, ls=":", label=r"start + $\sum u^T u$" if w == 0 else None)
-        axes[1].plot(at, [r["effective_lr"] for r in live], color=colour)
-        axes[2].plot(at[9:], _smooth([r["angular"] for r in live]), color=colour)
+        if not w:
+            axes[0].plot(steps, pushed, color=style.THEORY, ls=":", label=r"start + $\sum u^T u$")
+        axes[1].plot(steps, 0.2 / norm, color=colour)
+        axes[2].plot(steps[WINDOW - 1 :], np.sqrt(_smooth(turned)), color=colour)
         if w:
             axes[2].axhline(live[-1]["angular_predicted"], color=style.THEORY, ls="--", lw=1, label=r"$\sqrt{2\eta w}$")
-        late = np.array([r["angular"] for r in live])[-100:]
+        late = {f: float((v / norm)[-1000:].mean()) for f, v in entries.items() if f != "norm"}
         print(f"(a) w={w:g}: |W|^2 {norm[0]:.3f} -> {norm[-1]:.3f}, sum of u'u {pushed[-1] - norm[0]:.3f};", end=" ")
-        print(f"effective lr {live[0]['effective_lr']:.4f} -> {live[-1]['effective_lr']:.4f};", end=" ")
-        print(f"angle per step, rms of the last 1000 steps {math.sqrt((late**2).mean()):.5f},", end=" ")
+        print(f"effective lr {0.2 / norm[0]:.4f} -> {0.2 / norm[-1]:.4f};", end=" ")
+        print(f"angle per step, rms of the last 1000 steps {math.sqrt(late['second_order']):.5f},", end=" ")
         print(f"predicted {live[-1]['angular_predicted']:.5f}; largest violation {max(r['check'] for r in live):.1e}")
-    for ax, title in zip(axes, ("squared norm of conv 2", "effective learning rate", "angle per step"), strict=True):
+        print(f"    mean per step over |W|^2, last 1000 steps: {', '.join(f'{f} {v:.2e}' for f, v in late.items())}")
+    titles = ("squared norm of conv 2", "effective learning rate", "angle per step (radians)")
+    for ax, title in zip(axes, titles, strict=True):
         ax.set(title=title, xlabel="step")
     axes[2].set_yscale("log")
     axes[0].legend()
@@ -85,8 +91,8 @@ def norm_growth(out: Path) -> None:
     style.save(fig, out / "diagnosis_norm.png")
 
 
-def _smooth(values: list[float], width: int = 10) -> np.ndarray:
-    return np.convolve(values, np.ones(width) / width, mode="valid")
+def _smooth(values: np.ndarray) -> np.ndarray:
+    return np.convolve(values, np.full(WINDOW, 1 / WINDOW), mode="valid")
 
 
 def adam_against_sgd(out: Path) -> None:
@@ -180,10 +186,10 @@ def warmup(out: Path) -> None:
     syms = nf.find_symmetries(task.student, task.pool[0][:2])
     moments = nf.gradient_moments(task.student, squared_error, [task.pool], syms, entries=True)
     flow = nf.noether_flow(task.student, syms, moments, nf.SGDConfig(SMALL, BATCH))
-    grid = list(range(0, 401, 25))
+    grid = list(range(0, 451, 25))
     charges = flow.forecast(grid).charges[syms[0].name]
     sharp = [top_eigenvalue(moved(task.student, syms[0], c), squared_error, [task.pool]) for c in charges]
-    predicted = next(k for k, top in zip(grid, sharp, strict=True) if 2 / top > LARGE)
+    predicted = math.ceil(np.interp(2 / LARGE, sharp[::-1], grid[::-1]))
     print(f"(c) predicted: 2/top(0) = {2 / sharp[0]:.3f} < lr {LARGE}; 2/top(k) passes it at k = {predicted}")
     lengths, seeds = [0, predicted // 8, predicted // 2, predicted, 2 * predicted], range(8)
     survived: dict[str, list[int]] = {"SGD": [], "full batch": []}

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import noetherflow as nf
+from noetherflow.flow import step_identity
 from noetherflow.monitor.decompose import ENTRIES
 from noetherflow.monitor.ledger import Ledger
 
@@ -202,3 +203,27 @@ def test_adam_entries_equal_a_dense_replay(name: str) -> None:
                     column(mine, part), entry(s, theta, u[part]).reshape(-1), rtol=1e-8, atol=1e-13
                 )
             torch.testing.assert_close(column(mine, "second_order"), s.charge(total).reshape(-1), rtol=1e-9, atol=1e-14)
+
+
+def test_second_order_holds_the_square_of_decay() -> None:
+    """`flow.step_identity` counts `(lr w)^2 C` under decay, the ledger under `u^T A u`."""
+    model = mlp()
+    lr, w = 0.1, 0.3
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, weight_decay=w)
+    syms = mlp_symmetries(model)
+    ledger = Ledger(model, optimizer, syms, detail="symmetry").attach()
+    theta = tensors(model)
+    backward(model, batches(1)[0])
+    g = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    optimizer.step()
+    rows = {r["symmetry"]: r for r in ledger.records("symmetry")}
+
+    def trace(s: nf.Symmetry, layout: torch.Tensor) -> float:
+        return float(layout.sum() if s.is_torus else layout.diagonal(dim1=-2, dim2=-1).sum())
+
+    for s in syms:
+        identity = step_identity(s, theta, g, tensors(model), nf.SGDConfig(lr, 32, weight_decay=w))
+        r, square = rows[s.name], (lr * w) ** 2 * trace(s, s.charge(theta))
+        assert r["second_order"] - square == pytest.approx(trace(s, identity.noise), rel=1e-9, abs=1e-13)
+        assert r["decay"] + square == pytest.approx(trace(s, identity.decay), rel=1e-9)
+        assert abs(square) > 1e-3 * abs(r["second_order"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -61,6 +62,41 @@ def test_closes_on_found_symmetries(name: str, optimizer: str) -> None:
     for row in ledger.estimates():
         if row["symmetry"] in exact:
             assert row["check"] < 1e-7
+
+
+@pytest.mark.parametrize("optimizer", ["sgd-decay", "adamw"])
+def test_translations_move_by_decay_alone_unless_preconditioned(optimizer: str) -> None:
+    """`|u^T X|^2` of every key bias and LayerNorm mean direction, against the charges before and after each step."""
+    case = ZOO["gpt2"]().double()
+    syms = find_symmetries(case.model, case.inputs).trainable(case.model)
+    model = case.model.eval()  # dropout on the stream would break the mean directions
+    kind, options = OPTIMIZERS[optimizer]
+    opt = kind(model.parameters(), **options)
+    ledger = Ledger(model, opt, syms, detail="symmetry", translations=True, estimate_every=2).attach()
+    names = {t.name: t for t in syms.translations}
+    assert {t.family for t in syms.translations} == {"translation", "null"}
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        before = {n: float(t.charge(params).square().sum()) for n, t in names.items()}
+        opt.zero_grad()
+        case.loss_fn(model, shuffled(case, rng)).mean().backward()
+        opt.step()
+        rows = {r["symmetry"]: r for r in ledger.records("symmetry")[-len(syms) - len(names) :]}
+        assert len(rows) == len(syms) + len(names)
+        for n, t in names.items():
+            r, change = rows[n], float(t.charge(params).square().sum()) - before[n]
+            assert r["charge"] == pytest.approx(before[n], rel=1e-12, abs=1e-30)
+            assert r["change"] == pytest.approx(change, rel=1e-9, abs=1e-14)
+            assert abs(r["residual"]) < 1e-13 + 1e-12 * r["norm"]
+            if optimizer == "sgd-decay":
+                shrink = (1 - options["lr"] * options["weight_decay"]) ** 2 - 1
+                assert r["change"] == pytest.approx(shrink * before[n], rel=1e-8, abs=1e-15)
+    if optimizer == "adamw":
+        assert max(abs(rows[n]["preconditioner"]) for n in names) > 1e-7
+    missing = [r["norm"] for r in ledger.estimates() if r["symmetry"] in names]
+    assert len(missing) == 2 * len(names)
+    assert all(math.isnan(v) for v in missing)
 
 
 def test_adamw_keeps_its_rule_whatever_was_built_before() -> None:

@@ -39,7 +39,7 @@ def coefficient_arrays(rule: Rule, layout: Layout, settings: Sequence[list[dict[
     unique: list[list[float]] = []
     picks = np.empty((len(settings), len(layout.parameters)), dtype=int)
     for t, step in enumerate(settings):
-        for j, c in enumerate(step):
+        for j, c in enumerate(step[: len(layout.parameters)]):
             if id(c) not in place:
                 place[id(c)] = len(unique)
                 unique.append([c[k] for k in rule.coefficients])

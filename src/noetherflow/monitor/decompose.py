@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -26,7 +27,7 @@ FIRST_ORDER = ("gradient", "momentum", "decay", "preconditioner", "other")
 ENTRIES = (*FIRST_ORDER, "second_order")
 
 
-class Rule:
+class Rule(ABC):
     """How one optimiser's update splits. Subclasses are stateless; `c` holds one number per coefficient name.
 
     `before` and `after` name the inner products to measure around a step, as pairs of tensors; `first_order` turns the
@@ -42,9 +43,9 @@ class Rule:
     keeps_copy: ClassVar[bool] = False
     has_equilibrium: ClassVar[bool] = False
 
+    @abstractmethod
     def settings(self, group: Group, state: State, steps: float) -> dict[str, float]:
         """Coefficients of one parameter's next step; `steps` already made by the optimiser on it."""
-        raise NotImplementedError
 
     def reads_before(self, c: Settings) -> Sequence[str]:
         """The `state_keys` that `before` uses."""
@@ -62,11 +63,14 @@ class Rule:
         """Pairs from `theta`, the `state_keys` and (with `keeps_copy`) `kept`, theta before, after the step."""
         return {}
 
+    @abstractmethod
     def first_order(self, q: Values, c: Values, reference: np.ndarray | float) -> dict[str, np.ndarray]:
-        raise NotImplementedError
+        """`<theta, u_part>` per part."""
 
+    @abstractmethod
     def second_order(self, q: Values, c: Values) -> np.ndarray:
-        raise NotImplementedError
+        """`<u, u>` of the whole update: with decay it includes the decay part's own square `(lr w)^2 <theta, theta>`,
+        which `flow.step_identity` counts under decay."""
 
     def reference(self, q: Values, weights: np.ndarray) -> np.ndarray | float:
         """The scalar that stands for the preconditioner in the parts without one, per recorded step: `[T, 1]`."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from noetherflow.legs import Leg, accumulation_dtype
-from noetherflow.symmetry import Symmetry
+from noetherflow.symmetry import Symmetry, Translation
 
 Detail = Literal["family", "symmetry", "block", "coordinate"]
 
@@ -38,8 +38,41 @@ def axis_sums(a: Tensor, b: Tensor, axes: tuple[int, ...], piece: int = 1 << 16)
 
 
 @dataclass(frozen=True, eq=False)
+class Shift:
+    """A translation watched by the square of its linear charge, `|u^T X|^2` (theory.md section 2, the null class)."""
+
+    translation: Translation
+    kind = "shift"
+    is_torus = True
+    one_sided = False
+
+    @property
+    def name(self) -> str:
+        return self.translation.name
+
+    @property
+    def family(self) -> str:
+        return self.translation.family
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return self.translation.parameters
+
+    @property
+    def weight_legs(self) -> tuple[Leg, ...]:
+        return (self.translation.leg,)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.translation.leg.blocks,)
+
+
+Watched = Symmetry | Shift
+
+
+@dataclass(frozen=True, eq=False)
 class Slot:
-    """One leg's inner product of two tensors of its parameter's shape.
+    """One leg's inner product of two tensors of its parameter's shape, of their projections `u^T X` for a translation.
 
     `total`: the trace, one number. Else row sums per coordinate (`matrix=False`: also for general_linear, the trace of
     each block) or the symmetrised block matrices `(X Y^T + Y X^T) / 2`, flattened.
@@ -49,10 +82,13 @@ class Slot:
     shape: tuple[int, ...]
     total: bool
     matrix: bool
+    shift: Translation | None = None
 
     @cached_property
     def whole(self) -> bool:
-        """True when the leg's rows are all rows of the parameter, each once."""
+        """True when the leg's rows are all rows of the parameter, each once, and count as they are."""
+        if self.shift is not None:
+            return False
         view = self.shape if self.leg.view is None else self.leg.view
         rows = int(np.prod([view[a] for a in self.leg.axes]))
         flat = np.sort(self.leg.index.reshape(-1))
@@ -71,7 +107,8 @@ class Slot:
             "whole" if self.whole else (self.leg.index.tobytes(), self.leg.index.shape, self.leg.axes, self.leg.view)
         )
         layout = () if self.total else (self.leg.index.tobytes(), self.leg.index.shape, self.leg.axes, self.leg.view)
-        return (self.leg.parameter, where, self.total, self.matrix, layout)
+        shift = None if self.shift is None else self.shift.name
+        return (self.leg.parameter, where, self.total, self.matrix, layout, shift)
 
     @cached_property
     def _span(self) -> tuple[int, int, int] | None:
@@ -84,6 +121,9 @@ class Slot:
 
     def inner(self, a: Tensor, b: Tensor) -> Tensor:
         """The slot's values of `<a, b>`, shape `[size]`."""
+        if self.shift is not None:
+            x, y = (self.shift.charge({self.leg.parameter: t}) for t in (a, b))
+            return (x * y).sum().reshape(1) if self.total else (x * y).sum(1)
         if self.total and self.whole:
             return dot(a, b).reshape(1)
         if self.total and self._span is not None:
@@ -105,7 +145,7 @@ class Layout:
     entries of symmetry i; `trace[j]` is 1 where output j counts towards the symmetry's total, 0 off a matrix diagonal.
     """
 
-    symmetries: tuple[Symmetry, ...]
+    symmetries: tuple[Watched, ...]
     slots: tuple[Slot, ...]
     parameters: tuple[str, ...]
     parameter_of_value: np.ndarray
@@ -118,10 +158,10 @@ class Layout:
     reference: np.ndarray
 
     @classmethod
-    def of(cls, symmetries: Sequence[Symmetry], shapes: dict[str, tuple[int, ...]], detail: Detail) -> Layout:
+    def of(cls, symmetries: Sequence[Watched], shapes: dict[str, tuple[int, ...]], detail: Detail) -> Layout:
         total, matrix = detail in ("family", "symmetry"), detail == "coordinate"
         wanted = [
-            (i, leg.exponent, Slot(leg, shapes[leg.parameter], total, matrix and not s.is_torus))
+            (i, leg.exponent, Slot(leg, shapes[leg.parameter], total, matrix and not s.is_torus, _shift_of(s)))
             for i, s in enumerate(symmetries)
             for leg in s.weight_legs
         ]
@@ -139,7 +179,7 @@ class Layout:
             starts[key] = n_values
             n_values += slot.size
             owner.append(np.full(slot.size, order[slot.leg.parameter], dtype=np.int32))
-            counted = slot.leg.parameter not in first_of
+            counted = slot.leg.parameter not in first_of and slot.shift is None
             reference.append(_diagonal(slot) * counted)
             first_of.add(slot.leg.parameter)
         spans, trace, n_out = [], [], 0
@@ -218,3 +258,7 @@ def _diagonal(slot: Slot) -> np.ndarray:
     if slot.total or not slot.matrix:
         return np.ones(slot.size)
     return np.tile(np.eye(slot.leg.dim).reshape(-1), slot.leg.blocks)
+
+
+def _shift_of(item: Watched) -> Translation | None:
+    return item.translation if isinstance(item, Shift) else None

@@ -29,7 +29,7 @@ from noetherflow.monitor.books import (
 )
 from noetherflow.monitor.decompose import Rule, rule_for
 from noetherflow.monitor.estimates import Estimator, rotation_rows
-from noetherflow.monitor.layout import Layout
+from noetherflow.monitor.layout import Layout, Shift, Watched
 from noetherflow.monitor.log import FORMAT, RunLog, plain
 from noetherflow.monitor.measure import Measurement, Probe, tabulate
 from noetherflow.monitor.unwrap import unwrap_model, unwrap_optimizer, watch_closure
@@ -58,6 +58,7 @@ class Ledger:
       and term; `coordinate` keeps every charge (matrices for general_linear).
     - `estimate_every`: recorded steps between the live estimates (`estimates()`), 0 for none.
     - `run_dir`: append-only log `ledger.jsonl`, written every `flush_every` recorded steps; resumes after a crash.
+    - `translations`: watch these too, each by the square of its linear charge; one projection per tensor read.
     - `capacity`: recorded steps kept in memory for `records()`; the log keeps all.
     - `sinks`: called with every logged row (TensorBoard, W&B, MLflow, CSV: see `monitor.sinks`).
 
@@ -73,7 +74,8 @@ class Ledger:
         every: int = 1,
         detail: Level = "family",
         run_dir: str | Path | None = None,
-        capacity: int = 1_000,
+        capacity: int = 500,
+        translations: bool = False,
         estimate_every: int = 50,
         flush_every: int = 20,
         sinks: Iterable[Sink] = (),
@@ -98,6 +100,7 @@ class Ledger:
         self._handles: list[Any] = [self.optimizer.register_step_post_hook(self._stepped)]
         self._loss: Any = None
         self._finite = True
+        self._translations = translations
         self._set_symmetries(syms)
         writes = run_dir is not None and sharding.distributed_rank() == 0
         self._log = RunLog(run_dir) if writes and run_dir is not None else None
@@ -107,11 +110,12 @@ class Ledger:
 
     def _set_symmetries(self, syms: SymmetrySet) -> None:
         named = {n: t for n, t in tensors_of(unwrap_model(self.model)).items() if isinstance(t, nn.Parameter)}
-        missing = [n for n in syms.parameters if n not in named]
+        watched: list[Watched] = [*syms, *(Shift(t) for t in syms.translations if self._translations)]
+        missing = [n for item in watched for n in item.parameters if n not in named]
         if missing:
             raise DeclarationError(f"the model has no parameters {missing[:5]}; it has {sorted(named)[:8]}")
         shapes = {n: tuple(t.shape) for n, t in named.items()}
-        self.layout = Layout.of(tuple(syms), shapes, self.detail)
+        self.layout = Layout.of(watched, shapes, self.detail)
         self.index = Index.of(self.layout)
         self._probe = Probe(self.layout, self.rule, self.optimizer, {n: named[n] for n in self.layout.parameters})
         blocks = Layout.of(tuple(syms), shapes, "block")
@@ -201,9 +205,14 @@ class Ledger:
     def _estimate(self, m: Measurement, row: dict[str, np.ndarray]) -> None:
         assert self.estimator is not None
         sizes = list(self.estimator.layout.sizes.values())
-        values = dict(zip(m.blocks, tabulate([[row] for row in m.blocks.values()], sizes)[:, 0], strict=True))
+        values = dict(
+            zip(m.blocks, tabulate([[row[: len(sizes)]] for row in m.blocks.values()], sizes)[:, 0], strict=True)
+        )
         c = {k: v[0] for k, v in coefficient_arrays(self.rule, self.estimator.layout, [m.settings]).items()}
-        columns = self.estimator.rows(values, c, row["second_order"])
+        n = len(self.estimator.layout.symmetries)
+        columns = self.estimator.rows(values, c, row["second_order"][:n])
+        shifts = np.full(len(self.layout.symmetries) - n, np.nan)
+        columns = {k: np.concatenate([v, shifts]) for k, v in columns.items()}
         columns |= rotation_rows(self.layout, self.rule, row, m.settings)
         out = {"kind": "estimates", "step": m.step, "symmetry": columns}
         self._estimates.append(out)

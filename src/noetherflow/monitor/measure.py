@@ -105,10 +105,11 @@ class Probe:
         self._charges, self._seen = now.values["tt_after"], self._versions()
 
     def gradients(self, layout: Layout) -> dict[str, list[Value]]:
-        """`tt`, `tg`, `gg` on another layout's legs, for the estimates."""
+        """`tt`, `tg`, `gg` on the legs of another layout, whose parameters are the first of this one's."""
         values: dict[str, list[Value]] = {}
         with torch.no_grad():
-            for j, (name, parameter) in enumerate(self.watched.items()):
+            for j, name in enumerate(layout.parameters):
+                parameter = self.watched[name]
                 tensors = {"t": sharding.local(parameter, False)}
                 if parameter.grad is not None:
                     tensors["g"] = sharding.local(_dense(parameter.grad), False)

@@ -37,7 +37,7 @@ PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 MAPS = {
     "distance": ("distance to equilibrium |λ*|", False),
     "steps": ("steps to equilibrium (log10)", True),
-    "growth": ("change of C by step size and noise, per step and norm", False),
+    "growth": ("growth by step size and noise, per norm", False),
     "norm": ("norm θᵀ|A|θ (log10)", True),
     "check": ("violation of invariance (log10)", True),
 }
