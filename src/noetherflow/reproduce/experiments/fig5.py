@@ -215,7 +215,9 @@ def verdicts(results: Results) -> list[Verdict]:
     last, uneven = len(closed) - 1, slice(len(sgd) // 2, None)
     independent = np.abs(results.array("theory", "generic_independent") / closed - 1).max()
     ends = (0, 1, last)
+    middle = range(1, last - 1)
     norm = lambda layer: f"||W_{layer + 1}||"
+    ratio = lambda layer: f"{norm(layer)} / {norm(layer + 1)}"
     far, near = (final(results, f"gaussian{n}")[:, last] - closed[last] for n in ("", ", half rate"))
     section9, moments = "section 9 with the data's covariances", "from the measured moments"
     return [
@@ -226,14 +228,20 @@ def verdicts(results: Results) -> list[Verdict]:
             tolerance=1e-6,
             relative=False,
         ),
-        from_seeds("images: ||W_2|| / ||W_3||, random start", 1, sgd[uneven, 1] / sgd[uneven, 2], 0.06),
+        *(
+            from_seeds(f"images: {ratio(i)}, random start", 1, sgd[uneven, i] / sgd[uneven, i + 1], 0.06)
+            for i in middle
+        ),
         from_seeds(
             "images: largest |equal / random start - 1| over the layers' norms",
             0.03,
             np.abs(sgd[: len(sgd) // 2] / sgd[uneven].mean(0) - 1).max(1),
             relation="below",
         ),
-        from_seeds("GD, random start: ||W_2|| / ||W_3||", 0.85, gd[uneven, 1] / gd[uneven, 2], relation="below"),
+        *(
+            from_seeds(f"GD, random start: {ratio(i)}", 0.85, gd[uneven, i] / gd[uneven, i + 1], relation="below")
+            for i in middle
+        ),
         *(from_seeds(f"images: {norm(i)} {moments}", measured[i], sgd[:, i], 0.05) for i in range(last + 1)),
         *(from_seeds(f"Gaussian data: {norm(i)}, section 9", closed[i], gaussian[:, i], 0.05) for i in ends),
         *(
