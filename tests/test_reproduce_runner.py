@@ -178,6 +178,21 @@ def test_report_holds_everything(toy, tmp_path):
             assert before.count("|") == line.count("|"), "header and rule of a table belong together"
 
 
+def test_command_writes_the_report_and_exits_3_when_a_claim_fails(toy, tmp_path):
+    from typer.testing import CliRunner
+
+    from noetherflow.cli.app import app
+
+    page = tmp_path / "report.md"
+    done = CliRunner().invoke(
+        app, ["reproduce", "toy", "--out", str(tmp_path / "out"), "--vary", "--markdown", str(page)]
+    )
+    assert done.exit_code == 3, done.output
+    assert "1 of 2 claims hold" in done.output
+    assert "with shifted by one: [FAILS] a is one" in done.output
+    assert "| [toy](#toy) | shifted by one | 1 of 2 |" in page.read_text()
+
+
 def test_every_difference_from_the_print_is_demonstrated():
     sources = [inspect.getsource(sys.modules[find_experiment(e).compute.__module__]) for e in REGISTRY]
     named = {int(n) for text in sources for n in re.findall(r"difference=(\d)", text)}
