@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import json
-import multiprocessing
 import os
 import platform
 import statistics
-import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -20,13 +17,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.peers import PEERS
 from noetherflow import SymmetrySet, declare
 from noetherflow.moments import Meter
 
 OUT = Path(__file__).parent.parent / "docs" / "figures"
-PAIRS = {"mlp": 41, "gpt-relu": 7, "gpt-swiglu": 7, "resnet18": 5}
+# Rounds of (plain, leg sums, entries), then of (plain, entries, peer); slow peers get fewer.
+ROUNDS = {"mlp": 151, "gpt-relu": 15, "gpt-swiglu": 15, "resnet18": 5}
+PEER_SECONDS, PEER_ROUNDS = 8.0, (3, 11)
 
 
 @dataclass(frozen=True)
@@ -163,77 +163,87 @@ def measured(case: Case, entries: bool) -> tuple[Callable[[], None], Meter]:
     return lambda: meter.update(case.batch), meter
 
 
-def ratio(base: Callable[[], Any], other: Callable[[], Any], pairs: int) -> tuple[float, float, float]:
-    """Median of paired time ratios `other / base`, its quartile half-range, and the median base time in seconds."""
-    base(), other()
-    ratios, times = [], []
-    for _ in range(pairs):
-        marks = [time.perf_counter()]
-        for step in (base, other):
+def rounds(steps: Mapping[str, Callable[[], Any]], count: int) -> dict[str, list[float]]:
+    """Seconds of every step in each of `count` rounds, one after the other within a round, after one not counted."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for k in range(count + 1):
+        for name, step in steps.items():
+            start = time.perf_counter()
             step()
-            marks.append(time.perf_counter())
-        ratios.append((marks[2] - marks[1]) / (marks[1] - marks[0]))
-        times.append(marks[1] - marks[0])
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return middle, (high - low) / 2, statistics.median(times)
+            if k:
+                times[name].append(time.perf_counter() - start)
+    return times
 
 
-def _peak(name: str, ours: bool) -> float:
-    """Resident MiB at the highest point of three steady steps, above the level with model and data alone."""
-    import ctypes
+def paired(over: list[float], under: list[float]) -> tuple[float, float]:
+    """Median of the ratios within rounds, and half the distance between their quartiles."""
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(over, under, strict=True)], n=4)
+    return middle, (high - low) / 2
 
-    torch.manual_seed(0)
-    case = CASES[name]()
-    page = os.sysconf("SC_PAGE_SIZE") / 2**20
-    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * page
-    plain(case)()
-    case.model.zero_grad()
-    gc.collect()
-    trim = ctypes.CDLL(None).malloc_trim
-    trim(0)
-    before, seen, done = resident(), [0.0], threading.Event()
-    step = measured(case, False)[0] if ours else plain(case)
-    trim(0)
 
-    def watch() -> None:
-        while not done.is_set():
-            seen.append(resident())
-            time.sleep(0.0005)
+def peak_memory(prepare: Callable[[], Callable[[], Any]]) -> float:
+    """MiB allocated through torch at the highest point of a steady step, above the level before `prepare`.
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    for _ in range(3):
+    Counted allocation by allocation, hence the same in every run. What `prepare` makes and keeps counts, and so do
+    gradients that a step before left behind.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step = prepare()
         step()
-    done.set()
-    watcher.join()
-    return max(seen) - before
+        with record_function("steady"):
+            step()
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    start = next(e.start_ns() for e in events if e.name() == "steady")
+    level = highest = 0
+    for when, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        level += size
+        highest = max(highest, level) if when >= start else level
+    return highest / 2**20
 
 
-def peak_memory(name: str, ours: bool) -> float:
-    """`_peak` in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak, (name, ours))
+def accumulating(case: Case) -> Callable[[], None]:
+    """Forward and backward onto the `.grad` of the step before, as in gradient accumulation."""
+    return lambda: per_sample_loss(case.model, case.batch).mean().backward()
 
 
-def compare(case: Case, pairs: int, peers: bool = True) -> list[dict[str, Any]]:
+def memory(case: Case) -> dict[str, float]:
+    """Peak MiB of plain steps, with and without `.grad` kept, and of leg sums as ratios to those."""
+    case.model.zero_grad()
+    base = peak_memory(lambda: plain(case))
+    case.model.zero_grad()
+    kept = peak_memory(lambda: accumulating(case))
+    case.model.zero_grad()
+    ours = peak_memory(lambda: measured(case, False)[0])
+    return {"plain_MiB": base, "memory": ours / base, "memory_to_accumulation": ours / kept}
+
+
+def compare(case: Case, count: int, peers: bool = True) -> list[dict[str, Any]]:
     base = plain(case)
+    sums, (entries, meter) = measured(case, False)[0], measured(case, True)
+    times = rounds({"plain": base, "leg sums": sums, "entries": entries}, count)
     rows: list[dict[str, Any]] = []
-    for entries in (False, True):
-        step, meter = measured(case, entries)
-        r, spread, seconds = ratio(base, step, pairs)
-        rows.append({"model": case.name, "method": "entries" if entries else "leg sums", "ratio": r, "spread": spread})
-        rows[-1]["plain_ms"] = 1e3 * seconds
-    squares = meter.result().squares
-    n = len(case.batch[0])
+    for method in ("leg sums", "entries"):
+        middle, spread = paired(times[method], times["plain"])
+        rows.append({"model": case.name, "method": method, "ratio": middle, "spread": spread})
+    rows[0] |= {"plain_ms": 1e3 * statistics.median(times["plain"])} | memory(case)
+    squares, n = meter.result().squares, len(case.batch[0])
     for name, make in PEERS.items() if peers else ():
         row: dict[str, Any] = {"model": case.name, "method": name}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 step_of = make(case.model, per_sample_loss)
+                start = time.perf_counter()
                 theirs = step_of(case.batch)
+                seconds = time.perf_counter() - start
                 row |= disagreement({k: t.double() / n for k, t in theirs.items()}, squares)
-                row["ratio"], row["spread"], _ = ratio(base, partial(step_of, case.batch), 3)
+                del theirs
+                enough = min(max(int(PEER_SECONDS / seconds), PEER_ROUNDS[0]), PEER_ROUNDS[1])
+                times = rounds({"plain": base, "entries": entries, name: partial(step_of, case.batch)}, enough)
+                row["ratio"], row["spread"] = paired(times[name], times["plain"])
+                row["to_ours"], row["to_ours_spread"] = paired(times[name], times["entries"])
+                peak = peak_memory(lambda f=step_of: partial(f, case.batch))
+                row["memory"] = peak / rows[0]["plain_MiB"]
         except Exception as refused:
             row["refused"] = f"{type(refused).__name__}: {refused}".splitlines()[0][:90]
         rows.append(row)
@@ -250,9 +260,16 @@ def disagreement(theirs: dict[str, Tensor], ours: Mapping[str, Tensor]) -> dict[
 
 def show(rows: list[dict[str, Any]]) -> None:
     for row in rows:
-        value = row.get("refused") or f"{row['ratio']:7.2f} +- {row['spread']:.2f}"
-        error = f"  differs by {row['error']:.0e} ({row['worst']})" if "error" in row else ""
-        print(f"{row['model']:<52}{row['method']:<12}{value}{error}", flush=True)
+        line = row.get("refused") or f"{row['ratio']:7.2f} +- {row['spread']:.2f}"
+        if "to_ours" in row:
+            line += f", to entries {row['to_ours']:.2f} +- {row['to_ours_spread']:.2f}"
+        if "memory" in row:
+            line += f", peak memory {row['memory']:.2f}"
+        if "plain_MiB" in row:
+            line += f" of {row['plain_MiB']:.1f} MiB ({row['memory_to_accumulation']:.2f} with .grad kept)"
+        if "error" in row:
+            line += f", differs by {row['error']:.0e} ({row['worst']})"
+        print(f"{row['model']:<46}{row['method']:<12}{line}", flush=True)
 
 
 def scaling() -> dict[str, list[tuple[int, float]]]:
@@ -294,20 +311,19 @@ def plot(curves: dict[str, list[tuple[int, float]]]) -> None:
 def run() -> list[dict[str, Any]]:
     """One row per model and method; also writes docs/figures/moments.json and the scaling plot."""
     torch.manual_seed(0)
+    began = time.perf_counter()
     threads = torch.get_num_threads()
     print(f"torch {torch.__version__}, {threads} threads, {platform.machine()}, load {os.getloadavg()[0]:.1f}")
     rows = []
     for name, build in CASES.items():
         case = build()
-        found = compare(case, PAIRS[name])
-        memory = [peak_memory(name, ours) for ours in (False, True)]
-        found[0] |= {"memory_ratio": memory[1] / memory[0], "plain_MiB": memory[0]}
+        found = compare(case, ROUNDS[name])
         show(found)
-        print(f"{case.name:<52}{'peak memory':<12}{memory[1] / memory[0]:7.2f} ({memory[0]:.0f} MiB plain)")
         rows += found
     curves = scaling()
     for name, points in curves.items():
         print(f"{name}: " + ", ".join(f"{x} -> {1e3 * y:.1f} ms" for x, y in points))
     plot(curves)
+    print(f"{time.perf_counter() - began:.0f} s")
     (OUT / "moments.json").write_text(json.dumps({"threads": threads, "rows": rows, "scaling": curves}, indent=1))
     return rows
