@@ -166,3 +166,37 @@ def test_tied_weights_are_stored_once_or_twice(tmp_path: Path) -> None:
         if len(names) == 4:
             assert torch.equal(new["a.weight"], new["c.weight"])
         assert not torch.equal(new["c.weight"], full["c.weight"])
+
+
+NORMED = """
+import torch
+from torch import nn
+
+def case():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 6), nn.LayerNorm(6, eps=1e-2), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
+    data = torch.randn(24, 3).double(), torch.randn(24, 2).double()
+    return model.double(), lambda m, b: (m(b[0]) - b[1]).square().sum(1), [data]
+"""
+
+
+def test_the_command_leaves_approximate_symmetries_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight in front of a LayerNorm scales only up to eps: it stays bit by bit, the exact symmetries move."""
+    from typer.testing import CliRunner
+
+    from noetherflow.cli.app import app
+
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "normed_case.py").write_text(NORMED)
+    import normed_case  # type: ignore[import-not-found]
+
+    model, source, target = normed_case.case()[0], tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    save_file(model.state_dict(), source)
+    words = ["balance", str(source), "--model", "normed_case:case", "--out", str(target), "--weight-decay", "0.01"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    before, after = load_file(source), load_file(target)
+    kept = {n for n in before if torch.equal(before[n], after[n])}
+    assert kept >= {"0.bias", "0.weight", "4.bias"}
+    assert not kept & {"1.weight", "2.weight", "4.weight"}
+    assert "approximate" in result.output

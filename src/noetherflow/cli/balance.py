@@ -41,7 +41,15 @@ def balance(
     sgd = SGDConfig(lr, batch_size, weight_decay, momentum)
     inputs = workload.example_inputs
     with console.status("starting") as status:
-        analysis = analyze(workload.model, workload.loss_fn, workload.batches, sgd, inputs, progress=status.update)
+        analysis = analyze(
+            workload.model,
+            workload.loss_fn,
+            workload.batches,
+            sgd,
+            inputs,
+            approximate=False,
+            progress=status.update,
+        )
     report = balance_checkpoint(
         source,
         out or source,
