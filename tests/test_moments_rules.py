@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from noetherflow import SymmetrySet, declare
-from noetherflow.moments import Meter, batch, gradient_moments
+from noetherflow.moments import Meter, batch, forms, gradient_moments
 from reference import moments_by_loop
 
 TOLERANCE = 1e-10
@@ -255,6 +255,34 @@ def test_rule_equals_per_sample_loop(case: str) -> None:
 
 
 FALLBACK = {"lstm", "gru", "gru-cell", "scattered-rows"}
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+@pytest.mark.parametrize("case", ["linear-sequence", "linear-long", "conv2d", "conv3d", "attention"])
+def test_both_contractions_equal_the_loop(case: str, tokens: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token Grams and explicit gradients, whichever the cost model would choose."""
+    chosen = []
+
+    def choose(target: Any, count: int, m: int, n: int) -> bool:
+        possible = not target.need.entries and not target.need.split(m).mixed
+        chosen.append(tokens and possible)
+        return chosen[-1]
+
+    monkeypatch.setattr(forms, "prefer_token_grams", choose)
+    torch.manual_seed(0)
+    build, sample = CASES[case]
+    assert_agrees(build().double(), squared_output, [sample()], groups=2)
+    assert any(chosen) == tokens
+
+
+@pytest.mark.parametrize("entries", [1, 100])
+@pytest.mark.parametrize("case", ["linear-sequence", "conv2d", "conv-transpose", "einsum", "embedding", "tied"])
+def test_chunks_of_any_size_equal_the_loop(case: str, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forms, "CHUNK_ENTRIES_CPU", entries)
+    monkeypatch.setattr(batch, "CHUNK_ENTRIES", entries)
+    torch.manual_seed(0)
+    build, sample = CASES[case]
+    assert_agrees(build().double(), squared_output, [sample()], groups=2)
 
 
 class Positions(nn.Module):

@@ -145,7 +145,7 @@ class Workspace:
         return held[1].view(t.shape)
 
     def forget(self) -> None:
-        """To be called before any tensor squared so far may change."""
+        """To be called when a use is done: its tensors may change after that."""
         self._squared = None
 
 
