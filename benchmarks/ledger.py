@@ -62,6 +62,7 @@ class Run:
         total = time.perf_counter() - start
         if ledger is not None:
             self.inside.append(own / (total - own))
+            ledger.detach()
         return total
 
 

@@ -32,6 +32,15 @@ class Columns:
     def row(self, t: int) -> dict[str, np.ndarray]:
         return dict(zip(FIELDS, self.table[:, t], strict=True))
 
+    def listed(self) -> list[dict[str, list[float | None]]]:
+        """All rows as plain lists, for JSON: None where a number is not finite."""
+        table, unknown = self.table, ~np.isfinite(self.table)
+        if unknown.any():
+            table = table.astype(object)
+            table[unknown] = None
+        columns = table.tolist()
+        return [{f: column[t] for f, column in zip(FIELDS, columns, strict=True)} for t in range(table.shape[1])]
+
 
 def coefficient_arrays(rule: Rule, layout: Layout, settings: Sequence[list[dict[str, float]]]) -> dict[str, np.ndarray]:
     """`c[name]` `[T, n_values]` from one dict per recorded step and parameter; equal dicts may be shared."""

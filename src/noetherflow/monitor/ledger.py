@@ -190,9 +190,12 @@ class Ledger:
             tables = {level: levels[level] for level in LEVELS[: LEVELS.index(self.detail) + 1]}
             self._history.add(Page(np.array([m.step for m in pending]), np.array([m.lr for m in pending]), tables))
             finite = np.isfinite(books.table).all(axis=(0, 2))
+            listed = {level: columns.listed() for level, columns in tables.items()} if self._log is not None else {}
             for t, m in enumerate(pending):
-                if self._log is not None or self.sinks:
-                    self._emit(_row_of(m, tables, t))
+                if self.sinks:
+                    self._pass_on(_row_of(m, {level: columns.row(t) for level, columns in tables.items()}))
+                if self._log is not None:
+                    self._lines.append(plain(_row_of(m, {})) | {level: rows[t] for level, rows in listed.items()})
                 if "gg" in m.blocks and finite[t]:
                     self._estimate(m, symmetry.row(t))
                 if not finite[t] and self._finite:
@@ -219,10 +222,13 @@ class Ledger:
         self._emit(out)
 
     def _emit(self, row: dict[str, Any]) -> None:
-        for sink in self.sinks:
-            sink({**row, "families": self.index.families, "symmetries": self.index.symmetries})
+        self._pass_on(row)
         if self._log is not None:
             self._lines.append(plain(row))
+
+    def _pass_on(self, row: dict[str, Any]) -> None:
+        for sink in self.sinks:
+            sink({**row, "families": self.index.families, "symmetries": self.index.symmetries})
 
     def _event(self, what: str, **details: Any) -> None:
         self.flush()
@@ -364,8 +370,8 @@ class Ledger:
         self.close()
 
 
-def _row_of(m: Measurement, tables: Mapping[Level, Columns], t: int) -> dict[str, Any]:
+def _row_of(m: Measurement, levels: Mapping[Any, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {"kind": "step", "step": m.step, "lr": m.lr}
     if m.loss is not None:
         row["loss"] = float(m.loss)
-    return row | {level: columns.row(t) for level, columns in tables.items()}
+    return {**row, **levels}
