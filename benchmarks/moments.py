@@ -25,8 +25,8 @@ from noetherflow.moments import Meter
 
 OUT = Path(__file__).parent.parent / "docs" / "figures"
 # Rounds of (plain, leg sums, entries), then of (plain, entries, peer); slow peers get fewer.
-ROUNDS = {"mlp": 151, "gpt-relu": 15, "gpt-swiglu": 15, "resnet18": 5}
-PEER_SECONDS, PEER_ROUNDS = 8.0, (3, 11)
+ROUNDS = {"mlp": 151, "gpt-relu": 11, "gpt-swiglu": 11, "resnet18": 5}
+PEER_SECONDS, PEER_ROUNDS = 5.0, (2, 7)
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,12 @@ def plain(case: Case) -> Callable[[], None]:
 
 
 def measured(case: Case, entries: bool) -> tuple[Callable[[], None], Meter]:
-    parameters = [n for n, _ in case.model.named_parameters()] if entries else ()
-    meter = Meter(case.model, per_sample_loss, case.syms, entries=entries, parameters=parameters)
+    """Leg sums of the case's symmetries; or, with `entries`, what the peers compute: `E[g^2]` of all parameters."""
+    if entries:
+        names = [n for n, _ in case.model.named_parameters()]
+        meter = Meter(case.model, per_sample_loss, SymmetrySet(()), entries=True, parameters=names)
+    else:
+        meter = Meter(case.model, per_sample_loss, case.syms)
     meter.update(case.batch)
     return lambda: meter.update(case.batch), meter
 
@@ -182,14 +186,12 @@ def paired(over: list[float], under: list[float]) -> tuple[float, float]:
 
 
 def peak_memory(prepare: Callable[[], Callable[[], Any]]) -> float:
-    """MiB allocated through torch at the highest point of a steady step, above the level before `prepare`.
+    """MiB allocated through torch at the highest point of one step, above the level before `prepare`, which makes it.
 
-    Counted allocation by allocation, hence the same in every run. What `prepare` makes and keeps counts, and so do
-    gradients that a step before left behind.
+    Counted allocation by allocation, hence the same in every run. What `prepare` leaves behind counts.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step = prepare()
-        step()
         with record_function("steady"):
             step()
     events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
@@ -203,7 +205,9 @@ def peak_memory(prepare: Callable[[], Callable[[], Any]]) -> float:
 
 def accumulating(case: Case) -> Callable[[], None]:
     """Forward and backward onto the `.grad` of the step before, as in gradient accumulation."""
-    return lambda: per_sample_loss(case.model, case.batch).mean().backward()
+    step = lambda: per_sample_loss(case.model, case.batch).mean().backward()
+    step()
+    return step
 
 
 def memory(case: Case) -> dict[str, float]:
