@@ -51,7 +51,7 @@ FULL = Plan(
     pretrain=800,
     steps=200,
     every=50,
-    seeds=8,
+    seeds=6,
     lrs={
         "sgd": tuple(0.25 * 2 ** (k / 4) for k in (0, 2, 4, 5, 6, 7, 8, 9, 10, 12)),
         "adamw": tuple(5e-4 * 2.0**k for k in range(8)),
@@ -319,16 +319,20 @@ class Results:
         return np.log2([self.lrs[c < 0].max(initial=self.lrs[0] / 2) for c in self.change])
 
 
-def with_error(values: np.ndarray, scale: float = 1.0, digits: int = 4) -> str:
-    values = scale * values
+def with_error(values: np.ndarray, digits: int = 4) -> str:
     return f"{values.mean():.{digits}f} ± {values.std(ddof=1) / math.sqrt(len(values)):.{digits}f}"
+
+
+def rate(values: np.ndarray) -> str:
+    """Learning rates given by their log2: geometric mean, and the error of the log2."""
+    return f"{2 ** values.mean():.2g} (log2 {with_error(values, digits=2)})"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Means and standard errors over seeds; differences to `none` are taken seed by seed."""
     lines = [
-        "| optimiser | variant | best change of the loss | minus that of none | log2 of the best lr | log2 of the "
-        "largest lr that helps | minus that of none |",
+        "| optimiser | variant | best change of the loss | minus that of none | best lr | largest lr that helps | "
+        "log2 of it minus that of none |",
         "|---|---|---|---|---|---|---|",
     ]
     for optimiser in OPTIMISERS:
@@ -336,7 +340,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         for variant in VARIANTS:
             own = Results(rows, optimiser, variant)
             cells = [with_error(own.best), with_error(own.best - plain.best)]
-            cells += [with_error(own.best_lr, digits=2), with_error(own.largest_lr, digits=2)]
+            cells += [rate(own.best_lr), rate(own.largest_lr)]
             cells.append(with_error(own.largest_lr - plain.largest_lr, digits=2))
             lines.append(f"| {optimiser} | {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -365,16 +369,17 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             above.plot(lrs[~whole], np.full(sum(~whole), top * (0.94 - 0.09 * k)), "x", color=colours[variant], ms=5)
             if variant in ("once", "every"):
                 both = np.isfinite(own.change).all(0) & np.isfinite(plain.change).all(0)
-                difference = (own.change - plain.change).T[both] if both.any() else np.empty((0, 2))
+                difference = own.change.T[both] - plain.change.T[both] if both.any() else np.empty((0, 2))
                 style.dots(below, lrs[both], difference, colours[variant], labels[variant])
         above.set(title={"sgd": "SGD", "adamw": "AdamW"}[optimiser] + ": change of the held-out loss (nats)")
         above.set(xscale="log", xlabel="learning rate", ylim=(1.25 * low, top))
         below.set(title="the same minus never balanced, seed by seed", xscale="log", xlabel="learning rate")
-        below.set_xlim(above.get_xlim())
+        below.set_xlim(plain.lrs[0] / 1.3, 1.3 * plain.lrs[-1])
         for ax in (above, below):
             ax.axhline(0, color=style.THEORY, lw=0.8)
     axes[0].legend(loc="lower left", title="x: a seed diverged")
-    axes[2].legend()
+    axes[2].legend(loc="lower left", title="bars: 2 standard errors")
+    style.tidy(fig)
     style.save(fig, path)
 
 
