@@ -10,7 +10,7 @@ import torch
 
 import noetherflow as nf
 from equilibrium_cases import Problem, linear, mlp, moved
-from noetherflow.equilibrium import Drift, noise_equilibrium
+from noetherflow.equilibrium import Drift, gradient_factors, noise_equilibrium
 from noetherflow.flow import noether_flow, step_identity
 from noetherflow.moments.result import merge_moments
 from reference import moments_by_loop
@@ -240,6 +240,26 @@ def test_errors_come_from_groups_and_scale_with_the_data() -> None:
         errors[samples] = (float(row.error.norm()), float(forecast.errors[row.name][1].norm()))
     for i in range(2):
         assert 1.2 < errors[160][i] / errors[1440][i] < 8
+
+
+def test_forecast_of_meeting_symmetries_by_factors() -> None:
+    """A chain of GL symmetries moves jointly only with per-sample gradients, dense or as factors."""
+    problem = linear((3, 2, 2, 3), samples=16)
+    sgd = nf.SGDConfig(0.02, 4, weight_decay=0.05)
+    moments = grouped(problem)
+    factors = gradient_factors(problem.model, problem.loss, [problem.data], problem.syms)
+    dense = {n: f.dense() for n, f in factors.items()}
+    flows = [noether_flow(problem.model, problem.syms, moments, sgd, samples=s) for s in (factors, dense)]
+    by_factors, by_samples = (flow.forecast([0, 1, 50]) for flow in flows)
+    assert by_factors.joint
+    assert by_factors.errors == {}
+    for row in flows[0].details:
+        charges = by_factors.charges[row.name]
+        torch.testing.assert_close(charges[1] - charges[0], row.drift, rtol=5e-2, atol=1e-6)
+        torch.testing.assert_close(charges, by_samples.charges[row.name], rtol=1e-6, atol=1e-8)
+    alone = noether_flow(problem.model, problem.syms, moments, sgd)
+    assert not alone.forecast([1]).joint
+    assert alone.forecast([0, 1]).errors
 
 
 def test_flow_prints_and_serialises() -> None:

@@ -218,7 +218,7 @@ def noether_flow(
 
     `E[C' - C] = -lr (2w - lr w^2) C + lr^2 D(Cov[g_B]) + lr^2 D(gbar gbar^T)`: decay, noise and step-size parts. With
     momentum `m` the leading-order stationary coefficients of `Drift.of`, valid while a charge relaxes slowly against
-    `1 / (1 - m)` steps. `samples` as in `noise_equilibrium`.
+    `1 / (1 - m)` steps. `samples` as in `noise_equilibrium`; they carry no groups, so forecasts then have no errors.
 
     Raises MomentError for a symmetry that was not measured. Symmetries on frozen parameters are excluded and listed.
     """
@@ -250,7 +250,7 @@ def noether_flow(
                 imbalance=settled.imbalance_now,
             )
         )
-    measures = [mom, *mom.leave_one_out()]
+    measures = [mom, *(() if samples else mom.leave_one_out())]
     orbits = [_orbit(model, tuple(syms), m, Weights.of_drift(drift, m, sgd), samples) for m in measures]
     return Flow(
         tuple(rows), sgd, mom.loss, dict(syms.excluded), orbits[0][0], tuple(o for o, _ in orbits[1:]), orbits[0][1]
