@@ -273,9 +273,6 @@ EXPERIMENT = Experiment(
         "half the learning rates": {
             "cases": {k: {**v, "lr": v["lr"] / 2} for k, v in CASES.items()},
         },
-        "twice as long before": {
-            "cases": {k: {**v, "before": 2 * v["before"]} for k, v in CASES.items()},
-        },
     },
     beyond=True,
 )

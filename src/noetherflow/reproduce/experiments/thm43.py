@@ -285,6 +285,5 @@ EXPERIMENT = Experiment(
     variations={
         "batch 2": {"batch": 2},
         "decay 0.001": {"decay": 0.001},
-        "six samples only": {"samples": 6},
     },
 )

@@ -175,7 +175,6 @@ EXPERIMENT = Experiment(
     variations={
         "divergence threshold 100": {"spike": 100.0},
         "1,000 steps at the high rate": {"test_steps": 1000},
-        "target of size 9": {"size": 9.0},
     },
     beyond=True,
 )
