@@ -385,7 +385,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a minute instead of half an hour; no conclusions")
+    parser.add_argument("--quick", action="store_true", help="a minute instead of an hour; no conclusions")
     parser.add_argument("--work", type=Path, default=Path("runs/lora_balance"))
     options = parser.parse_args()
     torch.set_num_threads(1)
