@@ -307,6 +307,11 @@ def plot(curves: dict[str, list[tuple[int, float]]]) -> None:
         axis.loglog(x, [1e3 * v for v in y], "o-", label="leg sums")
         axis.loglog(x, [1e3 * y[-1] * v / x[-1] for v in x], ":", color="gray", label="linear")
         axis.set(xlabel=name, ylabel="ms per step")
+        axis.set_xticks(x, [f"{v:,}" for v in x], rotation=20)
+        axis.set_yticks(
+            ticks := [v for v in (1, 2, 5, 10, 20, 50, 100, 200) if 0.5e3 * min(y) < v < 2e3 * max(y)], ticks
+        )
+        axis.minorticks_off()
     axes[0].legend()
     OUT.mkdir(parents=True, exist_ok=True)
     figure.savefig(OUT / "moments_scaling.svg")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -114,14 +114,18 @@ def form_of(site: Site, layout: Layout, samples: int, delta: Tensor, saved: tupl
     return site.build(layout, *[layout.front(t, samples) for t in site.prepare(delta, *saved)])
 
 
+def used_once(trace: Trace) -> frozenset[str]:
+    """The parameters that one use alone consumes."""
+    counts = Counter(n for u in trace.uses for s in u.sources for n in s.names)
+    return frozenset(n for n, k in counts.items() if k == 1)
+
+
 class Contraction:
     """Receives the forms of one batch: contracts those used once, keeps those whose uses must be added first."""
 
-    def __init__(self, roots: dict[str, Tensor], measured: frozenset[str], trace: Trace, slices: Slices) -> None:
-        self._roots, self._measured, self._slices = roots, measured, slices
+    def __init__(self, roots: dict[str, Tensor], measured: frozenset[str], once: Set[str], slices: Slices) -> None:
+        self._roots, self._measured, self._once, self._slices = roots, measured, once, slices
         self._workspace = Workspace()
-        counts = Counter(n for u in trace.uses for s in u.sources for n in s.names)
-        self._once = {n for n, k in counts.items() if k == 1}
         self._pending: list[tuple[Source, Form]] = []
 
     def receive(self, use: Use, layout: Layout, delta: Tensor, saved: tuple[Tensor, ...]) -> None:

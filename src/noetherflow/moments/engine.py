@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow.errors import DataError, MomentError
-from noetherflow.moments.batch import Contraction, LossFn, Subject, check_finite, forward_backward
+from noetherflow.moments.batch import Contraction, LossFn, Subject, check_finite, forward_backward, used_once
 from noetherflow.moments.distributed import (
     added_over_ranks,
     all_ranks,
@@ -117,7 +117,8 @@ class Meter:
         self._subject = Subject(self.model, self.loss_fn, roots, frozenset(wanted), self.sample_axes)
         self._covered = self._subject  # what the rules measure: everything but the parameters left to the fallback
         self._verified: dict[Any, dict[CallId, Layout]] = {}
-        self._layouts: dict[Any, dict[CallId, Layout]] = {}  # the same by exact shapes, a quick look-up
+        # the same by exact shapes, and the parameters used once: a quick look-up
+        self._ways: dict[Any, tuple[dict[CallId, Layout], frozenset[str]]] = {}
         self._shared: frozenset[CallId] = frozenset()
         self._fallback: Fallback | None = None
         self._sharded = is_sharded(self.model)
@@ -197,19 +198,20 @@ class Meter:
             trace, samples = recorder.trace, losses.numel()
             keys.append((shared, samples, *((u.id, u.out_shape) for u in trace.uses)))
             keys.append((shared, samples == 1))
-            if keys[0] not in self._layouts:
+            if keys[0] not in self._ways:
                 keys[1] = (*keys[1], signature(trace, samples, self.sample_axes))
                 if keys[1] in self._verified:
-                    self._layouts[keys[0]] = self._verified[keys[1]]
-            known = keys[0] in self._layouts
+                    self._ways[keys[0]] = self._verified[keys[1]], used_once(trace)
+            known = keys[0] in self._ways
             if found is None and not (all_ranks(known, self.model) if self._sharded else known):
                 return None
-            layouts.update(self._layouts.get(keys[0], {}))
+            found_before, once = self._ways[keys[0]] if known else ({}, used_once(trace))
+            layouts.update(found_before)
             slices.extend(_slices(samples, sums))
             losses_of.extend(_sums_over(losses.detach().flatten(), slices))
             if not all(map(isfinite, losses_of)):
                 check_finite(losses, batch)
-            contractions.append(Contraction(recorder.roots, subject.measured, trace, slices))
+            contractions.append(Contraction(recorder.roots, subject.measured, once, slices))
             return torch.ones_like(losses)
 
         def arrive(use: Use, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
@@ -235,10 +237,11 @@ class Meter:
         for (lo, hi, s), loss in zip(slices, losses_of, strict=True):
             s.samples += hi - lo
             s.loss += loss
-        self._used.update(n for u in trace.uses for s in u.sources for n in s.names)
         if found is not None:
-            self._verified[keys[1]] = self._layouts[keys[0]] = found.kept
+            self._verified[keys[1]] = found.kept
+            self._ways[keys[0]] = found.kept, used_once(trace)
             self._shared = shared
+            self._used.update(n for u in trace.uses for s in u.sources for n in s.names)
         for g in ids:
             if sums[g].samples:
                 self.groups[g] = self.groups[g].plus(sums[g]) if found and g in self.groups else sums[g]
