@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -123,7 +123,9 @@ def used_once(trace: Trace) -> frozenset[str]:
 class Contraction:
     """Receives the forms of one batch: contracts those used once, keeps those whose uses must be added first."""
 
-    def __init__(self, roots: dict[str, Tensor], measured: frozenset[str], once: Set[str], slices: Slices) -> None:
+    def __init__(
+        self, roots: dict[str, Tensor], measured: frozenset[str], once: frozenset[str], slices: Slices
+    ) -> None:
         self._roots, self._measured, self._once, self._slices = roots, measured, once, slices
         self._workspace = Workspace()
         self._pending: list[tuple[Source, Form]] = []

@@ -59,8 +59,8 @@ def gradient_moments(
     The model, its buffers and `.grad` are left as they were.
 
     Raises DataError for a scalar or wrongly shaped loss, NaN or inf, no batch, or fewer batches on some rank than on
-    others under `fully_shard`; MomentError for a symmetry on a frozen
-    or unused parameter, for samples that act on each other, and where rules and autograd disagree.
+    others under `fully_shard`; MomentError for a symmetry on a frozen or unused parameter, for samples that act on each
+    other, for a sharded parameter without a rule, and where rules and autograd disagree.
     """
     ranks = ranks_of(model, process_group)
     meter = Meter(model, loss_fn, syms, entries=entries, parameters=parameters, sample_axes=sample_axes)

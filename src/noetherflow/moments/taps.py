@@ -90,9 +90,6 @@ class Tap(torch.autograd.Function):
         return gradients[0], None, None, None
 
 
-_apply = super(torch.autograd.Function, Tap).apply  # without the look for functorch transforms at every call
-
-
 @lru_cache(maxsize=256)
 def transparent(func: types.FunctionType) -> types.FunctionType:
     """A Python function of torch that would hand itself to the active mode, made to run its body under it instead."""
@@ -257,4 +254,4 @@ class Recorder(TorchFunctionMode):
         if self._recording:
             self.trace.uses.append(use)
         saved = [t.detach() for t in call.saved]
-        return _apply(out, self.anchor, lambda delta, kept: self._arrive(use, view(delta), kept), saved)
+        return Tap.apply(out, self.anchor, lambda delta, kept: self._arrive(use, view(delta), kept), saved)
