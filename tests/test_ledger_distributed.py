@@ -78,7 +78,7 @@ def run(how: str, optimizer: str, detail: str, out: Path) -> list[dict]:
         for rank in range(world)
     ]
     for process in processes:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors[-3000:]
     every = [json.loads((out / f"rows-{rank}.json").read_text()) for rank in range(world)]
     assert all(rows == every[0] for rows in every[1:]) or how == "ddp"

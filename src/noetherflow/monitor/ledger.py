@@ -77,7 +77,7 @@ class Ledger:
         capacity: int = 500,
         translations: bool = False,
         estimate_every: int = 50,
-        flush_every: int = 20,
+        flush_every: int = 50,
         sinks: Iterable[Sink] = (),
     ) -> None:
         if every < 1 or flush_every < 1 or estimate_every < 0:

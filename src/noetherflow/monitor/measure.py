@@ -153,7 +153,9 @@ class Probe:
         return {"tt_after": (t["theta"], t["theta"]), **self.rule.after(c, t)}
 
     def _versions(self) -> list[int]:
-        return [sharding.local(p, True)._version for p in self.watched.values()]
+        if self.sharded:
+            return [sharding.local(p, True)._version for p in self.watched.values()]
+        return [p._version for p in self.watched.values()]
 
     def _steps_made(self) -> dict[str, float]:
         """Steps the optimiser has made per parameter, read with one transfer."""
