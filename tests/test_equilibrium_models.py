@@ -75,7 +75,7 @@ def two_layers(name: str) -> Case:
 
 
 def balanced(case: Case, sgd: nf.SGDConfig) -> tuple[Equilibrium, float, dict[str, float], dict[str, float]]:
-    """The exact symmetries' equilibrium, what moving there does to the outputs, and the flow measured before and after."""
+    """The exact symmetries' equilibrium, its effect on the outputs, and the flow measured before and after."""
     syms = find_symmetries(case.model, case.inputs).trainable(case.model)
     exact = syms.without({s.name: "approximate" for s in syms if s.eps is not None})
 
