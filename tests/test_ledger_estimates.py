@@ -147,7 +147,7 @@ def test_rotation_settles_at_the_prediction(name: str) -> None:
     }
     kind, options = kinds[name]
     optimizer = kind([weight], **options)
-    ledger = Ledger(model, optimizer, syms, estimate_every=1).attach()
+    ledger = Ledger(model, optimizer, syms, estimate_every=1, capacity=4000).attach()
     for _ in range(4000):
         noise = torch.randn_like(weight)
         w = weight.detach()

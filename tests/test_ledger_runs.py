@@ -211,6 +211,17 @@ def test_capacity_replacement_of_symmetries_and_refusals() -> None:
             Ledger(model, optimizer, syms, **bad)  # type: ignore[arg-type]
 
 
+def test_nothing_to_watch_is_not_an_error(tmp_path: Path) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ledger = Ledger(model, optimizer, nf.SymmetrySet(()), run_dir=tmp_path, estimate_every=1).attach()
+    train(model, optimizer, 3)
+    ledger.close()
+    assert ledger.step == 3
+    assert ledger.records() == []
+    assert [r["step"] for r in read_log(tmp_path) if r["kind"] == "step"] == [0, 1, 2]
+
+
 def test_compiled_and_wrapped_names() -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -27,7 +27,7 @@ class Columns:
     def mapped(self, matrix: scipy.sparse.csr_array) -> Columns:
         """Sums of the columns: `matrix` is `[new n, n]`."""
         fields, steps, n = self.table.shape
-        return Columns(apply(matrix, self.table.reshape(-1, n)).reshape(fields, steps, -1))
+        return Columns(apply(matrix, self.table.reshape(fields * steps, n)).reshape(fields, steps, matrix.shape[0]))
 
     def row(self, t: int) -> dict[str, np.ndarray]:
         return dict(zip(FIELDS, self.table[:, t], strict=True))

@@ -102,7 +102,7 @@ class Probe:
                     tensors["kept"] = now.kept.pop(name)
                 tensors |= _present(self.optimizer.state.get(parameter, {}), self.rule.reads_after(c))
                 self._enter(now.values, j, name, tensors, self._charge_and_rule, c)
-        self._charges, self._seen = now.values["tt_after"], self._versions()
+        self._charges, self._seen = now.values.get("tt_after", []), self._versions()
 
     def gradients(self, layout: Layout) -> dict[str, list[Value]]:
         """`tt`, `tg`, `gg` on the legs of another layout, whose parameters are the first of this one's."""
