@@ -32,6 +32,8 @@ def test_mean_and_covariance_are_those_of_explicit_minibatches(parallel):
     loss = ((x @ leaves[0].mT) @ leaves[1].mT - y).square().sum(-1).mean(-1).sum()
     drawn = flat(torch.autograd.grad(loss, leaves))
     exact = flat(problem.mean_gradient(params))[0]
+    gap = params[1] @ params[0] - problem.size * torch.outer(problem.a, problem.b)
+    assert torch.allclose(problem.error(params), gap.square().sum((1, 2)))
     assert torch.allclose(exact, flat(problem.population.mean_gradient(params))[0], rtol=1e-12, atol=1e-12)
     for sample in (cheap, drawn):
         assert ((sample.mean(0) - exact).abs() < 5 * sample.std(0) / DRAWS**0.5).all()

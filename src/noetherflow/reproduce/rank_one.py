@@ -59,6 +59,12 @@ class RankOne:
         grad_w = 2 * (u.square().sum(-1, keepdim=True) * w - self.size * a * self.b)
         return [grad_w.unsqueeze(1), grad_u.unsqueeze(-1)]
 
+    def error(self, params: Params) -> Tensor:
+        """`||u w - size a b^T||_F^2`, `[R]`, without forming the matrices."""
+        w, u = params[0][:, 0], params[1][..., 0]
+        sizes = w.square().sum(-1) * u.square().sum(-1)
+        return sizes - 2 * self.size * (u @ self.a) * (w @ self.b) + self.size**2
+
     def gaussian_noise(self, params: Params, rng: torch.Generator) -> Params:
         return self.population.gaussian_noise(params, rng)
 

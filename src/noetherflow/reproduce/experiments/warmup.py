@@ -57,7 +57,6 @@ def compute(config: Config, point: Point) -> dict[str, Any]:
     eye = torch.eye(d, dtype=torch.float64)
     problem = RankOne(a, b, config["size"], point["noise"], batch)
     u0, w0 = math.sqrt(2) * normal((1, d, 1), rng), math.sqrt(2 / d) * normal((1, 1, d), rng)
-    target = config["size"] * torch.outer(a, b)
     settled = simulate(problem, [w0, u0], 2000, config["low"], rng, method="gd").params
     snapshots: list[Params] = []
 
@@ -69,9 +68,7 @@ def compute(config: Config, point: Point) -> dict[str, Any]:
     slow = simulate(problem, start, config["lengths"][-1], config["low"], generator(42), keep, at=config["lengths"])
     all_starts = [torch.cat([s[i] for s in snapshots]) for i in range(2)]
 
-    def error(params: Params) -> dict[str, Tensor]:
-        return {"error": (params[1] @ params[0] - target).square().sum((1, 2)) / config["size"] ** 2}
-
+    error = lambda params: {"error": problem.error(params) / config["size"] ** 2}
     fast = simulate(
         problem, all_starts, config["test_steps"], point["high"], generator(43), error, at=config["test_steps"]
     )
