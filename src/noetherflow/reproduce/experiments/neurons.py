@@ -256,7 +256,7 @@ EXPERIMENT = Experiment(
     plot=plot,
     verdicts=verdicts,
     settings=(
-        Setting("models, rates, lengths", "small enough for seconds; rates near the stable limit", "variations below"),
+        Setting("models, rates, lengths", "small enough for seconds; rates near the stable limit", "not varied"),
         Setting(
             "what is forecast",
             "the charges of hidden neurons while training continues",
@@ -269,10 +269,5 @@ EXPERIMENT = Experiment(
         "thresholds (0.95, 20 %) after a look at three seeds. The sample of text windows is drawn at random since "
         "then: the first 384 windows had more noise than the rest."
     ),
-    variations={
-        "half the learning rates": {
-            "cases": {k: {**v, "lr": v["lr"] / 2} for k, v in CASES.items()},
-        },
-    },
     beyond=True,
 )

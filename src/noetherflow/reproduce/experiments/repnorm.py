@@ -290,9 +290,7 @@ EXPERIMENT = Experiment(
     plot=plot,
     verdicts=verdicts,
     settings=(
-        Setting(
-            "dimension, covariances, rates", "d = 12, eigenvalues spread over a factor of 6, 0.02", "variations below"
-        ),
+        Setting("dimension, covariances, rates", "d = 12, eigenvalues spread over a factor of 6, 0.02", "not varied"),
         Setting(
             "whitening",
             "with the true covariance",
@@ -309,12 +307,4 @@ EXPERIMENT = Experiment(
         "Thresholds for the ReLU nets (spread 1 within 20 % whitened, above 1.2 raw), the 7 % for the linear nets and "
         "the 15 % and the window for the one-sided norm were set after first runs."
     ),
-    variations={
-        "batch 15, half the steps": {"batch": 15, "steps": 7000, "relu_steps": 3000},
-        "hidden decay 0.01, window 600 to 900": {
-            "hidden": {**HIDDEN, "decay": 0.01, "early": [600, 900]},
-            "steps": 14_000,
-            "relu_steps": 12_000,
-        },
-    },
 )
