@@ -24,9 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import noetherflow as nf
-from noetherflow.monitor.rebalance import BalanceSchedule
 from noetherflow.reproduce import style
-from noetherflow.sharpness import top_eigenvalue
 
 FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "lora_balance.png"
 CONTEXT, BATCH, WARM_LR, WARM_STEPS, SKEW = 64, 8, 0.25, 40, 10.0
@@ -204,9 +202,9 @@ class Study:
     def probe(self, seed: int) -> Tensor:
         return next(batches(self.texts.tune, 4 * BATCH, 2000 + seed))
 
-    def schedule(self, lr: float, seed: int, optimizer: torch.optim.Optimizer | None = None) -> BalanceSchedule:
+    def schedule(self, lr: float, seed: int, optimizer: torch.optim.Optimizer | None = None) -> nf.BalanceSchedule:
         options = {"sgd": nf.SGDConfig(lr, BATCH), "optimizer": optimizer, "objective": "noise"}
-        return BalanceSchedule(self.model, self.syms, losses, [self.probe(seed)], self.plan.every, **options)
+        return nf.BalanceSchedule(self.model, self.syms, losses, [self.probe(seed)], self.plan.every, **options)
 
     def sharpness(self, seed: int) -> dict[str, Any]:
         """`Tr E[g g^T]` and the largest Hessian eigenvalue where runs of a seed start."""
@@ -220,7 +218,7 @@ class Study:
             moments = nf.gradient_moments(self.model, losses, [self.probe(seed)], self.syms)
             grams = [gram for legs in moments.second.values() for gram in legs]
             out[f"noise {state}"] = sum(float(gram.diagonal(dim1=-2, dim2=-1).sum()) for gram in grams)
-            out[f"top {state}"] = top_eigenvalue(self.model, losses, [self.probe(seed)], tolerance=1e-2)
+            out[f"top {state}"] = nf.top_eigenvalue(self.model, losses, [self.probe(seed)], tolerance=1e-2)
         return out
 
     def run(self, point: Point) -> dict[str, Any]:

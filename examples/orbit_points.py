@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 import noetherflow as nf
-from noetherflow.sharpness import top_eigenvalue
 from noetherflow.workloads import cross_entropy, digits
 
 OUT = Path(__file__).parent.parent / "docs" / "figures"
@@ -105,7 +104,7 @@ def measure(model: nn.Sequential, data: tuple[Tensor, Tensor], rates: Sequence[f
     names = [n for n, _ in model.named_parameters()]
     moments = nf.gradient_moments(model, cross_entropy, [data], syms, entries=True, parameters=names)
     noise = sum(float(moments.squares[n].sum() - moments.mean[n].square().sum()) for n in names)
-    top = top_eigenvalue(model, cross_entropy, [data])
+    top = nf.top_eigenvalue(model, cross_entropy, [data])
     flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     return Point(model(data[0]).detach(), flat, top, noise, loss_against_rate(model, data, rates, seeds, steps))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from typing import Any
 
@@ -141,6 +142,16 @@ def test_tied_weights_and_buffers_move_once() -> None:
     assert model.c.weight is model.a.weight
     assert report.output_change is not None
     assert report.output_change < 1e-14
+
+
+def test_an_approximate_symmetry_that_changes_too_much_is_named() -> None:
+    problem = mlp((4, 6, 3))
+    wrong = nf.declare(problem.model, "diagonal", [("0.weight", 0)], [("2.weight", 1)])
+    held_up_to_eps = nf.SymmetrySet(tuple(dataclasses.replace(s, eps=1e-5) for s in wrong), shapes=wrong.shapes)
+    problem = Problem(problem.model, held_up_to_eps, problem.data)
+    eq = noise_equilibrium(problem.model, held_up_to_eps, problem.measure(), SGD)
+    with pytest.raises(CertificateError, match=r"eps: leave such symmetries in place .*approximate=False"):
+        balance_(problem.model, eq, example_inputs=problem.data[0])
 
 
 def test_broken_symmetry_is_refused_and_nothing_moves() -> None:

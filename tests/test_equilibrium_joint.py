@@ -98,7 +98,7 @@ def test_chain_of_general_linear_symmetries() -> None:
     problem = linear((6, 3, 3, 5))
     sgd = nf.SGDConfig(0.05, 4, weight_decay=1e-2, dataset_size=60)
     moments = problem.measure()
-    with pytest.raises(MomentError, match=r"remeasure=, samples=, or joint=False"):
+    with pytest.raises(MomentError, match=r"samples=nf.gradient_factors.* remeasure=.* or joint=False"):
         noise_equilibrium(problem.model, problem.syms, moments, sgd)
     by_samples = noise_equilibrium(problem.model, problem.syms, moments, sgd, samples=samples_of(problem))
     by_measuring = noise_equilibrium(problem.model, problem.syms, moments, sgd, remeasure=problem.measure)
@@ -112,6 +112,24 @@ def test_chain_of_general_linear_symmetries() -> None:
         torch.testing.assert_close(by_samples[s.name].charge, by_factors[s.name].charge, rtol=1e-8, atol=1e-10)
         assert by_samples[s.name].classification == "finite"
     assert imbalance(problem, moved(problem.model, problem.syms, by_samples.elements), sgd) < 1e-10
+
+
+def test_measuring_again_in_float32_converges_to_its_precision() -> None:
+    problem = linear((6, 3, 3, 5))
+    x, y = (t.float() for t in problem.data)
+    narrow = Problem(problem.model.float(), problem.syms, (x, y))
+
+    def measure(model: nn.Module) -> nf.GradientMoments:
+        return nf.gradient_moments(model, narrow.loss, [(x, y)], narrow.syms)
+
+    sgd = nf.SGDConfig(0.05, 4, weight_decay=1e-2, dataset_size=60)
+    eq = noise_equilibrium(narrow.model, narrow.syms, measure(narrow.model), sgd, remeasure=measure)
+    assert eq.converged
+    assert eq.imbalance < 8 * torch.finfo(torch.float32).eps
+    strict = noise_equilibrium(
+        narrow.model, narrow.syms, measure(narrow.model), sgd, remeasure=measure, tol=1e-14, max_iterations=30
+    )
+    assert not strict.converged
 
 
 def test_directions_beyond_the_rank_recede_as_far_as_asked() -> None:

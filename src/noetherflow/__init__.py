@@ -23,14 +23,14 @@ from noetherflow.symmetry_set import SymmetrySet, declare, tensors_of
 
 if TYPE_CHECKING:
     from noetherflow.analysis import Analysis, analyze
-    from noetherflow.balance import balance_
-    from noetherflow.checkpoint import balance_checkpoint
-    from noetherflow.discovery.certify import certify
+    from noetherflow.balance import BalanceReport, balance_
+    from noetherflow.checkpoint import balance_checkpoint, load_checkpoint_, read_checkpoint
+    from noetherflow.discovery.certify import Certificate, certify
     from noetherflow.discovery.explain import explain
     from noetherflow.discovery.find import find_symmetries
     from noetherflow.discovery.oracle import count_symmetries
-    from noetherflow.equilibrium import noise_equilibrium
-    from noetherflow.flow import noether_flow
+    from noetherflow.equilibrium import Equilibrium, gradient_factors, noise_equilibrium
+    from noetherflow.flow import Flow, noether_flow, step_identity
     from noetherflow.moments import (
         GradientMoments,
         gradient_moments,
@@ -40,13 +40,18 @@ if TYPE_CHECKING:
         save_moments,
         standard_error,
     )
-    from noetherflow.monitor import Ledger
-    from noetherflow.sharpness import curvature_moments, sharpness_forecast
+    from noetherflow.monitor import BalanceSchedule, Ledger
+    from noetherflow.sharpness import curvature_moments, sharpness_forecast, top_eigenvalue
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "Analysis": "analysis",
+    "BalanceReport": "balance",
+    "BalanceSchedule": "monitor",
+    "Certificate": "discovery",
+    "Equilibrium": "equilibrium",
+    "Flow": "flow",
     "GradientMoments": "moments",
     "Ledger": "monitor",
     "analyze": "analysis",
@@ -57,19 +62,29 @@ _LAZY = {
     "curvature_moments": "sharpness",
     "explain": "discovery",
     "find_symmetries": "discovery",
+    "gradient_factors": "equilibrium",
     "gradient_moments": "moments",
+    "load_checkpoint_": "checkpoint",
     "load_moments": "moments",
     "merge_moments": "moments",
     "minibatch_moments": "moments",
     "noether_flow": "flow",
     "noise_equilibrium": "equilibrium",
+    "read_checkpoint": "checkpoint",
     "save_moments": "moments",
     "sharpness_forecast": "sharpness",
     "standard_error": "moments",
+    "step_identity": "flow",
+    "top_eigenvalue": "sharpness",
 }
 
 __all__ = [
     "Analysis",
+    "BalanceReport",
+    "BalanceSchedule",
+    "Certificate",
+    "Equilibrium",
+    "Flow",
     "GradientMoments",
     "Ledger",
     "Leg",
@@ -86,16 +101,21 @@ __all__ = [
     "declare",
     "explain",
     "find_symmetries",
+    "gradient_factors",
     "gradient_moments",
+    "load_checkpoint_",
     "load_moments",
     "merge_moments",
     "minibatch_moments",
     "noether_flow",
     "noise_equilibrium",
+    "read_checkpoint",
     "save_moments",
     "sharpness_forecast",
     "standard_error",
+    "step_identity",
     "tensors_of",
+    "top_eigenvalue",
 ]
 
 

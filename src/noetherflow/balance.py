@@ -132,15 +132,20 @@ def _balance(
     limit = _tolerance(tensors, new, symmetries, certificate, dtypes, tolerance)
     if change is not None and not change <= limit:
         _write(tensors, old)
+        approximate = [s.name for s in symmetries if s.eps is not None]
+        cause = (
+            f"{approximate[:3]} hold only up to a normalisation's eps: leave such symmetries in place with "
+            f"noise_equilibrium(..., approximate=False)"
+            if approximate
+            else "Certify the symmetries (nf.certify)"
+        )
         raise CertificateError(
             f"balancing changed the outputs by {change:.2e} relative, more than the tolerance {limit:.2e}; the model "
-            f"was restored. Certify the symmetries (nf.certify) or pass tolerance= if this change is acceptable"
+            f"was restored. {cause}, or pass tolerance= if this change is acceptable"
         )
-    entries, approximate = (
-        _move_state(optimizer, tensors, symmetries, eq.elements) if optimizer is not None else (0, ())
-    )
+    entries, averaged = _move_state(optimizer, tensors, symmetries, eq.elements) if optimizer is not None else (0, ())
     skipped = {**eq.excluded, **{s.name: s.reason for s in eq if s.reason}}
-    return BalanceReport(changes, change, rounding, entries, approximate, skipped)
+    return BalanceReport(changes, change, rounding, entries, averaged, skipped)
 
 
 def _symmetries(eq: Equilibrium) -> SymmetrySet:

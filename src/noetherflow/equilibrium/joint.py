@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow.equilibrium.blocks import GLClasses, TorusClasses
-from noetherflow.equilibrium.orbit import Orbit, Remeasure, Samples, orbit_of, separate_orbits
+from noetherflow.equilibrium.orbit import Orbit, Remeasure, RemeasuredOrbit, Samples, orbit_of, separate_orbits
 from noetherflow.equilibrium.overlap import leg_coordinates, stiffness
 from noetherflow.equilibrium.result import Class, Equilibrium, Settled
 from noetherflow.equilibrium.solve import Classes, Solution, classify, drives, elements_of, imbalance, minimise
@@ -23,6 +23,8 @@ from noetherflow.symmetry import Symmetry
 from noetherflow.symmetry_set import SymmetrySet, tensors_of
 
 Objective = Literal["noise+decay", "noise", "norm", "fisher", "hessian"]
+TOLERANCE = 1e-11
+"""Relative Noether flow at which a solution from one measurement counts as converged."""
 
 
 def objective_weights(objective: Objective, moments: GradientMoments, sgd: SGDConfig | None) -> Weights:
@@ -62,7 +64,7 @@ def noise_equilibrium(
     approximate: bool = True,
     remeasure: Remeasure | None = None,
     samples: Samples | None = None,
-    tol: float = 1e-11,
+    tol: float | None = None,
     max_iterations: int = 500,
     recede: float = 1.0,
     errors: bool = False,
@@ -77,7 +79,8 @@ def noise_equilibrium(
     Directions without a finite equilibrium are left where they are and named in the result; in general_linear
     symmetries `recede < 1` moves them towards their limit by this factor. `errors=True` adds jackknife standard
     errors of the logs of the elements, from moments in groups that determine the answer without `samples` or
-    `remeasure`. Symmetries on frozen parameters are excluded and listed.
+    `remeasure`. Symmetries on frozen parameters are excluded and listed. `tol` is the relative Noether flow at which
+    the solution counts as converged: by default 1e-11, with `remeasure` not below `8 eps` of the parameters' dtype.
 
     Raises MomentError when the moments do not determine the answer, ValueError for an unknown objective or bad
     `recede`. Source: theory.md section 5.
@@ -104,6 +107,8 @@ def noise_equilibrium(
         else separate_orbits(model, movers, mom, weights)
     )
     kappa = _kappa(model, movers, joint)
+    if tol is None:
+        tol = max(TOLERANCE, 8 * _eps(model, movers)) if isinstance(orbit, RemeasuredOrbit) else TOLERANCE
     start = [_receding_log(c, recede) for c in own]
     solution = minimise(orbit, own, kappa, start=start, tolerance=tol, max_iterations=max_iterations)
     by_error = _jackknife(model, movers, own, kappa, solution, mom, objective, sgd, joint) if errors else {}
@@ -154,10 +159,13 @@ def noise_equilibrium(
 
 def _rank_tolerance(model: nn.Module, symmetries: Sequence[Symmetry]) -> float:
     """Eigenvalues below this fraction of the largest are rounding: `10 n eps` of the least precise parameter."""
+    return min(0.01, 10 * max((s.dim for s in symmetries), default=1) * _eps(model, symmetries))
+
+
+def _eps(model: nn.Module, symmetries: Sequence[Symmetry]) -> float:
+    """Machine epsilon of the least precise parameter that the symmetries move."""
     names = {n for s in symmetries for n in s.parameters}
-    dtypes = {t.dtype for n, t in tensors_of(model).items() if n in names}
-    widest = max((s.dim for s in symmetries), default=1)
-    return min(0.01, 10 * widest * max((torch.finfo(d).eps for d in dtypes), default=0.0))
+    return max((torch.finfo(t.dtype).eps for n, t in tensors_of(model).items() if n in names), default=0.0)
 
 
 def _kappa(model: nn.Module, symmetries: Sequence[Symmetry], joint: bool) -> list[Tensor]:

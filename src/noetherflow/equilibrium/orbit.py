@@ -134,8 +134,10 @@ def measured_orbit(
     if lacking:
         raise MomentError(
             f"one measurement does not determine the joint equilibrium: general_linear and other symmetries move the "
-            f"same entries of {lacking[:4]}{' ...' if len(lacking) > 4 else ''}; pass remeasure=, samples=, or "
-            f"joint=False to solve every symmetry with the others held"
+            f"same entries of {lacking[:4]}{' ...' if len(lacking) > 4 else ''}; pass "
+            f"samples=nf.gradient_factors(model, loss_fn, batches, syms) of the same batches, or "
+            f"remeasure=lambda model: nf.gradient_moments(model, loss_fn, batches, syms), or joint=False to solve "
+            f"every symmetry with the others held"
         )
     terms = _terms(tensors, symmetries, coordinates, moments, weights, samples or {})
     return MeasuredOrbit(tuple(symmetries), weights, tuple(terms))

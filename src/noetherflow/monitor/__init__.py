@@ -1,5 +1,6 @@
-"""The ledger: watch the symmetries of any training run."""
+"""The ledger: watch the symmetries of any training run; balance at given steps of it."""
 
 from noetherflow.monitor.ledger import Ledger
+from noetherflow.monitor.rebalance import BalanceSchedule
 
-__all__ = ["Ledger"]
+__all__ = ["BalanceSchedule", "Ledger"]
