@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -617,3 +618,24 @@ def test_minibatch_settings_are_checked() -> None:
         minibatch_moments(model, squared, data(2), hidden(model), batch_size=6, dataset_size=6, sampling="independent")
     with pytest.raises(DataError, match="not finite"):
         minibatch_moments(model, lambda m, b: squared(m, b) * math.nan, data(), hidden(model), batch_size=6)
+
+
+def test_gradients_that_are_not_finite_are_reported() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    with torch.no_grad():
+        model[2].weight.zero_()
+        model[2].bias.zero_()
+    x = torch.randn(8, 4, dtype=torch.float64)
+    syms = declare(model, "diagonal", [("0.weight", 0), ("0.bias", 0)], [("2.weight", 1)])
+
+    def root(model: nn.Module, batch: Any) -> Tensor:
+        return model(batch[0]).abs().sqrt().sum(1)
+
+    def huge(model: nn.Module, batch: Any) -> Tensor:
+        return 1e200 * (model(batch[0]) - 1).square().sum(1)
+
+    with pytest.raises(MomentError, match=r"is NaN or inf although the loss is finite"):
+        gradient_moments(model, root, [(x,)], syms)
+    for measure in (gradient_moments, partial(minibatch_moments, batch_size=8)):
+        with pytest.raises(MomentError, match=r"moments of .* are NaN or inf"):
+            measure(model, huge, [(x,), (x,)], syms)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from noetherflow.errors import MomentError
@@ -140,7 +141,7 @@ def _trace(leg: Tensor) -> Tensor:
 def merge_moments(parts: list[GradientMoments]) -> GradientMoments:
     """Sample-weighted mean of moments measured on disjoint samples.
 
-    Raises MomentError for no parts, or parts that measured different things.
+    Raises MomentError for no parts, parts that measured different things, and moments that hold NaN or inf.
     """
     if not parts:
         raise MomentError("nothing to merge: no moments given")
@@ -156,7 +157,7 @@ def merge_moments(parts: list[GradientMoments]) -> GradientMoments:
         )
 
     first = parts[0]
-    return GradientMoments(
+    merged = GradientMoments(
         samples=total,
         loss=sum(w * p.loss for w, p in zip(weights, parts, strict=True)),
         second={
@@ -169,3 +170,15 @@ def merge_moments(parts: list[GradientMoments]) -> GradientMoments:
         fallback=tuple(dict.fromkeys(n for p in parts for n in p.fallback)),
         replicates=first.replicates,
     )
+    _refuse_not_finite(merged)
+    return merged
+
+
+def _refuse_not_finite(moments: GradientMoments) -> None:
+    measured = {**moments.second, **{n: (t,) for n, t in [*moments.mean.items(), *moments.squares.items()]}}
+    bad = [n for n, parts in measured.items() if not all(bool(torch.isfinite(t).all()) for t in parts)]
+    if bad:
+        raise MomentError(
+            f"gradient moments of {bad[:4]}{' ...' if len(bad) > 4 else ''} are NaN or inf: gradients are not finite, "
+            "or their squares overflow. Has training diverged? Scale the loss down or look at the data"
+        )

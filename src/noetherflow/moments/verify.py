@@ -121,7 +121,8 @@ class Probe:
 def probe(subject: Subject, batch: Any, shared: frozenset[CallId]) -> Probe:
     """The weighted pass, repeated until it is settled which calls have an output that all samples share.
 
-    Raises MomentError naming the parameter and the uses seen where rules and autograd disagree.
+    Raises MomentError naming the parameter and the uses seen where rules and autograd disagree, or a gradient is not
+    finite.
     """
     while True:
         found = _try_probe(subject, batch, shared)
@@ -193,6 +194,11 @@ def _compare(
             total = totals.get((use.id, k))
             if expected is None and total is None:
                 continue
+            if expected is not None and not bool(torch.isfinite(expected).all()):
+                raise MomentError(
+                    f"the gradient of {sorted(source.names)} at {use} is NaN or inf although the loss is finite; has "
+                    "training diverged, or does loss_fn differentiate sqrt, log or a norm at 0?"
+                )
             if expected is None or total is None or not _close(expected, *total):
                 seen = [str(u) for u in trace.uses if any(s.names & source.names for s in u.sources)]
                 raise MomentError(
