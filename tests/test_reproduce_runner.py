@@ -167,6 +167,8 @@ def test_report_holds_everything(toy, tmp_path):
     assert "**1 of 2 claims hold.**" in text
     assert "| [toy](#toy) A toy | 2 | 1 | 0 | 1 of 2 hold, 0 s |" in lines
     assert any(line.startswith("- [toy](#toy), b is <three>:") and line.endswith("not three") for line in lines)
+    at_paper = lines[lines.index("At the sizes of the paper:") :]
+    assert any(line.startswith("- [toy](#toy), b is <three>:") and line.endswith("not three") for line in at_paper)
     assert any(line.startswith("| 4 | t_equi") and "[toy](#toy), a is one" in line for line in lines)
     assert "- [toy](#toy): Five per cent, after a look." in lines
     assert any(line.startswith("| [toy](#toy) | shifted by one | 1 of 2 | a is one:") for line in lines)

@@ -114,11 +114,22 @@ def verdicts(results: Results) -> list[Verdict]:
         off_sgd, off_gd = (results.array(f"{m} {act}", "off")[-5:].mean(0) for m in ("sgd", "gd"))
         out += [
             from_seeds(f"{act}, SGD: correlation of the two matrices", 0.9, sgd, relation="above"),
-            from_seeds(f"{act}, GD: correlation of the two matrices", 0.75, gd, relation="below"),
-            from_seeds(f"{act}, off the diagonal: SGD minus GD", 0.25, off_sgd - off_gd.mean(), relation="above"),
+            from_seeds(f"{act}, GD: correlation of the two matrices", 0.75, gd, relation="below", analysis=PARTLY),
+            from_seeds(
+                f"{act}, off the diagonal: SGD minus GD",
+                0.25,
+                off_sgd - off_gd.mean(),
+                relation="above",
+                analysis=PARTLY,
+            ),
         ]
     return out
 
+
+PARTLY = (
+    "Gradient descent aligns the two matrices in part by itself, since both follow the same data; the thresholds that "
+    "tell it from SGD were set at the quick size. How well SGD aligns is judged by a claim of its own."
+)
 
 SETTINGS = (
     Setting(

@@ -10,7 +10,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -95,6 +95,11 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "holds": self.holds, "criterion": self.criterion}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Verdict:
+        """The inverse of `to_dict`."""
+        return cls(**{f.name: stored[f.name] for f in fields(cls)})
 
     def __str__(self) -> str:
         mark = "holds" if self.holds else "FAILS"

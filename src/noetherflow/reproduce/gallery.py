@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from noetherflow.errors import require
 from noetherflow.reproduce.differences import DIFFERENCES
+from noetherflow.reproduce.experiment import Verdict
 
 if TYPE_CHECKING:
     from noetherflow.reproduce.runner import Summary
@@ -27,7 +28,7 @@ def write_markdown(summary: Summary, path: Path, paper: Path | None = None) -> P
     `paper`: the folder of a run at paper scale, shown beside (only experiments that finished there; with processor
     seconds of the others if it holds an `estimates.json`, id -> seconds).
     """
-    return _render("report.md.j2", path, summary, paper=_stored(paper))
+    return _render("report.md.j2", path, summary, paper=_stored(paper), paper_failing=_failing(paper))
 
 
 def _render(template: str, path: Path, summary: Summary, **more: Any) -> Path:
@@ -66,6 +67,14 @@ def _stored(folder: Path | None) -> dict[str, str]:
             held = sum(v["holds"] for v in stored["verdicts"])
             out[stored["id"]] = f"{held} of {len(stored['verdicts'])} hold, {_duration(stored['seconds'])}"
     return out
+
+
+def _failing(folder: Path | None) -> list[tuple[str, Verdict]]:
+    """Experiment id and verdict of every claim that failed in an earlier run."""
+    if folder is None:
+        return []
+    runs = [json.loads(p.read_text()) for p in sorted(folder.glob("*.json")) if p.name != "estimates.json"]
+    return [(r["id"], Verdict.from_dict(v)) for r in runs for v in r["verdicts"] if not v["holds"]]
 
 
 def _duration(seconds: float) -> str:

@@ -249,17 +249,36 @@ def verdicts(results: Results) -> list[Verdict]:
             for i in ends
         ),
         *(
-            from_seeds(f"images, eta -> 0: {norm(i)} {moments}", measured[i], limit(results, "sgd")[:, i], 0.02)
+            from_seeds(
+                f"images, eta -> 0: {norm(i)} {moments}",
+                measured[i],
+                limit(results, "sgd")[:, i],
+                0.02,
+                analysis=curvature(results, "sgd", i, measured[i]),
+            )
             for i in range(last + 1)
         ),
         *(
             from_seeds(
-                f"Gaussian data, eta -> 0: {norm(i)}, section 9", closed[i], limit(results, "gaussian")[:, i], 0.02
+                f"Gaussian data, eta -> 0: {norm(i)}, section 9",
+                closed[i],
+                limit(results, "gaussian")[:, i],
+                0.02,
+                analysis=curvature(results, "gaussian", i, closed[i]),
             )
             for i in ends
         ),
         from_seeds(f"Gaussian data: deviation of {norm(last)} at eta / at eta/2", 2, far / near.mean(), 0.3),
     ]
+
+
+def curvature(results: Results, name: str, layer: int, predicted: float) -> str:
+    """How far from linear in eta the deviation is, from which the limit is extrapolated."""
+    off = [final(results, n)[:, layer].mean() / predicted - 1 for n in (name, f"{name}, half rate")]
+    return (
+        f"The limit is a straight line through eta ({off[0]:+.1%} from the prediction) and eta/2 ({off[1]:+.1%}); it "
+        "misses where the deviation is not proportional to eta at these rates."
+    )
 
 
 def analysis(results: Results, layer: int) -> str:
