@@ -10,7 +10,7 @@ demo: .venv/.demo
 	$(BIN)/noetherflow demo --out demo
 
 # One thread per worker: with two each, the workers' threads wait for one another and the suite takes four times as long.
-test: .venv/.test lint
+test: .venv/.test .venv/.browser lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-slow: .venv/.test
@@ -41,4 +41,13 @@ clean:
 
 .venv/.test: .venv/.torch pyproject.toml
 	$(PIP) -e '.[report,examples,hf,lightning,track,sweep]' pytest pytest-xdist hypothesis selenium ruff==0.17.6 mypy==2.4.1
+	@touch $@
+
+# The run report is tested in a browser. Where apt cannot install one, that test alone is skipped, and says so.
+.venv/.browser: .venv/bin/python
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then :; \
+	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		(apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+			chromium chromium-driver >/dev/null) || echo "no browser could be installed: its test will be skipped"; \
+	else echo "no chromium and chromedriver here: the browser test will be skipped"; fi
 	@touch $@

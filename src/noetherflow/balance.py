@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from noetherflow.equilibrium.result import Equilibrium
 from noetherflow.errors import CertificateError
 from noetherflow.symmetry import Symmetry
-from noetherflow.symmetry_set import SymmetrySet, tensors_of
+from noetherflow.symmetry_set import tensors_of
 
 GRADIENT_LIKE = ("momentum_buffer", "exp_avg", "grad_avg")
 APPROXIMATE = 1e-3
@@ -115,7 +115,7 @@ def _balance(
     dtypes: Mapping[str, torch.dtype],
 ) -> BalanceReport:
     """`balance_`, with tensors rounded to the `dtypes` given by name instead of their own."""
-    symmetries = [s for s in _symmetries(eq) if _moves(eq[s.name].element, s)]
+    symmetries = [s for s in eq.symmetries if _moves(eq[s.name].element, s)]
     _refuse_broken(certificate, symmetries)
     tensors = tensors_of(model)
     before = _outputs(model, example_inputs)
@@ -146,10 +146,6 @@ def _balance(
     entries, averaged = _move_state(optimizer, tensors, symmetries, eq.elements) if optimizer is not None else (0, ())
     skipped = {**eq.excluded, **{s.name: s.reason for s in eq if s.reason}}
     return BalanceReport(changes, change, rounding, entries, averaged, skipped)
-
-
-def _symmetries(eq: Equilibrium) -> SymmetrySet:
-    return eq.symmetries
 
 
 def _moves(element: Tensor, symmetry: Symmetry) -> bool:

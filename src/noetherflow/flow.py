@@ -115,9 +115,11 @@ class Row:
         `none` without a finite coordinate (theory.md section 7).
         """
         within = self.relaxation_steps[self.finite] <= steps
-        return (
-            "none" if not len(within) else "fast" if bool(within.all()) else "mixed" if bool(within.any()) else "slow"
-        )
+        if not len(within):
+            return "none"
+        if bool(within.all()):
+            return "fast"
+        return "mixed" if bool(within.any()) else "slow"
 
     def row(self) -> dict[str, Any]:
         """Norms over the coordinates, and the median and largest relaxation time (None where nothing is finite)."""

@@ -34,7 +34,6 @@ class Store:
         self.approximations: list[tuple[Equation, float]] = []
         self.events: list[tuple[int, str, Array]] = []
         self.node = 0
-        self.version = 0
 
     # --- atoms ---
 

@@ -74,17 +74,6 @@ class GradientMoments:
         means = symmetry.grams({n: self.mean[n].double() for n in symmetry.parameters})
         return tuple(self._batch(s, m.to(s), sgd) for s, m in zip(self.second[symmetry.name], means, strict=True))
 
-    def batch_squares(self, parameter: str, sgd: SGDConfig) -> Tensor:
-        """Entry-wise diagonal of `R_B`, the parameter's shape, float64.
-
-        Raises MomentError unless measured with `entries=True`.
-        """
-        if parameter not in self.squares:
-            raise MomentError(
-                f"no entry-wise moments for {parameter!r}; measure with gradient_moments(..., entries=True)"
-            )
-        return self._batch(self.squares[parameter].double(), self.mean[parameter].double().square(), sgd)
-
     def _batch(self, second: Tensor, mean_square: Tensor, sgd: SGDConfig) -> Tensor:
         """`f Sigma + gbar gbar^T` from the measured `E[g g^T]` and `gbar gbar^T`."""
         noise, mean = self.batch_weights(sgd)

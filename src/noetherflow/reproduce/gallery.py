@@ -28,7 +28,8 @@ def write_markdown(summary: Summary, path: Path, paper: Path | None = None) -> P
     `paper`: the folder of a run at paper scale, shown beside (only experiments that finished there; with processor
     seconds of the others if it holds an `estimates.json`, id -> seconds).
     """
-    return _render("report.md.j2", path, summary, paper=_stored(paper), paper_failing=_failing(paper))
+    told, failing = _earlier(paper)
+    return _render("report.md.j2", path, summary, paper=told, paper_failing=failing)
 
 
 def _render(template: str, path: Path, summary: Summary, **more: Any) -> Path:
@@ -54,27 +55,20 @@ def _embedded(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def _stored(folder: Path | None) -> dict[str, str]:
-    """Per experiment id: claims that hold and processor time of an earlier run, or its estimated time."""
-    if folder is None:
-        return {}
-    out = {}
-    for path in sorted(folder.glob("*.json")):
-        stored = json.loads(path.read_text())
-        if path.name == "estimates.json":
-            out.update({name: f"not run; about {_duration(s)} (estimate)" for name, s in stored.items()})
-        else:
-            held = sum(v["holds"] for v in stored["verdicts"])
-            out[stored["id"]] = f"{held} of {len(stored['verdicts'])} hold, {_duration(stored['seconds'])}"
-    return out
-
-
-def _failing(folder: Path | None) -> list[tuple[str, Verdict]]:
-    """Experiment id and verdict of every claim that failed in an earlier run."""
-    if folder is None:
-        return []
-    runs = [json.loads(p.read_text()) for p in sorted(folder.glob("*.json")) if p.name != "estimates.json"]
-    return [(r["id"], Verdict.from_dict(v)) for r in runs for v in r["verdicts"] if not v["holds"]]
+def _earlier(folder: Path | None) -> tuple[dict[str, str], list[tuple[str, Verdict]]]:
+    """An earlier run: per experiment id the claims that hold and its processor time (or the estimated time), and id and
+    verdict of every claim that failed.
+    """
+    stored = {p.name: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))} if folder is not None else {}
+    estimates = stored.pop("estimates.json", {})
+    told = {name: f"not run; about {_duration(s)} (estimate)" for name, s in estimates.items()}
+    failing = []
+    for run in stored.values():
+        failed = [Verdict.from_dict(v) for v in run["verdicts"] if not v["holds"]]
+        count = len(run["verdicts"])
+        told[run["id"]] = f"{count - len(failed)} of {count} hold, {_duration(run['seconds'])}"
+        failing += [(run["id"], v) for v in failed]
+    return told, failing
 
 
 def _duration(seconds: float) -> str:
