@@ -3,86 +3,53 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
-import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+from noetherflow.monitor.ledger import Ledger
 from noetherflow.monitor.log import read_log
-from test_ledger import ENTRIES
+from processes import run_ranks
+from test_ledger import ENTRIES, OPTIMIZERS, backward, batches, mlp, mlp_symmetries
 
-pytestmark = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs torch with gloo"
-)
+pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs torch with gloo")
 
-WORKER = """
-    import os, sys, json, torch
-    sys.path.insert(0, {tests!r})
-    import torch.distributed as dist
-    import test_ledger as t
-    from noetherflow.monitor.ledger import Ledger
 
-    how, optimizer_name, detail, out = sys.argv[1:5]
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if how != "single":
-        dist.init_process_group("gloo")
-    model = t.mlp()
-    syms = t.mlp_symmetries(model)
+def _wrapped(model: nn.Sequential, how: str, world: int) -> nn.Module:
     if how == "ddp":
-        model = torch.nn.parallel.DistributedDataParallel(model)
-    elif how == "fsdp":
-        from torch.distributed.fsdp import fully_shard
-        from torch.distributed.device_mesh import init_device_mesh
+        return nn.parallel.DistributedDataParallel(model)
+    if how == "fsdp":
         mesh = init_device_mesh("cpu", (world,))
         for layer in (model[0], model[2]):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    kind, options = t.OPTIMIZERS[optimizer_name]
+    return model
+
+
+def train(rank: int, how: str, optimizer_name: str, detail: str, out: Path, world: int = 2) -> None:
+    """Eight steps on this rank's share of every batch; the ledger's rows go to `rows-RANK.json`."""
+    model = mlp()
+    syms = mlp_symmetries(model)
+    model = _wrapped(model, how, world)
+    kind, options = OPTIMIZERS[optimizer_name]
     optimizer = kind(model.parameters(), **options)
     ledger = Ledger(model, optimizer, syms, detail=detail, run_dir=out, flush_every=3, estimate_every=2).attach()
-    for x, y in t.batches(8):
+    for x, y in batches(8):
         share = slice(rank * len(x) // world, (rank + 1) * len(x) // world)
         optimizer.zero_grad()
-        t.backward(model, (x[share], y[share]))
+        backward(model, (x[share], y[share]))
         optimizer.step()
     rows = ledger.records(detail)
     ledger.close()
-    with open(os.path.join(out, f"rows-{{rank}}.json"), "w") as file:
-        json.dump(rows, file)
-    if how != "single":
-        dist.destroy_process_group()
-"""
+    (out / f"rows-{rank}.json").write_text(json.dumps(rows))
 
 
-def run(how: str, optimizer: str, detail: str, out: Path) -> list[dict]:
-    out.mkdir()
-    script = out / "worker.py"
-    script.write_text(textwrap.dedent(WORKER.format(tests=str(Path(__file__).parent))))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = 1 if how == "single" else 2
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), how, optimizer, detail, str(out)],
-            env={**common, "RANK": str(rank), "WORLD_SIZE": str(world)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=600)
-        assert process.returncode == 0, errors[-3000:]
-    every = [json.loads((out / f"rows-{rank}.json").read_text()) for rank in range(world)]
-    assert all(rows == every[0] for rows in every[1:]) or how == "ddp"
-    return every[0]
+def _rows(out: Path, rank: int = 0) -> list[dict]:
+    return json.loads((out / f"rows-{rank}.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -97,8 +64,10 @@ def run(how: str, optimizer: str, detail: str, out: Path) -> list[dict]:
     ],
 )
 def test_same_books_as_one_process(how: str, optimizer: str, detail: str, tmp_path: Path) -> None:
-    alone = run("single", optimizer, detail, tmp_path / "single")
-    together = run(how, optimizer, detail, tmp_path / how)
+    train(0, "single", optimizer, detail, tmp_path / "single", world=1)
+    run_ranks(train, how, optimizer, detail, tmp_path / how)
+    alone, together = _rows(tmp_path / "single"), _rows(tmp_path / how)
+    assert how == "ddp" or _rows(tmp_path / how, rank=1) == together
     assert len(alone) == len(together) > 0
     size = max(r["norm"] for r in alone)
     for a, b in zip(alone, together, strict=True):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import socket
 import subprocess
 import sys
 import warnings
@@ -24,6 +22,7 @@ from noetherflow.equilibrium import Equilibrium, noise_equilibrium
 from noetherflow.errors import DataError
 from noetherflow.moments import GradientMoments, gradient_moments
 from noetherflow.monitor.rebalance import BalanceSchedule
+from processes import run_ranks
 from zoo import per_sample_cross_entropy
 
 peft = pytest.importorskip("peft")
@@ -484,25 +483,16 @@ def _two_layers() -> tuple[nn.Module, nf.SymmetrySet, list[tuple[Tensor, Tensor]
     return model, syms, list(zip(torch.randn(4, 6, 5).double(), torch.randint(4, (4, 6)), strict=True))
 
 
-def _rank(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        model, syms, data = _two_layers()
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        BalanceSchedule(wrapped, syms, per_sample_cross_entropy, data[rank::2], 1, sgd=SGD).after_step(1)
-        torch.save(model.state_dict(), f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+def _rank(rank: int, folder: str) -> None:
+    model, syms, data = _two_layers()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    BalanceSchedule(wrapped, syms, per_sample_cross_entropy, data[rank::2], 1, sgd=SGD).after_step(1)
+    torch.save(model.state_dict(), f"{folder}/{rank}.pt")
 
 
 @pytest.mark.slow
 def test_ranks_move_together(tmp_path: Any) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = int(s.getsockname()[1])
-    torch.multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    run_ranks(_rank, str(tmp_path))
     model, syms, data = _two_layers()
     BalanceSchedule(model, syms, per_sample_cross_entropy, data, 1, sgd=SGD).after_step(1)
     for rank in (0, 1):

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from noetherflow import declare
 from noetherflow.errors import NoetherflowError
 from noetherflow.moments import gradient_moments, load_moments, minibatch_moments, save_moments
+from processes import run_ranks
 from test_moments_engine import assert_same, data, hidden, net, squared
-
-
-def _port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def _wrap(kind: str) -> Any:
@@ -40,26 +31,20 @@ def _wrap(kind: str) -> Any:
     return model
 
 
-def _worker(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        mine = data(4)[rank::2]
-        for kind in ("ddp", "fsdp"):
-            model = _wrap(kind)
-            moments = gradient_moments(model, squared, mine, hidden(net()), entries=True, groups=2)
-            save_moments(moments, Path(folder) / f"{kind}{rank}")
-        model = _wrap("ddp")
-        save_moments(minibatch_moments(model, squared, mine, hidden(net()), batch_size=6), Path(folder) / f"mini{rank}")
-        plain = gradient_moments(net(), squared, mine, hidden(net()), process_group=dist.group.WORLD, entries=True)
-        save_moments(plain, Path(folder) / f"plain{rank}")
-        uneven = [data(2)[rank], cut(data(2)[1 - rank], 1 if rank else 6)]
-        save_moments(gradient_moments(_wrap("fsdp"), squared, uneven, hidden(net())), Path(folder) / f"uneven{rank}")
-        refusals = [_refusal(f, rank) for f in (_short, _uncovered, _minibatches)]
-        (Path(folder) / f"refusals{rank}").write_text("\n".join(refusals))
-    finally:
-        dist.destroy_process_group()
+def _worker(rank: int, folder: str) -> None:
+    mine = data(4)[rank::2]
+    for kind in ("ddp", "fsdp"):
+        model = _wrap(kind)
+        moments = gradient_moments(model, squared, mine, hidden(net()), entries=True, groups=2)
+        save_moments(moments, Path(folder) / f"{kind}{rank}")
+    model = _wrap("ddp")
+    save_moments(minibatch_moments(model, squared, mine, hidden(net()), batch_size=6), Path(folder) / f"mini{rank}")
+    plain = gradient_moments(net(), squared, mine, hidden(net()), process_group=dist.group.WORLD, entries=True)
+    save_moments(plain, Path(folder) / f"plain{rank}")
+    uneven = [data(2)[rank], cut(data(2)[1 - rank], 1 if rank else 6)]
+    save_moments(gradient_moments(_wrap("fsdp"), squared, uneven, hidden(net())), Path(folder) / f"uneven{rank}")
+    refusals = [_refusal(f, rank) for f in (_short, _uncovered, _minibatches)]
+    (Path(folder) / f"refusals{rank}").write_text("\n".join(refusals))
 
 
 def cut(batch: Any, size: int) -> Any:
@@ -96,12 +81,7 @@ def _minibatches(rank: int) -> None:
 @pytest.fixture(scope="module")
 def folder() -> Any:
     with tempfile.TemporaryDirectory() as name:
-        processes = mp.start_processes(_worker, (_port(), name), nprocs=2, join=False, start_method="spawn")
-        assert processes is not None
-        done = processes.join(120) or processes.join(1)
-        for p in processes.processes:
-            p.kill()
-        assert done, "the two processes did not finish"
+        run_ranks(_worker, name)
         yield Path(name)
 
 
