@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -413,6 +414,31 @@ def test_standard_error_needs_groups() -> None:
     moments = gradient_moments(model, squared, data(), hidden(model), groups=1)
     with pytest.raises(MomentError, match="at least 2 groups"):
         standard_error(moments, lambda m: m.loss)
+
+
+@pytest.mark.parametrize(("measured", "batch"), [(2, 1), (4, 3), (5, 5), (6, 2), (6, 6)])
+def test_weights_of_a_part_of_a_data_set_are_unbiased(measured: int, batch: int) -> None:
+    """`f Sigma` and `gbar gbar^T` of 6 samples, averaged over every subset that could have been measured; their sum
+    against the mean of `g_B g_B^T` over every batch."""
+    gradients = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1
+    sgd = SGDConfig(lr=0.1, batch_size=batch, dataset_size=6)
+    means = [gradients[list(b)].mean(0) for b in combinations(range(6), batch)]
+    outer = torch.stack([torch.outer(g, g) for g in means]).mean(0)
+    mean = torch.outer(gradients.mean(0), gradients.mean(0))
+    estimates = []
+    for subset in combinations(range(6), measured):
+        g = gradients[list(subset)]
+        second, m = g.T @ g / measured, torch.outer(g.mean(0), g.mean(0))
+        (a, b), (c, d) = GradientMoments(measured, 0.0, {}, {}).batch_weights(sgd)
+        estimates.append(torch.stack([a * second + b * m, c * second + d * m]))
+    noise, drift = torch.stack(estimates).mean(0)
+    torch.testing.assert_close(drift, mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(noise, outer - mean, rtol=1e-12, atol=1e-12)
+
+
+def test_one_sample_has_no_covariance() -> None:
+    with pytest.raises(MomentError, match="measure at least two"):
+        GradientMoments(1, 0.0, {}, {}).batch_weights(SGDConfig(lr=0.1, batch_size=1, dataset_size=6))
 
 
 # --- ways of running a model -----------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def minibatch_moments(
     `loss_fn(model, batch)` may return the batch's mean loss or per-sample losses. The model runs in the mode it is in,
     batch statistics included; buffers and `.grad` are left as they were. The result's `batch_grams(symmetry, sgd)` are
     unbiased for every `sgd`, also of another batch size, from `K >= 2` replicates:
-    `Sigma ~ K/(K-1) (E[g_B g_B^T] - m) / c`, `gbar gbar^T ~ m - v Sigma`, `m` of the mean gradient, with `c` and `v` by
+    `Sigma ~ (E[g_B g_B^T] - m) / (v_1 - v_K)`, `gbar gbar^T ~ m - v_K Sigma`, `m` of the mean gradient, with `v_K` by
     how batches were drawn (`Replicates`): `replacement` or fresh data, `independent` draws without replacement inside a
     batch, or `epoch`: batches that partition the data. Default: `epoch` if `dataset_size` is given.
     Where samples act on each other, Sigma depends on S: then keep `sgd.batch_size` at `batch_size`.
@@ -117,7 +117,7 @@ class MinibatchMeter:
             raise DataError("no batch to measure: the iterator of batches is empty")
         drawn = self.sampling or ("replacement" if self.dataset_size is None else "epoch")
         replicates = Replicates(self.batch_size, self.dataset_size, drawn)
-        if replicates.spread == 0:
+        if replicates.of_mean(1) == 0:
             raise DataError(f"batches of all {self.dataset_size} samples have no noise; use smaller batches")
         parts = [replace(s.moments(()), replicates=replicates) for _, s in sorted(sums.items())]
         return replace(merge_moments(parts), groups=tuple(parts) if len(parts) > 1 else ())

@@ -28,20 +28,14 @@ class Replicates:
     dataset_size: int | None
     sampling: Sampling
 
-    @property
-    def spread(self) -> float:
-        """`c`: the sample covariance of replicates has mean `c Sigma`; epoch batches repel each other."""
-        s, n = self.batch_size, self.dataset_size
-        if n is None or self.sampling == "replacement":
-            return 1 / s
-        return n / (n - 1) / s if self.sampling == "epoch" else (n - s) / (n - 1) / s
-
     def of_mean(self, replicates: int) -> float:
-        """`v`: the mean of K replicates has covariance `v Sigma`."""
-        n, drawn = self.dataset_size, replicates * self.batch_size
-        if n is not None and self.sampling == "epoch":
-            return max(0, n - drawn) / (n - 1) / drawn
-        return self.spread / replicates
+        """`v`: the mean of K replicates has covariance `v Sigma`; the factor `(N - n) / (N - 1) / n` of `n` samples
+        drawn without replacement holds inside a batch, and for `epoch` over all batches."""
+        s, n, drawn = self.batch_size, self.dataset_size, replicates * self.batch_size
+        if n is None or self.sampling == "replacement":
+            return 1 / drawn
+        distinct = drawn if self.sampling == "epoch" else s
+        return max(0, n - distinct) / max(1, n - 1) / drawn
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,17 +76,17 @@ class GradientMoments:
     def batch_weights(self, sgd: SGDConfig) -> tuple[tuple[float, float], tuple[float, float]]:
         """`(a, b), (c, d)`: `f Sigma = a E[g g^T] + b m` and the true `gbar gbar^T = c E[g g^T] + d m`, `m` measured.
 
-        A data set measured whole (`sgd.dataset_size == samples`) has exactly these moments. Otherwise the measured
-        samples stand for a larger population: `Sigma = N/(N-1) (E[gg] - m)`, `gbar gbar^T = m - Sigma/N` (unbiased),
-        and for minibatches as `Replicates` says.
+        `E[g g^T] - m` has mean `(v_1 - v_n) Sigma`, `v_n` of `Replicates.of_mean`, and `m` has mean `gbar gbar^T + v_n
+        Sigma`; `n` of `sgd.dataset_size` samples count as minibatches of one in an epoch. Unbiased for every `n`, exact
+        for a data set measured whole.
+
+        Raises MomentError for a single replicate, and for minibatches that hold all samples.
         """
-        n, f = self.samples, sgd.covariance_factor
-        if self.replicates is None and sgd.dataset_size == n:
-            return (f, -f), (0.0, 1.0)
-        if n < 2:
-            raise MomentError("one sample has no covariance; measure at least two")
-        c, v = (1.0, 1 / n) if self.replicates is None else (self.replicates.spread, self.replicates.of_mean(n))
-        q = n / (n - 1) / c
+        drawn = self.replicates or Replicates(1, sgd.dataset_size, "epoch")
+        one, v = drawn.of_mean(1), drawn.of_mean(self.samples)
+        if one == v:
+            raise MomentError("one sample (or minibatches of all samples) has no covariance; measure at least two")
+        q, f = 1 / (one - v), sgd.covariance_factor
         return (f * q, -f * q), (-v * q, 1 + v * q)
 
     def __str__(self) -> str:
