@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,8 @@ def test_accelerate(tmp_path: Path) -> None:
     ledger.close()
 
 
-@pytest.mark.parametrize("package", adapters.LIGHTNING)
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.filterwarnings("ignore:.*:lightning.fabric.utilities.warnings.PossibleUserWarning")
-def test_lightning(package: str, tmp_path: Path) -> None:
-    pl: Any = pytest.importorskip(package)
+def lightning_module(pl: Any, losses: list[float]) -> Any:
+    """An MLP that appends the loss of every batch to `losses`."""
 
     class Module(pl.LightningModule):
         def __init__(self) -> None:
@@ -64,95 +62,177 @@ def test_lightning(package: str, tmp_path: Path) -> None:
             self.net = mlp()
 
         def training_step(self, batch: Any, index: int) -> torch.Tensor:
-            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+            loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+            losses.append(float(loss))
+            return loss
 
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, nesterov=True)
 
-    def symmetries(module: nn.Module) -> Any:
-        from dataclasses import replace
+    return Module()
 
-        inner = mlp_symmetries(module.net)
-        legs = lambda s: tuple(replace(leg, parameter="net." + leg.parameter) for leg in s.legs)
-        return replace(inner, symmetries=tuple(replace(s, legs=legs(s)) for s in inner))
 
-    def fit(steps: int, resume: str | None = None) -> Any:
-        callback = adapters.lightning_callback(symmetries, package=package, run_dir=tmp_path / "run")
+def lightning_symmetries(module: nn.Module) -> Any:
+    inner = mlp_symmetries(module.net)
+    legs = lambda s: tuple(replace(leg, parameter="net." + leg.parameter) for leg in s.legs)
+    return replace(inner, symmetries=tuple(replace(s, legs=legs(s)) for s in inner))
+
+
+def lightning_trainer(pl: Any, steps: int, callbacks: list[Any], **options: Any) -> Any:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return pl.Trainer(max_steps=steps, accelerator="cpu", callbacks=callbacks, **quiet, **options)
+
+
+def recorded(run_dir: Path, kind: str = "step") -> list[dict]:
+    return [r for r in read_log(run_dir) if r["kind"] == kind]
+
+
+@pytest.mark.parametrize("package", adapters.LIGHTNING)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore:.*:lightning.fabric.utilities.warnings.PossibleUserWarning")
+def test_lightning(package: str, tmp_path: Path) -> None:
+    pl: Any = pytest.importorskip(package)
+    module, losses = None, []
+
+    def fit(callback: Any, steps: int, resume: str | None = None) -> list[dict]:
+        nonlocal module
         assert isinstance(callback, pl.Callback)
-        trainer = pl.Trainer(
-            max_steps=steps,
-            accelerator="cpu",
-            gradient_clip_val=0.05,
-            callbacks=[
-                callback,
-                pl.callbacks.ModelCheckpoint(tmp_path / "saved", every_n_train_steps=4, save_top_k=-1),
-            ],
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        saving = pl.callbacks.ModelCheckpoint(tmp_path / "saved", every_n_train_steps=4, save_top_k=-1)
+        trainer = lightning_trainer(pl, steps, [callback, saving], gradient_clip_val=0.05)
         data = torch.utils.data.DataLoader(batches(40), batch_size=None)
-        trainer.fit(Module(), data, ckpt_path=resume, **({"weights_only": False} if resume else {}))
-        return callback.ledger
+        module = lightning_module(pl, losses)
+        trainer.fit(module, data, ckpt_path=resume, **({"weights_only": False} if resume else {}))
+        return callback.ledger.records()
 
-    ledger = fit(6)
-    rows = ledger.records()
+    def fresh() -> Any:
+        return adapters.lightning_callback(lightning_symmetries, package=package, run_dir=tmp_path / "run")
+
+    rows = fit(fresh(), 6)
     assert_closed(rows, 6)
     assert exact_gradient(rows)
-    first = [r for r in read_log(tmp_path / "run") if r["kind"] == "step"]
-    assert len(first) == 6
-    assert all(0 < r["loss"] < 10 for r in first)
+    assert [r["loss"] for r in recorded(tmp_path / "run")] == pytest.approx(losses)
     (saved,) = (tmp_path / "saved").glob("*step=4*")
-    fit(9, str(saved))
-    assert [r["step"] for r in read_log(tmp_path / "run") if r["kind"] == "step"] == list(range(9))
+    callback = fresh()
+    fit(callback, 9, str(saved))
+    assert [r["step"] for r in recorded(tmp_path / "run")] == list(range(9))
+    fit(callback, 3)
+    assert [r["step"] for r in recorded(tmp_path / "run")] == list(range(12)), "a checkpoint is restored only once"
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_hugging_face_trainer(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:.*:lightning.fabric.utilities.warnings.PossibleUserWarning")
+def test_lightning_loss_is_that_of_a_batch(tmp_path: Path) -> None:
+    """Undivided by gradient accumulation, unscaled under mixed precision."""
+    pl: Any = pytest.importorskip("lightning.pytorch")
+    losses: list[float] = []
+
+    def fit(name: str, **options: Any) -> list[float]:
+        losses.clear()
+        callback = adapters.lightning_callback(
+            lightning_symmetries, package="lightning.pytorch", run_dir=tmp_path / name
+        )
+        trainer = lightning_trainer(pl, 2, [callback], enable_checkpointing=False, **options)
+        trainer.fit(lightning_module(pl, losses), torch.utils.data.DataLoader(batches(8), batch_size=None))
+        return [r["loss"] for r in recorded(tmp_path / name)]
+
+    assert fit("accumulated", accumulate_grad_batches=4) == pytest.approx([losses[3], losses[7]])
+    plugins = importlib.import_module("lightning.pytorch.plugins")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    assert fit("scaled", plugins=plugins.MixedPrecision("16-mixed", "cpu", scaler)) == pytest.approx(losses)
+
+
+def tiny_gpt2() -> Any:
     transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=23, n_positions=8, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    return transformers.GPT2LMHeadModel(config).double()
+
+
+def hf_trainer(folder: Path, callback: Any, **options: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    ids = torch.randint(23, (64, 8), generator=torch.Generator().manual_seed(0))
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=8,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        **options,
+    )
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    return transformers.Trainer(tiny_gpt2(), arguments, train_dataset=data, callbacks=[callback])
+
+
+@pytest.fixture(scope="module")
+def gpt2_symmetries() -> Any:
     from noetherflow.discovery import find_symmetries
 
-    def fresh() -> Any:
-        torch.manual_seed(0)
-        config = transformers.GPT2Config(
-            vocab_size=23, n_positions=8, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
-        )
-        return transformers.GPT2LMHeadModel(config).double()
+    return find_symmetries(tiny_gpt2().eval(), {"input_ids": torch.arange(16).reshape(2, 8), "use_cache": False})
 
-    ids = torch.randint(23, (64, 8), generator=torch.Generator().manual_seed(0))
-    data = [{"input_ids": row, "labels": row} for row in ids]
-    syms = find_symmetries(fresh().eval(), {"input_ids": ids[:2], "use_cache": False})
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_hugging_face_trainer(gpt2_symmetries: Any, tmp_path: Path) -> None:
     def train(steps: int, resume: bool = False) -> Any:
-        callback = adapters.trainer_callback(syms, run_dir=tmp_path / "run", detail="symmetry")
-        arguments = transformers.TrainingArguments(
-            output_dir=str(tmp_path / "out"),
-            max_steps=steps,
-            per_device_train_batch_size=8,
-            gradient_accumulation_steps=2,
-            max_grad_norm=0.1,
-            save_steps=3,
-            use_cpu=True,
-            report_to=[],
-            disable_tqdm=True,
-            logging_steps=100,
-            dataloader_pin_memory=False,
-        )
-        trainer = transformers.Trainer(fresh(), arguments, train_dataset=data, callbacks=[callback])
+        callback = adapters.trainer_callback(gpt2_symmetries, run_dir=tmp_path / "run", detail="symmetry")
+        options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "save_steps": 3, "logging_steps": 2}
+        trainer = hf_trainer(tmp_path / "out", callback, max_steps=steps, **options)
         trainer.train(resume_from_checkpoint=resume or None)
-        return callback.ledger
+        return callback.ledger, trainer.state.log_history
 
-    ledger = train(3)
+    ledger, _ = train(3)
     rows = ledger.records("symmetry")
     assert_closed(rows, 3)
-    exact = {s.name for s in syms if s.eps is None}
+    exact = {s.name for s in gpt2_symmetries if s.eps is None}
     assert len(exact) >= 3
     assert exact_gradient([r for r in rows if r["symmetry"] in exact]), "AdamW's gradient part, clipped, is invariant"
     assert max(abs(r["preconditioner"]) for r in rows) > 0
-    train(5, resume=True)
-    lines = list(read_log(tmp_path / "run"))
-    assert [r["step"] for r in lines if r["kind"] == "step"] == list(range(5))
-    assert [r["event"] for r in lines if r["kind"] == "event"] == ["resumed"]
+    _, told = train(5, resume=True)
+    assert [r["step"] for r in recorded(tmp_path / "run")] == list(range(5))
+    assert [r["event"] for r in recorded(tmp_path / "run", "event")] == ["resumed"]
+    noted = {r["step"]: r["loss"] for r in recorded(tmp_path / "run") if "loss" in r}
+    expected = {e["step"]: e["loss"] for e in told if "loss" in e and e["step"] < 5}
+    assert noted == pytest.approx(expected)
+    assert sorted(noted) == [2, 4]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_hugging_face_resumes_from_elsewhere(gpt2_symmetries: Any, tmp_path: Path) -> None:
+    """The checkpoint's folder is not told to callbacks; without its state the ledger goes on and says so."""
+
+    def train(out: str, steps: int, run: str, **options: Any) -> list[int]:
+        resume = options.pop("resume", None)
+        callback = adapters.trainer_callback(gpt2_symmetries, run_dir=tmp_path / run, **options)
+        hf_trainer(tmp_path / out, callback, max_steps=steps, save_steps=2, logging_steps=1).train(resume)
+        return [r["step"] for r in recorded(tmp_path / run)]
+
+    assert train("first", 3, "run") == [0, 1, 2]
+    checkpoint = str(tmp_path / "first" / "checkpoint-2")
+    assert train("second", 4, "run", resume=checkpoint, resume_from=checkpoint) == [0, 1, 2, 3]
+    assert [r["dropped"] for r in recorded(tmp_path / "run", "event")] == [1]
+    with pytest.warns(UserWarning, match=r"resumes at step 2, but .*third.* is missing.*resume_from="):
+        assert train("third", 4, "new", resume=checkpoint) == [0, 1]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_hugging_face_with_a_gradient_scaler(gpt2_symmetries: Any, tmp_path: Path) -> None:
+    """Without clipping nothing unscales before `on_pre_optimizer_step`; a skipped step is an event and no row."""
+    callback = adapters.trainer_callback(gpt2_symmetries, run_dir=tmp_path / "run")
+    trainer = hf_trainer(tmp_path / "out", callback, max_steps=4, max_grad_norm=0.0, save_strategy="no", optim="sgd")
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    backwards: list[int] = []
+
+    def overflow(gradient: torch.Tensor) -> torch.Tensor:
+        backwards.append(len(backwards))
+        return gradient * (math.inf if len(backwards) == 2 else 1.0)
+
+    trainer.model.transformer.h[0].mlp.c_fc.bias.register_hook(overflow)
+    trainer.train()
+    assert len(backwards) == 4
+    assert_closed(callback.ledger.records(), 3)
+    assert [(e["step"], e["event"]) for e in callback.ledger.events] == [(1, "skipped")]
 
 
 def logged(sink: Any) -> list[dict]:

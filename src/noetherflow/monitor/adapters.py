@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from noetherflow.errors import DataError, MissingExtraError, require
+from noetherflow.errors import MissingExtraError, require
 from noetherflow.monitor.ledger import Ledger
 from noetherflow.symmetry_set import SymmetrySet
 
@@ -60,11 +61,12 @@ def lightning_callback(syms: Symmetries, *, package: str | None = None, optimize
             self.ledger = Ledger(pl_module, trainer.optimizers[optimizer], _resolve(syms, pl_module), **options)
             if self._restored is not None:
                 self.ledger.load_state_dict(self._restored)
+                self._restored = None
             self.ledger.attach()
 
         def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
             if self.ledger is not None:
-                self.ledger.note(loss)
+                self.ledger.note(_batch_loss(trainer, pl_module, loss))
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             if self.ledger is not None:
@@ -83,6 +85,16 @@ def lightning_callback(syms: Symmetries, *, package: str | None = None, optimize
     return LedgerCallback()
 
 
+def _batch_loss(trainer: Any, module: Any, backpropagated: torch.Tensor) -> torch.Tensor:
+    """`loss = backpropagated * accumulate_grad_batches / scale`: Lightning divides and scales before `backward`.
+
+    Under manual optimisation it does not divide.
+    """
+    parts = trainer.accumulate_grad_batches if module.automatic_optimization else 1
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return backpropagated.detach() * (parts if scaler is None else parts / scaler.get_scale())
+
+
 def _first(names: list[str]) -> Any:
     for name in names:
         try:
@@ -92,11 +104,15 @@ def _first(names: list[str]) -> Any:
     raise MissingExtraError(f"none of {names} is installed; install it with: pip install 'noetherflow[lightning]'")
 
 
-def trainer_callback(syms: Symmetries, **options: Any) -> Any:
+def trainer_callback(syms: Symmetries, *, resume_from: str | Path | None = None, **options: Any) -> Any:
     """A callback for `transformers.Trainer`; its `.ledger` exists once training has begun.
 
     Its state is saved beside every checkpoint (`noetherflow_ledger.pt`) and read when training resumes from one.
-    Raises MissingExtraError without transformers; while training DataError when a checkpoint to resume from lacks it.
+    `resume_from`: that checkpoint's folder, when it does not lie in the Trainer's `output_dir`. The ledger of a
+    training that resumes without such a state warns and counts on from its own log.
+    The loss of a row is what the Trainer logged last, its mean over the `logging_steps` steps before.
+
+    Raises MissingExtraError without transformers.
     """
     transformers: Any = require("transformers", "hf")
 
@@ -104,29 +120,39 @@ def trainer_callback(syms: Symmetries, **options: Any) -> Any:
         """Keeps a ledger of the trainer's optimiser."""
 
         ledger: Ledger | None = None
+        _before: tuple[int, int] = (0, 0)
+        _loss: float | None = None
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.ledger is not None:
+                self.ledger.close()
             model = kwargs["model"]
             self.ledger = Ledger(model, kwargs["optimizer"], _resolve(syms, model), **options)
             if state.global_step:
-                path = _checkpoint(args, state)
-                if not path.exists():
-                    raise DataError(f"training resumes at step {state.global_step}, but {path} is missing")
-                self.ledger.load_state_dict(torch.load(path, weights_only=True))
+                _restore(self.ledger, Path(resume_from or _checkpoint(args, state)) / STATE_NAME, state.global_step)
+            self.ledger.attach()
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if self.ledger is not None:
-                self.ledger.before_step()
+            if self.ledger is None:
+                return
+            self._before = _progress(self.ledger)
+            if self._loss is not None and self.ledger.step % self.ledger.every == 0:
+                self.ledger.note(self._loss)
+                self._loss = None
 
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if self.ledger is not None:
+            if self.ledger is not None and _progress(self.ledger) == self._before:
+                self.ledger.before_step()
                 self.ledger.after_step()
+
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self._loss = kwargs["logs"].get("loss", self._loss)
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if self.ledger is not None:
                 saved = self.ledger.state_dict()
                 if state.is_world_process_zero:
-                    torch.save(saved, _checkpoint(args, state))
+                    torch.save(saved, _checkpoint(args, state) / STATE_NAME)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if self.ledger is not None:
@@ -135,5 +161,21 @@ def trainer_callback(syms: Symmetries, **options: Any) -> Any:
     return LedgerCallback()
 
 
+def _progress(ledger: Ledger) -> tuple[int, int]:
+    """What changes when the optimiser's hooks saw a step; a gradient scaler that skips one does not call them."""
+    return ledger.step, len(ledger.events)
+
+
 def _checkpoint(args: Any, state: Any) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_NAME
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _restore(ledger: Ledger, path: Path, step: int) -> None:
+    if path.exists():
+        ledger.load_state_dict(torch.load(path, weights_only=True))
+        return
+    warnings.warn(
+        f"training resumes at step {step}, but {path} is missing: the ledger counts on from step {ledger.step}; "
+        "give the checkpoint's folder as trainer_callback(..., resume_from=...)",
+        stacklevel=2,
+    )
