@@ -13,6 +13,8 @@ import noetherflow as nf
 from equilibrium_cases import Problem, imbalance, linear, mlp, moved, union
 from noetherflow import spd
 from noetherflow.equilibrium import gradient_factors, noise_equilibrium
+from noetherflow.equilibrium.solve import classify
+from noetherflow.equilibrium.solve import imbalance as imbalance_of
 from noetherflow.errors import MomentError
 from noetherflow.moments.result import merge_moments
 from reference import moments_by_loop, per_sample_gradients
@@ -325,10 +327,63 @@ def test_missing_moments_are_named() -> None:
     moments = dataclasses.replace(problem.measure(), squares={})
     with pytest.raises(MomentError, match=r"entries=True"):
         noise_equilibrium(problem.model, problem.syms, moments, SGD)
-    with pytest.raises(MomentError, match="at least as many samples as a batch holds"):
-        noise_equilibrium(problem.model, problem.syms, problem.measure(), nf.SGDConfig(0.1, 1000))
     with pytest.raises(MomentError, match="two groups"):
         noise_equilibrium(problem.model, problem.syms, problem.measure(), SGD, errors=True)
+
+
+@pytest.mark.parametrize(("momentum", "batch"), [(0.0, 1000), (0.9, 4), (0.95, 8)])
+@pytest.mark.parametrize("problem", [mlp(samples=40), linear((5, 3, 4))], ids=["torus", "general_linear"])
+def test_too_few_samples_for_the_mean_gradient_are_refused_with_the_number_needed(
+    problem: Problem, momentum: float, batch: int
+) -> None:
+    """Unbiased `noise (E[gg] - m) / S + mean (m - (E[gg] - m) / n)` has a non-negative part in `E[gg]` from n on."""
+    moments, sgd = problem.measure(), nf.SGDConfig(0.01, batch, momentum=momentum, weight_decay=1e-3)
+    need = round(batch * (1 + momentum) / (1 - momentum))
+    with pytest.raises(MomentError, match=f"batch size {batch} and momentum {momentum:g}; measure at least {need} sam"):
+        noise_equilibrium(problem.model, problem.syms, moments, sgd)
+    few = dataclasses.replace(moments, samples=need - 1)
+    with pytest.raises(MomentError, match=f"at least {need} samples"):
+        noise_equilibrium(problem.model, problem.syms, few, sgd)
+    enough = dataclasses.replace(moments, samples=need + 1)
+    assert noise_equilibrium(problem.model, problem.syms, enough, sgd).converged
+
+
+def test_fewer_minibatches_than_a_batch_holds_suffice() -> None:
+    """`E[C' - C]` of minibatch gradients is zero at the element found: `p = (y / x)^(1/4)` of their own Grams."""
+    problem = mlp((4, 6, 3), samples=400)
+    x, y = problem.data
+    batches = [(x[i : i + 40], y[i : i + 40]) for i in range(0, 400, 40)]
+    moments = nf.minibatch_moments(problem.model, problem.loss, batches, problem.syms, batch_size=40)
+    sgd, (s,) = nf.SGDConfig(0.01, 40), problem.syms
+    *plus, minus = moments.batch_grams(s, sgd)
+    eq = noise_equilibrium(problem.model, problem.syms, moments, sgd)
+    torch.testing.assert_close(eq[s.name].element, (sum(plus) / minus) ** 0.25, rtol=1e-10, atol=0)
+
+
+def test_negative_estimates_on_the_way_are_refused_by_name() -> None:
+    """Noisy estimates may be positive where they were measured and negative elsewhere on the orbit."""
+    tori, chain = mlp(), linear((6, 3, 3, 5))
+    moments = tori.measure()
+    wrong = dataclasses.replace(moments, squares={n: -v for n, v in moments.squares.items()})
+    with pytest.raises(MomentError, match=r"symmetry '0.weight -> .*not positive or not finite"):
+        noise_equilibrium(tori.model, tori.syms, wrong, SGD)
+
+    def measure(model: nn.Module) -> nf.GradientMoments:
+        again = chain.measure(model)
+        return dataclasses.replace(again, second={n: tuple(-m for m in ms) for n, ms in again.second.items()})
+
+    with pytest.raises(MomentError, match=r"symmetry '0.weight -> .*not positive or not finite"):
+        noise_equilibrium(chain.model, chain.syms, chain.measure(), SGD, remeasure=measure)
+
+
+@pytest.mark.parametrize("family", ["torus", "general_linear"])
+def test_a_drive_that_is_not_a_number_is_no_equilibrium(family: str) -> None:
+    (s,) = mlp((4, 6, 3)).syms if family == "torus" else linear((5, 3, 4)).syms
+    good = torch.ones(s.shape, dtype=torch.float64) if s.is_torus else s.identity()
+    classes = classify(s, good, good, 1e-12)
+    assert float(imbalance_of(s, classes, good, good).max()) == 0
+    assert bool(imbalance_of(s, classes, good * torch.nan, good).isnan().all())
+    assert float(imbalance_of(s, classes, -good, good).max()) == 1
 
 
 @pytest.mark.parametrize("family", ["torus", "general_linear"])

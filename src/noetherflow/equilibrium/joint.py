@@ -44,13 +44,25 @@ def objective_weights(objective: Objective, moments: GradientMoments, sgd: SGDCo
         raise ValueError(f"objective {objective!r} is not one of noise+decay, noise, norm, fisher, hessian")
     if sgd is None:
         raise MomentError(f"objective {objective!r} needs the optimiser settings: pass sgd=SGDConfig(...)")
-    if sgd.dataset_size != moments.samples and moments.samples < sgd.batch_size:
-        raise MomentError(
-            f"moments of {moments.samples} samples cannot tell the mean gradient from noise at batch size "
-            f"{sgd.batch_size}; measure at least as many samples as a batch holds"
-        )
     used = sgd if objective == "noise+decay" else replace(sgd, weight_decay=0.0)
-    return Weights.of_drift(Drift.of(used), moments, used)
+    weights = Weights.of_drift(Drift.of(used), moments, used)
+    if weights.second < 0:
+        raise MomentError(_too_few(moments, used))
+    return weights
+
+
+def _too_few(moments: GradientMoments, sgd: SGDConfig) -> str:
+    """Why `second < 0`: the mean gradient, known to `v Sigma` with `v` about `1 / samples`, is credited with less than
+    nothing once `mean v > noise f`.
+    """
+    drift, ((a, _), (c, _)) = Drift.of(sgd), moments.batch_weights(sgd)
+    enough = -drift.mean * c / (drift.noise * a) * moments.samples if a else math.inf
+    need = math.ceil(min(enough, sgd.dataset_size or math.inf) * (1 - 1e-12))
+    unit = "samples" if moments.replicates is None else "minibatches"
+    return (
+        f"moments of {moments.samples} {unit} cannot tell the mean gradient from noise at batch size {sgd.batch_size} "
+        f"and momentum {sgd.momentum:g}; measure at least {need} {unit}"
+    )
 
 
 def noise_equilibrium(

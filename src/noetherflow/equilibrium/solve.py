@@ -18,6 +18,7 @@ from noetherflow import spd
 from noetherflow.equilibrium.blocks import GLClasses, TorusClasses, classify_gl, classify_torus
 from noetherflow.equilibrium.orbit import Orbit, Point
 from noetherflow.equilibrium.weights import Weights
+from noetherflow.errors import MomentError
 from noetherflow.symmetry import Symmetry
 
 Classes = TorusClasses | GLClasses
@@ -38,17 +39,17 @@ def classify(symmetry: Symmetry, x: Tensor, y: Tensor, tolerance: float) -> Clas
 
 
 def imbalance(symmetry: Symmetry, classes: Classes, x: Tensor, y: Tensor) -> Tensor:
-    """Relative Noether flow `|Y - X| / (X + Y)` over the finite coordinates (torus) or blocks (GL), else 0:
-    `[blocks]`.
+    """Relative Noether flow `|Y - X| / (|X| + |Y|)` over the finite coordinates (torus) or blocks (GL), else 0:
+    `[blocks]`. NaN where a drive is.
     """
     if symmetry.is_torus:
-        flow, scale = (y - x).abs(), (x + y).abs()
-        return torch.where(classes.finite & (scale > 0), flow / scale, torch.zeros_like(flow))
+        flow, scale = (y - x).abs(), x.abs() + y.abs()
+        return torch.where(classes.finite & (scale != 0), flow / scale, torch.zeros_like(flow))
     q = classes.finite
     x, y = q @ x @ q, q @ y @ q
     scale = torch.linalg.matrix_norm(x) + torch.linalg.matrix_norm(y)
     flow = torch.linalg.matrix_norm(y - x)
-    return torch.where(scale > 0, flow / scale, torch.zeros_like(flow))
+    return torch.where(scale != 0, flow / scale, torch.zeros_like(flow))
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,26 +129,47 @@ def _merit(orbit: Orbit, point: Point) -> float:
 
 
 def _worst(orbit: Orbit, classes: Sequence[Classes], point: Point) -> float:
+    """The largest imbalance, infinite where it is not a number."""
     worst = 0.0
     for s, c, pairs in zip(orbit.symmetries, classes, point.pairs, strict=True):
-        worst = max(worst, float(imbalance(s, c, *drives(s, pairs, orbit.weights)).max()))
+        flow = imbalance(s, c, *drives(s, pairs, orbit.weights)).max()
+        worst = max(worst, float(flow.nan_to_num(nan=torch.inf)))
     return worst
 
 
 def _sweep(
     orbit: Orbit, classes: Sequence[Classes], kappa: Sequence[Tensor], elements: Sequence[Tensor], point: Point
 ) -> list[Tensor]:
-    """New logs after one simultaneous step of every symmetry."""
+    """New logs after one simultaneous step of every symmetry.
+
+    Raises MomentError for a symmetry whose drives are not positive on its finite coordinates.
+    """
     logs = []
     for s, c, k, g, pairs in zip(orbit.symmetries, classes, kappa, elements, point.pairs, strict=True):
         x, y = drives(s, pairs, orbit.weights)
-        if isinstance(c, TorusClasses):
-            ratio = torch.where(c.finite, y / torch.where(c.finite, x, torch.ones_like(x)), torch.ones_like(x))
-            logs.append(g.log() + ratio.log() / (4 * k))
-        else:
-            shortened = spd.spectral(finite_gl_step(c, x, y), partial(torch.pow, exponent=1 / k[:, None]))
-            logs.append(spd.logm(g.mT @ shortened @ g) / 2)
+        new = g.log() + _torus_step(c, x, y) / (4 * k) if isinstance(c, TorusClasses) else _gl_log(c, x, y, k, g)
+        if not bool(torch.isfinite(new).all()):
+            raise MomentError(
+                f"symmetry {s.name!r}: an estimated second moment is not positive or not finite on the way to the "
+                "equilibrium; measure more samples (for curvature_moments, more probes)"
+            )
+        logs.append(new)
     return logs
+
+
+def _torus_step(classes: TorusClasses, x: Tensor, y: Tensor) -> Tensor:
+    """`log(y / x)` on finite coordinates, 0 elsewhere; not finite unless both are positive."""
+    ratio = torch.where(x > 0, y / x, torch.full_like(x, torch.nan))
+    return torch.where(classes.finite, ratio.log(), torch.zeros_like(x))
+
+
+def _gl_log(classes: GLClasses, x: Tensor, y: Tensor, kappa: Tensor, element: Tensor) -> Tensor:
+    """`1/2 log(G^T P^(1/kappa) G)`, `P` the closed form; NaN unless `X` and `Y` are positive on the finite part."""
+    try:
+        shortened = spd.spectral(finite_gl_step(classes, x, y), partial(torch.pow, exponent=1 / kappa[:, None]))
+        return spd.logm(element.mT @ shortened @ element) / 2
+    except torch.linalg.LinAlgError:
+        return torch.full_like(x, torch.nan)
 
 
 def finite_gl_step(classes: GLClasses, x: Tensor, y: Tensor) -> Tensor:
