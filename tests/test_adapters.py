@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from noetherflow.errors import DataError
 from noetherflow.monitor import adapters, sinks
+from noetherflow.monitor.books import FIELDS
 from noetherflow.monitor.ledger import Ledger
 from noetherflow.monitor.log import read_log
+from processes import run_ranks
 from test_ledger import assert_closed, backward, batches, mlp, mlp_symmetries
 
 pytestmark = [
@@ -235,16 +238,47 @@ def test_hugging_face_with_a_gradient_scaler(gpt2_symmetries: Any, tmp_path: Pat
     assert [(e["step"], e["event"]) for e in callback.ledger.events] == [(1, "skipped")]
 
 
-def logged(sink: Any) -> list[dict]:
+def logged(sink: Any, each: Any = lambda step, loss: None, **options: Any) -> list[dict]:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.01)
-    ledger = Ledger(model, optimizer, mlp_symmetries(model), sinks=[sink], estimate_every=2).attach()
-    for batch in batches(5):
+    ledger = Ledger(model, optimizer, mlp_symmetries(model), sinks=[sink], estimate_every=2, **options).attach()
+    for step, batch in enumerate(batches(5)):
         optimizer.zero_grad()
-        ledger.note(backward(model, batch))
+        loss = backward(model, batch)
+        ledger.note(loss)
         optimizer.step()
+        each(step, float(loss.detach()))
     ledger.close()
     return ledger.records()
+
+
+def resumed(sinks_of: Any, run_dir: Path) -> None:
+    """Five steps, a checkpoint after the third of them, from which another ledger goes on for four."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def train(ledger: Ledger, steps: int, keep: int = 0) -> Any:
+        kept = None
+        for step, batch in enumerate(batches(steps)):
+            kept = ledger.state_dict() if step == keep else kept
+            optimizer.zero_grad()
+            backward(model, batch)
+            optimizer.step()
+        ledger.close()
+        return kept
+
+    def watch() -> Ledger:
+        return Ledger(model, optimizer, mlp_symmetries(model), run_dir=run_dir, sinks=[sinks_of()]).attach()
+
+    saved = train(watch(), 5, keep=3)
+    ledger = watch()
+    ledger.load_state_dict(saved)
+    train(ledger, 4)
+
+
+def csv_steps(path: Path) -> list[int]:
+    with open(path, newline="") as file:
+        return [int(row["step"]) for row in csv.DictReader(file) if row["family"] == "linear"]
 
 
 def test_csv(tmp_path: Path) -> None:
@@ -258,6 +292,39 @@ def test_csv(tmp_path: Path) -> None:
         assert float(a["loss"]) > 0
 
 
+def test_csv_after_a_resume_and_a_crash(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    resumed(lambda: sinks.CSVSink(path), tmp_path / "run")
+    assert csv_steps(path) == list(range(7))
+    with open(path, "ab") as file:
+        file.write(b"7,lin")
+    sink = sinks.CSVSink(path)
+    fields = {f: [0.0] for f in FIELDS}
+    sink({"kind": "step", "step": 7, "lr": 0.1, "families": ["linear"], "symmetries": [], "family": fields})
+    sink.close()
+    assert csv_steps(path) == list(range(8))
+    sinks.CSVSink(tmp_path / "new.csv").rewind(3)
+    assert not (tmp_path / "new.csv").exists()
+
+
+def ddp_logged(rank: int, folder: Path) -> None:
+    model = nn.parallel.DistributedDataParallel(mlp())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sink = sinks.CSVSink(folder / "log.csv")
+    with Ledger(model, optimizer, mlp_symmetries(model.module), sinks=[sink]):
+        for x, y in batches(3):
+            optimizer.zero_grad()
+            backward(model, (x[rank::2], y[rank::2]))
+            optimizer.step()
+
+
+@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs torch with gloo")
+def test_only_the_first_process_calls_the_sinks(tmp_path: Path) -> None:
+    run_ranks(ddp_logged, tmp_path)
+    assert csv_steps(tmp_path / "log.csv") == [0, 1, 2]
+    assert (tmp_path / "log.csv").read_text().count("step,family") == 1
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
@@ -269,18 +336,29 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert [e.step for e in values] == list(range(5))
     expected = [r["charge"] for r in rows if r["family"] == "linear"]
     assert [e.value for e in values] == pytest.approx(expected, rel=1e-6)
+    resumed(lambda: sinks.TensorBoardSink(tmp_path / "resumed"), tmp_path / "run")
+    events = accumulator.EventAccumulator(str(tmp_path / "resumed"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("noether/family/linear/charge")] == list(range(7))
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("commit", [False, True])
+def test_wandb_offline(commit: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without `commit` no row takes W&B's own step away from the metrics that the user logs with `step=`."""
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     run = wandb.init(mode="offline", dir=str(tmp_path), project="test", settings=wandb.Settings(console="off"))
-    rows = logged(sinks.WandbSink(run))
+    own = (lambda step, loss: None) if commit else (lambda step, loss: run.log({"mine": loss, "k": step}, step=step))
+    rows = logged(sinks.WandbSink(run, commit=commit), own, flush_every=2)
+    steps = run.step
+    run.log({"end": True})
     summary = dict(run.summary)
     run.finish()
     assert summary["noether/family/linear/charge"] == pytest.approx(rows[-1]["charge"])
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert steps == (8 if commit else 4), "five steps and three estimates, or the five points of the user"
+    assert commit or summary["k"] == 4
 
 
 @pytest.mark.filterwarnings("ignore")

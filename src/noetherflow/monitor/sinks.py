@@ -1,6 +1,7 @@
 """Where the ledger's rows go besides its own log: CSV, TensorBoard, Weights & Biases, MLflow.
 
-A sink is called with every row; pass it to `Ledger(..., sinks=[...])`. `ledger.close()` closes it.
+A sink is called with every row, in the first process only: pass it to `Ledger(..., sinks=[...])`. The ledger's
+`close()` calls its `close()`, and on resuming its `rewind(step)`: rows from that step on will come again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from noetherflow.errors import DataError, require
 from noetherflow.monitor.books import FIELDS
@@ -32,54 +33,93 @@ class CSVSink:
     """One line per recorded step and family: step, family, lr, loss and the ledger's fields."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        target = Path(path)
-        fresh = not target.exists() or target.stat().st_size == 0
-        self._file = open(target, "a", newline="", encoding="utf-8")  # noqa: SIM115
-        self._writer = csv.writer(self._file)
-        if fresh:
-            self._writer.writerow(["step", "family", "lr", "loss", *FIELDS])
+        self._path = Path(path)
+        self._file: IO[str] | None = None
 
     def __call__(self, row: Mapping[str, Any]) -> None:
         if row["kind"] != "step":
             return
+        if self._file is None:
+            self.rewind(math.inf)
+            self._file = open(self._path, "a", newline="", encoding="utf-8")  # noqa: SIM115
+        writer = csv.writer(self._file)
+        if self._file.tell() == 0:
+            writer.writerow(["step", "family", "lr", "loss", *FIELDS])
         for i, family in enumerate(row["families"]):
             numbers = [repr(float(row["family"][f][i])) for f in FIELDS]
-            self._writer.writerow([row["step"], family, row["lr"], row.get("loss", ""), *numbers])
+            writer.writerow([row["step"], family, row["lr"], row.get("loss", ""), *numbers])
         self._file.flush()
 
+    def rewind(self, step: float) -> None:
+        """Cut the file off before its first line about a step >= `step`, or a torn one."""
+        self.close()
+        if not self._path.exists():
+            return
+        kept = 0
+        with open(self._path, "r+b") as file:
+            for line in file:
+                number = line.partition(b",")[0]
+                if not line.endswith(b"\n") or (number.isdigit() and int(number) >= step):
+                    break
+                kept += len(line)
+            file.truncate(kept)
+
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 class TensorBoardSink:
-    """Scalars into a TensorBoard log directory, or an existing SummaryWriter."""
+    """Scalars into a TensorBoard log directory, or an existing SummaryWriter (which cannot be rewound)."""
 
     def __init__(self, target: Any) -> None:
-        if isinstance(target, (str, os.PathLike)):
-            board: Any = require("torch.utils.tensorboard", "track")
-            target = board.SummaryWriter(str(target))
-        self._writer = target
+        self._folder = str(target) if isinstance(target, (str, os.PathLike)) else None
+        self._writer = None if self._folder is not None else target
+        self._from: int | None = None
+        if self._folder is not None:
+            require("torch.utils.tensorboard", "track")
 
     def __call__(self, row: Mapping[str, Any]) -> None:
+        if self._writer is None:
+            board: Any = require("torch.utils.tensorboard", "track")
+            self._writer, self._from = board.SummaryWriter(self._folder, purge_step=self._from), None
         if row["kind"] == "event":
             self._writer.add_text("noether/events", f"{row['event']} at step {row['step']}", row["step"])
         for name, value in scalars(row).items() if row["kind"] != "event" else ():
             self._writer.add_scalar(name, value, row["step"])
 
+    def rewind(self, step: int) -> None:
+        """Have TensorBoard forget the steps from `step` on."""
+        if self._folder is not None:
+            self.close()
+            self._from = step
+
     def close(self) -> None:
+        if self._writer is None:
+            return
         self._writer.flush()
+        if self._folder is not None:
+            self._writer.close()
+            self._writer = None
 
 
 class WandbSink:
-    """Scalars into a W&B run (any mode, also offline), against their own axis `noether/step`."""
+    """Scalars into a W&B run (any mode, also offline), against their own axis `noether/step`.
 
-    def __init__(self, run: Any) -> None:
-        self._run = run
+    `commit=False` leaves W&B's own step to your `run.log` calls: W&B discards a call with a `step=` that it has passed.
+    Rows then join the point that your next call ends, and of several in one flush the last counts: for a point per step
+    give the ledger `flush_every=1`. `commit=True` makes every row a point of its own, for a run in which nothing else
+    logs with `step=`.
+    """
+
+    def __init__(self, run: Any, *, commit: bool = False) -> None:
+        self._run, self._commit = run, commit
         run.define_metric("noether/*", step_metric="noether/step")
 
     def __call__(self, row: Mapping[str, Any]) -> None:
         if row["kind"] != "event":
-            self._run.log({"noether/step": row["step"], **scalars(row)})
+            self._run.log({"noether/step": row["step"], **scalars(row)}, commit=self._commit)
 
 
 class MLflowSink:
