@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -81,3 +82,26 @@ def test_same_books_as_one_process(how: str, optimizer: str, detail: str, tmp_pa
             for field in ("drive", "distance", "steps"):
                 if field in a["symmetry"]:
                     assert b["symmetry"][field] == pytest.approx(a["symmetry"][field], rel=1e-6)
+
+
+def restart(rank: int, out: Path) -> None:
+    """Two runs into one directory; only the first process can read where the first one ended."""
+    for part in range(2):
+        (out / f"part{part}").mkdir(exist_ok=True)
+        model = _wrapped(mlp(), "fsdp", 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ledger = Ledger(model, optimizer, mlp_symmetries(mlp()), run_dir=out, estimate_every=2).attach()
+        for x, y in batches(3):
+            optimizer.zero_grad()
+            backward(model, (x[rank::2], y[rank::2]))
+            optimizer.step()
+        ledger.close()
+        (out / f"part{part}" / str(rank)).write_text(json.dumps([r["step"] for r in ledger.estimates()]))
+
+
+def test_sharded_processes_number_a_second_run_alike(tmp_path: Path) -> None:
+    run_ranks(restart, tmp_path)
+    assert [r["step"] for r in read_log(tmp_path) if r["kind"] == "step"] == list(range(6))
+    for part, steps in enumerate(([0, 0, 0, 2, 2, 2], [4, 4, 4])):
+        for rank in range(2):
+            assert json.loads((tmp_path / f"part{part}" / str(rank)).read_text()) == steps

@@ -61,12 +61,12 @@ def test_no_finite_equilibrium_is_not_a_number() -> None:
     assert np.isnan(relaxation_steps(one, one, zero, one))
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_estimates_agree_with_moments_of_the_minibatch_gradient(momentum: float) -> None:
+@pytest.mark.parametrize(("momentum", "dampening"), [(0.0, 0.0), (0.9, 0.0), (0.9, 0.8)])
+def test_estimates_agree_with_moments_of_the_minibatch_gradient(momentum: float, dampening: float) -> None:
     """At frozen weights the running drive tends to `sum sign E[dX dX^T]`, and distance to that of the exact forces."""
     model = mlp()
     eta, w = 1e-30, 3.0
-    optimizer = torch.optim.SGD(model.parameters(), lr=eta, weight_decay=w, momentum=momentum)
+    optimizer = torch.optim.SGD(model.parameters(), lr=eta, weight_decay=w, momentum=momentum, dampening=dampening)
     syms = mlp_symmetries(model)
     ledger = Ledger(model, optimizer, syms, estimate_every=1)
     assert ledger.estimator is not None
@@ -83,7 +83,7 @@ def test_estimates_agree_with_moments_of_the_minibatch_gradient(momentum: float)
     rows = {r["symmetry"]: r for r in ledger.estimates()[-len(syms) :]}
     weights = 0.995 ** torch.arange(599, -1, -1, dtype=torch.float64)
     theta = {n: p.detach() for n, p in model.named_parameters()}
-    slow = eta / (1 - momentum)
+    slow = eta * (1 - dampening) / (1 - momentum)
     for s in syms:
         legs = [
             sum(a * g for a, g in zip(weights, series, strict=True)) / weights.sum()
@@ -133,7 +133,7 @@ def test_angle_is_exact() -> None:
     assert float(found) == pytest.approx(math.acos(cosine), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["sgd", "momentum", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "dampening", "adamw"])
 def test_rotation_settles_at_the_prediction(name: str) -> None:
     """A scale-invariant weight under pure noise: gradients orthogonal to it, of size one over its norm."""
     torch.manual_seed(0)
@@ -143,6 +143,8 @@ def test_rotation_settles_at_the_prediction(name: str) -> None:
     kinds = {
         "sgd": (torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.02}),
         "momentum": (torch.optim.SGD, {"lr": 0.02, "weight_decay": 0.02, "momentum": 0.9}),
+        "nesterov": (torch.optim.SGD, {"lr": 0.02, "weight_decay": 0.02, "momentum": 0.9, "nesterov": True}),
+        "dampening": (torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.02, "momentum": 0.9, "dampening": 0.5}),
         "adamw": (torch.optim.AdamW, {"lr": 0.02, "weight_decay": 0.1, "betas": (0.9, 0.99)}),
     }
     kind, options = kinds[name]

@@ -19,7 +19,7 @@ from torch import nn
 import noetherflow as nf
 from noetherflow.errors import DataError, DeclarationError
 from noetherflow.monitor.ledger import Ledger
-from noetherflow.monitor.log import LOG_NAME, RunLog, plain, read_log
+from noetherflow.monitor.log import FORMAT, LOG_NAME, RunLog, plain, read_log
 from test_ledger import assert_closed, backward, batches, mlp, mlp_symmetries, tensors
 
 
@@ -359,21 +359,28 @@ def test_killed_run_resumes_without_lost_or_doubled_steps(tmp_path: Path) -> Non
 
 def test_log_is_line_atomic_and_rewinds(tmp_path: Path) -> None:
     log = RunLog(tmp_path)
-    log.append([{"kind": "run", "format": 1, "step": 0}])
-    log.append([{"kind": "step", "step": k} for k in range(5)])
+    log.append([{"kind": "run", "format": FORMAT, "step": 0}])
+    log.append([{"kind": "step", "step": k} for k in range(3)])
+    mark = log.mark(3)
+    log.append([{"kind": "step", "step": k} for k in range(3, 5)])
     log.append([{"kind": "event", "step": 5, "event": "x"}])
     assert log.last_step() == 4
-    assert log.rewind(3) == 2
+    with pytest.raises(DataError, match="steps are missing"):
+        log.rewind("another")
+    assert log.rewind(mark) == 2
     log.append([{"kind": "step", "step": 3}])
     log.close()
-    assert [r["step"] for r in read_log(tmp_path)] == [0, 0, 1, 2, 3]
+    assert [r["step"] for r in read_log(tmp_path) if r["kind"] != "checkpoint"] == [0, 0, 1, 2, 3]
     path = tmp_path / LOG_NAME
     path.write_bytes(path.read_bytes() + b'{"torn": ')
-    assert len(list(read_log(tmp_path))) == 5
+    assert len(list(read_log(tmp_path))) == 6
     RunLog(tmp_path).close()
     assert path.read_bytes().endswith(b"\n")
     path.write_text(json.dumps({"kind": "run", "format": 99, "step": 0}) + "\n")
     with pytest.raises(DataError, match="format 99"):
+        list(read_log(tmp_path))
+    path.write_text('{"kind": "run"}\n{"kind": step}\n')
+    with pytest.raises(DataError, match="line 2 is corrupt"):
         list(read_log(tmp_path))
     value = plain({"a": torch.tensor([1.0, float("nan")]).double().numpy(), "b": float("inf"), "c": [1 / 3]})
     assert value == {"a": [1.0, None], "b": None, "c": [0.333333333]}

@@ -32,6 +32,11 @@ class Columns:
     def row(self, t: int) -> dict[str, np.ndarray]:
         return dict(zip(FIELDS, self.table[:, t], strict=True))
 
+    def unexplained(self) -> np.ndarray:
+        """Largest `|residual| / norm` of each step, `[T]`."""
+        residual, norm = np.abs(self.table[FIELDS.index("residual")]), self.table[FIELDS.index("norm")]
+        return np.divide(residual, norm, out=np.zeros_like(norm), where=norm > 0).max(axis=1, initial=0.0)
+
     def listed(self) -> list[dict[str, list[float | None]]]:
         """All rows as plain lists, for JSON: None where a number is not finite."""
         table, unknown = self.table, ~np.isfinite(self.table)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -32,12 +32,14 @@ class Rule(ABC):
 
     `before` and `after` name the inner products to measure around a step, as pairs of tensors; `first_order` turns the
     measured values into `<theta, u_part>`, `second_order` into `<u, u>`. Both are linear in the values, entry by entry,
-    so they hold for row sums, totals and (symmetrised) leg matrices alike.
+    so they hold for row sums, totals and (symmetrised) leg matrices alike. `carried[q]` is the name under which `after`
+    measures what `q` is before the next step, if nobody writes to weights and state in between.
     """
 
     quantities: ClassVar[tuple[str, ...]]
     parts: ClassVar[tuple[str, ...]]
     coefficients: ClassVar[tuple[str, ...]]
+    carried: ClassVar[Mapping[str, str]] = {}
     state_keys: ClassVar[tuple[str, ...]] = ()
     counts_steps: ClassVar[bool] = False
     keeps_copy: ClassVar[bool] = False
@@ -46,14 +48,6 @@ class Rule(ABC):
     @abstractmethod
     def settings(self, group: Group, state: State, steps: float) -> dict[str, float]:
         """Coefficients of one parameter's next step; `steps` already made by the optimiser on it."""
-
-    def reads_before(self, c: Settings) -> Sequence[str]:
-        """The `state_keys` that `before` uses."""
-        return self.state_keys
-
-    def reads_after(self, c: Settings) -> Sequence[str]:
-        """The `state_keys` that `after` uses."""
-        return self.state_keys
 
     def before(self, c: Settings, t: Tensors) -> Pairs:
         """Pairs from `theta`, `grad` and the `state_keys` before the step; entry-wise, so slices of them will do."""
@@ -81,13 +75,15 @@ class SGDRule(Rule):
     """`d = s g + w theta`, `b' = mu b + (1 - tau) d`, `u = lr (alpha d + beta b)` in the buffer `b` before the step.
 
     No momentum: `alpha = 1, beta = 0`; heavy ball: `1 - tau, mu`; Nesterov: `1 + mu (1 - tau), mu^2`; the first step
-    starts with `b' = d`. `s = -1` with maximize.
+    starts with `b' = d`. `s = -1` with maximize. For heavy ball `u = lr b'`, so `<theta, u> = lr (<theta', b'> + lr
+    <b', b'>)` and the gradient's part is what momentum and decay leave of it: gradients need not be read at all.
     """
 
-    quantities = ("tt", "tg", "tb", "gg", "gb", "bb", "nn", "tn")
+    quantities = ("tt", "tg", "tb", "gg", "gb", "bb", "tb_after", "bb_after")
+    carried: ClassVar[Mapping[str, str]] = {"tb": "tb_after"}
     state_keys = ("momentum_buffer",)
     parts = ("gradient", "momentum", "decay")
-    coefficients = ("lr", "sign", "weight_decay", "alpha", "beta", "heavy_ball", "memory")
+    coefficients = ("lr", "sign", "weight_decay", "alpha", "beta", "heavy_ball", "memory", "fresh")
     has_equilibrium = True
 
     def settings(self, group: Group, state: State, steps: float) -> dict[str, float]:
@@ -108,35 +104,29 @@ class SGDRule(Rule):
             "beta": beta,
             "heavy_ball": float(mu != 0 and not group["nesterov"]),
             "memory": mu,
+            "fresh": kept if mu else 1.0,
         }
 
-    def reads_before(self, c: Settings) -> Sequence[str]:
-        return () if c["heavy_ball"] else self.state_keys
-
-    def reads_after(self, c: Settings) -> Sequence[str]:
-        return self.state_keys if c["heavy_ball"] else ()
-
     def before(self, c: Settings, t: Tensors) -> Pairs:
-        theta, g, b = t["theta"], t["grad"], t.get("momentum_buffer")
-        pairs = {"tg": (theta, g)}
-        if not c["heavy_ball"]:
-            pairs["gg"] = (g, g)
-            if b is not None and c["beta"]:
-                pairs |= {"tb": (theta, b), "gb": (g, b), "bb": (b, b)}
+        theta, g = t["theta"], t["grad"]
+        pairs = {} if c["heavy_ball"] else {"tg": (theta, g), "gg": (g, g)}
+        if "momentum_buffer" in t and c["beta"]:
+            b = t["momentum_buffer"]
+            pairs |= {"tb": (theta, b)} if c["heavy_ball"] else {"tb": (theta, b), "gb": (g, b), "bb": (b, b)}
         return pairs
 
     def after(self, c: Settings, t: Tensors) -> Pairs:
         if not c["heavy_ball"]:
             return {}
         b = t["momentum_buffer"]
-        return {"nn": (b, b), "tn": (t["theta"], b)}
+        return {"tb_after": (t["theta"], b), "bb_after": (b, b)}
 
     def first_order(self, q: Values, c: Values, reference: np.ndarray | float) -> dict[str, np.ndarray]:
         lr, lead = c["lr"], c["lr"] * c["alpha"]
-        gradient = lead * c["sign"] * q["tg"]
+        momentum = lr * c["beta"] * q["tb"]
         decay = lead * c["weight_decay"] * q["tt"]
-        heavy_ball = lr * (q["tn"] + lr * q["nn"]) - gradient - decay
-        momentum = np.where(c["heavy_ball"] > 0, np.where(c["beta"] != 0, heavy_ball, 0.0), lr * c["beta"] * q["tb"])
+        rest = lr * (q["tb_after"] + lr * q["bb_after"]) - momentum - decay
+        gradient = np.where(c["heavy_ball"] > 0, rest, lead * c["sign"] * q["tg"])
         return {"gradient": gradient, "momentum": momentum, "decay": decay}
 
     def second_order(self, q: Values, c: Values) -> np.ndarray:
@@ -144,7 +134,7 @@ class SGDRule(Rule):
         dd = s * s * q["gg"] + 2 * w * s * q["tg"] + w * w * q["tt"]
         db = s * q["gb"] + w * q["tb"]
         other = alpha**2 * dd + 2 * alpha * beta * db + beta**2 * q["bb"]
-        return c["lr"] ** 2 * np.where(c["heavy_ball"] > 0, q["nn"], other)
+        return c["lr"] ** 2 * np.where(c["heavy_ball"] > 0, q["bb_after"], other)
 
 
 class AdamRule(Rule):
@@ -153,14 +143,16 @@ class AdamRule(Rule):
     `a = h lr/(1 - b1^k)`, `d = s g + w_L2 theta`. The gradient, momentum and coupled-decay parts are those of the same
     step with the preconditioner replaced by one number `r = |p| / |m'|` over the watched weights (momentum SGD of the
     same step length); the preconditioner part is the rest. For an exact symmetry the gradient part is then zero as in
-    SGD, and what Adam's coordinate-wise preconditioner adds stands by itself.
+    SGD, and what Adam's coordinate-wise preconditioner adds stands by itself. Everything follows from weights and state
+    after the step and `<theta, m>` before it: `(1 - lr w_dec) theta = theta' + a p`, `(1 - b1) d = m' - b1 m`.
     """
 
-    quantities = ("tt", "tg", "tm", "tp", "pp", "nn")
+    quantities = ("tt", "tm", "tm_after", "tp", "pp", "pm", "mm")
+    carried: ClassVar[Mapping[str, str]] = {"tm": "tm_after"}
     state_keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     counts_steps = True
     parts = ("gradient", "momentum", "decay", "preconditioner")
-    coefficients = ("lr", "sign", "coupled", "decoupled", "beta1", "rate", "root", "eps")
+    coefficients = ("lr", "coupled", "decoupled", "beta1", "rate", "root", "eps", "amsgrad")
 
     def settings(self, group: Group, state: State, steps: float) -> dict[str, float]:
         beta1, beta2 = (float(b) for b in group["betas"])
@@ -169,42 +161,35 @@ class AdamRule(Rule):
         root = math.sqrt(1 - beta2**k)
         return {
             "lr": lr,
-            "sign": -1.0 if group["maximize"] else 1.0,
             "coupled": 0.0 if decoupled else w,
             "decoupled": w if decoupled else 0.0,
             "beta1": beta1,
             "rate": root * lr / (1 - beta1**k),
             "root": root,
             "eps": float(group["eps"]),
+            "amsgrad": float(group["amsgrad"]),
         }
 
-    def reads_before(self, c: Settings) -> Sequence[str]:
-        return ("exp_avg",)
-
     def before(self, c: Settings, t: Tensors) -> Pairs:
-        pairs = {"tg": (t["theta"], t["grad"])}
-        if "exp_avg" in t:
-            pairs["tm"] = (t["theta"], t["exp_avg"])
-        return pairs
+        return {"tm": (t["theta"], t["exp_avg"])} if "exp_avg" in t else {}
 
     def after(self, c: Settings, t: Tensors) -> Pairs:
-        m, v = t["exp_avg"], t["max_exp_avg_sq"] if "max_exp_avg_sq" in t else t["exp_avg_sq"]
+        theta, m, v = t["theta"], t["exp_avg"], t["max_exp_avg_sq" if c["amsgrad"] else "exp_avg_sq"]
         p = v.sqrt().add_(c["root"] * c["eps"])
         torch.div(m, p, out=p)
-        return {"tp": (t["theta"], p), "pp": (p, p), "nn": (m, m)}
+        return {"tm_after": (theta, m), "tp": (theta, p), "pp": (p, p), "pm": (p, m), "mm": (m, m)}
 
     def first_order(self, q: Values, c: Values, reference: np.ndarray | float) -> dict[str, np.ndarray]:
-        shrink = 1 - c["lr"] * c["decoupled"]
-        theta_p = (q["tp"] + c["rate"] * q["pp"]) / shrink
-        scalar, fresh = c["rate"] * reference, 1 - c["beta1"]
-        gradient = scalar * fresh * c["sign"] * q["tg"]
-        coupled = scalar * fresh * c["coupled"] * q["tt"]
+        a, shrink = c["rate"], 1 - c["lr"] * c["decoupled"]
+        theta_p, theta_m = (q["tp"] + a * q["pp"]) / shrink, (q["tm_after"] + a * q["pm"]) / shrink
+        scalar = a * reference
+        coupled = scalar * (1 - c["beta1"]) * c["coupled"] * q["tt"]
         momentum = scalar * c["beta1"] * q["tm"]
         return {
-            "gradient": gradient,
+            "gradient": scalar * theta_m - momentum - coupled,
             "momentum": momentum,
             "decay": coupled + c["lr"] * c["decoupled"] * q["tt"],
-            "preconditioner": c["rate"] * theta_p - gradient - coupled - momentum,
+            "preconditioner": a * theta_p - scalar * theta_m,
         }
 
     def second_order(self, q: Values, c: Values) -> np.ndarray:
@@ -213,7 +198,7 @@ class AdamRule(Rule):
         return a * a * q["pp"] + 2 * a * d * theta_p + d * d * q["tt"]
 
     def reference(self, q: Values, weights: np.ndarray) -> np.ndarray | float:
-        mine, plain = (q["pp"] * weights).sum(-1, keepdims=True), (q["nn"] * weights).sum(-1, keepdims=True)
+        mine, plain = (q["pp"] * weights).sum(-1, keepdims=True), (q["mm"] * weights).sum(-1, keepdims=True)
         return np.sqrt(np.divide(mine, plain, out=np.zeros_like(mine), where=plain > 0))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -60,12 +60,17 @@ def angle(theta_theta: np.ndarray, theta_u: np.ndarray, u_u: np.ndarray) -> np.n
 def rotation_at_equilibrium(rule: Rule, c: Mapping[str, float]) -> float:
     """Predicted angular update per step of a scale-invariant weight once its norm is stationary, radians.
 
-    SGD with momentum: `sqrt(2 lr w / (1 + mu))`; AdamW: `sqrt(2 lr w (1 - beta1) / (1 + beta1))`; NaN for others.
+    Heavy ball with dampening tau: `sqrt(2 lr (1 - tau) w / (1 + mu))`; Nesterov: `sqrt(2 lr w (1 - mu) ((1 + mu)^2 +
+    mu^4 / (1 - mu^2)))`; AdamW: `sqrt(2 lr w (1 - beta1) / (1 + beta1))`; NaN for others. With uncorrelated gradients
+    of second moment `G`: `|u|^2` of the stationary update over `|W|^2 = lr (1 - tau) G / (2 w (1 - mu))`.
     Source: Kosson, Messmer, Jaggi, *Rotational Equilibrium*, ICML 2024 (arXiv 2305.17212); for SGD also
     Wan et al., *Spherical Motion Dynamics*, 2021 (arXiv 2006.08419).
     """
     if isinstance(rule, SGDRule):
-        return math.sqrt(2 * c["lr"] * c["weight_decay"] / (1 + c["memory"]))
+        mu, size = c["memory"], 2 * c["lr"] * c["fresh"] * c["weight_decay"]
+        if c["heavy_ball"] or not mu:
+            return math.sqrt(size / (1 + mu))
+        return math.sqrt(size * (1 - mu) * ((1 + mu) ** 2 + mu**4 / (1 - mu**2)))
     if isinstance(rule, AdamRule) and not c["coupled"]:
         return math.sqrt(2 * c["lr"] * c["decoupled"] * (1 - c["beta1"]) / (1 + c["beta1"]))
     return math.nan
@@ -84,7 +89,6 @@ class Estimator:
     memory: float = 0.9
     mean: np.ndarray | None = None
     weight: float = 0.0
-    stands_for: dict[str, Any] = field(default_factory=dict)
 
     def update(self, gradient_squares: np.ndarray) -> np.ndarray:
         """Fold in `<g, g>` `[n_values]`; the running mean."""
@@ -123,7 +127,7 @@ class Estimator:
 
     def _equilibrium(self, tt: np.ndarray, m: np.ndarray, c: Values) -> dict[str, np.ndarray]:
         layout = self.layout
-        eta = c["lr"] / (1 - c["memory"])
+        eta = c["lr"] * c["fresh"] / (1 - c["memory"])
         decay = eta * c["weight_decay"] * (2 - c["lr"] * c["weight_decay"])
         k_plus, k_minus = (side @ tt for side in (layout.plus, layout.minus))
         pull = [side @ (decay * tt) for side in (layout.plus, layout.minus)]

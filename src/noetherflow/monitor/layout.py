@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -94,6 +94,11 @@ class Slot:
         flat = np.sort(self.leg.index.reshape(-1))
         return flat.size == rows and bool(np.array_equal(flat, np.arange(rows)))
 
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """The rows that the leg takes, in order."""
+        return np.unique(self.leg.index)
+
     @property
     def size(self) -> int:
         if self.total:
@@ -171,7 +176,8 @@ class Layout:
             for _, _, slot in wanted:
                 if slot.leg.parameter == name:
                     unique.setdefault(slot.key, slot)
-        starts, first_of, n_values = {}, set(), 0
+        starts, n_values = {}, 0
+        standing = _standing(unique.values())
         order = {name: k for k, name in enumerate(parameters)}
         owner: list[np.ndarray] = []
         reference: list[np.ndarray] = []
@@ -179,9 +185,7 @@ class Layout:
             starts[key] = n_values
             n_values += slot.size
             owner.append(np.full(slot.size, order[slot.leg.parameter], dtype=np.int32))
-            counted = slot.leg.parameter not in first_of and slot.shift is None
-            reference.append(_diagonal(slot) * counted)
-            first_of.add(slot.leg.parameter)
+            reference.append(_diagonal(slot) * (key in standing))
         spans, trace, n_out = [], [], 0
         sizes = {i: slot.size for i, _, slot in wanted}
         diagonals = {i: _diagonal(slot) for i, _, slot in wanted}
@@ -258,6 +262,17 @@ def _diagonal(slot: Slot) -> np.ndarray:
     if slot.total or not slot.matrix:
         return np.ones(slot.size)
     return np.tile(np.eye(slot.leg.dim).reshape(-1), slot.leg.blocks)
+
+
+def _standing(slots: Iterable[Slot]) -> set[tuple[object, ...]]:
+    """Keys of slots that count every watched entry of each parameter once: the whole, or disjoint rows of one axis."""
+    chosen: dict[str, list[Slot]] = {}
+    for slot in sorted((s for s in slots if s.shift is None), key=lambda s: (not s.whole, s.leg.axes, s.rows[0])):
+        others = chosen.setdefault(slot.leg.parameter, [])
+        same_axis = all((s.leg.axes, s.leg.view) == (slot.leg.axes, slot.leg.view) for s in others)
+        if same_axis and not any(np.isin(slot.rows, s.rows).any() for s in others):
+            others.append(slot)
+    return {s.key for picked in chosen.values() for s in picked}
 
 
 def _shift_of(item: Watched) -> Translation | None:

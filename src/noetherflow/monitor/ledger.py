@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,13 +29,14 @@ from noetherflow.monitor.books import (
 )
 from noetherflow.monitor.decompose import Rule, rule_for
 from noetherflow.monitor.estimates import Estimator, rotation_rows
+from noetherflow.monitor.journal import Journal, Sink
 from noetherflow.monitor.layout import Layout, Shift, Watched
-from noetherflow.monitor.log import FORMAT, RunLog, plain
+from noetherflow.monitor.log import FORMAT, plain
 from noetherflow.monitor.measure import Measurement, Probe, tabulate
 from noetherflow.monitor.unwrap import unwrap_model, unwrap_optimizer, watch_closure
 from noetherflow.symmetry_set import SymmetrySet, tensors_of
 
-Sink = Callable[[Mapping[str, Any]], None]
+UNEXPLAINED = 1e-3
 
 
 @dataclass
@@ -90,22 +91,20 @@ class Ledger:
         self.every, self.detail, self.estimate_every, self.flush_every = every, detail, estimate_every, flush_every
         self.rule: Rule = rule_for(self.optimizer)
         self.step = 0
-        self.events: list[dict[str, Any]] = []
-        self.sinks = list(sinks)
         self._history = History(capacity)
         self._estimates: deque[dict[str, Any]] = deque(maxlen=capacity)
         self._pending: list[Measurement] = []
-        self._lines: list[dict[str, Any]] = []
         self._open: _Open | None = None
         self._handles: list[Any] = [self.optimizer.register_step_post_hook(self._stepped)]
         self._loss: Any = None
-        self._finite = True
+        self._closed = False
         self._translations = translations
         self._set_symmetries(syms)
-        writes = run_dir is not None and sharding.distributed_rank() == 0
-        self._log = RunLog(run_dir) if writes and run_dir is not None else None
-        if self._log is not None and (last := self._log.last_step()) is not None:
+        self._journal = Journal(run_dir, sinks)
+        if self._journal.log is not None and (last := self._journal.log.last_step()) is not None:
             self.step = last + 1
+        if self._probe.sharded:
+            self.step = sharding.from_first_rank(self.step)
         self._write_header()
 
     def _set_symmetries(self, syms: SymmetrySet) -> None:
@@ -114,6 +113,8 @@ class Ledger:
         missing = [n for item in watched for n in item.parameters if n not in named]
         if missing:
             raise DeclarationError(f"the model has no parameters {missing[:5]}; it has {sorted(named)[:8]}")
+        if unreal := [n for item in watched for n in item.parameters if named[n].is_complex()]:
+            raise DeclarationError(f"complex parameters cannot be watched: {unreal[:5]}; filter their symmetries out")
         shapes = {n: tuple(t.shape) for n, t in named.items()}
         self.layout = Layout.of(watched, shapes, self.detail)
         self.index = Index.of(self.layout)
@@ -122,7 +123,12 @@ class Ledger:
         self.estimator = Estimator(blocks, self.rule) if self.estimate_every else None
 
     def replace_symmetries(self, syms: SymmetrySet) -> None:
-        """Go on with another set of symmetries, after layers were added or removed. Earlier rows stay in the log."""
+        """Go on with another set of symmetries, after layers were added or removed. Earlier rows stay in the log.
+
+        Raises DataError between `before_step` and `after_step`.
+        """
+        if self._open is not None:
+            raise DataError("replace_symmetries() in the middle of a step; call it after after_step()")
         self.flush()
         self._history.pages.clear()
         self._estimates.clear()
@@ -137,15 +143,22 @@ class Ledger:
 
         A second call before `after_step` means that the optimiser's step did not happen; it is logged as skipped.
         """
+        self._before_step()
+        self._read_gradients()
+
+    def _before_step(self) -> None:
         if self._open is not None:
             self._event("skipped")
         self._open = _Open()
         if self.step % self.every == 0:
             self._open.measurement = m = self._probe.before(self.step)
-            if m.edited and self.every == 1:
+            if self.every == 1 and self._journal.begins("edited", m.edited):
                 self._event("edited", note="parameters changed between steps, outside the optimiser")
-            if self.estimator is not None and (self.step // self.every) % self.estimate_every == 0:
-                m.blocks = self._probe.gradients(self.estimator.layout)
+
+    def _read_gradients(self) -> None:
+        due = self.estimator is not None and (self.step // self.every) % self.estimate_every == 0
+        if due and self.estimator is not None and self._open is not None and self._open.measurement is not None:
+            self._open.measurement.blocks = self._probe.gradients(self.estimator.layout)
 
     def after_step(self, loss: Any = None) -> None:
         """Measure the charges after the step and enter it in the books. `loss` (a number or tensor) is logged along.
@@ -163,6 +176,8 @@ class Ledger:
             return
         if now.measurement is not None:
             self._probe.after(now.measurement)
+            if self.every > 1:
+                self._probe.forget()
             if loss is not None:
                 self.note(loss)
             now.measurement.loss = self._loss
@@ -179,31 +194,45 @@ class Ledger:
     # -- books --------------------------------------------------------------------------------------------------------
 
     def flush(self) -> None:
-        """Close the books on the steps measured so far: one transfer from the device, one write to the log."""
+        """Close the books on the steps measured so far: one transfer from the device, one write to the log.
+
+        Under `fully_shard` every process must call it, as `records`, `estimates`, `state_dict` and `close`, which do.
+        """
         pending, self._pending = self._pending, []
         if pending:
-            values = self._probe.gathered([m.values for m in pending])
-            books = close_books(self.rule, self.layout, values, [m.settings for m in pending])
-            symmetry = books.mapped(self.index.to_symmetry)
-            levels: dict[Level, Columns] = {"family": books.mapped(self.index.to_family), "symmetry": symmetry}
-            levels["coordinate"] = books
-            tables = {level: levels[level] for level in LEVELS[: LEVELS.index(self.detail) + 1]}
-            self._history.add(Page(np.array([m.step for m in pending]), np.array([m.lr for m in pending]), tables))
-            finite = np.isfinite(books.table).all(axis=(0, 2))
-            listed = {level: columns.listed() for level, columns in tables.items()} if self._log is not None else {}
-            for t, m in enumerate(pending):
-                if self.sinks:
-                    self._pass_on(_row_of(m, {level: columns.row(t) for level, columns in tables.items()}))
-                if self._log is not None:
-                    self._lines.append(plain(_row_of(m, {})) | {level: rows[t] for level, rows in listed.items()})
-                if "gg" in m.blocks and finite[t]:
-                    self._estimate(m, symmetry.row(t))
-                if not finite[t] and self._finite:
-                    self._note_event("non-finite", m.step)
-                self._finite = bool(finite[t])
-        if self._log is not None:
-            self._log.append(self._lines)
-        self._lines = []
+            self._close_books(pending)
+        now = dict(unwrap_model(self.model).named_parameters(remove_duplicate=False))
+        replaced = [n for n, p in self._probe.watched.items() if now.get(n) is not p]
+        if self._journal.begins("replaced", bool(replaced)):
+            note = "the model has other parameters of these names; replace_symmetries() watches them"
+            self._journal.event("replaced", self.step, parameters=replaced[:8], note=note)
+        self._journal.write()
+
+    def _close_books(self, pending: list[Measurement]) -> None:
+        values = self._probe.gathered([m.values for m in pending])
+        books = close_books(self.rule, self.layout, values, [m.settings for m in pending])
+        symmetry = books.mapped(self.index.to_symmetry)
+        levels: dict[Level, Columns] = {"family": books.mapped(self.index.to_family), "symmetry": symmetry}
+        levels["coordinate"] = books
+        tables = {level: levels[level] for level in LEVELS[: LEVELS.index(self.detail) + 1]}
+        self._history.add(Page(np.array([m.step for m in pending]), np.array([m.lr for m in pending]), tables))
+        finite = np.isfinite(books.table).all(axis=(0, 2))
+        unexplained = levels["family"].unexplained() > UNEXPLAINED
+        journal = self._journal
+        listed = {level: columns.listed() for level, columns in tables.items()} if journal.log is not None else {}
+        for t, m in enumerate(pending):
+            row = _row_of(m)
+            line = plain(row) | {level: rows[t] for level, rows in listed.items()}
+            if journal.sinks:
+                row |= {level: table.row(t) for level, table in tables.items()}
+            journal.emit(row, line)
+            if "gg" in m.blocks and finite[t]:
+                self._estimate(m, symmetry.row(t))
+            if journal.begins("non-finite", not finite[t]):
+                journal.event("non-finite", m.step)
+            if journal.begins("unexplained", bool(unexplained[t])):
+                note = "the entries do not add up to the change: something else wrote to the weights within the step"
+                journal.event("unexplained", m.step, note=note)
 
     def _estimate(self, m: Measurement, row: dict[str, np.ndarray]) -> None:
         assert self.estimator is not None
@@ -219,29 +248,18 @@ class Ledger:
         columns |= rotation_rows(self.layout, self.rule, row, m.settings)
         out = {"kind": "estimates", "step": m.step, "symmetry": columns}
         self._estimates.append(out)
-        self._emit(out)
+        self._journal.emit(out)
 
-    def _emit(self, row: dict[str, Any]) -> None:
-        self._pass_on(row)
-        if self._log is not None:
-            self._lines.append(plain(row))
-
-    def _pass_on(self, row: dict[str, Any]) -> None:
-        for sink in self.sinks:
-            sink({**row, "families": self.index.families, "symmetries": self.index.symmetries})
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """What happened besides steps: skipped and non-finite steps, edits, resumptions."""
+        return self._journal.events
 
     def _event(self, what: str, **details: Any) -> None:
         self.flush()
-        self._note_event(what, self.step, **details)
-
-    def _note_event(self, what: str, step: int, **details: Any) -> None:
-        row = {"kind": "event", "step": step, "event": what, **details}
-        self.events.append(row)
-        self._emit(row)
+        self._journal.event(what, self.step, **details)
 
     def _write_header(self) -> None:
-        if self._log is None:
-            return
         header = {
             "kind": "run",
             "format": FORMAT,
@@ -252,7 +270,9 @@ class Ledger:
             "every": self.every,
             "detail": self.detail,
         }
-        self._log.append([header | self.index.header(self.layout)])
+        names = {"families": self.index.families, "symmetries": self.index.symmetries}
+        self._journal.header(header | self.index.header(self.layout), names)
+        self._journal.write()
 
     def records(self, by: Level = "family") -> list[dict[str, Any]]:
         """One row per recorded step and family (or symmetry, or coordinate): `FIELDS`, step, lr, names.
@@ -283,44 +303,51 @@ class Ledger:
     # -- state and hooks ----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs; everything up to here is on disk when this returns."""
+        """What a checkpoint needs; everything up to here is on disk when this returns.
+
+        Raises OSError when the log cannot be written.
+        """
         self.flush()
-        if self._log is not None:
-            self._log.sync()
-        e = self.estimator
+        mark, e = self._journal.mark(self.step), self.estimator
         mean = None if e is None or e.mean is None else torch.from_numpy(e.mean.copy())
-        return {"format": FORMAT, "step": self.step, "mean": mean, "weight": 0.0 if e is None else e.weight}
+        estimates = {"mean": mean, "weight": 0.0 if e is None else e.weight}
+        return {"format": FORMAT, "step": self.step, "mark": mark, "symmetries": self.index.symmetries, **estimates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint. Logged steps after it are dropped: they will be made again.
+        """Continue from a checkpoint. What was logged after it is dropped: these steps will be made again.
 
-        Raises DataError when the log ends before the checkpoint (steps would be missing) or the format is another.
+        Raises DataError when the log does not hold the checkpoint (steps would be missing), the ledger watches other
+        symmetries, or the format is another.
         """
         if state.get("format") != FORMAT:
             raise DataError(f"ledger state has format {state.get('format')!r}, this version reads {FORMAT}")
+        if tuple(state["symmetries"]) != self.index.symmetries:
+            raise DataError(
+                f"the ledger state is of {len(state['symmetries'])} symmetries {list(state['symmetries'])[:3]}, this "
+                f"ledger watches {len(self.index.symmetries)} {list(self.index.symmetries)[:3]}"
+            )
+        dropped = self._journal.rewind(state["mark"], int(state["step"]))
         self._pending, self._open = [], None
         self._probe.forget()
         self.step = int(state["step"])
-        if self.estimator is not None and state["mean"] is not None:
-            self.estimator.mean, self.estimator.weight = state["mean"].numpy().copy(), float(state["weight"])
+        if self.estimator is not None:
+            self.estimator.mean = None if state["mean"] is None else state["mean"].numpy().copy()
+            self.estimator.weight = float(state["weight"])
         self._history.rewind(self.step)
         kept = [row for row in self._estimates if row["step"] < self.step]
         self._estimates.clear()
         self._estimates.extend(kept)
-        if self._log is not None:
-            self._lines = []
-            last = self._log.last_step()
-            expected = (self.step - 1) // self.every * self.every
-            if self.step > 0 and (last is None or last < expected):
-                raise DataError(
-                    f"{self._log.path} ends at step {last}, the checkpoint is at {self.step}: steps are missing"
-                )
-            dropped = self._log.rewind(self.step)
+        if self._journal.log is not None:
             self._write_header()
             self._event("resumed", dropped=dropped)
 
     def attach(self) -> Ledger:
-        """Run before and after every `optimizer.step` by its hooks, also inside a closure passed to it."""
+        """Run before and after every `optimizer.step` by its hooks, also inside a closure passed to it.
+
+        Raises DataError after `close()`.
+        """
+        if self._closed:
+            raise DataError("this ledger is closed; make a new one (with the same run_dir it continues the log)")
         if len(self._handles) == 1:
             self._handles += [
                 self.optimizer.register_step_pre_hook(self._pre_hook),
@@ -335,9 +362,13 @@ class Ledger:
             self._open.found_inf = getattr(self.optimizer, "found_inf", None)
 
     def _pre_hook(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        watched = watch_closure(args, kwargs, self.before_step)
+        """A closure makes the gradients within the step; a rule that needs no gradients measures before it moves."""
+        early = self.rule.keeps_copy
+        watched = watch_closure(args, kwargs, self._read_gradients if early else self.before_step)
+        if early or watched is None:
+            self._before_step()
         if watched is None:
-            self.before_step()
+            self._read_gradients()
         return watched
 
     def detach(self) -> None:
@@ -348,18 +379,17 @@ class Ledger:
         self._probe.forget()
 
     def close(self) -> None:
-        """Detach, flush and close the log and the sinks; `records()` and `estimates()` stay readable."""
+        """Detach, flush and close the log and the sinks; `records()` and `estimates()` stay readable.
+
+        Raises OSError when the last rows cannot be written.
+        """
         self.detach()
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._closed = True
         self.flush()
-        for sink in self.sinks:
-            getattr(sink, "close", lambda: None)()
-        self.sinks = []
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        self._journal.close()
 
     def __enter__(self) -> Ledger:
         return self.attach()
@@ -367,11 +397,11 @@ class Ledger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None and self._probe.sharded:
+            self._pending = []  # the other processes may not come here, and the books are closed together
         self.close()
 
 
-def _row_of(m: Measurement, levels: Mapping[Any, Any]) -> dict[str, Any]:
+def _row_of(m: Measurement) -> dict[str, Any]:
     row: dict[str, Any] = {"kind": "step", "step": m.step, "lr": m.lr}
-    if m.loss is not None:
-        row["loss"] = float(m.loss)
-    return {**row, **levels}
+    return row if m.loss is None else {**row, "loss": float(m.loss)}

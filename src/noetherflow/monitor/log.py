@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from noetherflow.errors import DataError
 
 LOG_NAME = "ledger.jsonl"
-FORMAT = 1
+FORMAT = 2
 
 
 def plain(value: Any, digits: int = 9) -> Any:
@@ -36,40 +37,63 @@ def _rounded(value: float, digits: int) -> float | None:
 
 
 class RunLog:
-    """`RUN_DIR/ledger.jsonl`, opened for appending. A torn last line (killed while writing) is cut off on opening."""
+    """`RUN_DIR/ledger.jsonl`, opened for appending. A torn last line (killed while writing) is cut off on opening.
+
+    Raises DataError when another ledger is writing there.
+    """
 
     def __init__(self, run_dir: str | os.PathLike[str]) -> None:
         self.path = Path(run_dir) / LOG_NAME
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        self._cut(_intact_length(self.path))
+        try:
+            _lock(self._file, self.path)
+            os.ftruncate(self._file, _intact_length(self.path))
+        except BaseException:
+            self.close()
+            raise
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write whole lines in one call and hand them to the operating system."""
+        """Write whole lines and hand them to the operating system. Raises OSError, with nothing written, on failure."""
         data = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
-        while data:
-            data = data[os.write(self._file, data) :]
-
-    def sync(self) -> None:
-        """Force what was written onto the disk."""
-        os.fsync(self._file)
+        size = os.fstat(self._file).st_size
+        try:
+            while data:
+                data = data[os.write(self._file, data) :]
+        except OSError:
+            os.ftruncate(self._file, size)
+            raise
 
     def last_step(self) -> int | None:
         """The last recorded step, or None for a new log."""
         return max((row["step"] for row in read_log(self.path.parent) if row["kind"] == "step"), default=None)
 
-    def rewind(self, step: int) -> int:
-        """Drop everything from the first line about a step >= `step` on; the number of steps dropped."""
-        offset, dropped, cut = 0, 0, None
+    def mark(self, step: int) -> str:
+        """Append a checkpoint line, force all onto the disk, and return the line's name."""
+        name = uuid.uuid4().hex
+        self.append([{"kind": "checkpoint", "step": step, "name": name}])
+        os.fsync(self._file)
+        return name
+
+    def rewind(self, mark: str | None) -> int:
+        """Drop everything after a checkpoint line; the number of steps dropped.
+
+        Raises DataError when the line is not there: the log was not written up to that checkpoint.
+        """
+        offset, kept, dropped = 0, None, 0
         with open(self.path, "rb") as file:
-            for line in file:
-                row = json.loads(line)
-                if cut is None and row["kind"] != "run" and row["step"] >= step:
-                    cut = offset
-                dropped += cut is not None and row["kind"] == "step"
+            for number, line in enumerate(file, 1):
+                row = parse_line(line, self.path, number)
                 offset += len(line)
-        if cut is not None:
-            self._cut(cut)
+                dropped += kept is not None and row["kind"] == "step"
+                if row["kind"] == "checkpoint" and row["name"] == mark:
+                    kept = offset
+        if kept is None:
+            raise DataError(
+                f"{self.path} does not hold the checkpoint that is resumed, steps are missing: resume in the run_dir "
+                "of that checkpoint, or begin a new log without load_state_dict"
+            )
+        os.ftruncate(self._file, kept)
         return dropped
 
     def close(self) -> None:
@@ -77,8 +101,19 @@ class RunLog:
             os.close(self._file)
             self._file = -1
 
-    def _cut(self, length: int) -> None:
-        os.ftruncate(self._file, length)
+
+def _lock(file: int, path: Path) -> None:
+    """Held until the file is closed, also by a crash; without effect where the system has no such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise DataError(f"another ledger is writing to {path}; close() it or choose another run_dir") from error
+    except OSError:
+        return
 
 
 def _intact_length(path: Path) -> int:
@@ -95,20 +130,27 @@ def _intact_length(path: Path) -> int:
     return 0
 
 
-def read_log(run_dir: str | os.PathLike[str], offset: int = 0) -> Iterator[dict[str, Any]]:
-    """The lines of a run's log from a byte offset on; a torn last line is left out.
+def read_log(run_dir: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The lines of a run's log; a torn last line is left out.
 
-    Raises DataError when there is no log or its format is another one.
+    Raises DataError when there is no log, a line is corrupt, or its format is another one.
     """
     path = Path(run_dir) / LOG_NAME
     if not path.exists():
         raise DataError(f"{path} does not exist; a run directory is written by Ledger(..., run_dir=...)")
     with open(path, "rb") as file:
-        file.seek(offset)
-        for line in file:
+        for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return
-            row = json.loads(line)
-            if row.get("format", FORMAT) != FORMAT:
-                raise DataError(f"{path} has format {row['format']}, this version reads {FORMAT}")
-            yield row
+            yield parse_line(line, path, number)
+
+
+def parse_line(data: bytes, path: Path, number: int) -> dict[str, Any]:
+    """One line of a log. Raises DataError, naming the line, when it is corrupt or of another format."""
+    try:
+        row: dict[str, Any] = json.loads(data)
+    except ValueError as error:
+        raise DataError(f"{path}, line {number} is corrupt: {error}") from error
+    if row.get("format", FORMAT) != FORMAT:
+        raise DataError(f"{path}, line {number} has format {row['format']}, this version reads {FORMAT}")
+    return row

@@ -15,10 +15,12 @@ from noetherflow.monitor import sharding
 from noetherflow.monitor.decompose import Rule
 from noetherflow.monitor.layout import Layout
 
-SLICE = 1 << 18
+SLICE = 1 << 17
 PLAIN = (torch.float32, torch.float64)
 Value = float | Tensor
-PairsOf = Callable[[Mapping[str, float], Mapping[str, Tensor]], Mapping[str, tuple[Tensor, Tensor]]]
+Tensors = Mapping[str, Tensor]
+Pairs = Mapping[str, tuple[Tensor, Tensor]]
+PairsOf = Callable[[Mapping[str, float], Tensors], Pairs]
 
 
 @dataclass
@@ -40,10 +42,45 @@ class Measurement:
     edited: bool = False
 
 
+class Account:
+    """One parameter between steps: what was measured of it and its state, and flat views of these tensors.
+
+    `known[q]`, measured after the last step, holds before the next one while `is_untouched`. A write through
+    `tensor.data` cannot be seen; it shows up in the residual.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[str, Value] = {}
+        self._stamps: dict[str, tuple[Tensor, int, int]] = {}
+        self._viewed: dict[str, tuple[Tensor, int]] = {}
+        self._parts: list[Tensors] | None = None
+
+    def is_untouched(self, tensors: Tensors) -> bool:
+        """Whether these are the tensors of the last `settle` and nobody has written to them since."""
+        return all(k in self._stamps and _same(self._stamps[k], _stamp(t)) for k, t in tensors.items())
+
+    def settle(self, tensors: Tensors) -> None:
+        """What will be measured now belongs to these tensors as they are."""
+        self._stamps = {k: _stamp(t) for k, t in tensors.items()}
+
+    def parts(self, lasting: Tensors, passing: Tensors) -> list[Tensors] | None:
+        """All tensors as flat views, in slices on a CPU; None where that or single precision cannot be had.
+
+        Views of `lasting` are made again only when these are other tensors, or lie elsewhere.
+        """
+        viewed = {k: _stamp(t)[:2] for k, t in lasting.items()}
+        if viewed.keys() != self._viewed.keys() or not all(_same(self._viewed[k], v) for k, v in viewed.items()):
+            self._viewed, self._parts = viewed, slices(lasting)
+        if self._parts is None or not passing:
+            return self._parts
+        more = slices(passing)
+        return None if more is None else [{**a, **b} for a, b in zip(self._parts, more, strict=True)]
+
+
 class Probe:
     """Reads weights, gradients and optimiser state before and after a step, each no more often than the rule asks.
 
-    The charges after one step are the charges before the next as long as nobody writes to the weights in between.
+    What is measured after one step is known before the next (`Rule.carried`), as long as nobody writes in between.
     """
 
     def __init__(
@@ -51,69 +88,71 @@ class Probe:
     ) -> None:
         self.layout, self.rule, self.optimizer, self.watched = layout, rule, optimizer, watched
         self.sharded = any(sharding.is_sharded(p) for p in watched.values())
-        self._charges: list[Value] | None = None
-        self._seen: list[int] = []
+        self.carried = {"tt": "tt_after", **rule.carried}
+        self.forget()
 
     def forget(self) -> None:
-        """Do not rely on the charges of the last step."""
-        self._charges = None
+        """Do not rely on what was measured after the last step."""
+        self._accounts = {name: Account() for name in self.watched}
 
     def before(self, step: int) -> Measurement:
         """The part of a measurement that needs the weights, gradients and state before the step."""
         rule, optimizer = self.rule, self.optimizer
-        group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
         settings = _Settings(rule, getattr(optimizer, "grad_scale", None))
         steps = self._steps_made() if rule.counts_steps else {}
-        chained = self._charges is not None and self._versions() == self._seen
-        values: dict[str, list[Value]] = {}
-        now = Measurement(step, float(optimizer.param_groups[0].get("lr", float("nan"))), values, [])
-        if self._charges is not None and chained:
-            values["tt"] = self._charges
-        elif self._charges is not None:
-            now.edited = True
+        now = Measurement(step, float(optimizer.param_groups[0].get("lr", float("nan"))), {}, [])
         with torch.no_grad():
             for j, (name, parameter) in enumerate(self.watched.items()):
-                if not chained:
-                    self._enter(values, j, name, {"theta": parameter}, _charge_before, settings.idle)
-                group, gradient = group_of.get(id(parameter)), parameter.grad
-                if group is None or gradient is None:
-                    now.settings.append(settings.idle)
-                    continue
+                group, gradient = group_of.get(parameter), parameter.grad
                 state = optimizer.state.get(parameter, {})
-                c = settings.of(group, state, steps.get(name, 0.0))
+                c, pairs_of = settings.idle, _charge_before
+                passing: Tensors = {}
+                if group is not None and (gradient is not None or rule.keeps_copy):
+                    c, pairs_of = settings.of(group, state, steps.get(name, 0.0)), self._charge_and_before
+                    passing = {} if gradient is None or rule.keeps_copy else {"grad": _dense(gradient)}
+                    now.moving.add(j)
                 now.settings.append(c)
-                now.moving.add(j)
-                if rule.keeps_copy:
+                lasting, account = self._lasting(parameter, state), self._accounts[name]
+                known = account.known if account.is_untouched(lasting) else {}
+                now.edited |= bool(account.known) and not account.is_untouched({"theta": lasting["theta"]})
+                missing = [q for q in pairs_of(c, {**lasting, **passing}) if q not in known]
+                found = self._inner(name, lasting, passing, pairs_of, c, missing) if missing else {}
+                self._write(now.values, j, {**known, **found})
+                if rule.keeps_copy and j in now.moving:
                     now.kept[name] = sharding.local(parameter, name in self.layout.totals_only).clone()
-                else:
-                    tensors = {"theta": parameter, "grad": _dense(gradient)} | _present(state, rule.reads_before(c))
-                    self._enter(values, j, name, tensors, rule.before, c)
         return now
 
     def after(self, now: Measurement) -> None:
         """Complete a measurement once the step is made."""
         with torch.no_grad():
             for j, ((name, parameter), c) in enumerate(zip(self.watched.items(), now.settings, strict=True)):
-                tensors: dict[str, Tensor] = {"theta": parameter}
-                if j not in now.moving:
-                    self._enter(now.values, j, name, tensors, _charge_after, c)
-                    continue
-                if name in now.kept:
-                    tensors["kept"] = now.kept.pop(name)
-                tensors |= _present(self.optimizer.state.get(parameter, {}), self.rule.reads_after(c))
-                self._enter(now.values, j, name, tensors, self._charge_and_rule, c)
-        self._charges, self._seen = now.values.get("tt_after", []), self._versions()
+                account = self._accounts[name]
+                lasting = self._lasting(parameter, self.optimizer.state.get(parameter, {}))
+                account.settle(lasting)
+                passing = {"kept": now.kept.pop(name)} if name in now.kept else {}
+                pairs_of = self._charge_and_after if j in now.moving else _charge_after
+                found = self._inner(name, lasting, passing, pairs_of, c)
+                self._write(now.values, j, found)
+                account.known = {q: found[r] for q, r in self.carried.items() if r in found}
 
     def gradients(self, layout: Layout) -> dict[str, list[Value]]:
-        """`tt`, `tg`, `gg` on the legs of another layout, whose parameters are the first of this one's."""
+        """`tt`, `tg`, `gg` on the legs of another layout, whose parameters are the first of this one's.
+
+        Gradients that a fused optimiser has still to unscale (`grad_scale`) count unscaled.
+        """
+        scale = getattr(self.optimizer, "grad_scale", None)
         values: dict[str, list[Value]] = {}
         with torch.no_grad():
             for j, name in enumerate(layout.parameters):
                 parameter = self.watched[name]
-                tensors = {"t": sharding.local(parameter, False)}
+                tensors = {"theta": sharding.local(parameter, False)}
                 if parameter.grad is not None:
-                    tensors["g"] = sharding.local(_dense(parameter.grad), False)
-                self._write(values, j, inner_products(layout, name, tensors, _squares, {}))
+                    tensors["grad"] = sharding.local(_dense(parameter.grad), False)
+                whole = {k: accumulation_dtype(t) for k, t in tensors.items()}
+                if scale is not None and "grad" in whole:
+                    whole["grad"] = whole["grad"] / scale
+                self._write(values, j, layout.inner(name, _squares(whole)))
         return values
 
     def gathered(self, values: Sequence[Mapping[str, list[Value]]]) -> dict[str, np.ndarray]:
@@ -129,18 +168,31 @@ class Probe:
             table = total.cpu().numpy()
         return dict(zip(names, table, strict=True))
 
-    def _enter(
+    def _lasting(self, parameter: Tensor, state: Mapping[str, Any]) -> Tensors:
+        """Weights and optimiser state of one parameter."""
+        return {"theta": parameter, **{k: state[k] for k in self.rule.state_keys if state.get(k) is not None}}
+
+    def _inner(
         self,
-        values: dict[str, list[Value]],
-        j: int,
         name: str,
-        tensors: Mapping[str, Tensor],
+        lasting: Tensors,
+        passing: Tensors,
         pairs_of: PairsOf,
         c: Mapping[str, float],
-    ) -> None:
-        if self.sharded:
-            tensors = {k: sharding.local(t, name in self.layout.totals_only) for k, t in tensors.items()}
-        self._write(values, j, inner_products(self.layout, name, tensors, pairs_of, c))
+        only: Sequence[str] | None = None,
+    ) -> Mapping[str, Value]:
+        """`<a, b>` on the legs of one parameter for the pairs (`only` those) that `pairs_of(c, .)` makes of tensors."""
+
+        def chosen(t: Tensors) -> Pairs:
+            pairs = pairs_of(c, t)
+            return pairs if only is None else {q: pairs[q] for q in only}
+
+        only_totals = name in self.layout.totals_only
+        parts = self._accounts[name].parts(lasting, passing) if only_totals else None
+        if parts is None:
+            tensors = {k: sharding.local(t, only_totals) for k, t in {**lasting, **passing}.items()}
+            return self.layout.inner(name, chosen({k: accumulation_dtype(t) for k, t in tensors.items()}))
+        return totals(parts, chosen)
 
     def _write(self, values: dict[str, list[Value]], j: int, found: Mapping[str, Value]) -> None:
         for q, value in found.items():
@@ -149,13 +201,11 @@ class Probe:
                 values[q] = row = [0.0] * len(self.watched)
             row[j] = value
 
-    def _charge_and_rule(self, c: Mapping[str, float], t: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        return {"tt_after": (t["theta"], t["theta"]), **self.rule.after(c, t)}
+    def _charge_and_before(self, c: Mapping[str, float], t: Tensors) -> Pairs:
+        return {**_charge_before(c, t), **self.rule.before(c, t)}
 
-    def _versions(self) -> list[int]:
-        if self.sharded:
-            return [sharding.local(p, True)._version for p in self.watched.values()]
-        return [p._version for p in self.watched.values()]
+    def _charge_and_after(self, c: Mapping[str, float], t: Tensors) -> Pairs:
+        return {**_charge_after(c, t), **self.rule.after(c, t)}
 
     def _steps_made(self) -> dict[str, float]:
         """Steps the optimiser has made per parameter, read with one transfer."""
@@ -167,37 +217,27 @@ class Probe:
         return dict(zip(found, torch.stack([s.to(device) for s in found.values()]).tolist(), strict=True))
 
 
-def inner_products(
-    layout: Layout, name: str, tensors: Mapping[str, Tensor], pairs_of: PairsOf, c: Mapping[str, float]
-) -> Mapping[str, Value]:
-    """`<a, b>` on the legs of one parameter, for every pair that `pairs_of(c, .)` makes of tensors of its shape.
+def totals(parts: Sequence[Tensors], pairs_of: Callable[[Tensors], Pairs]) -> dict[str, Value]:
+    """`<a, b>` for all pairs, summed over slices; on a CPU plain numbers, the slices added in double precision.
 
-    A parameter that needs only totals is read in slices, so that what `pairs_of` forms stays in the cache and is never
-    as large as the parameter; on a CPU the sums of slices are added in double precision.
+    Slices keep what `pairs_of` forms, and what several products read, in the cache and small.
     """
-    flat = _flat(tensors) if name in layout.totals_only else None
-    if flat is None:
-        return layout.inner(name, pairs_of(c, {k: accumulation_dtype(t) for k, t in tensors.items()}))
-    theta = next(iter(flat.values()))
-    if theta.device.type != "cpu":
-        return {q: torch.dot(a, b) for q, (a, b) in pairs_of(c, flat).items()}
-    if theta.numel() <= SLICE:
-        return {q: torch.dot(a, b).item() for q, (a, b) in pairs_of(c, flat).items()}
-    sums: dict[str, float] = {}
-    for start in range(0, theta.numel(), SLICE):
-        for q, (a, b) in pairs_of(c, {k: t[start : start + SLICE] for k, t in flat.items()}).items():
-            sums[q] = sums.get(q, 0.0) + torch.dot(a, b).item()
+    sums: dict[str, Value] = {}
+    for part in parts:
+        for q, (a, b) in pairs_of(part).items():
+            product = torch.dot(a, b)
+            value: Value = product.item() if product.device.type == "cpu" else product
+            sums[q] = sums[q] + value if q in sums else value
     return sums
 
 
-def _flat(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """All tensors as vectors without a copy, None where that or single precision cannot be had."""
-    flat = {}
-    for k, t in tensors.items():
-        if t.dtype not in PLAIN or not t.is_contiguous():
-            return None
-        flat[k] = t.view(-1)
-    return flat
+def slices(tensors: Tensors) -> list[Tensors] | None:
+    """Flat views of local tensors of one shape, in slices on a CPU; None if one is not contiguous or half precision."""
+    tensors = {k: sharding.local(t, True) for k, t in tensors.items()}
+    if any(t.dtype not in PLAIN or not t.is_contiguous() for t in tensors.values()):
+        return None
+    pieces = [t.view(-1).split(SLICE) if t.device.type == "cpu" else [t.view(-1)] for t in tensors.values()]
+    return [dict(zip(tensors, piece, strict=True)) for piece in zip(*pieces, strict=True)]
 
 
 def tabulate(rows: Sequence[Sequence[Sequence[Value]]], sizes: Sequence[int]) -> np.ndarray:
@@ -244,20 +284,27 @@ class _Settings:
         return self._made[key]
 
 
-def _charge_before(c: Mapping[str, float], t: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+def _charge_before(c: Mapping[str, float], t: Tensors) -> Pairs:
     return {"tt": (t["theta"], t["theta"])}
 
 
-def _charge_after(c: Mapping[str, float], t: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+def _charge_after(c: Mapping[str, float], t: Tensors) -> Pairs:
     return {"tt_after": (t["theta"], t["theta"])}
 
 
-def _squares(c: Mapping[str, float], t: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    return {q: (t[q[0]], t[q[1]]) for q in ("tt", "tg", "gg") if q[1] in t}
+def _squares(t: Tensors) -> Pairs:
+    theta, g = t["theta"], t.get("grad")
+    return {"tt": (theta, theta)} if g is None else {"tt": (theta, theta), "tg": (theta, g), "gg": (g, g)}
 
 
-def _present(state: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Tensor]:
-    return {k: state[k] for k in keys if state.get(k) is not None}
+def _stamp(tensor: Tensor) -> tuple[Tensor, int, int]:
+    """A tensor, where its data lie and how often they were written."""
+    plain = sharding.local(tensor, True)
+    return tensor, plain.data_ptr(), plain._version
+
+
+def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    return a[0] is b[0] and a[1:] == b[1:]
 
 
 def _dense(gradient: Tensor) -> Tensor:

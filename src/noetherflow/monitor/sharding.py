@@ -10,7 +10,7 @@ from torch import Tensor
 
 def is_sharded(tensor: Tensor) -> bool:
     """True for a DTensor."""
-    return hasattr(tensor, "full_tensor") and hasattr(tensor, "to_local")
+    return hasattr(tensor, "to_local")
 
 
 def local(tensor: Any, whole: bool) -> Tensor:
@@ -34,3 +34,10 @@ def share(tensor: Any, whole: bool) -> float:
 def distributed_rank() -> int:
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_rank() if ready else 0
+
+
+def from_first_rank(value: int) -> int:
+    """The first process's value, on all of them."""
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
