@@ -15,7 +15,7 @@ from noetherflow import spd
 from noetherflow.equilibrium import gradient_factors, noise_equilibrium
 from noetherflow.equilibrium.solve import classify
 from noetherflow.equilibrium.solve import imbalance as imbalance_of
-from noetherflow.errors import MomentError
+from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.result import merge_moments
 from reference import moments_by_loop, per_sample_gradients
 
@@ -203,6 +203,83 @@ def test_self_coupled_layer_and_unequal_powers() -> None:
     for s in syms:
         drift = -decay * s.charge(params) + sgd.lr**2 * s.combine(moments.batch_grams(s, sgd))
         assert float((drift.abs() / (decay * sum(s.grams(params)))).max()) < 1e-9
+
+
+def test_shared_square_matrix_of_a_linear_recurrence() -> None:
+    """`h = B W W A x`: one GL(3) acts on both axes of W, so Grams alone say nothing away from today's point."""
+    torch.manual_seed(0)
+
+    class Recurrence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.w, self.b = (nn.Linear(m, n, bias=False) for m, n in ((4, 3), (3, 3), (3, 4)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.w(self.w(self.a(x))))
+
+    model = Recurrence().double()
+    with torch.no_grad():
+        model.a.weight *= 4
+    data = torch.randn(30, 4, dtype=torch.float64), torch.randn(30, 4, dtype=torch.float64)
+    everything = nf.find_symmetries(model, data[0][:3])
+    problem, sgd = Problem(model, everything, data), nf.SGDConfig(0.01, 4, weight_decay=1e-3)
+    moments = dataclasses.replace(problem.measure(), squares={})
+    factors = gradient_factors(model, problem.loss, [data], everything)
+    ways = [{"samples": samples_of(problem)}, {"samples": factors}, {"remeasure": problem.measure}]
+    for way in ways:
+        eq = noise_equilibrium(model, everything, moments, sgd, **way)  # type: ignore[arg-type]
+        assert eq.converged
+        assert imbalance(problem, moved(model, everything, eq.elements), sgd) < 1e-10
+    assert imbalance(problem, model, sgd) > 0.5
+    with pytest.raises(MomentError, match=r"of 'a .* others held: it moves entries of \['w.weight'\].*samples="):
+        noise_equilibrium(model, everything, moments, sgd, joint=False)
+    alone = noise_equilibrium(model, everything, problem.measure(), sgd, joint=False, samples=factors)
+    for s in everything:
+        own = Problem(model, nf.SymmetrySet((s,), shapes=everything.shapes), data)
+        assert imbalance(own, moved(model, own.syms, alone.elements), sgd) < 1e-10
+    flow = nf.noether_flow(model, everything, problem.measure(), sgd, samples=factors)
+    for s in everything:
+        torch.testing.assert_close(flow[s.name].equilibrium, alone[s.name].charge)
+
+
+def test_factors_of_other_samples_are_refused() -> None:
+    """Sequence-first layers sum to autograd's gradient all the same; the second moments of the samples differ."""
+    problem = linear((5, 3, 3, 4))
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(6, 20, 5, dtype=torch.float64, generator=rng) * torch.rand(1, 20, 1, generator=rng).double()
+    y = torch.randn(6, 20, 4, dtype=torch.float64, generator=rng)
+
+    def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return (model(batch[0]) - batch[1]).square().sum((0, 2))
+
+    moments = nf.gradient_moments(problem.model, loss, [(x, y)], problem.syms)
+    factors = gradient_factors(problem.model, loss, [(x, y)], problem.syms)
+    with pytest.raises(DataError, match=r"samples of '1.weight' are not the gradients.*batch axis first"):
+        noise_equilibrium(problem.model, problem.syms, moments, SGD, samples=factors)
+    gradients = [per_sample_gradients(problem.model, loss, (x[:, [i]], y[:, [i]]))[0] for i in range(20)]
+    dense = {"1.weight": torch.stack([g["1.weight"] for g in gradients])}
+    assert noise_equilibrium(problem.model, problem.syms, moments, SGD, samples=dense).converged
+    with pytest.raises(DataError, match="not the gradients"):
+        noise_equilibrium(problem.model, problem.syms, moments, SGD, samples={"1.weight": 1.01 * dense["1.weight"]})
+    with pytest.raises(DataError, match="not the gradients"):
+        noise_equilibrium(
+            problem.model, problem.syms, moments, SGD, samples={"1.weight": torch.nan * dense["1.weight"]}
+        )
+
+
+def test_factors_of_layers_called_by_keyword_and_of_no_batches() -> None:
+    class ByKeyword(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self:
+                x = layer(input=x)
+            return x
+
+    problem = linear((5, 3, 3, 4))
+    model = ByKeyword(*problem.model)
+    by_name = gradient_factors(model, problem.loss, [problem.data], problem.syms)["1.weight"]
+    torch.testing.assert_close(by_name.dense(), samples_of(problem)["1.weight"], rtol=1e-12, atol=1e-12)
+    with pytest.raises(DataError, match="no batch to measure"):
+        gradient_factors(problem.model, problem.loss, [], problem.syms)
 
 
 def test_one_sided_scale_without_and_with_decay() -> None:

@@ -227,7 +227,7 @@ def noether_flow(
     syms = syms.trainable(model)
     drift = Drift.of(sgd)
     weights = Weights.of_drift(drift, mom, sgd)
-    alone = noise_equilibrium(model, syms, mom, sgd, joint=False)
+    alone = noise_equilibrium(model, syms, mom, sgd, joint=False, samples=samples)
     tensors = tensors_of(model)
     errors = _drift_errors(syms, mom, sgd)
     rows = []

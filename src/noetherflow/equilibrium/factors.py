@@ -34,18 +34,24 @@ def gradient_factors(
     """Factors of the per-sample gradients of every weight that general_linear and other symmetries move together.
 
     Read off as inputs and output gradients of `nn.Linear` (and transformers' `Conv1D`) layers, in the parameters'
-    dtype. Give the result to `noise_equilibrium(..., samples=...)` with moments of the same samples.
+    dtype; the first axis of what these layers are given must be the batch. Give the result to `noise_equilibrium(...,
+    samples=...)` with moments of the same samples, which checks it against them.
 
-    Raises MomentError for a weight that is used otherwise: pass dense per-sample gradients or `remeasure=` then.
+    Raises MomentError for a weight that is used otherwise: pass dense per-sample gradients or `remeasure=` then;
+    DataError without batches.
     """
     tensors = tensors_of(model)
     symmetries = list(syms.trainable(model))
     coordinates = leg_coordinates(symmetries, {n: tuple(t.shape) for n, t in tensors.items()})
     wanted = list(mixed_parameters(coordinates, symmetries))
     found: dict[str, list[Factors]] = {n: [] for n in wanted}
+    measured = False
     for batch in batches:
+        measured = True
         for name, factors in _one_batch(model, loss_fn, batch, {n: tensors[n] for n in wanted}).items():
             found[name].append(factors)
+    if not measured:
+        raise DataError("no batch to measure: the iterator of batches is empty")
     return {n: Factors(torch.cat([f.left for f in fs]), torch.cat([f.right for f in fs])) for n, fs in found.items()}
 
 
@@ -56,10 +62,11 @@ def _one_batch(
     names = {id(t): n for n, t in wanted.items()}
     layers = {m: names[id(m.weight)] for m in model.modules() if id(getattr(m, "weight", None)) in names}
 
-    def keep(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        uses[layers[module]].append((inputs[0].detach(), output))
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        (given,) = (*args, *kwargs.values())
+        uses[layers[module]].append((given.detach(), output))
 
-    handles = [m.register_forward_hook(keep) for m in layers if _is_matrix_product(m)]
+    handles = [m.register_forward_hook(keep, with_kwargs=True) for m in layers if _is_matrix_product(m)]
     try:
         losses = loss_fn(model, batch)
     finally:

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow.equilibrium.blocks import GLClasses, TorusClasses
-from noetherflow.equilibrium.orbit import Orbit, Remeasure, RemeasuredOrbit, Samples, orbit_of, separate_orbits
+from noetherflow.equilibrium.orbit import (
+    Orbit,
+    Remeasure,
+    RemeasuredOrbit,
+    Samples,
+    leg_pairs,
+    orbit_of,
+    separate_orbits,
+)
 from noetherflow.equilibrium.overlap import leg_coordinates, stiffness
 from noetherflow.equilibrium.result import Class, Equilibrium, Settled
 from noetherflow.equilibrium.solve import Classes, Solution, classify, drives, elements_of, imbalance, minimise
@@ -85,8 +93,8 @@ def noise_equilibrium(
 
     `Phi = Tr(P X) + Tr(P^-1 Y)` over `P = G^T G` of each symmetry, all solved together (`joint=False`: each with the
     others held). `mom` decides how: leg Grams where legs share no entries, entry-wise moments where tori meet, and
-    where a general_linear symmetry meets another one per-sample gradients `samples[parameter]`, shape `[N, *shape]`,
-    or `remeasure(model) -> moments`, called on a moved copy at every sweep.
+    where a general_linear leg meets another one per-sample gradients `samples[parameter]`, `gradient_factors` or dense
+    `[N, *shape]`, or `remeasure(model) -> moments`, called on a moved copy at every sweep (not with `joint=False`).
 
     Directions without a finite equilibrium are left where they are and named in the result; in general_linear
     symmetries `recede < 1` moves them towards their limit by this factor. `errors=True` adds jackknife standard
@@ -94,8 +102,8 @@ def noise_equilibrium(
     `remeasure`. Symmetries on frozen parameters are excluded and listed. `tol` is the relative Noether flow at which
     the solution counts as converged: by default 1e-11, with `remeasure` not below `8 eps` of the parameters' dtype.
 
-    Raises MomentError when the moments do not determine the answer, ValueError for an unknown objective or bad
-    `recede`. Source: theory.md section 5.
+    Raises MomentError when the moments do not determine the answer, DataError for samples that disagree with them,
+    ValueError for an unknown objective or bad `recede`. Source: theory.md section 5.
     """
     if not 0 < recede <= 1:
         raise ValueError(f"recede must lie in (0, 1], got {recede!r}")
@@ -106,9 +114,8 @@ def noise_equilibrium(
     symmetries = tuple(syms)
     singular = _rank_tolerance(model, symmetries)
     identity = [s.identity() for s in symmetries]
-    alone = separate_orbits(model, symmetries, mom, weights)
-    now = alone.at(identity)
-    xy = [drives(s, pairs, weights) for s, pairs in zip(symmetries, now.pairs, strict=True)]
+    now = leg_pairs(model, symmetries, mom, weights)
+    xy = [drives(s, pairs, weights) for s, pairs in zip(symmetries, now, strict=True)]
     classes = [classify(s, x, y, singular) for s, (x, y) in zip(symmetries, xy, strict=True)]
     moving = [i for i, c in enumerate(classes) if bool(c.finite.any())]
     movers = [symmetries[i] for i in moving]
@@ -116,7 +123,7 @@ def noise_equilibrium(
     orbit: Orbit = (
         orbit_of(model, movers, mom, weights, samples=samples, remeasure=remeasure)
         if joint
-        else separate_orbits(model, movers, mom, weights)
+        else separate_orbits(model, movers, mom, weights, samples)
     )
     kappa = _kappa(model, movers, joint)
     if tol is None:
@@ -139,7 +146,7 @@ def noise_equilibrium(
                 kind=s.kind,
                 element=elements.get(i, identity[i]),
                 classification=kind,
-                charge_now=s.combine(tuple(k for k, _ in now.pairs[i])),
+                charge_now=s.combine(tuple(k for k, _ in now[i])),
                 charge=charge,
                 weight_grams=tuple(k for k, _ in pairs),
                 noise_grams=tuple(m for _, m in pairs),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -13,7 +14,7 @@ from noetherflow.equilibrium.factors import Factors
 from noetherflow.equilibrium.overlap import LegCoordinates, leg_coordinates, mixed_parameters, overlapping_parameters
 from noetherflow.equilibrium.terms import EntryTerm, FactorTerm, LegTerm, SampleTerm, Term, fits_factors
 from noetherflow.equilibrium.weights import LegPair, Weights
-from noetherflow.errors import MomentError
+from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.result import GradientMoments
 from noetherflow.symmetry import Symmetry
 from noetherflow.symmetry_set import tensors_of
@@ -54,8 +55,7 @@ class MeasuredOrbit:
     terms: tuple[Term, ...]
 
     def at(self, elements: Sequence[Tensor]) -> Point:
-        empty = torch.zeros(0)
-        out = [[(empty, empty)] * len(s.weight_legs) for s in self.symmetries]
+        out = _blank(self.symmetries)
         traces = [term.add(elements, out) for term in self.terms]
         return Point(out, sum(t[0] for t in traces), sum(t[1] for t in traces))
 
@@ -77,19 +77,32 @@ class RemeasuredOrbit:
         for symmetry, element in zip(self.symmetries, elements, strict=True):
             symmetry.act_(tensors, element)
         moments = self.remeasure(moved)
+        pairs = leg_pairs(moved, self.symmetries, moments, self.weights)
         touched = dict.fromkeys(n for s in self.symmetries for n in s.parameters)
-        theta = {n: tensors[n].detach().double().cpu() for n in touched}
-        mean = {n: moments.mean[n].double().cpu() for n in touched}
-        pairs = []
-        for s in self.symmetries:
-            if s.name not in moments.second:
-                raise MomentError(f"remeasure returned no moments for symmetry {s.name!r}")
-            drives = [
-                self.weights.drive(second.cpu(), m)
-                for second, m in zip(moments.second[s.name], s.grams(mean), strict=True)
-            ]
-            pairs.append(list(zip(s.grams(theta), drives, strict=True)))
-        return Point(pairs, sum(float(t.square().sum()) for t in theta.values()), None)
+        norm = sum(float(tensors[n].detach().double().square().sum()) for n in touched)
+        return Point(pairs, norm, None)
+
+
+def leg_pairs(
+    model: nn.Module, symmetries: Sequence[Symmetry], moments: GradientMoments, weights: Weights
+) -> list[list[LegPair]]:
+    """`(K, M)` of every leg, by symmetry, where the moments were measured: nothing more is needed there.
+
+    Raises MomentError for a symmetry that was not measured.
+    """
+    tensors = tensors_of(model)
+    return [
+        [
+            _leg_pair(s, j, tensors[leg.parameter].detach().cpu(), moments, weights)
+            for j, leg in enumerate(s.weight_legs)
+        ]
+        for s in symmetries
+    ]
+
+
+def _blank(symmetries: Sequence[Symmetry]) -> list[list[LegPair]]:
+    empty = torch.zeros(0)
+    return [[(empty, empty)] * len(s.weight_legs) for s in symmetries]
 
 
 def orbit_of(
@@ -126,11 +139,12 @@ def measured_orbit(
     parameter that a general_linear leg shares with another leg needs per-sample gradients (`samples[parameter]`, dense
     `[N, *shape]` or `Factors`).
 
-    Raises MomentError naming the parameters for which nothing suffices.
+    Raises MomentError naming the parameters for which nothing suffices, DataError for samples that disagree with the
+    moments.
     """
-    tensors = tensors_of(model)
+    tensors, samples = tensors_of(model), samples or {}
     coordinates = leg_coordinates(symmetries, {n: tuple(t.shape) for n, t in tensors.items()})
-    lacking = [n for n in mixed_parameters(coordinates, symmetries) if samples is None or n not in samples]
+    lacking = [n for n in mixed_parameters(coordinates, symmetries) if n not in samples]
     if lacking:
         raise MomentError(
             f"one measurement does not determine the joint equilibrium: general_linear and other symmetries move the "
@@ -139,18 +153,23 @@ def measured_orbit(
             f"remeasure=lambda model: nf.gradient_moments(model, loss_fn, batches, syms), or joint=False to solve "
             f"every symmetry with the others held"
         )
-    terms = _terms(tensors, symmetries, coordinates, moments, weights, samples or {})
+    terms = _terms(tensors, symmetries, coordinates, moments, weights, samples)
     return MeasuredOrbit(tuple(symmetries), weights, tuple(terms))
 
 
 def separate_orbits(
-    model: nn.Module, symmetries: Sequence[Symmetry], moments: GradientMoments, weights: Weights
+    model: nn.Module,
+    symmetries: Sequence[Symmetry],
+    moments: GradientMoments,
+    weights: Weights,
+    samples: Samples | None = None,
 ) -> MeasuredOrbit:
     """Every symmetry on its own orbit, the others held: each leg by its Grams alone, overlaps ignored.
 
-    Raises MomentError for a symmetry that shares entries with itself and has no entry-wise moments.
+    Raises MomentError for a symmetry that shares entries with itself and has no entry-wise moments (torus) or samples
+    (general_linear), DataError for samples that disagree with the moments.
     """
-    tensors = tensors_of(model)
+    tensors, samples = tensors_of(model), samples or {}
     shapes = {n: tuple(t.shape) for n, t in tensors.items()}
     terms: list[Term] = []
     for index, symmetry in enumerate(symmetries):
@@ -158,7 +177,14 @@ def separate_orbits(
             name: tuple(replace(leg, symmetry=index) for leg in legs)
             for name, legs in leg_coordinates([symmetry], shapes).items()
         }
-        terms += _terms(tensors, symmetries, alone, moments, weights, {})
+        lacking = [n for n in mixed_parameters(alone, symmetries) if n not in samples]
+        if lacking:
+            raise MomentError(
+                f"one measurement does not determine the equilibrium of {symmetry.name!r} with the others held: it "
+                f"moves entries of {lacking[:4]} along two axes; pass samples=nf.gradient_factors(model, loss_fn, "
+                f"batches, syms) of the same batches"
+            )
+        terms += _terms(tensors, symmetries, alone, moments, weights, samples)
     return MeasuredOrbit(tuple(symmetries), weights, tuple(terms))
 
 
@@ -171,15 +197,17 @@ def _terms(
     samples: Samples,
 ) -> list[Term]:
     """The terms of all parameters: Grams where no two legs meet, per-sample gradients where a general_linear leg meets
-    another and `samples` holds them, else entries.
+    another, else entries.
     """
     shared, mixed = overlapping_parameters(coordinates), mixed_parameters(coordinates, symmetries)
     terms: list[Term] = []
     for name, legs in coordinates.items():
         theta = tensors[name].detach().cpu()
-        if name in mixed and name in samples:
-            own = tuple((i, s) for i, s in enumerate(symmetries) if name in s.parameters)
-            terms.append(_sample_term(name, own, theta, samples[name], moments.mean[name].cpu(), weights))
+        if name in mixed:
+            own = tuple((i, symmetries[i]) for i in dict.fromkeys(leg.symmetry for leg in legs))
+            term = _sample_term(name, own, theta, samples[name], moments.mean[name].cpu(), weights)
+            _refuse_other_data(term, symmetries, legs, theta, samples[name], moments)
+            terms.append(term)
         elif name in shared:
             terms.append(_entry_term(name, legs, theta, moments, weights))
         else:
@@ -194,7 +222,7 @@ def _sample_term(
     gradients: Tensor | Factors,
     mean: Tensor,
     weights: Weights,
-) -> Term:
+) -> SampleTerm | FactorTerm:
     """Weights are copied: the model may move on before a forecast asks for them."""
     if isinstance(gradients, Factors):
         if fits_factors([s for _, s in own], name, tuple(theta.shape)):
@@ -218,10 +246,45 @@ def _entry_term(
 def _leg_term(
     symmetries: Sequence[Symmetry], at: LegCoordinates, theta: Tensor, moments: GradientMoments, weights: Weights
 ) -> LegTerm:
-    symmetry, theta = symmetries[at.symmetry], theta.double()
-    leg = symmetry.weight_legs[at.leg]
+    symmetry = symmetries[at.symmetry]
+    weight, noise = _leg_pair(symmetry, at.leg, theta, moments, weights)
+    return LegTerm(at.symmetry, at.leg, at.exponent, symmetry.is_torus, weight, noise)
+
+
+def _leg_pair(symmetry: Symmetry, leg: int, theta: Tensor, moments: GradientMoments, weights: Weights) -> LegPair:
+    """`(K, M)` of one leg from its parameter and the measured moments."""
     if symmetry.name not in moments.second:
         raise MomentError(f"no moments for symmetry {symmetry.name!r}; measured: {list(moments.second)[:8]}")
-    mean = symmetry.leg_gram(leg, moments.mean[leg.parameter].double().cpu())
-    noise = weights.drive(moments.second[symmetry.name][at.leg].cpu(), mean)
-    return LegTerm(at.symmetry, at.leg, leg.exponent, symmetry.is_torus, symmetry.leg_gram(leg, theta), noise)
+    at = symmetry.weight_legs[leg]
+    mean = symmetry.leg_gram(at, moments.mean[at.parameter].double().cpu())
+    drive = weights.drive(moments.second[symmetry.name][leg].cpu(), mean)
+    return symmetry.leg_gram(at, theta.double()), drive
+
+
+def _refuse_other_data(
+    term: SampleTerm | FactorTerm,
+    symmetries: Sequence[Symmetry],
+    legs: Sequence[LegCoordinates],
+    theta: Tensor,
+    gradients: Tensor | Factors,
+    moments: GradientMoments,
+) -> None:
+    """The samples' own `M` where they were measured must be the moments', up to `sqrt(eps)`.
+
+    Raises DataError otherwise: other data, or factors whose first axis is not the batch.
+    """
+    out = _blank(symmetries)
+    term.add([s.identity() for s in symmetries], out)
+    dtype = gradients.left.dtype if isinstance(gradients, Factors) else gradients.dtype
+    tolerance = max(torch.finfo(t).eps for t in (dtype, theta.dtype)) ** 0.5
+    for leg in legs:
+        found = out[leg.symmetry][leg.leg][1]
+        expected = _leg_pair(symmetries[leg.symmetry], leg.leg, theta, moments, term.weights)[1]
+        off = float(torch.linalg.vector_norm(found - expected))
+        size = float(torch.linalg.vector_norm(expected))
+        if not off <= tolerance * size:
+            raise DataError(
+                f"samples of {term.parameter!r} are not the gradients that the moments were measured on: noise of "
+                f"{symmetries[leg.symmetry].name!r} off by {off / size if size else math.inf:.2g}; pass samples of the "
+                f"same batches, batch axis first (layers fed [time, batch, ...] need dense [N, *shape] gradients)"
+            )
