@@ -97,12 +97,15 @@ def test_sgd_config_reads_an_optimizer_and_refuses_nonsense():
         {"lr": 1, "batch_size": 1, "momentum": 1.0},
         {"lr": 1, "batch_size": 8, "dataset_size": 4},
         {"lr": float("nan"), "batch_size": 1},
+        {"lr": 4.0, "batch_size": 1, "weight_decay": 0.5},
     ):
         with pytest.raises(DataError):
             nf.SGDConfig(**bad)
     groups = [{"params": [model[0].weight], "lr": 0.1}, {"params": [model[2].weight], "lr": 0.2}]
-    with pytest.raises(DataError, match="groups differ"):
+    with pytest.raises(DataError, match=r"groups differ in \{'lr': \[0.1, 0.2\]\}: a symmetry joins"):
         nf.SGDConfig.from_optimizer(torch.optim.SGD(groups), 4)
+    with pytest.raises(DataError, match="decay alone makes the weights grow"):
+        nf.SGDConfig(3.0, 4, weight_decay=1.0)
 
 
 def test_without_replacement_factor_is_the_exact_variance_of_a_batch_mean():

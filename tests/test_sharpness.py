@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch import Tensor
 import noetherflow as nf
 from equilibrium_cases import Problem, linear, mlp, moved
 from noetherflow.equilibrium import noise_equilibrium
-from noetherflow.errors import DataError
+from noetherflow.errors import DataError, MomentError
 from noetherflow.flow import noether_flow
 from noetherflow.sharpness import (
     HessianProduct,
@@ -120,6 +122,92 @@ def test_forecast_of_stable_learning_rate_and_warmup() -> None:
         else:
             assert got.warmup_steps == (0 if expected == "none" else None)
         assert json.loads(json.dumps(got.to_dict()))["ratio"] == pytest.approx(got.ratio)
+
+
+def steep(problem: Problem, momentum: float, left: float) -> tuple[Any, Any, Any]:
+    """Flow at a learning rate that is stable once `left` of the way is left, the equilibrium, and the forecast."""
+    moments, data = problem.measure(), [problem.data]
+    sgd = nf.SGDConfig(0.05, 4, momentum=momentum)
+    eq = noise_equilibrium(problem.model, problem.syms, moments, sgd)
+    there = moved(problem.model, problem.syms, eq.elements)
+    now, then = (top_eigenvalue(m, problem.loss, data) for m in (problem.model, there))
+    sgd = dataclasses.replace(sgd, lr=2 * (1 + momentum) / (then + left * (now - then)))
+    eq = noise_equilibrium(problem.model, problem.syms, moments, sgd)
+    flow = noether_flow(problem.model, problem.syms, moments, sgd)
+    return flow, eq, sharpness_forecast(problem.model, problem.loss, data, eq, flow, probes=2)
+
+
+@pytest.mark.parametrize(
+    ("family", "momentum", "left"), [("torus", 0.0, 0.1), ("torus", 0.5, 0.1), ("general_linear", 0.0, 1e-3)]
+)
+def test_warmup_is_just_long_enough(family: str, momentum: float, left: float) -> None:
+    """Ramps run step by step, each step moving the charges `(lr(k) / lr)^2`: this one is stable, 0.7 of it is not."""
+    if family == "torus":
+        problem = mlp((4, 6, 3), (30, 0.5), samples=300)
+    else:
+        problem = linear((5, 3, 4), samples=300)
+        with torch.no_grad():
+            problem.model[0].weight *= 20
+    flow, eq, got = steep(problem, momentum, left)
+    times = np.unique(np.geomspace(1, 20 * max(float(r.relaxation_steps.max()) for r in flow.details), 400).astype(int))
+    (name,) = eq.elements
+    charges, end = flow.forecast([0, *times.tolist()]).charges[name], eq[name].charge
+    if family == "general_linear":
+        charges, end = torch.linalg.eigvalsh(charges), torch.linalg.eigvalsh(end)
+    away = (charges - end).flatten(1).norm(dim=1).numpy()
+    top = got.top_equilibrium + (got.top_now - got.top_equilibrium) * away / away[0]
+
+    def overshoot(length: int) -> float:
+        ramp = np.arange(1, length + 1) / length
+        flowed = np.cumsum(ramp**2) - ramp**2
+        return float((got.lr * ramp * np.interp(flowed, [0, *times], top)).max() / (2 * (1 + momentum)))
+
+    assert got.warmup_steps is not None
+    assert overshoot(got.warmup_steps) < 1
+    assert overshoot(round(0.7 * got.warmup_steps)) > 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}])
+def test_stability_limit_is_where_torch_diverges(settings: dict[str, Any]) -> None:
+    curvature = 3.0
+    for factor, grows in ((0.98, False), (1.02, True)):
+        lr = factor * nf.SGDConfig(1.0, 1, **settings).stability_limit / curvature
+        theta = torch.ones((), dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.SGD([theta], lr=lr, **settings)
+        for _ in range(1500):
+            optimizer.zero_grad()
+            (curvature * theta**2 / 2).backward()
+            optimizer.step()
+        assert (abs(float(theta.detach())) > 1) == grows
+
+
+def test_symmetries_left_out_of_the_equilibrium_are_left_out_of_the_warmup() -> None:
+    problem = mlp((3, 4, 3, 2), (6, 0.5, 1), samples=30)
+    first, second = problem.syms
+    approximate = nf.SymmetrySet((first, dataclasses.replace(second, eps=1e-5)), shapes=problem.syms.shapes)
+    eq = noise_equilibrium(problem.model, approximate, problem.measure(), SGD, approximate=False)
+    there = moved(problem.model, problem.syms, eq.elements)
+    tops = [top_eigenvalue(m, problem.loss, [problem.data]) for m in (problem.model, there)]
+    sgd = dataclasses.replace(SGD, lr=2 / (tops[0] * tops[1]) ** 0.5)
+    flow = noether_flow(problem.model, approximate, problem.measure(), sgd)
+    assert sharpness_forecast(problem.model, problem.loss, [problem.data], eq, flow, probes=2).warmup_steps != 0
+
+
+def test_curvature_leaves_running_statistics_alone() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)).double().train()
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    problem = Problem(model, nf.SymmetrySet(()), mlp((3, 4, 2)).data)
+    top_eigenvalue(model, problem.loss, [problem.data])
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(buffer, before[name], rtol=0, atol=0)
+
+
+def test_trace_needs_entries() -> None:
+    problem = mlp((3, 4, 2))
+    eq = noise_equilibrium(problem.model, problem.syms, problem.measure(), SGD)
+    lacking = dataclasses.replace(problem.measure(), squares={})
+    with pytest.raises(MomentError, match="entries=True"):
+        trace_at(problem.model, problem.syms, lacking, eq.elements)
 
 
 def test_unusable_input_is_refused() -> None:

@@ -18,7 +18,8 @@ class SGDConfig:
     `weight_decay` is PyTorch's `w` (the paper's `gamma ||theta||^2` is `w = 2 gamma`). `dataset_size=None` means
     sampling with replacement (or fresh data); a number N means batches drawn without replacement from N samples.
 
-    Raises DataError for a non-positive lr or batch size, momentum outside [0, 1) or a batch larger than the data.
+    Raises DataError for a non-positive lr or batch size, momentum outside [0, 1), a batch larger than the data or
+    `lr * weight_decay >= 2`, where decay alone makes the weights grow.
     """
 
     lr: float
@@ -35,6 +36,11 @@ class SGDConfig:
             raise DataError(f"batch_size must be at least 1, got {self.batch_size!r}")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise DataError(f"weight_decay must be finite and >= 0, got {self.weight_decay!r}")
+        if self.lr * self.weight_decay >= 2:
+            raise DataError(
+                f"lr * weight_decay is {self.lr * self.weight_decay:g}: from 2 on decay alone makes the weights grow; "
+                "lower one of them"
+            )
         if not 0 <= self.momentum < 1:
             raise DataError(f"momentum must lie in [0, 1), got {self.momentum!r}")
         if self.dataset_size is not None and self.batch_size > self.dataset_size:
@@ -58,8 +64,13 @@ class SGDConfig:
             )
         keys = ("lr", "weight_decay", "momentum", "nesterov", "dampening", "maximize")
         settings = [{k: group[k] for k in keys} for group in optimizer.param_groups]
-        if any(s != settings[0] for s in settings[1:]):
-            raise DataError(f"parameter groups differ in {keys}: {settings}; analyse the groups one at a time")
+        differing = {k: [s[k] for s in settings] for k in keys if any(s[k] != settings[0][k] for s in settings)}
+        if differing:
+            raise DataError(
+                f"parameter groups differ in {differing}: a symmetry joins parameters of several groups, but the "
+                "theory has one lr, momentum and weight decay for all of them; give the groups the same, or build "
+                "SGDConfig(...) by hand with what the moved parameters have"
+            )
         if settings[0]["dampening"] or settings[0]["maximize"]:
             raise DataError("dampening and maximize are outside the theory; set them to 0 and False")
         s = settings[0]
@@ -76,6 +87,12 @@ class SGDConfig:
     def effective_lr(self) -> float:
         """`lr / (1 - momentum)`: the learning rate of the slow dynamics (theory.md section 4)."""
         return self.lr / (1 - self.momentum)
+
+    @property
+    def stability_limit(self) -> float:
+        """`lr * curvature` at which full-batch steps start to grow: `2 (1 + m)`, Nesterov `2 (1 + m) / (1 + 2 m)`."""
+        m = self.momentum
+        return 2 * (1 + m) / (1 + 2 * m if self.nesterov else 1)
 
     @property
     def covariance_factor(self) -> float:

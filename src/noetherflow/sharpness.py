@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,14 @@ class HessianProduct:
         return sum(p.numel() for p in self.parameters.values())
 
     def __call__(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Raises DataError when the loss is not one number per sample or is not finite."""
+        """`H v`; buffers stay as they are, also in training mode.
+
+        Raises DataError when the loss is not one number per sample or is not finite.
+        """
+        with _kept_buffers(self.model):
+            return self._product(vector)
+
+    def _product(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
         names, params = list(self.parameters), list(self.parameters.values())
         total = [torch.zeros_like(p, dtype=torch.float64) for p in params]
         samples = 0
@@ -71,6 +79,17 @@ class HessianProduct:
         shaped = {n: v.reshape(p.shape) for (n, p), v in zip(self.parameters.items(), parts, strict=True)}
         out = self({n: v.to(self.parameters[n].device) for n, v in shaped.items()})
         return torch.cat([v.reshape(-1).cpu() for v in out.values()]).numpy()
+
+
+@contextmanager
+def _kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Running statistics change in training mode, and a measurement must not show."""
+    before = [(b, b.clone()) for b in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
 
 
 def _differentiable_attention() -> AbstractContextManager[None]:
@@ -102,51 +121,55 @@ def curvature_moments(
     product = HessianProduct(model, loss_fn, batches)
     if probes is None and product.size > EXACT_LIMIT:
         raise DataError(f"{product.size:,} entries are too many for the exact Hessian trace; pass probes=64 or so")
-    parts = []
+    zero = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in product.parameters.items()}
     if probes is None:
-        for name, p in product.parameters.items():
-            for i in range(p.numel()):
-                v = {n: torch.zeros_like(q, dtype=torch.float64) for n, q in product.parameters.items()}
-                v[name].view(-1)[i] = 1.0
-                parts.append(_contract(product(v), v, syms))
-        return _total(parts)
+        return _total(_contract(product(v), v, syms, zero) for v in _units(zero))
     rng = torch.Generator().manual_seed(seed)
+    parts = []
     for _ in range(probes):
         v = {
             n: (torch.randint(0, 2, p.shape, generator=rng).double() * 2 - 1).to(p.device)
             for n, p in product.parameters.items()
         }
-        parts.append(_contract(product(v), v, syms))
+        parts.append(_contract(product(v), v, syms, zero))
     merged = merge_moments(parts)
-    return GradientMoments(merged.samples, merged.loss, merged.second, merged.mean, merged.squares, tuple(parts))
+    return replace(merged, groups=tuple(parts))
 
 
-def _contract(hv: dict[str, Tensor], v: dict[str, Tensor], syms: SymmetrySet) -> GradientMoments:
-    """`(H v) v^T` contracted on every leg (symmetrised) and entry by entry, as moments of one sample."""
+def _units(zero: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Every unit vector of the parameters in turn."""
+    for name, z in zero.items():
+        for i in range(z.numel()):
+            unit = z.clone()
+            unit.view(-1)[i] = 1.0
+            yield {**zero, name: unit}
+
+
+def _contract(
+    hv: Mapping[str, Tensor], v: Mapping[str, Tensor], syms: SymmetrySet, zero: Mapping[str, Tensor]
+) -> GradientMoments:
+    """`(H v) v^T` contracted on every leg (symmetrised) and entry by entry, as moments of one sample of mean `zero`."""
     trainable = [s for s in syms if all(n in v for n in s.parameters)]
     second = {}
     for s in trainable:
         plus = s.grams({n: hv[n] + v[n] for n in s.parameters})
         minus = s.grams({n: hv[n] - v[n] for n in s.parameters})
         second[s.name] = tuple(((a - b) / 4).cpu() for a, b in zip(plus, minus, strict=True))
-    return GradientMoments(
-        samples=1,
-        loss=0.0,
-        second=second,
-        mean={n: torch.zeros_like(t) for n, t in v.items()},
-        squares={n: hv[n] * v[n] for n in v},
-    )
+    return GradientMoments(1, 0.0, second, zero, {n: hv[n] * v[n] for n in v})
 
 
-def _total(parts: Sequence[GradientMoments]) -> GradientMoments:
-    merged, n = merge_moments(list(parts)), len(parts)
-    return GradientMoments(
-        samples=n,
-        loss=0.0,
-        second={name: tuple(n * leg for leg in legs) for name, legs in merged.second.items()},
-        mean=merged.mean,
-        squares={name: n * t for name, t in merged.squares.items()},
-    )
+def _total(parts: Iterator[GradientMoments]) -> GradientMoments:
+    """The sum of the parts, held once."""
+    total = next(parts)
+    samples = 1
+    for part in parts:
+        samples += 1
+        for name, legs in part.second.items():
+            for kept, leg in zip(total.second[name], legs, strict=True):
+                kept.add_(leg)
+        for name, square in part.squares.items():
+            total.squares[name].add_(square)
+    return replace(total, samples=samples)
 
 
 def trace_at(
@@ -157,8 +180,8 @@ def trace_at(
     Works for any second moment that transforms as the gradient does: `curvature_moments` or `gradient_moments`, whose
     trace is that of the empirical Fisher matrix. Symmetries without an element stay.
 
-    Raises MomentError where a general_linear symmetry shares entries with another moved one: move a copy and measure
-    there.
+    Raises MomentError for moments without entries, and where a general_linear symmetry shares entries with another
+    moved one: move a copy and measure there.
     """
     movers = [s for s in syms if s.name in elements]
     orbit = orbit_of(model, movers, curvature, Weights(0.0, 1.0, 0.0))
@@ -166,8 +189,18 @@ def trace_at(
     then = orbit.at([elements[s.name] for s in movers]).trace
     assert now is not None
     assert then is not None
-    total = float(sum(t.sum() for t in curvature.squares.values()))
+    total = _trace(curvature)
     return total, total - now + then
+
+
+def _trace(curvature: GradientMoments) -> float:
+    lacking = [n for n in curvature.mean if n not in curvature.squares]
+    if lacking:
+        raise MomentError(
+            f"the trace needs the entries of {lacking[:4]}{' ...' if len(lacking) > 4 else ''}; measure with "
+            "curvature_moments(...), or gradient_moments(..., entries=True)"
+        )
+    return float(sum(t.sum() for t in curvature.squares.values()))
 
 
 def top_eigenvalue(
@@ -193,10 +226,10 @@ class Sharpness:
     """Sharpness today and at the noise equilibrium of the same function, and what it means for the learning rate.
 
     `trace_*`: `Tr H`; `top_*`: largest Hessian eigenvalue, at the equilibrium measured on a moved copy. `ratio` is
-    `trace_equilibrium / trace_now`: above 1 sharpening, below 1 flattening is still to come. `stable_lr_*` is `2 /
-    top`, where gradient descent on a quadratic stops being stable. `warmup_steps`: length of a linear warmup to `lr`
-    that keeps `lr(k)` below `2 / top(k)`; 0 if none is needed, None if `lr` is unstable even at the equilibrium or
-    without time scale.
+    `trace_equilibrium / trace_now`: above 1 sharpening, below 1 flattening is still to come. `stable_lr_*` is `limit /
+    top`, where full-batch steps on a quadratic stop being stable: `limit` is 2 without momentum
+    (`SGDConfig.stability_limit`). `warmup_steps`: length of a linear warmup to `lr` that keeps `lr(k)` below `limit /
+    top(k)`; 0 if none is needed, None if `lr` is unstable even at the equilibrium or without time scale.
     """
 
     trace_now: float
@@ -204,6 +237,7 @@ class Sharpness:
     top_now: float
     top_equilibrium: float
     lr: float
+    limit: float
     warmup_steps: int | None
 
     @property
@@ -212,11 +246,11 @@ class Sharpness:
 
     @property
     def stable_lr_now(self) -> float:
-        return 2 / self.top_now
+        return self.limit / self.top_now
 
     @property
     def stable_lr_equilibrium(self) -> float:
-        return 2 / self.top_equilibrium
+        return self.limit / self.top_equilibrium
 
     def __str__(self) -> str:
         change = "sharpening" if self.ratio > 1 else "flattening"
@@ -259,7 +293,7 @@ def sharpness_forecast(
     `Tr H` at the equilibrium comes from today's curvature (`curvature_moments` with `probes` unless given) where leg
     Grams determine it, else from a moved copy; the largest eigenvalues by Lanczos on the model and on a moved copy.
 
-    Raises DataError for an unusable loss.
+    Raises DataError for an unusable loss, MomentError for `curvature` without entries.
     """
     data = list(batches)
     syms: SymmetrySet = eq.symmetries
@@ -272,28 +306,36 @@ def sharpness_forecast(
         now, then = trace_at(model, syms, curvature, eq.elements)
     except MomentError:
         there = curvature_moments(moved, loss_fn, data, syms, probes=probes)
-        now, then = (float(sum(t.sum() for t in c.squares.values())) for c in (curvature, there))
+        now, then = _trace(curvature), _trace(there)
     top_now, top_then = top_eigenvalue(model, loss_fn, data), top_eigenvalue(moved, loss_fn, data)
-    return Sharpness(now, then, top_now, top_then, flow.sgd.lr, _warmup(flow, eq, top_now, top_then))
+    lr, limit = flow.sgd.lr, flow.sgd.stability_limit
+    return Sharpness(now, then, top_now, top_then, lr, limit, _warmup(flow, eq, top_now, top_then))
 
 
 def _warmup(flow: Flow, eq: Equilibrium, top_now: float, top_then: float) -> int | None:
-    """Steps `k` of the flow until `top(k) < 2 / lr`, times 3: a linear ramp of lr drives `int (lr(k)/lr)^2 dk = k /
-    3`.
+    """Steps `K` of a linear ramp with `lr(k) top(k) < limit` throughout.
+
+    At `k = s K` the ramp has moved the charges as `tau = int (lr(k) / lr)^2 dk = K s^3 / 3` steps at `lr` would, so
+    `K > 3 tau (lr top(tau) / limit)^3` wherever `lr top(tau) >= limit`; from one time of the grid to the next with the
+    later `tau` and the earlier `top`.
     """
-    limit = 2 / flow.sgd.lr
-    if top_now < limit:
+    excess = flow.sgd.lr / flow.sgd.stability_limit
+    if excess * top_now < 1:
         return 0
     slowest = max((float(r.relaxation_steps.max()) for r in flow.details), default=0.0)
-    if top_then >= limit or slowest <= 0:
+    if excess * top_then >= 1 or slowest <= 0:
         return None
-    steps = sorted({max(1, round(slowest * x)) for x in np.geomspace(1e-3, 20, 40)})
-    forecast = flow.forecast([0, *steps])
-    away = [
-        sum(float((c[i] - eq[n].charge).square().sum()) for n, c in forecast.charges.items()) ** 0.5
-        for i in range(len(steps) + 1)
-    ]
-    for k, distance in zip(steps, away[1:], strict=True):
-        if top_then + (top_now - top_then) * min(1.0, distance / away[0]) < limit:
-            return 3 * k
-    return None
+    steps = sorted({max(1, round(slowest * x)) for x in np.geomspace(1e-4, 20, 120)})
+    charges = flow.forecast([0, *steps]).charges
+    away = torch.stack([_distance(charges[n], eq[n].charge) for n in eq.elements]).square().sum(0).sqrt()
+    over = excess * (top_then + (top_now - top_then) * (away / away[0]).clamp_max(1.0))
+    if not over[-1] < 1:
+        return None
+    return math.ceil(max(3 * tau * o**3 for o, tau in zip(over[:-1].tolist(), steps, strict=True) if o >= 1))
+
+
+def _distance(charges: Tensor, end: Tensor) -> Tensor:
+    """Norm of `charges[k] - end`, up to rotations for general_linear: the equilibrium leaves them open."""
+    if end.ndim == 3:
+        charges, end = torch.linalg.eigvalsh(charges), torch.linalg.eigvalsh(end)
+    return (charges - end).flatten(1).norm(dim=1)
