@@ -8,6 +8,7 @@ import re
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +24,9 @@ from noetherflow.reproduce.experiment import (
     Verdict,
     _reached,
     find_experiment,
+    from_difference,
+    from_ratio,
+    from_resampling,
     from_seeds,
     plain,
 )
@@ -91,6 +95,23 @@ def test_verdicts_need_the_whole_interval_inside():
     assert not Verdict("", 0.0, math.nan, 0.0, 0.05, relative=False).holds
     assert not from_seeds("", 1.0, [1.0], 0.5).holds, "one seed has no error bar"
     assert "FAILS" in str(Verdict("x", 1.0, 2.0))
+
+
+def test_errors_of_ratios_and_differences_are_their_spread_over_repeated_experiments():
+    rng = np.random.default_rng(5)
+    over, under = 5 + rng.normal(size=(4000, 8)), 2 + 0.5 * rng.normal(size=(4000, 20))
+    for make, combine in ((from_ratio, np.divide), (from_difference, np.subtract)):
+        verdicts = [make("", 1.0, a, b) for a, b in zip(over, under, strict=True)]
+        means = combine(over.mean(1), under.mean(1))
+        assert [v.measured for v in verdicts] == pytest.approx(list(means), rel=1e-12)
+        assert np.median([v.error for v in verdicts]) == pytest.approx(means.std(), rel=0.05)
+        assert make("", 1.0, 3.0, over[0]).error > 0, "a number is exact, the other side is not"
+        assert not make("", 1.0, over[0], [2.0], relation="above").holds, "one seed has no error bar"
+    assert not from_ratio("", 1.0, [1.0, 1.0], 0.0, 1.0).holds
+    assert from_difference("", 1.0, 3.0, 2.0, relative=False).holds
+    spread = from_resampling("", 1.0, rng.normal(size=200), lambda v: float(v.std()), 0.3)
+    assert spread.error == pytest.approx(1 / np.sqrt(2 * 200), rel=0.25)
+    assert from_resampling("", 1.0, rng.normal(size=50), np.mean).error == pytest.approx(1 / np.sqrt(50), rel=0.25)
 
 
 def test_run_writes_everything_and_resumes(toy, tmp_path):

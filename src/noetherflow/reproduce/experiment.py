@@ -106,6 +106,15 @@ class Verdict:
         return f"[{mark}] {self.claim}: measured {self.found}, predicted {self.criterion}"
 
 
+def _mean_and_error(values: Any) -> tuple[float, float]:
+    """Mean and standard error over independent seeds; a number is exact (error 0), a single seed has error nan."""
+    v = np.asarray(values, dtype=float)
+    if v.ndim == 0:
+        return float(v), 0.0
+    v = v.reshape(-1)
+    return float(v.mean()), float(v.std(ddof=1) / math.sqrt(len(v))) if len(v) > 1 else math.nan
+
+
 def from_seeds(
     claim: str,
     predicted: float,
@@ -117,10 +126,45 @@ def from_seeds(
     difference: int = 0,
 ) -> Verdict:
     """A verdict whose measurement is the mean of `values`, one per independent seed."""
-    v = np.asarray(values, dtype=float).reshape(-1)
-    error = float(v.std(ddof=1) / math.sqrt(len(v))) if len(v) > 1 else math.nan
-    mean = float(v.mean())
+    mean, error = _mean_and_error(np.reshape(values, -1))
     return Verdict(claim, float(predicted), mean, error, tolerance, relation, relative, analysis, difference)
+
+
+def from_ratio(claim: str, predicted: float, over: Any, under: Any, tolerance: float = 0.0, **judged: Any) -> Verdict:
+    """`mean(over) / mean(under)` with error `|ratio| sqrt((error / mean)^2 of over + the same of under)`.
+
+    Each side: one value per seed, independent of the other side's, or a number (exact). Not-a-number over a zero mean.
+    `judged`: fields of `Verdict`.
+    """
+    (a, da), (b, db) = _mean_and_error(over), _mean_and_error(under)
+    b = b or math.nan
+    return Verdict(claim, float(predicted), a / b, math.hypot(da / b, a * db / b**2), tolerance, **judged)
+
+
+def from_difference(
+    claim: str, predicted: float, first: Any, second: Any, tolerance: float = 0.0, **judged: Any
+) -> Verdict:
+    """`mean(first) - mean(second)` with error `sqrt(error_first^2 + error_second^2)`; the sides as in `from_ratio`."""
+    (a, da), (b, db) = _mean_and_error(first), _mean_and_error(second)
+    return Verdict(claim, float(predicted), a - b, math.hypot(da, db), tolerance, **judged)
+
+
+def from_resampling(
+    claim: str,
+    predicted: float,
+    values: Any,
+    statistic: Callable[[np.ndarray], float],
+    tolerance: float = 0.0,
+    **judged: Any,
+) -> Verdict:
+    """`statistic(values)`, values `[seeds, ...]`, and its standard deviation over 400 bootstrap samples of the seeds.
+
+    For what is not a mean: a spread, a median. For a maximum the error is a rough one: resampling never exceeds it.
+    """
+    v = np.asarray(values, dtype=float)
+    drawn = np.random.default_rng(0).integers(len(v), size=(400, len(v)))
+    error = float(np.std([statistic(v[i]) for i in drawn]))
+    return Verdict(claim, float(predicted), float(statistic(v)), error, tolerance, **judged)
 
 
 @dataclass(frozen=True)
