@@ -18,7 +18,7 @@ LAYERS = [
     {"symmetry_set"},
     {"discovery", "moments"},
     {"flow", "equilibrium", "sharpness", "closed_form"},
-    {"balance", "checkpoint", "lora", "monitor"},
+    {"balance", "checkpoint", "motion", "optimizer_state", "monitor"},
     {"analysis", "workloads"},
     {"reproduce", "report"},
     {"cli"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,175 @@ def test_tied_weights_are_stored_once_or_twice(tmp_path: Path) -> None:
         if len(names) == 4:
             assert torch.equal(new["a.weight"], new["c.weight"])
         assert not torch.equal(new["c.weight"], full["c.weight"])
+
+
+def trained(optimizer: torch.optim.Optimizer, problem: Problem, steps: int = 3) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        problem.loss(problem.model, problem.data).mean().backward()
+        optimizer.step()
+
+
+def by_kind(model: nn.Module) -> list[dict[str, Any]]:
+    """Weights, then biases, with names: not the order of the model."""
+    named = list(model.named_parameters())
+    return [{"params": [(n, p) for n, p in named if n.endswith(kind)]} for kind in ("weight", "bias")]
+
+
+def without_last_bias(model: nn.Module) -> list[nn.Parameter]:
+    model.get_parameter("4.bias").requires_grad_(False)
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("params", [nn.Module.parameters, by_kind, without_last_bias])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_optimiser_state_in_a_file_moves_as_in_memory(tmp_path: Path, params: Any, kind: Any) -> None:
+    problem = mlp(scales=(4, 0.5, 1))
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    optimizer = kind(params(problem.model), lr=1e-4, **options)
+    trained(optimizer, problem)
+    eq = solved(problem)
+    path, out = tmp_path / "in.pt", tmp_path / "out.pt"
+    saved = {"model": problem.model.state_dict(), "training": [{"optimizer": optimizer.state_dict()}, 3]}
+    torch.save(saved, path)
+    report = balance_checkpoint(path, out, problem.model, eq, example_inputs=problem.data[0])
+    expected = nf.balance_(problem.model, eq, optimizer)
+    assert (report.state_entries, report.unmoved) == (expected.state_entries, ())
+    new = torch.load(out)
+    for name, tensor in problem.model.state_dict().items():
+        torch.testing.assert_close(new["model"][name], tensor, rtol=0, atol=0)
+    moved, reference = new["training"][0]["optimizer"], optimizer.state_dict()
+    assert moved["param_groups"] == reference["param_groups"]
+    for index, state in reference["state"].items():
+        for key, value in state.items():
+            torch.testing.assert_close(moved["state"][index][key], value, rtol=0, atol=0)
+    assert new["training"][1] == 3
+
+
+def one_of_two(model: nn.Module) -> list[nn.Parameter]:
+    return [model.get_parameter("0.weight")]
+
+
+def backwards(model: nn.Module) -> list[nn.Parameter]:
+    return list(model.parameters())[::-1]
+
+
+def two_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Layers of equal shape, the second first: indices and shapes alone would name them wrongly."""
+    return [{"params": list(model[i].parameters())} for i in (2, 0, 4)]
+
+
+@pytest.mark.parametrize(
+    ("params", "why"),
+    [
+        (one_of_two, "it holds 1 parameters, the model 6"),
+        (backwards, r"its exp_avg of shape \(6,\) does not fit 0\.weight, shape \(6, 6\)"),
+        (two_groups, r"shape \(6, 6\) are in two groups, .*named_parameters"),
+    ],
+)
+def test_optimiser_state_of_unknown_parameters_stays_and_is_listed(tmp_path: Path, params: Any, why: str) -> None:
+    problem = mlp((6, 6, 6, 6), scales=(4, 0.5, 1))
+    optimizer = torch.optim.Adam(params(problem.model), lr=1e-4)
+    trained(optimizer, problem)
+    path, out = tmp_path / "in.pt", tmp_path / "out.pt"
+    torch.save({"model": problem.model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+    report = balance_checkpoint(path, out, problem.model, solved(problem))
+    (line,) = report.unmoved
+    assert re.search(f"optimizer: optimiser state.*{why}", line)
+    assert f"NOT moved: {line}" in str(report)
+    for index, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            assert torch.equal(torch.load(out)["optimizer"]["state"][index][key], value)
+
+
+def test_averaged_weights_move_and_other_tensors_are_listed(tmp_path: Path) -> None:
+    problem = mlp(scales=(4, 0.5, 1))
+    model, path, out = problem.model, tmp_path / "in.pt", tmp_path / "out.pt"
+    ema = {n: 0.9 * t.clone() for n, t in model.state_dict().items()}
+    others = {
+        "swa": {f"module.{n}": t for n, t in ema.items()},
+        "shapes": {n: t.flatten() for n, t in ema.items()},
+        "masks": {n: t > 0 for n, t in ema.items()},
+        "history": [torch.ones(4)],
+        "rng": torch.get_rng_state(),
+    }
+    content = {"model": model.state_dict(), "ema": {"shadow": ema, "decay": 0.9}, "twin": model.state_dict(), **others}
+    torch.save(content, path)
+    report = balance_checkpoint(path, out, model, solved(problem))
+    assert report.averages == ("ema.shadow (6 tensors)", "twin (6 tensors)")
+    assert "moved like the weights: ema.shadow (6 tensors)" in str(report)
+    assert [line.split(",")[0] for line in report.unmoved] == [
+        "swa.module.0.weight",
+        "shapes.0.weight",
+        "history.0 (1 tensors): names or shapes are not those of the model's weights",
+    ]
+    new = torch.load(out)
+    before, after = copy.deepcopy(model), copy.deepcopy(model)
+    before.load_state_dict(ema)
+    after.load_state_dict(new["ema"]["shadow"])
+    torch.testing.assert_close(after(problem.data[0]), before(problem.data[0]), rtol=1e-12, atol=1e-12)
+    assert not torch.equal(new["ema"]["shadow"]["0.weight"], ema["0.weight"])
+    assert new["twin"]["0.weight"].data_ptr() == new["model"]["0.weight"].data_ptr(), "shared memory stays shared"
+    assert new["model"]._metadata == model.state_dict()._metadata  # type: ignore[attr-defined]
+    assert new["ema"]["decay"] == 0.9
+    for key in ("swa", "shapes", "masks"):
+        assert all(torch.equal(t, others[key][n]) for n, t in new[key].items())
+    report = balance_checkpoint(path, tmp_path / "out.safetensors", model, solved(problem), dry_run=True)
+    assert [line.split(":")[0] for line in report.unmoved] == ["ema", "twin", *others]
+    assert all("not written" in line for line in report.unmoved)
+
+
+def test_a_wide_file_of_a_narrow_model_keeps_its_precision(tmp_path: Path) -> None:
+    problem = mlp(scales=(4, 0.5, 1))
+    path, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    save_file(problem.model.state_dict(), path)
+    narrow = copy.deepcopy(problem.model).float()
+    load_checkpoint_(narrow, path)
+    eq = solved(problem)
+    balance_checkpoint(path, out, narrow, eq, example_inputs=problem.data[0].float())
+    nf.balance_(problem.model, eq)
+    for name, tensor in load_file(out).items():
+        torch.testing.assert_close(tensor, problem.model.state_dict()[name], rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_permissions_are_those_of_the_target_or_the_source(tmp_path: Path, suffix: str) -> None:
+    problem, path = stored(tmp_path, suffix, torch.float32)
+    eq, out = solved(problem), tmp_path / f"out{suffix}"
+    for mode, file in ((0o640, path), (0o604, out)):
+        file.chmod(mode)
+        balance_checkpoint(path, out, problem.model, eq)
+        assert out.stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_full_disk_is_one_clear_error(tmp_path: Path, suffix: str) -> None:
+    resource = pytest.importorskip("resource")
+    problem, path = stored(tmp_path, suffix, torch.float32)
+    eq, raw = solved(problem), path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="could not write"):
+            balance_checkpoint(path, path, problem.model, eq)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == raw
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_unusable_paths_are_named(tmp_path: Path) -> None:
+    problem, path = stored(tmp_path, ".safetensors", torch.float32)
+    eq = solved(problem)
+    for target, why in ((path / "out.safetensors", "File exists"), (tmp_path, "it is a folder")):
+        with pytest.raises(CheckpointError, match=f"could not write .*{why}"):
+            balance_checkpoint(tmp_path / "not even read", target, problem.model, eq)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text("{}")
+    with pytest.raises(CheckpointError, match="sharded checkpoint, which is not supported"):
+        read_checkpoint(index)
+    with pytest.raises(CheckpointError, match="is a folder"):
+        read_checkpoint(tmp_path)
 
 
 NORMED = """

@@ -389,7 +389,7 @@ def test_training_with_a_schedule(kind: str, syms: nf.SymmetrySet) -> None:
             assert report.output_change is not None
             assert report.output_change < 1e-10
             assert schedule.after_step(step) is None
-            unknown = [line for line in report.approximate_state if "no rule" in line]
+            unknown = [line for line in report.unmoved if "no rule" in line]
             assert bool(unknown) == (kind == "adadelta")
         losses.append(before)
     assert model.training
@@ -421,6 +421,20 @@ def test_schedule_is_balance_at_that_step(syms: nf.SymmetrySet) -> None:
     assert torch.equal(logits(models[0]), logits(models[1]))
     params = {n: t.detach() for n, t in nf.tensors_of(models[0]).items()}
     assert max(float(s.charge(params).abs().max()) for s in syms) > 1e-6
+
+
+def test_a_schedule_moves_the_state_of_several_optimisers(syms: nf.SymmetrySet) -> None:
+    model = gpt2()
+    factors = [[p for n, p in model.named_parameters() if part in n] for part in ("lora_A", "lora_B")]
+    optimizers = [torch.optim.SGD(params, lr=0.5, momentum=0.5) for params in factors]
+    per_sample_cross_entropy(model, BATCH).mean().backward()
+    for o in optimizers:
+        o.step()
+    schedule = BalanceSchedule(model, syms, per_sample_cross_entropy, [BATCH], 1, sgd=SGD, optimizer=optimizers)
+    report = schedule.after_step(1)
+    assert report is not None
+    assert report.state_entries == report.gradients == len(report.moved) == len(syms.parameters)
+    assert report.unmoved == ()
 
 
 def test_at_initialisation_a_schedule_moves_nothing_and_says_why(syms: nf.SymmetrySet) -> None:

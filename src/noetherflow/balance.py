@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,23 +12,28 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow.equilibrium.result import Equilibrium
-from noetherflow.errors import CertificateError
+from noetherflow.errors import CertificateError, DataError
+from noetherflow.motion import Motion
+from noetherflow.optimizer_state import Account, held_by, moved_state, without_optimizer
 from noetherflow.symmetry import Symmetry
 from noetherflow.symmetry_set import tensors_of
 
-GRADIENT_LIKE = ("momentum_buffer", "exp_avg", "grad_avg")
 APPROXIMATE = 1e-3
 """Default tolerance on outputs when a moved symmetry is only approximate (a normalisation's eps)."""
-SQUARE_LIKE = ("exp_avg_sq", "square_avg", "max_exp_avg_sq", "sum")
+SHOWN = 20
+"""Lines of each kind in a printed report; its fields hold all."""
 
 
 @dataclass(frozen=True)
 class BalanceReport:
     """What `balance_` moved.
 
-    `output_change`: `max |y' - y| / max |y|` over the example outputs (None without examples). `rounding`: the largest
-    relative error, in norm, of writing a moved tensor in its own dtype. `moved`: relative change in norm by tensor.
-    `approximate_state`: optimiser entries for which no exact rule exists, with the rule used.
+    `output_change`: `max |y' - y| / max |y|` over the finite outputs on the examples (None without examples).
+    `rounding`: the largest relative error, in norm, of writing a moved tensor in its own dtype. `moved`: relative
+    change in norm by tensor. `state_entries`, `gradients`: how many optimiser entries and `.grad` moved along.
+    `approximate_state`: those for which no exact rule exists, with the rule used. `unmoved`: what belongs to moved
+    tensors and was left as it was. `averages`: dicts of a checkpoint that moved like the weights. `converged`,
+    `imbalance`: of the equilibrium given; without convergence the model is on its orbit, but not balanced.
     """
 
     moved: dict[str, float]
@@ -35,16 +42,28 @@ class BalanceReport:
     state_entries: int
     approximate_state: tuple[str, ...] = ()
     skipped: dict[str, str] = field(default_factory=dict)
+    gradients: int = 0
+    unmoved: tuple[str, ...] = ()
+    averages: tuple[str, ...] = ()
+    converged: bool = True
+    imbalance: float = 0.0
 
     def __str__(self) -> str:
         change = (
             "not measured (no example_inputs)" if self.output_change is None else f"{self.output_change:.2e} relative"
         )
+        gradients = f" and {self.gradients} gradients" if self.gradients else ""
         lines = [
-            f"moved {len(self.moved)} tensors and {self.state_entries} optimiser entries; output change: {change}; "
-            f"rounding to the stored precision: {self.rounding:.1e}"
+            f"moved {len(self.moved)} tensors, {self.state_entries} optimiser entries{gradients}; output change: "
+            f"{change}; rounding to the stored precision: {self.rounding:.1e}"
         ]
-        lines += [f"approximate: {what}" for what in self.approximate_state]
+        if not self.converged:
+            lines.append(
+                f"NOT balanced: the equilibrium given had not converged (relative Noether flow {self.imbalance:.2e})"
+            )
+        lines += _shown("NOT moved", self.unmoved)
+        lines += _shown("moved like the weights", self.averages)
+        lines += _shown("approximate", self.approximate_state)
         lines += [f"left in place: {name}: {why}" for name, why in self.skipped.items()]
         return "\n".join(lines)
 
@@ -56,31 +75,29 @@ class BalanceReport:
         return asdict(self)
 
 
-def moved_tensors(
-    tensors: Mapping[str, Tensor],
-    symmetries: Sequence[Symmetry],
-    elements: Mapping[str, Tensor],
-    dtypes: Mapping[str, torch.dtype],
-) -> tuple[dict[str, Tensor], float]:
-    """The tensors on the legs of all symmetries, moved in float64 and rounded once to `dtypes` (default their own).
+def moved_tensors(tensors: Mapping[str, Tensor], motion: Motion) -> tuple[dict[str, Tensor], float]:
+    """The tensors on the legs of all symmetries, moved in float64 and rounded once to their own dtypes.
 
-    Returns them by name with the largest relative rounding error in norm.
+    Returns them by name with the largest relative rounding error in norm. Raises CertificateError when a value leaves
+    the range of its dtype.
     """
     out, rounding = {}, 0.0
-    for name, legs in _by_parameter(symmetries).items():
-        exact = tensors[name].detach().double()
-        for symmetry in legs:
-            exact = symmetry.move(name, exact, elements[symmetry.name].double())
-        stored = exact.to(dtypes.get(name, tensors[name].dtype)).to(tensors[name].dtype)
-        rounding = max(rounding, _relative(stored.double(), exact))
-        out[name] = stored
+    for name in motion.by_parameter:
+        exact = motion.weight(name, tensors[name])
+        out[name] = exact.to(tensors[name].dtype)
+        rounding = max(rounding, _relative(out[name].double(), exact))
+    overflow = [n for n, t in out.items() if not bool(torch.isfinite(t).all())]
+    if overflow:
+        raise CertificateError(
+            f"balanced values of {overflow[:4]} do not fit {out[overflow[0]].dtype}; use a wider dtype"
+        )
     return out, rounding
 
 
 def balance_(
     model: nn.Module,
     eq: Equilibrium,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     *,
     example_inputs: Any = None,
     certificate: Any = None,
@@ -88,76 +105,106 @@ def balance_(
 ) -> BalanceReport:
     """Move `model` in place to the equilibrium; the function it computes stays the same.
 
-    Weights (and running statistics) move by `eq`'s group elements, in float64, rounded once. Optimiser state follows:
-    momentum buffers like gradients; squared-gradient averages by squared factors, exact for tori and, for
-    general_linear symmetries, as if entries were uncorrelated (`v -> (G * G) v`), which is listed in the report.
+    Weights (and running statistics) move by `eq`'s group elements, in float64, rounded once; `.grad`, where there is
+    one, as gradients do. The state of `optimizer`, one or several, follows: momentum buffers like gradients;
+    squared-gradient averages by squared factors, exact for tori and, for general_linear symmetries, as if entries were
+    uncorrelated (`v -> (G * G) v`), which is listed in the report, as is state without a rule, which stays.
     `example_inputs` (a tensor, a tuple of positional or a dict of keyword arguments) are run in evaluation mode before
-    and after.
+    and after; infinities and NaN in the outputs must stay where they are.
 
-    Raises CertificateError, leaving model and optimiser untouched, when `certificate` calls a symmetry broken, when a
-    weight would leave the range of its dtype, or when outputs change by more than `tolerance`: by default
-    `10 eps^(3/4)` of the parameters' dtype (2e-11 in float64, 6e-5 in float32), or `APPROXIMATE` where a
-    normalisation's eps makes a moved symmetry approximate, or a hundred times what the certificate measured.
+    Raises CertificateError when `certificate` calls a symmetry broken, when a weight would leave the range of its
+    dtype, or when outputs change by more than `tolerance`: by default `10 eps^(3/4)` of the least precise tensor of the
+    model or its outputs (2e-11 in float64, 6e-5 in float32), or `APPROXIMATE` where a normalisation's eps makes a moved
+    symmetry approximate, or a hundred times what the certificate measured. Raises DataError for an equilibrium of
+    another model, or outputs without a finite entry. These and any other error or interruption leave model, gradients
+    and optimiser as they were.
     """
-    return _balance(
-        model, eq, optimizer, example_inputs=example_inputs, certificate=certificate, tolerance=tolerance, dtypes={}
+    return balance_values(
+        model,
+        eq,
+        [] if optimizer is None else optimizer if isinstance(optimizer, Sequence) else [optimizer],
+        example_inputs=example_inputs,
+        certificate=certificate,
+        tolerance=tolerance,
     )
 
 
-def _balance(
+def balance_values(
     model: nn.Module,
     eq: Equilibrium,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizers: Sequence[torch.optim.Optimizer] = (),
     *,
+    stored: Mapping[str, Tensor] | None = None,
     example_inputs: Any,
     certificate: Any,
     tolerance: float | None,
-    dtypes: Mapping[str, torch.dtype],
 ) -> BalanceReport:
-    """`balance_`, with tensors rounded to the `dtypes` given by name instead of their own."""
-    symmetries = [s for s in eq.symmetries if _moves(eq[s.name].element, s)]
-    _refuse_broken(certificate, symmetries)
+    """`balance_`, with the values (and dtypes) of `stored` in place of the model's own."""
+    motion = Motion.of(eq)
     tensors = tensors_of(model)
+    _refuse_broken(certificate, motion.symmetries)
+    _refuse_other_model(eq, motion, tensors)
     before = _outputs(model, example_inputs)
-    new, rounding = moved_tensors(tensors, symmetries, eq.elements, dtypes)
-    overflow = [n for n, t in new.items() if not bool(torch.isfinite(t).all())]
-    if overflow:
-        raise CertificateError(
-            f"balanced values of {overflow[:4]} do not fit {new[overflow[0]].dtype}; use a wider dtype"
-        )
-    changes = {n: _relative(t.double(), tensors[n].detach().double()) for n, t in new.items()}
-    old = {n: tensors[n].detach().clone() for n in new}
-    _write(tensors, new)
-    change = _output_change(before, _outputs(model, example_inputs))
-    limit = _tolerance(tensors, new, symmetries, certificate, dtypes, tolerance)
-    if change is not None and not change <= limit:
-        _write(tensors, old)
-        approximate = [s.name for s in symmetries if s.eps is not None]
-        cause = (
-            f"{approximate[:3]} hold only up to a normalisation's eps: leave such symmetries in place with "
-            f"noise_equilibrium(..., approximate=False)"
-            if approximate
-            else "Certify the symmetries (nf.certify)"
-        )
-        raise CertificateError(
-            f"balancing changed the outputs by {change:.2e} relative, more than the tolerance {limit:.2e}; the model "
-            f"was restored. {cause}, or pass tolerance= if this change is acceptable"
-        )
-    entries, averaged = _move_state(optimizer, tensors, symmetries, eq.elements) if optimizer is not None else (0, ())
-    skipped = {**eq.excluded, **{s.name: s.reason for s in eq if s.reason}}
-    return BalanceReport(changes, change, rounding, entries, averaged, skipped)
+    source = {**tensors, **(stored or {})}
+    new, rounding = moved_tensors(source, motion)
+    changes = {n: _relative(t.double(), source[n].detach().double()) for n, t in new.items()}
+    precisions = [t.dtype for t in (*tensors.values(), *new.values(), *(before or ())) if t.is_floating_point()]
+    limit = _tolerance(precisions, motion, certificate) if tolerance is None else tolerance
+    account, gradients = Account(), 0
+    held = [held_by(o, tensors) for o in optimizers]
+    with _all_or_nothing() as write:
+        for name, value in new.items():
+            write(tensors[name], value)
+        change = _output_change(before, _outputs(model, example_inputs))
+        if change is not None and not change <= limit:
+            raise CertificateError(_too_much(change, limit, motion.symmetries))
+        for name in new:
+            grad = tensors[name].grad if isinstance(tensors[name], nn.Parameter) else None
+            if grad is not None and grad.layout is not torch.strided:
+                account.unmoved.append(f"{name}: sparse .grad left as it was")
+            elif grad is not None:
+                write(grad, motion.gradient(name, grad))
+                gradients += 1
+        for own in held:
+            for h, key, value in moved_state(own, motion, account):
+                write(h.state[key], value)
+    if held:
+        account.unmoved.extend(without_optimizer([h for own in held for h in own], tensors, motion))
+    return BalanceReport(
+        changes,
+        change,
+        rounding,
+        account.entries,
+        tuple(account.approximate),
+        skipped={**eq.excluded, **{s.name: s.reason for s in eq if s.reason}},
+        gradients=gradients,
+        unmoved=tuple(account.unmoved),
+        converged=eq.converged,
+        imbalance=eq.imbalance,
+    )
 
 
-def _moves(element: Tensor, symmetry: Symmetry) -> bool:
-    return not torch.equal(element, symmetry.identity())
+@contextmanager
+def _all_or_nothing() -> Iterator[Callable[[Tensor, Tensor], None]]:
+    """Gives `write(target, value)`; what was written is put back when the block raises or is interrupted."""
+    old: list[tuple[Tensor, Tensor]] = []
+
+    def write(target: Tensor, value: Tensor) -> None:
+        old.append((target, target.detach().clone()))
+        target.copy_(value)
+
+    with torch.no_grad():
+        try:
+            yield write
+        except BaseException:
+            for target, value in reversed(old):
+                target.copy_(value)
+            raise
 
 
-def _by_parameter(symmetries: Sequence[Symmetry]) -> dict[str, list[Symmetry]]:
-    out: dict[str, list[Symmetry]] = {}
-    for s in symmetries:
-        for name in dict.fromkeys(leg.parameter for leg in s.legs):
-            out.setdefault(name, []).append(s)
-    return out
+def _shown(what: str, lines: Sequence[str]) -> list[str]:
+    rest = [f"{what}: {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return [f"{what}: {line}" for line in lines[:SHOWN]] + rest
 
 
 def _refuse_broken(certificate: Any, symmetries: Sequence[Symmetry]) -> None:
@@ -169,10 +216,18 @@ def _refuse_broken(certificate: Any, symmetries: Sequence[Symmetry]) -> None:
         raise CertificateError(f"certificate calls {broken[:5]} broken; drop them (syms.without) before solving")
 
 
-def _write(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, value in values.items():
-            tensors[name].copy_(value)
+def _refuse_other_model(eq: Equilibrium, motion: Motion, tensors: Mapping[str, Tensor]) -> None:
+    shapes = eq.symmetries.shapes
+    found = [
+        f"{n}: {tuple(tensors[n].shape)} instead of {shapes[n]}" if n in tensors else f"{n}: missing"
+        for n in motion.by_parameter
+        if n not in tensors or tuple(tensors[n].shape) != shapes.get(n, tuple(tensors[n].shape))
+    ]
+    if found:
+        raise DataError(
+            f"the equilibrium belongs to another model ({'; '.join(found[:3])}, {len(found)} in all); pass the model "
+            f"it was solved for, without wrappers that rename parameters (of DistributedDataParallel: model.module)"
+        )
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
@@ -180,22 +235,27 @@ def _relative(a: Tensor, b: Tensor) -> float:
     return float(torch.linalg.vector_norm(a - b) / scale) if scale else 0.0
 
 
-def _tolerance(
-    tensors: Mapping[str, Tensor],
-    new: Mapping[str, Tensor],
-    symmetries: Sequence[Symmetry],
-    certificate: Any,
-    dtypes: Mapping[str, torch.dtype],
-    tolerance: float | None,
-) -> float:
-    if tolerance is not None:
-        return tolerance
-    limit = 10 * max((torch.finfo(dtypes.get(n, tensors[n].dtype)).eps for n in new), default=0.0) ** 0.75
-    if any(s.eps is not None for s in symmetries):
+def _tolerance(precisions: Sequence[torch.dtype], motion: Motion, certificate: Any) -> float:
+    limit = 10 * max((torch.finfo(dtype).eps for dtype in precisions), default=0.0) ** 0.75
+    if any(s.eps is not None for s in motion.symmetries):
         limit = max(limit, APPROXIMATE)
-    names = {s.name for s in symmetries}
+    names = {s.name for s in motion.symmetries}
     certified = [c.outputs for c in certificate or () if c.name in names]
     return max([limit, *(100 * c for c in certified)])
+
+
+def _too_much(change: float, limit: float, symmetries: Sequence[Symmetry]) -> str:
+    approximate = [s.name for s in symmetries if s.eps is not None]
+    cause = (
+        f"{approximate[:3]} hold only up to a normalisation's eps: leave such symmetries in place with "
+        f"noise_equilibrium(..., approximate=False)"
+        if approximate
+        else "Certify the symmetries (nf.certify)"
+    )
+    return (
+        f"balancing changed the outputs by {change:.2e} relative, more than the tolerance {limit:.2e}; the model "
+        f"was restored. {cause}, or pass tolerance= if this change is acceptable"
+    )
 
 
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor] | None:
@@ -213,7 +273,7 @@ def _outputs(model: nn.Module, inputs: Any) -> list[Tensor] | None:
     finally:
         for module, flag in flags.items():
             module.training = flag
-    return [t.detach().double() for t in _leaves(out) if t.is_floating_point()]
+    return [t.detach().clone() for t in _leaves(out) if t.is_floating_point()]
 
 
 def _leaves(out: Any) -> list[Tensor]:
@@ -224,82 +284,21 @@ def _leaves(out: Any) -> list[Tensor]:
 
 
 def _output_change(before: list[Tensor] | None, after: list[Tensor] | None) -> float | None:
+    """The largest `max |y' - y| / max |y|`; inf where an infinity or NaN came, went or changed."""
     if before is None or after is None:
         return None
-    changes = [float((b - a).abs().max() / a.abs().max().clamp_min(1e-300)) for a, b in zip(before, after, strict=True)]
+    if before and not any(bool(t.isfinite().any()) for t in before):
+        raise DataError("the outputs on example_inputs have no finite entry, so that nothing can be compared")
+    changes = [_change(a.double(), b.double()) for a, b in zip(before, after, strict=True)]
     return max(changes, default=0.0)
 
 
-def _move_state(
-    optimizer: torch.optim.Optimizer,
-    tensors: Mapping[str, Tensor],
-    symmetries: Sequence[Symmetry],
-    elements: Mapping[str, Tensor],
-) -> tuple[int, tuple[str, ...]]:
-    """Transform the optimiser's per-entry state; returns how many entries moved and which only approximately."""
-    count, approximate = 0, []
-    coupled = {
-        id(p): group["weight_decay"]
-        and not group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
-        for group in optimizer.param_groups
-        if "weight_decay" in group
-        for p in group["params"]
-    }
-    for name, own in _by_parameter(symmetries).items():
-        state = optimizer.state.get(tensors[name], {}) if isinstance(tensors[name], nn.Parameter) else {}
-        torus = all(s.is_torus for s in own)
-        for key, value in state.items():
-            if key == "step" or not isinstance(value, Tensor) or value.shape != tensors[name].shape:
-                continue
-            preconditioned = key == "momentum_buffer" and "square_avg" in state
-            if key in GRADIENT_LIKE and not preconditioned:
-                value.copy_(_like_gradient(name, value, own, elements))
-                if coupled.get(id(tensors[name])):
-                    approximate.append(
-                        f"{name}: {key} moved like a gradient; its weight-decay part moves like a weight"
-                    )
-            elif key in SQUARE_LIKE:
-                value.copy_(_like_squares(name, value, own, elements))
-                if not torus:
-                    approximate.append(f"{name}: {key} moved as if gradient entries were uncorrelated")
-            elif key == "ax":
-                value.copy_(_like_weight(name, value, own, elements))
-            else:
-                approximate.append(f"{name}: {key} left as it was (no rule for this optimiser state)")
-                continue
-            count += 1
-    return count, tuple(approximate)
-
-
-def _like_weight(name: str, value: Tensor, own: Sequence[Symmetry], elements: Mapping[str, Tensor]) -> Tensor:
-    out = value.double()
-    for s in own:
-        out = s.move(name, out, elements[s.name])
-    return out.to(value.dtype)
-
-
-def _like_gradient(name: str, value: Tensor, own: Sequence[Symmetry], elements: Mapping[str, Tensor]) -> Tensor:
-    out = value.double()
-    for s in own:
-        out = s.move(name, out, _dual(s, elements[s.name]))
-    return out.to(value.dtype)
-
-
-def _like_squares(name: str, value: Tensor, own: Sequence[Symmetry], elements: Mapping[str, Tensor]) -> Tensor:
-    """Second moments of gradients whose entries are taken as uncorrelated: `v -> (G * G) v` per leg."""
-    out = value.double()
-    for s in own:
-        dual = _dual(s, elements[s.name])
-        if s.is_torus:
-            out = s.move(name, out, dual.square())
-            continue
-        other = torch.linalg.inv(dual).mT
-        for leg in s.legs:
-            if leg.parameter == name:
-                out = leg.multiply(out, (dual if leg.sign > 0 else other).to(out.device).square())
-    return out.to(value.dtype)
-
-
-def _dual(symmetry: Symmetry, element: Tensor) -> Tensor:
-    inverse = symmetry.inverse(element.double())
-    return inverse if symmetry.is_torus else inverse.mT
+def _change(before: Tensor, after: Tensor) -> float:
+    finite = before.isfinite()
+    rest_kept = torch.equal(finite, after.isfinite()) and torch.allclose(
+        before[~finite], after[~finite], equal_nan=True
+    )
+    if not rest_kept:
+        return math.inf
+    a, b = before[finite], after[finite]
+    return float((b - a).abs().max() / a.abs().max().clamp_min(1e-300)) if a.numel() else 0.0

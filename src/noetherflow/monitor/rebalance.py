@@ -27,7 +27,7 @@ class BalanceSchedule:
     - `steps`: a collection of steps, or a number `k` for every k-th step.
     - `sgd`: the settings whose noise is balanced. With another optimiser they say which SGD is meant; not needed for
       objectives without one (`objective="norm"`).
-    - `optimizer`: its state moves with the weights, as in `balance_`.
+    - `optimizer`: one or several; their state moves with the weights, as in `balance_`.
     - `options` go to `noise_equilibrium` (`objective`, `approximate`, `tol`, ...).
 
     `reports` keeps the report of every balancing by step. Under DistributedDataParallel every rank measures its own
@@ -62,7 +62,8 @@ class BalanceSchedule:
         self.batches = batches
         self.steps = steps if isinstance(steps, int) else frozenset(steps)
         self.sgd = sgd
-        self.optimizer = None if optimizer is None else unwrap_optimizer(optimizer)
+        given = [] if optimizer is None else optimizer if isinstance(optimizer, Sequence) else [optimizer]
+        self.optimizers = [unwrap_optimizer(o) for o in given]
         self.example_inputs = example_inputs
         self.options = options
         self.reports: dict[int, BalanceReport] = {}
@@ -85,7 +86,7 @@ class BalanceSchedule:
         try:
             moments = self._measure(self.model)
             eq = noise_equilibrium(self.model, self.syms, moments, self.sgd, remeasure=self._measure, **self.options)
-            return balance_(self.model, eq, self.optimizer, example_inputs=self.example_inputs)
+            return balance_(self.model, eq, self.optimizers, example_inputs=self.example_inputs)
         finally:
             for module, mode in modes.items():
                 module.training = mode
