@@ -176,6 +176,40 @@ def test_balance_moves_a_checkpoint_and_keeps_its_function(run, tmp_path):
     assert "bad.safetensors" in err
 
 
+def test_balance_takes_objective_and_settings_of_the_optimiser(run, tmp_path, monkeypatch):
+    def not_used(*_, **__):
+        raise AssertionError("balancing needs no forecast")
+
+    monkeypatch.setattr("noetherflow.analysis.noether_flow", not_used)
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    save_file(model.state_dict(), tmp_path / "in.safetensors")
+    words = ("balance", "in.safetensors", "--model", "MODULE:good", "--batch-size", "4", "--lr", "0.1", "--json")
+
+    def elements(*more):
+        code, out, _ = run(*words, "--weight-decay", "0.05", "--dry-run", *more)
+        assert code == 0
+        (settled,) = json.loads(out)["equilibrium"]["settled"]
+        return torch.tensor(settled["element"])
+
+    plain, heavy = elements(), elements("--momentum", "0.1")
+    assert not torch.allclose(heavy, plain)
+    assert not torch.allclose(elements("--objective", "noise"), plain)
+    assert not torch.allclose(elements("--momentum", "0.1", "--nesterov"), heavy)
+    assert not torch.allclose(elements("--momentum", "0.1", "--dataset-size", "20"), heavy)
+    assert torch.equal(elements("--tolerance", "1e-12"), plain)
+    assert run(*words, "--objective", "norm", "--out", "out.safetensors")[0] == 0
+    new = load_file(tmp_path / "out.safetensors")
+    up = new["0.weight"].square().sum(1) + new["0.bias"].square()
+    assert torch.allclose(up, new["2.weight"].square().sum(0), rtol=1e-9)
+    code, _, err = run(*words, "--out", "in.safetensors/out.safetensors")
+    assert code == 1
+    assert "could not write" in err
+    code, _, err = run(*words, "--dry-run", "--tolerance", "0")
+    assert code == 1
+    assert "more than the tolerance" in err
+
+
 def test_report_of_a_recorded_run(run, tmp_path):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()

@@ -82,6 +82,37 @@ def analyze(
 
     Raises the errors of the stages: ExportError, MomentError, DataError.
     """
+    measured = measure(model, loss_fn, batches, example_inputs, progress=progress)
+    progress("integrating the Noether flow")
+    flow = noether_flow(model, measured.symmetries, measured.moments, sgd)
+    progress("solving for the noise equilibrium")
+    eq = measured.equilibrium(model, sgd, approximate=approximate)
+    return Analysis(measured.symmetries, measured.certificate, measured.moments, flow, eq, sgd)
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Symmetries, their certificate and one measurement; `again` measures at another point."""
+
+    symmetries: SymmetrySet
+    certificate: Certificate
+    moments: GradientMoments
+    again: Callable[[nn.Module], GradientMoments]
+
+    def equilibrium(self, model: nn.Module, sgd: SGDConfig, **options: Any) -> Equilibrium:
+        """`noise_equilibrium` from this measurement, re-measured where that is needed; `options` go there."""
+        return noise_equilibrium(model, self.symmetries, self.moments, sgd, remeasure=self.again, **options)
+
+
+def measure(
+    model: nn.Module,
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+    batches: Sequence[Any],
+    example_inputs: Any,
+    *,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Measured:
+    """The first stages of `analyze`: find and certify the symmetries, measure the gradient noise along them."""
     progress("tracing the model")
     syms = find_symmetries(model, example_inputs).trainable(model)
     progress("certifying the symmetries")
@@ -89,15 +120,10 @@ def analyze(
     syms = syms.without(dict.fromkeys(certificate.broken, "certificate: broken"))
     progress("measuring gradient moments")
 
-    def measure(at: nn.Module) -> GradientMoments:
+    def again(at: nn.Module) -> GradientMoments:
         return gradient_moments(at, loss_fn, batches, syms, entries=True)
 
-    mom = measure(model)
-    progress("integrating the Noether flow")
-    flow = noether_flow(model, syms, mom, sgd)
-    progress("solving for the noise equilibrium")
-    eq = noise_equilibrium(model, syms, mom, sgd, approximate=approximate, remeasure=measure)
-    return Analysis(syms, certificate, mom, flow, eq, sgd)
+    return Measured(syms, certificate, again(model), again)
 
 
 def _norm(parts: Sequence[Tensor]) -> float:

@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from noetherflow.cli import tables
-from noetherflow.cli.options import BatchSize, Data, Debug, Json, Lr, Momentum, WeightDecay, console
+from noetherflow.cli.options import (
+    BatchSize,
+    Data,
+    DatasetSize,
+    Debug,
+    Json,
+    Lr,
+    Momentum,
+    Nesterov,
+    WeightDecay,
+    console,
+)
 from noetherflow.sgd import SGDConfig
+
+
+class Objective(StrEnum):
+    """The objectives of `noise_equilibrium` that gradients determine."""
+
+    noise_decay = "noise+decay"
+    noise = "noise"
+    norm = "norm"
+    fisher = "fisher"
 
 
 def balance(
@@ -23,6 +44,15 @@ def balance(
     batch_size: BatchSize = 16,
     weight_decay: WeightDecay = 0.0,
     momentum: Momentum = 0.0,
+    nesterov: Nesterov = False,
+    dataset_size: DatasetSize = None,
+    objective: Annotated[
+        Objective,
+        typer.Option(help="The noise equilibrium with or without weight decay, least norm, or least Fisher trace."),
+    ] = Objective.noise_decay,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest relative change of outputs; default: by the dtypes.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -30,39 +60,36 @@ def balance(
 
     The file is replaced whole or not at all.
     """
-    from noetherflow.analysis import analyze
-    from noetherflow.checkpoint import balance_checkpoint, load_checkpoint_
+    from noetherflow.analysis import measure
+    from noetherflow.checkpoint import balance_checkpoint, check_target, load_checkpoint_
     from noetherflow.workloads import load_workload
 
-    if out is None and not dry_run:
-        raise typer.BadParameter("give --out FILE, or --dry-run to write nothing")
+    if not dry_run:
+        if out is None:
+            raise typer.BadParameter("give --out FILE, or --dry-run to write nothing")
+        check_target(out)
+    sgd = SGDConfig(lr, batch_size, weight_decay, momentum, nesterov, dataset_size)
     workload = load_workload(model, data)
     load_checkpoint_(workload.model, source)
-    sgd = SGDConfig(lr, batch_size, weight_decay, momentum)
     inputs = workload.example_inputs
     with console.status("starting") as status:
-        analysis = analyze(
-            workload.model,
-            workload.loss_fn,
-            workload.batches,
-            sgd,
-            inputs,
-            approximate=False,
-            progress=status.update,
-        )
+        measured = measure(workload.model, workload.loss_fn, workload.batches, inputs, progress=status.update)
+        status.update("solving for the equilibrium")
+        eq = measured.equilibrium(workload.model, sgd, objective=objective.value, approximate=False)
     report = balance_checkpoint(
         source,
         out or source,
         workload.model,
-        analysis.equilibrium,
+        eq,
         example_inputs=inputs,
-        certificate=analysis.certificate,
+        certificate=measured.certificate,
+        tolerance=tolerance,
         dry_run=dry_run,
     )
     if as_json:
-        print(json.dumps({"balance": report.to_dict(), "equilibrium": analysis.equilibrium.to_dict()}))
+        print(json.dumps({"balance": report.to_dict(), "equilibrium": eq.to_dict()}))
         return
     printed = tables.out()
-    printed.print(str(analysis.equilibrium), markup=False)
+    printed.print(str(eq), markup=False)
     tables.of_rows(printed, report.rows(), "would move" if dry_run else f"written to {out}")
     printed.print(str(report), markup=False)

@@ -22,6 +22,11 @@ Lr = Annotated[float, typer.Option(help="SGD learning rate.")]
 BatchSize = Annotated[int, typer.Option(help="SGD batch size.")]
 WeightDecay = Annotated[float, typer.Option(help="PyTorch weight_decay.")]
 Momentum = Annotated[float, typer.Option(help="Heavy-ball momentum.")]
+Nesterov = Annotated[bool, typer.Option("--nesterov", help="Nesterov's momentum instead of heavy-ball.")]
+DatasetSize = Annotated[
+    int | None,
+    typer.Option(help="Batches are drawn without replacement from this many samples; default: fresh data."),
+]
 Data = Annotated[
     str | None,
     typer.Option(
