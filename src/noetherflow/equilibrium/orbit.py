@@ -59,6 +59,23 @@ class MeasuredOrbit:
         traces = [term.add(elements, out) for term in self.terms]
         return Point(out, sum(t[0] for t in traces), sum(t[1] for t in traces))
 
+    @property
+    def needs_samples(self) -> bool:
+        """True where moments alone do not determine the orbit."""
+        return any(isinstance(term, SampleTerm | FactorTerm) for term in self.terms)
+
+    def with_moments(self, moments: GradientMoments, weights: Weights) -> MeasuredOrbit:
+        """The orbit of the same parameters for other moments; not where it `needs_samples`."""
+        return replace(self, weights=weights, terms=tuple(self._with_noise(t, moments, weights) for t in self.terms))
+
+    def _with_noise(self, term: Term, moments: GradientMoments, weights: Weights) -> Term:
+        if isinstance(term, LegTerm):
+            return replace(term, noise=_leg_noise(self.symmetries[term.symmetry], term.leg, moments, weights))
+        assert isinstance(term, EntryTerm)
+        first = term.legs[0]
+        name = self.symmetries[first.symmetry].weight_legs[first.leg].parameter
+        return replace(term, noise=_entry_noise(name, term.legs, moments, weights))
+
 
 @dataclass(frozen=True, eq=False)
 class RemeasuredOrbit:
@@ -238,9 +255,12 @@ def _entry_term(
         raise MomentError(
             f"several symmetries move the same entries of {name!r}; measure with gradient_moments(..., entries=True)"
         )
-    squares, theta = moments.squares[name].cpu(), theta.double()
-    noise = weights.drive(squares, moments.mean[name].double().cpu().square())
-    return EntryTerm(legs, legs[0].reduce(theta.square(), legs), legs[0].reduce(noise, legs))
+    return EntryTerm(legs, legs[0].reduce(theta.double().square(), legs), _entry_noise(name, legs, moments, weights))
+
+
+def _entry_noise(name: str, legs: Sequence[LegCoordinates], moments: GradientMoments, weights: Weights) -> Tensor:
+    noise = weights.drive(moments.squares[name].cpu(), moments.mean[name].double().cpu().square())
+    return legs[0].reduce(noise, legs)
 
 
 def _leg_term(
@@ -256,9 +276,13 @@ def _leg_pair(symmetry: Symmetry, leg: int, theta: Tensor, moments: GradientMome
     if symmetry.name not in moments.second:
         raise MomentError(f"no moments for symmetry {symmetry.name!r}; measured: {list(moments.second)[:8]}")
     at = symmetry.weight_legs[leg]
+    return symmetry.leg_gram(at, theta.double()), _leg_noise(symmetry, leg, moments, weights)
+
+
+def _leg_noise(symmetry: Symmetry, leg: int, moments: GradientMoments, weights: Weights) -> Tensor:
+    at = symmetry.weight_legs[leg]
     mean = symmetry.leg_gram(at, moments.mean[at.parameter].double().cpu())
-    drive = weights.drive(moments.second[symmetry.name][leg].cpu(), mean)
-    return symmetry.leg_gram(at, theta.double()), drive
+    return weights.drive(moments.second[symmetry.name][leg].cpu(), mean)
 
 
 def _refuse_other_data(
@@ -269,14 +293,15 @@ def _refuse_other_data(
     gradients: Tensor | Factors,
     moments: GradientMoments,
 ) -> None:
-    """The samples' own `M` where they were measured must be the moments', up to `sqrt(eps)`.
+    """The samples' own `M` where they were measured must be the moments', up to `sqrt(eps)` of the coarsest dtype used
+    (float32 or coarser: moments may have been accumulated in it).
 
     Raises DataError otherwise: other data, or factors whose first axis is not the batch.
     """
     out = _blank(symmetries)
     term.add([s.identity() for s in symmetries], out)
     dtype = gradients.left.dtype if isinstance(gradients, Factors) else gradients.dtype
-    tolerance = max(torch.finfo(t).eps for t in (dtype, theta.dtype)) ** 0.5
+    tolerance = max(torch.finfo(t).eps for t in (dtype, theta.dtype, torch.float32)) ** 0.5
     for leg in legs:
         found = out[leg.symmetry][leg.leg][1]
         expected = _leg_pair(symmetries[leg.symmetry], leg.leg, theta, moments, term.weights)[1]
