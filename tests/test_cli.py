@@ -235,7 +235,7 @@ def test_report_of_a_recorded_run(run, tmp_path):
         (("analyze", "MODULE:scalar_loss"), "per-sample losses"),
         (("analyze", "MODULE:nan_data"), "the batch itself holds NaN"),
         (("analyze", "MODULE:nan_example"), "not finite"),
-        (("analyze", "MODULE:good", "--batch-size", "99"), "measure at least as many samples"),
+        (("analyze", "MODULE:good", "--batch-size", "99"), "measure at least 99 samples"),
         (("analyze", "MODULE:branch"), "declare"),
         (("analyze", "MODULE:good", "--batch-size", "99", "--finite-data"), "larger than dataset_size 12"),
         (("analyze", "MODULE:good", "--lr", "-1"), "lr must be a positive"),

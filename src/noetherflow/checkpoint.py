@@ -243,7 +243,7 @@ class _Mover:
 
     def _optimizer(self, saved: dict[str, Any], path: str) -> dict[str, Any]:
         new = copy.copy(saved)
-        new["state"] = {i: dict(s) if isinstance(s, dict) else s for i, s in saved["state"].items()}
+        new["state"] = {index: dict(state) for index, state in saved["state"].items()}
         try:
             held = held_in(new, self.model)
         except CheckpointError as why:

@@ -58,6 +58,7 @@ def is_saved_optimizer(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and isinstance(value.get("state"), dict)
+        and all(isinstance(s, dict) for s in value["state"].values())
         and isinstance(value.get("param_groups"), list)
         and all(isinstance(g, dict) and "params" in g for g in value["param_groups"])
     )
