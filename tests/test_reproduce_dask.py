@@ -1,10 +1,11 @@
-"""A sweep on a dask cluster of two worker processes, one of them killed in the middle."""
+"""A sweep on a dask cluster: one of two workers killed in the middle; clusters that cannot be used."""
 
 import os
 import signal
 
 import pytest
 
+from noetherflow.errors import DataError
 from noetherflow.reproduce import run
 
 
@@ -37,3 +38,28 @@ def test_processes_give_the_same_numbers(tmp_path):
     one = run(["rates"], out=tmp_path / "one", progress=None)
     two = run(["rates"], out=tmp_path / "two", jobs=2, progress=None)
     assert one.finished[0].results.points == two.finished[0].results.points
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("workers", "told"), [(1, r"several threads: .*\(2 threads\).*"), (0, "has no workers; ")])
+def test_clusters_that_would_give_other_numbers_are_refused(tmp_path, workers, told):
+    """Two points in one process share torch's tracing state and global random numbers."""
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(
+        n_workers=workers, threads_per_worker=2, processes=False, dashboard_address=None, protocol="tcp://"
+    ) as cluster:
+        address = cluster.scheduler_address
+        remedy = f"start workers with: dask worker --nthreads 1 {address}"
+        with pytest.raises(DataError, match=told + remedy):
+            run(["rates"], out=tmp_path, dask=address, progress=None)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_unreachable_cluster_is_named(tmp_path):
+    config = pytest.importorskip("dask").config
+    for address in ("tcp://127.0.0.1:1", "carrier-pigeon://head"):
+        with (
+            config.set({"distributed.comm.timeouts.connect": "1s"}),
+            pytest.raises(DataError, match=f"the dask cluster at {address} cannot be reached"),
+        ):
+            run(["rates"], out=tmp_path, dask=address, progress=None)

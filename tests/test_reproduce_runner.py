@@ -1,5 +1,6 @@
 """Verdicts, resumption, atomicity and the gallery."""
 
+import dataclasses
 import inspect
 import itertools
 import json
@@ -14,7 +15,7 @@ import torch
 
 from noetherflow.errors import DataError
 from noetherflow.reproduce import experiment as registry
-from noetherflow.reproduce import run, write_markdown
+from noetherflow.reproduce import provenance, run, write_markdown
 from noetherflow.reproduce.differences import DIFFERENCES
 from noetherflow.reproduce.experiment import (
     REGISTRY,
@@ -22,7 +23,6 @@ from noetherflow.reproduce.experiment import (
     Results,
     Setting,
     Verdict,
-    _reached,
     find_experiment,
     from_difference,
     from_ratio,
@@ -30,6 +30,8 @@ from noetherflow.reproduce.experiment import (
     from_seeds,
     plain,
 )
+from noetherflow.reproduce.outcome import finished_in, in_place_of, write_atomically
+from noetherflow.reproduce.provenance import library_digest, merged, reached, source_of
 
 CALLS: list[str] = []
 
@@ -39,6 +41,10 @@ def toy_compute(config, point):
     rng = torch.Generator().manual_seed(point["offset"])
     shift = config.get("shift", 0)
     return plain({"values": point["offset"] + shift + 0.01 * torch.randn(config["seeds"], generator=rng)})
+
+
+def seedless(config, point):
+    return toy_compute({"seeds": 4}, point)
 
 
 def toy_plot(results):
@@ -58,6 +64,10 @@ def toy_verdicts(results):
     ]
 
 
+def WORK(config):
+    return 1e6 * config["seeds"]
+
+
 TOY = Experiment(
     id="toy",
     title="A toy",
@@ -69,6 +79,7 @@ TOY = Experiment(
     verdicts=toy_verdicts,
     settings=(Setting("offset | start", "one and two", "none"),),
     exploratory="Five per cent, after a look.",
+    work=WORK,
     variations={"shifted by one": {"shift": 1}, "more seeds": {"seeds": 6}},
 )
 
@@ -163,9 +174,98 @@ def test_fingerprint_depends_on_config_point_and_code(toy):
 def test_only_what_compute_reaches_counts_as_code():
     source = "K = 1\nL = 2\ndef f(x): return x + K\ndef compute(x):\n    'Doc.'\n    return f(x)  # note\n"
     same = "import a\nK = 1\nL = 3\ndef f(x):\n    return (x + K)\ndef compute(x): return f(x)\ndef plot(r): return L\n"
-    assert _reached(source, "compute") == _reached(same, "compute")
+    assert reached(source, "compute") == reached(same, "compute")
     for change in (("K = 1", "K = 2"), ("x + K", "x - K"), ("return f(x)", "return f(f(x))")):
-        assert _reached(source, "compute") != _reached(source.replace(*change), "compute")
+        assert reached(source, "compute") != reached(source.replace(*change), "compute")
+
+
+def test_every_module_below_the_faces_counts_as_code(tmp_path):
+    def digest(name, text):
+        library_digest.cache_clear()
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        return library_digest(tmp_path)
+
+    first = digest("equilibrium/solve.py", "STEP = 1\n")
+    assert digest("equilibrium/solve.py", "STEP = 1  # a note\n") == first
+    assert digest("cli/app.py", "NAME = 2\n") == first
+    assert digest("equilibrium/solve.py", "STEP = 2\n") != first
+    assert digest("equilibrium/solve.py", "STEP = 1\n") == first
+    assert digest("spd.py", "") != first
+    library_digest.cache_clear()
+
+
+def test_fingerprint_depends_on_torch_device_and_modules_used_indirectly(toy, monkeypatch):
+    (a, _), before = toy.points({}), toy.fingerprint({}, toy.points({})[0])
+    assert toy.fingerprint({}, a, "cuda") != before
+    monkeypatch.setattr(torch, "__version__", "1.0")
+    assert toy.fingerprint({}, a) != before
+    used = provenance._used(sys.modules[find_experiment("fig6").compute.__module__])
+    assert {"noetherflow.reproduce.simulate", "noetherflow.reproduce.experiment"} <= used
+    assert "class LinearNet" in source_of(find_experiment("fig5").compute)
+
+
+def test_points_keep_the_versions_they_were_computed_with(toy, tmp_path):
+    run(["toy"], out=tmp_path, progress=None)
+    for path in (tmp_path / "points").iterdir():
+        stored = json.loads(path.read_text())
+        assert stored["versions"]["torch"] == torch.__version__
+        stored["versions"]["torch"] = "1.0" if stored["point"]["name"] == "a" else "2.0"
+        path.write_text(json.dumps(stored))
+    again = run(["toy"], out=tmp_path, progress=None)
+    assert again.computed == 0
+    assert again.finished[0].versions["torch"] == "1.0 / 2.0"
+    assert json.loads((tmp_path / "toy.json").read_text())["versions"]["torch"] == "1.0 / 2.0"
+    assert "torch 1.0 / 2.0" in (tmp_path / "index.html").read_text()
+    assert "torch 1.0 / 2.0" in write_markdown(again, tmp_path / "report.md").read_text()
+    assert merged([{"a": "1", "b": "2"}, {"a": "1", "b": "3"}]) == {"a": "1", "b": "2 / 3"}
+
+
+@pytest.mark.parametrize(
+    "change", [{"seconds": None}, {"seconds": "long"}, {"data": None}, {"data": 3}, {"versions": None}, {}]
+)
+def test_points_that_are_not_of_this_form_are_computed_again(toy, tmp_path, change):
+    run(["toy"], out=tmp_path, progress=None)
+    for path in (tmp_path / "points").iterdir():
+        stored = json.loads(path.read_text())
+        path.write_text(json.dumps({**stored, **change} if change else [stored]))
+    assert run(["toy"], out=tmp_path, progress=None).computed == 2
+
+
+def test_gallery_shows_all_experiments_of_the_folder(toy, monkeypatch, tmp_path):
+    other = dataclasses.replace(TOY, id="other", title="Another toy")
+    module = types.ModuleType("noetherflow.reproduce.experiments.other")
+    module.EXPERIMENT = other
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(registry, "REGISTRY", (*registry.REGISTRY, "other"))
+    first = run(["toy"], out=tmp_path, vary=True, progress=None)
+    second = run(["other"], out=tmp_path, progress=None)
+    assert [f.experiment.id for f in second.finished] == ["other"]
+    page = (tmp_path / "index.html").read_text()
+    assert 'id="toy"' in page
+    assert 'id="other"' in page
+    assert "2 of 4 claims hold" in page
+    (stored, _) = finished_in(tmp_path)
+    assert stored.to_dict() == first.finished[0].to_dict()
+    assert stored.files == ("toy.png", "toy.svg", "toy.json")
+
+
+def test_a_failed_write_leaves_the_old_file_alone(toy, tmp_path):
+    path = tmp_path / "a.json"
+    write_atomically(path, "old")
+
+    def stopped_half_way():
+        with in_place_of(path) as first, in_place_of(path) as second:
+            assert first != second
+            assert first.suffix == ".json"
+            first.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        stopped_half_way()
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert path.read_text() == "old"
 
 
 def test_variations_are_judged_beside_the_unchanged_configuration(toy, tmp_path):
@@ -182,7 +282,6 @@ def test_variations_are_judged_beside_the_unchanged_configuration(toy, tmp_path)
 def test_report_holds_everything(toy, tmp_path):
     summary = run(["toy"], out=tmp_path / "quick", vary=True, progress=None)
     run(["toy"], out=tmp_path / "paper", scale="paper", progress=None)
-    (tmp_path / "paper" / "estimates.json").write_text('{"fig2": 7200}')
     text = write_markdown(summary, tmp_path / "report.md", tmp_path / "paper").read_text()
     lines = text.splitlines()
     assert "**1 of 2 claims hold.**" in text
@@ -199,6 +298,34 @@ def test_report_holds_everything(toy, tmp_path):
     for before, line in itertools.pairwise(lines):
         if line.startswith("|---"):
             assert before.count("|") == line.count("|"), "header and rule of a table belong together"
+
+
+def test_report_estimates_what_was_not_run_and_says_how_to_write_it_again(toy, monkeypatch, tmp_path):
+    monkeypatch.setattr(registry, "REGISTRY", ("rates", "toy"))
+    summary = run(["toy"], out=tmp_path / "quick", progress=None)
+    summary = dataclasses.replace(summary, finished=(dataclasses.replace(summary.finished[0], seconds=200.0),))
+    monkeypatch.setitem(TOY.scales, "paper", {"seeds": 16})
+    paper = tmp_path / "paper"
+    paper.mkdir()
+    fixed = {**summary.finished[0].to_dict(), "id": "rates", "scale": "paper"}
+    (paper / "rates.json").write_text(json.dumps(fixed))
+    page = write_markdown(summary, tmp_path / "report.md", paper).read_text()
+    assert "| not run; about 13 min (estimate) |" in page, "200 s for 4 seeds, 800 s for 16"
+    assert "Generated from a `quick` run" in page
+    assert "not all experiments" in page
+    assert "noetherflow reproduce toy --scale quick --out reproduction --markdown FILE --paper paper\n" in page
+    object.__setattr__(TOY, "work", None)
+    try:
+        assert "| not run |" in write_markdown(summary, tmp_path / "report.md", paper).read_text()
+    finally:
+        object.__setattr__(TOY, "work", WORK)
+    full = write_markdown(dataclasses.replace(summary, finished=finished_in(paper)), tmp_path / "full.md", paper)
+    assert "(other settings) |" in full.read_text()
+    monkeypatch.setattr(registry, "REGISTRY", ("toy",))
+    assert "Generated from a full `quick` run" in write_markdown(summary, tmp_path / "report.md").read_text()
+    few = write_markdown(run(["toy"], out=tmp_path / "quick", seeds=3, progress=None), tmp_path / "few.md").read_text()
+    assert "Generated from a `quick` run" in few
+    assert "noetherflow reproduce all --scale quick --out reproduction --seeds 3 --markdown FILE\n" in few
 
 
 def test_command_writes_the_report_and_exits_3_when_a_claim_fails(toy, tmp_path):
@@ -237,8 +364,60 @@ def test_bad_input_is_named(toy, tmp_path):
         run(["toy"], scale="huge", out=tmp_path)
     with pytest.raises(DataError, match="at least 2 seeds"):
         run(["toy"], out=tmp_path, seeds=1)
+    with pytest.raises(DataError, match="0 jobs compute nothing"):
+        run(["toy"], out=tmp_path, jobs=0)
+    with pytest.raises(DataError, match="leave out vary, or scale 'paper'"):
+        run(["toy"], out=tmp_path, scale="paper", vary=True)
+    with pytest.raises(DataError, match="device 'abacus' cannot be used here"):
+        run(["toy"], out=tmp_path, device="abacus")
+    with pytest.raises(DataError, match="unknown experiment 'install'"):
+        run("install", out=tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"results cannot be written to .*file"):
+        run(["toy"], out=tmp_path / "file")
+    run(["toy"], out=tmp_path, progress=None)
+    with pytest.raises(DataError, match="holds results at quick scale; choose another folder for scale paper"):
+        run(["toy"], out=tmp_path, scale="paper")
+    (tmp_path / "toy.json").write_text("{}")
+    with pytest.raises(DataError, match=r"toy\.json cannot be read as a result of this version"):
+        run(["toy"], out=tmp_path)
+    assert CALLS == ["a", "b"], "all of it is said before anything is computed"
     with pytest.raises(KeyError, match="no point 'c'"):
         Results({}, (({"name": "a"}, {}),))["c"]
+
+
+def test_bad_input_of_the_report_is_named_before_anything_is_computed(toy, tmp_path, capsys):
+    from noetherflow.cli import main
+
+    def complaint(*options):
+        with pytest.raises(SystemExit) as stopped:
+            main(["reproduce", "toy", "--out", str(tmp_path / "out"), *map(str, options)])
+        assert stopped.value.code == 1
+        return capsys.readouterr().err
+
+    page, empty = tmp_path / "page.md", tmp_path / "empty"
+    assert "add --markdown FILE" in complaint("--paper", empty)
+    assert "there is no folder" in complaint("--markdown", tmp_path / "missing" / "page.md")
+    assert "holds no results; write some with" in complaint("--markdown", page, "--paper", empty)
+    run(["toy"], out=tmp_path / "quick", progress=None)
+    CALLS.clear()
+    assert "holds results at quick scale" in complaint("--markdown", page, "--paper", tmp_path / "quick")
+    assert CALLS == []
+
+
+def test_seeds_that_do_not_apply_are_told(toy, monkeypatch, tmp_path):
+    module = sys.modules["noetherflow.reproduce.experiments.toy"]
+    plain_toy = dataclasses.replace(TOY, compute=seedless, scales={"quick": {}})
+    monkeypatch.setattr(module, "EXPERIMENT", plain_toy)
+    said = []
+    run(["toy"], out=tmp_path, seeds=5, progress=said.append)
+    assert said[0] == "the number of seeds does not apply to toy"
+
+
+def test_the_device_is_kept_with_the_results(toy, tmp_path):
+    assert registry.generator(3).device == torch.device("cpu")
+    done = run(["toy"], out=tmp_path, device="cpu", progress=None)
+    assert done.finished[0].versions["device"] == "cpu"
 
 
 def test_plain_is_json():

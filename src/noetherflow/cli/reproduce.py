@@ -10,6 +10,7 @@ import typer
 
 from noetherflow.cli import tables
 from noetherflow.cli.options import Debug, Json, console
+from noetherflow.errors import DataError
 
 
 def reproduce(
@@ -17,8 +18,9 @@ def reproduce(
     scale: Annotated[str, typer.Option(help="quick (minutes on two cores) or paper (the paper's sizes).")] = "quick",
     out: Annotated[Path, typer.Option(help="Folder for figures, results and the gallery.")] = Path("reproduction"),
     seeds: Annotated[int | None, typer.Option(help="Number of seeds, in place of each experiment's own.")] = None,
-    jobs: Annotated[int, typer.Option(help="Processes on this machine.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Processes on this machine; -1: one per processor.")] = 1,
     dask: Annotated[str | None, typer.Option(help="Address of a dask scheduler to run on.")] = None,
+    device: Annotated[str, typer.Option(help="Where tensors live: cpu or cuda.")] = "cpu",
     vary: Annotated[bool, typer.Option(help="Judge all claims again with one setting changed at a time.")] = False,
     markdown: Annotated[Path | None, typer.Option(help="Write the report to this file as well.")] = None,
     paper: Annotated[Path | None, typer.Option(help="Folder of a paper-scale run to show in that report.")] = None,
@@ -26,8 +28,12 @@ def reproduce(
     debug: Debug = False,
 ) -> None:
     """Run experiments of the paper; finished points are kept, so a killed run continues. Exit 3 if a claim fails."""
-    from noetherflow.reproduce import run, write_markdown
+    from noetherflow.reproduce import check_report, run, write_markdown
 
+    if markdown is not None:
+        check_report(markdown, paper)
+    elif paper is not None:
+        raise DataError(f"--paper {paper} is shown in the report only; add --markdown FILE")
     summary = run(
         ids or "all",
         scale=scale,
@@ -36,6 +42,7 @@ def reproduce(
         jobs=jobs,
         dask=dask,
         vary=vary,
+        device=device,
         progress=lambda text: console.print(text, markup=False, highlight=False),
     )
     if markdown is not None:

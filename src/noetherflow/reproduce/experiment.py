@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import ast
-import functools
-import hashlib
 import importlib
-import inspect
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -18,7 +13,7 @@ import torch
 from torch import Tensor
 
 from noetherflow.errors import DataError
-from noetherflow.reproduce import style
+from noetherflow.reproduce import provenance, style
 
 Config = Mapping[str, Any]
 Point = Mapping[str, Any]
@@ -202,7 +197,8 @@ class Experiment:
     `scales` maps `quick` and `paper` to configurations; `points(config)` lists independent pieces of work, each a
     dictionary with a unique `name`. `settings` lists what the paper leaves unsaid, `exploratory` what was settled only
     after looking at runs (so that those claims are not predictions made blindly). `variations` are changes to the quick
-    configuration under which all claims are judged again.
+    configuration under which all claims are judged again. `work(config)` grows in proportion to the processor time (in
+    any unit: replicas times steps, say); with it the time at another scale is estimated.
     """
 
     id: str
@@ -217,6 +213,7 @@ class Experiment:
     exploratory: str = ""
     variations: Mapping[str, Config] = field(default_factory=dict)
     beyond: bool = False
+    work: Callable[[Config], float] | None = None
 
     def config(self, scale: str, seeds: int | None = None) -> dict[str, Any]:
         """The configuration of a scale, with the number of seeds replaced when given.
@@ -237,51 +234,9 @@ class Experiment:
             style.tidy(fig)
             return fig
 
-    def fingerprint(self, config: Config, point: Point) -> str:
-        """Changes whenever a recomputation could give another answer: configuration, point, or the code behind it.
-
-        Comments, layout, and what only draws, judges or describes do not count.
-        """
-        text = json.dumps([self.id, config, point, _source_of(self.compute)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _source_of(compute: Callable[..., Any]) -> str:
-    """What `compute` reaches in its module, the modules of `noetherflow.reproduce` that it uses, and `closed_form`."""
-    used = {inspect.getmodule(v) for v in inspect.unwrap(compute).__globals__.values()}
-    names = {m.__name__ for m in used if m is not None and m.__name__.startswith("noetherflow.reproduce.")}
-    others = sorted((names | {"noetherflow.closed_form"}) - {style.__name__, __name__, compute.__module__})
-    own = _reached("".join(inspect.findsource(compute)[0]), compute.__name__)
-    return own + "".join(_normal(ast.parse(inspect.getsource(importlib.import_module(name)))) for name in others)
-
-
-@functools.cache
-def _reached(source: str, name: str) -> str:
-    """The top-level definitions of `source` that `name` uses, directly or not, in a normal form."""
-    tree = ast.parse(source)
-    definitions = {defined: node for node in tree.body for defined in _defines(node)}
-    reached, left = set(), {name}
-    while left:
-        reached |= left
-        used = {n.id for d in left for n in ast.walk(definitions[d]) if isinstance(n, ast.Name)}
-        left = (used & definitions.keys()) - reached
-    tree.body = [node for node in tree.body if reached & _defines(node)]
-    return _normal(tree)
-
-
-def _defines(node: ast.stmt) -> set[str]:
-    if isinstance(node, ast.FunctionDef | ast.ClassDef):
-        return {node.name}
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    return {t.id for t in targets if isinstance(t, ast.Name)}
-
-
-def _normal(tree: ast.Module) -> str:
-    """Source text without comments, layout and docstrings."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
-    return ast.unparse(tree)
+    def fingerprint(self, config: Config, point: Point, device: str = "cpu") -> str:
+        """Changes whenever a recomputation could give another answer (`provenance.fingerprint`)."""
+        return provenance.fingerprint(self.compute, self.id, config, point, device)
 
 
 def find_experiment(name: str) -> Experiment:
@@ -312,5 +267,5 @@ def plain(value: Any) -> Any:
 
 
 def generator(seed: int) -> torch.Generator:
-    """A CPU generator for one point."""
-    return torch.Generator().manual_seed(seed)
+    """A generator for one point, on the device of the run."""
+    return torch.Generator(device=torch.get_default_device()).manual_seed(seed)

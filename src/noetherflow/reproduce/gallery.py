@@ -6,14 +6,13 @@ import base64
 import json
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from noetherflow.errors import require
+from noetherflow.errors import DataError, require
+from noetherflow.reproduce import experiment as registry
 from noetherflow.reproduce.differences import DIFFERENCES
-from noetherflow.reproduce.experiment import Verdict
-
-if TYPE_CHECKING:
-    from noetherflow.reproduce.runner import Summary
+from noetherflow.reproduce.outcome import Finished, Summary, finished_in, write_atomically
+from noetherflow.reproduce.provenance import merged
 
 
 def write_gallery(summary: Summary) -> Path:
@@ -25,16 +24,37 @@ def write_gallery(summary: Summary) -> Path:
 def write_markdown(summary: Summary, path: Path, paper: Path | None = None) -> Path:
     """Every claim with predicted, measured ± standard error and verdict, what is not in the paper, and its effect.
 
-    `paper`: the folder of a run at paper scale, shown beside (only experiments that finished there; with processor
-    seconds of the others if it holds an `estimates.json`, id -> seconds).
+    `paper`: the folder of a run at paper scale, shown beside; of experiments that did not finish there an estimate of
+    the processor time from `summary`, for those that declare their `work`. Raises DataError as `check_report`.
     """
-    told, failing = _earlier(paper)
-    return _render("report.md.j2", path, summary, paper=told, paper_failing=failing)
+    check_report(path, paper)
+    earlier = {f.experiment.id: f for f in (finished_in(paper) if paper is not None else ())}
+    told = {f.experiment.id: _beside(f, earlier.get(f.experiment.id)) for f in summary.finished}
+    return _render(
+        "report.md.j2",
+        path,
+        summary,
+        command=_command(summary, paper is not None),
+        complete=_complete(summary),
+        paper=told if paper is not None else {},
+        paper_versions=merged(f.versions for f in earlier.values()),
+        paper_failing=[(name, v) for name, f in earlier.items() for v in f.failing],
+    )
+
+
+def check_report(path: Path, paper: Path | None) -> None:
+    """Raises DataError when `path` lies in no folder, or `paper` holds no results or those of another scale."""
+    if not path.parent.is_dir():
+        raise DataError(f"the report cannot be written to {path}: there is no folder {path.parent}; make it first")
+    if paper is None:
+        return
+    scales = {f.scale for f in finished_in(paper)}
+    if scales != {"paper"}:
+        found = f"results at {'/'.join(sorted(scales))} scale" if scales else "no results"
+        raise DataError(f"{paper} holds {found}; write some with: noetherflow reproduce ID --scale paper --out {paper}")
 
 
 def _render(template: str, path: Path, summary: Summary, **more: Any) -> Path:
-    from noetherflow.reproduce.runner import versions, write_atomically
-
     jinja2: Any = require("jinja2", "report")
     source = files("noetherflow.reproduce").joinpath(template).read_text(encoding="utf-8")
     html = template.startswith("gallery")
@@ -44,8 +64,9 @@ def _render(template: str, path: Path, summary: Summary, **more: Any) -> Path:
         d.number: [(f.experiment.id, v) for f in summary.finished for v in f.verdicts if v.difference == d.number]
         for d in DIFFERENCES
     }
+    made_with = merged(f.versions for f in summary.finished)
     page = environment.from_string(source).render(
-        summary=summary, versions=versions(), differences=DIFFERENCES, shown=shown, **more
+        summary=summary, versions=made_with, differences=DIFFERENCES, shown=shown, **more
     )
     write_atomically(path, page)
     return path
@@ -55,20 +76,39 @@ def _embedded(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def _earlier(folder: Path | None) -> tuple[dict[str, str], list[tuple[str, Verdict]]]:
-    """An earlier run: per experiment id the claims that hold and its processor time (or the estimated time), and id and
-    verdict of every claim that failed.
-    """
-    stored = {p.name: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))} if folder is not None else {}
-    estimates = stored.pop("estimates.json", {})
-    told = {name: f"not run; about {_duration(s)} (estimate)" for name, s in estimates.items()}
-    failing = []
-    for run in stored.values():
-        failed = [Verdict.from_dict(v) for v in run["verdicts"] if not v["holds"]]
-        count = len(run["verdicts"])
-        told[run["id"]] = f"{count - len(failed)} of {count} hold, {_duration(run['seconds'])}"
-        failing += [(run["id"], v) for v in failed]
-    return told, failing
+def _command(summary: Summary, paper: bool) -> str:
+    """The command that writes this page again."""
+    ids = [f.experiment.id for f in summary.finished]
+    seeds = {f.results.config["seeds"] for f in summary.finished if _changed(f)}
+    words = ["noetherflow reproduce", *(["all"] if ids == list(registry.REGISTRY) else ids)]
+    words += ["--scale", "/".join(sorted({f.scale for f in summary.finished})), "--out reproduction"]
+    words += [*(f"--seeds {n}" for n in seeds), *(["--vary"] if any(f.varied for f in summary.finished) else [])]
+    return " ".join([*words, "--markdown FILE", *(["--paper paper"] if paper else [])])
+
+
+def _complete(summary: Summary) -> bool:
+    """Whether all experiments are there with the settings of their scale."""
+    return [f.experiment.id for f in summary.finished] == list(registry.REGISTRY) and not any(
+        _changed(f) for f in summary.finished
+    )
+
+
+def _changed(f: Finished) -> bool:
+    """Whether the settings are other than those of the scale as it is declared now."""
+    declared: Any = json.loads(json.dumps(f.experiment.config(f.scale)))
+    return bool(declared != f.results.config)
+
+
+def _beside(f: Finished, paper: Finished | None) -> str:
+    """What the run at paper scale gave and took, or how long it would take: `seconds * work(paper) / work(here)`."""
+    if paper is not None:
+        held = f"{len(paper.verdicts) - len(paper.failing)} of {len(paper.verdicts)} hold, {_duration(paper.seconds)}"
+        return f"{held} (other settings)" if _changed(paper) else held
+    work = f.experiment.work
+    if work is None:
+        return "not run"
+    seconds = f.seconds * work(f.experiment.config("paper")) / work(f.results.config)
+    return f"not run; about {_duration(seconds)} (estimate)"
 
 
 def _duration(seconds: float) -> str:
