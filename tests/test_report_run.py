@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import shutil
 import tempfile
@@ -19,12 +20,14 @@ from torch import nn
 
 import noetherflow as nf
 from noetherflow.errors import DataError
+from noetherflow.monitor import rundata
+from noetherflow.monitor.books import FIELDS
 from noetherflow.monitor.ledger import Ledger
-from noetherflow.monitor.log import RunLog, read_log
-from noetherflow.monitor.rundata import RunData, RunReader
-from noetherflow.report.run import summary, write_run_report
+from noetherflow.monitor.log import FORMAT, LOG_NAME, RunLog, read_log
+from noetherflow.monitor.rundata import WINDOW, RunData, RunReader, _before
+from noetherflow.report.run import COLUMNS, POINTS, _labels, _layers, _training, summary, write_run_report
 from noetherflow.report.watch import sparkline, view, watch
-from test_ledger import backward, batches
+from test_ledger import backward, batches, mlp, mlp_symmetries
 
 pytest.importorskip("plotly")
 
@@ -101,7 +104,7 @@ def test_page_of_a_run(tmp_path: Path) -> None:
     assert "http" not in html.split("<body>")[1].split("<script")[0]
     with pytest.raises(DataError, match="does not exist"):
         write_run_report(tmp_path / "nothing")
-    RunLog(tmp_path / "empty").append([{"kind": "run", "format": 1, "step": 0, "symmetries": []}])
+    RunLog(tmp_path / "empty").append([{"kind": "run", "format": FORMAT, "step": 0, "time": "", "symmetries": []}])
     with pytest.raises(DataError, match="no recorded step"):
         write_run_report(tmp_path / "empty")
 
@@ -109,7 +112,171 @@ def test_page_of_a_run(tmp_path: Path) -> None:
 def test_page_of_a_diverged_run(tmp_path: Path) -> None:
     data = record(tmp_path, lr=1e200, steps=12)
     assert any(e["event"] == "non-finite" for e in data.events)
-    assert write_run_report(tmp_path).exists()
+    words = " ".join(summary(data, list(data.events)))
+    for family in ("`one-sided`", "`rescaling`"):
+        assert f"{family}: the charge began at" in words
+    assert words.count("is not finite at the end") == 2
+    html = write_run_report(tmp_path).read_text()
+    assert "1 × non-finite" in html
+    assert "Charges and what moves them" in html
+    assert ":NaN" not in html.split("<body>")[1]
+
+
+def test_words_about_the_effective_learning_rate(tmp_path: Path) -> None:
+    """lr / |W|^2 for a step in proportion to the gradient (itself as 1/|W|), lr / |W| for Adam's."""
+    assert "goes as one over the squared norm." in " ".join(summary(record(tmp_path / "sgd", steps=6), []))
+    adam = record(tmp_path / "adam", torch.optim.AdamW, steps=6, lr=1e-3)
+    assert "goes as one over the norm: Adam" in " ".join(summary(adam, []))
+
+
+def test_a_switched_optimiser_and_the_start_of_the_run(tmp_path: Path) -> None:
+    record(tmp_path, steps=20)
+    first = next(read_log(tmp_path))["time"]
+    time.sleep(1.1)
+    data = record(tmp_path, torch.optim.AdamW, steps=20, lr=1e-3)
+    assert data.started == first != data.header["time"]
+    assert data.estimate_steps.tolist() == list(range(0, 40, 5))
+    known = np.isfinite(data.estimates["distance"]).any(axis=1)
+    assert known.tolist() == [True] * 4 + [False] * 4
+    assert "not predicted for this optimiser" in " ".join(summary(data, []))
+    assert f"started {first.replace('T', ' ')}" in write_run_report(tmp_path).read_text()
+
+
+def test_replaced_symmetries_show_from_their_first_step_on(tmp_path: Path) -> None:
+    model, reader = mlp(), RunReader(tmp_path)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    syms = mlp_symmetries(model)
+    with Ledger(model, optimizer, syms, run_dir=tmp_path, estimate_every=1) as ledger:
+        for chosen in (syms, syms.filter(family="linear")):
+            if ledger.step:
+                ledger.replace_symmetries(chosen)
+                ledger.flush()
+                before = reader.poll()
+                assert before is not None
+                assert before.families == RunData.load(tmp_path).families == ["rescaling", "linear"]
+                assert before.steps.tolist() == [0, 1]
+            for batch in batches(2):
+                optimizer.zero_grad()
+                backward(model, batch)
+                optimizer.step()
+            ledger.flush()
+    after = reader.poll()
+    assert after is not None
+    assert after.families == ["linear"]
+    assert after.steps.tolist() == after.estimate_steps.tolist() == [2, 3]
+    assert after.estimates["norm"].shape == (2, 1)
+
+
+def test_nothing_watched(tmp_path: Path) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Ledger(model, optimizer, nf.SymmetrySet(()), run_dir=tmp_path, estimate_every=1):
+        backward(model, batches(1)[0])
+        optimizer.step()
+    assert "No symmetry is watched." in write_run_report(tmp_path).read_text()
+    assert "step 0" in shown(view(RunReader(tmp_path).poll(), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"\0\0\0", "line 2 is corrupt"),
+        (b'{"\xff": 1}', "line 2 is corrupt"),
+        (b'{"format": 99}', "line 2 has format 99"),
+    ],
+)
+def test_a_bad_line_is_named(line: bytes, message: str, tmp_path: Path) -> None:
+    record(tmp_path, steps=2)
+    lines = (tmp_path / LOG_NAME).read_bytes().splitlines()
+    (tmp_path / LOG_NAME).write_bytes(b"\n".join([lines[0], line, *lines[1:], b""]))
+    for read in (lambda: RunReader(tmp_path).poll(), lambda: write_run_report(tmp_path)):
+        with pytest.raises(DataError, match=message):
+            read()
+
+
+@pytest.mark.parametrize("count", [0, 5, 11, 60, 700])
+@pytest.mark.parametrize("quantile", [0.5, 0.9])
+def test_running_quantiles(count: int, quantile: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rundata, "CHUNK", 256)
+    rng = np.random.default_rng(count)
+    values = rng.normal(size=count)
+    values[rng.random(count) < 0.1] = np.inf
+    values[100:200] = np.nan
+    expected = np.full(count, np.nan)
+    for t in range(10, count):
+        known = values[max(0, t - WINDOW) : t]
+        if np.isfinite(known).any():
+            expected[t] = np.quantile(known[np.isfinite(known)], quantile)
+    np.testing.assert_allclose(_before(values, quantile), expected, rtol=0, atol=1e-12)
+
+
+def long_run(steps: int, names: list[str]) -> RunData:
+    """A synthetic log with a step and estimates for every step."""
+    symmetries = [{"name": n, "one_sided": False, "family": "f"} for n in names]
+    header = {
+        "kind": "run",
+        "time": "",
+        "optimizer": "SGD",
+        "rule": "SGDRule",
+        "families": ["f"],
+        "symmetries": symmetries,
+    }
+    family = dict.fromkeys(FIELDS, (1.0,))
+    values = {"norm": [1.0] * len(names), "distance": [0.5] * len(names), "growth": [0.0] * len(names)}
+    rows: list[dict[str, Any]] = [header]
+    for k in range(steps):
+        rows.append(
+            {"kind": "step", "step": k, "lr": 0.1, "family": family} | ({"loss": float(k)} if k % 7 == 6 else {})
+        )
+        rows.append({"kind": "estimates", "step": k, "symmetry": values})
+    return RunData.of(rows)
+
+
+def test_rows_of_the_heat_map() -> None:
+    """One row per symmetry however alike the names are; long runs are thinned to what a screen shows."""
+    lora = "base_model.model.layers.{}.self_attn.{}_proj.lora_{}.default"
+    names = [" -> ".join(lora.format(i, q, side) for side in "AB") for i in range(3) for q in "qv"]
+    data = long_run(9000, names)
+    figure = _layers(data)[0].figures[0].content
+    axis = figure.layout.yaxis
+    assert list(axis.tickvals) == list(range(6)) == list(figure.data[0].y)
+    assert len(set(axis.ticktext)) == 6
+    assert all(text.startswith(f"{i // 2}.self_attn.{'qv'[i % 2]}_proj") for i, text in enumerate(axis.ticktext))
+    for trace in figure.data:
+        assert trace.z.shape == (6, len(trace.x))
+        assert (trace.x[0], trace.x[-1]) == (0, 8999)
+    many = _layers(long_run(400, [f"layer{i}.weight" for i in range(3000)]))[0].figures[0].content
+    assert many.data[0].z.shape == (3000, COLUMNS)
+    loss = _training(data, [])[0].content.data[0]
+    assert (loss.name, len(loss.x)) == ("loss", 9000 // 7)
+    assert len(_training(long_run(4000, ["a"]), [])[0].content.data[1].x) == POINTS
+
+
+def test_labels_drop_the_shared_prefix() -> None:
+    assert _labels(["m.layers.0.q -> m.layers.0.k (+2)", "m.layers.1.v [scale]"]) == ["0.q -> 0.k (+2)", "1.v [scale]"]
+    assert _labels(["model.norm -> lm_head"]) == ["model.norm -> lm_head"]
+    assert _labels(["0 -> 2"]) == ["0 -> 2"]
+
+
+def shown(renderable: Any) -> str:
+    console = pytest.importorskip("rich.console").Console(file=io.StringIO(), width=140)
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+def test_live_view_takes_names_as_they_are_and_sorts_events(tmp_path: Path) -> None:
+    data = long_run(80, ["model.embed (+2) [scale]", "x[/red]y"])
+    data.loss[:] = np.sin(np.arange(80)) * 0.01
+    data.loss[40] = 9.0
+    events = [{"kind": "event", "step": k, "event": "edited"} for k in (3, 70)]
+    text = shown(view(dataclasses.replace(data, events=tuple(events)), tmp_path))
+    assert "model.embed (+2) [scale]" in text
+    assert "x[/red]y" in text
+    assert [line.split(":")[0] for line in text.splitlines() if line.startswith("step ") and ":" in line] == [
+        "step 3",
+        "step 40",
+        "step 70",
+    ]
 
 
 def test_reader_follows_a_growing_and_a_rewound_log(tmp_path: Path) -> None:
@@ -120,7 +287,9 @@ def test_reader_follows_a_growing_and_a_rewound_log(tmp_path: Path) -> None:
     log = RunLog(tmp_path / "run")
     log.append(lines[:1])
     assert reader.poll() is None
-    log.append(lines[1:20])
+    log.append(lines[1:19])
+    mark = log.mark(99)
+    log.append(lines[19:20])
     seen = reader.poll()
     assert seen is not None
     count = len(seen.steps)
@@ -129,24 +298,26 @@ def test_reader_follows_a_growing_and_a_rewound_log(tmp_path: Path) -> None:
     again = reader.poll()
     assert again is not None
     assert len(again.steps) == count
+    assert again is seen
     log.close()
     log = RunLog(tmp_path / "run")
-    log.rewind(5)
-    log.append([line for line in lines if line["kind"] != "run" and line["step"] >= 5])
+    log.rewind(mark)
+    log.append([line for line in lines[19:] if line["kind"] != "run"])
     final = reader.poll()
     assert final is not None
     assert final.steps.tolist() == list(range(40))
+    recent = RunReader(tmp_path / "run", keep=7).poll()
+    assert recent is not None
+    assert recent.steps.tolist() == list(range(33, 40))
+    np.testing.assert_array_equal(recent.family["charge"], final.family["charge"][-7:])
+    assert recent.estimate_steps.tolist() == final.estimate_steps.tolist()[-7:]
 
 
 def test_live_view(tmp_path: Path) -> None:
     console_module = pytest.importorskip("rich.console")
-
-    def shown(renderable: Any) -> str:
-        console = console_module.Console(file=io.StringIO(), width=140)
-        console.print(renderable)
-        return console.file.getvalue()
-
-    assert "waiting for the first recorded step" in shown(view(None, tmp_path))
+    assert "does not exist yet" in shown(view(None, tmp_path)).replace("\n", "")
+    (tmp_path / LOG_NAME).touch()
+    assert "holds no recorded step yet" in shown(view(None, tmp_path)).replace("\n", "")
     data = record(tmp_path / "run")
     text = shown(view(data, tmp_path))
     for expected in ("step 79", "SGD", "loss", "one-sided", "step size and noise", "steps to go", "step 60: spike"):

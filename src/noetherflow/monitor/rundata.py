@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from noetherflow.errors import DataError
 from noetherflow.monitor.books import FIELDS
 from noetherflow.monitor.decompose import ENTRIES
-from noetherflow.monitor.log import LOG_NAME, read_log
+from noetherflow.monitor.log import LOG_NAME, parse_line, read_log
 
 SPIKE = 10.0
 USUAL = 0.9
 WINDOW = 50
+CHUNK = 8192
 
 
 @dataclass(frozen=True, eq=False)
 class RunData:
     """One run: `family[field]` `[T, families]` over the recorded `steps`, `estimates[field]` `[E, symmetries]`.
 
-    `loss` and `lr` are `[T]`, NaN where unknown; `events` as logged. When the watched symmetries were replaced during
-    the run, this is the part since then.
+    `loss` and `lr` are `[T]`; unknown numbers are NaN, also estimates that only some of the run's optimisers have.
+    `events` as logged, `started` as the first header says. When the watched symmetries were replaced during the run,
+    this is the part since the first step recorded after that.
     """
 
     header: dict[str, Any]
+    started: str
     steps: np.ndarray
     lr: np.ndarray
     loss: np.ndarray
@@ -45,30 +49,13 @@ class RunData:
 
     @classmethod
     def of(cls, rows: Iterable[dict[str, Any]], name: str = "the log") -> RunData:
-        header: dict[str, Any] = {}
-        steps: list[dict[str, Any]] = []
-        estimates: list[dict[str, Any]] = []
-        events: list[dict[str, Any]] = []
+        seen = _Rows()
         for row in rows:
-            if row["kind"] == "run":
-                if header and row["symmetries"] != header["symmetries"]:
-                    steps, estimates = [], []
-                header = row
-            else:
-                {"step": steps, "estimates": estimates, "event": events}[row["kind"]].append(row)
-        if not steps:
+            seen.add(row)
+        data = seen.data()
+        if data is None:
             raise DataError(f"{name} holds no recorded step yet")
-        fields = {f for e in estimates for f in e["symmetry"]}
-        return cls(
-            header,
-            np.array([r["step"] for r in steps]),
-            _numbers([r["lr"] for r in steps]),
-            _numbers([r.get("loss") for r in steps]),
-            {f: _numbers([r["family"][f] for r in steps]) for f in FIELDS},
-            np.array([r["step"] for r in estimates], dtype=int),
-            {f: _numbers([e["symmetry"][f] for e in estimates]) for f in fields},
-            tuple(events),
-        )
+        return data
 
     @property
     def families(self) -> list[str]:
@@ -116,32 +103,91 @@ class RunData:
         return out
 
 
-class RunReader:
-    """Reads a growing log incrementally; a log that was rewound by a resumed run is read again from its start."""
+class _Rows:
+    """A log's rows since its symmetries were last replaced: at most `keep` steps and estimates (None: all)."""
 
-    def __init__(self, run_dir: str | os.PathLike[str]) -> None:
-        self.run_dir = Path(run_dir)
-        self._rows: list[dict[str, Any]] = []
-        self._offset = 0
-        self._tail = b""
+    def __init__(self, keep: int | None = None) -> None:
+        self._started = ""
+        self._header: dict[str, Any] = {}
+        self._latest: dict[str, Any] = {}
+        self._steps: deque[dict[str, Any]] = deque(maxlen=keep)
+        self._estimates: deque[dict[str, Any]] = deque(maxlen=keep)
+        self._events: list[dict[str, Any]] = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        if row["kind"] == "run":
+            self._started = self._started or row["time"]
+            self._latest = row
+        elif row["kind"] == "step":
+            if self._header.get("symmetries") != self._latest["symmetries"]:
+                self._steps.clear()
+                self._estimates.clear()
+            self._header = self._latest
+            self._steps.append({k: row.get(k) for k in ("step", "lr", "loss", "family")})
+        elif row["kind"] == "estimates":
+            self._estimates.append(row)
+        elif row["kind"] == "event":
+            self._events.append(row)
+
+    def data(self) -> RunData | None:
+        """As arrays; None without a step."""
+        if not self._steps:
+            return None
+        steps, estimates = self._steps, self._estimates
+        unknown = [None] * len(self._header["symmetries"])
+        fields = dict.fromkeys(f for e in estimates for f in e["symmetry"])
+        return RunData(
+            self._header,
+            self._started,
+            np.array([r["step"] for r in steps]),
+            _numbers([r["lr"] for r in steps]),
+            _numbers([r["loss"] for r in steps]),
+            {f: _numbers([r["family"][f] for r in steps]) for f in FIELDS},
+            np.array([r["step"] for r in estimates], dtype=int),
+            {f: _numbers([e["symmetry"].get(f, unknown) for e in estimates]) for f in fields},
+            tuple(self._events),
+        )
+
+
+class RunReader:
+    """Reads a growing log incrementally; a log that was rewound by a resumed run is read again from its start.
+
+    `keep`: how many of the last steps and estimates `poll` returns, None for all.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike[str], keep: int | None = None) -> None:
+        self.path, self.keep = Path(run_dir) / LOG_NAME, keep
+        self._start()
+
+    def _start(self) -> None:
+        self._rows = _Rows(self.keep)
+        self._data: RunData | None = None
+        self._lines, self._offset, self._tail = 0, 0, b""
 
     def poll(self) -> RunData | None:
-        """The run as far as it is written; None before its first recorded step."""
-        path = self.run_dir / LOG_NAME
-        if not path.exists():
+        """The run as far as it is written, the same object while nothing is new; None before its first recorded step.
+
+        Raises DataError when a line is corrupt or of another format.
+        """
+        if not self.path.exists():
             return None
-        with open(path, "rb") as file:
+        before = self._lines
+        with open(self.path, "rb") as file:
             file.seek(self._offset - len(self._tail))
             if file.read(len(self._tail)) != self._tail:
-                self._rows, self._offset, self._tail = [], 0, b""
-        with open(path, "rb") as file:
-            file.seek(self._offset)
-            data = file.read()
-        data = data[: data.rfind(b"\n") + 1]
-        self._rows += [json.loads(line) for line in data.splitlines()]
-        self._offset += len(data)
-        self._tail = (self._tail + data)[-64:]
-        return RunData.of(self._rows) if any(r["kind"] == "step" for r in self._rows) else None
+                self._start()
+                before = -1
+                file.seek(0)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._lines += 1
+                self._rows.add(parse_line(line, self.path, self._lines))
+                self._offset += len(line)
+                self._tail = (self._tail + line)[-64:]
+        if self._lines != before:
+            self._data = self._rows.data()
+        return self._data
 
 
 def _numbers(values: list[Any]) -> np.ndarray:
@@ -149,12 +195,18 @@ def _numbers(values: list[Any]) -> np.ndarray:
 
 
 def _before(values: np.ndarray, quantile: float) -> np.ndarray:
-    """Quantile of up to `WINDOW` values before each one; NaN at the first ten."""
+    """Quantile (linear) of the finite ones of the `WINDOW` values before each value; NaN at the first ten."""
     out = np.full(len(values), np.nan)
-    for t in range(10, len(values)):
-        known = values[max(0, t - WINDOW) : t]
-        known = known[np.isfinite(known)]
-        out[t] = np.quantile(known, quantile) if known.size else np.nan
+    finite = np.where(np.isfinite(values), values, np.nan)
+    windows = sliding_window_view(np.concatenate([np.full(WINDOW, np.nan), finite]), WINDOW)
+    for start in range(10, len(values), CHUNK):
+        rising = np.sort(windows[start : min(start + CHUNK, len(values))], axis=1)
+        last = np.maximum(np.isfinite(rising).sum(axis=1) - 1, 0)
+        place = last * quantile
+        low = place.astype(int)
+        at = np.arange(len(rising))
+        below, above = rising[at, low], rising[at, np.minimum(low + 1, last)]
+        out[start : start + len(rising)] = below + (above - below) * (place - low)
     return out
 
 

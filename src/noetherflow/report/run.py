@@ -15,6 +15,8 @@ from noetherflow.report.page import Figure, Section, show, write_page
 
 REPORT_NAME = "report.html"
 POINTS = 1500
+CELLS = 200_000
+COLUMNS = 50
 BINS = 100
 CURVES = 12
 NAMES = {
@@ -34,6 +36,10 @@ COLOURS = {
     "other": "#E69F00",
 }
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#333333"]
+EFFECTIVE = {
+    "SGDRule": "; the effective learning rate goes as one over the squared norm",
+    "AdamRule": "; the effective learning rate goes as one over the norm: Adam's step does not grow with the gradient",
+}
 MAPS = {
     "distance": ("distance to equilibrium |λ*|", False),
     "steps": ("steps to equilibrium (log10)", True),
@@ -52,12 +58,7 @@ def write_run_report(run_dir: str | os.PathLike[str], path: str | os.PathLike[st
     events = sorted([*data.events, *data.spikes()], key=lambda e: e["step"])
     sections = [
         Section("Summary", "\n\n".join(summary(data, events)), facts=_facts(data, events)),
-        Section(
-            "Charges and what moves them",
-            "Above: the charge `C = θᵀAθ`, summed over the symmetries of one family. Below: what one step adds to it, "
-            "split exactly into its causes and averaged over bins of steps. Choose the family with the buttons.",
-            figures=[Figure(charges_figure(data), "Charge and its drift per step, by cause.")],
-        ),
+        *_charges(data),
         *_equilibrium(data),
         *_layers(data),
         *_norms(data),
@@ -66,16 +67,21 @@ def write_run_report(run_dir: str | os.PathLike[str], path: str | os.PathLike[st
     if events:
         sections.append(Section("Events", table=[_event_row(e) for e in events[:200]]))
     name = Path(run_dir).resolve().name
-    subtitle = f"{data.header['optimizer']}, started {data.header['time'].replace('T', ' ')}, {len(data.steps):,} steps"
+    subtitle = f"{data.header['optimizer']}, started {data.started.replace('T', ' ')}, {len(data.steps):,} steps"
     return write_page(path or Path(run_dir) / REPORT_NAME, f"Ledger of {name}", sections, subtitle)
 
 
 def summary(data: RunData, events: list[dict[str, Any]]) -> list[str]:
     """The run in plain words, one paragraph per topic."""
-    out = []
+    out = [] if data.families else ["No symmetry is watched."]
     for i, family in enumerate(data.families):
         charge, norm = data.family["charge"][:, i], data.family["norm"][:, i]
         end = charge[-1] + data.family["change"][-1, i]
+        if not np.isfinite(end):
+            out.append(
+                f"`{family}`: the charge began at {show(charge[0])} and is not finite at the end: the run diverged."
+            )
+            continue
         text = f"`{family}`: the charge went from {show(charge[0])} to {show(float(end))}"
         causes = data.causes(i)
         total = sum(abs(v) for v in causes.values())
@@ -90,8 +96,10 @@ def summary(data: RunData, events: list[dict[str, Any]]) -> list[str]:
 
 
 def _equilibrium_words(data: RunData) -> list[str]:
-    if "distance" not in data.estimates:
+    if data.estimates and data.header["rule"] != "SGDRule":
         return ["The noise equilibrium is not predicted for this optimiser: the theory covers SGD with momentum."]
+    if "distance" not in data.estimates:
+        return []
     two_sided = ~data.one_sided
     distance, steps = data.estimates["distance"][-1], data.estimates["steps"][-1]
     known = np.flatnonzero(two_sided & np.isfinite(distance))
@@ -124,7 +132,7 @@ def _norm_words(data: RunData) -> list[str]:
     if len(names) > 1:
         text += f", the most of {len(names)} scale-invariant weights (factors {show(float(ratio.min()))} to "
         text += f"{show(float(ratio.max()))})"
-    return [text + "; the effective learning rate goes as one over the squared norm."]
+    return [text + EFFECTIVE.get(data.header["rule"], "") + "."]
 
 
 def _event_words(events: list[dict[str, Any]]) -> list[str]:
@@ -141,19 +149,32 @@ def _facts(data: RunData, events: list[dict[str, Any]]) -> list[tuple[str, Any]]
         ("steps", int(data.steps[-1]) + 1),
         ("families", len(data.families)),
         ("symmetries", len(data.symmetries)),
-        ("largest residual / norm", float(ratio.max())),
+        ("largest residual / norm", float(ratio.max(initial=0))),
     ]
     if "check" in data.estimates:
-        facts.append(("largest violation of invariance", float(np.nan_to_num(data.estimates["check"]).max())))
+        facts.append(("largest violation of invariance", float(np.nan_to_num(data.estimates["check"]).max(initial=0))))
     if np.isfinite(data.loss).any():
         facts.append(("last loss", float(data.loss[np.isfinite(data.loss)][-1])))
     return facts + [("events", len(events))]
 
 
+def _charges(data: RunData) -> list[Section]:
+    if not data.families:
+        return []
+    return [
+        Section(
+            "Charges and what moves them",
+            "Above: the charge `C = θᵀAθ`, summed over the symmetries of one family. Below: what one step adds to it, "
+            "split exactly into its causes and averaged over bins of steps. Choose the family with the buttons.",
+            figures=[Figure(charges_figure(data), "Charge and its drift per step, by cause.")],
+        )
+    ]
+
+
 def charges_figure(data: RunData) -> Any:
     """Charge over steps and, below, the mean drift per step in bins, stacked by cause; buttons choose the family."""
     go: Any = require("plotly.graph_objects", "report")
-    thin = slice(None, None, max(1, len(data.steps) // POINTS))
+    thin = _thin(len(data.steps))
     edges = np.unique(np.linspace(0, len(data.steps), min(BINS, len(data.steps)) + 1).astype(int))
     centres = [float(data.steps[a:b].mean()) for a, b in itertools.pairwise(edges)]
     figure = go.Figure()
@@ -191,6 +212,11 @@ def charges_figure(data: RunData) -> Any:
     return figure
 
 
+def _thin(count: int, limit: int = POINTS) -> np.ndarray:
+    """At most `limit` positions out of `count`, evenly spaced from the first to the last."""
+    return np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(int))
+
+
 def finite_mean(values: np.ndarray) -> float:
     """Mean of the finite values, NaN without any."""
     known = values[np.isfinite(values)]
@@ -199,9 +225,13 @@ def finite_mean(values: np.ndarray) -> float:
 
 def _equilibrium(data: RunData) -> list[Section]:
     chosen = np.flatnonzero(~data.one_sided)
-    if "distance" not in data.estimates or not chosen.size:
+    if "distance" not in data.estimates:
         return []
-    order = chosen[np.argsort(-np.nan_to_num(data.estimates["distance"][-1][chosen]))][:CURVES]
+    distance = data.estimates["distance"][:, chosen]
+    known = np.flatnonzero(np.isfinite(distance).any(axis=1))
+    if not known.size:
+        return []
+    order = chosen[np.argsort(-np.nan_to_num(distance[known[-1]]))][:CURVES]
     note = f" The {CURVES} farthest of {chosen.size} are drawn; the heat map has all." if chosen.size > CURVES else ""
     return [
         Section(
@@ -219,16 +249,19 @@ def _layers(data: RunData) -> list[Section]:
     go: Any = require("plotly.graph_objects", "report")
     figure, buttons = go.Figure(), []
     present = [k for k in MAPS if k in data.estimates and np.isfinite(data.estimates[k]).any()]
-    names = [_short(n) for n in data.symmetries]
+    if not present:
+        return []
+    rows = list(range(len(data.symmetries)))
+    thin = _thin(len(data.estimate_steps), max(COLUMNS, CELLS // (len(rows) * len(present))))
     for k in present:
         with np.errstate(divide="ignore", invalid="ignore"):
-            values = np.log10(np.abs(data.estimates[k])) if MAPS[k][1] else data.estimates[k]
+            values = np.log10(np.abs(data.estimates[k][thin])) if MAPS[k][1] else data.estimates[k][thin]
         values = np.where(np.isfinite(values), values, np.nan)
         figure.add_trace(
             go.Heatmap(
-                x=data.estimate_steps,
-                y=names,
-                z=values.T,
+                x=data.estimate_steps[thin],
+                y=rows,
+                z=values.T.astype(np.float32),
                 colorscale="Viridis",
                 visible=k == present[0],
                 hovertemplate="step %{x}<br>%{y}<br>%{z:.4g}<extra></extra>",
@@ -237,9 +270,12 @@ def _layers(data: RunData) -> list[Section]:
         buttons.append(
             {"label": MAPS[k][0], "method": "update", "args": [{"visible": [other == k for other in present]}]}
         )
-    layout = _layout(max(300, 110 + 22 * len(names)))
+    layout = _layout(max(300, 110 + 22 * len(rows)))
     menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1 + 44 / layout["height"], "yanchor": "bottom"}
-    figure.update_layout(**layout, yaxis={"autorange": "reversed", "automargin": True}, updatemenus=[menu])
+    labels = {"tickmode": "array", "tickvals": rows, "ticktext": _labels(data.symmetries)}
+    figure.update_layout(
+        **layout, yaxis=labels | {"autorange": "reversed", "automargin": True, "showgrid": False}, updatemenus=[menu]
+    )
     figure.update_layout(margin={"l": 30, "r": 20, "t": 70, "b": 50})
     return [
         Section(
@@ -257,10 +293,11 @@ def _norms(data: RunData) -> list[Section]:
     figures = [Figure(_curves(data, "norm", chosen[:CURVES], "‖W‖²", log=True), "Squared norms.")]
     if np.isfinite(data.estimates["angular"]).any():
         rotation = _curves(data, "angular", chosen[:CURVES], "radians per step")
-        predicted = np.array([finite_mean(row) for row in data.estimates["angular_predicted"][:, chosen]])
+        thin = _thin(len(data.estimate_steps))
+        predicted = np.array([finite_mean(row) for row in data.estimates["angular_predicted"][thin][:, chosen]])
         if (np.nan_to_num(predicted) > 0).any():
             line = {"dash": "dash", "color": "#1c2430"}
-            rotation.add_scatter(x=data.estimate_steps, y=predicted, name="rotational equilibrium", line=line)
+            rotation.add_scatter(x=data.estimate_steps[thin], y=predicted, name="rotational equilibrium", line=line)
         figures.append(Figure(rotation, "Angular update per step; dashed: the prediction at stationary norm."))
     return [
         Section(
@@ -274,10 +311,11 @@ def _norms(data: RunData) -> list[Section]:
 
 def _training(data: RunData, events: list[dict[str, Any]]) -> list[Figure]:
     go: Any = require("plotly.graph_objects", "report")
-    thin = slice(None, None, max(1, len(data.steps) // POINTS))
+    thin, known = _thin(len(data.steps)), np.flatnonzero(np.isfinite(data.loss))
     figure = go.Figure()
-    if np.isfinite(data.loss).any():
-        figure.add_scatter(x=data.steps[thin], y=data.loss[thin], name="loss", line={"color": PALETTE[0]})
+    if known.size:
+        at = known[_thin(len(known))]
+        figure.add_scatter(x=data.steps[at], y=data.loss[at], name="loss", line={"color": PALETTE[0]})
     rate = {"color": PALETTE[1], "dash": "dot"}
     figure.add_scatter(x=data.steps[thin], y=data.lr[thin], name="learning rate", yaxis="y2", line=rate)
     for event in events[:50]:
@@ -290,13 +328,13 @@ def _training(data: RunData, events: list[dict[str, Any]]) -> list[Figure]:
 
 def _curves(data: RunData, field: str, chosen: np.ndarray, title: str, log: bool = False) -> Any:
     go: Any = require("plotly.graph_objects", "report")
-    figure = go.Figure()
+    figure, thin, labels = go.Figure(), _thin(len(data.estimate_steps)), _labels(data.symmetries)
     for k, i in enumerate(chosen):
         colour = {"color": PALETTE[k % len(PALETTE)], "dash": "solid" if k < len(PALETTE) else "dot"}
-        values = data.estimates[field][:, i]
-        figure.add_scatter(x=data.estimate_steps, y=values, name=_short(data.symmetries[i]), line=colour)
+        values = data.estimates[field][thin, i]
+        figure.add_scatter(x=data.estimate_steps[thin], y=values, name=labels[i], line=colour)
     axis = {"title": title} | ({"type": "log", "dtick": "D2"} if log else {})
-    figure.update_layout(**_layout(380), yaxis=axis, showlegend=True)
+    figure.update_layout(**_layout(380 + 20 * (len(chosen) // 2)), yaxis=axis, showlegend=True)
     return figure
 
 
@@ -309,6 +347,14 @@ def _layout(height: int) -> dict[str, Any]:
         "legend": {"orientation": "h", "y": -0.16, "x": 0},
         "margin": {"l": 70, "r": 70, "t": 50, "b": 60},
     }
+
+
+def _labels(names: list[str]) -> list[str]:
+    """The names without the dotted prefix that all their paths share, shortened."""
+    paths = [word.split(".")[:-1] for name in names for word in name.split() if word[0].isalnum()]
+    shared = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
+    prefix = ".".join([*(level[0] for level in shared), ""])
+    return [_short(" ".join(word.removeprefix(prefix) for word in name.split())) for name in names]
 
 
 def _short(name: str, limit: int = 48) -> str:

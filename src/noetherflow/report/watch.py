@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import numpy as np
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
 
-from noetherflow.errors import require
+from noetherflow.monitor.log import LOG_NAME
 from noetherflow.monitor.rundata import RunData, RunReader
 from noetherflow.report.page import show
 from noetherflow.report.run import NAMES, finite_mean
 
 RECENT = 50
+KEPT = 4 * RECENT
 ROWS = 12
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -23,34 +28,41 @@ def watch(
     run_dir: str | os.PathLike[str],
     *,
     refresh: float = 1.0,
-    console: Any = None,
+    console: Console | None = None,
     until: Callable[[], bool] | None = None,
 ) -> None:
-    """Show the run as it is written, until interrupted (or `until()` is true). It may start before the run does."""
-    live_module: Any = require("rich.live", "report")
-    reader = RunReader(run_dir)
+    """Show the run as it is written, until interrupted (or `until()` is true). It may start before the run does.
+
+    Only the last `KEPT` recorded steps are looked at. Raises DataError when the log is corrupt or of another format.
+    """
+    reader = RunReader(run_dir, keep=KEPT)
+    shown = reader.poll()
     try:
-        with live_module.Live(view(reader.poll(), run_dir), console=console, refresh_per_second=4) as live:
-            while until is None or not until():
+        with Live(view(shown, run_dir), console=console, refresh_per_second=4) as live:
+            last = False
+            while not last:
                 time.sleep(refresh)
-                live.update(view(reader.poll(), run_dir))
-            live.update(view(reader.poll(), run_dir))
+                last = until is not None and until()
+                data = reader.poll()
+                if data is None or data is not shown:
+                    live.update(view(data, run_dir))
+                shown = data
     except KeyboardInterrupt:
         return
 
 
-def view(data: RunData | None, run_dir: str | os.PathLike[str]) -> Any:
+def view(data: RunData | None, run_dir: str | os.PathLike[str]) -> Text | Group:
     """What `watch` shows of one state of the run, as a rich renderable."""
-    rich_console: Any = require("rich.console", "report")
-    text: Any = require("rich.text", "report")
     if data is None:
-        return text.Text(f"waiting for the first recorded step in {run_dir} ...")
-    parts = [text.Text(headline(data), style="bold"), _families(data)]
+        path = Path(run_dir) / LOG_NAME
+        lack = "holds no recorded step" if path.exists() else "does not exist"
+        return Text(f"{path} {lack} yet; waiting for it (Ctrl-C stops) ...")
+    parts: list[Text | Table] = [Text(headline(data), style="bold"), _families(data)]
     if data.estimates:
         parts.append(_symmetries(data))
-    recent = [*data.events, *data.spikes()][-5:]
-    parts += [text.Text(f"step {e['step']}: {e['event']}", style="yellow") for e in recent]
-    return rich_console.Group(*parts)
+    recent = sorted([*data.events, *data.spikes()], key=lambda e: e["step"])[-5:]
+    parts += [Text(f"step {e['step']}: {e['event']}", style="yellow") for e in recent]
+    return Group(*parts)
 
 
 def headline(data: RunData) -> str:
@@ -58,7 +70,7 @@ def headline(data: RunData) -> str:
     words = [f"step {int(data.steps[-1]):,}", data.header["optimizer"], f"lr {show(float(data.lr[-1]))}"]
     losses = data.loss[np.isfinite(data.loss)]
     if losses.size:
-        words.append(f"loss {show(float(losses[-1]))} {sparkline(losses[-4 * RECENT :])}")
+        words.append(f"loss {show(float(losses[-1]))} {sparkline(losses[-KEPT:])}")
     return "  ".join(words)
 
 
@@ -72,7 +84,7 @@ def sparkline(values: np.ndarray, width: int = 32) -> str:
     return "".join(BARS[int((b - low) / span * (len(BARS) - 1))] for b in bins)
 
 
-def _families(data: RunData) -> Any:
+def _families(data: RunData) -> Table:
     table = _table(
         f"charges (drift over the last {RECENT} recorded steps)", "family", "charge", "per step", "main cause"
     )
@@ -83,11 +95,11 @@ def _families(data: RunData) -> Any:
         drift = finite_mean(data.family["change"][last, i])
         moved = abs(means[cause]) > 0
         cells = (show(float(data.family["charge"][-1, i])), show(drift), NAMES[cause] if moved else "none")
-        table.add_row(family, *cells)
+        table.add_row(Text(family), *cells)
     return table
 
 
-def _symmetries(data: RunData) -> Any:
+def _symmetries(data: RunData) -> Table:
     columns = [
         ("norm", "norm"),
         ("distance", "|lam*|"),
@@ -101,15 +113,14 @@ def _symmetries(data: RunData) -> Any:
     key = data.estimates.get("distance", data.estimates["growth"])[-1]
     order = np.argsort(-np.nan_to_num(np.abs(key)), kind="stable")
     for i in order[:ROWS]:
-        table.add_row(data.symmetries[i], *(show(float(data.estimates[k][-1, i])) for k, _ in shown))
+        table.add_row(Text(data.symmetries[i]), *(show(float(data.estimates[k][-1, i])) for k, _ in shown))
     if len(order) > ROWS:
         table.caption = f"{len(order) - ROWS} more"
     return table
 
 
-def _table(title: str, *columns: str) -> Any:
-    rich_table: Any = require("rich.table", "report")
-    table = rich_table.Table(title=title, title_justify="left")
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
     for j, name in enumerate(columns):
         table.add_column(name, justify="left" if j == 0 or name == "main cause" else "right", overflow="fold")
     return table
