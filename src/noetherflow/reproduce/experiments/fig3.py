@@ -17,6 +17,7 @@ from noetherflow.reproduce.experiment import (
     Results,
     Setting,
     Verdict,
+    from_ratio,
     from_seeds,
     generator,
     plain,
@@ -33,8 +34,8 @@ SCALES = {
         "loss_scale": 1.0,
         "phis": [0.15, 0.3, 0.5, 0.7, 1.0],
         "label_phis": [0.15, 0.3, 0.5],
-        "gd_decay": 5e-3,
-        "gd": [0.1, 8000],
+        "gd_decay": 0.016,
+        "gd": [0.03, 8000],
         "main": [0.04, 100, 11_000],
         "lrs": [[0.08, 200, 3000], [0.04, 100, 5000], [0.02, 50, 9000]],
         "seeds": 5,
@@ -85,9 +86,9 @@ def start(kind: str, sigma_x: Tensor, width: int, rng: torch.Generator) -> Param
     count, d = sigma_x.shape[:2]
     eye = torch.eye(d, dtype=torch.float64).expand(count, -1, -1)
     if kind == "kaiming":
-        w, u = (2 / d) ** 0.5 * normal((1, width, d), rng), (2 / width) ** 0.5 * normal((1, d, width), rng)
+        w, u = (2 / d) ** 0.5 * normal((count, width, d), rng), (2 / width) ** 0.5 * normal((count, d, width), rng)
         u, w = reduced_width(u, w)
-        return [w.expand(count, -1, -1), u.expand(count, -1, -1)]
+        return [w, u]
     u, w = cf.norm_balanced(eye) if kind == "balanced" else cf.two_layer(eye, *cf.noise_matrices(sigma_x, eye))
     return [w, u]
 
@@ -97,7 +98,7 @@ def compute(config: Config, point: Point) -> dict[str, Any]:
     if point["name"] == "hessian":
         return plain(hessian_traces())
     d, (lr, batch, steps) = point.get("d", config["d"]), point["run"]
-    seeds = config["seeds"] if point["method"] == "sgd" else 1
+    seeds = config["seeds"] if point["method"] == "sgd" else 2
     sigma_x, sigma_eps = covariances(point, d)
     eye = torch.eye(d, dtype=torch.float64)
     best_u, best_w = cf.two_layer(eye.expand_as(sigma_x), *cf.noise_matrices(sigma_x, sigma_eps))
@@ -220,10 +221,14 @@ def verdicts(results: Results) -> list[Verdict]:
                     0.05,
                 )
             )
-    worst = float(np.abs(results.array("gd", "ratio") - 1).max())
+    far = np.abs(results.array("gd", "ratio") - 1)
     out.append(
-        Verdict(
-            "||U||^2/||W||^2 under GD with decay: largest distance from 1", 0, worst, tolerance=0.03, relative=False
+        from_seeds(
+            "||U||^2/||W||^2 under GD with decay: largest distance from 1 over phi",
+            0,
+            far[far.mean(1).argmax()],
+            0.03,
+            relative=False,
         )
     )
     for i, phi in enumerate(c["phis"]):
@@ -261,10 +266,11 @@ def verdicts(results: Results) -> list[Verdict]:
     coarse, fine = _deviation(results, 0), _deviation(results, len(c["lrs"]) - 1)
     ratio = c["lrs"][0][0] / c["lrs"][-1][0]
     out.append(
-        from_seeds(
+        from_ratio(
             f"systematic error of the ratio at {ratio:g} times the learning rate / at the smallest",
             2,
-            coarse / fine.mean(),
+            coarse,
+            fine,
             relation="above",
         )
     )
@@ -331,13 +337,15 @@ EXPERIMENT = Experiment(
             "Kaiming starts reach the same point (see hero), low-variance inputs slowly, by 1/phi",
         ),
         Setting(
-            "decay for GD", "0.005 in quick, 1e-4 in paper", "GD needs decay to leave its orbit; more takes fewer steps"
+            "decay for GD", "0.016 in quick, 1e-4 in paper", "GD needs decay to leave its orbit; more takes fewer steps"
         ),
         Setting("anisotropic label noise", "variances (phi, 2 - phi), isotropic inputs", "ours, for difference 6"),
     ),
     exploratory=(
         "Learning rate and run length (quick) were chosen so that the systematic error of order eta stays below the 5 "
-        "% and 6 % tolerances, which were set with it in view; the third panel shows that it vanishes with eta."
+        "% and 6 % tolerances, which were set with it in view; the third panel shows that it vanishes with eta. GD "
+        "had one start, at rate 0.1 and decay 0.005; of independent starts one diverged there, so that the rate is 0.03 "
+        "now and the decay 0.016 (as many relaxation times)."
     ),
     variations={
         "batch 50": {"main": [0.04, 50, 11_000]},

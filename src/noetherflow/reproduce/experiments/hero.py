@@ -11,7 +11,17 @@ from torch import Tensor
 from noetherflow import closed_form as cf
 from noetherflow.errors import require
 from noetherflow.reproduce import style
-from noetherflow.reproduce.experiment import Config, Experiment, Point, Results, Setting, Verdict, generator, plain
+from noetherflow.reproduce.experiment import (
+    Config,
+    Experiment,
+    Point,
+    Results,
+    Setting,
+    Verdict,
+    from_resampling,
+    generator,
+    plain,
+)
 from noetherflow.reproduce.simulate import LinearNet, Params, normal, simulate
 
 COMMON = {"d": 8, "width": 12, "phi_x": 0.4, "phi_eps": 0.15, "lr": 0.04, "batch": 60}
@@ -158,14 +168,16 @@ def verdicts(results: Results) -> list[Verdict]:
     begin = (results.array("sgd", "u") - results.array("sgd", "w"))[0]
     error = float(sgd.std(ddof=1) / np.sqrt(len(sgd)))
     count = len(sgd)
+    spread = lambda pair: float(np.divide(*pair.std(0)))
     return [
-        Verdict(
+        from_resampling(
             f"spread (standard deviation) of log(|U|/|W|) over {count} starts: SGD's end / the start",
             0.03,
-            float(sgd.std() / begin.std()),
+            np.stack([sgd, begin], 1),
+            spread,
             relation="below",
         ),
-        Verdict("the same for GD", 0.5, float(gd.std() / begin.std()), relation="above"),
+        from_resampling("the same for GD", 0.5, np.stack([gd, begin], 1), spread, relation="above"),
         Verdict(
             "SGD: mean of log(|U|/|W|) over starts at the end",
             target,
@@ -174,8 +186,10 @@ def verdicts(results: Results) -> list[Verdict]:
             tolerance=0.04,
             relative=False,
         ),
-        Verdict("SGD: largest distance |W'W - W*'W*| / |W*'W*| over starts", 0.15, float(near.max()), relation="below"),
-        Verdict("GD: median of the same distance", 0.5, float(np.median(far)), relation="above"),
+        from_resampling(
+            "SGD: largest distance |W'W - W*'W*| / |W*'W*| over starts", 0.15, near, np.max, relation="below"
+        ),
+        from_resampling("GD: median of the same distance", 0.5, far, np.median, relation="above"),
     ]
 
 
