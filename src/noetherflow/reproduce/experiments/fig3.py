@@ -314,6 +314,7 @@ EXPERIMENT = Experiment(
         "rate 0.1, batch 100, mean over outputs."
     ),
     scales=SCALES,
+    work=lambda c: c["seeds"] * c["d"] ** 2 * sum(len(p["phis"]) * p["run"][2] for p in points(c) if "run" in p),
     points=points,
     compute=compute,
     plot=plot,
@@ -344,8 +345,8 @@ EXPERIMENT = Experiment(
     exploratory=(
         "Learning rate and run length (quick) were chosen so that the systematic error of order eta stays below the 5 "
         "% and 6 % tolerances, which were set with it in view; the third panel shows that it vanishes with eta. GD "
-        "had one start, at rate 0.1 and decay 0.005; of independent starts one diverged there, so that the rate is 0.03 "
-        "now and the decay 0.016 (as many relaxation times)."
+        "had one start, at rate 0.1 and decay 0.005; of independent starts one diverged there, so that the rate is "
+        "0.03 now and the decay 0.016 (as many relaxation times)."
     ),
     variations={
         "batch 50": {"main": [0.04, 50, 11_000]},
