@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, is_dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +17,7 @@ from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.forms import Form
 from noetherflow.moments.layout import WHOLE_BATCH, Layout
 from noetherflow.moments.rules import Site
-from noetherflow.moments.taps import CallId, Recorder, Source, Trace, Use
+from noetherflow.moments.taps import CallId, Recorder, Source, Trace, Use, distinct
 from noetherflow.moments.target import Sums, Workspace
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -39,6 +40,10 @@ class Subject:
         """The name of each parameter by its `id`."""
         return {id(t): n for n, t in self.roots.items()}
 
+    @cached_property
+    def modules(self) -> tuple[nn.Module, ...]:
+        return tuple(self.model.modules())
+
     def checked(self, losses: Any) -> Tensor:
         """Per-sample losses. Raises DataError for a scalar, a wrong number of axes or no sample."""
         if not isinstance(losses, Tensor) or losses.ndim != self.sample_axes:
@@ -50,9 +55,14 @@ class Subject:
             )
         if losses.numel() == 0:
             raise DataError("loss_fn returned no loss: the batch is empty")
-        if not losses.requires_grad:
-            raise MomentError("the losses do not depend on any trainable parameter; is the forward under no_grad?")
+        refuse_constant(losses)
         return losses
+
+
+def refuse_constant(losses: Tensor) -> None:
+    """Raises MomentError for losses without a gradient."""
+    if not losses.requires_grad:
+        raise MomentError("the losses do not depend on any trainable parameter; is the forward under no_grad?")
 
 
 def check_finite(losses: Tensor, batch: Any) -> None:
@@ -69,7 +79,7 @@ def _not_finite(tensor: Tensor) -> bool:
 
 
 def tensors_in(batch: Any) -> Iterator[Tensor]:
-    """The tensors of a batch made of tuples, lists, mappings and plain objects."""
+    """The tensors of a batch made of tuples, lists, mappings and dataclasses."""
     if isinstance(batch, Tensor):
         yield batch
     elif hasattr(batch, "values") and callable(batch.values):
@@ -78,6 +88,22 @@ def tensors_in(batch: Any) -> Iterator[Tensor]:
     elif isinstance(batch, list | tuple):
         for v in batch:
             yield from tensors_in(v)
+    elif is_dataclass(batch):
+        yield from tensors_in(vars(batch))
+
+
+@contextmanager
+def buffers_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Leave the buffers as they were: those overwritten, and those another tensor was put in place of."""
+    held = [(m, name, b, None if b is None else b.clone()) for m in modules for name, b in m._buffers.items()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, before in held:
+                module._buffers[name] = buffer
+                if buffer is not None and before is not None and distinct(buffer):  # else nothing can overwrite it
+                    buffer.copy_(before)
 
 
 def forward_backward(
@@ -92,6 +118,7 @@ def forward_backward(
     """Loss under a recorder; `ready` sees it and answers the weights of the losses, or None to stop before backward.
 
     Returns the trace and the gradients of the operands' leaves (with `leaf`), then of the parameters `asked`.
+    Raises MomentError for reentrant checkpointing.
     """
     recorder = Recorder(subject.model, subject.roots, subject.names, subject.measured, arrive, shared, leaf)
     with torch.autograd.set_multithreading_enabled(False), recorder:
@@ -104,9 +131,14 @@ def forward_backward(
         leaves = [t for u in recorder.trace.uses for t in u.leaves] if leaf else []
         inputs = [recorder.anchor, *leaves, *(recorder.roots[n] for n in asked)]
         # `autograd.grad` without its checks in Python, each of which the active mode would intercept
-        gradients = _engine_run_backward(
-            (losses,), (weights,), False, False, tuple(inputs), True, accumulate_grad=False
-        )
+        try:
+            gradients = _engine_run_backward(
+                (losses,), (weights,), False, False, tuple(inputs), True, accumulate_grad=False
+            )
+        except RuntimeError as cause:
+            if "use_reentrant" not in str(cause):
+                raise
+            raise MomentError("reentrant checkpoints hide what they hold; use use_reentrant=False") from cause
     return recorder.trace, gradients[1:]
 
 
@@ -129,6 +161,11 @@ class Contraction:
         self._roots, self._measured, self._once, self._slices = roots, measured, once, slices
         self._workspace = Workspace()
         self._pending: list[tuple[Source, Form]] = []
+
+    @property
+    def pulled_back(self) -> frozenset[str]:
+        """The parameters that `finish` reaches through autograd, once per sample."""
+        return frozenset[str]().union(*(source.names for source, _ in self._pending if source.view_of is None))
 
     def receive(self, use: Use, layout: Layout, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
         """Take the output gradient and the activations of one use."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.target import Need, Sums
 from noetherflow.symmetry_set import SymmetrySet
+
+T = TypeVar("T")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -64,6 +66,15 @@ def in_step(batches: Iterable[Any], model: nn.Module, process_group: Any) -> Ite
 def all_ranks(flag: bool, model: nn.Module) -> bool:
     """Whether `flag` holds on every rank."""
     return _total(flag, model, None) == dist.get_world_size()
+
+
+def over_ranks(found: Iterable[T], model: nn.Module) -> list[T]:
+    """What any rank of a sharded model found, for they must go forward and backward equally often."""
+    if not is_sharded(model):
+        return list(found)
+    each: list[list[T]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(each, list(found))
+    return [x for part in each for x in part]
 
 
 def _total(flag: bool, model: nn.Module, process_group: Any) -> int:

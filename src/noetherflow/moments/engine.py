@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sized
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Any
@@ -11,12 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow.errors import DataError, MomentError
-from noetherflow.moments.batch import Contraction, LossFn, Subject, check_finite, forward_backward, used_once
+from noetherflow.moments.batch import (
+    Contraction,
+    LossFn,
+    Slices,
+    Subject,
+    buffers_kept,
+    check_finite,
+    forward_backward,
+    used_once,
+)
 from noetherflow.moments.distributed import (
     added_over_ranks,
     all_ranks,
     in_step,
     is_sharded,
+    over_ranks,
     ranks_of,
     refuse_sharded,
     unwrapped,
@@ -25,8 +37,8 @@ from noetherflow.moments.fallback import Fallback
 from noetherflow.moments.layout import Layout
 from noetherflow.moments.result import GradientMoments, merge_moments
 from noetherflow.moments.statistics import noise_error
-from noetherflow.moments.taps import CallId, Recorder, Use
-from noetherflow.moments.target import Sums, needs_of
+from noetherflow.moments.taps import CallId, Recorder, Trace, Use
+from noetherflow.moments.target import Sums, needs_of, trainable_parameters
 from noetherflow.moments.verify import Probe, probe, signature
 from noetherflow.symmetry_set import SymmetrySet, tensors_of
 
@@ -52,7 +64,8 @@ def gradient_moments(
     `[batch, tokens]` whose every entry is a sample. `parameters`: names measured beside those of `syms`.
     `groups`: samples are split into up to that many groups (whole batches, if there are enough) for jackknife errors;
     each group holds one copy of the mean gradient. `until`: stop when the relative standard error of each leg's
-    `Tr E[g g^T]` is below. `resume`: go on from moments measured before; give the batches not seen yet.
+    `Tr E[g g^T]` is below; that takes at least 4 groups. `resume`: go on from moments measured before; give the
+    batches not seen yet.
     Under DistributedDataParallel or `fully_shard`, or with `process_group`, ranks measure their own batches and all
     get the moments of their union; under `fully_shard` every rank must have the same number of batches, and every
     measured parameter a rule. `progress(samples, loss)` is called after each batch.
@@ -68,13 +81,15 @@ def gradient_moments(
         meter.resume(resume)
     if until is not None and ranks is not None:
         raise MomentError("until= is for one process: ranks would stop at different batches; fix the number of batches")
+    if until is not None and groups < 4:
+        raise MomentError(f"until= takes its error from at least 4 groups of samples, got groups={groups}")
     splits = _splits(batches, groups)
     first = len(meter.groups) if resume is not None else 0
     for k, batch in enumerate(in_step(batches, model, ranks)):
         meter.update(batch, range(first + k * splits, first + (k + 1) * splits), groups)
         if progress is not None:
             progress(meter.samples, meter.loss)
-        if until is not None and noise_error(meter.result()) < until:
+        if until is not None and meter.noise_error() < until:
             break
     return meter.result(ranks)
 
@@ -83,6 +98,14 @@ def _splits(batches: Iterable[Any], groups: int) -> int:
     """Groups per batch: 1 when batches suffice or cannot be counted."""
     count = len(batches) if isinstance(batches, Sized) else groups
     return max(1, -(-groups // max(1, count)))
+
+
+@dataclass(eq=False)
+class Verified:
+    """One kind of way through a model, `done` once verified: where samples lie in every use that a gradient reached."""
+
+    layouts: dict[CallId, Layout] = field(default_factory=dict)
+    done: bool = False
 
 
 @dataclass(eq=False)
@@ -100,30 +123,20 @@ class Meter:
 
     def __post_init__(self) -> None:
         self.model = unwrapped(self.model)
-        tensors = {n: t for n, t in tensors_of(self.model).items() if isinstance(t, nn.Parameter)}
-        wanted = [*dict.fromkeys([*self.syms.parameters, *self.parameters])]
-        wanted = wanted or [n for n, t in tensors.items() if t.requires_grad]
-        for name in wanted:
-            if name not in tensors:
-                raise MomentError(f"no parameter named {name!r} in the model; it has {list(tensors)[:8]}")
-            if not tensors[name].requires_grad:
-                raise MomentError(
-                    f"parameter {name!r} {tuple(tensors[name].shape)} is frozen and has no gradient noise; "
-                    "drop its symmetries with syms.trainable(model)"
-                )
-        roots: dict[str, Tensor] = {n: t for n, t in tensors.items() if t.requires_grad}
-        self._needs = needs_of(self.syms, {n: roots[n] for n in wanted}, self.entries)
-        self._roots = roots
-        self._subject = Subject(self.model, self.loss_fn, roots, frozenset(wanted), self.sample_axes)
+        wanted = trainable_parameters(self.model, [*self.syms.parameters, *self.parameters])
+        self._needs = needs_of(self.syms, wanted, self.entries)
+        self._roots = {n: t for n, t in tensors_of(self.model).items() if t.requires_grad}
+        self._subject = Subject(self.model, self.loss_fn, self._roots, frozenset(wanted), self.sample_axes)
         self._covered = self._subject  # what the rules measure: everything but the parameters left to the fallback
-        self._verified: dict[Any, dict[CallId, Layout]] = {}
+        self._verified: dict[Any, Verified] = {}
         # the same by exact shapes, and the parameters used once: a quick look-up
-        self._ways: dict[Any, tuple[dict[CallId, Layout], frozenset[str]]] = {}
+        self._ways: dict[Any, tuple[Verified, frozenset[str]]] = {}
         self._shared: frozenset[CallId] = frozenset()
         self._fallback: Fallback | None = None
         self._sharded = is_sharded(self.model)
         self._modules = tuple(self.model.named_modules())
         self._used: set[str] = set()
+        self._half_added = False  # in the middle of a batch; stays set when an error ends it there
 
     @property
     def samples(self) -> int:
@@ -143,22 +156,25 @@ class Meter:
             raise MomentError(
                 f"cannot resume: the earlier moments hold {found}, wanted {wanted} (entries={self.entries})"
             )
+        shapes = {n: (tuple(moments.mean[n].shape), tuple(need.shape)) for n, need in self._needs.items()}
+        other = {n: pair for n, pair in shapes.items() if pair[0] != pair[1]}
+        if other:
+            raise MomentError(f"cannot resume: earlier and present shapes differ: {other}")
         parts = moments.groups or (moments,)
-        self.groups = {k: Sums.of(part, self._needs) for k, part in enumerate(parts)}
+        self.groups = {k: Sums.of(part, self.syms, self._needs) for k, part in enumerate(parts)}
         self._used.update(moments.mean)
         self.uncovered.update(dict.fromkeys(moments.fallback, "fallback in the moments resumed from"))
 
     def update(self, batch: Any, groups: Iterable[int] = (0,), of: int = 1) -> None:
-        """Measure one batch; its samples are divided among the given groups (taken modulo `of`)."""
+        """Measure one batch; its samples are divided among the given groups (taken modulo `of`).
+
+        Raises MomentError after an error that left the sums with half a batch.
+        """
+        self._refuse_half_added()
         ids = list(dict.fromkeys(g % of for g in groups))
         _refuse_batch_statistics(self._modules)
-        buffers = [(b, b.clone()) for _, m in self._modules for b in m._buffers.values() if b is not None]
-        try:
+        with _eager():
             self._update(batch, ids)
-        finally:
-            with torch.no_grad():
-                for b, before in buffers:
-                    b.copy_(before)
 
     def _update(self, batch: Any, ids: list[int]) -> None:
         if self._verified and self._measure(batch, ids, None):
@@ -182,76 +198,121 @@ class Meter:
             self._covered = replace(self._subject, measured=self._subject.measured - set(self.uncovered))
         return bool(new)
 
+    def _way(self, shared: frozenset[CallId], trace: Trace, samples: int) -> tuple[Verified, frozenset[str]]:
+        """What is known of this way through the model, and the parameters used once."""
+        exact = (shared, samples, *((u.id, u.out_shape) for u in trace.uses))
+        if exact not in self._ways:
+            kind = shared, samples == 1, signature(trace, samples, self.sample_axes)
+            self._ways[exact] = self._verified.setdefault(kind, Verified()), used_once(trace)
+        return self._ways[exact]
+
     def _measure(self, batch: Any, ids: list[int], found: Probe | None) -> bool:
-        """The measuring pass. Without a probe, False if this way through the model is not verified yet; with one,
-        False if a call turned out to be shared by all samples."""
+        """The measuring pass. Without a probe, False if this way through the model is not verified yet, or a gradient
+        reaches a use that none reached when it was; with one, False if a call turned out to be shared by all samples.
+
+        Adds to the sums in place only where it cannot come out False.
+        """
         subject = self._covered
         shared = self._shared if found is None else found.shared
-        sums = {g: Sums.zeros(self.syms, self._needs) if found or g not in self.groups else self.groups[g] for g in ids}
-        layouts: dict[CallId, Layout] = {}
-        keys: list[Any] = []
+        sums: dict[int, Sums] = {}
+        ways: list[Verified] = []
+        unplaced: list[Tensor] = []
         contractions: list[Contraction] = []
         slices: list[tuple[int, int, Sums]] = []
         losses_of: list[float] = []
 
         def ready(losses: Tensor, recorder: Recorder) -> Tensor | None:
             trace, samples = recorder.trace, losses.numel()
-            keys.append((shared, samples, *((u.id, u.out_shape) for u in trace.uses)))
-            keys.append((shared, samples == 1))
-            if keys[0] not in self._ways:
-                keys[1] = (*keys[1], signature(trace, samples, self.sample_axes))
-                if keys[1] in self._verified:
-                    self._ways[keys[0]] = self._verified[keys[1]], used_once(trace)
-            known = keys[0] in self._ways
+            way, once = self._way(shared, trace, samples)
+            known = way.done and subject.measured.isdisjoint(trace.uncovered)
             if found is None and not (all_ranks(known, self.model) if self._sharded else known):
                 return None
-            found_before, once = self._ways[keys[0]] if known else ({}, used_once(trace))
-            layouts.update(found_before)
+            ways.append(way)
+            afresh = found is not None or len(way.layouts) < len(trace.uses)
+            for g in ids:
+                before = None if afresh else self.groups.get(g)
+                sums[g] = before or Sums.zeros(self.syms, self._needs)
             slices.extend(_slices(samples, sums))
             losses_of.extend(_sums_over(losses.detach().flatten(), slices))
             if not all(map(isfinite, losses_of)):
                 check_finite(losses, batch)
             contractions.append(Contraction(recorder.roots, subject.measured, once, slices))
+            self._half_added = not afresh
             return torch.ones_like(losses)
 
         def arrive(use: Use, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
-            layout = layouts.get(use.id) if found is None else found.locate(use, delta)
+            layout = ways[0].layouts.get(use.id) if found is None else found.locate(use, delta)
             if layout is not None:
                 contractions[0].receive(use, layout, delta, saved)
+            elif found is None:
+                unplaced.append(delta.any())
 
         names = sorted(subject.measured)
-        done = forward_backward(subject, batch, shared, False, ready, arrive, names)
-        if done is None or (found is not None and (found.still_shared or found.scattered)):
-            return False
-        trace, residuals = done
-        missed = [n for n, r in zip(names, residuals, strict=True) if r is not None]
-        if missed:
-            seen = [str(u) for u in trace.uses if any(s.names & set(missed) for s in u.sources)]
-            raise MomentError(f"a use of {missed} was seen by no rule; uses seen: {seen}")
-        contractions[0].finish()
+        with buffers_kept(subject.modules):
+            done = forward_backward(subject, batch, shared, False, ready, arrive, names)
+            if done is None or not (self._placed(unplaced) if found is None else found.settled()):
+                return False
+            trace, residuals = done
+            _refuse_missed([n for n, r in zip(names, residuals, strict=True) if r is not None], trace)
+            if self._sharded:
+                self._refuse_uneven(contractions[0].pulled_back, slices[-1][1])
+            contractions[0].finish()
         if self.uncovered:
-            left = tuple(n for n in self._needs if n in self.uncovered)
-            refuse_sharded({n: self._roots[n] for n in left}, f"no rule covers them ({self.uncovered})")
-            self._fallback = self._fallback or Fallback(self._subject, left)
-            self._fallback.add(batch, slices)
+            self._add_fallback(batch, slices)
         for (lo, hi, s), loss in zip(slices, losses_of, strict=True):
             s.samples += hi - lo
             s.loss += loss
         if found is not None:
-            self._verified[keys[1]] = found.kept
-            self._ways[keys[0]] = found.kept, used_once(trace)
+            ways[0].layouts.update(found.kept)
+            ways[0].done = True
             self._shared = shared
             self._used.update(n for u in trace.uses for s in u.sources for n in s.names)
         for g in ids:
-            if sums[g].samples:
-                self.groups[g] = self.groups[g].plus(sums[g]) if found and g in self.groups else sums[g]
+            before = self.groups.get(g)
+            if sums[g].samples and sums[g] is not before:
+                self.groups[g] = sums[g] if before is None else before.plus(sums[g])
+        self._half_added = False
         return True
+
+    def _add_fallback(self, batch: Any, slices: Slices) -> None:
+        left = tuple(n for n in self._needs if n in self.uncovered)
+        refuse_sharded({n: self._roots[n] for n in left}, f"no rule covers them ({self.uncovered})")
+        self._fallback = self._fallback or Fallback(self._subject, left)
+        self._fallback.add(batch, slices)
+
+    def _placed(self, reached: list[Tensor]) -> bool:
+        """Whether no gradient reached the uses whose samples lie nobody knows where, on any rank."""
+        placed = not any(map(bool, reached))
+        return all_ranks(placed, self.model) if self._sharded else placed
+
+    def _refuse_uneven(self, names: frozenset[str], samples: int) -> None:
+        """Raises MomentError where ranks of a sharded model would go backward unequally often, sample by sample."""
+        counts = over_ranks([samples], self.model) if names else [samples]
+        if len(set(counts)) > 1:
+            raise MomentError(
+                f"ranks have {counts} samples in one batch, and {sorted(names)}, whose use all samples share, need "
+                "equal numbers under fully_shard: leave out a shorter last batch (drop_last=True)"
+            )
+
+    def _refuse_half_added(self) -> None:
+        if self._half_added:
+            raise MomentError(
+                "an earlier update ended in an error with its batch half added, so these sums are lost; "
+                "measure again with a new Meter"
+            )
+
+    def noise_error(self) -> float:
+        """The largest relative standard error of any leg's `Tr E[g g^T]`, infinite with fewer than four groups."""
+        sums = list(self.groups.values())
+        return noise_error([s.samples for s in sums], torch.stack([s.traces() for s in sums]))
 
     def result(self, ranks: Any = None) -> GradientMoments:
         """The moments so far, of all `ranks` if a process group is given.
 
-        Raises DataError without a sample, MomentError for a parameter the loss never used.
+        Raises DataError without a sample, MomentError for a parameter the loss never used, or after an error that left
+        the sums with half a batch.
         """
+        self._refuse_half_added()
         groups = self.groups
         if ranks is not None:
             groups = added_over_ranks(groups, self.syms, self._needs, ranks)
@@ -279,6 +340,19 @@ def _sums_over(losses: Tensor, slices: list[tuple[int, int, Sums]]) -> list[floa
     if len(slices) == 1:
         return [float(losses.sum(dtype=torch.float64))]
     return torch.stack([losses[lo:hi].sum(dtype=torch.float64) for lo, hi, _ in slices]).tolist()
+
+
+def _eager() -> AbstractContextManager[Any]:
+    """Compiled models and functions run as written, so that their operators can be seen."""
+    compiled = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+def _refuse_missed(names: list[str], trace: Trace) -> None:
+    """Raises MomentError naming parameters that a gradient reached beside the taps."""
+    if names:
+        seen = [str(u) for u in trace.uses if any(s.names & set(names) for s in u.sources)]
+        raise MomentError(f"a use of {names} was seen by no rule; uses seen: {seen}")
 
 
 def _refuse_batch_statistics(modules: Iterable[tuple[str, nn.Module]]) -> None:

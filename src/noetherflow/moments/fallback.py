@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,8 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
 from noetherflow.errors import MomentError
-from noetherflow.moments.batch import Slices, Subject
+from noetherflow.moments.batch import Slices, Subject, buffers_kept
+from noetherflow.moments.verify import independence
 
 CHUNK_ENTRIES = 1 << 24
 CHECKED = 2
@@ -19,28 +22,40 @@ CHECKED = 2
 
 @dataclass(eq=False)
 class Fallback:
-    """Chooses the way once, on the first samples it meets: `vmap(grad)` where it equals autograd, else a loop."""
+    """Chooses the way once, on the first samples it meets: `vmap(grad)` where it equals autograd, else a loop.
+
+    `split`: which leaves of a batch `vmap` divides into samples; none for the loop; None before the choice.
+    """
 
     subject: Subject
     names: tuple[str, ...]
-    vectorised: bool | None = None
+    split: tuple[bool, ...] | None = None
 
     @property
     def params(self) -> list[Tensor]:
         return [self.subject.roots[n] for n in self.names]
 
     def add(self, batch: Any, slices: Slices) -> None:
-        """Add one batch to the sums. Raises MomentError naming the parameters when autograd itself fails."""
-        losses = self._losses(batch)
-        if self.vectorised is None:
-            self.vectorised = self._agrees(losses, batch)
+        """Add one batch to the sums; buffers are left as they were.
+
+        Raises MomentError naming the parameters when autograd itself fails, or when samples act on each other.
+        """
         step = max(1, CHUNK_ENTRIES // sum(p.numel() for p in self.params))
-        for lo, hi, sums in slices:
-            for start in range(lo, hi, step):
-                stop = min(start + step, hi)
-                rows = self._vmapped(batch, start, stop) if self.vectorised else self._loop(losses, start, stop)
-                for name, g in zip(self.names, rows, strict=True):
-                    sums.target(name).add_dense(g)
+        with buffers_kept(self.subject.modules):
+            gradients = self._gradients(batch, slices[-1][1])
+            for lo, hi, sums in slices:
+                for start in range(lo, hi, step):
+                    for name, g in zip(self.names, gradients(start, min(start + step, hi)), strict=True):
+                        sums.target(name).add_dense(g)
+
+    def _gradients(self, batch: Any, samples: int) -> Callable[[int, int], list[Tensor]]:
+        """The function of `lo, hi` that gives gradients of samples `lo .. hi - 1`."""
+        rows = [v.shape[0] if isinstance(v, Tensor) and v.ndim else 0 for v in pytree.tree_leaves(batch)]
+        if self.split is None:
+            split = tuple(r == samples for r in rows)
+            self.split = split if self._agrees(batch, split) else ()
+        fits = len(rows) == len(self.split) and all(r == samples for r, s in zip(rows, self.split, strict=True) if s)
+        return partial(self._vmapped, batch, self.split) if fits else partial(self._loop, self._losses(batch))
 
     def _losses(self, batch: Any) -> Tensor:
         try:
@@ -58,22 +73,43 @@ class Fallback:
             raise MomentError(f"no rule and no fallback for {list(self.names)}: {cause}") from cause
         return [torch.stack(column).detach() for column in zip(*rows, strict=True)]
 
-    def _agrees(self, losses: Tensor, batch: Any) -> bool:
+    def _agrees(self, batch: Any, split: tuple[bool, ...]) -> bool:
+        """Whether `vmap` gives the gradients that samples have in the batch. Raises MomentError if they interact."""
+        if self.subject.sample_axes != 1 or not any(split):
+            return False
+        losses = self._losses(batch)
         n = min(CHECKED, len(losses))
-        if self.subject.sample_axes != 1:
-            return False
+        together = self._loop(losses, 0, n)
         try:
-            quick = self._vmapped(batch, 0, n)
-        except Exception:
-            return False
-        return all(_same(a, b) for a, b in zip(quick, self._loop(losses, 0, n), strict=True))
+            if all(map(_same, self._vmapped(batch, split, 0, n), together)):
+                return True
+        except Exception:  # whatever vmap stumbles over
+            pass
+        if self.subject.measured <= set(self.names):  # else the rules have shown that samples do not interact
+            self._refuse_interaction(batch, split, together)
+        return False
 
-    def _vmapped(self, batch: Any, lo: int, hi: int) -> list[Tensor]:
-        values, structure = pytree.tree_flatten(batch)
-        samples = max((v.shape[0] for v in values if isinstance(v, Tensor) and v.ndim), default=0)
-        split = [isinstance(v, Tensor) and v.ndim > 0 and v.shape[0] == samples for v in values]
-        if not any(split):
-            raise MomentError("no tensor to split into samples")
+    def _refuse_interaction(self, batch: Any, split: tuple[bool, ...], together: list[Tensor]) -> None:
+        """Raises MomentError where the first sample's gradient points elsewhere in the batch than by itself.
+
+        A multiple is no sign of it: losses may be scaled by something taken over the batch, such as a count of tokens.
+        """
+        try:
+            alone = self._loop(self._losses(_part(batch, split, 0, 1)), 0, 1)
+        except Exception:  # not a batch to take a sample out of
+            return
+        again = self._loop(self._losses(batch), 0, 1)
+        a, b, c = (torch.cat([g[0].flatten().double() for g in rows]) for rows in (alone, together, again))
+        across = b - (a @ b) / (a @ a) * a
+        if _same(c, b) and bool(across.norm() > independence(self.subject.model, together[0].dtype) * b.norm()):
+            raise MomentError(
+                f"samples act on each other: the gradient of {list(self.names)} for one sample depends on the rest of "
+                "its batch. Per-sample gradients do not describe SGD here (batch statistics, contrastive loss?); use "
+                "minibatch_moments. If a tensor of the batch has as many rows by chance, take another batch size"
+            )
+
+    def _vmapped(self, batch: Any, split: tuple[bool, ...], lo: int, hi: int) -> list[Tensor]:
+        structure = pytree.tree_structure(batch)
         model = self.subject.model
 
         def loss(params: dict[str, Tensor], *parts: Any) -> Tensor:
@@ -83,9 +119,15 @@ class Fallback:
 
         given = {n: p.detach() for n, p in zip(self.names, self.params, strict=True)}
         axes = (None, *(0 if s else None for s in split))
-        chunk = [v[lo:hi] if s else v for v, s in zip(values, split, strict=True)]
+        chunk = pytree.tree_leaves(_part(batch, split, lo, hi))
         grads = torch.func.vmap(torch.func.grad(loss), in_dims=axes, randomness="different")(given, *chunk)
         return [grads[n].detach() for n in self.names]
+
+
+def _part(batch: Any, split: tuple[bool, ...], lo: int, hi: int) -> Any:
+    """The batch of samples `lo .. hi - 1`."""
+    values, structure = pytree.tree_flatten(batch)
+    return pytree.tree_unflatten([v[lo:hi] if s else v for v, s in zip(values, split, strict=True)], structure)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -241,11 +241,11 @@ class Lookup(Form):
             super().accumulate(target, lo, hi)
             return
         index, per_token = self.index[lo:hi], self.delta[lo:hi].flatten(0, 1)
-        target.gradient.index_add_(0, index.flatten(), per_token)
+        target.gradient.view(self.rows, -1).index_add_(0, index.flatten(), per_token)
         tokens, merged = self._merge_repeats(index, per_token)
         squares = merged.square()
         if target.squares is not None:
-            target.squares.index_add_(0, tokens, squares)
+            target.squares.view(self.rows, -1).index_add_(0, tokens, squares)
         else:
             target.add_side(split.rows, lambda: squares.new_zeros(self.rows).index_add_(0, tokens, squares.sum(1)))
             target.add_side(split.columns, lambda: squares.sum(0))
@@ -295,7 +295,7 @@ class Convolution(Form):
         m, n = self.weight.shape[0], self.weight[0].numel()
         tokens = self.delta.shape[1] * self.delta[0, 0, 0].numel()
         if not transposed and groups == 1 and prefer_token_grams(target, tokens, m, n):
-            target.gradient.add_(self._gradient(lo, hi))
+            target.gradient.view(self.weight.shape).add_(self._gradient(lo, hi))
             for i, j in _chunks(target, tokens * n, lo, hi):
                 left = self.delta[i:j].flatten(3).mT.reshape(j - i, -1, m)
                 _add_token_grams(target, left, self._patches(self.x[i:j].flatten(0, 1)).reshape(j - i, -1, n))

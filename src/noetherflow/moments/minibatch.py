@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow.errors import DataError, MomentError
-from noetherflow.moments.batch import LossFn, check_finite
+from noetherflow.moments.batch import LossFn, buffers_kept, check_finite, refuse_constant
 from noetherflow.moments.distributed import added_over_ranks, ranks_of, refuse_sharded, unwrapped
 from noetherflow.moments.result import GradientMoments, Replicates, Sampling, merge_moments
-from noetherflow.moments.target import Sums, needs_of
+from noetherflow.moments.target import Sums, needs_of, trainable_parameters
 from noetherflow.sgd import SGDConfig
-from noetherflow.symmetry_set import SymmetrySet, tensors_of
+from noetherflow.symmetry_set import SymmetrySet
 
 
 def minibatch_moments(
@@ -42,25 +42,35 @@ def minibatch_moments(
     batch, or `epoch`: batches that partition the data. Default: `epoch` if `dataset_size` is given.
     Where samples act on each other, Sigma depends on S: then keep `sgd.batch_size` at `batch_size`.
 
-    Ranks of torch.distributed are further replicates at no cost. Raises DataError for NaN, inf, no batch or a batch
-    larger than the data; MomentError for a frozen, unused or sharded parameter.
+    Ranks of torch.distributed are further replicates at no cost. Raises DataError for NaN, inf, no batch, batches of
+    another size than `batch_size`, or more samples than the data hold; MomentError for an unknown, frozen, unused or
+    sharded parameter.
     """
     meter = MinibatchMeter(model, syms, batch_size, dataset_size, sampling, entries, groups)
     params = list(meter.params.values())
-    buffers = [(b, b.clone()) for b in meter.model.buffers()]
-    try:
+    with buffers_kept(tuple(meter.model.modules())):
         for batch in batches:
-            losses = loss_fn(meter.model, batch)
-            check_finite(losses, batch)
-            loss = losses.mean()
+            loss = _mean_loss(loss_fn(meter.model, batch), batch, batch_size)
             meter.observe(float(loss.detach()), torch.autograd.grad(loss, params, allow_unused=True))
             if progress is not None:
                 progress(meter.replicates, meter.loss)
-    finally:
-        with torch.no_grad():
-            for b, before in buffers:
-                b.copy_(before)
     return meter.result(ranks_of(model, process_group))
+
+
+def _mean_loss(losses: Any, batch: Any, batch_size: int) -> Tensor:
+    """Raises DataError for a loss that is no tensor, not finite or of another number of samples, MomentError for one
+    without a gradient.
+    """
+    if not isinstance(losses, Tensor):
+        raise DataError(f"loss_fn must return the batch's mean loss or per-sample losses, got {type(losses).__name__}")
+    if losses.ndim and len(losses) != batch_size:
+        raise DataError(
+            f"a batch of {len(losses)} samples, but batch_size={batch_size}: all minibatches must have that size; "
+            "leave out a shorter last one (drop_last=True)"
+        )
+    refuse_constant(losses)
+    check_finite(losses, batch)
+    return losses.mean()
 
 
 @dataclass(eq=False)
@@ -80,11 +90,7 @@ class MinibatchMeter:
     def __post_init__(self) -> None:
         self.model = unwrapped(self.model)
         SGDConfig(1.0, self.batch_size, dataset_size=self.dataset_size)
-        tensors = tensors_of(self.model)
-        frozen = [n for n in self.syms.parameters if not tensors[n].requires_grad]
-        if frozen:
-            raise MomentError(f"parameters {frozen} are frozen; drop their symmetries with syms.trainable(model)")
-        self.params = {n: tensors[n] for n in self.syms.parameters}
+        self.params = trainable_parameters(self.model, self.syms.parameters)
         refuse_sharded(self.params, "minibatch gradients are then sharded too")
         self._needs = needs_of(self.syms, self.params, self.entries)
 
@@ -105,13 +111,16 @@ class MinibatchMeter:
         sums = self._sums[index]
         for name, g in zip(self.params, given, strict=True):
             if g is not None:
-                sums.target(name).add_dense(g.detach().unsqueeze(0))
+                sums.target(name).add_dense(g.detach().to_dense().unsqueeze(0))
         sums.samples += 1
         sums.loss += loss
         self.replicates += 1
 
     def result(self, ranks: Any = None) -> GradientMoments:
-        """The moments so far, of all `ranks` if a process group is given. Raises DataError without a replicate."""
+        """The moments so far, of all `ranks` if a process group is given.
+
+        Raises DataError without a replicate, or for an epoch of more samples than the data hold.
+        """
         sums = self._sums if ranks is None else added_over_ranks(self._sums, self.syms, self._needs, ranks)
         if not sums:
             raise DataError("no batch to measure: the iterator of batches is empty")
@@ -119,5 +128,11 @@ class MinibatchMeter:
         replicates = Replicates(self.batch_size, self.dataset_size, drawn)
         if replicates.of_mean(1) == 0:
             raise DataError(f"batches of all {self.dataset_size} samples have no noise; use smaller batches")
+        count = sum(s.samples for s in sums.values())
+        if drawn == "epoch" and self.dataset_size is not None and count * self.batch_size > self.dataset_size:
+            raise DataError(
+                f"{count} batches of {self.batch_size} are more than an epoch of dataset_size={self.dataset_size}: "
+                "they share samples; give sampling='independent' or 'replacement', or measure one epoch"
+            )
         parts = [replace(s.moments(()), replicates=replicates) for _, s in sorted(sums.items())]
         return replace(merge_moments(parts), groups=tuple(parts) if len(parts) > 1 else ())

@@ -98,7 +98,7 @@ class GradientMoments:
         return "\n".join(lines)
 
     def _traces(self) -> dict[str, list[float]]:
-        return {name: [float(_trace(leg)) for leg in legs] for name, legs in self.second.items()}
+        return {name: [float(trace(leg)) for leg in legs] for name, legs in self.second.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Counts, loss and leg traces, without the tensors (`save_moments` keeps those)."""
@@ -117,7 +117,7 @@ class GradientMoments:
             yield merge_moments([g for g in self.groups if g is not left_out])
 
 
-def _trace(leg: Tensor) -> Tensor:
+def trace(leg: Tensor) -> Tensor:
     return leg.sum() if leg.ndim == 1 else leg.diagonal(dim1=-2, dim2=-1).sum()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,13 +81,16 @@ def _float64(value: Tensor | float) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float64).detach().cpu()
 
 
-def noise_error(moments: GradientMoments) -> float:
-    """The largest relative standard error of any leg's `Tr E[g g^T]`, infinite with fewer than four groups."""
-    if len(moments.groups) < 4:
+def noise_error(samples: Sequence[int], traces: Tensor) -> float:
+    """The largest relative standard error of any leg's `Tr E[g g^T]`, infinite with fewer than four groups.
+
+    `traces` `[groups, legs]`: sums of `Tr g g^T` over the samples of each group, `samples` of them.
+    """
+    if len(samples) < 4:
         return float("inf")
-    traces = torch.tensor([[t for leg in g._traces().values() for t in leg] for g in moments.groups])
-    weights = torch.tensor([g.samples / moments.samples for g in moments.groups]).unsqueeze(1)
-    mean = (weights * traces).sum(0)
-    spread = (weights * (traces - mean)).square().sum(0) / (1 - weights.square().sum())
+    counts = torch.tensor(samples, dtype=torch.float64).unsqueeze(1)
+    weights, means = counts / counts.sum(), traces.cpu() / counts
+    mean = (weights * means).sum(0)
+    spread = (weights * (means - mean)).square().sum(0) / (1 - weights.square().sum())
     relative = spread.sqrt() / mean
     return float(relative[mean > 0].max()) if bool((mean > 0).any()) else 0.0

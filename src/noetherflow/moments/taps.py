@@ -111,9 +111,23 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
     return found
 
 
-def _is_plain_view(tensor: Tensor) -> bool:
-    """No entry of the base appears twice (as it would after `expand`), and the type is the base's."""
-    return not any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+def distinct(tensor: Tensor) -> bool:
+    """No place in memory appears twice, as it would after `expand` or an overlapping `unfold`.
+
+    Each axis must step beyond all that the axes of smaller stride reach; True is certain, False is not.
+    """
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return False
+            reach += stride * (size - 1)
+    return True
+
+
+def _beyond_rules(tensors: list[Tensor]) -> bool:
+    """Complex tensors, and any under `torch.func.vmap`, which hides an axis."""
+    return torch._C._functorch.maybe_current_level() is not None or any(t.is_complex() for t in tensors)
 
 
 @dataclass(eq=False)
@@ -122,6 +136,11 @@ class Trace:
 
     uses: list[Use] = field(default_factory=list)
     uncovered: dict[str, set[str]] = field(default_factory=dict)
+
+    def leave(self, names: Iterable[str], why: str) -> None:
+        """No rule covers these parameters."""
+        for n in names:
+            self.uncovered.setdefault(n, set()).add(why)
 
 
 class Recorder(TorchFunctionMode):
@@ -183,7 +202,8 @@ class Recorder(TorchFunctionMode):
         if id(tensor) in self._names:
             return Source(tensor, names, self._names[id(tensor)])
         base = tensor._base if tensor._is_view() else tensor
-        return Source(tensor, names, self._names.get(id(base)) if _is_plain_view(tensor) else None)
+        plain = distinct(tensor) and base is not None and tensor.dtype == base.dtype
+        return Source(tensor, names, self._names.get(id(base)) if plain else None)
 
     def __torch_function__(self, func: Any, types_: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -191,7 +211,8 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         owned: dict[int, frozenset[str]] = {}
         activations = others = False
-        for t in _tensors((*args, *kwargs.values()) if kwargs else args):
+        given = _tensors((*args, *kwargs.values()) if kwargs else args)
+        for t in given:
             names = self._find(t)
             if names is not None:
                 owned[id(t)] = names
@@ -205,7 +226,7 @@ class Recorder(TorchFunctionMode):
                 spreaded = spread(args, kwargs)
             if spreaded is not None:
                 return func(**spreaded)
-        if others or func in SPREADING:
+        if (others or func in SPREADING) and not _beyond_rules(given):
             call = match(lambda v: id(v) in owned, func, args, kwargs)
             if call is not None:
                 sources = tuple(self._source(s.operand) for s in call.sites)
@@ -222,8 +243,7 @@ class Recorder(TorchFunctionMode):
         if made:
             names = frozenset().union(*owned.values())
             if activations:
-                for n in names:
-                    self.trace.uncovered.setdefault(n, set()).add(getattr(func, "__name__", str(func)))
+                self.trace.leave(names, getattr(func, "__name__", str(func)))
             else:
                 for t in made:
                     self._made[id(t)], self._origin[id(t)] = t, names
@@ -254,4 +274,11 @@ class Recorder(TorchFunctionMode):
         if self._recording:
             self.trace.uses.append(use)
         saved = [t.detach() for t in call.saved]
-        return Tap.apply(out, self.anchor, lambda delta, kept: self._arrive(use, view(delta), kept), saved)
+        return Tap.apply(out, self.anchor, lambda delta, kept: self._receive(use, view(delta), kept), saved)
+
+    def _receive(self, use: Use, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
+        """An output gradient; one that comes during the forward is of a derivative that is part of the loss."""
+        if self._recording:
+            self.trace.leave(use.names, "autograd.grad in the forward")
+        else:
+            self._arrive(use, delta, saved)

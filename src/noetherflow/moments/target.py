@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import prod
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from noetherflow.errors import MomentError
 from noetherflow.legs import Leg
-from noetherflow.moments.result import GradientMoments
-from noetherflow.symmetry_set import SymmetrySet
+from noetherflow.moments.result import GradientMoments, trace
+from noetherflow.symmetry_set import SymmetrySet, tensors_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +106,29 @@ def _order(index: np.ndarray, view: tuple[int, ...], axes: tuple[int, ...]) -> n
     return picked.reshape(*index.shape[:2], -1)
 
 
+def trainable_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """The named parameters of the model, all that are trainable for no name.
+
+    Raises MomentError for an unknown, frozen or complex one.
+    """
+    tensors = {n: t for n, t in tensors_of(model).items() if isinstance(t, nn.Parameter)}
+    wanted = [*dict.fromkeys(names)] or [n for n, t in tensors.items() if t.requires_grad]
+    for name in wanted:
+        if name not in tensors:
+            raise MomentError(f"no parameter named {name!r} in the model; it has {list(tensors)[:8]}")
+        if not tensors[name].requires_grad:
+            raise MomentError(
+                f"parameter {name!r} {tuple(tensors[name].shape)} is frozen and has no gradient noise; "
+                "drop its symmetries with syms.trainable(model)"
+            )
+        if tensors[name].is_complex():
+            raise MomentError(
+                f"parameter {name!r} is {tensors[name].dtype}, and only real ones have moments: hold its real and "
+                "imaginary parts in one real parameter (torch.view_as_complex)"
+            )
+    return {n: tensors[n] for n in wanted}
+
+
 def needs_of(syms: SymmetrySet, params: dict[str, Tensor], entries: bool) -> dict[str, Need]:
     """The `Need` of every parameter in `params`."""
     legs: dict[str, list[tuple[str, int, Leg, bool]]] = {name: [] for name in params}
@@ -159,6 +183,7 @@ class Sums:
     gradient: dict[str, Tensor] = field(default_factory=dict)
     squares: dict[str, Tensor] = field(default_factory=dict)
     second: dict[str, list[Tensor]] = field(default_factory=dict)
+    _traces: tuple[int, Tensor] | None = None
 
     @classmethod
     def zeros(cls, syms: SymmetrySet, needs: dict[str, Need]) -> Sums:
@@ -188,6 +213,14 @@ class Sums:
         self.loss += other.loss
         return self
 
+    def traces(self) -> Tensor:
+        """`sum_i Tr g_i g_i^T` on every leg."""
+        if self._traces is None or self._traces[0] != self.samples:
+            self._read_torus_legs()
+            legs = [leg for legs in self.second.values() for leg in legs]
+            self._traces = self.samples, torch.stack([trace(leg) for leg in legs])
+        return self._traces[1]
+
     def moments(self, fallback: tuple[str, ...]) -> GradientMoments:
         """Means over the samples so far."""
         n = self.samples
@@ -202,17 +235,17 @@ class Sums:
         )
 
     @classmethod
-    def of(cls, moments: GradientMoments, needs: dict[str, Need]) -> Sums:
-        """The sums behind moments measured before, to go on from."""
-        n = moments.samples
-        return cls(
-            needs,
-            n,
-            moments.loss * n,
-            {name: g * n for name, g in moments.mean.items()},
-            {name: q * n for name, q in moments.squares.items()},
-            {name: [leg * n for leg in legs] for name, legs in moments.second.items()},
-        )
+    def of(cls, moments: GradientMoments, syms: SymmetrySet, needs: dict[str, Need]) -> Sums:
+        """The sums behind moments measured before, to go on from, in the types and on the devices of the parameters."""
+        sums, n = cls.zeros(syms, needs), moments.samples
+        sums.samples, sums.loss = n, moments.loss * n
+        for mine, earlier in ((sums.gradient, moments.mean), (sums.squares, moments.squares)):
+            for name, tensor in mine.items():
+                tensor.copy_(earlier[name] * n)
+        for symmetry, legs in sums.second.items():
+            for leg, mean in zip(legs, moments.second[symmetry], strict=True):
+                leg.copy_(mean * n)
+        return sums
 
     def _read_torus_legs(self) -> None:
         """Torus legs from the entry-wise squares, where those are kept."""
@@ -267,13 +300,13 @@ class Target:
                 self.add_leg(leg, leg.sums(values))
 
     def add_dense(self, gradients: Tensor, square: Callable[[Tensor], Tensor] = torch.square) -> None:
-        """Everything from explicit per-sample gradients `[samples, *parameter shape]`.
+        """Everything from explicit per-sample gradients `[samples, *parameter shape]`, or of any view of that shape.
 
         `square` is called last and may overwrite them (`Tensor.square_`) where nobody else needs them.
         """
         g = gradients.to(self.need.dtype)
-        if g.ndim == 2:
-            self._add_vectors(g, square)
+        if len(self.need.shape) == 1:
+            self._add_vectors(g if g.ndim == 2 else g.flatten(1), square)
             return
         g = g.reshape(g.shape[0], self.need.rows, -1)
         k, m, n = g.shape

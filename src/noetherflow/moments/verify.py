@@ -8,16 +8,19 @@ measuring pass, the output gradient of sample `i` must come out `1 / c_i` times 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from noetherflow.errors import MomentError
-from noetherflow.moments.batch import Subject, check_finite, forward_backward, whole_batch_total
+from noetherflow.moments.batch import Subject, buffers_kept, check_finite, forward_backward, whole_batch_total
+from noetherflow.moments.distributed import over_ranks
 from noetherflow.moments.layout import Layout
 from noetherflow.moments.taps import CallId, Recorder, Trace, Use
 
@@ -51,10 +54,15 @@ def random_weights(losses: Tensor) -> Tensor:
 
 @contextmanager
 def same_random_numbers() -> Iterator[None]:
-    """Leave the random state as it was found, so that a second forward draws the same numbers."""
+    """Leave the random states (torch, NumPy, Python) as found, so that a second forward draws the same numbers."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        yield
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 def row_projection(layout: Layout, delta: Tensor, samples: int) -> tuple[Tensor, Tensor]:
@@ -88,14 +96,21 @@ class Probe:
     def locate(self, use: Use, delta: Tensor) -> Layout | None:
         """The layout under which sample i's rows scale with `c_i`; None if the output is shared by the samples.
 
+        It is kept for later batches unless the gradient is zero, which fits every layout.
         Raises MomentError when no layout fits an output that depends on the samples: they act on each other.
         """
+        if use.id not in self.projections:
+            raise MomentError(
+                f"the loss takes another path when computed again on the same batch: {use} is new. Does the model "
+                "count its calls or draw from a generator of its own? Take that out while measuring"
+            )
         samples = self.weights.numel()
-        for layout, weighted in self.projections.get(use.id, []):
+        for layout, weighted in self.projections[use.id]:
             plain, scale = row_projection(layout, delta, samples)
             error = (weighted - self.weights.flatten().double() * plain).abs().max()
             if error <= independence(self.model, delta.dtype) * scale:
-                self.kept[use.id] = layout
+                if bool(plain.any()):
+                    self.kept[use.id] = layout
                 return layout
         if use.certain and (self.span > 1 or self._gathered(use, delta)):
             self.scattered.update(dict.fromkeys(use.names, f"{use}: rows of several samples"))
@@ -108,6 +123,12 @@ class Probe:
             )
         self.still_shared.add(use.id)
         return None
+
+    def settled(self) -> bool:
+        """After the measuring pass: whether every use was located, on all ranks."""
+        self.still_shared = set(over_ranks(self.still_shared, self.model))
+        self.scattered = dict(over_ranks(self.scattered.items(), self.model))
+        return not self.still_shared and not self.scattered
 
     def _gathered(self, use: Use, delta: Tensor) -> bool:
         """Whether each row belongs to one sample, in an order of the model's own (experts): its ratio is some `c_i`."""
@@ -147,6 +168,7 @@ def _try_probe(subject: Subject, batch: Any, shared: frozenset[CallId]) -> Probe
                     uncovered.update(dict.fromkeys(use.names, f"{use}: no sample axis"))
                 else:
                     more_shared.add(use.id)
+        more_shared.update(over_ranks(more_shared, subject.model))
         weights = random_weights(losses)
         state.append(Probe(shared, uncovered, weights, span, subject.model))
         return None if more_shared else weights
@@ -164,7 +186,7 @@ def _try_probe(subject: Subject, batch: Any, shared: frozenset[CallId]) -> Probe
                 totals[use.id, k] = (*whole_batch_total(site, delta, saved), delta.dtype)
 
     names = sorted(subject.measured)
-    with same_random_numbers():
+    with same_random_numbers(), buffers_kept(subject.modules):
         done = forward_backward(subject, batch, shared, True, ready, arrive, names)
     if done is None:
         return shared | more_shared
@@ -174,6 +196,7 @@ def _try_probe(subject: Subject, batch: Any, shared: frozenset[CallId]) -> Probe
     for name, residual in zip(names, gradients[leaves:], strict=True):
         if residual is not None:
             found.uncovered.setdefault(name, "a use that no rule saw")
+    found.uncovered = dict(over_ranks(found.uncovered.items(), subject.model))
     _compare(subject, trace, totals, gradients[:leaves], found)
     return found
 
@@ -194,6 +217,8 @@ def _compare(
             total = totals.get((use.id, k))
             if expected is None and total is None:
                 continue
+            if expected is not None:
+                expected = expected.to_dense()
             if expected is not None and not bool(torch.isfinite(expected).all()):
                 raise MomentError(
                     f"the gradient of {sorted(source.names)} at {use} is NaN or inf although the loss is finite; has "
@@ -208,6 +233,10 @@ def _compare(
 
 
 def _close(expected: Tensor, total: Tensor, scale: Tensor, dtype: torch.dtype) -> bool:
-    """`dtype` is that of the output gradient: under autocast autograd multiplies in it."""
+    """`dtype` is that of the output gradient: under autocast autograd multiplies in it.
+
+    Where terms cancel, what is left may be no more than their roundings, `eps` times `scale` each.
+    """
     error = (total.double() - expected.double()).norm()
-    return bool(error <= tolerance(dtype) * (expected.double().norm() + 1e-2 * scale.double()))
+    rounding = max(1e-2 * tolerance(dtype), 2 * torch.finfo(dtype).eps)
+    return bool(error <= tolerance(dtype) * expected.double().norm() + rounding * scale.double())

@@ -46,9 +46,15 @@ SPREADING = (Tensor.expand, Tensor.repeat, Tensor.broadcast_to, torch.broadcast_
 def expand(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Call | None:
     """One copy per sample: consumed where it is expanded."""
     operand = a["input"]
-    if func is Tensor.repeat and any(n != 1 for n in operand.shape[:1]):
+    if func is Tensor.repeat and not _copies(operand.shape, a["size"]):
         return None
     return _elementwise(operand, None, delta_alone)
+
+
+def _copies(shape: torch.Size, repeats: tuple[Any, ...]) -> bool:
+    """Whether `repeat` broadcasts: it repeats axes of size 1 and new ones only."""
+    given = repeats if all(isinstance(r, int) for r in repeats) else repeats[0]
+    return all(size == 1 or times == 1 for size, times in zip(reversed(shape), reversed(given), strict=False))
 
 
 def _elementwise(operand: Tensor, other: Any, prepare: Prepare) -> Call | None:
@@ -89,8 +95,10 @@ def multiply(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Call 
 )
 def add(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Call | None:
     pair = _pair(owned, a)
-    if pair is None or a["alpha"] != 1 or (func in (Tensor.__iadd__, Tensor.add_) and owned(a["input"])):
+    if pair is None or a["alpha"] != 1:
         return None
+    if func in (Tensor.__iadd__, Tensor.add_) and (owned(a["input"]) or a["input"]._is_view()):
+        return None  # into a view: what it is a view of changes too, beyond the tapped output
     return _elementwise(pair[0], None, delta_alone)
 
 

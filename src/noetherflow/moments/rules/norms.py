@@ -27,12 +27,15 @@ def _norm(
     aligned: Callable[[Tensor], Callable[[int], Sequence[int]]],
     sample_axes: Callable[[Tensor], Sequence[int]],
 ) -> Call | None:
-    """`y = xhat * weight + bias`: the gain sees `delta * xhat`, recomputed by the same function without affine part."""
+    """`y = xhat * weight + bias`: the gain sees `delta * xhat`, recomputed by the same function without affine part.
+
+    In the accumulation type: inside, torch normalises 16-bit activations in float32 too.
+    """
     x, w = a["input"], a["weight"]
     b: Any = a.get("bias")
     sites = []
     if owned(w):
-        sites.append(summed(w, aligned(w), lambda delta, x: (torch.mul(*raised(delta, normalised(x))),)))
+        sites.append(summed(w, aligned(w), lambda delta, x: (torch.mul(*raised(delta, normalised(*raised(x)))),)))
     if owned(b):
         sites.append(summed(b, aligned(b)))
     return Call((x,), sample_axes, tuple(sites)) if claimed(owned, a, sites) else None
@@ -74,7 +77,7 @@ def batch_norm(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Cal
     """Evaluation mode only; with batch statistics samples have no gradients of their own."""
     if a["training"]:
         return None
-    mean, var, eps = a["running_mean"], a["running_var"], a["eps"]
+    (mean, var), eps = raised(a["running_mean"], a["running_var"]), a["eps"]
     normalised = lambda x: F.batch_norm(x, mean, var, None, None, False, 0.0, eps)
     return _norm(owned, a, normalised, channel_axis, first_axis)
 

@@ -79,6 +79,6 @@ def channel_axis(operand: Tensor) -> Callable[[int], Sequence[int]]:
 
 
 def claimed(owned: Owned, arguments: dict[str, Any], sites: Sequence[Site]) -> bool:
-    """Every owned operand among the arguments is one of the sites, and there is a site."""
-    claimed = [s.operand for s in sites]
-    return bool(sites) and not any(owned(v) and all(v is not c for c in claimed) for v in arguments.values())
+    """The sites, at least one, are the owned operands among the arguments, each given once."""
+    operands = sorted(id(s.operand) for s in sites)
+    return bool(sites) and operands == sorted({id(v) for v in arguments.values() if owned(v)})
