@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 
 import noetherflow as nf
 from equilibrium_cases import Problem, linear, mlp, moved
 from noetherflow.equilibrium import Drift, gradient_factors, noise_equilibrium
+from noetherflow.errors import MomentError
 from noetherflow.flow import noether_flow, step_identity
 from noetherflow.moments.result import merge_moments
-from reference import moments_by_loop
+from reference import moments_by_loop, per_sample_gradients
 
 
 def leaves(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -61,12 +63,12 @@ def test_step_identity_fails_where_the_symmetry_does() -> None:
 
 
 def grouped(problem: Problem, groups: int = 8) -> nf.GradientMoments:  # type: ignore[name-defined]
-    x, y = problem.data
-    size = len(x) // groups
-    parts = [
-        moments_by_loop(problem.model, problem.loss, [(x[i : i + size], y[i : i + size])], problem.syms)
-        for i in range(0, size * groups, size)
-    ]
+    return in_groups(problem, [len(problem.data[0]) // groups] * groups)
+
+
+def in_groups(problem: Problem, sizes: list[int]) -> nf.GradientMoments:  # type: ignore[name-defined]
+    x, y = (v[: sum(sizes)].split(sizes) for v in problem.data)
+    parts = [moments_by_loop(problem.model, problem.loss, [batch], problem.syms) for batch in zip(x, y, strict=True)]
     return dataclasses.replace(merge_moments(parts), groups=tuple(parts))
 
 
@@ -178,9 +180,32 @@ def test_forecast_of_a_lone_torus_against_scalar_integration() -> None:
     torch.testing.assert_close(forecast.charges[s.name][0], expected, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("family", ["torus", "general_linear"])
+class Squared(torch.nn.Module):
+    """`b relu(a x)^2`: one torus with exponents 1 and -2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(4, 5, bias=False), torch.nn.Linear(5, 3, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.relu(self.a(x)).square())
+
+
+def squared() -> Problem:
+    torch.manual_seed(0)
+    model = Squared().double()
+    x, y = torch.randn(40, 4, dtype=torch.float64), torch.randn(40, 3, dtype=torch.float64)
+    rows = np.arange(5).reshape(5, 1, 1)
+    legs = (nf.Leg("a.weight", rows), nf.Leg("b.weight", rows, -1, (1,), power=2.0))
+    return Problem(model, nf.SymmetrySet((nf.Symmetry("hidden", "rescaling", "diagonal", legs),)), (x, y))
+
+
+PROBLEMS = {"torus": lambda: mlp((4, 5, 3)), "powers": squared, "general_linear": lambda: linear((5, 3, 4))}
+
+
+@pytest.mark.parametrize("family", PROBLEMS)
 def test_relaxation_steps_are_the_decay_time_of_small_deviations(family: str) -> None:
-    problem = mlp((4, 5, 3)) if family == "torus" else linear((5, 3, 4))
+    problem = PROBLEMS[family]()
     sgd = nf.SGDConfig(0.05, 4, weight_decay=0.01)
     eq = noise_equilibrium(problem.model, problem.syms, problem.measure(), sgd)
     at_rest = moved(problem.model, problem.syms, eq.elements)
@@ -192,7 +217,7 @@ def test_relaxation_steps_are_the_decay_time_of_small_deviations(family: str) ->
     late = float(row.relaxation_steps.max())
     steps = [int(8 * late), int(9 * late)]
     charges = flow.forecast(steps).charges[s.name]
-    if family == "torus":
+    if family != "general_linear":
         deviation = (charges - row.charge).abs()
         slowest = int(row.relaxation_steps.argmax())
         ratio = float(deviation[1, slowest] / deviation[0, slowest])
@@ -242,6 +267,54 @@ def test_errors_come_from_groups_and_scale_with_the_data() -> None:
         assert 1.2 < errors[160][i] / errors[1440][i] < 8
 
 
+def test_errors_know_the_sizes_of_the_groups() -> None:
+    """One group of 900 samples and ten of 30: the drift's error is the deviation of single samples over `sqrt(n)`, and
+    errors of forecast and equilibrium are those from 16 groups of 75."""
+    problem = mlp((3, 4, 2), samples=1200)
+    (s,) = problem.syms
+    sgd = nf.SGDConfig(0.05, 4, weight_decay=0.01)
+    found = []
+    for sizes in ([900] + [30] * 10, [75] * 16):
+        moments = in_groups(problem, sizes)
+        flow = noether_flow(problem.model, problem.syms, moments, sgd)
+        logs = noise_equilibrium(problem.model, problem.syms, moments, sgd, errors=True).settled[0].log_error
+        error = flow.details[0].error
+        assert error is not None
+        assert logs is not None
+        found.append(torch.stack([error, flow.forecast([100]).errors[s.name][0], logs]).norm(dim=1))
+    singles = torch.stack([s.charge(g) for g in per_sample_gradients(problem.model, problem.loss, problem.data)])
+    expected = sgd.lr**2 * sgd.covariance_factor * float(singles.std(0).norm()) / 1200**0.5
+    assert float(found[0][0]) == pytest.approx(expected, rel=0.3)
+    assert bool(((found[0] / found[1] - 1).abs() < 0.3).all())
+
+
+def test_data_measured_whole_leave_no_error() -> None:
+    """48 of 48 samples at batches of 46: nothing was sampled, though 42 samples could not tell noise from mean."""
+    problem = mlp((4, 6, 3), samples=48)
+    (s,) = problem.syms
+    moments, sgd = in_groups(problem, [6] * 8), nf.SGDConfig(0.05, 46, weight_decay=0.01, dataset_size=48)
+    flow = noether_flow(problem.model, problem.syms, moments, sgd)
+    eq = noise_equilibrium(problem.model, problem.syms, moments, sgd, errors=True)
+    for error in (flow.details[0].error, eq[s.name].log_error, flow.forecast([0, 9]).errors[s.name]):
+        assert error is not None
+        assert not bool(error.any())
+
+
+def test_forecast_lasts_when_the_model_moves_on() -> None:
+    """Orbits without a group of samples are formed when a forecast asks, from the parameters measured."""
+    problem = mlp((3, 4, 3, 2), samples=80)
+    moments, sgd = grouped(problem, 4), nf.SGDConfig(0.05, 4, weight_decay=0.01)
+    flow = noether_flow(problem.model, problem.syms, moments, sgd)
+    references = [noether_flow(problem.model, problem.syms, m, sgd).forecast([20]) for m in moments.leave_one_out()]
+    with torch.no_grad():
+        problem.model[0].weight.zero_()
+    forecast = flow.forecast([20])
+    assert flow.forecast([20], errors=False).errors == {}
+    for name, error in forecast.errors.items():
+        spread = torch.stack([r.charges[name] for r in references]).var(0, correction=0)
+        torch.testing.assert_close(error, (3 * spread).sqrt(), rtol=1e-6, atol=1e-12)
+
+
 def test_forecast_of_meeting_symmetries_by_factors() -> None:
     """A chain of GL symmetries moves jointly only with per-sample gradients, dense or as factors."""
     problem = linear((3, 2, 2, 3), samples=16)
@@ -260,6 +333,8 @@ def test_forecast_of_meeting_symmetries_by_factors() -> None:
     alone = noether_flow(problem.model, problem.syms, moments, sgd)
     assert not alone.forecast([1]).joint
     assert alone.forecast([0, 1]).errors
+    with pytest.raises(MomentError, match="carry no groups; leave errors out"):
+        noise_equilibrium(problem.model, problem.syms, moments, sgd, samples=factors, errors=True)
 
 
 def test_flow_prints_and_serialises() -> None:

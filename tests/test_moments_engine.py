@@ -409,6 +409,34 @@ def test_jackknife_covers_the_truth_of_a_nonlinear_statistic() -> None:
     assert abs(covered - 54) <= 3 * math.sqrt(60 * 0.9 * 0.1)
 
 
+def test_leaving_one_group_out_merges_the_others() -> None:
+    """Also of different sizes, and exactly: what only one group saw is zero without it."""
+    model = net()
+    batches = [data(1, n, seed=n)[0] for n in (3, 9, 4, 1, 7)]
+    groups = [moments_by_loop(model, squared, [b], hidden(model)) for b in batches]
+    silent = {k: tuple(torch.zeros_like(t) for t in legs) for k, legs in groups[0].second.items()}
+    groups[1:] = [replace(g, second=silent) for g in groups[1:]]
+    moments = replace(merge_moments(groups), groups=tuple(groups))
+    parts = list(moments.leave_one_out())
+    assert [p.samples for p in parts] == [21, 15, 20, 23, 17]
+    for i, part in enumerate(parts):
+        assert_same(part, merge_moments([g for j, g in enumerate(groups) if j != i]))
+    assert not any(bool(leg.any()) for legs in parts[0].second.values() for leg in legs)
+
+
+def test_error_of_a_part_of_a_data_set_by_brute_force() -> None:
+    """Every 4 of 6 numbers: the mean squared error estimate is the variance of their mean."""
+    numbers = [1.0, 4.0, -2.0, 0.5, 3.0, 7.0]
+    means, errors = [], []
+    for subset in combinations(numbers, 4):
+        groups = tuple(GradientMoments(1, v, {}, {}) for v in subset)
+        estimate = standard_error(replace(merge_moments(list(groups)), groups=groups), lambda m: m.loss, dataset_size=6)
+        means.append(float(estimate.value))
+        errors.append(float(estimate.error) ** 2)
+    variance = float(torch.tensor(means, dtype=torch.float64).var(correction=0))
+    assert sum(errors) / len(errors) == pytest.approx(variance, rel=1e-12)
+
+
 def test_standard_error_needs_groups() -> None:
     model = net()
     moments = gradient_moments(model, squared, data(), hidden(model), groups=1)

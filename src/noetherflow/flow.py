@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,10 @@ from noetherflow.equilibrium.forecast import Forecast, orbit_forecast
 from noetherflow.equilibrium.joint import noise_equilibrium
 from noetherflow.equilibrium.orbit import MeasuredOrbit, Samples, measured_orbit, separate_orbits
 from noetherflow.equilibrium.result import Settled
-from noetherflow.equilibrium.solve import drives
 from noetherflow.equilibrium.weights import Drift, Weights
 from noetherflow.errors import MomentError
 from noetherflow.moments.result import GradientMoments
+from noetherflow.moments.statistics import jackknife
 from noetherflow.sgd import SGDConfig
 from noetherflow.symmetry import Symmetry
 from noetherflow.symmetry_set import SymmetrySet, tensors_of
@@ -160,8 +161,8 @@ class Flow:
     sgd: SGDConfig
     loss: float
     excluded: dict[str, str]
+    moments: GradientMoments
     orbit: MeasuredOrbit
-    orbit_parts: tuple[MeasuredOrbit, ...]
     joint: bool
 
     def __getitem__(self, name: str) -> Row:
@@ -170,14 +171,25 @@ class Flow:
                 return row
         raise KeyError(f"no symmetry named {name!r}; names: {[r.name for r in self.details][:20]}")
 
-    def forecast(self, steps: Sequence[int] | Tensor) -> Forecast:
+    def forecast(self, steps: Sequence[int] | Tensor, *, errors: bool = True) -> Forecast:
         """`C(k)` at the given numbers of steps, from the exact orbit ODE `dC/dk = E[C' - C]` (theory.md section 7).
 
         Every coefficient comes from the one measurement; what it cannot know is how the orbit itself (the loss, the
         function) moves meanwhile. All symmetries move together where the moments determine that (`Forecast.joint`),
-        else each with the others held. Standard errors by jackknife where the moments carry groups.
+        else each with the others held. `errors`: standard errors by jackknife where the moments carry groups and
+        determine the orbit without samples, at the cost of one more forecast per group.
+
+        Raises ValueError unless `steps` are non-negative and increasing.
         """
-        return orbit_forecast(self.orbit, self.orbit_parts, steps, self.joint)
+        charges = orbit_forecast(self.orbit, steps)
+        found = {}
+        if errors and len(self.moments.groups) > 1 and not self.orbit.needs_samples:
+            found = jackknife(self.moments, charges, partial(self._charges, steps), self.sgd.dataset_size)
+        return Forecast(tuple(int(k) for k in steps), charges, {n: e.error for n, e in found.items()}, self.joint)
+
+    def _charges(self, steps: Sequence[int] | Tensor, moments: GradientMoments) -> dict[str, Tensor]:
+        weights = Weights.of_drift(Drift.of(self.sgd), moments, self.sgd)
+        return orbit_forecast(self.orbit.with_moments(moments, weights), steps)
 
     def rows(self, steps: float | None = None) -> list[dict[str, Any]]:
         """One row of norms per symmetry; with the `steps` of a training, also the `phase` each symmetry is in."""
@@ -252,11 +264,8 @@ def noether_flow(
                 imbalance=settled.imbalance_now,
             )
         )
-    measures = [mom, *(() if samples else mom.leave_one_out())]
-    orbits = [_orbit(model, tuple(syms), m, Weights.of_drift(drift, m, sgd), samples) for m in measures]
-    return Flow(
-        tuple(rows), sgd, mom.loss, dict(syms.excluded), orbits[0][0], tuple(o for o, _ in orbits[1:]), orbits[0][1]
-    )
+    orbit, joint = _orbit(model, tuple(syms), mom, weights, samples)
+    return Flow(tuple(rows), sgd, mom.loss, dict(syms.excluded), mom, orbit, joint)
 
 
 def _norm(values: Tensor) -> float:
@@ -274,21 +283,22 @@ def _parts(symmetry: Symmetry, mom: GradientMoments, sgd: SGDConfig) -> tuple[Te
 
 def _drift_errors(syms: SymmetrySet, mom: GradientMoments, sgd: SGDConfig) -> dict[str, Tensor]:
     """Jackknife standard errors of `noise + step_size`."""
-    parts = list(mom.leave_one_out())
-    if len(parts) < 2:
+    if len(mom.groups) < 2:
         return {}
-    out = {}
-    for s in syms:
-        values = torch.stack([sum(_parts(s, part, sgd), torch.zeros(())) for part in parts])
-        out[s.name] = ((len(parts) - 1) * values.var(dim=0, correction=0)).sqrt()
-    return out
+
+    def drifts(m: GradientMoments) -> dict[str, Tensor]:
+        return {s.name: sum(_parts(s, m, sgd), torch.zeros(())) for s in syms}
+
+    legs = replace(mom, groups=tuple(replace(g, squares={}) for g in mom.groups))
+    return {n: e.error for n, e in jackknife(legs, drifts(mom), drifts, sgd.dataset_size).items()}
 
 
 def _relaxation(symmetry: Symmetry, settled: Settled, weights: Weights) -> tuple[Tensor, Tensor]:
-    """Finite mask and `1 / (4 min eig(K^-1 Z))`, `Z = X = Y` and `K = sum_legs K_leg` at the equilibrium: `[blocks]`.
+    """Finite mask and `1 / (4 min eig(K^-1 Z))` at the equilibrium, `K = sum_legs exponent^2 K_leg` and `4 Z = sum_legs
+    exponent^2 (weight K_leg + M_leg)`: `[blocks]`.
 
-    Linearising `d(A K + K A)/dk = -4 (A Z + Z A)`, the flow of a small symmetric displacement `A`; for a torus
-    `K / (4 sqrt(x y))`.
+    Linearising `d(A K + K A)/dk = -4 (A Z + Z A)`, the flow of a small symmetric displacement `A`; for exponents of 1
+    and -1 `Z = X = Y`. For a torus `K / (4 Z)`.
     """
     blocks = symmetry.blocks
     finite = torch.ones(blocks, dtype=torch.bool)
@@ -296,10 +306,10 @@ def _relaxation(symmetry: Symmetry, settled: Settled, weights: Weights) -> tuple
     times = torch.zeros(blocks, dtype=torch.float64)
     if not settled.weight_grams or not bool(finite.any()):
         return finite, times
-    x, y = drives(symmetry, tuple(zip(settled.weight_grams, settled.noise_grams, strict=True)), weights)
-    legs = zip(symmetry.weight_legs, settled.weight_grams, strict=True)
-    k = torch.stack([leg.exponent**2 * gram for leg, gram in legs]).sum(0)
-    z = (x + y) / 2
+    squares = [leg.exponent**2 for leg in symmetry.weight_legs]
+    k = torch.stack([e * gram for e, gram in zip(squares, settled.weight_grams, strict=True)]).sum(0)
+    m = torch.stack([e * gram for e, gram in zip(squares, settled.noise_grams, strict=True)]).sum(0)
+    z = (weights.weight * k + m) / 4
     if symmetry.is_torus:
         times[finite] = (k / (4 * z))[finite]
     else:

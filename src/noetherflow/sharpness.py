@@ -326,7 +326,7 @@ def _warmup(flow: Flow, eq: Equilibrium, top_now: float, top_then: float) -> int
     if excess * top_then >= 1 or slowest <= 0:
         return None
     steps = sorted({max(1, round(slowest * x)) for x in np.geomspace(1e-4, 20, 120)})
-    charges = flow.forecast([0, *steps]).charges
+    charges = flow.forecast([0, *steps], errors=False).charges
     away = torch.stack([_distance(charges[n], eq[n].charge) for n in eq.elements]).square().sum(0).sqrt()
     over = excess * (top_then + (top_now - top_then) * (away / away[0]).clamp_max(1.0))
     if not over[-1] < 1:

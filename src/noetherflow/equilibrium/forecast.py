@@ -47,23 +47,15 @@ class Forecast:
         }
 
 
-def orbit_forecast(
-    orbit: MeasuredOrbit, parts: Sequence[MeasuredOrbit], steps: Sequence[int] | Tensor, joint: bool
-) -> Forecast:
-    """Integrate `dC/dk = E[C' - C]` along the orbit; `parts` are leave-one-out orbits for the jackknife.
+def orbit_forecast(orbit: MeasuredOrbit, steps: Sequence[int] | Tensor) -> dict[str, Tensor]:
+    """Charges by symmetry, `[len(steps), *symmetry.shape]`: `dC/dk = E[C' - C]` integrated along the orbit.
 
     Raises ValueError unless `steps` are non-negative and increasing.
     """
     at = [int(k) for k in steps]
     if not at or at[0] < 0 or any(b <= a for a, b in pairwise(at)):
         raise ValueError(f"steps must be non-negative and increasing, got {at[:10]}")
-    charges = _integrate(orbit, at)
-    errors: dict[str, Tensor] = {}
-    if len(parts) > 1:
-        runs = [_integrate(part, at) for part in parts]
-        scale = len(runs) - 1
-        errors = {n: (scale * torch.stack([r[n] for r in runs]).var(dim=0, correction=0)).sqrt() for n in charges}
-    return Forecast(tuple(at), charges, errors, joint)
+    return _integrate(orbit, at)
 
 
 def _integrate(orbit: MeasuredOrbit, steps: list[int]) -> dict[str, Tensor]:
@@ -188,13 +180,15 @@ def orbit_velocity(orbit: MeasuredOrbit, elements: Sequence[Tensor]) -> list[Ten
 
 
 def _lyapunov(basis: Any, right: Tensor) -> Tensor:
-    """Symmetric `A` with `A K + K A = right`, `K = V diag(k) V^T`; zero where `k_i + k_j` is."""
+    """Symmetric `A` with `A K + K A = right`, `K = V diag(k) V^T`; zero where `k_i + k_j` is rounding in its block."""
     k, v = basis
-    return v @ _divide(v.mT @ right @ v, k.unsqueeze(-1) + k.unsqueeze(-2)) @ v.mT
+    slopes = k.unsqueeze(-1) + k.unsqueeze(-2)
+    return v @ _divide(v.mT @ right @ v, slopes, 1e-12 * slopes.abs().amax((-2, -1), keepdim=True)) @ v.mT
 
 
-def _divide(a: Tensor, b: Tensor) -> Tensor:
-    small = b.abs() <= 1e-12 * b.abs().amax().clamp_min(torch.finfo(b.dtype).tiny)
+def _divide(a: Tensor, b: Tensor, rounding: Tensor | float = 0.0) -> Tensor:
+    """`a / b`, zero where `|b| <= rounding`."""
+    small = b.abs() <= rounding
     return torch.where(small, torch.zeros_like(a), a / torch.where(small, torch.ones_like(b), b))
 
 

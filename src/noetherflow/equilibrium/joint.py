@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from noetherflow.equilibrium.blocks import GLClasses, TorusClasses
 from noetherflow.equilibrium.orbit import (
+    MeasuredOrbit,
     Orbit,
     Remeasure,
     RemeasuredOrbit,
@@ -26,6 +27,7 @@ from noetherflow.equilibrium.solve import Classes, Solution, classify, drives, e
 from noetherflow.equilibrium.weights import Drift, Weights
 from noetherflow.errors import MomentError
 from noetherflow.moments.result import GradientMoments
+from noetherflow.moments.statistics import jackknife
 from noetherflow.sgd import SGDConfig
 from noetherflow.symmetry import Symmetry
 from noetherflow.symmetry_set import SymmetrySet, tensors_of
@@ -125,6 +127,8 @@ def noise_equilibrium(
         if joint
         else separate_orbits(model, movers, mom, weights, samples)
     )
+    if errors:
+        _refuse_errors(mom, orbit)
     kappa = _kappa(model, movers, joint)
     if tol is None:
         tol = max(TOLERANCE, 8 * _eps(model, movers)) if isinstance(orbit, RemeasuredOrbit) else TOLERANCE
@@ -253,6 +257,16 @@ def _moved_charge(
     return symmetry.charge(moved)
 
 
+def _refuse_errors(moments: GradientMoments, orbit: Orbit) -> None:
+    if len(moments.groups) < 2:
+        raise MomentError("errors=True needs moments measured in at least two groups")
+    if not isinstance(orbit, MeasuredOrbit) or orbit.needs_samples:
+        raise MomentError(
+            "errors=True needs an equilibrium that moments alone determine: samples= and remeasure= carry no groups; "
+            "leave errors out, or solve with joint=False"
+        )
+
+
 def _jackknife(
     model: nn.Module,
     symmetries: Sequence[Symmetry],
@@ -264,20 +278,15 @@ def _jackknife(
     sgd: SGDConfig | None,
     joint: bool,
 ) -> dict[str, Tensor]:
-    """Standard errors of the logs: the solve repeated without each group of samples, from the full solution.
+    """Standard errors of the logs: the solve repeated without each group of samples, from the full solution."""
 
-    Raises MomentError when the moments carry no groups.
-    """
-    if len(moments.groups) < 2:
-        raise MomentError("errors=True needs moments measured in at least two groups")
-    logs = []
-    for part in moments.leave_one_out():
-        weights = objective_weights(objective, part, sgd)
+    def logs(part: GradientMoments) -> dict[str, Tensor]:
         build = orbit_of if joint else separate_orbits
-        orbit = build(model, symmetries, part, weights)
-        logs.append(minimise(orbit, classes, kappa, start=solution.logs, tolerance=1e-6).logs)
-    g = len(logs)
-    return {
-        s.name: ((g - 1) * torch.stack([run[i] for run in logs]).var(dim=0, correction=0)).sqrt()
-        for i, s in enumerate(symmetries)
-    }
+        orbit = build(model, symmetries, part, objective_weights(objective, part, sgd))
+        return named(minimise(orbit, classes, kappa, start=solution.logs, tolerance=1e-6).logs)
+
+    def named(values: Sequence[Tensor]) -> dict[str, Tensor]:
+        return {s.name: v for s, v in zip(symmetries, values, strict=True)}
+
+    size = None if sgd is None or objective == "hessian" else sgd.dataset_size
+    return {n: e.error for n, e in jackknife(moments, named(solution.logs), logs, size).items()}

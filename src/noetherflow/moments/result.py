@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -113,12 +113,22 @@ class GradientMoments:
 
     def leave_one_out(self) -> Iterator[GradientMoments]:
         """The moments without each group in turn, for jackknife errors of anything computed from them."""
-        for left_out in self.groups:
-            yield merge_moments([g for g in self.groups if g is not left_out])
+        if len(self.groups) > 1:
+            yield from _without_each(self.groups, ())
 
 
 def trace(leg: Tensor) -> Tensor:
     return leg.sum() if leg.ndim == 1 else leg.diagonal(dim1=-2, dim2=-1).sum()
+
+
+def _without_each(groups: Sequence[GradientMoments], others: tuple[GradientMoments, ...]) -> Iterator[GradientMoments]:
+    """`others` (none or one) merged with all `groups` but one, by halves: `total - group` would round."""
+    if len(groups) == 1:
+        yield from others
+        return
+    half = len(groups) // 2
+    for here, there in ((groups[:half], groups[half:]), (groups[half:], groups[:half])):
+        yield from _without_each(here, (merge_moments([*others, *there]),))
 
 
 def merge_moments(parts: list[GradientMoments]) -> GradientMoments:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,13 +51,33 @@ class Estimate:
         }
 
 
-def standard_error(moments: GradientMoments, statistic: Statistic) -> Estimate:
+def standard_error(moments: GradientMoments, statistic: Statistic, *, dataset_size: int | None = None) -> Estimate:
     """Value and jackknife error of `statistic(moments)`: a drift, an equilibrium, any smooth function.
+
+    The error is that of sampling the data, not of SGD's own noise; `jackknife` has the formula and `dataset_size`.
+
+    Raises MomentError with fewer than two groups.
+    """
+
+    def one(m: GradientMoments) -> dict[str, Tensor]:
+        return {"": _float64(statistic(m))}
+
+    return jackknife(moments, one(moments), one, dataset_size)[""]
+
+
+def jackknife(
+    moments: GradientMoments,
+    values: Mapping[str, Tensor],
+    statistics: Callable[[GradientMoments], Mapping[str, Tensor]],
+    dataset_size: int | None = None,
+) -> dict[str, Estimate]:
+    """Errors of `values = statistics(moments)`, from `statistics` of the moments without each group of samples.
 
     With groups of `m_j` of `n` samples, `h_j = n / m_j`, estimates `T` from all and `T_j` without group j:
     pseudo-values `P_j = h_j T - (h_j - 1) T_j`, jackknife mean `J = sum_j P_j / h_j`, variance
     `(1/G) sum_j (P_j - J)^2 / (h_j - 1)`, bias `T - J` (Busing, Meijer, van der Leeden 1999). For groups of one size
-    this is the usual delete-a-group jackknife. The error is that of sampling the data, not of SGD's own noise.
+    this is the usual delete-a-group jackknife. Both shrink by `1 - n / N` for `n` of the `N = dataset_size` samples:
+    a data set measured whole has no error.
 
     Raises MomentError with fewer than two groups.
     """
@@ -66,15 +86,21 @@ def standard_error(moments: GradientMoments, statistic: Statistic) -> Estimate:
         raise MomentError(
             f"a standard error needs at least 2 groups of samples, got {count}; measure more batches or raise groups="
         )
-    value = _float64(statistic(moments))
-    parts = torch.stack([_float64(statistic(m)) for m in moments.leave_one_out()])
-    total = sum(g.samples for g in moments.groups)
-    h = torch.tensor([total / g.samples for g in moments.groups], dtype=torch.float64)
+    n = sum(g.samples for g in moments.groups)
+    unseen = 1.0 if dataset_size is None or moments.replicates else max(0.0, 1 - n / dataset_size)
+    if not unseen:
+        return {name: Estimate(v, torch.zeros_like(v), torch.zeros_like(v), count) for name, v in values.items()}
+    parts = [statistics(m) for m in moments.leave_one_out()]
+    h = torch.tensor([n / g.samples for g in moments.groups], dtype=torch.float64)
+    return {name: _busing(v, torch.stack([p[name] for p in parts]), h, unseen) for name, v in values.items()}
+
+
+def _busing(value: Tensor, parts: Tensor, h: Tensor, unseen: float) -> Estimate:
     h = h.view(-1, *(1 for _ in value.shape))
     pseudo = h * value - (h - 1) * parts
     mean = (pseudo / h).sum(0)
     variance = ((pseudo - mean).square() / (h - 1)).mean(0)
-    return Estimate(value, variance.sqrt(), value - mean, count)
+    return Estimate(value, (unseen * variance).sqrt(), unseen * (value - mean), len(parts))
 
 
 def _float64(value: Tensor | float) -> Tensor:
