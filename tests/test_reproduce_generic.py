@@ -5,7 +5,16 @@ import torch
 
 from noetherflow import SGDConfig
 from noetherflow import closed_form as cf
-from noetherflow.reproduce.generic import LinearChain, generic_equilibrium, product_design
+from noetherflow.reproduce.generic import (
+    LinearChain,
+    chain_charges,
+    generic_charges,
+    generic_equilibrium,
+    largest_gap,
+    measured,
+    product_design,
+)
+from noetherflow.reproduce.theory import charge_drift, orbit_flow
 
 F64 = torch.float64
 
@@ -41,3 +50,37 @@ def test_product_design_has_exactly_the_noise_matrices_of_theory_8():
     gam_u, gam_w = cf.noise_matrices(sx, se)
     assert torch.allclose((x.square().sum(1)[:, None, None] * r[:, :, None] * r[:, None, :]).mean(0), gam_u)
     assert torch.allclose((r.square().sum(1)[:, None, None] * x[:, :, None] * x[:, None, :]).mean(0), gam_w)
+
+
+@pytest.mark.parametrize("batch", [10, 1000])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_the_design_is_the_population_whatever_the_batch_size(batch, scale):
+    v, sx, se = task(5)
+    x, y = product_design(v, sx, se)
+    u, w = cf.norm_balanced(v)
+    found = measured([w, u], x, y, scale)
+    (symmetry,) = found.syms
+    sgd = SGDConfig(0.01, batch)
+    drive = sgd.lr**2 * symmetry.combine(found.moments.batch_grams(symmetry, sgd))[0]
+    exact = charge_drift(u, w, cf.noise_matrices(sx, se), sgd, scale)
+    assert torch.allclose(drive, exact, rtol=1e-9, atol=1e-9 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_generic_charges_follow_the_closed_form_flow(momentum):
+    v, sx, se = task(6)
+    x, y = product_design(v, sx, se)
+    u, w = (factor * m for factor, m in zip((1.5, 1 / 1.5), cf.norm_balanced(v), strict=True))
+    sgd = SGDConfig(0.02 * (1 - momentum), 8, momentum=momentum)
+    at = [0, 50, 200, 1000]
+    closed = chain_charges(*orbit_flow(u, w, cf.noise_matrices(sx, se), sgd, at))
+    generic = generic_charges([w, u], x, y, sgd, at)
+    assert largest_gap(generic, closed) < 1e-3
+    assert largest_gap(generic[-1], generic[0]) > 0.1
+
+
+def test_chain_with_relu_between():
+    rng = torch.Generator().manual_seed(1)
+    w, u = torch.randn(5, 4, dtype=F64, generator=rng), torch.randn(3, 5, dtype=F64, generator=rng)
+    x = torch.randn(6, 4, dtype=F64, generator=rng)
+    assert torch.equal(LinearChain([w, u], relu=True)(x), torch.relu(x @ w.T) @ u.T)

@@ -1,25 +1,32 @@
-"""The same predictions through the generic machinery: a module, its symmetries, measured moments, the joint solver."""
+"""The same predictions through the generic machinery: a module, its symmetries, measured moments, the joint solver.
+
+Nothing here knows a formula for linear networks, and nothing in `theory.py` measures a gradient.
+"""
 
 from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from noetherflow.reproduce.experiment import Verdict
 from noetherflow.sgd import SGDConfig
 
 
 class LinearChain(nn.Module):
-    """`x -> W_D ... W_1 x`, layers named `layers.0`, `layers.1`, ..."""
+    """`x -> W_D f(... f(W_1 x))`, f the identity or ReLU, weights named `layers.0`, ... (two apart with f)."""
 
-    def __init__(self, weights: Sequence[Tensor]) -> None:
+    def __init__(self, weights: Sequence[Tensor], relu: bool = False) -> None:
         super().__init__()
         linear = [nn.Linear(w.shape[1], w.shape[0], bias=False, dtype=w.dtype) for w in weights]
-        self.layers = nn.Sequential(*linear)
+        between = [m for layer in linear[:-1] for m in (layer, nn.ReLU())] if relu else linear[:-1]
+        self.layers = nn.Sequential(*between, linear[-1])
         with torch.no_grad():
             for layer, w in zip(linear, weights, strict=True):
                 layer.weight.copy_(w)
@@ -56,20 +63,78 @@ def squared_error(model: nn.Module, batch: Any) -> Tensor:
     return (model(x) - y).square().sum(-1)
 
 
-def generic_equilibrium(weights: Sequence[Tensor], x: Tensor, y: Tensor, sgd: SGDConfig) -> list[Tensor]:
-    """`[W_1, ..., W_D]` at the noise equilibrium of the data, without any formula for linear networks.
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A chain, its symmetries as found, and the moments of its gradients; `again(model)` measures a moved copy."""
 
-    find_symmetries -> gradient_moments -> noise_equilibrium -> balance_. Neighbouring GL groups meet in the middle
-    layers of deeper nets, where leg Grams do not determine the joint solution: the solver then measures again on moved
-    copies.
+    model: LinearChain
+    syms: Any
+    moments: Any
+    again: Callable[[nn.Module], Any]
+
+    def equilibrium(self, sgd: SGDConfig) -> Any:
+        """`noise_equilibrium`. With neighbouring GL groups leg Grams do not determine the joint solution: the solver
+        then measures again on moved copies.
+        """
+        nf: Any = importlib.import_module("noetherflow")
+        remeasure = self.again if len(self.model.weights) > 2 else None
+        return nf.noise_equilibrium(self.model, self.syms, self.moments, sgd, remeasure=remeasure)
+
+
+def measured(weights: Sequence[Tensor], x: Tensor, y: Tensor, loss_scale: float = 1.0) -> Measured:
+    """find_symmetries -> gradient_moments of `loss_scale ||W_D ... W_1 x - y||^2` over the whole population `(x, y)`.
+
+    The samples are all there are (an epoch), while SGD draws from them with replacement: their averages are
+    expectations, with no sampling error to take off.
     """
     nf: Any = importlib.import_module("noetherflow")
+    result: Any = importlib.import_module("noetherflow.moments.result")
     model = LinearChain(weights)
     syms = nf.find_symmetries(model, (x[:2],))
+    loss = lambda m, batch: loss_scale * squared_error(m, batch)
 
     def measure(moved: nn.Module) -> Any:
-        return nf.gradient_moments(moved, squared_error, [(x, y)], syms, groups=1)
+        sampled = nf.gradient_moments(moved, loss, [(x, y)], syms, groups=1)
+        return replace(sampled, replicates=result.Replicates(1, len(x), "epoch"))
 
-    remeasure = measure if len(weights) > 2 else None
-    nf.balance_(model, nf.noise_equilibrium(model, syms, measure(model), sgd, remeasure=remeasure))
-    return model.weights
+    return Measured(model, syms, measure(model), measure)
+
+
+def generic_equilibrium(
+    weights: Sequence[Tensor], x: Tensor, y: Tensor, sgd: SGDConfig, loss_scale: float = 1.0
+) -> list[Tensor]:
+    """`[W_1, ..., W_D]` at the noise equilibrium of the data: `measured` -> noise_equilibrium -> balance_."""
+    nf: Any = importlib.import_module("noetherflow")
+    found = measured(weights, x, y, loss_scale)
+    nf.balance_(found.model, found.equilibrium(sgd))
+    return found.model.weights
+
+
+def generic_charges(
+    weights: Sequence[Tensor], x: Tensor, y: Tensor, sgd: SGDConfig, at: Sequence[int], loss_scale: float = 1.0
+) -> Tensor:
+    """`C = W_1 W_1^T - W_2^T W_2` of a two-layer chain after the given steps, `[len(at), d, d]`.
+
+    `measured` -> noether_flow -> forecast, from gradients at the start only.
+    """
+    nf: Any = importlib.import_module("noetherflow")
+    found = measured(weights, x, y, loss_scale)
+    flow = nf.noether_flow(found.model, found.syms, found.moments, sgd)
+    (charge,) = flow.forecast(at).charges.values()
+    return torch.as_tensor(charge).squeeze(1)
+
+
+def chain_charges(us: Sequence[Tensor], ws: Sequence[Tensor]) -> Tensor:
+    """`W W^T - U^T U` along a path, `[len(us), ..., d, d]`."""
+    return torch.stack([w @ w.mT - u.mT @ u for u, w in zip(us, ws, strict=True)])
+
+
+def largest_gap(generic: Tensor, closed: Tensor) -> float:
+    """`max |generic - closed| / max |closed|`."""
+    return float((generic - closed).abs().max() / closed.abs().max())
+
+
+def agreement(what: str, gaps: Any, tolerance: float) -> Verdict:
+    """The generic machinery and the closed form give the same: the largest of the relative gaps is zero."""
+    claim = f"{what}: generic machinery against closed form, largest relative difference"
+    return Verdict(claim, 0, float(np.max(gaps)), tolerance=tolerance, relative=False)

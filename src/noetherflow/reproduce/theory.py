@@ -1,10 +1,10 @@
-# ruff: noqa: E501
 """Theory curves for linear networks: the Noether flow along the orbit of a given solution (theory.md 4, 7)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +14,28 @@ from noetherflow.sgd import SGDConfig
 
 Pair = tuple[Tensor, Tensor]
 Gammas = Pair | Callable[[Tensor, Tensor], Pair]
+
+
+def balance(params: Sequence[Tensor]) -> dict[str, Tensor]:
+    """`ratio = log(||U||^2 / ||W||^2)` and `charge = ||W||^2 - ||U||^2` of `[W, U]`, per replica."""
+    w, u = (p.square().sum((-2, -1)) for p in params)
+    return {"ratio": (u / w).log(), "charge": w - u}
+
+
+def stretched(product: Tensor, factor: float) -> Pair:
+    """`(U, W)`: the norm-balanced solution with U `factor` times larger and W smaller by the same factor."""
+    u, w = cf.norm_balanced(product)
+    return factor * u, w / factor
+
+
+def fall_time(steps: np.ndarray, curve: np.ndarray, level: float) -> float:
+    """Steps until `curve` first falls to `level` times its first value, interpolated in the logarithm; nan if never."""
+    logs = np.log(np.maximum(curve / curve[0], 1e-9) / level)
+    below = int(np.argmax(logs < 0))
+    if logs[below] >= 0:
+        return float("nan")
+    a, b = logs[below - 1], logs[below]
+    return float(steps[below - 1] + (steps[below] - steps[below - 1]) * a / (a - b))
 
 
 def charge_drift(u: Tensor, w: Tensor, gammas: Gammas, sgd: SGDConfig, loss_scale: float = 1.0) -> Tensor:
@@ -73,10 +95,11 @@ def finite_step_gammas(
 ) -> Callable[[Tensor, Tensor], Pair]:
     """Noise matrices at first order in eta: with the stationary fluctuation of `E = U W - V`.
 
-    Valid where `Sig_x` commutes with `W^T W` (isotropic inputs, or aligned ones). R_B rather than Sigma drives the charge (theory.md section 1), so beyond `noise_matrices(error=E)` there are
-    `(S - 1) <E Sig_x^2 E^T>` and `(S - 1) Sig_x <E^T E> Sig_x`. In the eigenbases of `U U^T` (a_i) and of `W^T W` and
-    `Sig_x` (b_j, x_j) the linear part of a step is `E_ij -> E_ij - 2 c eta (a_i + b_j) (x_j E_ij - noise_ij)`, so that
-    Cov[E] solves a diagonal Lyapunov equation.
+    Valid where `Sig_x` commutes with `W^T W` (isotropic inputs, or aligned ones). R_B rather than Sigma drives the
+    charge (theory.md section 1), so beyond `noise_matrices(error=E)` there are `(S - 1) <E Sig_x^2 E^T>` and
+    `(S - 1) Sig_x <E^T E> Sig_x`. In the eigenbases of `U U^T` (a_i) and of `W^T W` and `Sig_x` (b_j, x_j) the linear
+    part of a step is `E_ij -> E_ij - 2 c eta (a_i + b_j) (x_j E_ij - noise_ij)`, so that Cov[E] solves a diagonal
+    Lyapunov equation.
     """
     eta, s = sgd.effective_lr, sgd.batch_size
 

@@ -16,10 +16,12 @@ from noetherflow.reproduce.experiment import (
     Results,
     Setting,
     Verdict,
+    from_ratio,
     from_seeds,
     generator,
     plain,
 )
+from noetherflow.reproduce.generic import agreement, chain_charges, generic_charges, largest_gap, product_design
 from noetherflow.reproduce.simulate import LinearNet, Params, checkpoints, normal, simulate
 from noetherflow.reproduce.theory import finite_step_gammas, orbit_flow
 from noetherflow.sgd import SGDConfig
@@ -33,8 +35,8 @@ SCALES = {
 
 
 def points(config: Config) -> list[Point]:
-    """One point for each method."""
-    return [{"name": "sgd", "method": "sgd"}, {"name": "gd", "method": "gd"}, {"name": "theory", "method": "theory"}]
+    """One point for each method, one for each theory."""
+    return [{"name": name, "method": name} for name in ("sgd", "gd", "theory", "generic")]
 
 
 def covariances(config: Config) -> torch.Tensor:
@@ -61,26 +63,27 @@ def measures(w: torch.Tensor, u: torch.Tensor, sigma_eps: torch.Tensor) -> dict[
 
 
 def compute(config: Config, point: Point) -> dict[str, Any]:
-    """Norms and residuals at checkpoints, `[T, P, seeds]`."""
+    """Norms and residuals at checkpoints, `[T, P, seeds]`; for `generic` the charge's trace `[T, P]`."""
+    if point["method"] == "generic":
+        return plain(generic(config))
     d, eps = config["d"], covariances(config)
     eye = torch.eye(d, dtype=torch.float64)
     count, seeds = len(eps), 1 if point["method"] != "sgd" else config["seeds"]
-    w, u = (p.expand(count * seeds, -1, -1) for p in start(config))
     sigma_eps = eps.repeat_interleave(seeds, 0)
     marks = checkpoints(config["steps"], config["marks"])
-    net = LinearNet.of(eye, eye, sigma_eps, config["batch"])
     if point["method"] == "theory":
-        ended = simulate(net, [w, u], config["gd_steps"], config["lr"], generator(0), at=0, method="gd").params
+        w, u = learned(config)
         sgd = SGDConfig(config["lr"], config["batch"])
-        us, ws = orbit_flow(ended[1], ended[0], finite_step_gammas(eye, sigma_eps, sgd), sgd, marks)
+        us, ws = orbit_flow(u, w, finite_step_gammas(eye, sigma_eps, sgd), sgd, marks)
         rows = [measures(wi, ui, sigma_eps) for ui, wi in zip(us, ws, strict=True)]
         end = cf.two_layer(eye.expand(count, -1, -1), *cf.noise_matrices(eye, sigma_eps))
         records = {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
         extra = {"end_u": end[0].norm(dim=(1, 2)), "end_w": end[1].norm(dim=(1, 2))}
     else:
+        net = LinearNet.of(eye, eye, sigma_eps, config["batch"])
         run = simulate(
             net,
-            [w, u],
+            [p.expand(count * seeds, -1, -1) for p in start(config)],
             config["steps"],
             config["lr"],
             generator(2),
@@ -93,33 +96,49 @@ def compute(config: Config, point: Point) -> dict[str, Any]:
     return plain({"steps": marks, **shaped, **extra})
 
 
+def learned(config: Config) -> Params:
+    """Where gradient descent ends from `start`, for each label noise, `[P, ...]`: the start of both theories."""
+    eye, eps = torch.eye(config["d"], dtype=torch.float64), covariances(config)
+    net = LinearNet.of(eye, eye, eps, config["batch"])
+    first = [p.expand(len(eps), -1, -1) for p in start(config)]
+    return simulate(net, first, config["gd_steps"], config["lr"], generator(0), at=0, method="gd").params
+
+
+def generic(config: Config) -> dict[str, Any]:
+    """`||W||^2 - ||U||^2` by the generic machinery, `[T, P]`, and how far its charges are from leading-order theory."""
+    (w, u), eps = learned(config), covariances(config)
+    eye = torch.eye(config["d"], dtype=torch.float64)
+    sgd = SGDConfig(config["lr"], config["batch"])
+    marks = checkpoints(config["steps"], config["marks"])
+    closed = chain_charges(*orbit_flow(u, w, cf.noise_matrices(eye, eps), sgd, marks))
+    found = [generic_charges([w[i], u[i]], *product_design(eye, eye, e), sgd, marks) for i, e in enumerate(eps)]
+    gaps = [largest_gap(charges, closed[:, i]) for i, charges in enumerate(found)]
+    return {"steps": marks, "charge": cf.trace(torch.stack(found, 1)), "gaps": gaps}
+
+
 def settled(results: Results, name: str, key: str, fraction: float = 0.1) -> np.ndarray:
     """Average over the last part of the run, `[P, seeds]`."""
     values = results.array(name, key)
     return values[-max(1, int(fraction * len(values))) :].mean(0)
 
 
-def decay_rates(results: Results) -> np.ndarray:
+def decay_rates(results: Results, name: str) -> np.ndarray:
     """Slope of `-log residual` per step between 60 % and 5 % of its first value, unit noise, per seed."""
-    steps = results.array("sgd", "steps")
-    residual = results.array("sgd", "residual")[:, 0]
+    steps = results.array(name, "steps")
     first = results.array("theory", "residual")[0, 0]
     rates = []
-    for curve in residual.T:
+    for curve in results.array(name, "residual")[:, 0].T:
         use = (curve < 0.6 * first) & (curve > 0.05 * first)
         rates.append(-np.polyfit(steps[use], np.log(curve[use]), 1)[0])
     return np.asarray(rates)
 
 
-def residual_rate(lr: float, batch: int, d: int) -> float:
-    """Decay of `C` per step for identity covariances: `4 eta^2 d (1/S + v (1 + (d+1)/S))`.
-
-    The first term is the continuous-time rate `4 eta^2 d / S`. `v = (2 eta / S) / (1 - 2 eta (1 + (d+1)/S))` is the
-    stationary variance of an entry of `U W - V`, which enters R_B through the mean gradient (theory.md section 1).
-    """
-    wishart = 1 + (d + 1) / batch
-    v = (2 * lr / batch) / (1 - 2 * lr * wishart)
-    return 4 * lr**2 * d * (1 / batch + v * wishart)
+def charge_gap(results: Results, name: str) -> np.ndarray:
+    """Largest `|C - generic| / |C_0|` over steps and noises, `C = ||W||^2 - ||U||^2` of a run, per seed."""
+    charge = results.array(name, "norm_w") ** 2 - results.array(name, "norm_u") ** 2
+    generic = results.array("generic", "charge")[..., None]
+    learned_by = results.array("sgd", "steps") >= results.config["gd_steps"]
+    return np.abs((charge - generic) / generic[0])[learned_by].max((0, 1))
 
 
 def plot(results: Results) -> Any:
@@ -147,6 +166,8 @@ def plot(results: Results) -> Any:
         title="noise matrices align (unit noise)",
         ylim=(1e-4, None),
     )
+    floor = results.array("sgd", "residual")[-1, 0].mean()
+    left.text(steps[-1], 1.4 * floor, "floor: noise of the weights", color=style.SGD, fontsize=8, ha="right")
     left.legend()
     shades = (style.SGD, style.SDE, style.ACCENT, style.OTHER)
     end_u = results.array("theory", "end_u")
@@ -183,14 +204,16 @@ def _ratio(phi: float) -> float:
 def verdicts(results: Results) -> list[Verdict]:
     """Decay, final norms for every noise, and the comparison with GD."""
     c = results.config
-    rate = residual_rate(c["lr"], c["batch"], c["d"])
+    (rate,) = decay_rates(results, "theory")
     residual = results.array("sgd", "residual")[:, 0]
     out = [
-        from_seeds("U'GU - WGW' decays exponentially: rate per step, unit noise", rate, decay_rates(results), 0.05),
+        from_seeds(
+            "U'GU - WGW' decays exponentially: rate per step, unit noise", rate, decay_rates(results, "sgd"), 0.02
+        ),
         from_seeds(
             "residual at the end / at the start, unit noise",
             0.03,
-            residual[-5:].mean(0) / residual[0],
+            settled(results, "sgd", "residual")[0] / residual[0],
             relation="below",
         ),
     ]
@@ -208,7 +231,14 @@ def verdicts(results: Results) -> list[Verdict]:
         for name, found in errors.items():
             found.append(np.abs(settled(results, name, f"norm_{key}") / end[:, None] - 1))
     sgd, gd = (np.stack(errors[name]).mean((0, 1)) for name in ("sgd", "gd"))
-    out.append(from_seeds("GD's relative error in the norms / SGD's", 10, gd.mean() / sgd, relation="above"))
+    out.append(from_ratio("GD's relative error in the norms / SGD's", 10, gd.mean(), sgd, relation="above"))
+    out.append(agreement("charges along the flow, leading order", results.array("generic", "gaps"), 1e-3))
+    label = (
+        "||W||^2 - ||U||^2 along the way: largest distance from the generic machinery's (leading-order) forecast / the "
+        "start; predicted: the terms of first order in eta"
+    )
+    (predicted,) = charge_gap(results, "theory")
+    out.append(from_seeds(label, predicted, charge_gap(results, "sgd"), 0.01, relative=False))
     return out
 
 
@@ -217,8 +247,10 @@ EXPERIMENT = Experiment(
     title="A linear network forgets its initialisation and aligns with the noise",
     setup=(
         "Two-layer linear net, d_x = d_y = 30, hidden width 40, x ~ N(0, I), y = x + eps, loss ||U W x - y||^2 (all "
-        "given). Left: unit label noise. Middle and right: one initialisation, label-noise variances (phi, 2 - phi) on "
-        "the two halves of the outputs."
+        "given). Left: unit label noise; the flat end of SGD's residual is the noise of the weights, which theory "
+        "leaves out. Middle and right: one initialisation, label-noise variances (phi, 2 - phi) on the two halves of "
+        "the outputs. Theory twice: closed forms, and find_symmetries, gradient_moments and noether_flow on a data set "
+        "with these moments."
     ),
     scales=SCALES,
     points=points,
@@ -239,7 +271,12 @@ EXPERIMENT = Experiment(
     ),
     exploratory=(
         "The rate and the curve are predicted with R_B (mean gradient included) at first order in eta. The leading "
-        "order alone, tried first, is 3 to 17 % slower, in proportion to eta. Tolerances were set after that."
+        "order alone, tried first, is 3 to 17 % slower, in proportion to eta. Tolerances were set after that. The "
+        "generic machinery measures gradients at a minimum and so has the leading order only. That its forecast of "
+        "||W||^2 - ||U||^2 stays within 5 % of SGD was asked first and failed (7.5 %); now the distance is compared "
+        "with the first-order terms of the closed form. The 0.1 % for the two theories' agreement covers the step of "
+        "the closed form's integrator (0.02 % in a first comparison). The rate's 5 % became 2 % when it was read off "
+        "the theory's own curve."
     ),
     variations={
         "learning rate 0.02, twice the steps": {"lr": 0.02, "steps": 18_000, "gd_steps": 800},

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from noetherflow import closed_form as cf
 from noetherflow.reproduce import style
@@ -21,8 +20,9 @@ from noetherflow.reproduce.experiment import (
     generator,
     plain,
 )
-from noetherflow.reproduce.simulate import LinearNet, Params, checkpoints, simulate
-from noetherflow.reproduce.theory import orbit_flow
+from noetherflow.reproduce.generic import agreement, chain_charges, generic_charges, largest_gap, product_design
+from noetherflow.reproduce.simulate import LinearNet, checkpoints, simulate
+from noetherflow.reproduce.theory import balance, fall_time, orbit_flow, stretched
 from noetherflow.sgd import SGDConfig
 
 RULES = {
@@ -45,28 +45,26 @@ def points(config: Config) -> list[Point]:
 
 
 def compute(config: Config, point: Point) -> dict[str, Any]:
-    """`log(||U||^2/||W||^2)` `[T, seeds]` and its theory for (momentum) SGD."""
+    """`log(||U||^2/||W||^2)` and `||W||^2 - ||U||^2` `[T, seeds]`; theory for (momentum) SGD.
+
+    `theory`, `leading`: the same by closed form and by the generic machinery, `gap` between the two.
+    """
     rule, d, seeds = config["rules"][point["name"]], config["d"], config["seeds"]
     eye, sigma_eps = torch.eye(d, dtype=torch.float64), cf.identity_covariance(config["phi_eps"], d)
-    u, w = cf.norm_balanced(eye[None])
-    imbalance = rule.get("imbalance", config["imbalance"])
-    u, w = imbalance * u, w / imbalance
-
-    def ratio(params: Params) -> Tensor:
-        return (params[1].square().sum((1, 2)) / params[0].square().sum((1, 2))).log()
-
+    u, w = stretched(eye, rule.get("imbalance", config["imbalance"]))
     net = LinearNet.of(eye, eye, sigma_eps, config["batch"])
     marks = checkpoints(config["steps"], 80)
     options = {"momentum": rule.get("momentum", 0.0), "adam": tuple(rule["adam"]) if "adam" in rule else None}
     start = [w.expand(seeds, -1, -1), u.expand(seeds, -1, -1)]
-    run = simulate(
-        net, start, config["steps"], rule["lr"], generator(31), lambda p: {"ratio": ratio(p)}, at=marks, **options
-    )
-    out: dict[str, Any] = {"steps": marks, "ratio": run.records["ratio"]}
+    run = simulate(net, start, config["steps"], rule["lr"], generator(31), balance, at=marks, **options)
+    out: dict[str, Any] = {"steps": marks, **run.records}
     if "adam" not in rule:
         sgd = SGDConfig(rule["lr"], config["batch"], momentum=options["momentum"])
         us, ws = orbit_flow(u, w, cf.noise_matrices(eye, sigma_eps), sgd, marks)
-        out["theory"] = [float(ratio([b, a])) for a, b in zip(us, ws, strict=True)]
+        out["theory"] = [float(balance([b, a])["ratio"]) for a, b in zip(us, ws, strict=True)]
+        charges = generic_charges([w, u], *product_design(eye, eye, sigma_eps), sgd, marks)
+        out["leading"] = cf.trace(charges)
+        out["gap"] = largest_gap(charges, chain_charges(us, ws))
     return plain(out)
 
 
@@ -97,7 +95,7 @@ def _time(results: Results, name: str, key: str) -> np.ndarray:
     """Steps until the distance to the equilibrium has halved, per column."""
     steps = results.array(name, "steps")
     values = results.array(name, key).reshape(len(steps), -1) - equilibrium(results.config)
-    return np.array([np.interp(-0.5, -c / c[0], steps) for c in values.T])
+    return np.array([fall_time(steps, c, 0.5) for c in values.T])
 
 
 def verdicts(results: Results) -> list[Verdict]:
@@ -117,6 +115,12 @@ def verdicts(results: Results) -> list[Verdict]:
                 0.15,
             )
         )
+        charge, leading = results.array(name, "charge"), results.array(name, "leading")
+        label = f"{name}: |W|^2 - |U|^2 at the end minus the generic machinery's forecast, over the start's"
+        gap = (charge[-8:].mean(0) - leading[-8:].mean()) / leading[0]
+        out.append(from_seeds(label, 0, gap, 0.05, relative=False))
+    gaps = [results[name]["gap"] for name, rule in c["rules"].items() if "adam" not in rule]
+    out.append(agreement("charges along the flow", gaps, 1e-3))
     both = [end("Adam"), end("Adam, start below")]
     out.append(from_seeds("Adam: end from above minus end from below", 0, both[0] - both[1], 0.1, relative=False))
     nearest = np.min(np.abs(np.stack(both) - target), axis=0)
@@ -129,8 +133,8 @@ EXPERIMENT = Experiment(
     title="Beyond the paper: momentum keeps the equilibrium, Adam moves it",
     setup=(
         "As fig2 with d = 16, label-noise variances 0.2 and 1.8, started at the minimum with U 1.6 times too large. "
-        "Momentum is predicted by replacing eta by eta / (1 - mu); for Adam there is no prediction, its end point is "
-        "measured, from either side."
+        "Momentum is predicted by replacing eta by eta / (1 - mu), by closed form and by noether_flow's forecast from "
+        "gradients measured at the start; for Adam there is no prediction, its end point is measured, from either side."
     ),
     scales=SCALES,
     points=points,
