@@ -202,6 +202,12 @@ def test_curvature_leaves_running_statistics_alone() -> None:
         torch.testing.assert_close(buffer, before[name], rtol=0, atol=0)
 
 
+def test_flattest_point_is_not_taken_from_gradients() -> None:
+    problem = mlp((3, 4, 2))
+    with pytest.raises(MomentError, match="needs curvature_moments"):
+        noise_equilibrium(problem.model, problem.syms, problem.measure(), objective="hessian")
+
+
 def test_trace_needs_entries() -> None:
     problem = mlp((3, 4, 2))
     eq = noise_equilibrium(problem.model, problem.syms, problem.measure(), SGD)

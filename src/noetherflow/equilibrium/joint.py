@@ -44,10 +44,13 @@ def objective_weights(objective: Objective, moments: GradientMoments, sgd: SGDCo
     `||theta||^2 / 2` alone; `fisher`, `hessian`: half the trace of the second moments given (gradients, or
     `curvature_moments`).
 
-    Raises ValueError for another objective, MomentError for a noise objective without `sgd` or with too few samples.
+    Raises ValueError for another objective, MomentError for a noise objective without `sgd` or with too few samples,
+    and for `hessian` from gradients.
     """
     if objective == "norm":
         return Weights(1.0, 0.0, 0.0)
+    if objective == "hessian" and any(bool(m.any()) for m in moments.mean.values()):
+        raise MomentError("objective 'hessian' needs curvature_moments(...), got gradient moments: that is 'fisher'")
     if objective in ("fisher", "hessian"):
         return Weights(0.0, 1.0, 0.0)
     if objective not in ("noise+decay", "noise"):
