@@ -210,6 +210,52 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
         ),
         lambda: data(6, 4),
     ),
+    "overlapping": (
+        lambda: Functional(
+            lambda x, w, v: torch.tanh(x @ w.unfold(0, 4, 1)) @ v.as_strided((4, 4), (1, 1)), w=(7,), v=(7,)
+        ),
+        lambda: data(5, 4),
+    ),
+    "reshaped": (
+        lambda: Functional(
+            lambda x, w, u, v: F.linear(x * w.view(-1), v.view(6, 4)) * u.squeeze(), w=(4, 1), u=(1, 6), v=(24,)
+        ),
+        lambda: data(5, 4),
+    ),
+    "reshaped-heads": (
+        lambda: Functional(lambda x, w: torch.einsum("bti,hio->bhto", x, w.view(2, 4, 3)), w=(8, 3)),
+        lambda: data(5, 3, 4),
+    ),
+    "reshaped-table": (
+        lambda: Functional(lambda i, p, v: F.embedding(i, p[0]) @ v, p=(1, 6, 4), v=(4, 3)),
+        lambda: torch.randint(0, 6, (5, 3)),
+    ),
+    "matrix-as-convolution": (
+        lambda: Functional(
+            lambda x, w, v: F.conv2d(F.conv2d(x, w[:, :, None, None]), v.view(6, 8, 2, 2)), w=(8, 4), v=(6, 32)
+        ),
+        lambda: data(5, 4, 3, 3),
+    ),
+    "matrix-as-convolution-tokens": (
+        lambda: Functional(lambda x, w: F.conv2d(x, w[:, :, None, None]), w=(24, 16)),
+        lambda: data(5, 16, 2, 1),
+    ),
+    "gain-is-bias": (lambda: Functional(lambda x, g: F.layer_norm(x, (4,), g, g), g=(4,)), lambda: data(5, 3, 4)),
+    "repeated": (lambda: Functional(lambda x, p: x * p.repeat(5, 2, 1), p=(1, 3, 4)), lambda: data(5, 6, 4)),
+    "repeated-per-sample": (lambda: Functional(lambda x, p: x * p.repeat(5, 1), p=(4,)), lambda: data(5, 4)),
+    "in-place-add-to-a-view": (
+        lambda: Functional(lambda x, w, p: added_to_first(x @ w, p), w=(4, 4), p=(4,)),
+        lambda: data(5, 3, 4),
+    ),
+    "complex": (
+        lambda: Functional(lambda x, v, w: rotated(x @ v, w), v=(4, 4), w=(2, 2)),
+        lambda: data(5, 4),
+    ),
+    "vmap-inside": (
+        lambda: Functional(lambda x, v, w: torch.func.vmap(lambda t: torch.tanh(t @ v) @ w)(x), v=(4, 6), w=(6, 2)),
+        lambda: data(5, 3, 4),
+    ),
+    "derivative-inside": (lambda: Functional(energy_and_force, v=(4, 6), w=(6, 1)), lambda: data(5, 4)),
     "prelu-one": (lambda: nn.Sequential(nn.PReLU(), nn.Linear(4, 2)), lambda: data(5, 4)),
     "prelu": (lambda: nn.Sequential(nn.Linear(4, 6), nn.PReLU(6), nn.Linear(6, 2)), lambda: data(5, 4)),
     "attention": (
@@ -220,6 +266,22 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "gru": (lambda: First(nn.GRU(4, 3, batch_first=True, bidirectional=True)), lambda: data(5, 3, 4)),
     "gru-cell": (lambda: Scan(nn.GRUCell(4, 3)), lambda: data(5, 3, 4)),
 }
+
+
+def added_to_first(h: Tensor, p: Tensor) -> Tensor:
+    h[:, 0].add_(p)
+    return h
+
+
+def rotated(x: Tensor, w: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(x.view(-1, 2, 2)) * torch.view_as_complex(w)
+    return torch.view_as_real(pairs).flatten(1)
+
+
+def energy_and_force(x: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    energy = torch.tanh(x @ v) @ w
+    return torch.cat([energy, torch.autograd.grad(energy.sum(), x, create_graph=True)[0]], 1)
 
 
 class First(nn.Module):
@@ -254,7 +316,10 @@ def test_rule_equals_per_sample_loop(case: str) -> None:
     assert bool(got.fallback) == (case in FALLBACK), got.fallback
 
 
-FALLBACK = {"lstm", "gru", "gru-cell", "scattered-rows"}
+FALLBACK = {
+    *("lstm", "gru", "gru-cell", "scattered-rows"),
+    *("gain-is-bias", "repeated", "in-place-add-to-a-view", "complex", "vmap-inside", "derivative-inside"),
+}
 
 
 @pytest.mark.parametrize("tokens", [True, False])
@@ -305,6 +370,17 @@ def test_position_table_is_measured_per_sample_and_not_per_position() -> None:
     assert got.fallback == ()
     confused = 5 * got.mean["positions.weight"].square()
     assert relative_error(confused, got.squares["positions.weight"]) > 0.1
+
+
+def test_a_reshaped_table_is_measured_without_explicit_gradients() -> None:
+    torch.manual_seed(0)
+    build, sample = CASES["reshaped-table"]
+    model, ids = build().double(), sample()
+    syms = every_axis(model, linear=False)
+    for entries in (False, True):
+        got = gradient_moments(model, squared_output, [ids], syms, entries=entries, groups=2)
+        for name, legs in moments_by_loop(model, squared_output, [ids], syms).second.items():
+            assert relative_error(got.second[name][0], legs[0]) < TOLERANCE, name
 
 
 class NoSynchronisation(TorchDispatchMode):
