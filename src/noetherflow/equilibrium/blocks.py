@@ -80,6 +80,18 @@ def classify_gl(x: Tensor, y: Tensor, tolerance: float) -> GLClasses:
     return GLClasses(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
 
+def gl_frame(classes: GLClasses, x: Tensor, y: Tensor, recede: float) -> Tensor:
+    """`F = Q diag(d) Q + recede S + G / recede + N`, `d_i^4 = Y_ii / X_ii` inside the finite subspace, with the
+    projectors `Q` finite, `S` shrinking, `G` growing, `N` neutral: `[blocks, n, n]`.
+
+    Receding directions end there; on the others `X` and `Y` become comparable, however badly scaled they were.
+    """
+    q = classes.finite
+    x, y = ((q @ a @ q).diagonal(dim1=-2, dim2=-1) for a in (x, y))
+    d = torch.where((x > 0) & (y > 0), y / x, torch.ones_like(x)) ** 0.25
+    return q @ torch.diag_embed(d) @ q + recede * classes.shrinks + classes.grows / recede + classes.neutral
+
+
 def _split_block(x: Tensor, y: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     in_y, null_y = _range_and_null(y, tolerance)
     inner_range, inner_null = _range_and_null(in_y.mT @ x @ in_y, tolerance)
@@ -96,7 +108,9 @@ def _split_block(x: Tensor, y: Tensor, tolerance: float) -> tuple[Tensor, Tensor
 
 
 def _projector(columns: Tensor) -> Tensor:
-    return columns @ columns.mT
+    """`C C^T`, without rounding where the columns span everything or nothing."""
+    n, rank = columns.shape
+    return columns @ columns.mT if rank < n else torch.eye(n, dtype=columns.dtype)
 
 
 def _range_and_null(a: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from noetherflow.equilibrium.blocks import GLClasses, TorusClasses
+from noetherflow.equilibrium.blocks import GLClasses, TorusClasses, gl_frame
 from noetherflow.equilibrium.orbit import (
+    FramedOrbit,
     MeasuredOrbit,
     Orbit,
     Remeasure,
@@ -23,7 +24,7 @@ from noetherflow.equilibrium.orbit import (
 )
 from noetherflow.equilibrium.overlap import leg_coordinates, stiffness
 from noetherflow.equilibrium.result import Class, Equilibrium, Settled
-from noetherflow.equilibrium.solve import Classes, Solution, classify, drives, elements_of, imbalance, minimise
+from noetherflow.equilibrium.solve import Classes, Solution, classify, drives, elements_of, imbalance, logs_of, minimise
 from noetherflow.equilibrium.weights import Drift, Weights
 from noetherflow.errors import MomentError
 from noetherflow.moments.result import GradientMoments
@@ -102,16 +103,18 @@ def noise_equilibrium(
     `[N, *shape]`, or `remeasure(model) -> moments`, called on a moved copy at every sweep (not with `joint=False`).
 
     Directions without a finite equilibrium are left where they are and named in the result; in general_linear
-    symmetries `recede < 1` moves them towards their limit by this factor. `errors=True` adds jackknife standard
-    errors of the logs of the elements, from moments in groups that determine the answer without `samples` or
-    `remeasure`. Symmetries on frozen parameters are excluded and listed. `tol` is the relative Noether flow at which
-    the solution counts as converged: by default 1e-11, with `remeasure` not below `8 eps` of the parameters' dtype.
+    symmetries `recede < 1` moves them towards their limit by this factor. `errors=True` adds jackknife standard errors
+    of `1/2 log(G^T G)`, from moments in groups that determine the answer without `samples` or `remeasure`. Symmetries
+    on frozen parameters are excluded and listed. `tol` is the relative Noether flow at which the solution counts as
+    converged: by default 1e-11, with `remeasure` not below `8 eps` of the parameters' dtype.
 
     Raises MomentError when the moments do not determine the answer, DataError for samples that disagree with them,
-    ValueError for an unknown objective or bad `recede`. Source: theory.md section 5.
+    ValueError for an unknown objective or a bad `recede` or `max_iterations`. Source: theory.md section 5.
     """
     if not 0 < recede <= 1:
         raise ValueError(f"recede must lie in (0, 1], got {recede!r}")
+    if max_iterations < 0:
+        raise ValueError(f"max_iterations must be at least 0, got {max_iterations!r}")
     syms = syms.trainable(model)
     if not approximate:
         syms = syms.without({s.name: f"only approximate (eps {s.eps:g})" for s in syms if s.eps is not None})
@@ -135,10 +138,11 @@ def noise_equilibrium(
     kappa = _kappa(model, movers, joint)
     if tol is None:
         tol = max(TOLERANCE, 8 * _eps(model, movers)) if isinstance(orbit, RemeasuredOrbit) else TOLERANCE
-    start = [_receding_log(c, recede) for c in own]
-    solution = minimise(orbit, own, kappa, start=start, tolerance=tol, max_iterations=max_iterations)
-    by_error = _jackknife(model, movers, own, kappa, solution, mom, objective, sgd, joint) if errors else {}
-    elements = dict(zip(moving, elements_of(movers, solution.logs), strict=True))
+    frame = tuple(_frame(symmetries[i], classes[i], *xy[i], recede) for i in moving)
+    framed = FramedOrbit(orbit, frame)
+    solution = minimise(framed, own, kappa, tolerance=tol, max_iterations=max_iterations)
+    by_error = _jackknife(model, framed, own, kappa, solution, mom, objective, sgd, joint) if errors else {}
+    elements = dict(zip(moving, framed.unframed(elements_of(movers, solution.logs)), strict=True))
     moved_pairs = dict(zip(moving, solution.point.pairs, strict=True))
     settled = []
     for i, (s, c) in enumerate(zip(symmetries, classes, strict=True)):
@@ -184,8 +188,11 @@ def noise_equilibrium(
 
 
 def _rank_tolerance(model: nn.Module, symmetries: Sequence[Symmetry]) -> float:
-    """Eigenvalues below this fraction of the largest are rounding: `10 n eps` of the least precise parameter."""
-    return min(0.01, 10 * max((s.dim for s in symmetries), default=1) * _eps(model, symmetries))
+    """Eigenvalues of Grams below this fraction of the largest are rounding: `10 n eps` of the dtype that sums them (at
+    least float32), `eps^2` of the least precise parameter, whose rounding enters squared.
+    """
+    eps, n = _eps(model, symmetries), max((s.dim for s in symmetries), default=1)
+    return max(10 * n * min(eps, torch.finfo(torch.float32).eps), eps**2)
 
 
 def _eps(model: nn.Module, symmetries: Sequence[Symmetry]) -> float:
@@ -201,11 +208,9 @@ def _kappa(model: nn.Module, symmetries: Sequence[Symmetry], joint: bool) -> lis
     return [stiffness(leg_coordinates([s], shapes), [s])[0] for s in symmetries]
 
 
-def _receding_log(classes: Classes, recede: float) -> Tensor:
-    """`log recede` on shrinking directions and minus that on growing ones of a GL symmetry; 0 elsewhere."""
-    if isinstance(classes, TorusClasses):
-        return torch.zeros(classes.finite.shape, dtype=torch.float64)
-    return math.log(recede) * (classes.shrinks - classes.grows)
+def _frame(symmetry: Symmetry, classes: Classes, x: Tensor, y: Tensor, recede: float) -> Tensor:
+    """The element from which the solve starts: the identity for tori, `gl_frame` for general_linear."""
+    return symmetry.identity() if isinstance(classes, TorusClasses) else gl_frame(classes, x, y, recede)
 
 
 def _verdict(symmetry: Symmetry, classes: Classes, weights: Weights) -> tuple[Class, tuple[int, ...], str]:
@@ -216,7 +221,8 @@ def _verdict(symmetry: Symmetry, classes: Classes, weights: Weights) -> tuple[Cl
     if not bool(bad.any()):
         return "finite", (), ""
     coordinates = tuple(torch.nonzero(bad).flatten().tolist())
-    if symmetry.one_sided and not weights.weight and not bool(classes.invalid.any() | classes.shrinks.any()):
+    recedes = bool((classes.grows | classes.shrinks).any())
+    if symmetry.one_sided and not weights.weight and recedes and not bool(classes.invalid.any()):
         return (
             "one-sided",
             coordinates,
@@ -272,7 +278,7 @@ def _refuse_errors(moments: GradientMoments, orbit: Orbit) -> None:
 
 def _jackknife(
     model: nn.Module,
-    symmetries: Sequence[Symmetry],
+    orbit: FramedOrbit,
     classes: Sequence[Classes],
     kappa: Sequence[Tensor],
     solution: Solution,
@@ -281,15 +287,19 @@ def _jackknife(
     sgd: SGDConfig | None,
     joint: bool,
 ) -> dict[str, Tensor]:
-    """Standard errors of the logs: the solve repeated without each group of samples, from the full solution."""
+    """Standard errors of `logs_of` the elements: the solve repeated without each group of samples, from the full
+    solution.
+    """
+    symmetries, build = orbit.symmetries, orbit_of if joint else separate_orbits
 
     def logs(part: GradientMoments) -> dict[str, Tensor]:
-        build = orbit_of if joint else separate_orbits
-        orbit = build(model, symmetries, part, objective_weights(objective, part, sgd))
-        return named(minimise(orbit, classes, kappa, start=solution.logs, tolerance=1e-6).logs)
+        own = build(model, symmetries, part, objective_weights(objective, part, sgd))
+        framed = FramedOrbit(own, orbit.frame)
+        return named(minimise(framed, classes, kappa, start=solution.logs, tolerance=1e-6).logs)
 
     def named(values: Sequence[Tensor]) -> dict[str, Tensor]:
-        return {s.name: v for s, v in zip(symmetries, values, strict=True)}
+        elements = orbit.unframed(elements_of(symmetries, values))
+        return {s.name: v for s, v in zip(symmetries, logs_of(symmetries, elements), strict=True)}
 
     size = None if sgd is None or objective == "hessian" else sgd.dataset_size
     return {n: e.error for n, e in jackknife(moments, named(solution.logs), logs, size).items()}

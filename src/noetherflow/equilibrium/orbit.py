@@ -100,6 +100,29 @@ class RemeasuredOrbit:
         return Point(pairs, norm, None)
 
 
+@dataclass(frozen=True, eq=False)
+class FramedOrbit:
+    """Another orbit seen from `frame . theta`: the point of `G` is the other's of `G frame`."""
+
+    orbit: Orbit
+    frame: tuple[Tensor, ...]
+
+    @property
+    def symmetries(self) -> tuple[Symmetry, ...]:
+        return self.orbit.symmetries
+
+    @property
+    def weights(self) -> Weights:
+        return self.orbit.weights
+
+    def at(self, elements: Sequence[Tensor]) -> Point:
+        return self.orbit.at(self.unframed(elements))
+
+    def unframed(self, elements: Sequence[Tensor]) -> list[Tensor]:
+        """`G frame`: the elements as seen from `theta`."""
+        return [s.compose(g, f) for s, g, f in zip(self.symmetries, elements, self.frame, strict=True)]
+
+
 def leg_pairs(
     model: nn.Module, symmetries: Sequence[Symmetry], moments: GradientMoments, weights: Weights
 ) -> list[list[LegPair]]:

@@ -14,12 +14,13 @@ Class = Literal["finite", "one-sided", "degenerate"]
 class Settled:
     """One symmetry at the equilibrium.
 
-    `element` moves the model there (layout `symmetry.shape`; the identity on coordinates without a finite
-    equilibrium). `classification`: `finite`; `one-sided`: nothing holds the norm back (all legs scale the same way,
-    no decay); `degenerate`: some coordinates (`coordinates`: torus indices, or GL blocks) have no finite equilibrium,
-    for `reason`. `charge_now`, `charge`: the charge today and predicted at `element`; `weight_grams`, `noise_grams`:
-    predicted leg Grams there. `imbalance`: relative Noether flow left, per coordinate or block. `log_error`: standard
-    error of `log element`, entry by entry.
+    `element` moves the model there (layout `symmetry.shape`; the identity on coordinates without a finite equilibrium;
+    general_linear elements `G` are as good as `R G` for any rotation `R`). `classification`: `finite`; `one-sided`:
+    nothing holds the norm back (all legs scale the same way, no decay); `degenerate`: some coordinates (`coordinates`:
+    torus indices, or GL blocks) have no finite equilibrium, for `reason`. `charge_now`, `charge`: the charge today and
+    predicted at `element`; `weight_grams`, `noise_grams`: predicted leg Grams there. `imbalance`: relative Noether
+    flow left, per coordinate or block. `log_error`: standard error of `1/2 log(G^T G)`, `log element` for a torus,
+    entry by entry.
     """
 
     name: str

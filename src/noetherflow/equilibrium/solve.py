@@ -69,6 +69,16 @@ def elements_of(symmetries: Sequence[Symmetry], logs: Sequence[Tensor]) -> list[
     return [s.exp(a) for s, a in zip(symmetries, logs, strict=True)]
 
 
+def logs_of(symmetries: Sequence[Symmetry], elements: Sequence[Tensor]) -> list[Tensor]:
+    """`1/2 log(G^T G)`, the same for `G` and any rotation of it; `elements_of` backwards."""
+    return [e.log() if s.is_torus else _log_of_stretch(e) for s, e in zip(symmetries, elements, strict=True)]
+
+
+def _log_of_stretch(element: Tensor) -> Tensor:
+    _, w, v = torch.linalg.svd(element)
+    return (v.mT * w.log().unsqueeze(-2)) @ v
+
+
 def minimise(
     orbit: Orbit,
     classes: Sequence[Classes],
