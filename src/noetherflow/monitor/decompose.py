@@ -33,7 +33,8 @@ class Rule(ABC):
     `before` and `after` name the inner products to measure around a step, as pairs of tensors; `first_order` turns the
     measured values into `<theta, u_part>`, `second_order` into `<u, u>`. Both are linear in the values, entry by entry,
     so they hold for row sums, totals and (symmetrised) leg matrices alike. `carried[q]` is the name under which `after`
-    measures what `q` is before the next step, if nobody writes to weights and state in between.
+    measures what `q` is before the next step, if nobody writes to weights and state in between. The effective learning
+    rate of a scale-invariant weight is `lr / |W|^lr_power`: gradients fall as `1 / |W|`, which Adam divides out.
     """
 
     quantities: ClassVar[tuple[str, ...]]
@@ -44,6 +45,7 @@ class Rule(ABC):
     counts_steps: ClassVar[bool] = False
     keeps_copy: ClassVar[bool] = False
     has_equilibrium: ClassVar[bool] = False
+    lr_power: ClassVar[float] = math.nan
 
     @abstractmethod
     def settings(self, group: Group, state: State, steps: float) -> dict[str, float]:
@@ -85,6 +87,7 @@ class SGDRule(Rule):
     parts = ("gradient", "momentum", "decay")
     coefficients = ("lr", "sign", "weight_decay", "alpha", "beta", "heavy_ball", "memory", "fresh")
     has_equilibrium = True
+    lr_power = 2.0
 
     def settings(self, group: Group, state: State, steps: float) -> dict[str, float]:
         mu, kept = float(group["momentum"]), 1 - float(group["dampening"])
@@ -151,6 +154,7 @@ class AdamRule(Rule):
     carried: ClassVar[Mapping[str, str]] = {"tm": "tm_after"}
     state_keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     counts_steps = True
+    lr_power = 1.0
     parts = ("gradient", "momentum", "decay", "preconditioner")
     coefficients = ("lr", "coupled", "decoupled", "beta1", "rate", "root", "eps", "amsgrad")
 

@@ -158,7 +158,7 @@ class Estimator:
 def rotation_rows(
     layout: Layout, rule: Rule, row: Mapping[str, np.ndarray], settings: list[dict[str, float]]
 ) -> dict[str, np.ndarray]:
-    """`angular`, `angular_predicted` (radians) and `effective_lr = lr / |W|^2` per symmetry; NaN unless one-sided."""
+    """`angular`, `angular_predicted` (radians), `effective_lr = lr / |W|^Rule.lr_power`; NaN unless one-sided."""
     place = {name: i for i, name in enumerate(layout.parameters)}
     columns = ("angular", "angular_predicted", "effective_lr")
     out = {name: np.full(len(layout.symmetries), np.nan) for name in columns}
@@ -170,5 +170,5 @@ def rotation_rows(
         sign = s.weight_legs[0].sign
         out["angular"][i] = angle(row["norm"][i], sign * theta_u[i], sign * row["second_order"][i])
         out["angular_predicted"][i] = rotation_at_equilibrium(rule, c) if c["lr"] else np.nan
-        out["effective_lr"][i] = c["lr"] / row["norm"][i]
+        out["effective_lr"][i] = c["lr"] / row["norm"][i] ** (rule.lr_power / 2)
     return out

@@ -15,7 +15,7 @@ from noetherflow.monitor import sharding
 from noetherflow.monitor.decompose import Rule
 from noetherflow.monitor.layout import Layout
 
-SLICE = 1 << 17
+SLICE = 1 << 19
 PLAIN = (torch.float32, torch.float64)
 Value = float | Tensor
 Tensors = Mapping[str, Tensor]
@@ -124,9 +124,10 @@ class Probe:
         return now
 
     def after(self, now: Measurement) -> None:
-        """Complete a measurement once the step is made."""
+        """Complete a measurement once the step is made; what the step wrote last comes first, still in the cache."""
         with torch.no_grad():
-            for j, ((name, parameter), c) in enumerate(zip(self.watched.items(), now.settings, strict=True)):
+            for j, (name, parameter) in reversed(list(enumerate(self.watched.items()))):
+                c = now.settings[j]
                 account = self._accounts[name]
                 lasting = self._lasting(parameter, self.optimizer.state.get(parameter, {}))
                 account.settle(lasting)
