@@ -32,6 +32,7 @@ from noetherflow.reproduce.experiment import (
 )
 from noetherflow.reproduce.outcome import finished_in, in_place_of, write_atomically
 from noetherflow.reproduce.provenance import library_digest, merged, reached, source_of
+from noetherflow.reproduce.runner import compute_point
 
 CALLS: list[str] = []
 
@@ -357,6 +358,13 @@ def test_variations_change_known_settings():
             assert {**e.config("quick"), **change} != e.config("quick"), (name, label)
 
 
+def test_declared_work_grows_with_the_scale():
+    experiments = [e for e in map(find_experiment, REGISTRY) if e.work is not None]
+    assert experiments
+    for e in experiments:
+        assert e.work(e.config("paper")) > e.work(e.config("quick")) > 0, e.id
+
+
 def test_bad_input_is_named(toy, tmp_path):
     with pytest.raises(DataError, match="unknown experiment 'fig99'"):
         run(["fig99"], out=tmp_path)
@@ -414,10 +422,15 @@ def test_seeds_that_do_not_apply_are_told(toy, monkeypatch, tmp_path):
     assert said[0] == "the number of seeds does not apply to toy"
 
 
-def test_the_device_is_kept_with_the_results(toy, tmp_path):
-    assert registry.generator(3).device == torch.device("cpu")
-    done = run(["toy"], out=tmp_path, device="cpu", progress=None)
-    assert done.finished[0].versions["device"] == "cpu"
+def test_tensors_are_made_on_the_device_which_is_kept_with_the_results(toy, monkeypatch, tmp_path):
+    here = run(["toy"], out=tmp_path, progress=None).finished[0]
+    there = run(["toy"], out=tmp_path, device="cpu:0", progress=None).finished[0]
+    assert (here.versions["device"], there.versions["device"]) == ("cpu", "cpu:0")
+    assert CALLS == ["a", "b"] * 2, "a point of another device is another point"
+    assert there.results.points == here.results.points
+    where = dataclasses.replace(TOY, compute=lambda config, point: {"device": torch.zeros(1).device.type})
+    monkeypatch.setattr(sys.modules["noetherflow.reproduce.experiments.toy"], "EXPERIMENT", where)
+    assert compute_point("toy", {}, {}, "meta").data == {"device": "meta"}
 
 
 def test_plain_is_json():

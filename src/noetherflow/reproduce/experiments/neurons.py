@@ -251,6 +251,7 @@ EXPERIMENT = Experiment(
         "measured once, trained on with five different data orders."
     ),
     scales=SCALES,
+    work=lambda c: sum(case["before"] + c["seeds"] * case["steps"] for case in c["cases"].values()),
     points=points,
     compute=compute,
     plot=plot,

@@ -285,6 +285,7 @@ EXPERIMENT = Experiment(
         "over the batch or over its units, with and without weight decay 0.02."
     ),
     scales=SCALES,
+    work=lambda c: c["seeds"] * (c["steps"] + c["relu_steps"]),
     points=points,
     compute=compute,
     plot=plot,
