@@ -14,6 +14,8 @@ from torch import nn
 import noetherflow as nf
 from noetherflow.errors import DataError, DeclarationError
 from noetherflow.legs import Leg
+from noetherflow.monitor import measure
+from noetherflow.monitor.books import FIELDS
 from noetherflow.monitor.ledger import Ledger
 from noetherflow.monitor.log import LOG_NAME, read_log
 from test_ledger import OPTIMIZERS, assert_closed, backward, batches, mlp, mlp_symmetries
@@ -287,3 +289,15 @@ def test_a_replaced_parameter_is_told() -> None:
     train(model, optimizer, 4)
     assert events(ledger) == ["replaced"]
     assert ledger.events[0]["parameters"] == ["2.weight"]
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "nesterov", "sgd-decay", "adamw", "rmsprop"])
+def test_slices_of_any_size_add_up(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = []
+    for size in (1 << 20, 100):
+        monkeypatch.setattr(measure, "SLICE", size)
+        model, made, ledger = watched(optimizer)
+        train(model, made, 3)
+        rows.append(ledger.records())
+    for a, b in zip(*rows, strict=True):
+        assert [b[f] for f in FIELDS] == pytest.approx([a[f] for f in FIELDS], rel=1e-9, abs=1e-13 * a["norm"])
