@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -28,6 +28,7 @@ from noetherflow.moments import (
     save_moments,
     standard_error,
 )
+from noetherflow.moments.result import trace
 from reference import moments_by_loop, per_sample_gradients
 
 Batch = tuple[Tensor, Tensor]
@@ -98,6 +99,18 @@ def test_bad_data_is_named(value: float) -> None:
     batches[2][0][3, 1] = value
     with pytest.raises(DataError, match=r"for 1 of 6 samples, first \[3\] \(the batch itself holds NaN or inf"):
         gradient_moments(model, squared, batches, hidden(model))
+
+
+def test_bad_data_in_a_dataclass_is_named() -> None:
+    @dataclass
+    class Pair:
+        x: Tensor
+        y: Tensor
+
+    model = net()
+    x, y = data(1)[0]
+    with pytest.raises(DataError, match="the batch itself holds NaN"):
+        gradient_moments(model, lambda m, b: squared(m, (b.x, b.y)), [Pair(x * math.nan, y)], hidden(model))
 
 
 def test_bad_loss_on_good_data_is_named() -> None:
@@ -333,6 +346,26 @@ def test_resuming_other_moments_is_refused() -> None:
         merge_moments([other, gradient_moments(model, squared, data(), hidden(model))])
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_resuming_in_single_precision_equals_one_go(groups: int) -> None:
+    """Moments are kept in float64 whatever the parameters' type."""
+    model = net().float()
+    syms = hidden(model)
+    batches = [(x.float(), y.float()) for x, y in data()]
+    options = {"entries": True, "groups": groups}
+    first = gradient_moments(model, squared, batches[:2], syms, **options)
+    resumed = gradient_moments(model, squared, batches[2:], syms, resume=first, **options)
+    assert_same(resumed, gradient_moments(model, squared, batches, syms, **options), 1e-6)
+
+
+def test_resuming_moments_of_other_widths_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    for groups in (1, 2):
+        earlier = gradient_moments(net(), squared, data(), hidden(net()), groups=groups)
+        with pytest.raises(MomentError, match=r"cannot resume: .*'0.weight': \(\(6, 4\), \(8, 4\)\)"):
+            gradient_moments(model, squared, data(), hidden(model), groups=groups, resume=earlier)
+
+
 def test_damaged_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "moments.safetensors"
     path.write_bytes(b"not a safetensors file")
@@ -367,6 +400,30 @@ def test_until_stops_at_the_asked_error() -> None:
     assert loose.samples < tight.samples < 1200
     leg = lambda m: m.second["hidden"][0].sum()
     assert float(standard_error(tight, leg).relative) < 0.11
+
+
+def test_until_looks_at_the_groups_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moments are merged once, at the end; the error is that of the group means of `Tr g g^T`."""
+    from noetherflow.moments import engine
+
+    model = net()
+    syms = hidden(model)
+    merged = []
+    merge = engine.merge_moments
+    monkeypatch.setattr(engine, "merge_moments", lambda parts: merged.append(len(parts)) or merge(parts))
+    moments = gradient_moments(model, squared, data(40), syms, until=1e-9, groups=8)
+    assert merged == [8]
+    for entries in (False, True):
+        meter = Meter(model, squared, syms, entries=entries)
+        for k, batch in enumerate(data(40)):
+            meter.update(batch, [k], 8)
+            meter.noise_error()
+        estimate = standard_error(
+            moments, lambda m: torch.stack([trace(leg) for ls in m.second.values() for leg in ls])
+        )
+        assert math.isclose(meter.noise_error(), float(estimate.relative.max()), rel_tol=1e-10)
+    with pytest.raises(MomentError, match="at least 4 groups of samples, got groups=3"):
+        gradient_moments(model, squared, data(), syms, until=0.1, groups=3)
 
 
 def test_progress_is_called_per_batch() -> None:
@@ -672,6 +729,26 @@ def test_minibatch_settings_are_checked() -> None:
         minibatch_moments(model, squared, data(2), hidden(model), batch_size=6, dataset_size=6, sampling="independent")
     with pytest.raises(DataError, match="not finite"):
         minibatch_moments(model, lambda m, b: squared(m, b) * math.nan, data(), hidden(model), batch_size=6)
+    with pytest.raises(DataError, match=r"a batch of 6 samples, but batch_size=8.*drop_last"):
+        minibatch_moments(model, squared, data(), hidden(model), batch_size=8)
+    with pytest.raises(DataError, match=r"a batch of 3 samples, but batch_size=6"):
+        minibatch_moments(model, squared, [*data(), *data(1, 3)], hidden(model), batch_size=6)
+    with pytest.raises(DataError, match=r"4 batches of 6 are more than an epoch of dataset_size=23"):
+        minibatch_moments(model, squared, data(), hidden(model), batch_size=6, dataset_size=23)
+    with pytest.raises(DataError, match="mean loss or per-sample losses, got float"):
+        minibatch_moments(model, lambda m, b: 1.0, data(), hidden(model), batch_size=6)  # type: ignore[arg-type, return-value]
+    with pytest.raises(MomentError, match="no_grad"):
+        minibatch_moments(model, lambda m, b: squared(m, b).detach(), data(), hidden(model), batch_size=6)
+    with pytest.raises(MomentError, match=r"no parameter named '0.weight' in the model"):
+        minibatch_moments(model[0], squared, data(), hidden(model), batch_size=6)
+
+
+def test_minibatch_moments_without_symmetries_are_of_all_parameters() -> None:
+    model = net()
+    none = SymmetrySet(())
+    got = minibatch_moments(model, squared, data(), none, batch_size=6)
+    assert set(got.mean) == set(gradient_moments(model, squared, data(), none).mean)
+    assert set(got.mean) == {name for name, _ in model.named_parameters()}
 
 
 def test_gradients_that_are_not_finite_are_reported() -> None:
