@@ -33,7 +33,7 @@ class Estimate:
 
     @property
     def relative(self) -> Tensor:
-        """`error / |value|`; infinite where the value is zero."""
+        """`error / |value|`; infinite where the value is zero, NaN where the error is zero too."""
         return self.error / self.value.abs()
 
     def __str__(self) -> str:
