@@ -1,10 +1,12 @@
 """Theory twice: closed forms against find_symmetries -> gradient_moments -> noise_equilibrium."""
 
+import numpy as np
 import pytest
 import torch
 
 from noetherflow import SGDConfig
 from noetherflow import closed_form as cf
+from noetherflow.reproduce.experiments import rates
 from noetherflow.reproduce.generic import (
     LinearChain,
     chain_charges,
@@ -14,7 +16,7 @@ from noetherflow.reproduce.generic import (
     measured,
     product_design,
 )
-from noetherflow.reproduce.theory import charge_drift, orbit_flow
+from noetherflow.reproduce.theory import balance, charge_drift, fall_time, finite_step_gammas, orbit_flow, stretched
 
 F64 = torch.float64
 
@@ -84,3 +86,45 @@ def test_chain_with_relu_between():
     w, u = torch.randn(5, 4, dtype=F64, generator=rng), torch.randn(3, 5, dtype=F64, generator=rng)
     x = torch.randn(6, 4, dtype=F64, generator=rng)
     assert torch.equal(LinearChain([w, u], relu=True)(x), torch.relu(x @ w.T) @ u.T)
+
+
+@pytest.mark.parametrize("setting", [{"lr": 0.02, "batch": 8, "noise": 1.0}, {"lr": 0.01, "batch": 32, "noise": 2.0}])
+def test_scalar_rate_is_the_one_dimensional_case_of_the_matrix_flow(setting):
+    one = torch.ones(1, 1, dtype=F64)
+    sgd = SGDConfig(setting["lr"], setting["batch"])
+    at = np.array([0, 500, 2000])
+    gammas = finite_step_gammas(one, setting["noise"] ** 2 * one, sgd)
+    us, ws = orbit_flow(1.5 * one, one / 1.5, gammas, sgd, at.tolist())
+    matrix = [float(u**2 - w**2) for u, w in zip(us, ws, strict=True)]
+    assert np.allclose(rates.predicted_curve({"start": 1.5}, setting, at), matrix, rtol=1e-3)
+
+
+@pytest.mark.parametrize("step", [1.0, 0.25])
+def test_scalar_rate_against_sampled_steps(step):
+    """`4 lr^2 E[g_B^2]` of `dl/d(uw)` where `E' = E - step k (x2 E - xe)` has been run to stationarity."""
+    lr, batch, noise, k = 0.02, 4, 1.5, 0.02 * 2 * 2.5
+    rng = np.random.default_rng(0)
+    e, squares = np.zeros(4000), []
+    substeps = round(1 / step)
+    for i in range(400):
+        x, eps = rng.normal(size=(2, 4000, batch))
+        sample = x * (e[:, None] * x - noise * eps)
+        mean, spread = e, sample.mean(1) - e
+        applied = step * mean + np.sqrt(step) * spread
+        e = e - k * applied
+        if i >= 200:
+            squares.append(substeps * (applied**2).mean())
+    expected = rates.rate({"lr": lr, "batch": batch, "noise": noise}, 1.5, step)
+    assert 4 * lr**2 * np.mean(squares) == pytest.approx(expected, rel=0.01)
+
+
+def test_fall_time_and_balance():
+    steps = np.arange(0, 1001, 50)
+    assert fall_time(steps, 3 * np.exp(-steps / 222), np.exp(-1)) == pytest.approx(222)
+    bumpy = np.array([1.0, 0.4, 0.6, 0.1])
+    assert 0 < fall_time(np.array([0, 1, 2, 3]), bumpy, 0.5) < 1
+    assert np.isnan(fall_time(steps, np.ones(21), 0.5))
+    u, w = stretched(torch.eye(3, dtype=F64), 2.0)
+    found = balance([w, u])
+    assert float(found["ratio"]) == pytest.approx(np.log(16))
+    assert float(found["charge"]) == pytest.approx(3 / 4 - 12)

@@ -19,10 +19,13 @@ from noetherflow.reproduce.experiment import (
     Setting,
     Verdict,
     from_resampling,
+    from_seeds,
     generator,
     plain,
 )
 from noetherflow.reproduce.simulate import LinearNet, Params, normal, simulate
+from noetherflow.reproduce.theory import finite_step_gammas, orbit_flow
+from noetherflow.sgd import SGDConfig
 
 COMMON = {"d": 8, "width": 12, "phi_x": 0.4, "phi_eps": 0.15, "lr": 0.04, "batch": 60}
 SCALES = {
@@ -53,6 +56,25 @@ def starts(config: Config) -> Params:
     return [w, u / u.norm(dim=(1, 2), keepdim=True) * (size * (across + along).exp())[:, None, None]]
 
 
+def equilibrium(config: Config) -> tuple[Tensor, Tensor]:
+    """`(U, W)` of theory.md section 8, as eta -> 0."""
+    sx, se = covariances(config)
+    return cf.two_layer(torch.eye(config["d"], dtype=torch.float64), *cf.noise_matrices(sx, se))
+
+
+def first_order(config: Config) -> tuple[Tensor, Tensor]:
+    """`(U, W)` where the Noether flow with R_B at first order in eta ends."""
+    sx, se = covariances(config)
+    sgd = SGDConfig(config["lr"], config["batch"])
+    us, ws = orbit_flow(*equilibrium(config), finite_step_gammas(sx, se, sgd), sgd, [int(100 / sgd.lr**2)])
+    return us[-1], ws[-1]
+
+
+def log_ratio(u: Tensor, w: Tensor) -> float:
+    """`log(|U|/|W|)`."""
+    return float((u.norm() / w.norm()).log())
+
+
 def compute(config: Config, point: Point) -> dict[str, Any]:
     """`log ||W||`, `log ||U||` along the way, `[T, starts]`, and whole-matrix distances to the equilibrium."""
     sx, se = covariances(config)
@@ -60,8 +82,8 @@ def compute(config: Config, point: Point) -> dict[str, Any]:
     copies = config["copies"] if point["name"] == "sgd" else 1
     start = [p.repeat(copies, 1, 1) for p in starts(config)]
     net = LinearNet.of(eye, sx, se, config["batch"])
-    gram = cf.two_layer(eye, *cf.noise_matrices(sx, se))[1]
-    gram = gram.mT @ gram
+    best = equilibrium(config)[1]
+    gram = best.mT @ best
 
     def record(params: Params) -> dict[str, Tensor]:
         w, u = params
@@ -90,9 +112,9 @@ def plot(results: Results) -> Any:
     mpl: Any = require("matplotlib", "report")
     fig, (gd, sgd, distance) = style.figure(3, width=4.5, height=4.2)
     colors = mpl.colormaps["turbo"](np.linspace(0.03, 0.97, results.config["starts"]))
-    sx, se = covariances(results.config)
-    eye = torch.eye(results.config["d"], dtype=torch.float64)
-    u, w = cf.two_layer(eye, *cf.noise_matrices(sx, se))
+    u, w = equilibrium(results.config)
+    nearby, moved = first_order(results.config), w.mT @ w
+    floor = float((nearby[1].mT @ nearby[1] - moved).norm() / moved.norm())
     for ax, name, title in ((gd, "gd", "gradient descent: memory"), (sgd, "sgd", "SGD: one fixed point")):
         x, y = results.array(name, "w") / np.log(10), results.array(name, "u") / np.log(10)
         for i, color in enumerate(colors):
@@ -108,17 +130,17 @@ def plot(results: Results) -> Any:
             zorder=3,
             label="initialisations",
         )
-        ax.scatter(x[-1], y[-1], c=style.THEORY, s=14, marker="o", zorder=4, label="end of training")
         ax.plot(
             float(w.norm().log10()),
             float(u.norm().log10()),
             "*",
-            ms=20,
+            ms=24,
             mfc="#ffd23f",
             mec=style.THEORY,
-            zorder=6 if name == "sgd" else 2,
+            zorder=4 if name == "sgd" else 2,
             label="predicted equilibrium",
         )
+        ax.scatter(x[-1], y[-1], c=style.THEORY, s=9, marker="o", zorder=6, label="end of training")
         ax.set(
             xlabel=r"$\log_{10}\|W\|$",
             ylabel=r"$\log_{10}\|U\|$",
@@ -140,55 +162,39 @@ def plot(results: Results) -> Any:
             )
     distance.plot([], [], color=colors[len(colors) // 3], label="SGD")
     distance.plot([], [], color=style.MUTED, label="GD")
+    distance.axhline(floor, color=style.THEORY, ls="--", lw=1)
+    distance.text(1, 1.12 * floor, r"theory: shift of the mean, of order $\eta$", fontsize=8)
     distance.set(
         xscale="log",
         yscale="log",
         xlabel="step",
         ylabel=r"$\|W^TW - W_*^TW_*\| / \|W_*^TW_*\|$",
         title="distance to the predicted point",
+        ylim=(0.01, None),
     )
-    distance.legend()
+    distance.legend(loc="lower left", ncols=2)
     return fig
 
 
 def _late(results: Results, name: str) -> tuple[np.ndarray, np.ndarray]:
     """`log(|U|/|W|)` and the distance, averaged over the last twenty records, per start."""
-    return (results.array(name, "u") - results.array(name, "w"))[-20:].mean(0), results.array(name, "distance")[
-        -20:
-    ].mean(0)
+    ratio = results.array(name, "u") - results.array(name, "w")
+    return ratio[-20:].mean(0), results.array(name, "distance")[-20:].mean(0)
 
 
 def verdicts(results: Results) -> list[Verdict]:
     """Spread of the end points over the starts, place of the common end point."""
-    sx, se = covariances(results.config)
-    eye = torch.eye(results.config["d"], dtype=torch.float64)
-    u, w = cf.two_layer(eye, *cf.noise_matrices(sx, se))
-    target = float((u.norm() / w.norm()).log())
     (sgd, near), (gd, far) = _late(results, "sgd"), _late(results, "gd")
     begin = (results.array("sgd", "u") - results.array("sgd", "w"))[0]
-    error = float(sgd.std(ddof=1) / np.sqrt(len(sgd)))
-    count = len(sgd)
     spread = lambda pair: float(np.divide(*pair.std(0)))
+    narrow = f"spread (standard deviation) of log(|U|/|W|) over {len(sgd)} starts: SGD's end / the start"
+    place = "SGD: mean of log(|U|/|W|) over starts at the end, theory at first order in eta"
+    largest = "SGD: largest distance |W'W - W*'W*| / |W*'W*| over starts (W'W: mean over the copies of a start)"
     return [
-        from_resampling(
-            f"spread (standard deviation) of log(|U|/|W|) over {count} starts: SGD's end / the start",
-            0.03,
-            np.stack([sgd, begin], 1),
-            spread,
-            relation="below",
-        ),
+        from_resampling(narrow, 0.03, np.stack([sgd, begin], 1), spread, relation="below"),
         from_resampling("the same for GD", 0.5, np.stack([gd, begin], 1), spread, relation="above"),
-        Verdict(
-            "SGD: mean of log(|U|/|W|) over starts at the end",
-            target,
-            float(sgd.mean()),
-            error,
-            tolerance=0.04,
-            relative=False,
-        ),
-        from_resampling(
-            "SGD: largest distance |W'W - W*'W*| / |W*'W*| over starts", 0.15, near, np.max, relation="below"
-        ),
+        from_seeds(place, log_ratio(*first_order(results.config)), sgd, 0.01, relative=False),
+        from_resampling(largest, 0.15, near, np.max, relation="below"),
         Verdict("GD: median of the same distance", 0.5, float(np.median(far)), relation="above"),
     ]
 
@@ -199,7 +205,8 @@ EXPERIMENT = Experiment(
     setup=(
         "Two-layer linear net, d = 8, hidden width 12, V = I, anisotropic inputs and label noise; 48 Gaussian "
         "initialisations whose layer norms differ by up to a factor of 20; learning rate 0.04 (after a ramp of 400 "
-        "steps), batch 60."
+        "steps), batch 60. The distance at SGD's end is that of the mean W'W of the copies of a start (two in quick); "
+        "its floor is the equilibrium's shift of order eta (dashed) and the noise of the weights."
     ),
     scales=SCALES,
     work=lambda c: c["starts"] * c["copies"] * c["steps"],
@@ -216,11 +223,15 @@ EXPERIMENT = Experiment(
         Setting(
             "learning rate and batch",
             "0.04 and 60",
-            "the end point is off the eta -> 0 theory by terms of order eta, 0.03 in log(|U|/|W|) here",
+            "terms of order eta move log(|U|/|W|) by 0.026 here: predicted, and part of the target",
         ),
         Setting("ramp", "400 steps from 0.0008", "needed by the largest starts only; every run gets it"),
     ),
-    exploratory="The thresholds 0.03 (spread), 0.15 and 0.5 (distances) were set after a first run.",
+    exploratory=(
+        "The thresholds 0.03 (spread), 0.15 and 0.5 (distances) were set after a first run. The mean log(|U|/|W|) was "
+        "first compared with the limit eta -> 0 (0.209), within 0.04, a tolerance set to cover terms of order eta; the "
+        "theory with those terms and 0.01 replaced it after a look at the same runs."
+    ),
     variations={
         "learning rate 0.06, half the steps": {"lr": 0.06, "steps": 12_500},
         "hidden width 8": {"width": 8},
