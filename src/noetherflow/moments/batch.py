@@ -99,10 +99,10 @@ def buffers_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
-            for module, name, buffer, before in held:
-                module._buffers[name] = buffer
-                if buffer is not None and before is not None and distinct(buffer):  # else nothing can overwrite it
+        for module, name, buffer, before in held:
+            module._buffers[name] = buffer
+            if buffer is not None and before is not None and distinct(buffer):  # else nothing can overwrite it
+                with torch.no_grad():
                     buffer.copy_(before)
 
 
