@@ -1,4 +1,4 @@
-"""Figure 1: a scale-invariant loss in two dimensions. GD stays on its circle, SGD leaves it outwards."""
+"""Figure 1: a scale-invariant loss in two dimensions. GD leaves its circle by O(eta) and stops, SGD never stops."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from noetherflow.reproduce.experiment import (
     Results,
     Setting,
     Verdict,
+    from_ratio,
     from_seeds,
     generator,
     plain,
@@ -27,10 +28,11 @@ SCALES = {
     "paper": {"lr": 0.05, "batch": 2, "noise": 1.0, "steps": 30_000, "seeds": 512, "lrs": [0.2, 0.1, 0.05, 0.025]},
 }
 TARGET = (1.0, 0.0)
+TIME = 10.0
 
 
 def points(config: Config) -> list[Point]:
-    """SGD, GD, and GD's first step at several learning rates."""
+    """SGD, GD, and GD at several learning rates: its first step, and `eta k = 10`."""
     return [{"name": n, "method": n} for n in ("sgd", "gd", "orders")]
 
 
@@ -65,11 +67,13 @@ def compute(config: Config, point: Point) -> dict[str, Any]:
     angle = torch.tensor(2.2, dtype=torch.float64)
     begin = torch.stack([angle.cos(), angle.sin()])[None]
     if point["method"] == "orders":
-        growth = []
-        for rate in config["lrs"]:
-            moved = simulate(net, [begin], 1, rate, generator(0), method="gd").params[0]
-            growth.append(float(moved.square().sum() - begin.square().sum()))
-        return plain({"growth": growth})
+
+        def growth(rate: float, steps: int) -> float:
+            moved = simulate(net, [begin], steps, rate, generator(0), method="gd").params[0]
+            return float(moved.square().sum() - begin.square().sum())
+
+        rates = config["lrs"]
+        return plain({"step": [growth(r, 1) for r in rates], "fixed_time": [growth(r, round(TIME / r)) for r in rates]})
     sgd = point["method"] == "sgd"
     noise = config["noise"] ** 2 / config["batch"] if sgd else 0.0
     start = begin.expand(config["seeds"] if sgd else 1, -1)
@@ -119,13 +123,21 @@ def plot(results: Results) -> Any:
     norm.plot(steps, results.array("gd", "norm2"), color=style.GD, label="GD")
     norm.set(xlabel="step", ylabel=r"$|\theta|^2$", title="the norm grows under SGD")
     norm.legend()
-    rates, growth = np.asarray(results.config["lrs"]), results.array("orders", "growth")
-    orders.loglog(rates, growth, "s", color=style.GD, label="GD, one step")
-    orders.loglog(rates, growth[-1] * (rates / rates[-1]) ** 2, "--", color=style.THEORY, label=r"$\propto\eta^2$")
+    rates = np.asarray(results.config["lrs"])
+    for key, power, label, marker in (
+        ("step", 2, "in one step", "s"),
+        ("fixed_time", 1, rf"at $\eta k={TIME:g}$", "o"),
+    ):
+        growth = results.array("orders", key)
+        line = style.THEORY if power == 2 else style.ACCENT
+        orders.loglog(rates, growth, marker, color=style.GD, label=f"GD, {label}")
+        orders.loglog(
+            rates, growth[-1] * (rates / rates[-1]) ** power, "--", color=line, label=rf"$\propto\eta^{power}$"
+        )
     orders.set(
         xlabel=r"learning rate $\eta$",
-        ylabel=r"growth of $|\theta|^2$ in one step",
-        title="GD leaves its circle at second order",
+        ylabel=r"growth of $|\theta|^2$",
+        title=r"GD leaves its circle by order $\eta$",
     )
     orders.legend()
     return fig
@@ -135,13 +147,20 @@ def verdicts(results: Results) -> list[Verdict]:
     """Orders of growth, monotonicity, and the sum of eta^2 Tr R_B."""
     norm2, expected = results.array("sgd", "norm2"), results.array("sgd", "expected")
     growth, gd = norm2[-1] - norm2[0], results.array("gd", "norm2")[:, 0]
-    slope = np.polyfit(np.log(results.config["lrs"]), np.log(results.array("orders", "growth")), 1)[0]
+    rates = np.log(results.config["lrs"])
+    slope = lambda key: float(np.polyfit(rates, np.log(results.array("orders", key)), 1)[0])
     law = quartic_law(results, results.array("sgd", "steps"))[-1] - 1
     return [
-        Verdict("GD: growth of |theta|^2 in one step ~ eta^p, p", 2, float(slope), tolerance=0.01),
-        from_seeds("growth of |theta|^2 under GD / under SGD", 0.05, (gd[-1] - gd[0]) / growth, relation="below"),
+        Verdict("exactness check: GD, growth of |theta|^2 in one step ~ eta^p, p", 2, slope("step"), tolerance=0.01),
         Verdict(
-            "SGD: smallest change of |theta|^2 in any step of any seed (zero up to rounding is allowed)",
+            f"GD: growth of |theta|^2 up to the time eta k = {TIME:g} ~ eta^p, p",
+            1,
+            slope("fixed_time"),
+            tolerance=0.05,
+        ),
+        from_ratio("growth of |theta|^2 under GD / under SGD", 0.05, gd[-1] - gd[0], growth, relation="below"),
+        Verdict(
+            "exactness check: SGD, smallest change of |theta|^2 in any step of any seed (zero up to rounding)",
             -1e-12,
             float(results.array("sgd", "smallest").min()),
             relation="above",
@@ -159,8 +178,11 @@ def verdicts(results: Results) -> list[Verdict]:
 
 EXPERIMENT = Experiment(
     id="fig1",
-    title="On a scale-invariant loss GD keeps the norm, SGD grows it",
-    setup="theta in R^2, l = |theta/|theta| - z|^2 with z ~ N((1, 0), I), batch 2, learning rate 0.05, 64 seeds.",
+    title="On a scale-invariant loss GD stops near its circle, SGD leaves it for ever",
+    setup=(
+        "theta in R^2, l = |theta/|theta| - z|^2 with z ~ N((1, 0), I), batch 2, learning rate 0.05, 64 seeds. GD's "
+        "growth is eta^2 |gbar|^2 in a step, of order eta once the direction is found: 16 % at this rate."
+    ),
     scales=SCALES,
     points=points,
     compute=compute,
@@ -175,7 +197,8 @@ EXPERIMENT = Experiment(
     exploratory=(
         "The continuous-time law leaves out the time to find the direction; its tolerance of 10 % was set knowing "
         "that. That no step shrinks the norm was first asked without allowance for rounding, which fails by 4e-15 "
-        "over the 30,000 steps of the paper scale; 1e-12 is allowed now."
+        "over the 30,000 steps of the paper scale; 1e-12 is allowed now. The claim at a fixed time was "
+        "added after a reviewer had measured p = 1.02 there; for one step p = 2 is Pythagoras, an exactness check."
     ),
     variations={
         "learning rate 0.1": {"lr": 0.1},

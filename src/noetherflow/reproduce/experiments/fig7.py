@@ -16,6 +16,7 @@ from noetherflow.reproduce.experiment import (
     Results,
     Setting,
     Verdict,
+    from_ratio,
     from_seeds,
     generator,
     plain,
@@ -120,33 +121,29 @@ def verdicts(results: Results) -> list[Verdict]:
     for net in NETS:
         sgd, gd = growth(results, f"sgd {net}"), growth(results, f"gd {net}")
         out += [
-            from_seeds(f"Net-{net}, SGD: growth of the squared norm", 0, sgd, relation="above"),
+            from_seeds(f"exactness check: Net-{net}, SGD, growth of the squared norm", 0, sgd, relation="above"),
             from_seeds(
-                f"Net-{net}, SGD: (growth - sum of eta^2 |g_B|^2) / squared norm",
+                f"exactness check: Net-{net}, SGD, (growth - sum of eta^2 |g_B|^2) / squared norm",
                 0,
                 results.array(f"sgd {net}", "unclosed"),
                 1e-12,
                 relative=False,
             ),
-            from_seeds(f"Net-{net}: growth under GD / under SGD", 0.05, gd.mean() / sgd, relation="below"),
+            from_ratio(f"Net-{net}: growth under GD / under SGD", 0.05, gd, sgd, relation="below"),
         ]
     for key, label in (("w2", "|w|^2"), ("u2", "|u|^2")):
-        out.append(from_seeds(f"Net-B, SGD: growth of {label}", 0, growth(results, "sgd B", key), relation="above"))
+        grown = growth(results, "sgd B", key)
+        out.append(from_seeds(f"exactness check: Net-B, SGD, growth of {label}", 0, grown, relation="above"))
     smallest = min((growth(results, "sgd A", k) for k in ("w2", "u2")), key=lambda g: float(g.mean()))
     out.append(
-        from_seeds(
-            "Net-A, SGD: growth of the layer that grows least / of the total",
-            0.5,
-            smallest / growth(results, "sgd A"),
-            relation="below",
-        )
+        from_seeds("Net-A, SGD: growth of the layer that grows least (it shrinks)", 0, smallest, relation="below")
     )
     return out
 
 
 EXPERIMENT = Experiment(
     id="fig7",
-    title="Scale-invariant nets grow without bound under SGD",
+    title="The norm of scale-invariant nets grows under SGD, hardly under GD",
     setup=(
         "Net-A: sum_j u_j/|w| tanh(w_j.x/|u|), Net-B: sum_j u_j/|u| tanh(w_j.x/|w|) (given); x in R^10, y = v.x + eps, "
         "width 16, learning rate 0.01, batch 4."
@@ -168,7 +165,9 @@ EXPERIMENT = Experiment(
     ),
     exploratory=(
         "The threshold 0.05 for GD's growth: GD grows at second order in the learning rate while it learns, so the "
-        "ratio falls with the length of the run and rises with the learning rate."
+        "ratio falls with the length of the run and rises with the learning rate. That Net-A's layers need not grow "
+        "was judged by one layer's share of the total being below a half, which cannot fail; now one layer has to "
+        "shrink. The exactness checks hold by Pythagoras: each step is orthogonal to what is scale-invariant."
     ),
     variations={"learning rate 0.02": {"lr": 0.02}, "batch 16": {"batch": 16}, "width 48": {"width": 48}},
 )
