@@ -581,3 +581,19 @@ def test_union_of_everything_serialises() -> None:
     assert eq.rows()[0]["class"] == "finite"
     with pytest.raises(KeyError, match="no symmetry named"):
         eq["nothing"]
+
+
+def test_a_neuron_that_one_group_alone_lights_up_has_an_infinite_error() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).double()
+    x, y = torch.randn(160, 4).double(), torch.randn(160, 2).double()
+    with torch.no_grad():
+        net[0].bias[0], net[0].weight[0] = -6.0, torch.tensor([1.0, 0.0, 0.0, 0.0])
+        x[5, 0] = 7.0
+    syms = nf.find_symmetries(net, x[:2])
+    batches = list(zip(x.split(10), y.split(10), strict=True))
+    moments = nf.gradient_moments(net, lambda m, b: (m(b[0]) - b[1]).square().sum(1), batches, syms, entries=True)
+    sgd = nf.SGDConfig(0.05, 16)
+    error = noise_equilibrium(net, syms, moments, sgd, errors=True).settled[0].log_error
+    assert torch.isinf(error).tolist() == [True] + [False] * 5
+    assert bool((error[1:] > 0).all())

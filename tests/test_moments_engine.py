@@ -770,3 +770,10 @@ def test_gradients_that_are_not_finite_are_reported() -> None:
     for measure in (gradient_moments, partial(minibatch_moments, batch_size=8)):
         with pytest.raises(MomentError, match=r"moments of .* are NaN or inf"):
             measure(model, huge, [(x,), (x,)], syms)
+
+
+def test_errors_of_moments_merged_with_ungrouped_ones_are_refused() -> None:
+    model = net()
+    parts = [gradient_moments(model, squared, data(4), hidden(model), groups=g) for g in (1, 4)]
+    with pytest.raises(MomentError, match=r"groups hold 24 of 48 samples"):
+        standard_error(merge_moments(parts), lambda m: m.loss)

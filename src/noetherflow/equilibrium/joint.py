@@ -288,18 +288,28 @@ def _jackknife(
     joint: bool,
 ) -> dict[str, Tensor]:
     """Standard errors of `logs_of` the elements: the solve repeated without each group of samples, from the full
-    solution.
+    solution. Infinite for torus coordinates that have no finite equilibrium without one of the groups.
     """
     symmetries, build = orbit.symmetries, orbit_of if joint else separate_orbits
 
     def logs(part: GradientMoments) -> dict[str, Tensor]:
-        own = build(model, symmetries, part, objective_weights(objective, part, sgd))
-        framed = FramedOrbit(own, orbit.frame)
-        return named(minimise(framed, classes, kappa, start=solution.logs, tolerance=1e-6).logs)
+        own = FramedOrbit(build(model, symmetries, part, objective_weights(objective, part, sgd)), orbit.frame)
+        pairs = own.at([s.identity() for s in symmetries]).pairs
+        left = [_left_finite(c, *drives(s, p, own.weights)) for s, c, p in zip(symmetries, classes, pairs, strict=True)]
+        found = named(minimise(own, left, kappa, start=solution.logs, tolerance=1e-6).logs)
+        for s, before, after in zip(symmetries, classes, left, strict=True):
+            found[s.name][before.finite != after.finite] = torch.nan
+        return found
 
     def named(values: Sequence[Tensor]) -> dict[str, Tensor]:
         elements = orbit.unframed(elements_of(symmetries, values))
         return {s.name: v for s, v in zip(symmetries, logs_of(symmetries, elements), strict=True)}
 
     size = None if sgd is None or objective == "hessian" else sgd.dataset_size
-    return {n: e.error for n, e in jackknife(moments, named(solution.logs), logs, size).items()}
+    found = jackknife(moments, named(solution.logs), logs, size)
+    return {n: torch.where(e.error.isnan(), torch.inf, e.error) for n, e in found.items()}
+
+
+def _left_finite(classes: Classes, x: Tensor, y: Tensor) -> Classes:
+    """The classes of a torus without the coordinates whose drives are not positive."""
+    return replace(classes, finite=classes.finite & (x > 0) & (y > 0)) if isinstance(classes, TorusClasses) else classes

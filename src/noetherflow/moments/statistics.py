@@ -79,14 +79,18 @@ def jackknife(
     this is the usual delete-a-group jackknife. Both shrink by `1 - n / N` for `n` of the `N = dataset_size` samples:
     a data set measured whole has no error.
 
-    Raises MomentError with fewer than two groups.
+    Raises MomentError with fewer than two groups, and for groups that hold a part of the samples only.
     """
-    count = len(moments.groups)
+    count, n = len(moments.groups), sum(g.samples for g in moments.groups)
     if count < 2:
         raise MomentError(
             f"a standard error needs at least 2 groups of samples, got {count}; measure more batches or raise groups="
         )
-    n = sum(g.samples for g in moments.groups)
+    if n != moments.samples:
+        raise MomentError(
+            f"the groups hold {n} of {moments.samples} samples: moments without groups were merged in; measure all "
+            "parts with groups="
+        )
     unseen = 1.0 if dataset_size is None or moments.replicates else max(0.0, 1 - n / dataset_size)
     if not unseen:
         return {name: Estimate(v, torch.zeros_like(v), torch.zeros_like(v), count) for name, v in values.items()}
