@@ -3,18 +3,19 @@
 from noetherflow.reproduce import alignment
 from noetherflow.reproduce.experiment import Experiment
 
-COMMON = {"d": 40, "width": 80, "first_variance": 5.0, "lr": 0.02, "batch": 50, "activations": ["tanh"]}
+COMMON = {"d": 40, "width": 80, "first_variance": 5.0, "population": 2000, "activations": ["tanh"]}
 SCALES = {
-    "quick": {**COMMON, "steps": 10_000, "gd_steps": 1500, "population": 400, "seeds": 5},
-    "paper": {**COMMON, "steps": 10_000, "gd_steps": 10_000, "population": 2000, "seeds": 16},
+    "quick": {**COMMON, "lr": 0.08, "batch": 200, "steps": 1000, "seeds": 4},
+    "paper": {**COMMON, "lr": 0.02, "batch": 50, "steps": 10_000, "seeds": 16},
 }
 
 EXPERIMENT = Experiment(
     id="fig6",
     title="tanh: representations align under SGD",
     setup=(
-        "Two-layer tanh net, x in R^40 isotropic, y = x + eps, Var eps_1 = 5, others 1, 10,000 SGD steps (given); "
-        "hidden width 80, learning rate 0.02, batch 50. GD: mean gradient over 400 inputs (quick)."
+        "Two-layer tanh net, x in R^40 isotropic, y = x + eps, Var eps_1 = 5, others 1 (given); hidden width 80. "
+        "SGD and GD (mean gradient over 2,000 inputs) for 1,000 steps at rate 0.08, batch 200 (quick), or the given "
+        "10,000 steps at 0.02, batch 50 (paper)."
     ),
     scales=SCALES,
     points=alignment.points,

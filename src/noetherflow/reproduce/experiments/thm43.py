@@ -218,13 +218,13 @@ def plot(results: Results) -> Any:
     drifts.axvline(0, color=style.THEORY, ls="--", lw=1)
     drifts.axhline(0, color=style.THEORY, lw=0.6)
     drifts.set(
-        xlabel=r"$\lambda - \lambda^*$",
+        xlabel="distance to the equilibrium along the orbit",
         ylabel="expected drift of the charge\n(asinh, scaled by its median)",
         title="the drift falls through zero once",
         xlim=(-3, 3),
     )
     charges.set(
-        xlabel=r"$\lambda - \lambda^*$",
+        xlabel="distance to the equilibrium along the orbit",
         ylabel="charge (asinh, scaled by its median)",
         title="the charge rises",
         xlim=(-3, 3),
