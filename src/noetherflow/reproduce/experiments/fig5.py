@@ -372,7 +372,7 @@ EXPERIMENT = Experiment(
             "the slowest direction sets the length of the run; four in a variation",
         ),
         Setting(
-            "learning rate and batch", "0.02 and 16", "terms of order eta shift the last layer by 3 % (last panel)"
+            "learning rate and batch", "0.02 and 16", "terms of order eta shift the last layer by 2 % (last panel)"
         ),
         Setting("targets", "the image's other half, scaled by 2", "the scale sets the size of the norms"),
     ),
