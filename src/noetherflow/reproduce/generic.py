@@ -65,37 +65,57 @@ def squared_error(model: nn.Module, batch: Any) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """A chain, its symmetries as found, and the moments of its gradients; `again(model)` measures a moved copy."""
+    """A chain, its symmetries as found, and the moments of its gradients; `measure(model)` measures a moved copy."""
 
     model: LinearChain
     syms: Any
     moments: Any
-    again: Callable[[nn.Module], Any]
+    measure: Callable[[nn.Module], Any]
 
     def equilibrium(self, sgd: SGDConfig) -> Any:
         """`noise_equilibrium`. With neighbouring GL groups leg Grams do not determine the joint solution: the solver
         then measures again on moved copies.
         """
         nf: Any = importlib.import_module("noetherflow")
-        remeasure = self.again if len(self.model.weights) > 2 else None
+        remeasure = self.measure if len(self.model.weights) > 2 else None
         return nf.noise_equilibrium(self.model, self.syms, self.moments, sgd, remeasure=remeasure)
 
+    def moved(self, equilibrium: Any) -> list[Tensor]:
+        """`[W_1, ..., W_D]` at the equilibrium; balances the model in place."""
+        nf: Any = importlib.import_module("noetherflow")
+        nf.balance_(self.model, equilibrium)
+        return self.model.weights
 
-def measured(weights: Sequence[Tensor], x: Tensor, y: Tensor, loss_scale: float = 1.0) -> Measured:
-    """find_symmetries -> gradient_moments of `loss_scale ||W_D ... W_1 x - y||^2` over the whole population `(x, y)`.
+    def traces(self, equilibrium: Any, x: Tensor, y: Tensor) -> tuple[float, float]:
+        """`Tr H` of `||model(x) - y||^2` now and at the equilibrium, from curvature measured now."""
+        sharp: Any = importlib.import_module("noetherflow.sharpness")
+        curved = sharp.curvature_moments(self.model, squared_error, [(x, y)], self.syms)
+        now, then = sharp.trace_at(self.model, self.syms, curved, equilibrium.elements)
+        return float(now), float(then)
 
-    The samples are all there are (an epoch), while SGD draws from them with replacement: their averages are
-    expectations, with no sampling error to take off.
+
+def measured(
+    weights: Sequence[Tensor],
+    x: Tensor,
+    y: Tensor,
+    loss_scale: float = 1.0,
+    relu: bool = False,
+    population: bool = True,
+) -> Measured:
+    """find_symmetries -> gradient_moments of `loss_scale ||W_D ... W_1 x - y||^2` on the data `(x, y)`.
+
+    `population`: the samples are all there are (an epoch), while SGD draws from them with replacement: their averages
+    are expectations, with no sampling error to take off. Otherwise they are a sample of endless data.
     """
     nf: Any = importlib.import_module("noetherflow")
     result: Any = importlib.import_module("noetherflow.moments.result")
-    model = LinearChain(weights)
+    model = LinearChain(weights, relu)
     syms = nf.find_symmetries(model, (x[:2],))
     loss = lambda m, batch: loss_scale * squared_error(m, batch)
 
     def measure(moved: nn.Module) -> Any:
-        sampled = nf.gradient_moments(moved, loss, [(x, y)], syms, groups=1)
-        return replace(sampled, replicates=result.Replicates(1, len(x), "epoch"))
+        found = nf.gradient_moments(moved, loss, [(x, y)], syms, groups=1)
+        return replace(found, replicates=result.Replicates(1, len(x), "epoch")) if population else found
 
     return Measured(model, syms, measure(model), measure)
 
@@ -104,10 +124,8 @@ def generic_equilibrium(
     weights: Sequence[Tensor], x: Tensor, y: Tensor, sgd: SGDConfig, loss_scale: float = 1.0
 ) -> list[Tensor]:
     """`[W_1, ..., W_D]` at the noise equilibrium of the data: `measured` -> noise_equilibrium -> balance_."""
-    nf: Any = importlib.import_module("noetherflow")
     found = measured(weights, x, y, loss_scale)
-    nf.balance_(found.model, found.equilibrium(sgd))
-    return found.model.weights
+    return found.moved(found.equilibrium(sgd))
 
 
 def generic_charges(

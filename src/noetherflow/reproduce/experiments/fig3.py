@@ -22,7 +22,9 @@ from noetherflow.reproduce.experiment import (
     generator,
     plain,
 )
+from noetherflow.reproduce.generic import agreement, measured, product_design
 from noetherflow.reproduce.simulate import LinearNet, Params, normal, reduced_width, simulate
+from noetherflow.reproduce.theory import finite_step_gammas, orbit_flow
 from noetherflow.sgd import SGDConfig
 
 GIVEN = {"d": 100, "width": 2000, "lr": 0.1, "batch": 100}
@@ -37,7 +39,7 @@ SCALES = {
         "gd_decay": 0.016,
         "gd": [0.03, 8000],
         "main": [0.04, 100, 11_000],
-        "lrs": [[0.08, 200, 3000], [0.04, 100, 5000], [0.02, 50, 9000]],
+        "lrs": [[0.08, 200, 4500], [0.04, 100, 9000], [0.02, 50, 18_000]],
         "seeds": 5,
     },
     "paper": {
@@ -71,6 +73,7 @@ def points(config: Config) -> list[Point]:
         {"name": "strong decay", **local, "decay": config["strong_decay"]},
         {"name": "given", **given, "run": [config["given"]["lr"], config["given"]["batch"], 40]},
         {"name": "hessian"},
+        {"name": "generic"},
     ]
 
 
@@ -97,6 +100,8 @@ def compute(config: Config, point: Point) -> dict[str, Any]:
     """Norm ratio and Hessian trace (halved loss), averaged over the last quarter, `[phis, seeds]`, and predicted."""
     if point["name"] == "hessian":
         return plain(hessian_traces())
+    if point["name"] == "generic":
+        return plain(generic_gaps(config))
     d, (lr, batch, steps) = point.get("d", config["d"]), point["run"]
     seeds = config["seeds"] if point["method"] == "sgd" else 2
     sigma_x, sigma_eps = covariances(point, d)
@@ -119,6 +124,46 @@ def compute(config: Config, point: Point) -> dict[str, Any]:
     )
     shaped = {k: v.mean(0).reshape(len(point["phis"]), seeds) for k, v in run.records.items()}
     return plain({**shaped, "diverged": run.diverged.double().reshape(-1, seeds), "predicted_trace": predicted})
+
+
+def generic_gaps(config: Config) -> dict[str, list[float]]:
+    """How far the generic machinery's norm ratios and Hessian traces are from the closed forms, relative.
+
+    find_symmetries -> gradient_moments, curvature_moments -> noise_equilibrium from the norm-balanced solution (d at
+    most 20): every second phi of the inputs, the first of the labels, and inputs with the strong decay.
+    """
+    d, (lr, batch, _) = min(config["d"], 20), config["main"]
+    eye = torch.eye(d, dtype=torch.float64)
+    u, w = cf.norm_balanced(eye)
+    chosen = config["phis"][::2], config["label_phis"][:1]
+    inputs, labels = ([cf.identity_covariance(phi, d) for phi in phis] for phis in chosen)
+    cases = [*((sx, eye, 0.0) for sx in inputs), *((eye, se, 0.0) for se in labels)]
+    cases.append((cf.identity_covariance(config["phi"], d), eye, config["strong_decay"]))
+    gaps: dict[str, list[float]] = {"ratio": [], "trace": []}
+    for sigma_x, sigma_eps, decay in cases:
+        sgd = SGDConfig(lr, batch, decay)
+        x, y = product_design(eye, sigma_x, sigma_eps)
+        found = measured([w, u], x, y, config["loss_scale"])
+        equilibrium = found.equilibrium(sgd)
+        trace = found.traces(equilibrium, x, y)[1]
+        found_w, found_u = found.moved(equilibrium)
+        gammas = cf.with_decay(cf.noise_matrices(sigma_x, sigma_eps), sgd, config["loss_scale"])
+        best = cf.two_layer(eye, *gammas)
+        ratio = (found_u.norm() / found_w.norm() / (best[0].norm() / best[1].norm())) ** 2
+        gaps["ratio"].append(float(ratio - 1))
+        gaps["trace"].append(trace / float(cf.two_layer_hessian_trace(*best, sigma_x)) - 1)
+    return gaps
+
+
+def first_order_ratio(config: Config, lr: float, batch: int) -> float:
+    """`||U||^2/||W||^2` at `phi` where the Noether flow with R_B at first order in eta ends."""
+    sigma_x, eye = cf.identity_covariance(config["phi"], config["d"]), torch.eye(config["d"], dtype=torch.float64)
+    sgd, scale = SGDConfig(lr, batch), config["loss_scale"]
+    gammas = finite_step_gammas(sigma_x, eye, sgd, scale)
+    longest = int(10 * batch / (4 * (scale * lr) ** 2 * config["d"] * config["phi"]))
+    u, w = cf.two_layer(eye, *cf.noise_matrices(sigma_x, eye))
+    us, ws = orbit_flow(u, w, gammas, sgd, [longest], scale)
+    return float(us[-1].square().sum() / ws[-1].square().sum())
 
 
 def hessian_traces() -> dict[str, float]:
@@ -166,17 +211,16 @@ def plot(results: Results) -> Any:
     rates = np.array([run[0] for run in c["lrs"]])
     deviations = np.stack([_deviation(results, i) for i in range(len(rates))])
     style.dots(error, rates, deviations, style.SGD, "SGD")
-    error.plot(
-        np.r_[0, rates],
-        np.r_[0, rates * deviations[0].mean() / rates[0]],
-        "--",
-        color=style.THEORY,
-        label=r"$\propto\eta$",
-    )
+    predicted = [_predicted_deviation(c, i) for i in range(len(rates))]
+    error.plot(rates, predicted, "_", color=style.THEORY, ms=16, mew=2, label=r"theory, first order in $\eta$")
+    for rate, (_, batch, _) in zip(rates, c["lrs"], strict=True):
+        error.annotate(f"S = {batch}", (rate, 0.002), ha="center", fontsize=8, color=style.MUTED)
     error.set(
-        xlabel=r"learning rate $\eta$",
-        ylabel="1 - measured / predicted ratio",
-        title=rf"the error vanishes with $\eta$ ($\varphi={c['phi']}$)",
+        xlabel=r"learning rate $\eta$ (and batch $S$)",
+        ylabel=r"1 - measured / $\sqrt{\varphi(2-\varphi)}$",
+        title=rf"the error shrinks with $\eta$ ($\varphi={c['phi']}$)",
+        ylim=(0, None),
+        xlim=(0, 1.12 * rates.max()),
     )
     for ax in (ratio, trace, error):
         ax.legend()
@@ -193,6 +237,11 @@ def _label_trace(phi: float, d: int) -> float:
 def _deviation(results: Results, index: int) -> np.ndarray:
     """`1 - ratio / predicted` per seed at the index-th learning rate."""
     return 1 - results.array(f"lr{index}", "ratio")[0] / cf.identity_norm_ratio(results.config["phi"])
+
+
+def _predicted_deviation(config: Config, index: int) -> float:
+    lr, batch, _ = config["lrs"][index]
+    return 1 - first_order_ratio(config, lr, batch) / cf.identity_norm_ratio(config["phi"])
 
 
 def decayed_ratios(results: Results) -> tuple[float, float]:
@@ -274,6 +323,13 @@ def verdicts(results: Results) -> list[Verdict]:
             relation="above",
         )
     )
+    for i, (lr, batch, _) in enumerate(c["lrs"]):
+        label = f"systematic error of the ratio at eta = {lr:g}, S = {batch}, theory at first order in eta"
+        out.append(from_seeds(label, _predicted_deviation(c, i), _deviation(results, i), 0.01, relative=False))
+    for key, label in (("ratio", "||U||^2/||W||^2"), ("trace", "Tr H")):
+        out.append(
+            agreement(f"{label} for inputs, labels and the strong decay", np.abs(results.array("generic", key)), 1e-6)
+        )
     out.append(
         from_seeds(
             "given rate 0.1 with the un-normalised loss: fraction of runs that diverge",
@@ -311,7 +367,8 @@ EXPERIMENT = Experiment(
     setup=(
         "y = x + eps, unit label noise, input variances phi (first half) and 2 - phi. Quick: d = 20, un-normalised "
         "loss, learning rate 0.04, batch 100, SGD started at the norm-balanced solution. Paper: d = 100, learning "
-        "rate 0.1, batch 100, mean over outputs."
+        "rate 0.1, batch 100, mean over outputs. Right: three learning rates, with batches S in proportion, started at "
+        "the predicted equilibrium of eta -> 0."
     ),
     scales=SCALES,
     work=lambda c: c["seeds"] * c["d"] ** 2 * sum(len(p["phis"]) * p["run"][2] for p in points(c) if "run" in p),
@@ -340,13 +397,20 @@ EXPERIMENT = Experiment(
         Setting(
             "decay for GD", "0.016 in quick, 1e-4 in paper", "GD needs decay to leave its orbit; more takes fewer steps"
         ),
+        Setting(
+            "start and batch of the three rates and of the strong decay",
+            "the equilibrium predicted for eta -> 0 (without decay); S in proportion to eta",
+            "these runs measure how far SGD settles from there; eta / S, the noise, is the same for the three",
+        ),
         Setting("anisotropic label noise", "variances (phi, 2 - phi), isotropic inputs", "ours, for difference 6"),
     ),
     exploratory=(
         "Learning rate and run length (quick) were chosen so that the systematic error of order eta stays below the 5 "
-        "% and 6 % tolerances, which were set with it in view; the third panel shows that it vanishes with eta. GD "
-        "had one start, at rate 0.1 and decay 0.005; of independent starts one diverged there, so that the rate is "
-        "0.03 now and the decay 0.016 (as many relaxation times)."
+        "% and 6 % tolerances, which were set with it in view; the third panel shows how it shrinks with eta. That "
+        "error is predicted at first order since a review; its tolerance, 0.01, was set before the comparison, which "
+        "failed at two of three rates: those runs lasted about two relaxation times of the slowest direction. They "
+        "last four now, and no tolerance was changed. A remainder near -0.006 stays at all three rates, as for an "
+        "effect of eta / S, which they share; theory leaves out what the noise of the weights adds to their norms."
     ),
     variations={
         "batch 50": {"main": [0.04, 50, 11_000]},

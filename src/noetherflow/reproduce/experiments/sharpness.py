@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from noetherflow import closed_form as cf
 from noetherflow.reproduce import style
@@ -21,6 +20,7 @@ from noetherflow.reproduce.experiment import (
     generator,
     plain,
 )
+from noetherflow.reproduce.generic import measured
 from noetherflow.reproduce.simulate import Network, Params, checkpoints, normal, simulate, squared_error
 from noetherflow.sgd import SGDConfig
 
@@ -49,24 +49,8 @@ def curvature(activation: bool, params: Params, x: Tensor) -> Tensor:
 
 def forecast(params: Params, activation: bool, x: Tensor, y: Tensor, sgd: SGDConfig) -> tuple[float, float]:
     """`Tr H` now and at the noise equilibrium, by the generic machinery from one measurement at `params`."""
-    nf: Any = importlib.import_module("noetherflow")
-    sharp: Any = importlib.import_module("noetherflow.sharpness")
-    w, u = params
-    first, last = (
-        nn.Linear(w.shape[1], w.shape[0], bias=False).double(),
-        nn.Linear(u.shape[1], u.shape[0], bias=False).double(),
-    )
-    with torch.no_grad():
-        first.weight.copy_(w)
-        last.weight.copy_(u)
-    model = nn.Sequential(first, nn.ReLU(), last) if activation else nn.Sequential(first, last)
-    loss = lambda m, batch: (m(batch[0]) - batch[1]).square().sum(-1)
-    syms = nf.find_symmetries(model, (x[:2],))
-    moments = nf.gradient_moments(model, loss, [(x, y)], syms, groups=1)
-    eq = nf.noise_equilibrium(model, syms, moments, sgd)
-    curved = sharp.curvature_moments(model, loss, [(x, y)], syms)
-    now, then = sharp.trace_at(model, syms, curved, eq.elements)
-    return float(now), float(then)
+    found = measured(params, x, y, relu=activation, population=False)
+    return found.traces(found.equilibrium(sgd), x, y)
 
 
 def compute(config: Config, point: Point) -> dict[str, Any]:
@@ -106,7 +90,7 @@ def plot(results: Results) -> Any:
         steps, trace = results.array(point["name"], "steps"), results.array(point["name"], "trace")
         forecasts = results.array(point["name"], "forecasts")
         for i, (factor, color) in enumerate(zip(results.config["imbalances"], colors, strict=True)):
-            style.band(ax, steps, trace[:, i], color, f"U {factor:g} x, W 1/{factor:g} x")
+            style.band(ax, steps, trace[:, i], color, rf"start: U $\times$ {factor:g}, W $/$ {factor:g}")
             ax.plot([1.03 * steps[-1]], [forecasts[i, 1]], "<", color=color, ms=8, mec=style.THEORY)
             ax.plot([0], [forecasts[i, 0]], "o", color=color, ms=6, mec=style.THEORY)
         ax.plot([], [], "<", color=style.MUTED, mec=style.THEORY, ls="none", label="forecast made at step 0")
