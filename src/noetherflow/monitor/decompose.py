@@ -51,6 +51,10 @@ class Rule(ABC):
     def settings(self, group: Group, state: State, steps: float) -> dict[str, float]:
         """Coefficients of one parameter's next step; `steps` already made by the optimiser on it."""
 
+    def reads_gradient(self, c: Settings) -> bool:
+        """Whether `before` needs `grad`; without it, it gives nothing but what is `carried`."""
+        return False
+
     def before(self, c: Settings, t: Tensors) -> Pairs:
         """Pairs from `theta`, `grad` and the `state_keys` before the step; entry-wise, so slices of them will do."""
         return {}
@@ -110,12 +114,15 @@ class SGDRule(Rule):
             "fresh": kept if mu else 1.0,
         }
 
+    def reads_gradient(self, c: Settings) -> bool:
+        return not c["heavy_ball"]
+
     def before(self, c: Settings, t: Tensors) -> Pairs:
-        theta, g = t["theta"], t["grad"]
-        pairs = {} if c["heavy_ball"] else {"tg": (theta, g), "gg": (g, g)}
+        theta, g = t["theta"], t.get("grad")
+        pairs = {} if g is None else {"tg": (theta, g), "gg": (g, g)}
         if "momentum_buffer" in t and c["beta"]:
             b = t["momentum_buffer"]
-            pairs |= {"tb": (theta, b)} if c["heavy_ball"] else {"tb": (theta, b), "gb": (g, b), "bb": (b, b)}
+            pairs |= {"tb": (theta, b)} if g is None else {"tb": (theta, b), "gb": (g, b), "bb": (b, b)}
         return pairs
 
     def after(self, c: Settings, t: Tensors) -> Pairs:

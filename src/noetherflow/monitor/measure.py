@@ -15,10 +15,11 @@ from noetherflow.monitor import sharding
 from noetherflow.monitor.decompose import Rule
 from noetherflow.monitor.layout import Layout
 
-SLICE = 1 << 19
+SLICE = 1 << 18
 PLAIN = (torch.float32, torch.float64)
 Value = float | Tensor
 Tensors = Mapping[str, Tensor]
+Stamps = Mapping[str, tuple[Tensor, int, int]]
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
 PairsOf = Callable[[Mapping[str, float], Tensors], Pairs]
 
@@ -45,32 +46,31 @@ class Measurement:
 class Account:
     """One parameter between steps: what was measured of it and its state, and flat views of these tensors.
 
-    `known[q]`, measured after the last step, holds before the next one while `is_untouched`. A write through
+    `known[q]`, measured after the last step, holds before the next one while nothing is `touched`. A write through
     `tensor.data` cannot be seen; it shows up in the residual.
     """
 
     def __init__(self) -> None:
         self.known: dict[str, Value] = {}
-        self._stamps: dict[str, tuple[Tensor, int, int]] = {}
-        self._viewed: dict[str, tuple[Tensor, int]] = {}
+        self._seen: Stamps = {}
+        self._viewed: Stamps = {}
         self._parts: list[Tensors] | None = None
 
-    def is_untouched(self, tensors: Tensors) -> bool:
-        """Whether these are the tensors of the last `settle` and nobody has written to them since."""
-        return all(k in self._stamps and _same(self._stamps[k], _stamp(t)) for k, t in tensors.items())
+    def touched(self, lasting: Stamps) -> list[str]:
+        """Which of these are not the tensors of the last `settle`, or were written to since."""
+        return [k for k, stamp in lasting.items() if not _same(stamp, self._seen.get(k), 3)]
 
-    def settle(self, tensors: Tensors) -> None:
-        """What will be measured now belongs to these tensors as they are."""
-        self._stamps = {k: _stamp(t) for k, t in tensors.items()}
+    def settle(self, lasting: Stamps, known: dict[str, Value]) -> None:
+        """Remember what was measured of these tensors as they are."""
+        self._seen, self.known = lasting, known
 
-    def parts(self, lasting: Tensors, passing: Tensors) -> list[Tensors] | None:
+    def parts(self, lasting: Stamps, passing: Tensors) -> list[Tensors] | None:
         """All tensors as flat views, in slices on a CPU; None where that or single precision cannot be had.
 
         Views of `lasting` are made again only when these are other tensors, or lie elsewhere.
         """
-        viewed = {k: _stamp(t)[:2] for k, t in lasting.items()}
-        if viewed.keys() != self._viewed.keys() or not all(_same(self._viewed[k], v) for k, v in viewed.items()):
-            self._viewed, self._parts = viewed, slices(lasting)
+        if len(lasting) != len(self._viewed) or not all(_same(v, self._viewed.get(k), 2) for k, v in lasting.items()):
+            self._viewed, self._parts = lasting, slices(_tensors(lasting))
         if self._parts is None or not passing:
             return self._parts
         more = slices(passing)
@@ -110,15 +110,18 @@ class Probe:
                 passing: Tensors = {}
                 if group is not None and (gradient is not None or rule.keeps_copy):
                     c, pairs_of = settings.of(group, state, steps.get(name, 0.0)), self._charge_and_before
-                    passing = {} if gradient is None or rule.keeps_copy else {"grad": _dense(gradient)}
+                    passing = {"grad": _dense(gradient)} if gradient is not None and rule.reads_gradient(c) else {}
                     now.moving.add(j)
                 now.settings.append(c)
                 lasting, account = self._lasting(parameter, state), self._accounts[name]
-                known = account.known if account.is_untouched(lasting) else {}
-                now.edited |= bool(account.known) and not account.is_untouched({"theta": lasting["theta"]})
-                missing = [q for q in pairs_of(c, {**lasting, **passing}) if q not in known]
-                found = self._inner(name, lasting, passing, pairs_of, c, missing) if missing else {}
-                self._write(now.values, j, {**known, **found})
+                touched = account.touched(lasting)
+                now.edited |= bool(account.known) and "theta" in touched
+                known = {} if touched else account.known
+                self._write(now.values, j, known)
+                if passing or len(known) < len(self.carried):
+                    missing = [q for q in pairs_of(c, {**_tensors(lasting), **passing}) if q not in known]
+                    found = self._inner(name, lasting, passing, pairs_of, c, missing) if missing else {}
+                    self._write(now.values, j, found)
                 if rule.keeps_copy and j in now.moving:
                     now.kept[name] = sharding.local(parameter, name in self.layout.totals_only).clone()
         return now
@@ -128,14 +131,13 @@ class Probe:
         with torch.no_grad():
             for j, (name, parameter) in reversed(list(enumerate(self.watched.items()))):
                 c = now.settings[j]
-                account = self._accounts[name]
                 lasting = self._lasting(parameter, self.optimizer.state.get(parameter, {}))
-                account.settle(lasting)
                 passing = {"kept": now.kept.pop(name)} if name in now.kept else {}
                 pairs_of = self._charge_and_after if j in now.moving else _charge_after
                 found = self._inner(name, lasting, passing, pairs_of, c)
                 self._write(now.values, j, found)
-                account.known = {q: found[r] for q, r in self.carried.items() if r in found}
+                known = {q: found[r] for q, r in self.carried.items() if r in found}
+                self._accounts[name].settle(lasting, known)
 
     def gradients(self, layout: Layout) -> dict[str, list[Value]]:
         """`tt`, `tg`, `gg` on the legs of another layout, whose parameters are the first of this one's.
@@ -169,14 +171,18 @@ class Probe:
             table = total.cpu().numpy()
         return dict(zip(names, table, strict=True))
 
-    def _lasting(self, parameter: Tensor, state: Mapping[str, Any]) -> Tensors:
-        """Weights and optimiser state of one parameter."""
-        return {"theta": parameter, **{k: state[k] for k in self.rule.state_keys if state.get(k) is not None}}
+    def _lasting(self, parameter: Tensor, state: Mapping[str, Any]) -> Stamps:
+        """Weights and optimiser state of one parameter, as they are now."""
+        found = {"theta": _stamp(parameter)}
+        for key in self.rule.state_keys:
+            if (value := state.get(key)) is not None:
+                found[key] = _stamp(value)
+        return found
 
     def _inner(
         self,
         name: str,
-        lasting: Tensors,
+        lasting: Stamps,
         passing: Tensors,
         pairs_of: PairsOf,
         c: Mapping[str, float],
@@ -191,7 +197,7 @@ class Probe:
         only_totals = name in self.layout.totals_only
         parts = self._accounts[name].parts(lasting, passing) if only_totals else None
         if parts is None:
-            tensors = {k: sharding.local(t, only_totals) for k, t in {**lasting, **passing}.items()}
+            tensors = {k: sharding.local(t, only_totals) for k, t in {**_tensors(lasting), **passing}.items()}
             return self.layout.inner(name, chosen({k: accumulation_dtype(t) for k, t in tensors.items()}))
         return totals(parts, chosen)
 
@@ -304,8 +310,12 @@ def _stamp(tensor: Tensor) -> tuple[Tensor, int, int]:
     return tensor, plain.data_ptr(), plain._version
 
 
-def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    return a[0] is b[0] and a[1:] == b[1:]
+def _same(a: tuple[Tensor, int, int], b: tuple[Tensor, int, int] | None, fields: int) -> bool:
+    return b is not None and a[0] is b[0] and a[1:fields] == b[1:fields]
+
+
+def _tensors(lasting: Stamps) -> Tensors:
+    return {k: stamp[0] for k, stamp in lasting.items()}
 
 
 def _dense(gradient: Tensor) -> Tensor:
