@@ -161,8 +161,8 @@ def verdicts(results: Results) -> list[Verdict]:
         at = np.log(results.config["sweeps"][key])
         measured, predicted = (np.polyfit(at, np.stack(values), 1)[0] for values in zip(*logs, strict=True))
         label = f"relaxation time ~ {key}^p, p (leading order {power})"
-        shown = {"difference": 4} if key == "batch" else {}
-        out.append(from_seeds(label, predicted, measured, 0.01, relative=False, **shown))
+        difference = 4 if key == "batch" else 0
+        out.append(from_seeds(label, predicted, measured, 0.01, relative=False, difference=difference))
     out.append(agreement("charges along the flow, leading order", [d["gap"] for _, d in results.points], 1e-3))
     ratio = leading_over_measured(results)
     label = "relaxation time of ||W||^2 - ||U||^2, eta -> 0: generic machinery (leading order) / SGD"
