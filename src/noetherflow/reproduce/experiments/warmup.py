@@ -103,19 +103,22 @@ def plot(results: Results) -> Any:
     """Forecast and measured `||U||^2` with the stability limit, and divergence by length of warmup."""
     fig, (norm, failing) = style.figure(2, width=5.2)
     lengths = np.asarray(results.config["lengths"], dtype=float)
-    for (point, _), color in zip(results.points, (style.SGD, style.ACCENT, style.SDE), strict=True):
+    looks = zip((style.SGD, style.ACCENT, style.SDE), (5.0, 1.6, 1.6), (3.5, 1.2, 1.2), strict=True)
+    for (point, _), (color, width, thin) in zip(results.points, looks, strict=True):
         name = point["name"]
         _, predicted = needed(results, point)
-        style.band(norm, lengths, results.array(name, "u2"), color, name)
+        style.band(norm, lengths, results.array(name, "u2"), color, name, lw=width)
         norm.plot(results.array(name, "fine"), results.array(name, "forecast"), "--", color=style.THEORY, lw=1)
-        norm.axhline(stable_norm(point["high"]), color=color, ls=":", lw=1)
+        norm.axhline(stable_norm(point["high"]), color=color, ls=":", lw=thin)
         style.band(failing, lengths, results.array(name, "failed"), color, name, marker="o", ms=4)
         failing.axvline(predicted, color=color, ls="--")
     norm.plot([], [], "--", color=style.THEORY, lw=1, label="forecast from one point")
     norm.plot([], [], ":", color=style.MUTED, label="stable below (by case)")
     norm.set(xlabel="warmup steps", ylabel=r"$\|U\|^2$", title="the flow lowers the sharpness")
     failing.plot([], [], "--", color=style.MUTED, label="predicted length")
-    failing.set(xlabel="warmup steps", ylabel="fraction that diverges afterwards", title="how long is long enough")
+    failing.set(
+        xlabel="warmup steps", ylabel="fraction that diverges at the high rate", title="how long is long enough"
+    )
     for ax in (norm, failing):
         ax.legend(fontsize=8)
     return fig
