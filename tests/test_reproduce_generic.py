@@ -10,6 +10,7 @@ from noetherflow.reproduce.experiments import rates
 from noetherflow.reproduce.generic import (
     LinearChain,
     chain_charges,
+    closed_form_gaps,
     generic_charges,
     generic_equilibrium,
     largest_gap,
@@ -128,3 +129,9 @@ def test_fall_time_and_balance():
     found = balance([w, u])
     assert float(found["ratio"]) == pytest.approx(np.log(16))
     assert float(found["charge"]) == pytest.approx(3 / 4 - 12)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.05])
+def test_generic_ratio_and_hessian_trace_are_the_closed_forms(decay):
+    v, sx, se = task(7, dx=3, dy=3)
+    assert np.abs(closed_form_gaps(v, sx, se, SGDConfig(0.02, 10, decay), 0.5)).max() < 1e-8

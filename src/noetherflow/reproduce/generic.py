@@ -1,6 +1,7 @@
 """The same predictions through the generic machinery: a module, its symmetries, measured moments, the joint solver.
 
-Nothing here knows a formula for linear networks, and nothing in `theory.py` measures a gradient.
+Predictions here use no formula for linear networks (only `closed_form_gaps` compares with them), and nothing in
+`theory.py` measures a gradient.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from noetherflow import closed_form as cf
 from noetherflow.reproduce.experiment import Verdict
 from noetherflow.sgd import SGDConfig
 
@@ -140,6 +142,24 @@ def generic_charges(
     flow = nf.noether_flow(found.model, found.syms, found.moments, sgd)
     (charge,) = flow.forecast(at).charges.values()
     return torch.as_tensor(charge).squeeze(1)
+
+
+def closed_form_gaps(
+    product: Tensor, sigma_x: Tensor, sigma_eps: Tensor, sgd: SGDConfig, loss_scale: float = 1.0
+) -> tuple[float, float]:
+    """How far `||U||^2/||W||^2` and `Tr H` at the equilibrium of a two-layer net are from the closed form, relative.
+
+    The generic machinery starts from the norm-balanced solution, on `product_design`.
+    """
+    u, w = cf.norm_balanced(product)
+    x, y = product_design(product, sigma_x, sigma_eps)
+    found = measured([w, u], x, y, loss_scale)
+    equilibrium = found.equilibrium(sgd)
+    trace = found.traces(equilibrium, x, y)[1]
+    found_w, found_u = found.moved(equilibrium)
+    best = cf.two_layer(product, *cf.with_decay(cf.noise_matrices(sigma_x, sigma_eps), sgd, loss_scale))
+    ratio = found_u.norm() / found_w.norm() / (best[0].norm() / best[1].norm())
+    return float(ratio**2 - 1), trace / float(cf.two_layer_hessian_trace(*best, sigma_x)) - 1
 
 
 def chain_charges(us: Sequence[Tensor], ws: Sequence[Tensor]) -> Tensor:

@@ -122,3 +122,12 @@ def finite_step_gammas(
         return gam_u, gam_w + cf.trace(once)[..., None, None] * sigma_x + (1 + s) * sigma_x @ columns @ sigma_x
 
     return gammas
+
+
+def first_order_equilibrium(
+    product: Tensor, sigma_x: Tensor, sigma_eps: Tensor, sgd: SGDConfig, steps: int, loss_scale: float = 1.0
+) -> Pair:
+    """`(U, W)` after `steps` of the flow with `finite_step_gammas`, from the equilibrium of eta -> 0."""
+    first = cf.two_layer(product, *cf.noise_matrices(sigma_x, sigma_eps))
+    us, ws = orbit_flow(*first, finite_step_gammas(sigma_x, sigma_eps, sgd, loss_scale), sgd, [steps], loss_scale)
+    return us[-1], ws[-1]

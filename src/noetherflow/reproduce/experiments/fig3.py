@@ -22,9 +22,9 @@ from noetherflow.reproduce.experiment import (
     generator,
     plain,
 )
-from noetherflow.reproduce.generic import agreement, measured, product_design
+from noetherflow.reproduce.generic import agreement, closed_form_gaps
 from noetherflow.reproduce.simulate import LinearNet, Params, normal, reduced_width, simulate
-from noetherflow.reproduce.theory import finite_step_gammas, orbit_flow
+from noetherflow.reproduce.theory import first_order_equilibrium
 from noetherflow.sgd import SGDConfig
 
 GIVEN = {"d": 100, "width": 2000, "lr": 0.1, "batch": 100}
@@ -126,44 +126,26 @@ def compute(config: Config, point: Point) -> dict[str, Any]:
     return plain({**shaped, "diverged": run.diverged.double().reshape(-1, seeds), "predicted_trace": predicted})
 
 
-def generic_gaps(config: Config) -> dict[str, list[float]]:
+def generic_gaps(config: Config) -> dict[str, Any]:
     """How far the generic machinery's norm ratios and Hessian traces are from the closed forms, relative.
 
-    find_symmetries -> gradient_moments, curvature_moments -> noise_equilibrium from the norm-balanced solution (d at
-    most 20): every second phi of the inputs, the first of the labels, and inputs with the strong decay.
+    With d at most 20: every second phi of the inputs, the first of the labels, and inputs with the strong decay.
     """
-    d, (lr, batch, _) = min(config["d"], 20), config["main"]
-    eye = torch.eye(d, dtype=torch.float64)
-    u, w = cf.norm_balanced(eye)
-    chosen = config["phis"][::2], config["label_phis"][:1]
-    inputs, labels = ([cf.identity_covariance(phi, d) for phi in phis] for phis in chosen)
-    cases = [*((sx, eye, 0.0) for sx in inputs), *((eye, se, 0.0) for se in labels)]
-    cases.append((cf.identity_covariance(config["phi"], d), eye, config["strong_decay"]))
-    gaps: dict[str, list[float]] = {"ratio": [], "trace": []}
-    for sigma_x, sigma_eps, decay in cases:
-        sgd = SGDConfig(lr, batch, decay)
-        x, y = product_design(eye, sigma_x, sigma_eps)
-        found = measured([w, u], x, y, config["loss_scale"])
-        equilibrium = found.equilibrium(sgd)
-        trace = found.traces(equilibrium, x, y)[1]
-        found_w, found_u = found.moved(equilibrium)
-        gammas = cf.with_decay(cf.noise_matrices(sigma_x, sigma_eps), sgd, config["loss_scale"])
-        best = cf.two_layer(eye, *gammas)
-        ratio = (found_u.norm() / found_w.norm() / (best[0].norm() / best[1].norm())) ** 2
-        gaps["ratio"].append(float(ratio - 1))
-        gaps["trace"].append(trace / float(cf.two_layer_hessian_trace(*best, sigma_x)) - 1)
-    return gaps
+    d, scale, (lr, batch, _) = min(config["d"], 20), config["loss_scale"], config["main"]
+    of, eye = (lambda phi: cf.identity_covariance(phi, d)), torch.eye(d, dtype=torch.float64)
+    cases = [*((of(phi), eye, 0.0) for phi in config["phis"][::2]), (eye, of(config["label_phis"][0]), 0.0)]
+    cases.append((of(config["phi"]), eye, config["strong_decay"]))
+    gaps = [closed_form_gaps(eye, sx, se, SGDConfig(lr, batch, decay), scale) for sx, se, decay in cases]
+    return dict(zip(("ratio", "trace"), zip(*gaps, strict=True), strict=True))
 
 
 def first_order_ratio(config: Config, lr: float, batch: int) -> float:
     """`||U||^2/||W||^2` at `phi` where the Noether flow with R_B at first order in eta ends."""
     sigma_x, eye = cf.identity_covariance(config["phi"], config["d"]), torch.eye(config["d"], dtype=torch.float64)
-    sgd, scale = SGDConfig(lr, batch), config["loss_scale"]
-    gammas = finite_step_gammas(sigma_x, eye, sgd, scale)
-    longest = int(10 * batch / (4 * (scale * lr) ** 2 * config["d"] * config["phi"]))
-    u, w = cf.two_layer(eye, *cf.noise_matrices(sigma_x, eye))
-    us, ws = orbit_flow(u, w, gammas, sgd, [longest], scale)
-    return float(us[-1].square().sum() / ws[-1].square().sum())
+    scale = config["loss_scale"]
+    long = int(10 * batch / (4 * (scale * lr) ** 2 * config["d"] * config["phi"]))
+    u, w = first_order_equilibrium(eye, sigma_x, eye, SGDConfig(lr, batch), long, scale)
+    return float(u.square().sum() / w.square().sum())
 
 
 def hessian_traces() -> dict[str, float]:
@@ -400,7 +382,7 @@ EXPERIMENT = Experiment(
         Setting(
             "start and batch of the three rates and of the strong decay",
             "the equilibrium predicted for eta -> 0 (without decay); S in proportion to eta",
-            "these runs measure how far SGD settles from there; eta / S, the noise, is the same for the three",
+            "the runs measure how far SGD settles from there; eta / S is the same for the three",
         ),
         Setting("anisotropic label noise", "variances (phi, 2 - phi), isotropic inputs", "ours, for difference 6"),
     ),
@@ -408,9 +390,9 @@ EXPERIMENT = Experiment(
         "Learning rate and run length (quick) were chosen so that the systematic error of order eta stays below the 5 "
         "% and 6 % tolerances, which were set with it in view; the third panel shows how it shrinks with eta. That "
         "error is predicted at first order since a review; its tolerance, 0.01, was set before the comparison, which "
-        "failed at two of three rates: those runs lasted about two relaxation times of the slowest direction. They "
-        "last four now, and no tolerance was changed. A remainder near -0.006 stays at all three rates, as for an "
-        "effect of eta / S, which they share; theory leaves out what the noise of the weights adds to their norms."
+        "failed at two of three rates: those runs lasted two relaxation times of the slowest direction, now four. A "
+        "remainder near -0.006 stays at all three rates, as for an effect of eta / S: theory leaves out what the noise "
+        "of the weights adds to their norms."
     ),
     variations={
         "batch 50": {"main": [0.04, 50, 11_000]},

@@ -24,7 +24,7 @@ from noetherflow.reproduce.experiment import (
     plain,
 )
 from noetherflow.reproduce.simulate import LinearNet, Params, normal, simulate
-from noetherflow.reproduce.theory import finite_step_gammas, orbit_flow
+from noetherflow.reproduce.theory import first_order_equilibrium
 from noetherflow.sgd import SGDConfig
 
 COMMON = {"d": 8, "width": 12, "phi_x": 0.4, "phi_eps": 0.15, "lr": 0.04, "batch": 60}
@@ -66,8 +66,8 @@ def first_order(config: Config) -> tuple[Tensor, Tensor]:
     """`(U, W)` where the Noether flow with R_B at first order in eta ends."""
     sx, se = covariances(config)
     sgd = SGDConfig(config["lr"], config["batch"])
-    us, ws = orbit_flow(*equilibrium(config), finite_step_gammas(sx, se, sgd), sgd, [int(100 / sgd.lr**2)])
-    return us[-1], ws[-1]
+    eye = torch.eye(config["d"], dtype=torch.float64)
+    return first_order_equilibrium(eye, sx, se, sgd, int(100 / sgd.lr**2))
 
 
 def log_ratio(u: Tensor, w: Tensor) -> float:
