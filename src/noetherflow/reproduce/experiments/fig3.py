@@ -191,10 +191,9 @@ def plot(results: Results) -> Any:
     ratio.set(xlabel=r"$\varphi$", ylabel=r"$\|U\|^2/\|W\|^2$", title="norm ratio")
     trace.set(xlabel=r"$\varphi$", ylabel=r"Tr $H$ (halved loss)", title="sharpness")
     rates = np.array([run[0] for run in c["lrs"]])
-    deviations = np.stack([_deviation(results, i) for i in range(len(rates))])
-    style.dots(error, rates, deviations, style.SGD, "SGD")
-    predicted = [_predicted_deviation(c, i) for i in range(len(rates))]
-    error.plot(rates, predicted, "_", color=style.THEORY, ms=16, mew=2, label=r"theory, first order in $\eta$")
+    style.dots(error, rates, np.stack([_deviation(results, i) for i in range(len(rates))]), style.SGD, "SGD")
+    first_order = [_predicted_deviation(c, i) for i in range(len(rates))]
+    error.plot(rates, first_order, "_", color=style.THEORY, ms=16, mew=2, label=r"theory, first order in $\eta$")
     for rate, (_, batch, _) in zip(rates, c["lrs"], strict=True):
         error.annotate(f"S = {batch}", (rate, 0.002), ha="center", fontsize=8, color=style.MUTED)
     error.set(
@@ -294,7 +293,7 @@ def verdicts(results: Results) -> list[Verdict]:
             difference=2,
         )
     )
-    coarse, fine = _deviation(results, 0), _deviation(results, len(c["lrs"]) - 1)
+    coarse, *_, fine = (_deviation(results, i) for i in range(len(c["lrs"])))
     ratio = c["lrs"][0][0] / c["lrs"][-1][0]
     out.append(
         from_ratio(
