@@ -276,6 +276,10 @@ def test_refusals_name_what_is_wrong() -> None:
     ledger.before_step()
     with pytest.raises(DataError, match="in the middle of a step"):
         ledger.replace_symmetries(mlp_symmetries(model))
+    assert repr(ledger) == "Ledger(0 steps of SGD, families rescaling, linear, every=1)"
+    other = torch.optim.SGD(mlp().parameters(), lr=0.1)
+    with pytest.raises(DataError, match=r"holds none of \['0.weight', .* another copy of the model"):
+        Ledger(model, other, mlp_symmetries(model))
     odd = nn.ParameterDict({"a": torch.randn(3, 2, dtype=torch.complex64), "b": torch.randn(2, 3)})
     syms = nf.declare(odd, "diagonal", [("a", 0)], [("b", 1)])
     with pytest.raises(DeclarationError, match=r"complex parameters cannot be watched: \['a'\]"):

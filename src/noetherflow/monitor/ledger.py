@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from noetherflow.errors import DataError, DeclarationError
+from noetherflow.errors import DataError
 from noetherflow.monitor import sharding
 from noetherflow.monitor.books import (
     FIELDS,
@@ -33,8 +33,8 @@ from noetherflow.monitor.journal import Journal, Sink
 from noetherflow.monitor.layout import Layout, Shift, Watched
 from noetherflow.monitor.log import FORMAT, plain
 from noetherflow.monitor.measure import Measurement, Probe, tabulate
-from noetherflow.monitor.unwrap import unwrap_model, unwrap_optimizer, watch_closure
-from noetherflow.symmetry_set import SymmetrySet, tensors_of
+from noetherflow.monitor.unwrap import parameters_of, unwrap_model, unwrap_optimizer, watch_closure
+from noetherflow.symmetry_set import SymmetrySet
 
 UNEXPLAINED = 1e-3
 
@@ -63,7 +63,8 @@ class Ledger:
     - `capacity`: recorded steps kept in memory for `records()`; the log keeps all.
     - `sinks`: called with every logged row (TensorBoard, W&B, MLflow, CSV: see `monitor.sinks`).
 
-    Raises DeclarationError when a symmetry names a parameter that the model does not have, DataError for bad settings.
+    Raises DeclarationError when a symmetry names a parameter that the model does not have, DataError for bad settings
+    and for an optimiser of another model.
     """
 
     def __init__(
@@ -107,14 +108,13 @@ class Ledger:
             self.step = sharding.from_first_rank(self.step)
         self._write_header()
 
+    def __repr__(self) -> str:
+        made, rule = f"{self.step} steps", type(self.optimizer).__name__
+        return f"Ledger({made} of {rule}, families {', '.join(self.index.families) or 'none'}, every={self.every})"
+
     def _set_symmetries(self, syms: SymmetrySet) -> None:
-        named = {n: t for n, t in tensors_of(unwrap_model(self.model)).items() if isinstance(t, nn.Parameter)}
         watched: list[Watched] = [*syms, *(Shift(t) for t in syms.translations if self._translations)]
-        missing = [n for item in watched for n in item.parameters if n not in named]
-        if missing:
-            raise DeclarationError(f"the model has no parameters {missing[:5]}; it has {sorted(named)[:8]}")
-        if unreal := [n for item in watched for n in item.parameters if named[n].is_complex()]:
-            raise DeclarationError(f"complex parameters cannot be watched: {unreal[:5]}; filter their symmetries out")
+        named = parameters_of(self.model, self.optimizer, [n for item in watched for n in item.parameters])
         shapes = {n: tuple(t.shape) for n, t in named.items()}
         self.layout = Layout.of(watched, shapes, self.detail)
         self.index = Index.of(self.layout)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from noetherflow.errors import DataError
+from noetherflow.errors import DataError, DeclarationError
+from noetherflow.symmetry_set import tensors_of
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
@@ -29,6 +30,29 @@ def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
             raise DataError(f"expected a torch optimiser, got {type(optimizer).__name__}")
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def parameters_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer, watched: Sequence[str]
+) -> dict[str, nn.Parameter]:
+    """All parameters of the model by their canonical names.
+
+    Raises DeclarationError when one of those `watched` is not among them or complex, DataError when the optimiser holds
+    none of the trainable ones.
+    """
+    named = {n: t for n, t in tensors_of(unwrap_model(model)).items() if isinstance(t, nn.Parameter)}
+    if missing := [n for n in watched if n not in named]:
+        raise DeclarationError(f"the model has no parameters {missing[:5]}; it has {sorted(named)[:8]}")
+    if unreal := [n for n in watched if named[n].is_complex()]:
+        raise DeclarationError(f"complex parameters cannot be watched: {unreal[:5]}; filter their symmetries out")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = [n for n in watched if named[n].requires_grad]
+    if trained and not any(id(named[n]) in held for n in trained):
+        raise DataError(
+            f"the optimiser holds none of {trained[:5]}, which these symmetries are about: was it made for another "
+            "copy of the model? Make it from this model's parameters()"
+        )
+    return named
 
 
 def watch_closure(args: tuple[Any, ...], kwargs: dict[str, Any], then: Callable[[], None]) -> Any:
