@@ -53,6 +53,8 @@ class Analysis:
     def __str__(self) -> str:
         return "\n\n".join(str(part) for part in (self.symmetries, self.certificate, self.flow, self.equilibrium))
 
+    __repr__ = __str__
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "families": self.rows(),

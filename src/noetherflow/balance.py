@@ -67,6 +67,8 @@ class BalanceReport:
         lines += [f"left in place: {name}: {why}" for name, why in self.skipped.items()]
         return "\n".join(lines)
 
+    __repr__ = __str__
+
     def rows(self) -> list[dict[str, Any]]:
         """One row per moved tensor."""
         return [{"tensor": n, "relative_change": c} for n, c in self.moved.items()]

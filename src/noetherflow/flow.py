@@ -213,6 +213,8 @@ class Flow:
             )
         return "\n".join([*lines, *(f"excluded: {n}: {why}" for n, why in self.excluded.items())])
 
+    __repr__ = __str__
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "sgd": self.sgd.to_dict(),

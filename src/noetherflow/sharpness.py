@@ -269,6 +269,8 @@ class Sharpness:
             ]
         )
 
+    __repr__ = __str__
+
     def to_dict(self) -> dict[str, Any]:
         return {
             **asdict(self),

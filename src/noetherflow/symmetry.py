@@ -208,6 +208,8 @@ class Symmetry:
         legs = ", ".join(f"{'+' if leg.sign > 0 else '-'}{leg.parameter}" for leg in self.legs)
         return f"{self.name} [{self.family}] {group}: {legs}"
 
+    __repr__ = __str__
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.name,

@@ -111,8 +111,22 @@ class SymmetrySet:
         )
 
     def trainable(self, model: nn.Module) -> SymmetrySet:
-        """Exclude every symmetry with a leg on a frozen parameter (`requires_grad=False`)."""
-        frozen = {n for n, t in tensors_of(model).items() if isinstance(t, nn.Parameter) and not t.requires_grad}
+        """Exclude every symmetry with a leg on a frozen parameter (`requires_grad=False`).
+
+        Raises DeclarationError when the model has no such parameters, or of other shapes.
+        """
+        tensors = tensors_of(model)
+        other = [
+            f"{n}: {tuple(tensors[n].shape)} instead of {self.shapes[n]}" if n in tensors else f"{n}: missing"
+            for n in self.parameters
+            if n not in tensors or tuple(tensors[n].shape) != self.shapes.get(n, tuple(tensors[n].shape))
+        ]
+        if other:
+            raise DeclarationError(
+                f"the symmetries belong to another model ({'; '.join(other[:3])}, {len(other)} in all); find them "
+                "again with find_symmetries(model, example_inputs)"
+            )
+        frozen = {n for n, t in tensors.items() if isinstance(t, nn.Parameter) and not t.requires_grad}
         reasons = {
             item.name: f"frozen parameter {next(n for n in item.parameters if n in frozen)}"
             for item in self.all_items
@@ -170,6 +184,8 @@ class SymmetrySet:
             for u in self.unknown
         ]
         return "\n".join(lines)
+
+    __repr__ = __str__
 
     def to_dict(self) -> dict[str, Any]:
         return {

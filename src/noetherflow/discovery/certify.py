@@ -93,6 +93,8 @@ class Certificate:
             )
         return "\n".join(lines)
 
+    __repr__ = __str__
+
     def to_dict(self) -> dict[str, Any]:
         return {"rows": [asdict(r) for r in self.rows], "tolerance": self.tolerance, "casts": list(self.casts)}
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +18,8 @@ from torch.utils import _pytree as pytree
 
 from noetherflow.errors import ExportError
 from noetherflow.symmetry_set import tensors_of
+
+LOGGERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +123,8 @@ def export(model: nn.Module, example_inputs: Any) -> Graph:
 
     Raises ExportError with the reason when tracing fails (data-dependent control flow, say).
     """
+    if not isinstance(model, nn.Module):
+        raise ExportError(f"expected a torch.nn.Module, got {model!r:.80}")
     inner = unwrap(model)
     failure: Exception | None = None
     for dtype in (torch.float64, None):
@@ -126,7 +134,7 @@ def export(model: nn.Module, example_inputs: Any) -> Graph:
         except Exception as error:
             failure = failure or error
     else:
-        raise ExportError(_explain(inner, failure)) from failure
+        raise ExportError(_explain(inner, example_inputs, failure)) from failure
     return _graph(model, inner, program)
 
 
@@ -141,7 +149,7 @@ def _trace(model: nn.Module, example_inputs: Any, dtype: torch.dtype | None) -> 
             return torch.empty(value.shape, dtype=kind, device="cpu")
 
     args, kwargs = pytree.tree_map(fake, split_inputs(example_inputs))
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
         blank = _prepare(weightless(model, mode, dtype))
         return torch.export.export(blank, args, kwargs, strict=False).run_decompositions({})
@@ -179,12 +187,51 @@ def _graph(model: nn.Module, inner: nn.Module, program: torch.export.ExportedPro
     )
 
 
-def _explain(model: nn.Module, failure: Exception | None) -> str:
-    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
-    reason = lines[0] if lines else type(failure).__name__
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What torch logs and prints about a failed trace is in its exception as well."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _explain(model: nn.Module, example_inputs: Any, failure: Exception | None) -> str:
+    name = type(model).__name__
+    if (own := _own_failure(model, example_inputs)) is not None:
+        shapes = pytree.tree_map(lambda x: tuple(x.shape) if isinstance(x, Tensor) else x, example_inputs)
+        return (
+            f"{name} itself fails on these example inputs, {own}\n"
+            f"Their shapes: {shapes}. Pass a tensor, a tuple of arguments or a dict of keyword arguments."
+        )
     return (
-        f"{type(model).__name__} could not be exported: {reason}\n"
+        f"{name} could not be exported: {_first_line(failure)}\n"
         "torch.export needs control flow that does not depend on tensor values. Rewrite that branch (torch.where, "
-        "torch.cond), pass example inputs of the right form (a tensor, a tuple of arguments or a dict of keyword "
-        "arguments), or name the symmetries yourself: nf.declare(model, kind, plus=[(parameter, axis)], minus=[...])."
+        "torch.cond), or name the symmetries yourself: nf.declare(model, kind, plus=[(parameter, axis)], minus=[...])."
     )
+
+
+def _own_failure(model: nn.Module, example_inputs: Any) -> str | None:
+    """The error of a plain forward, None if it runs."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    cast = lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+    args, kwargs = pytree.tree_map(cast, split_inputs(example_inputs))
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            buffers = {n: b.clone() for n, b in model.named_buffers()}
+            torch.func.functional_call(model, buffers, args, kwargs)
+    except Exception as error:
+        return f"{type(error).__name__}: {_first_line(error)}"
+    return None
+
+
+def _first_line(error: Exception | None) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -38,6 +38,21 @@ class Forecast:
             for i, k in enumerate(self.steps)
         ]
 
+    def __str__(self) -> str:
+        how = "all symmetries together" if self.joint else "each symmetry with the others held"
+        lines = [f"norm of the charge after that many steps, {how}", f"{'symmetry':<40}" + self._cells(self.steps, ",")]
+        for name, charge in self.charges.items():
+            lines.append(f"{name:<40}" + self._cells([float(c.norm()) for c in charge], ".4g"))
+            if name in self.errors:
+                lines.append(f"{'':<37}+- " + self._cells([float(e.norm()) for e in self.errors[name]], ".2g"))
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    @staticmethod
+    def _cells(values: Sequence[float], form: str) -> str:
+        return "".join(f"{v:>12{form}}" for v in values)
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "steps": list(self.steps),

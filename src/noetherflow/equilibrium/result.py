@@ -133,6 +133,8 @@ class Equilibrium:
             lines.append("raise max_iterations, or look at the symmetries with the largest imbalance in rows()")
         return "\n".join(lines)
 
+    __repr__ = __str__
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "objective": self.objective,

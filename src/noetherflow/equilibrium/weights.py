@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from noetherflow.errors import DataError
 from noetherflow.moments.result import GradientMoments
 from noetherflow.sgd import SGDConfig
 
@@ -24,7 +25,11 @@ class Drift:
 
         `decay = 2 lr w / (1-m)`, `noise = lr^2 / (1-m)^2`, and because the mean gradient persists from step to step,
         `mean = lr^2 (1+m) / (1-m)^3`, for Nesterov `lr^2 (1 - m + 2 m^2) / (1-m)^3`.
+
+        Raises DataError for anything but an SGDConfig.
         """
+        if not isinstance(sgd, SGDConfig):
+            raise DataError(f"sgd must be nf.SGDConfig(lr=..., batch_size=...), got {sgd!r}")
         m, lr, rest = sgd.momentum, sgd.lr, 1 - sgd.momentum
         persistence = (1 - m + 2 * m * m if sgd.nesterov else 1 + m) / rest**3
         decay = lr * sgd.weight_decay * (2 - lr * sgd.weight_decay) / rest

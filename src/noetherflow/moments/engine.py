@@ -76,6 +76,8 @@ def gradient_moments(
     other, for a sharded parameter without a rule, and where rules and autograd disagree.
     """
     ranks = ranks_of(model, process_group)
+    if isinstance(batches, tuple) and all(isinstance(b, Tensor) for b in batches):
+        raise DataError("batches is an iterable of batches, got one tuple of tensors; for a single batch: [(x, y)]")
     meter = Meter(model, loss_fn, syms, entries=entries, parameters=parameters, sample_axes=sample_axes)
     if resume is not None:
         meter.resume(resume)
@@ -122,6 +124,12 @@ class Meter:
     uncovered: dict[str, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
+        if not callable(self.loss_fn) or isinstance(self.loss_fn, nn.Module):
+            raise DataError(
+                f"loss_fn is called as loss_fn(model, batch) and returns one loss per sample, got a "
+                f"{type(self.loss_fn).__name__}; wrap a criterion with reduction='none': "
+                "lambda model, batch: criterion(model(batch[0]), batch[1])"
+            )
         self.model = unwrapped(self.model)
         wanted = trainable_parameters(self.model, [*self.syms.parameters, *self.parameters])
         self._needs = needs_of(self.syms, wanted, self.entries)

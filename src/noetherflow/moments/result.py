@@ -97,6 +97,8 @@ class GradientMoments:
         lines += [f"{name:<48}{'  '.join(f'{t:.4g}' for t in traces)}" for name, traces in self._traces().items()]
         return "\n".join(lines)
 
+    __repr__ = __str__
+
     def _traces(self) -> dict[str, list[float]]:
         return {name: [float(trace(leg)) for leg in legs] for name, legs in self.second.items()}
 

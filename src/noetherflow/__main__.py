@@ -1,0 +1,5 @@
+"""`python -m noetherflow`."""
+
+from noetherflow.cli import main
+
+main()
