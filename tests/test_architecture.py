@@ -22,6 +22,7 @@ LAYERS = [
     {"analysis", "workloads"},
     {"reproduce", "report"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
