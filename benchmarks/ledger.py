@@ -25,7 +25,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import noetherflow as nf
-from benchmarks.moments import CASES, per_sample_loss
+from benchmarks.moments import CASES, device_name, per_sample_loss, settle
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "momentum": lambda model: torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9),
@@ -45,6 +45,7 @@ class Run:
 
     def steps(self, n: int, ledger: nf.Ledger | None = None) -> float:
         """Seconds for n steps; `inside` gets the share of them spent in the ledger's calls over the rest."""
+        settle()
         own, start = 0.0, time.perf_counter()
         for _ in range(n):
             self.optimizer.zero_grad()
@@ -59,6 +60,7 @@ class Run:
             began = time.perf_counter()
             ledger.after_step()
             own -= began - time.perf_counter()
+        settle()
         total = time.perf_counter() - start
         if ledger is not None:
             self.inside.append(own / (total - own))
@@ -133,8 +135,11 @@ if __name__ == "__main__":
     parser.add_argument("--models", default=",".join(CASES))
     parser.add_argument("--optimizers", default=",".join(OPTIMIZERS))
     parser.add_argument("--seconds", type=float, default=60, help="per model and optimiser")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; on cuda the blocks count, steps run ahead")
     parser.add_argument("--memory", action="store_true", help="memory instead of time")
     options = parser.parse_args()
+    torch.set_default_device(options.device)
+    print(f"torch {torch.__version__}, {device_name()}", flush=True)
     for name in options.models.split(","):
         for kind in options.optimizers.split(","):
             run = build(name, kind)

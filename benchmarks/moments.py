@@ -167,6 +167,18 @@ def measured(case: Case, entries: bool) -> tuple[Callable[[], None], Meter]:
     return lambda: meter.update(case.batch), meter
 
 
+def device_name() -> str:
+    """Where tensors are made."""
+    device = torch.get_default_device()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def settle() -> None:
+    """Wait for the device that tensors are made on."""
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
+
+
 def rounds(steps: Mapping[str, Callable[[], Any]], count: int) -> dict[str, list[float]]:
     """Seconds of every step in each of `count` rounds, one after the other within a round, after one not counted."""
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -174,6 +186,7 @@ def rounds(steps: Mapping[str, Callable[[], Any]], count: int) -> dict[str, list
         for name, step in steps.items():
             start = time.perf_counter()
             step()
+            settle()
             if k:
                 times[name].append(time.perf_counter() - start)
     return times
@@ -190,6 +203,12 @@ def peak_memory(prepare: Callable[[], Callable[[], Any]]) -> float:
 
     Counted allocation by allocation, hence the same in every run. What `prepare` leaves behind counts.
     """
+    if torch.get_default_device().type == "cuda":
+        before = torch.cuda.memory_allocated()
+        step = prepare()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step = prepare()
         with record_function("steady"):
@@ -285,6 +304,7 @@ def scaling() -> dict[str, list[tuple[int, float]]]:
         for _ in range(5):
             start = time.perf_counter()
             step()
+            settle()
             times.append(time.perf_counter() - start)
         return statistics.median(times)
 
@@ -295,7 +315,7 @@ def scaling() -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def plot(curves: dict[str, list[tuple[int, float]]]) -> None:
+def plot(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
@@ -313,31 +333,37 @@ def plot(curves: dict[str, list[tuple[int, float]]]) -> None:
         )
         axis.minorticks_off()
     axes[0].legend()
-    OUT.mkdir(parents=True, exist_ok=True)
-    figure.savefig(OUT / "moments_scaling.svg")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
 
 
 def run() -> list[dict[str, Any]]:
     """One row per model and method; also writes docs/figures/moments.json and the scaling plot.
 
     `MODELS=mlp,scaling` in the environment measures those alone and leaves the rest of the file as it was.
+    `DEVICE=cuda` measures on a GPU, into `moments_cuda.json` and `moments_scaling_cuda.svg`.
     """
+    device = os.environ.get("DEVICE", "cpu")
+    torch.set_default_device(device)
+    suffix = "" if device == "cpu" else f"_{device}"
     torch.manual_seed(0)
     wanted = os.environ.get("MODELS", ",".join((*CASES, "scaling"))).split(",")
-    path = OUT / "moments.json"
+    path = OUT / f"moments{suffix}.json"
     record: dict[str, Any] = json.loads(path.read_text()) if path.exists() and "MODELS" in os.environ else {"rows": []}
+    record["device"] = device_name()
     record["threads"] = threads = torch.get_num_threads()
-    print(f"torch {torch.__version__}, {threads} threads, {platform.machine()}, load {os.getloadavg()[0]:.1f}")
+    machine = f"{platform.machine()}, {device_name()}, load {os.getloadavg()[0]:.1f}"
+    print(f"torch {torch.__version__}, {threads} threads, {machine}")
     rows = []
     for name in wanted:
         if name == "scaling":
             record["scaling"] = curves = scaling()
             for axis, points in curves.items():
                 print(f"{axis}: " + ", ".join(f"{x} -> {1e3 * y:.1f} ms" for x, y in points))
-            plot(curves)
+            plot(curves, OUT / f"moments_scaling{suffix}.svg")
         else:
             case = CASES[name]()
-            found = compare(case, ROUNDS[name])
+            found = compare(case, ROUNDS[name] if device == "cpu" else max(51, ROUNDS[name]))
             show(found)
             rows += found
             record["rows"] = [row for row in record["rows"] if row["model"] != case.name] + found

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent / "src" / "noetherflow"
 
 LAYERS = [
     {"errors"},
-    {"spd", "sgd", "legs"},
+    {"spd", "sgd", "legs", "host"},
     {"symmetry"},
     {"symmetry_set"},
     {"discovery", "moments"},

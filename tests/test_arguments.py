@@ -28,6 +28,7 @@ SYMS = nf.find_symmetries(NET, X[:2])
 MOMENTS = nf.gradient_moments(NET, loss, [(X, Y)], SYMS, entries=True)
 SGD = nf.SGDConfig(lr=0.1, batch_size=8)
 
+OTHER = r"another model \(0.weight: \(31, 20\) instead of \(30, 20\)"
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "input width": (
         lambda: nf.find_symmetries(NET, torch.randn(2, 21)),
@@ -39,10 +40,10 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "order": (lambda: nf.gradient_moments(NET, [(X, Y)], loss, SYMS), "got a list"),  # type: ignore[arg-type]
     "criterion": (lambda: nf.gradient_moments(NET, nn.MSELoss(), [(X, Y)], SYMS), "wrap a criterion"),
     "one batch": (lambda: nf.gradient_moments(NET, loss, (X, Y), SYMS), r"for a single batch: \[\(x, y\)\]"),
-    "another model": (
-        lambda: nf.noise_equilibrium(network(31), SYMS, MOMENTS, SGD),
-        r"another model \(0.weight: \(31, 20\) instead of \(30, 20\)",
-    ),
+    "another model": (lambda: nf.noise_equilibrium(network(31), SYMS, MOMENTS, SGD), OTHER),
+    "another model, moments": (lambda: nf.gradient_moments(network(31), loss, [(X, Y)], SYMS), OTHER),
+    "another model, replicates": (lambda: nf.minibatch_moments(network(31), loss, [], SYMS, batch_size=8), OTHER),
+    "another model, certificate": (lambda: nf.certify(network(31), SYMS, X[:2]), OTHER),
 }
 
 

@@ -57,7 +57,7 @@ def mlp_symmetries(model: nn.Module) -> nf.SymmetrySet:
 
 def batches(steps: int, size: int = 32, seed: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
     x, y = digits()
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator(torch.get_default_device()).manual_seed(seed)
     picks = [torch.randint(len(x), (size,), generator=rng) for _ in range(steps)]
     return [(x[p], y[p]) for p in picks]
 

@@ -14,7 +14,7 @@ from noetherflow.monitor.measure import tabulate
 @pytest.mark.parametrize("axes", [(0,), (1,), (-1,), (0, 2), (2, 1), (0, 1, 2)])
 @pytest.mark.parametrize("piece", [1, 7, 1000])
 def test_sums_in_pieces_equal_whole_sums(axes: tuple[int, ...], piece: int) -> None:
-    rng = torch.Generator().manual_seed(0)
+    rng = torch.Generator(torch.get_default_device()).manual_seed(0)
     a, b = (torch.randn(5, 4, 3, dtype=torch.float64, generator=rng) for _ in range(2))
     over = tuple(d for d in range(3) if d not in [x % 3 for x in axes])
     expected = (a * b).sum(over, keepdim=True) if over else a * b

@@ -18,6 +18,7 @@ from noetherflow.equilibrium.orbit import MeasuredOrbit, Samples, measured_orbit
 from noetherflow.equilibrium.result import Settled
 from noetherflow.equilibrium.weights import Drift, Weights
 from noetherflow.errors import MomentError
+from noetherflow.host import on_host
 from noetherflow.moments.result import GradientMoments
 from noetherflow.moments.statistics import jackknife
 from noetherflow.sgd import SGDConfig
@@ -171,6 +172,7 @@ class Flow:
                 return row
         raise KeyError(f"no symmetry named {name!r}; names: {[r.name for r in self.details][:20]}")
 
+    @on_host
     def forecast(self, steps: Sequence[int] | Tensor, *, errors: bool = True) -> Forecast:
         """`C(k)` at the given numbers of steps, from the exact orbit ODE `dC/dk = E[C' - C]` (theory.md section 7).
 
@@ -227,6 +229,7 @@ class Flow:
 PARTS = ("decay", "noise", "step_size")
 
 
+@on_host
 def noether_flow(
     model: nn.Module, syms: SymmetrySet, mom: GradientMoments, sgd: SGDConfig, *, samples: Samples | None = None
 ) -> Flow:

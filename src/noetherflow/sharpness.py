@@ -124,11 +124,11 @@ def curvature_moments(
     zero = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in product.parameters.items()}
     if probes is None:
         return _total(_contract(product(v), v, syms, zero) for v in _units(zero))
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator("cpu").manual_seed(seed)
     parts = []
     for _ in range(probes):
         v = {
-            n: (torch.randint(0, 2, p.shape, generator=rng).double() * 2 - 1).to(p.device)
+            n: (torch.randint(0, 2, p.shape, generator=rng, device="cpu").double() * 2 - 1).to(p.device)
             for n, p in product.parameters.items()
         }
         parts.append(_contract(product(v), v, syms, zero))

@@ -85,7 +85,7 @@ class Symmetry:
         return len(self.parameters) < len(self.weight_legs)
 
     def identity(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        return self._shaped(torch.eye(self.dim, dtype=dtype).expand(self.blocks, -1, -1))
+        return self._shaped(torch.eye(self.dim, dtype=dtype, device="cpu").expand(self.blocks, -1, -1))
 
     def exp(self, generator: Tensor) -> Tensor:
         """`exp(A)` for a symmetric generator in the layout `shape`."""
@@ -101,7 +101,7 @@ class Symmetry:
 
     def random_element(self, spread: float = 0.3, rng: torch.Generator | None = None) -> Tensor:
         """`exp` of a random symmetric generator with entries of standard deviation `spread`, float64."""
-        noise = spread * torch.randn(self.shape, dtype=torch.float64, generator=rng)
+        noise = spread * torch.randn(self.shape, dtype=torch.float64, generator=rng, device="cpu")
         return self.exp(noise if self.is_torus else spd.symmetric(noise))
 
     def act(self, params: Params, element: Tensor) -> dict[str, Tensor]:

@@ -110,8 +110,8 @@ class SymmetrySet:
             excluded={**self.excluded, **reasons},
         )
 
-    def trainable(self, model: nn.Module) -> SymmetrySet:
-        """Exclude every symmetry with a leg on a frozen parameter (`requires_grad=False`).
+    def tensors_in(self, model: nn.Module) -> dict[str, Tensor]:
+        """`tensors_of(model)`, which hold the parameters of these symmetries.
 
         Raises DeclarationError when the model has no such parameters, or of other shapes.
         """
@@ -126,6 +126,14 @@ class SymmetrySet:
                 f"the symmetries belong to another model ({'; '.join(other[:3])}, {len(other)} in all); find them "
                 "again with find_symmetries(model, example_inputs)"
             )
+        return tensors
+
+    def trainable(self, model: nn.Module) -> SymmetrySet:
+        """Exclude every symmetry with a leg on a frozen parameter (`requires_grad=False`).
+
+        Raises DeclarationError for another model's symmetries.
+        """
+        tensors = self.tensors_in(model)
         frozen = {n for n, t in tensors.items() if isinstance(t, nn.Parameter) and not t.requires_grad}
         reasons = {
             item.name: f"frozen parameter {next(n for n in item.parameters if n in frozen)}"

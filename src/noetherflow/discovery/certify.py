@@ -121,8 +121,10 @@ def certify(
     Verdicts: `exact` below 1e-12 (1e-7 where the graph casts to float32); `approximate` when a normalisation's eps
     explains the violation, shown by varying eps; else `broken`. `dtypes` adds output violations in narrower types.
 
-    Raises DataError when the outputs are not finite or the model has no floating output.
+    Raises DataError when the outputs are not finite or the model has no floating output, DeclarationError for another
+    model's symmetries.
     """
+    syms.tensors_in(model)
     bench = _Bench(model, example_inputs, loss_fn, batch, trials, samples, seed)
     measured = [_measure(bench, item, spread, seed + k) for k, item in enumerate(syms.all_items)]
     casts = syms.casts
@@ -177,7 +179,7 @@ class _Bench:
     ) -> None:
         self.source = model
         self.model, self.tensors = _copy(model, torch.float64)
-        self.rng = torch.Generator().manual_seed(seed)
+        self.rng = torch.Generator("cpu").manual_seed(seed)
         self.inputs = [_cast(example_inputs, torch.float64)]
         self.inputs += [self._random_inputs(self.inputs[0]) for _ in range(trials - 1)]
         self.loss_fn, self.batch = loss_fn, _cast(batch, torch.float64)
@@ -186,14 +188,14 @@ class _Bench:
         self.outputs = [_outputs(self.model, x) for x in self.inputs]
         if not all(bool(torch.isfinite(y).all()) for y in self.outputs):
             raise DataError("the model's outputs on the example inputs are not finite; certify needs finite outputs")
-        self.projection = torch.randn(self.outputs[0].numel(), dtype=torch.float64, generator=self.rng)
+        self.projection = torch.randn(self.outputs[0].numel(), dtype=torch.float64, generator=self.rng, device="cpu")
         self.gradients = self._gradients()
 
     def _random_inputs(self, inputs: Any) -> Any:
         def draw(x: Any) -> Any:
             if not isinstance(x, Tensor) or not x.is_floating_point() or x.numel() < 2:
                 return x
-            noise = torch.randn(x.shape, dtype=x.dtype, generator=self.rng)
+            noise = torch.randn(x.shape, dtype=x.dtype, generator=self.rng, device="cpu")
             return x.mean() + x.std().clamp_min(1e-3) * noise
 
         return pytree.tree_map(draw, inputs)
@@ -317,13 +319,13 @@ def _act(
     item: Symmetry | Translation, tensors: dict[str, Tensor], spread: float, seed: int
 ) -> tuple[dict[str, Tensor], Tensor]:
     """A random element of the group (or shift), applied; the moved tensors and the element."""
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator("cpu").manual_seed(seed)
     here = {n: t.detach() for n, t in tensors.items()}
     if isinstance(item, Symmetry):
         element = item.random_element(spread, rng)
     else:
         columns = item.leg.unfold(here[item.leg.parameter]).shape[-1]
-        element = torch.randn(item.leg.blocks, columns, dtype=torch.float64, generator=rng)
+        element = torch.randn(item.leg.blocks, columns, dtype=torch.float64, generator=rng, device="cpu")
     return item.act(here, element), element
 
 

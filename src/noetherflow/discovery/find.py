@@ -11,6 +11,7 @@ from noetherflow.discovery.export import Graph, export
 from noetherflow.discovery.infer import infer
 from noetherflow.discovery.shifts import find_translations
 from noetherflow.discovery.solve import solve
+from noetherflow.host import on_host
 from noetherflow.symmetry_set import SymmetrySet
 
 
@@ -26,6 +27,7 @@ def find_symmetries(model: nn.Module, example_inputs: Any) -> SymmetrySet:
     return find_in_graph(export(model, example_inputs)).trainable(model)
 
 
+@on_host
 def find_in_graph(graph: Graph) -> SymmetrySet:
     """The symmetries of an exported graph, frozen parameters included."""
     inference = infer(graph)

@@ -82,7 +82,7 @@ def count_symmetries(
         )
     for p in params.values():
         p.requires_grad_(True)
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator("cpu").manual_seed(seed)
     base = {n: p.detach().clone() for n, p in params.items()}
     inputs = _cast(example_inputs, torch.float64)
     rows: list[Tensor] = []
@@ -94,7 +94,7 @@ def count_symmetries(
     while count < 1.2 * unknowns + 32 or len(rows) < longest + 8:
         with torch.no_grad():
             for n, p in params.items():
-                p.copy_(base[n] + spread * torch.randn(p.shape, dtype=p.dtype, generator=rng))
+                p.copy_(base[n] + spread * torch.randn(p.shape, dtype=p.dtype, generator=rng, device="cpu"))
         equations, seen = _equations(copied, params, plan, _redrawn(inputs, rng), per_draw, symmetric, rng)
         rows.append(equations)
         used |= seen
@@ -143,7 +143,7 @@ def _equations(
     """One row per random projection of the outputs: the coefficients of every unknown, and which unknowns matter."""
     y = torch.cat([t.double().reshape(-1) for t in _floats(_run(model, inputs)) if t.requires_grad])
     count = min(count, y.numel())  # more projections of one draw would not be independent
-    probes = torch.randn(count, y.numel(), dtype=torch.float64, generator=rng)
+    probes = torch.randn(count, y.numel(), dtype=torch.float64, generator=rng, device="cpu")
     gradients = [torch.autograd.grad(y, list(params.values()), p, retain_graph=True, allow_unused=True) for p in probes]
     largest = max(float(g.abs().max()) for row in gradients for g in row if g is not None and g.numel())
     rows, seen = [], []
@@ -175,7 +175,7 @@ def _redrawn(inputs: Any, rng: torch.Generator) -> Any:
         if not isinstance(x, Tensor) or x.numel() < 2:
             return x
         if x.is_floating_point():
-            return torch.randn(x.shape, dtype=x.dtype, generator=rng)
-        return x.reshape(-1)[torch.randperm(x.numel(), generator=rng)].reshape(x.shape)
+            return torch.randn(x.shape, dtype=x.dtype, generator=rng, device="cpu")
+        return x.reshape(-1)[torch.randperm(x.numel(), generator=rng, device="cpu")].reshape(x.shape)
 
     return pytree.tree_map(draw, inputs)

@@ -35,7 +35,7 @@ def gradient_factors(
 
     Read off as inputs and output gradients of `nn.Linear` (and transformers' `Conv1D`) layers, in the parameters'
     dtype; the first axis of what these layers are given must be the batch. Give the result to `noise_equilibrium(...,
-    samples=...)` with moments of the same samples, which checks it against them.
+    samples=...)` with moments of the same samples, which checks it against them. Empty where no weight is so moved.
 
     Raises MomentError for a weight that is used otherwise: pass dense per-sample gradients or `remeasure=` then;
     DataError without batches.
@@ -44,6 +44,8 @@ def gradient_factors(
     symmetries = list(syms.trainable(model))
     coordinates = leg_coordinates(symmetries, {n: tuple(t.shape) for n, t in tensors.items()})
     wanted = list(mixed_parameters(coordinates, symmetries))
+    if not wanted:
+        return {}
     found: dict[str, list[Factors]] = {n: [] for n in wanted}
     measured = False
     for batch in batches:

@@ -27,6 +27,7 @@ from noetherflow.equilibrium.result import Class, Equilibrium, Settled
 from noetherflow.equilibrium.solve import Classes, Solution, classify, drives, elements_of, imbalance, logs_of, minimise
 from noetherflow.equilibrium.weights import Drift, Weights
 from noetherflow.errors import MomentError
+from noetherflow.host import on_host
 from noetherflow.moments.result import GradientMoments
 from noetherflow.moments.statistics import jackknife
 from noetherflow.sgd import SGDConfig
@@ -79,6 +80,7 @@ def _too_few(moments: GradientMoments, sgd: SGDConfig) -> str:
     )
 
 
+@on_host
 def noise_equilibrium(
     model: nn.Module,
     syms: SymmetrySet,

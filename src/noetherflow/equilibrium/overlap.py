@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from noetherflow.host import on_host
 from noetherflow.symmetry import Symmetry
 
 
@@ -68,6 +69,7 @@ class LegCoordinates:
         return self.ids >= 0
 
 
+@on_host
 def leg_coordinates(
     symmetries: Sequence[Symmetry], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[LegCoordinates, ...]]:
@@ -105,6 +107,7 @@ def _touches(legs: Sequence[LegCoordinates]) -> Tensor:
     return total
 
 
+@on_host
 def overlapping_parameters(coordinates: Mapping[str, tuple[LegCoordinates, ...]]) -> set[str]:
     """Parameters with an entry that more than one leg moves."""
     out = set()

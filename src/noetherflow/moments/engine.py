@@ -71,9 +71,10 @@ def gradient_moments(
     measured parameter a rule. `progress(samples, loss)` is called after each batch.
     The model, its buffers and `.grad` are left as they were.
 
-    Raises DataError for a scalar or wrongly shaped loss, NaN or inf, no batch, or fewer batches on some rank than on
-    others under `fully_shard`; MomentError for a symmetry on a frozen or unused parameter, for samples that act on each
-    other, for a sharded parameter without a rule, and where rules and autograd disagree.
+    Raises DeclarationError for another model's symmetries; DataError for a scalar or wrongly shaped loss, NaN or inf,
+    no batch, or fewer batches on some rank than on others under `fully_shard`; MomentError for a symmetry on a frozen
+    or unused parameter, for samples that act on each other, for a sharded parameter without a rule, and where rules and
+    autograd disagree.
     """
     ranks = ranks_of(model, process_group)
     if isinstance(batches, tuple) and all(isinstance(b, Tensor) for b in batches):
@@ -131,6 +132,7 @@ class Meter:
                 "lambda model, batch: criterion(model(batch[0]), batch[1])"
             )
         self.model = unwrapped(self.model)
+        self.syms.tensors_in(self.model)
         wanted = trainable_parameters(self.model, [*self.syms.parameters, *self.parameters])
         self._needs = needs_of(self.syms, wanted, self.entries)
         self._roots = {n: t for n, t in tensors_of(self.model).items() if t.requires_grad}

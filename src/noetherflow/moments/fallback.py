@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils import _pytree as pytree
 from noetherflow.errors import MomentError
 from noetherflow.moments.batch import Slices, Subject, buffers_kept
 from noetherflow.moments.verify import independence
+from noetherflow.symmetry_set import tensors_of
 
 CHUNK_ENTRIES = 1 << 24
 CHECKED = 2
@@ -80,11 +82,9 @@ class Fallback:
         losses = self._losses(batch)
         n = min(CHECKED, len(losses))
         together = self._loop(losses, 0, n)
-        try:
-            if all(map(_same, self._vmapped(batch, split, 0, n), together)):
-                return True
-        except Exception:  # whatever vmap stumbles over
-            pass
+        vmapped = self._tried(batch, lambda f, b: f._vmapped(b, split, 0, n))
+        if vmapped is not None and all(map(_same, vmapped, together)):
+            return True
         if self.subject.measured <= set(self.names):  # else the rules have shown that samples do not interact
             self._refuse_interaction(batch, split, together)
         return False
@@ -94,9 +94,8 @@ class Fallback:
 
         A multiple is no sign of it: losses may be scaled by something taken over the batch, such as a count of tokens.
         """
-        try:
-            alone = self._loop(self._losses(_part(batch, split, 0, 1)), 0, 1)
-        except Exception:  # not a batch to take a sample out of
+        alone = self._tried(batch, lambda f, b: f._loop(f._losses(_part(b, split, 0, 1)), 0, 1))
+        if alone is None:  # not a batch to take a sample out of
             return
         again = self._loop(self._losses(batch), 0, 1)
         a, b, c = (torch.cat([g[0].flatten().double() for g in rows]) for rows in (alone, together, again))
@@ -107,6 +106,21 @@ class Fallback:
                 "its batch. Per-sample gradients do not describe SGD here (batch statistics, contrastive loss?); use "
                 "minibatch_moments. If a tensor of the batch has as many rows by chance, take another batch size"
             )
+
+    def _tried(self, batch: Any, run: Callable[[Fallback, Any], list[Tensor]]) -> list[Tensor] | None:
+        """`run(self, batch)`, None where that is an error: on a CPU first, as an index out of bounds ends the use of
+        a GPU by the whole process.
+        """
+        try:
+            if any(p.device.type != "cpu" for p in self.params):
+                model = copy.deepcopy(self.subject.model).cpu()
+                roots = {n: t for n, t in tensors_of(model).items() if t.requires_grad}
+                with torch.device("cpu"):
+                    there = Fallback(replace(self.subject, model=model, roots=roots), self.names)
+                    run(there, pytree.tree_map_only(Tensor, Tensor.cpu, batch))
+            return run(self, batch)
+        except Exception:  # whatever vmap, or a part of a batch, stumbles over
+            return None
 
     def _vmapped(self, batch: Any, split: tuple[bool, ...], lo: int, hi: int) -> list[Tensor]:
         structure = pytree.tree_structure(batch)

@@ -89,6 +89,7 @@ class MinibatchMeter:
 
     def __post_init__(self) -> None:
         self.model = unwrapped(self.model)
+        self.syms.tensors_in(self.model)
         SGDConfig(1.0, self.batch_size, dataset_size=self.dataset_size)
         self.params = trainable_parameters(self.model, self.syms.parameters)
         refuse_sharded(self.params, "minibatch gradients are then sharded too")

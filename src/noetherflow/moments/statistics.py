@@ -95,7 +95,7 @@ def jackknife(
     if not unseen:
         return {name: Estimate(v, torch.zeros_like(v), torch.zeros_like(v), count) for name, v in values.items()}
     parts = [statistics(m) for m in moments.leave_one_out()]
-    h = torch.tensor([n / g.samples for g in moments.groups], dtype=torch.float64)
+    h = torch.tensor([n / g.samples for g in moments.groups], dtype=torch.float64, device="cpu")
     return {name: _busing(v, torch.stack([p[name] for p in parts]), h, unseen) for name, v in values.items()}
 
 
@@ -108,7 +108,7 @@ def _busing(value: Tensor, parts: Tensor, h: Tensor, unseen: float) -> Estimate:
 
 
 def _float64(value: Tensor | float) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+    return torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
 
 
 def noise_error(samples: Sequence[int], traces: Tensor) -> float:
@@ -118,7 +118,7 @@ def noise_error(samples: Sequence[int], traces: Tensor) -> float:
     """
     if len(samples) < 4:
         return float("inf")
-    counts = torch.tensor(samples, dtype=torch.float64).unsqueeze(1)
+    counts = torch.tensor(samples, dtype=torch.float64, device="cpu").unsqueeze(1)
     weights, means = counts / counts.sum(), traces.cpu() / counts
     mean = (weights * means).sum(0)
     spread = (weights * (means - mean)).square().sum(0) / (1 - weights.square().sum())

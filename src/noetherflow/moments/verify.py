@@ -48,8 +48,8 @@ def signature(trace: Trace, samples: int, span: int) -> tuple[Any, ...]:
 
 def random_weights(losses: Tensor) -> Tensor:
     """`c_i` in [0.5, 1.5], without touching the global random state."""
-    rng = torch.Generator().manual_seed(0x5EED)
-    return (0.5 + torch.rand(losses.shape, generator=rng, dtype=torch.float64)).to(losses)
+    rng = torch.Generator("cpu").manual_seed(0x5EED)
+    return (0.5 + torch.rand(losses.shape, generator=rng, dtype=torch.float64, device="cpu")).to(losses)
 
 
 @contextmanager
