@@ -97,7 +97,7 @@ def test_estimates_agree_with_moments_of_the_minibatch_gradient(momentum: float,
         side = lambda values, sign: sum(v for v, t in zip(values, signs, strict=True) if t == sign)  # noqa: B023
         x = slow * w * 2 * side(k, 1) + slow**2 * side(legs, -1)
         y = slow * w * 2 * side(k, -1) + slow**2 * side(legs, 1)
-        lam = (0.25 * torch.log(y / x)).abs().numpy()
+        lam = (0.25 * torch.log(y / x)).abs().cpu().numpy()
         assert rows[s.name]["distance"] == pytest.approx(float(np.median(lam)), rel=1e-9)
         assert rows[s.name]["distance_max"] == pytest.approx(float(lam.max()), rel=1e-9)
         assert rows[s.name]["at_infinity"] == 0
@@ -112,7 +112,7 @@ def test_a_dead_neuron_has_no_finite_equilibrium() -> None:
     model = nn.Sequential(nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 10)).double()
     with torch.no_grad():
         model[0].weight[0] = 0
-        model[0].bias[0] = -1
+        model[0].bias.copy_(torch.tensor([-1.0, 9.0, 9.0, 9.0]))
         model[2].weight[:, 0] = 0
     syms = nf.declare(model, "diagonal", [("0.weight", 0), ("0.bias", 0)], [("2.weight", 1)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

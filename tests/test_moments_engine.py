@@ -440,7 +440,7 @@ def test_jackknife_of_a_mean_is_its_textbook_error() -> None:
     model = net()
     moments = gradient_moments(model, squared, data(8), hidden(model), groups=8)
     estimate = standard_error(moments, lambda m: m.second["hidden"][0])
-    parts = torch.stack([g.second["hidden"][0] for g in moments.groups])
+    parts = torch.stack([g.second["hidden"][0] for g in moments.groups]).cpu()
     torch.testing.assert_close(estimate.error, parts.std(0) / math.sqrt(8), rtol=1e-10, atol=0)
     torch.testing.assert_close(estimate.bias, torch.zeros_like(estimate.bias), rtol=0, atol=1e-12)
     low, high = estimate.interval(0.95)
