@@ -35,9 +35,12 @@ class Problem(Protocol):
 
 
 def normal(shape: Sequence[int], rng: torch.Generator, like: Tensor | None = None) -> Tensor:
-    """Standard normal numbers in `like`'s dtype, on the generator's device (float64 by default)."""
+    """Standard normal numbers in `like`'s dtype (float64 by default), on the generator's device.
+
+    Drawn in single precision: on a CPU that takes a quarter of the time, and the noise is known to 2^-24.
+    """
     dtype = torch.float64 if like is None else like.dtype
-    return torch.randn(tuple(shape), dtype=dtype, device=rng.device, generator=rng)
+    return torch.randn(tuple(shape), dtype=torch.float32, device=rng.device, generator=rng).to(dtype)
 
 
 def wishart_factor(replicas: int, dim: int, samples: int, rng: torch.Generator) -> Tensor:
