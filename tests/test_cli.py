@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 
 import pytest
 import torch
+import typer.main
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import noetherflow as nf
 from noetherflow.cli import main
+from noetherflow.cli.app import app
 from noetherflow.errors import DataError, ExportError
+from noetherflow.workloads import CONTRACT
 
 FACTORIES = """
 import torch
@@ -69,11 +73,28 @@ class Unused(nn.Module):
 def unused():
     return Unused(), per_sample, data()
 
+def boom():
+    torch.zeros(2) @ torch.zeros(3)
+
+def parse():
+    import json
+    return json.loads("{")
+
+def two():
+    return net(), torch.ones(2, 3).double()
+
+def empty():
+    return net(), per_sample, data() + data(0)
+
 def frozen():
     model = net()
     model[0].weight.requires_grad_(False)
     return model, per_sample, data()
 """
+
+
+def line_of(text: str) -> int:
+    return FACTORIES[: FACTORIES.index(text)].count("\n") + 1
 
 
 @pytest.fixture
@@ -240,7 +261,14 @@ def test_report_of_a_recorded_run(run, tmp_path):
         (("analyze", "MODULE:good", "--batch-size", "99", "--finite-data"), "larger than dataset_size 12"),
         (("analyze", "MODULE:good", "--lr", "-1"), "lr must be a positive"),
         (("find", "nothing-here"), "neither a built-in example"),
+        (("find", "digits-mpl"), "; did you mean digits-mlp?"),
         (("find", "hf:/no/such/config.json"), "/no/such/config.json"),
+        (("analyze", "hf:config.json"), f"without data or loss; give package.module:factory with {CONTRACT}"),
+        (("analyze", "MODULE:two"), CONTRACT),
+        (("analyze", "MODULE:empty"), "batch 1 is empty (first tensor has shape (0, 3))"),
+        (("analyze", "MODULE:boom"), f".py:{line_of('@')} (boom): inconsistent tensor size"),
+        (("analyze", "MODULE:parse"), f".py:{line_of('return json')} (parse): Expecting property name"),
+        (("watch", "nowhere"), "nowhere is not a folder"),
     ],
 )
 def test_bad_input_is_one_clear_message(run, words, message):
@@ -248,6 +276,25 @@ def test_bad_input_is_one_clear_message(run, words, message):
     assert code == 1
     assert message in err
     assert "Traceback" not in err
+
+
+def test_a_file_of_the_user_is_named_from_the_current_folder(run):
+    assert re.match(r"RuntimeError in cli_\w+\.py:\d+ \(boom\): ", run("find", "MODULE:boom")[2])
+
+
+def test_find_takes_a_model_with_example_inputs(run):
+    code, out, _ = run("find", "MODULE:two")
+    assert code == 0
+    assert re.match(r"\w+:two: 4 independent Noether charges\n", out)
+
+
+@pytest.mark.parametrize("command", ["find", "analyze", "balance"])
+def test_the_contract_of_a_factory_stands_in_the_help(command):
+    parameters = typer.main.get_command(app).commands[command].params
+    (text,) = (p.help for p in parameters if p.name == "model")
+    assert CONTRACT in text
+    assert "PYTHONPATH" in text
+    assert ("hf:PATH" in text) == (command == "find")
 
 
 def test_debug_shows_the_error_itself(run):

@@ -326,6 +326,9 @@ def test_live_view(tmp_path: Path) -> None:
     assert sparkline(np.array([np.nan])) == ""
 
     console = console_module.Console(file=io.StringIO(), width=140, force_terminal=True)
+    with pytest.raises(DataError, match="live is not a folder"):
+        watch(tmp_path / "live", console=console)
+    (tmp_path / "live").mkdir()
     worker = threading.Thread(target=record, args=(tmp_path / "live",), kwargs={"steps": 60})
     worker.start()
     deadline = time.monotonic() + 60
@@ -337,6 +340,11 @@ def test_live_view(tmp_path: Path) -> None:
     )
     worker.join()
     assert "step 59" in console.file.getvalue()
+
+
+def test_waiting_without_a_terminal_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    watch(tmp_path, refresh=0.01, until=iter([False, False, True]).__next__)
+    assert capsys.readouterr().err == f"{tmp_path / LOG_NAME} does not exist yet; waiting for it (Ctrl-C stops) ...\n"
 
 
 @pytest.fixture(scope="module")

@@ -378,6 +378,9 @@ def test_bad_input_is_named(toy, tmp_path):
         run(["toy"], out=tmp_path, scale="paper", vary=True)
     with pytest.raises(DataError, match="device 'abacus' cannot be used here"):
         run(["toy"], out=tmp_path, device="abacus")
+    if not torch.backends.cuda.is_built():
+        with pytest.raises(DataError, match="this PyTorch has no CUDA; use --device cpu"):
+            run(["toy"], out=tmp_path, device="cuda")
     with pytest.raises(DataError, match="unknown experiment 'install'"):
         run("install", out=tmp_path)
     (tmp_path / "file").write_text("")

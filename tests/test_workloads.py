@@ -29,6 +29,15 @@ def empty():
 def odd():
     return nn.Linear(3, 2), model_loss, [("text", 1)]
 
+def no_sample():
+    return nn.Linear(3, 2), model_loss, [torch.ones(2, 3), torch.ones(0, 3)]
+
+def no_tensor():
+    return nn.Linear(3, 2), model_loss, [{"x": torch.ones(5, 3)}]
+
+def no_item():
+    return nn.Linear(3, 2), model_loss, [()]
+
 def with_example():
     return nn.Linear(3, 2), model_loss, [{"x": torch.ones(5, 3)}], torch.ones(1, 3)
 
@@ -74,6 +83,9 @@ def test_factory_and_replaced_data(factories, tmp_path):
         ("odd", "must be the model's input tensor, got a str"),
         ("number", "is a int, not a function"),
         ("absent", "cannot load"),
+        ("no_sample", r"batch 1 is empty \(first tensor has shape \(0, 3\)\)"),
+        ("no_tensor", "must be the model's input tensor, got a dict"),
+        ("no_item", "must be the model's input tensor, got a NoneType"),
     ],
 )
 def test_bad_factories_name_the_problem(factories, factory, message):
@@ -85,10 +97,12 @@ def test_bad_data_files_name_the_problem(factories, tmp_path):
     good = f"{factories}:good"
     np.savez(tmp_path / "x.npz", x=np.ones((9, 3)))
     np.savez(tmp_path / "short.npz", x=np.ones((9, 3)), y=np.ones((8, 3)))
+    np.savez(tmp_path / "empty.npz", x=np.ones((0, 3)), y=np.ones((0, 3)))
     (tmp_path / "broken.npz").write_bytes(b"not an archive")
     for data, message in [
         ("x.npz", "missing .'y'."),
         ("short.npz", "x has 9 samples, y has 8"),
+        ("empty.npz", r"batch 0 is empty \(first tensor has shape \(0, 3\)\)"),
         ("broken.npz", "cannot be read"),
         ("gone.npz", "no such file"),
         ("table.csv", "give a .npz or .safetensors"),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from torch.nn import functional as F
 from noetherflow.errors import DataError, NoetherflowError, require
 
 LossFn = Callable[[nn.Module, Any], Tensor]
+
+CONTRACT = "def factory(): return model, loss_fn, batches  # loss_fn(model, batch) gives one loss per sample"
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,19 +124,28 @@ def load_workload(spec: str, data: str | None = None) -> Workload:
 
     Raises DataError when the name, the factory, its result or the data file cannot be used.
     """
-    workload = BUILT_IN[spec]() if spec in BUILT_IN else _from_factory(spec, load_object(spec)())
+    if spec.startswith("hf:"):
+        raise DataError(f"{spec!r} gives a model without data or loss; give package.module:factory with {CONTRACT}")
+    workload = as_workload(spec, make(spec))
     if data is None:
         return workload
     batches = _load_batches(data)
     return replace(workload, batches=batches, example_inputs=_inputs_of(batches[0], data))
 
 
+def make(spec: str) -> Any:
+    """What the built-in example or the factory of that name returns."""
+    return (BUILT_IN[spec] if spec in BUILT_IN else load_object(spec))()
+
+
 def load_object(spec: str) -> Callable[..., Any]:
     """Import `package.module:attribute`, looking in the current folder too."""
     module_name, _, attribute = spec.partition(":")
     if not attribute:
+        close = difflib.get_close_matches(spec, BUILT_IN, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
         raise DataError(
-            f"{spec!r} is neither a built-in example {sorted(BUILT_IN)} nor of the form package.module:factory"
+            f"{spec!r} is neither a built-in example {sorted(BUILT_IN)} nor of the form package.module:factory{hint}"
         )
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -146,13 +158,14 @@ def load_object(spec: str) -> Callable[..., Any]:
     return found
 
 
-def _from_factory(spec: str, result: Any) -> Workload:
+def as_workload(spec: str, result: Any) -> Workload:
+    """What a factory returned, as a Workload. Raises DataError when it breaks the contract."""
     if isinstance(result, Workload):
         return result
     if not (isinstance(result, tuple) and len(result) in (3, 4) and isinstance(result[0], nn.Module)):
         raise DataError(
-            f"{spec!r} returned {_describe(result)}; it must return (model, loss_fn, batches) with a torch.nn.Module, "
-            "a function loss_fn(model, batch) -> per-sample losses [batch], and a list of batches"
+            f"{spec!r} returned {_describe(result)}; it must return (model, loss_fn, batches) with a torch.nn.Module "
+            f"and a list of batches: {CONTRACT}"
         )
     model, loss_fn, batches, *example = result
     batches = _listed(batches, spec)
@@ -180,7 +193,7 @@ def _load_batches(data: str, size: int = 256) -> list[Any]:
         raise DataError(f"--data {data!r} holds {sorted(arrays)}, missing {sorted(missing)}")
     if len(arrays["x"]) != len(arrays["y"]):
         raise DataError(f"--data {data!r}: x has {len(arrays['x'])} samples, y has {len(arrays['y'])}")
-    return list(split(arrays["x"], arrays["y"], size))
+    return _listed(split(arrays["x"], arrays["y"], size), data)
 
 
 def _read_arrays(path: Path) -> dict[str, Tensor]:
@@ -201,11 +214,15 @@ def _listed(batches: Iterable[Any], source: str) -> list[Any]:
         raise DataError(f"{source!r}: batches must be iterable, got {_describe(batches)}") from cause
     if not listed:
         raise DataError(f"{source!r}: there are no batches; give at least one")
+    for i, batch in enumerate(listed):
+        first = _first(batch)
+        if isinstance(first, Tensor) and first.ndim and not len(first):
+            raise DataError(f"{source!r}: batch {i} is empty (first tensor has shape {tuple(first.shape)})")
     return listed
 
 
 def _inputs_of(batch: Any, source: str) -> tuple[Any, ...]:
-    first = batch[0] if isinstance(batch, tuple | list) else batch
+    first = batch if isinstance(batch, Mapping) else _first(batch)
     if not isinstance(first, Tensor):
         raise DataError(
             f"{source!r}: the first item of a batch must be the model's input tensor, got {_describe(first)}"
@@ -214,9 +231,13 @@ def _inputs_of(batch: Any, source: str) -> tuple[Any, ...]:
 
 
 def _batch_length(batch: Any) -> int:
-    if isinstance(batch, dict):
-        return len(next(iter(batch.values())))
-    return len(batch[0] if isinstance(batch, tuple | list) else batch)
+    return len(_first(batch))
+
+
+def _first(batch: Any) -> Any:
+    """The first value of a dict or item of a tuple, None where there is none; else the batch itself."""
+    items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else (batch,)
+    return next(iter(items), None)
 
 
 def _describe(value: Any) -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+import sysconfig
 import traceback
+from pathlib import Path
+from types import TracebackType
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -18,7 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
     from noetherflow.errors import NoetherflowError
 
     given = sys.argv[1:] if arguments is None else arguments
-    errors = Console(stderr=True, highlight=False)
+    errors = Console(stderr=True, highlight=False, emoji=False)
     try:
         app(given, prog_name="noetherflow")
     except KeyboardInterrupt:
@@ -33,7 +36,17 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if "--debug" in given:
             raise
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        text = f"{type(error).__name__} in {last.filename}:{last.lineno} ({last.name}): {error}"
+        text = f"{type(error).__name__} in {_place(error.__traceback__)}: {error}"
         errors.print(f"{text}\n--debug shows the whole traceback", markup=False, soft_wrap=True)
         sys.exit(1)
+
+
+def _place(trace: TracebackType | None) -> str:
+    """`file:line (function)` of the last frame outside noetherflow and installed packages; without one, of the last."""
+    libraries = [Path(__file__).parents[1], *(Path(sysconfig.get_path(k)) for k in ("stdlib", "purelib", "platlib"))]
+    frames = traceback.extract_tb(trace)
+    own = [f for f in frames if Path(f.filename).is_file() and not any(map(Path(f.filename).is_relative_to, libraries))]
+    last = (own or frames)[-1]
+    path = Path(last.filename)
+    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    return f"{shown}:{last.lineno} ({last.name})"

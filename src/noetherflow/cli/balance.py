@@ -17,6 +17,7 @@ from noetherflow.cli.options import (
     Debug,
     Json,
     Lr,
+    ModelOf,
     Momentum,
     Nesterov,
     WeightDecay,
@@ -36,7 +37,7 @@ class Objective(StrEnum):
 
 def balance(
     source: Annotated[Path, typer.Argument(help="Checkpoint to read (.safetensors or a PyTorch state dict).")],
-    model: Annotated[str, typer.Option(help="The model it belongs to: a built-in example or package.module:factory.")],
+    model: ModelOf,
     out: Annotated[Path | None, typer.Option(help="Where to write the balanced checkpoint.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Show what would move; write nothing.")] = False,
     data: Data = None,

@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from noetherflow.cli import tables
-from noetherflow.cli.options import Debug, Json, Model, console
+from noetherflow.cli.options import Debug, Json, ModelOnly, console
 
 
 def find(
-    model: Model,
+    model: ModelOnly,
     explain: Annotated[
         str | None, typer.Option(help="Say which operators carry or kill the gauge of this parameter.")
     ] = None,

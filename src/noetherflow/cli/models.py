@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from noetherflow.workloads import load_workload
+from noetherflow.workloads import as_workload, make
 
 
 class LoadedModel(NamedTuple):
@@ -15,7 +15,8 @@ class LoadedModel(NamedTuple):
 
 
 def load_model(spec: str, materialise: bool = False) -> LoadedModel:
-    """A model to trace: from a Hugging Face configuration (on the meta device unless `materialise`) or a workload.
+    """A model to trace: from a Hugging Face configuration (on the meta device unless `materialise`), a factory that
+    returns `(model, example_inputs)`, or a workload.
 
     Raises DataError for a spec that cannot be loaded.
     """
@@ -23,5 +24,8 @@ def load_model(spec: str, materialise: bool = False) -> LoadedModel:
         from noetherflow.discovery.hf import load_hf
 
         return LoadedModel(*load_hf(spec.removeprefix("hf:"), device="cpu" if materialise else "meta"))
-    workload = load_workload(spec)
+    made = make(spec)
+    if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module):
+        return LoadedModel(*made)
+    workload = as_workload(spec, made)
     return LoadedModel(workload.model, workload.example_inputs)

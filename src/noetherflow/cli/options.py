@@ -7,15 +7,24 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-console = Console(stderr=True)
+from noetherflow.workloads import BUILT_IN, CONTRACT
 
-Model = Annotated[
+console = Console(stderr=True, highlight=False, emoji=False)
+
+MODEL = (
+    f"A built-in example ({', '.join(BUILT_IN)}), or package.module:factory with `{CONTRACT}`; "
+    "the module is found from the current directory or PYTHONPATH."
+)
+
+Model = Annotated[str, typer.Argument(help=MODEL)]
+ModelOnly = Annotated[
     str,
     typer.Argument(
-        help="A built-in example (digits-mlp, digits-cnn, linear-factorisation), package.module:factory, "
-        "or hf:PATH of a config.json or model folder."
+        help=f"{MODEL} Here the factory may also return model, example_inputs. "
+        "Or hf:PATH of a config.json or model folder."
     ),
 ]
+ModelOf = Annotated[str, typer.Option("--model", help=f"The model of the checkpoint. {MODEL}")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Lr = Annotated[float, typer.Option(help="SGD learning rate.")]

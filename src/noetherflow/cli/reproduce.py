@@ -43,7 +43,7 @@ def reproduce(
         dask=dask,
         vary=vary,
         device=device,
-        progress=lambda text: console.print(text, markup=False, highlight=False),
+        progress=lambda text: console.print(text, markup=False),
     )
     if markdown is not None:
         write_markdown(summary, markdown, paper)

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from noetherflow.report.page import show
 from noetherflow.symmetry_set import SymmetrySet
@@ -17,19 +18,20 @@ PIPED_WIDTH = 240
 
 def out() -> Console:
     """The console for results (standard output); in a pipe or file lines are not cut at 80 characters."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PIPED_WIDTH
     return console
 
 
 def of_rows(console: Console, rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    """A table with one column per key of the first row."""
-    table = Table(title=title, title_justify="left", header_style="bold")
+    """The title on its own line, then a table with one column per key of the first row."""
+    console.print(title, style="italic", markup=False, soft_wrap=True)
+    table = Table(header_style="bold")
     for name, value in rows[0].items() if rows else ():
         table.add_column(name.replace("_", " "), justify="left" if isinstance(value, str) else "right")
     for row in rows:
-        table.add_row(*(show(v) for v in row.values()))
+        table.add_row(*(Text(show(v)) for v in row.values()))
     console.print(table)
 
 
@@ -39,8 +41,9 @@ def symmetries(console: Console, syms: SymmetrySet, title: str) -> None:
     if rows:
         of_rows(console, rows, f"{title}: {syms.n_charges():,} independent Noether charges")
     else:
-        console.print(f"{title}: no continuous symmetry found")
+        console.print(f"{title}: no continuous symmetry found", markup=False)
     for name, why in syms.excluded.items():
         console.print(f"excluded {name}: {why}", markup=False)
     for u in syms.unknown:
-        console.print(f"unknown operator {u.operator} (x{u.count}) at {u.module or u.node}: its gauges are trivial")
+        text = f"unknown operator {u.operator} (x{u.count}) at {u.module or u.node}: its gauges are trivial"
+        console.print(text, markup=False)

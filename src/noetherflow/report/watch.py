@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from noetherflow.errors import DataError
 from noetherflow.monitor.log import LOG_NAME
 from noetherflow.monitor.rundata import RunData, RunReader
 from noetherflow.report.page import show
@@ -31,12 +32,20 @@ def watch(
     console: Console | None = None,
     until: Callable[[], bool] | None = None,
 ) -> None:
-    """Show the run as it is written, until interrupted (or `until()` is true). It may start before the run does.
+    """Show the run as it is written, until interrupted (or `until()` is true); the run's first step may come later.
 
-    Only the last `KEPT` recorded steps are looked at. Raises DataError when the log is corrupt or of another format.
+    Only the last `KEPT` recorded steps are looked at. Raises DataError when there is no such folder, and when the log
+    is corrupt or of another format.
     """
+    if not Path(run_dir).is_dir():
+        raise DataError(
+            f"{run_dir} is not a folder; give the run_dir of Ledger(..., run_dir=...), made before watching"
+        )
+    console = console or Console()
     reader = RunReader(run_dir, keep=KEPT)
     shown = reader.poll()
+    if shown is None and not console.is_terminal:
+        Console(stderr=True).print(view(shown, run_dir), soft_wrap=True)
     try:
         with Live(view(shown, run_dir), console=console, refresh_per_second=4) as live:
             last = False
@@ -57,9 +66,9 @@ def view(data: RunData | None, run_dir: str | os.PathLike[str]) -> Text | Group:
         path = Path(run_dir) / LOG_NAME
         lack = "holds no recorded step" if path.exists() else "does not exist"
         return Text(f"{path} {lack} yet; waiting for it (Ctrl-C stops) ...")
-    parts: list[Text | Table] = [Text(headline(data), style="bold"), _families(data)]
+    parts: list[Text | Table] = [Text(headline(data), style="bold"), *_families(data)]
     if data.estimates:
-        parts.append(_symmetries(data))
+        parts += _symmetries(data)
     recent = sorted([*data.events, *data.spikes()], key=lambda e: e["step"])[-5:]
     parts += [Text(f"step {e['step']}: {e['event']}", style="yellow") for e in recent]
     return Group(*parts)
@@ -84,10 +93,8 @@ def sparkline(values: np.ndarray, width: int = 32) -> str:
     return "".join(BARS[int((b - low) / span * (len(BARS) - 1))] for b in bins)
 
 
-def _families(data: RunData) -> Table:
-    table = _table(
-        f"charges (drift over the last {RECENT} recorded steps)", "family", "charge", "per step", "main cause"
-    )
+def _families(data: RunData) -> list[Text | Table]:
+    table = _table("family", "charge", "per step", "main cause")
     last = slice(-RECENT, None)
     for i, family in enumerate(data.families):
         means = {name: finite_mean(data.family[name][last, i]) for name in NAMES}
@@ -96,10 +103,10 @@ def _families(data: RunData) -> Table:
         moved = abs(means[cause]) > 0
         cells = (show(float(data.family["charge"][-1, i])), show(drift), NAMES[cause] if moved else "none")
         table.add_row(Text(family), *cells)
-    return table
+    return [Text(f"charges (drift over the last {RECENT} recorded steps)", style="italic"), table]
 
 
-def _symmetries(data: RunData) -> Table:
+def _symmetries(data: RunData) -> list[Text | Table]:
     columns = [
         ("norm", "norm"),
         ("distance", "|lam*|"),
@@ -109,18 +116,18 @@ def _symmetries(data: RunData) -> Table:
         ("check", "violation"),
     ]
     shown = [(k, title) for k, title in columns if k in data.estimates and np.isfinite(data.estimates[k][-1]).any()]
-    table = _table(f"layers (estimates at step {int(data.estimate_steps[-1]):,})", "symmetry", *(t for _, t in shown))
+    table = _table("symmetry", *(t for _, t in shown))
     key = data.estimates.get("distance", data.estimates["growth"])[-1]
     order = np.argsort(-np.nan_to_num(np.abs(key)), kind="stable")
     for i in order[:ROWS]:
         table.add_row(Text(data.symmetries[i]), *(show(float(data.estimates[k][-1, i])) for k, _ in shown))
     if len(order) > ROWS:
         table.caption = f"{len(order) - ROWS} more"
-    return table
+    return [Text(f"layers (estimates at step {int(data.estimate_steps[-1]):,})", style="italic"), table]
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
+def _table(*columns: str) -> Table:
+    table = Table()
     for j, name in enumerate(columns):
         table.add_column(name, justify="left" if j == 0 or name == "main cause" else "right", overflow="fold")
     return table

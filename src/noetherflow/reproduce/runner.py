@@ -123,6 +123,8 @@ def _check(scale: str, jobs: int, vary: bool, device: str) -> None:
         raise DataError("0 jobs compute nothing; give a number of processes, or -1 for one per processor")
     if vary and scale != "quick":
         raise DataError(f"the variations are changes to the quick settings; leave out vary, or scale {scale!r}")
+    if device.startswith("cuda") and not torch.backends.cuda.is_built():
+        raise DataError(f"device {device!r} cannot be used here: this PyTorch has no CUDA; use --device cpu")
     try:
         torch.Generator(device=device)
     except RuntimeError as cause:
