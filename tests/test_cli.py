@@ -181,11 +181,15 @@ def test_balance_moves_a_checkpoint_and_keeps_its_function(run, tmp_path):
     before = model(x)
     save_file(model.state_dict(), tmp_path / "in.safetensors")
     words = ("balance", "in.safetensors", "--model", "MODULE:good", "--batch-size", "4")
-    assert run(*words, "--dry-run")[0] == 0
+    code, out, _ = run(*words, "--dry-run")
+    assert code == 0
+    assert "\nwould move\n" in out
+    assert "\nwould move 3 tensors, " in out
     assert not (tmp_path / "out.safetensors").exists()
     code, out, _ = run(*words, "--out", "out.safetensors")
     assert code == 0
-    assert "out.safetensors" in out
+    assert "\nwritten to out.safetensors\n" in out
+    assert "\nmoved 3 tensors, " in out
     moved = load_file(tmp_path / "out.safetensors")
     assert not torch.allclose(moved["0.weight"], model[0].weight)
     model.load_state_dict(moved)

@@ -33,7 +33,8 @@ class BalanceReport:
     change in norm by tensor. `state_entries`, `gradients`: how many optimiser entries and `.grad` moved along.
     `approximate_state`: those for which no exact rule exists, with the rule used. `unmoved`: what belongs to moved
     tensors and was left as it was. `averages`: dicts of a checkpoint that moved like the weights. `converged`,
-    `imbalance`: of the equilibrium given; without convergence the model is on its orbit, but not balanced.
+    `imbalance`: of the equilibrium given; without convergence the model is on its orbit, but not balanced. `dry_run`:
+    nothing was written.
     """
 
     moved: dict[str, float]
@@ -47,14 +48,16 @@ class BalanceReport:
     averages: tuple[str, ...] = ()
     converged: bool = True
     imbalance: float = 0.0
+    dry_run: bool = False
 
     def __str__(self) -> str:
         change = (
             "not measured (no example_inputs)" if self.output_change is None else f"{self.output_change:.2e} relative"
         )
         gradients = f" and {self.gradients} gradients" if self.gradients else ""
+        verb = "would move" if self.dry_run else "moved"
         lines = [
-            f"moved {len(self.moved)} tensors, {self.state_entries} optimiser entries{gradients}; output change: "
+            f"{verb} {len(self.moved)} tensors, {self.state_entries} optimiser entries{gradients}; output change: "
             f"{change}; rounding to the stored precision: {self.rounding:.1e}"
         ]
         if not self.converged:

@@ -106,6 +106,7 @@ def balance_checkpoint(
         approximate_state=tuple(mover.account.approximate),
         unmoved=tuple(mover.account.unmoved),
         averages=tuple(mover.averages),
+        dry_run=dry_run,
     )
 
 
