@@ -4,9 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from noetherflow import closed_form as cf
+from noetherflow import spd
+from noetherflow.reproduce import generic
 from noetherflow.reproduce.alignment import correlation, matrices, noisy_share, norm_balanced
 from noetherflow.reproduce.experiment import Results
-from noetherflow.reproduce.experiments import fig1, fig5, thm43
+from noetherflow.reproduce.experiments import fig1, fig5, repnorm, thm43
+from noetherflow.reproduce.experiments import repnorm_inputs as treated
+from noetherflow.sgd import SGDConfig
 
 F64 = torch.float64
 
@@ -67,3 +72,101 @@ def test_fig1_orders_of_gd_growth():
             first = first or float(theta.square().sum() - 1)
         assert step == pytest.approx(first, rel=1e-6)
         assert whole == pytest.approx(float(theta.square().sum() - 1), rel=1e-6)
+
+
+SIGMA = treated.covariance({"scale": 2.0, "spread": 6.0}, 5)
+
+
+def direct(treatment: str, minibatches: int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`z` and the treated x of minibatches, samples as rows, by torch's own normalisations."""
+    z = torch.randn(minibatches, batch, len(SIGMA), dtype=F64, generator=torch.Generator().manual_seed(3))
+    x = z @ spd.sqrtm(SIGMA)
+    if treatment == "layer":
+        return z, torch.nn.functional.layer_norm(x, (len(SIGMA),), eps=0.0) @ treated.sum_free_basis(len(SIGMA)).mT
+    channels = torch.nn.functional.batch_norm(
+        x.transpose(0, 1).reshape(batch, -1), None, None, training=True, eps=1e-15
+    )
+    return z, channels.reshape(batch, minibatches, -1).transpose(0, 1)
+
+
+@pytest.mark.parametrize("treatment", ["batch", "layer"])
+def test_repnorm_covariance_and_noise_of_normalised_inputs_are_those_of_a_direct_sample(treatment):
+    batch, minibatches = 10, 20_000
+    at = treated.minimum(treated.Inputs(treatment, SIGMA, batch), minibatches)
+    z, x = direct(treatment, minibatches, batch)
+    covariance = (x.mT @ x).mean(0) / batch
+    torch.testing.assert_close(at.sigma, covariance, rtol=0, atol=0.02)
+    torch.testing.assert_close(at.product @ covariance, (z.mT @ x).mean(0) / batch, rtol=0, atol=0.02)
+    eps = torch.randn(z.shape, dtype=F64, generator=torch.Generator().manual_seed(4))
+    g = (x @ at.product.mT - z - eps).mT @ x / batch
+    for found, expected in ((at.gam_u, g @ g.mT), (at.gam_w, g.mT @ g)):
+        torch.testing.assert_close(found, batch * expected.mean(0), rtol=0, atol=0.04 * float(found.max()))
+        assert float((found.diagonal() - batch * expected.mean(0).diagonal()).abs().max()) < 0.03 * float(found.max())
+
+
+def test_repnorm_noise_of_batch_normalised_inputs_to_leading_order():
+    """`Gam_W = d C + C ((C o C) / 2 o C^-1) C`, C the correlations: the batch's scales have covariance `C o C / 2S`."""
+    c = SIGMA / torch.outer(SIGMA.diagonal(), SIGMA.diagonal()).sqrt()
+    at = treated.minimum(treated.Inputs("batch", SIGMA, 1000), 20_000)
+    expected = len(c) * c + c @ (c * c / 2 * torch.linalg.inv(c)) @ c
+    torch.testing.assert_close(at.gam_w, expected, rtol=0, atol=0.02 * float(expected.max()))
+    assert float((expected - len(c) * c).max()) > 0.1 * float(expected.max())
+
+
+def test_repnorm_equilibrium_of_layer_normalised_inputs_is_that_of_the_generic_machinery():
+    at = treated.minimum(treated.Inputs("layer", SIGMA, 10), 20_000)
+    u, w = cf.two_layer(at.product, at.gam_u, at.gam_w)
+    z, x = (m.flatten(0, 1) for m in direct("layer", 1, 40_000))
+    y = z + torch.randn(z.shape, dtype=F64, generator=torch.Generator().manual_seed(4))
+    start_u, start_w = cf.norm_balanced(at.product)
+    found_w, found_u = generic.generic_equilibrium([start_w, start_u], x, y, SGDConfig(0.01, 10))
+    ratio = lambda u, w: float(u.square().sum() / w.square().sum())
+    assert ratio(found_u, found_w) == pytest.approx(ratio(u, w), rel=0.02)
+    independent = cf.two_layer(at.product, *cf.noise_matrices(at.sigma, torch.eye(5, dtype=F64)))
+    assert abs(ratio(*independent) / ratio(u, w) - 1) > 0.1
+
+
+@pytest.mark.parametrize("treatment", treated.TREATMENTS)
+def test_repnorm_few_columns_have_the_law_of_the_samples(treatment):
+    inputs = treated.Inputs(treatment, SIGMA, 10)
+    moments = []
+    for draw in (inputs.samples, inputs.columns):
+        z, x = draw(20_000, torch.Generator().manual_seed(6))
+        if treatment == "batch":
+            z = z - z.mean(-1, keepdim=True) if draw == inputs.samples else z
+            torch.testing.assert_close((x @ x.mT).diagonal(dim1=1, dim2=2), torch.full((20_000, 5), 10, dtype=F64))
+        gram, cross = x @ x.mT / 10, z @ x.mT / 10
+        moments.append([m.mean(0) for m in (gram, cross, gram @ gram, cross.mT @ cross)])
+    for of_samples, of_columns in zip(*moments, strict=True):
+        torch.testing.assert_close(of_columns, of_samples, rtol=0, atol=0.03 * float(of_samples.max()))
+
+
+def test_repnorm_noise_common_to_a_batch_normalised_minibatch_of_a_relu_net():
+    rng = torch.Generator().manual_seed(7)
+    u, w = torch.randn(5, 8, dtype=F64, generator=rng), torch.randn(8, 5, dtype=F64, generator=rng)
+    c = SIGMA / torch.outer(SIGMA.diagonal(), SIGMA.diagonal()).sqrt()
+    batch = 500
+    z, x = direct("batch", 2000, batch)
+    mean, hidden = z.mean(1), x @ w.mT
+    on_u = mean.unsqueeze(2) * torch.relu(hidden).mean(1).unsqueeze(1)
+    on_w = (mean @ u).unsqueeze(2) * ((hidden > 0).to(x).mT @ x / batch)
+    extra_w, extra_u = treated.common_noise(u, w, c)
+    assert 2 * batch * float(on_u.square().sum((1, 2)).mean()) == pytest.approx(float(extra_u), rel=0.05)
+    assert 2 * batch * float(on_w.square().sum((1, 2)).mean()) == pytest.approx(float(extra_w), rel=0.05)
+
+
+def test_repnorm_small_run_is_judged_and_drawn():
+    small = {
+        "d": 5,
+        "steps": 8,
+        "relu_steps": 8,
+        "hidden_steps": 8,
+        "seeds": 2,
+        "widths": dict.fromkeys(repnorm.WIDTHS, 4),
+    }
+    config = {**repnorm.SCALES["quick"], **small, "hidden": {**repnorm.HIDDEN, "early": [2, 6]}}
+    results = Results(config, tuple((p, repnorm.compute(config, p)) for p in repnorm.points(config)))
+    claims = [v.claim for v in repnorm.verdicts(results)]
+    assert len(set(claims)) == len(claims)
+    assert all(any(f"{net}, {t} norm" in c for c in claims) for net in ("linear", "ReLU") for t in ("batch", "layer"))
+    repnorm.EXPERIMENT.figure(results)
