@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent / "src" / "noetherflow"
 
 LAYERS = [
     {"errors"},
-    {"spd", "sgd", "legs", "host"},
+    {"spd", "sgd", "legs", "host", "printing"},
     {"symmetry"},
     {"symmetry_set"},
     {"discovery", "moments"},
@@ -67,3 +67,9 @@ def test_import_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_dir_lists_the_public_names_only():
+    import noetherflow
+
+    assert set(dir(noetherflow)) == {*noetherflow.__all__, "__version__"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,17 @@ def loss(model: nn.Module, batch: Any) -> Tensor:
 
 def network(width: int = 30) -> nn.Sequential:
     return nn.Sequential(nn.Linear(20, width), nn.ReLU(), nn.Linear(width, 5)).double()
+
+
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(20, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return self.linear(x)
+        return -self.linear(x)
 
 
 NET = network()
@@ -44,6 +56,20 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "another model, moments": (lambda: nf.gradient_moments(network(31), loss, [(X, Y)], SYMS), OTHER),
     "another model, replicates": (lambda: nf.minibatch_moments(network(31), loss, [], SYMS, batch_size=8), OTHER),
     "another model, certificate": (lambda: nf.certify(network(31), SYMS, X[:2]), OTHER),
+    "objective": (
+        lambda: nf.noise_equilibrium(NET, SYMS, MOMENTS, SGD, objective="nois"),  # type: ignore[arg-type]
+        r"'nois' is not one of noise\+decay, noise, norm, fisher, hessian; did you mean 'noise'\?",
+    ),
+    "statistic": (
+        lambda: nf.standard_error(MOMENTS, lambda m: list(m.mean.values())),  # type: ignore[arg-type,return-value]
+        "must return a tensor or a number, got a list",
+    ),
+    "no values": (
+        lambda: nf.gradient_moments(copy.deepcopy(NET).to("meta"), loss, [(X, Y)], SYMS),
+        r"'0.weight' \(30, 20\) is on 'meta'.*to_empty",
+    ),
+    "analysis": (lambda: nf.analyze(NET, loss, [(X, Y)], X[:2], SGD), r"sgd must be nf.SGDConfig\(.*got tensor"),  # type: ignore[arg-type]
+    "branch": (lambda: nf.find_symmetries(Branch(), X[:2]), r"test_arguments.py:\d+: if x.sum\(\) > 0:\)"),
 }
 
 

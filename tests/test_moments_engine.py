@@ -330,6 +330,7 @@ def test_resuming_from_disk_equals_one_go(tmp_path: Path) -> None:
     save_moments(first, path)
     loaded = load_moments(path)
     assert_same(first, loaded)
+    assert str(loaded) == str(first)
     for a, b in zip(first.groups, loaded.groups, strict=True):
         assert_same(a, b)
     assert [p.name for p in path.parent.iterdir()] == [path.name]

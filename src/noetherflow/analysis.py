@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from noetherflow.discovery import Certificate, certify, find_symmetries
 from noetherflow.equilibrium import Equilibrium, noise_equilibrium
-from noetherflow.flow import Flow, noether_flow
+from noetherflow.equilibrium.weights import Drift
+from noetherflow.flow import Flow, noether_flow, norm_where
 from noetherflow.moments import GradientMoments, gradient_moments
 from noetherflow.sgd import SGDConfig
 from noetherflow.symmetry_set import SymmetrySet
@@ -29,25 +29,17 @@ class Analysis:
     sgd: SGDConfig
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per family: norms of charge, drift parts per step and equilibrium charge; median relaxation steps."""
-        return [self._family(f) for f in dict.fromkeys(r.family for r in self.flow.details)]
+        """`Flow.families` with the number of charges and the equilibrium charge of the joint solution."""
+        return [self._family(row) for row in self.flow.families()]
 
-    def _family(self, family: str) -> dict[str, Any]:
-        own = [r for r in self.flow.details if r.family == family]
-        settled = [self.equilibrium[r.name] for r in own]
-        times = np.concatenate([r.relaxation_steps[r.finite].flatten().numpy() for r in own])
+    def _family(self, row: dict[str, Any]) -> dict[str, Any]:
+        family = row["family"]
+        settled = [(self.equilibrium[r.name].charge, r.finite) for r in self.flow.details if r.family == family]
         return {
             "family": family,
-            "symmetries": len(own),
             "charges": self.symmetries.filter(family=family).n_charges(exclude=()),
-            "charge, norm": _norm([r.charge for r in own]),
-            "drift per step: weight decay": _norm([r.decay for r in own]),
-            "drift per step: noise": _norm([r.noise for r in own]),
-            "drift per step: mean gradient": _norm([r.step_size for r in own]),
-            "equilibrium charge, norm": _norm([s.charge for s in settled]),
-            "largest relative flow": max(float(r.imbalance.max()) for r in own),
-            "relaxation steps, median": float(np.median(times)) if times.size else None,
-            "coordinates without equilibrium": sum(int((~r.finite).sum()) for r in own),
+            **row,
+            "equilibrium charge, joint": norm_where(settled),
         }
 
     def __str__(self) -> str:
@@ -84,6 +76,7 @@ def analyze(
 
     Raises the errors of the stages: ExportError, MomentError, DataError.
     """
+    Drift.of(sgd)
     measured = measure(model, loss_fn, batches, example_inputs, progress=progress)
     progress("integrating the Noether flow")
     flow = noether_flow(model, measured.symmetries, measured.moments, sgd)
@@ -126,7 +119,3 @@ def measure(
         return gradient_moments(at, loss_fn, batches, syms, entries=True)
 
     return Measured(syms, certificate, again(model), again)
-
-
-def _norm(parts: Sequence[Tensor]) -> float:
-    return float(np.sqrt(sum(float(p.square().sum()) for p in parts)))

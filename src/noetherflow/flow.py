@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from noetherflow.errors import MomentError
 from noetherflow.host import on_host
 from noetherflow.moments.result import GradientMoments
 from noetherflow.moments.statistics import jackknife
+from noetherflow.printing import table, transposed
 from noetherflow.sgd import SGDConfig
 from noetherflow.symmetry import Symmetry
 from noetherflow.symmetry_set import SymmetrySet, tensors_of
@@ -124,20 +125,22 @@ class Row:
         return "mixed" if bool(within.any()) else "slow"
 
     def row(self) -> dict[str, Any]:
-        """Norms over the coordinates, and the median and largest relaxation time (None where nothing is finite)."""
+        """Norms over the coordinates, and the median and largest relaxation time; the equilibrium over the finite ones
+        (None where nothing is finite).
+        """
         times = self.relaxation_steps[self.finite]
         return {
             "symmetry": self.name,
             "family": self.family,
             "kind": self.kind,
             "charge": _norm(self.charge),
-            "equilibrium_charge": _norm(self.equilibrium),
+            "equilibrium_charge": norm_where([(self.equilibrium, self.finite)]),
             "decay": _norm(self.decay),
             "noise": _norm(self.noise),
             "step_size": _norm(self.step_size),
             "drift": _norm(self.drift),
             "drift_error": None if self.error is None else _norm(self.error),
-            "imbalance": float(self.imbalance.max()),
+            "imbalance": float(self.imbalance.max()) if times.numel() else None,
             "relaxation_steps": float(times.median()) if times.numel() else None,
             "slowest_relaxation": float(times.max()) if times.numel() else None,
             "without_equilibrium": int((~self.finite).sum()),
@@ -197,22 +200,33 @@ class Flow:
         """One row of norms per symmetry; with the `steps` of a training, also the `phase` each symmetry is in."""
         return [r.row() | ({} if steps is None else {"phase": r.phase(steps)}) for r in self.details]
 
+    def families(self) -> list[dict[str, Any]]:
+        """One row per family under the names of `printing.MEANING`: norms over all its coordinates, of equilibrium
+        charges over those that have one; None where nothing is finite.
+        """
+        return [self._family(f) for f in dict.fromkeys(r.family for r in self.details)]
+
+    def _family(self, family: str) -> dict[str, Any]:
+        own = [r for r in self.details if r.family == family]
+        times = torch.cat([r.relaxation_steps[r.finite] for r in own])
+        return {
+            "family": family,
+            "symmetries": len(own),
+            "charge": _norm(_flat(r.charge for r in own)),
+            "drift per step: weight decay": _norm(_flat(r.decay for r in own)),
+            "drift per step: noise": _norm(_flat(r.noise for r in own)),
+            "drift per step: step size": _norm(_flat(r.step_size for r in own)),
+            "imbalance": float(_flat(r.imbalance for r in own).max()) if times.numel() else None,
+            "relaxation (steps)": float(np.median(times.numpy())) if times.numel() else None,
+            "coordinates without equilibrium": sum(int((~r.finite).sum()) for r in own),
+            "equilibrium charge, others held": norm_where([(r.equilibrium, r.finite) for r in own]),
+        }
+
     def __str__(self) -> str:
-        head = f"{'family':<18}{'symmetries':>11}{'|C|':>11}{'|C*|':>11}{'decay':>11}{'noise':>11}{'step size':>11}"
         lines = [
-            f"Noether flow per step at lr {self.sgd.lr:g}, batch {self.sgd.batch_size}, loss {self.loss:.4g}",
-            f"{head}{'imbalance':>11}{'relaxation':>12}",
+            f"Noether flow at lr {self.sgd.lr:g}, batch size {self.sgd.batch_size}, loss {self.loss:.4g}",
+            table(transposed(self.families()), *EXPLAINED) if self.details else "(no symmetry)",
         ]
-        for family in dict.fromkeys(r.family for r in self.details):
-            own = [r.row() for r in self.details if r.family == family]
-            total = {k: sum(r[k] ** 2 for r in own) ** 0.5 for k in ("charge", "equilibrium_charge", *PARTS)}
-            times = [r["relaxation_steps"] for r in own if r["relaxation_steps"] is not None]
-            lines.append(
-                f"{family:<18}{len(own):>11}"
-                + "".join(f"{v:>11.3g}" for v in total.values())
-                + f"{max(r['imbalance'] for r in own):>11.2e}"
-                + (f"{float(np.median(times)):>12.3g}" if times else f"{'none':>12}")
-            )
         return "\n".join([*lines, *(f"excluded: {n}: {why}" for n, why in self.excluded.items())])
 
     __repr__ = __str__
@@ -226,7 +240,8 @@ class Flow:
         }
 
 
-PARTS = ("decay", "noise", "step_size")
+EXPLAINED = ("charge", "drift per step", "imbalance", "relaxation (steps)", "equilibrium charge", "–")
+"""Names of `printing.MEANING` that a table of families needs."""
 
 
 @on_host
@@ -275,6 +290,16 @@ def noether_flow(
 
 def _norm(values: Tensor) -> float:
     return float(torch.linalg.vector_norm(values))
+
+
+def _flat(parts: Iterable[Tensor]) -> Tensor:
+    return torch.cat([p.flatten() for p in parts])
+
+
+def norm_where(parts: Iterable[tuple[Tensor, Tensor]]) -> float | None:
+    """The norm of `values[finite]` over all `(values, finite)`, None where nothing is finite."""
+    chosen = _flat(values[finite] for values, finite in parts)
+    return _norm(chosen) if chosen.numel() else None
 
 
 def _parts(symmetry: Symmetry, mom: GradientMoments, sgd: SGDConfig) -> tuple[Tensor, Tensor]:

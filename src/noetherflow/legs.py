@@ -39,6 +39,11 @@ class Leg:
         return self.sign * self.power
 
     @property
+    def label(self) -> str:
+        """`+parameter` or `-parameter`."""
+        return f"{'+' if self.sign > 0 else '-'}{self.parameter}"
+
+    @property
     def blocks(self) -> int:
         return int(self.index.shape[0])
 

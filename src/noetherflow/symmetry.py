@@ -205,7 +205,7 @@ class Symmetry:
         group = {"scalar": "scalar", "diagonal": f"diagonal({self.blocks})"}.get(
             self.kind, f"{self.blocks} x GL({self.dim})" if self.blocks > 1 else f"GL({self.dim})"
         )
-        legs = ", ".join(f"{'+' if leg.sign > 0 else '-'}{leg.parameter}" for leg in self.legs)
+        legs = ", ".join(leg.label for leg in self.legs)
         return f"{self.name} [{self.family}] {group}: {legs}"
 
     __repr__ = __str__

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from noetherflow.errors import DeclarationError
 from noetherflow.legs import Leg
+from noetherflow.printing import table
 from noetherflow.symmetry import Kind, Symmetry, Translation
 
 FORMAT = 1
@@ -177,13 +178,8 @@ class SymmetrySet:
         return list(rows.values())
 
     def __str__(self) -> str:
-        lines = [f"{'family':<18}{'group':<14}{'symmetries':>11}{'blocks':>9}{'charges':>10}"]
-        lines += [
-            f"{r['family']:<18}{r['group']:<14}{r['symmetries']:>11,}{r['blocks']:>9,}{r['charges']:>10,}"
-            for r in self.summary()
-        ]
-        if not self.summary():
-            lines.append("(no continuous symmetry found)")
+        rows = self.summary()
+        lines = [table(rows, "family", "blocks", "charges") if rows else self._none()]
         lines += [f"excluded: {name}: {why}" for name, why in self.excluded.items()]
         lines += [
             f"unknown operator {u.operator} at {u.module or u.node}"
@@ -194,6 +190,10 @@ class SymmetrySet:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def _none(self) -> str:
+        parameter = next(iter(self.shapes), "parameter")
+        return f"no continuous symmetry found; nf.explain(model, example_inputs, {parameter!r}) says what breaks it"
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from noetherflow.discovery.export import export, split_inputs, unwrap
 from noetherflow.errors import DataError, ExportError
+from noetherflow.printing import table
 from noetherflow.symmetry import Symmetry, Translation
 from noetherflow.symmetry_set import SymmetrySet, tensors_of
 
@@ -73,19 +74,20 @@ class Certificate:
         return tuple(r.name for r in self.rows if r.verdict == "broken")
 
     def __str__(self) -> str:
-        dtypes = list(dict.fromkeys(name for row in self.rows for name, _ in row.dtypes))
-        width = max([len(r.name) for r in self.rows] + [8])
-        lines = [
-            f"{'symmetry':<{width}}  {'family':<15}{'verdict':<13}{'outputs':>9}{'gradients':>11}"
-            + "".join(f"{d:>10}" for d in dtypes)
+        noted = any(r.note for r in self.rows)
+        rows = [
+            {
+                "symmetry": r.name,
+                "family": r.family,
+                "verdict": r.verdict,
+                "outputs changed by": r.outputs,
+                "gradients off by": r.gradients,
+                **{f"in {dtype}": value for dtype, value in r.dtypes},
+                **({"note": r.note} if noted else {}),
+            }
+            for r in self.rows
         ]
-        for r in self.rows:
-            narrow = dict(r.dtypes)
-            lines.append(
-                f"{r.name:<{width}}  {r.family:<15}{r.verdict:<13}{r.outputs:>9.1e}{r.gradients:>11.1e}"
-                + "".join(f"{narrow[d]:>10.1e}" if d in narrow else f"{'':>10}" for d in dtypes)
-                + (f"  {r.note}" if r.note else "")
-            )
+        lines = [table(rows, "outputs changed by", "gradients off by")] if rows else ["(nothing to certify)"]
         if self.casts:
             lines.append(
                 f"the model itself casts to a lower precision in {len(self.casts)} places, so exact means below "

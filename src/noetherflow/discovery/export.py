@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,9 @@ from torch.utils import _pytree as pytree
 from noetherflow.errors import ExportError
 from noetherflow.symmetry_set import tensors_of
 
+FOREIGN = (Path(torch.__file__).parent, Path(__file__).parent)
+"""Folders whose files are not the user's code."""
+STANDARD_LIBRARY = Path(traceback.__file__).parent
 LOGGERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 
 
@@ -211,10 +216,21 @@ def _explain(model: nn.Module, example_inputs: Any, failure: Exception | None) -
             f"Their shapes: {shapes}. Pass a tensor, a tuple of arguments or a dict of keyword arguments."
         )
     return (
-        f"{name} could not be exported: {_first_line(failure)}\n"
+        f"{name} could not be exported: {_first_line(failure)}{_place(failure)}\n"
         "torch.export needs control flow that does not depend on tensor values. Rewrite that branch (torch.where, "
         "torch.cond), or name the symmetries yourself: nf.declare(model, kind, plus=[(parameter, axis)], minus=[...])."
     )
+
+
+def _place(failure: Exception | None) -> str:
+    """` (file:line: code)` of the innermost line outside torch, this library and Python's own."""
+    frames = traceback.extract_tb(None if failure is None else failure.__traceback__)
+    user = [f for f in frames if f.line and not _foreign(Path(f.filename))]
+    return f" ({user[-1].filename}:{user[-1].lineno}: {user[-1].line})" if user else ""
+
+
+def _foreign(file: Path) -> bool:
+    return file.parent == STANDARD_LIBRARY or any(folder in file.parents for folder in FOREIGN)
 
 
 def _own_failure(model: nn.Module, example_inputs: Any) -> str | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from noetherflow.equilibrium.overlap import leg_coordinates, stiffness
 from noetherflow.equilibrium.result import Class, Equilibrium, Settled
 from noetherflow.equilibrium.solve import Classes, Solution, classify, drives, elements_of, imbalance, logs_of, minimise
 from noetherflow.equilibrium.weights import Drift, Weights
-from noetherflow.errors import MomentError
+from noetherflow.errors import DataError, MomentError
 from noetherflow.host import on_host
 from noetherflow.moments.result import GradientMoments
 from noetherflow.moments.statistics import jackknife
@@ -46,7 +47,7 @@ def objective_weights(objective: Objective, moments: GradientMoments, sgd: SGDCo
     `||theta||^2 / 2` alone; `fisher`, `hessian`: half the trace of the second moments given (gradients, or
     `curvature_moments`).
 
-    Raises ValueError for another objective, MomentError for a noise objective without `sgd` or with too few samples,
+    Raises DataError for another objective, MomentError for a noise objective without `sgd` or with too few samples,
     and for `hessian` from gradients.
     """
     if objective == "norm":
@@ -56,7 +57,7 @@ def objective_weights(objective: Objective, moments: GradientMoments, sgd: SGDCo
     if objective in ("fisher", "hessian"):
         return Weights(0.0, 1.0, 0.0)
     if objective not in ("noise+decay", "noise"):
-        raise ValueError(f"objective {objective!r} is not one of noise+decay, noise, norm, fisher, hessian")
+        raise DataError(_no_objective(objective))
     if sgd is None:
         raise MomentError(f"objective {objective!r} needs the optimiser settings: pass sgd=SGDConfig(...)")
     used = sgd if objective == "noise+decay" else replace(sgd, weight_decay=0.0)
@@ -64,6 +65,14 @@ def objective_weights(objective: Objective, moments: GradientMoments, sgd: SGDCo
     if weights.second < 0:
         raise MomentError(_too_few(moments, used))
     return weights
+
+
+def _no_objective(objective: Any) -> str:
+    names = get_args(Objective)
+    close = difflib.get_close_matches(str(objective), names, n=1)
+    return f"objective {objective!r} is not one of {', '.join(names)}" + (
+        f"; did you mean {close[0]!r}?" if close else ""
+    )
 
 
 def _too_few(moments: GradientMoments, sgd: SGDConfig) -> str:
@@ -99,19 +108,41 @@ def noise_equilibrium(
 ) -> Equilibrium:
     """The group elements at which the Noether flow of every symmetry stops: the minimiser of the convex Phi.
 
-    `Phi = Tr(P X) + Tr(P^-1 Y)` over `P = G^T G` of each symmetry, all solved together (`joint=False`: each with the
-    others held). `mom` decides how: leg Grams where legs share no entries, entry-wise moments where tori meet, and
-    where a general_linear leg meets another one per-sample gradients `samples[parameter]`, `gradient_factors` or dense
-    `[N, *shape]`, or `remeasure(model) -> moments`, called on a moved copy at every sweep (not with `joint=False`).
+    With the other symmetries held, `Phi = Tr(P X) + Tr(P^-1 Y)` for `P = G^T G` of the group element `G`, where
 
-    Directions without a finite equilibrium are left where they are and named in the result; in general_linear
-    symmetries `recede < 1` moves them towards their limit by this factor. `errors=True` adds jackknife standard errors
-    of `1/2 log(G^T G)`, from moments in groups that determine the answer without `samples` or `remeasure`. Symmetries
-    on frozen parameters are excluded and listed. `tol` is the relative Noether flow at which the solution counts as
-    converged: by default 1e-11, with `remeasure` not below `8 eps` of the parameters' dtype.
+    `X = 1/2 (d K_plus + M_minus)`, `Y = 1/2 (d K_minus + M_plus)`, and `E[C' - C] = 2 (Y - X)` today:
 
-    Raises MomentError when the moments do not determine the answer, DataError for samples that disagree with them,
-    ValueError for an unknown objective or a bad `recede` or `max_iterations`. Source: theory.md section 5.
+    `K = W W^T` of the weights `W`, `M = lr^2 E[dW dW^T]` of the minibatch gradient, summed over the legs of one sign;
+    `d = lr w (2 - lr w)` of the weight decay `w`; `C = K_plus - K_minus` the charge. Section 5 of docs/theory.md
+    derives it; momentum changes `d` and the factor of `M` (`Drift`).
+
+    ```
+    mom = nf.gradient_moments(model, loss_fn, batches, syms, entries=True)
+    eq = nf.noise_equilibrium(model, syms, mom, nf.SGDConfig(lr=0.05, batch_size=16, weight_decay=1e-4))
+    print(eq)  # by family: what settles, and how far it moves
+    eq["0 -> 2"].element  # G of one symmetry
+    nf.balance_(model, eq)  # move there
+    ```
+
+    - `model`: only read; `syms`: its symmetries, those on frozen parameters are excluded and listed.
+    - `mom`: moments of per-sample gradients. Leg Grams do where legs share no entries, `entries=True` where tori meet;
+      where a general_linear leg meets another one, give `samples` or `remeasure` too.
+    - `sgd`: learning rate, batch size, weight decay, momentum; needed for the noise objectives.
+    - `objective`: `noise+decay`, `noise` (weight decay left out), `norm` (least norm), `fisher`, `hessian` (least
+      trace; `mom` from `curvature_moments`).
+    - `joint`: all symmetries move together; `False`: each with the others held.
+    - `approximate`: `False` leaves symmetries in place that a normalisation's eps makes approximate.
+    - `samples[parameter]`: per-sample gradients, `gradient_factors` or dense `[N, *shape]`.
+    - `remeasure(model) -> moments`: called on a moved copy at every sweep (not with `joint=False`).
+    - `tol`: imbalance (relative Noether flow) at which the solution counts as converged: by default 1e-11, with
+      `remeasure` not below `8 eps` of the parameters' dtype. `max_iterations`: sweeps at most.
+    - `recede`: directions without a finite equilibrium stay where they are and are named in the result; below 1, those
+      of general_linear symmetries move towards their limit by this factor.
+    - `errors`: adds jackknife standard errors of `1/2 log(G^T G)`, from moments in groups that determine the answer
+      without `samples` or `remeasure`.
+
+    Raises MomentError when the moments do not determine the answer, DataError for an unknown objective and samples that
+    disagree with the moments, ValueError for a bad `recede` or `max_iterations`.
     """
     if not 0 < recede <= 1:
         raise ValueError(f"recede must lie in (0, 1], got {recede!r}")
@@ -172,7 +203,7 @@ def noise_equilibrium(
         )
     start_point = orbit.at([s.identity() for s in movers])
     return Equilibrium(
-        objective=objective,
+        objective="noise" if objective == "noise+decay" and not weights.weight else objective,
         settled=tuple(settled),
         imbalance_now=max((float(s.imbalance_now.max()) for s in settled), default=0.0),
         imbalance=solution.imbalance,

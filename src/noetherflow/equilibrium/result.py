@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
+
+from noetherflow.printing import count, show, table
 
 Class = Literal["finite", "one-sided", "degenerate"]
 
@@ -74,10 +76,10 @@ class Settled:
 class Equilibrium:
     """The joint equilibrium of a model's symmetries under one objective.
 
-    `imbalance` is the largest relative Noether flow left over all finite coordinates; `evaluations` counts how often
-    the leg Grams were formed (or measured). `trace_now`, `trace`: `Tr M` of the moved parameters, weighted as in the
-    objective, so their ratio is the fall of the noise (or curvature) part; None where the model was re-measured
-    instead.
+    `objective`: the one asked for, `noise` where there is no decay to add. `imbalance`: the largest relative Noether
+    flow left over all finite coordinates. `evaluations`: how often the leg Grams were formed (or measured). `trace_now`,
+    `trace`: `Tr M` of the moved parameters, weighted as in the objective, so their ratio is the fall of the noise (or
+    curvature) part; None where the model was re-measured instead.
     """
 
     objective: str
@@ -116,22 +118,27 @@ class Equilibrium:
     def __str__(self) -> str:
         state = "converged" if self.converged else "NOT converged"
         lines = [
-            f"{self.objective} equilibrium of {len(self.settled)} symmetries"
+            f"{self.objective} equilibrium of {count(len(self.settled), 'symmetry', 'symmetries')}"
             + ("" if self.joint else " (each alone, the others held)")
-            + f": {state}, relative Noether flow {self.imbalance_now:.2e} -> {self.imbalance:.2e} "
-            f"in {self.iterations} sweeps",
-            f"{'family':<18}{'symmetries':>11}{'finite':>8}{'one-sided':>11}{'degenerate':>12}{'largest change':>16}",
+            + f": {state} in {count(self.iterations, 'sweep', 'sweeps')}, imbalance {show(self.imbalance_now)} -> "
+            + show(self.imbalance),
+            table(self._families(), "finite, one-sided, degenerate", "largest factor", "imbalance"),
         ]
-        for family in dict.fromkeys(s.family for s in self.settled):
-            own = [s for s in self.settled if s.family == family]
-            counts = [sum(s.classification == c for s in own) for c in ("finite", "one-sided", "degenerate")]
-            change = max(s.largest_change for s in own)
-            lines.append(f"{family:<18}{len(own):>11}{counts[0]:>8}{counts[1]:>11}{counts[2]:>12}{change:>16.4g}")
         lines += [f"{s.name}: {s.classification}: {s.reason}" for s in self.settled if s.reason][:20]
         lines += [f"excluded: {name}: {why}" for name, why in self.excluded.items()]
         if not self.converged:
             lines.append("raise max_iterations, or look at the symmetries with the largest imbalance in rows()")
         return "\n".join(lines)
+
+    def _families(self) -> list[dict[str, Any]]:
+        """One row per family: how many symmetries of each class, and the largest factor of the move."""
+        out = []
+        for family in dict.fromkeys(s.family for s in self.settled):
+            own = [s for s in self.settled if s.family == family]
+            counts = {c: sum(s.classification == c for s in own) for c in get_args(Class)}
+            factor = max(s.largest_change for s in own)
+            out.append({"family": family, "symmetries": len(own), **counts, "largest factor": factor})
+        return out
 
     __repr__ = __str__
 

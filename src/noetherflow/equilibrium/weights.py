@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -29,7 +30,7 @@ class Drift:
         Raises DataError for anything but an SGDConfig.
         """
         if not isinstance(sgd, SGDConfig):
-            raise DataError(f"sgd must be nf.SGDConfig(lr=..., batch_size=...), got {sgd!r}")
+            raise DataError(f"sgd must be nf.SGDConfig(lr=..., batch_size=...), got {reprlib.repr(sgd)}")
         m, lr, rest = sgd.momentum, sgd.lr, 1 - sgd.momentum
         persistence = (1 - m + 2 * m * m if sgd.nesterov else 1 + m) / rest**3
         decay = lr * sgd.weight_decay * (2 - lr * sgd.weight_decay) / rest

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from noetherflow.errors import MomentError
+from noetherflow.printing import count, show, table
 from noetherflow.sgd import SGDConfig
 from noetherflow.symmetry import Symmetry
 
@@ -46,7 +47,8 @@ class GradientMoments:
     `mean[parameter]`: `gbar`, the parameter's shape. `squares[parameter]`: entry-wise `E_z[g^2]`, present when measured
     with `entries=True`. `groups`: the same leg moments over disjoint groups of samples, for jackknife errors.
     `fallback`: parameters that no rule covered, measured by `vmap(grad)` or one backward per sample.
-    `replicates`: set when each "sample" is one minibatch gradient (`minibatch_moments`).
+    `replicates`: set when each "sample" is one minibatch gradient (`minibatch_moments`). `legs[symmetry]`: names of the
+    legs, as printed.
     """
 
     samples: int
@@ -57,6 +59,7 @@ class GradientMoments:
     groups: tuple[GradientMoments, ...] = ()
     fallback: tuple[str, ...] = ()
     replicates: Replicates | None = None
+    legs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def batch_grams(self, symmetry: Symmetry, sgd: SGDConfig) -> tuple[Tensor, ...]:
         """`M_leg`: leg Grams of `R_B = Cov[g_B] + gbar gbar^T`, one per charge-carrying leg (theory.md section 1).
@@ -90,14 +93,18 @@ class GradientMoments:
         return (f * q, -f * q), (-v * q, 1 + v * q)
 
     def __str__(self) -> str:
-        unit = "samples" if self.replicates is None else "minibatches"
-        lines = [f"{self.samples:,} {unit} in {max(1, len(self.groups))} groups, mean loss {self.loss:.6g}"]
+        unit = ("sample", "samples") if self.replicates is None else ("minibatch", "minibatches")
+        groups = count(max(1, len(self.groups)), "group", "groups")
+        lines = [f"{count(self.samples, *unit)} in {groups}, mean loss {self.loss:.6g}"]
         lines += [f"by fallback, not by rule: {', '.join(self.fallback)}"] if self.fallback else []
-        lines += [f"{'symmetry':<48}{'Tr E[g g^T] per leg'}"]
-        lines += [f"{name:<48}{'  '.join(f'{t:.4g}' for t in traces)}" for name, traces in self._traces().items()]
-        return "\n".join(lines)
+        rows = [{"symmetry": s, "mean squared gradient": self._by_leg(s, t)} for s, t in self._traces().items()]
+        return "\n".join([*lines, table(rows, "mean squared gradient")] if rows else lines)
 
     __repr__ = __str__
+
+    def _by_leg(self, symmetry: str, traces: list[float]) -> str:
+        names = self.legs.get(symmetry) or [f"leg {k}" for k in range(len(traces))]
+        return "  ".join(f"{name} {show(value)}" for name, value in zip(names, traces, strict=True))
 
     def _traces(self) -> dict[str, list[float]]:
         return {name: [float(trace(leg)) for leg in legs] for name, legs in self.second.items()}
@@ -164,6 +171,7 @@ def merge_moments(parts: list[GradientMoments]) -> GradientMoments:
         groups=tuple(g for p in parts for g in p.groups),
         fallback=tuple(dict.fromkeys(n for p in parts for n in p.fallback)),
         replicates=first.replicates,
+        legs=first.legs,
     )
     _refuse_not_finite(merged)
     return merged

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from noetherflow.errors import MomentError
+from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.result import GradientMoments
 
 Statistic = Callable[[GradientMoments], Tensor | float]
@@ -56,7 +56,7 @@ def standard_error(moments: GradientMoments, statistic: Statistic, *, dataset_si
 
     The error is that of sampling the data, not of SGD's own noise; `jackknife` has the formula and `dataset_size`.
 
-    Raises MomentError with fewer than two groups.
+    Raises MomentError with fewer than two groups, DataError if `statistic` returns neither a tensor nor a number.
     """
 
     def one(m: GradientMoments) -> dict[str, Tensor]:
@@ -108,7 +108,13 @@ def _busing(value: Tensor, parts: Tensor, h: Tensor, unseen: float) -> Estimate:
 
 
 def _float64(value: Tensor | float) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
+    try:
+        return torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError) as cause:
+        raise DataError(
+            f"the statistic must return a tensor or a number, got a {type(value).__name__}; join several tensors into "
+            "one: torch.cat([t.flatten() for t in tensors])"
+        ) from cause
 
 
 def noise_error(samples: Sequence[int], traces: Tensor) -> float:

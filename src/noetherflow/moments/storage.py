@@ -69,6 +69,7 @@ def _pack(moments: GradientMoments, prefix: str, tensors: dict[str, Tensor]) -> 
         "squares": list(moments.squares),
         "fallback": list(moments.fallback),
         "replicates": moments.to_dict()["replicates"],
+        "legs": moments.legs,
     }
 
 
@@ -90,4 +91,5 @@ def _unpack(
         groups=groups,
         fallback=tuple(header["fallback"]),
         replicates=None if header["replicates"] is None else Replicates(**header["replicates"]),
+        legs={name: tuple(legs) for name, legs in header.get("legs", {}).items()},
     )

@@ -109,7 +109,7 @@ def _order(index: np.ndarray, view: tuple[int, ...], axes: tuple[int, ...]) -> n
 def trainable_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """The named parameters of the model, all that are trainable for no name.
 
-    Raises MomentError for an unknown, frozen or complex one.
+    Raises MomentError for an unknown, frozen or complex one, or one without values (meta device).
     """
     tensors = {n: t for n, t in tensors_of(model).items() if isinstance(t, nn.Parameter)}
     wanted = [*dict.fromkeys(names)] or [n for n, t in tensors.items() if t.requires_grad]
@@ -120,6 +120,11 @@ def trainable_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, Te
             raise MomentError(
                 f"parameter {name!r} {tuple(tensors[name].shape)} is frozen and has no gradient noise; "
                 "drop its symmetries with syms.trainable(model)"
+            )
+        if tensors[name].is_meta:
+            raise MomentError(
+                f"parameter {name!r} {tuple(tensors[name].shape)} is on 'meta' and has no values; materialise the "
+                "model first: model.to_empty(device='cpu'), then load its weights"
             )
         if tensors[name].is_complex():
             raise MomentError(
@@ -232,7 +237,12 @@ class Sums:
             mean={name: g / n for name, g in self.gradient.items()},
             squares={name: q / n for name, q in self.squares.items()},
             fallback=fallback,
+            legs={name: self._leg_names(name) for name in self.second},
         )
+
+    def _leg_names(self, symmetry: str) -> tuple[str, ...]:
+        legs = [(position, leg) for need in self.needs.values() for s, position, leg, _ in need.legs if s == symmetry]
+        return tuple(leg.label for _, leg in sorted(legs, key=lambda item: item[0]))
 
     @classmethod
     def of(cls, moments: GradientMoments, syms: SymmetrySet, needs: dict[str, Need]) -> Sums:

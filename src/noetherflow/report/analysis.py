@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ import numpy as np
 
 from noetherflow.analysis import Analysis
 from noetherflow.discovery import CertificateRow
+from noetherflow.flow import EXPLAINED
+from noetherflow.printing import legend, transposed
 from noetherflow.report.figures import balance_figure, forecast_figure
 from noetherflow.report.page import Figure, Section, write_page
 
@@ -37,32 +38,31 @@ def analysis_sections(analysis: Analysis) -> list[Section]:
         Section(
             "Symmetries",
             f"{analysis.symmetries.n_charges():,} independent Noether charges, found in the traced graph and checked "
-            "numerically in float64: outputs and per-sample gradients before and after random group elements.",
+            "numerically in float64: outputs and per-sample gradients before and after random group elements.\n\n"
+            + legend("family", "blocks", "charges"),
             table=analysis.symmetries.summary(),
         ),
-        Section("Certificate", table=[_certificate_row(r) for r in analysis.certificate.rows]),
+        Section(
+            "Certificate",
+            legend("outputs changed by", "gradients off by"),
+            table=[_certificate_row(r) for r in analysis.certificate.rows],
+        ),
         Section(
             "Noether flow",
-            "Expected change of the charge per step, split into weight decay, minibatch noise and the step of the "
-            "mean gradient. Norms over the coordinates of a family; relaxation is the median over coordinates.",
+            legend(*EXPLAINED),
             table=transposed(analysis.rows()),
             figures=[Figure(_forecast(analysis), "Forecast from this one measurement.")],
         ),
         Section(
             "Noise equilibrium",
-            str(analysis.equilibrium).splitlines()[0],
+            f"{str(analysis.equilibrium).splitlines()[0]}\n\n"
+            + legend("finite, one-sided, degenerate", "largest factor", "imbalance"),
             table=[_equilibrium_row(r) for r in analysis.equilibrium.rows()],
             figures=[
                 Figure(_balance(analysis), "Coordinates with a finite equilibrium, now and predicted after the move.")
             ],
         ),
     ]
-
-
-def transposed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row per key and one column per row, headed by each row's first value."""
-    first, *names = rows[0] if rows else ("",)
-    return [{first: name, **{r[first]: r[name] for r in rows}} for name in names]
 
 
 def _certificate_row(row: CertificateRow) -> dict[str, Any]:
@@ -78,7 +78,15 @@ def _certificate_row(row: CertificateRow) -> dict[str, Any]:
 
 
 def _equilibrium_row(row: dict[str, Any]) -> dict[str, Any]:
-    return {k.replace("_", " "): v for k, v in row.items() if k not in ("coordinates", "kind")}
+    return {
+        "symmetry": row["symmetry"],
+        "family": row["family"],
+        "class": row["class"],
+        "largest factor": row["largest_change"],
+        "imbalance": row["imbalance_now"],
+        "imbalance after the move": row["imbalance"],
+        "reason": row["reason"],
+    }
 
 
 def _forecast(analysis: Analysis) -> bytes:

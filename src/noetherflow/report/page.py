@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import math
 import os
 import re
 import tempfile
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from noetherflow.errors import DataError, require
+from noetherflow.printing import show
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,23 +81,6 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-
-
-def show(value: Any) -> str:
-    """A number for people: four significant digits, thousands separated; anything else as text."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        if value == 0 or not math.isfinite(value):
-            return f"{value:g}"
-        if 1000 <= abs(value) < 1e7:
-            return f"{value:,.0f}"
-        return f"{value:.4g}" if 1e-3 <= abs(value) < 1000 else f"{value:.3e}"
-    return str(value)
 
 
 def _prepare(section: Section, position: int, safe: Any) -> dict[str, Any]:
