@@ -310,7 +310,7 @@ EXPERIMENT = Experiment(
             "section 8 with Gam_U = (S/4) E[G G^T], Gam_W = (S/4) E[G^T G], G the gradient of a normalised minibatch "
             "with respect to U W, at the best U W (2,000 minibatches)",
             "samples of a minibatch are not independent, but section 4 needs minibatch gradients only. Covariances are "
-            "those of standardised inputs up to order 1/S; the batch's standard deviations, which the net does not see, "
+            "those of standardised inputs up to order 1/S; the batch's standard deviations, unseen by the net, "
             "fluctuate and add noise of order 1/d times the label noise, whatever S",
         ),
         Setting(
