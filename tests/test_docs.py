@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
+from noetherflow import Translation, symmetry_set
+from noetherflow.discovery import assemble, shift_rules
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NUMBER = re.compile(r"-?\d[\d,]*\.?\d*(?:e[+-]\d+)?")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -17,14 +24,37 @@ def blocks(page: Path, language: str) -> list[str]:
     return [body for lang, body in FENCE.findall(page.read_text()) if lang == language]
 
 
+def outputs(page: Path) -> list[tuple[str, str | None]]:
+    """Python blocks, each with the text block that follows it at once: what it prints."""
+    text = page.read_text()
+    fences = list(FENCE.finditer(text))
+    follows = [b[1] == "text" and not text[a.end() : b.start()].strip() for a, b in pairwise(fences)]
+    return [
+        (fence[2], fences[i + 1][2] if i < len(follows) and follows[i] else None)
+        for i, fence in enumerate(fences)
+        if fence[1] == "python"
+    ]
+
+
+def assert_prints(printed: str, shown: str) -> None:
+    """The same words; numbers to 1 %, or both at the level of rounding."""
+    assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", shown).split()
+    for a, b in zip(NUMBER.findall(printed), NUMBER.findall(shown), strict=True):
+        got, expected = (float(n.replace(",", "")) for n in (a, b))
+        assert got == pytest.approx(expected, rel=1e-2, abs=1e-9), f"{a} instead of {b} in\n{printed}"
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
 @pytest.mark.filterwarnings("default")
-def test_python_blocks_run(page, tmp_path, monkeypatch):
+def test_python_blocks_run_and_print_what_is_shown(page, tmp_path, monkeypatch, capsys):
     """One namespace a page, in reading order."""
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "docs"}
-    for body in blocks(page, "python"):
+    for body, shown in outputs(page):
+        capsys.readouterr()
         exec(compile(body, f"{page.name}", "exec"), namespace)
+        if shown is not None:
+            assert_prints(capsys.readouterr().out, shown)
 
 
 def commands() -> list[tuple[str, str]]:
@@ -57,3 +87,12 @@ def test_make_targets_named_in_the_readme_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"make ([a-z][a-z-]*)", (ROOT / "README.md").read_text())):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_every_family_in_the_coverage_table_has_a_sentence():
+    text = (ROOT / "docs" / "coverage.md").read_text()
+    explained = set(re.findall(r"^- \*\*([\w-]+)\*\*", text, re.MULTILINE))
+    found = set(re.findall(r"([\w-]+) (?:scalar|diagonal|GL\(\d+\)) x\d+", text))
+    assert {*found, *get_args(get_type_hints(Translation)["family"])} <= explained
+    source = inspect.getsource(assemble) + inspect.getsource(shift_rules) + inspect.getsource(symmetry_set)
+    assert all(f'"{name}"' in source for name in explained), "a family that no code names"

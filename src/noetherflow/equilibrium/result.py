@@ -77,9 +77,9 @@ class Equilibrium:
     """The joint equilibrium of a model's symmetries under one objective.
 
     `objective`: the one asked for, `noise` where there is no decay to add. `imbalance`: the largest relative Noether
-    flow left over all finite coordinates. `evaluations`: how often the leg Grams were formed (or measured). `trace_now`,
-    `trace`: `Tr M` of the moved parameters, weighted as in the objective, so their ratio is the fall of the noise (or
-    curvature) part; None where the model was re-measured instead.
+    flow left over all finite coordinates. `evaluations`: how often the leg Grams were formed (or measured).
+    `trace_now`, `trace`: `Tr M` of the moved parameters, weighted as in the objective, so their ratio is the fall of
+    the noise (or curvature) part; None where the model was re-measured instead.
     """
 
     objective: str
