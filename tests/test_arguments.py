@@ -87,6 +87,7 @@ def test_results_show_as_tables_in_a_notebook() -> None:
         assert repr(result) == str(result)
         assert len(repr(result)) < 1000
     lines = str(flow.forecast([0, 10])).splitlines()
+    assert lines[0].endswith("+-: standard error of the measurement")
     assert lines[1].split() == ["symmetry", "0", "10"]
     charge = SYMS[0].charge({n: p.detach() for n, p in NET.named_parameters()})
     assert float(lines[2].split()[-2]) == pytest.approx(float(charge.norm()), 1e-3)

@@ -40,7 +40,11 @@ class Forecast:
 
     def __str__(self) -> str:
         how = "all symmetries together" if self.joint else "each symmetry with the others held"
-        lines = [f"norm of the charge after that many steps, {how}", f"{'symmetry':<40}" + self._cells(self.steps, ",")]
+        sure = "; +-: standard error of the measurement" if self.errors else ""
+        lines = [
+            f"charge (norm) after that many steps, {how}{sure}",
+            f"{'symmetry':<40}" + self._cells(self.steps, ","),
+        ]
         for name, charge in self.charges.items():
             lines.append(f"{name:<40}" + self._cells([float(c.norm()) for c in charge], ".4g"))
             if name in self.errors:
