@@ -88,13 +88,16 @@ def test_autocast_accumulates_in_float32() -> None:
     assert {g.dtype for g in got.mean.values()} <= {torch.float32, torch.float64}
 
 
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
-def test_ledger_of_a_fused_optimiser_behind_a_scaler(kind: type[torch.optim.Optimizer]) -> None:
-    """Half-precision autocast, gradients unscaled inside the step; the first scale overflows, so steps are skipped."""
+@pytest.mark.parametrize(("kind", "scale"), [(torch.optim.SGD, 2.0**8), (torch.optim.AdamW, 2.0**28)])
+def test_ledger_of_a_fused_optimiser_behind_a_scaler(kind: type[torch.optim.Optimizer], scale: float) -> None:
+    """Half-precision autocast, gradients unscaled inside the step; a large first scale overflows, steps are skipped.
+
+    Not with SGD: in torch 2.11 its fused kernel spoils the momentum of a skipped step, and training ends in NaN.
+    """
     model, x, y = network()
     options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
     optimizer = kind(model.parameters(), lr=1e-3, weight_decay=1e-2, fused=True, **options)
-    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**28)
+    scaler = torch.amp.GradScaler("cuda", init_scale=scale)
     with nf.Ledger(model, optimizer, nf.find_symmetries(model, x[:2])) as ledger:
         for _ in range(40):
             optimizer.zero_grad()
@@ -104,8 +107,9 @@ def test_ledger_of_a_fused_optimiser_behind_a_scaler(kind: type[torch.optim.Opti
             scaler.step(optimizer)
             scaler.update()
         rows = ledger.records()
-    assert any(e["event"] == "skipped" for e in ledger.events)
-    assert 5 < len(rows) < 40
+    skipped = sum(e["event"] == "skipped" for e in ledger.events)
+    assert (skipped > 0) == (scale > 2**20)
+    assert len(rows) == 40 - skipped
     for row in rows:
         assert abs(row["residual"]) < 2e-6 * row["norm"]
         assert abs(row["change"]) > 0

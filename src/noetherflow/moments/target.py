@@ -320,7 +320,8 @@ class Target:
             return
         g = g.reshape(g.shape[0], self.need.rows, -1)
         k, m, n = g.shape
-        self.gradient.view(m, n).add_(g[0] if k == 1 else g.sum(0))
+        ones = g.new_ones(k * m)  # in cache, a product with ones takes half the time of sum(0)
+        self.gradient.view(-1).addmv_(g.reshape(k, m * n).mT, ones[:k])
         split = self.need.split(m)
         for legs, gram_of in (
             (split.rows, lambda leg: leg.row_gram(g)),
@@ -336,7 +337,7 @@ class Target:
             self.add_torus_legs(square(g).sum(0))
         else:
             self.add_side(split.rows, lambda: torch.linalg.vector_norm(g, dim=2).square_().sum(0))
-            self.add_side(split.columns, lambda: square(g).reshape(k * m, n).sum(0))
+            self.add_side(split.columns, lambda: torch.mv(square(g).reshape(k * m, n).mT, ones))
 
     def _add_vectors(self, g: Tensor, square: Callable[[Tensor], Tensor]) -> None:
         self.gradient.add_(g.sum(0))
