@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import textwrap
@@ -15,6 +16,7 @@ from torch import nn
 import noetherflow as nf
 from noetherflow.cli import main
 from noetherflow.cli.app import app
+from noetherflow.cli.demo import Told, summary
 from noetherflow.errors import DataError, ExportError
 from noetherflow.workloads import CONTRACT
 
@@ -164,9 +166,13 @@ def test_analyze_json_agrees_with_the_library(run):
 
 
 def test_analyze_writes_a_report(run, tmp_path):
-    code, out, _ = run("analyze", "MODULE:good", "--batch-size", "4", "--report", "page.html")
+    code, out, err = run("analyze", "MODULE:good", "--batch-size", "4", "--report", "page.html")
     assert code == 0
     assert "Noether flow" in out
+    assert f"report: {tmp_path / 'page.html'}\n" in out
+    first, *stages = err.splitlines()
+    assert first.endswith("good: seconds for tracing, then a few gradient passes over 12 samples")
+    assert (stages[0], stages[-1]) == ("[1/5] tracing the model", "[5/5] solving for the noise equilibrium")
     page = (tmp_path / "page.html").read_text()
     assert "data:image/png;base64" in page
     assert "http://" not in page.split("<body")[1]
@@ -186,8 +192,9 @@ def test_balance_moves_a_checkpoint_and_keeps_its_function(run, tmp_path):
     assert "\nwould move\n" in out
     assert "\nwould move 3 tensors, " in out
     assert not (tmp_path / "out.safetensors").exists()
-    code, out, _ = run(*words, "--out", "out.safetensors")
+    code, out, err = run(*words, "--out", "out.safetensors")
     assert code == 0
+    assert err.splitlines()[-1] == "[5/5] moving the checkpoint"
     assert "\nwritten to out.safetensors\n" in out
     assert "\nmoved 3 tensors, " in out
     moved = load_file(tmp_path / "out.safetensors")
@@ -341,10 +348,38 @@ def test_a_model_with_a_branch_on_data_names_the_reason_and_the_way_out():
     assert [r.verdict for r in nf.certify(model, syms, x)] == ["exact"]
 
 
+def test_the_summary_of_a_demo_has_the_numbers_of_its_run():
+    told = Told(
+        "net",
+        28,
+        ("exact", "exact", "approximate"),
+        steps=6000,
+        change=0.81,
+        error=0.0312,
+        outputs=2.6e-16,
+        before=0.97,
+        after=5e-12,
+    )
+    other = dataclasses.replace(told, name="two", verdicts=("exact",) * 2, steps=500)
+    found, forecast, balanced, reproduced, reading = summary([told, other], "13 of 14 claims hold").prose.split("\n\n")
+    assert "5 continuous symmetries, 3 in `net` (28 charges) and 2 in `two` (28 charges); checked" in found
+    assert found.endswith("group elements, 4 exact and 1 approximate.")
+    assert "`net` over 6,000 steps to 3.1 % of their norm, while training changed them by 81 %; `two` over" in forecast
+    assert "outputs of `net` changed by 3e-16, its imbalance, measured again, from 0.97 to 5e-12" in balanced
+    assert "13 of 14 claims hold" in reproduced
+    assert "a charge is" in reading
+    assert "elements, 2 exact." in summary([other], "").prose
+
+
 @pytest.mark.slow
 def test_demo_writes_one_page(run, tmp_path):
-    code, out, _ = run("demo", "--quick", "--out", "demo")
+    code, out, err = run("demo", "--quick", "--out", "demo")
     assert code == 0
-    assert "Noether flow measured again" in " ".join(out.split())
+    assert "imbalance measured again" in " ".join(out.split())
+    assert f"\nopen {tmp_path / 'demo' / 'index.html'} (" in out
+    first, *stages = err.splitlines()
+    assert "figure 2 of the paper: 1 to 2 minutes" in first
+    assert [s.split("]")[0] for s in stages] == [f"[{k}/11" for k in range(1, 12)]
     page = (tmp_path / "demo" / "index.html").read_text()
     assert page.count("data:image/png;base64") >= 7
+    assert page.index("<h2>Summary</h2>") == page.index("<h2>")

@@ -25,7 +25,7 @@ from noetherflow.monitor.books import FIELDS
 from noetherflow.monitor.ledger import Ledger
 from noetherflow.monitor.log import FORMAT, LOG_NAME, RunLog, read_log
 from noetherflow.monitor.rundata import WINDOW, RunData, RunReader, _before
-from noetherflow.report.run import COLUMNS, POINTS, _labels, _layers, _training, summary, write_run_report
+from noetherflow.report.run import COLUMNS, POINTS, _labels, _layers, _spacing, _training, summary, write_run_report
 from noetherflow.report.watch import sparkline, view, watch
 from test_ledger import backward, batches, mlp, mlp_symmetries
 
@@ -252,6 +252,11 @@ def test_rows_of_the_heat_map() -> None:
     assert len(_training(long_run(4000, ["a"]), [])[0].content.data[1].x) == POINTS
 
 
+def test_spacing_of_the_estimates() -> None:
+    assert _spacing(np.array([0])).startswith("One estimate (`Ledger(..., estimate_every=...)`): few for")
+    assert _spacing(np.arange(0, 90_000, 50)) == "1,800 estimates, 50 steps apart (`Ledger(..., estimate_every=...)`)."
+
+
 def test_labels_drop_the_shared_prefix() -> None:
     assert _labels(["m.layers.0.q -> m.layers.0.k (+2)", "m.layers.1.v [scale]"]) == ["0.q -> 0.k (+2)", "1.v [scale]"]
     assert _labels(["model.norm -> lm_head"]) == ["model.norm -> lm_head"]
@@ -382,6 +387,17 @@ def wait_for(session: Any, script: str) -> Any:
         assert time.monotonic() < deadline, script
         time.sleep(0.05)
     return value
+
+
+def test_a_short_run_in_a_browser(browser: Any, tmp_path: Path) -> None:
+    """Columns of the heat map are as wide as they are apart, yet its axis does not begin below 0."""
+    record(tmp_path, steps=8)
+    browser.get(write_run_report(tmp_path).as_uri())
+    low, high = wait_for(browser, "document.querySelector('.plot:has(.heatmaplayer image)')?._fullLayout.xaxis.range")
+    assert low == 0
+    assert high == 7.5
+    text = browser.execute_script("return document.body.innerText")
+    assert "2 estimates, 5 steps apart (Ledger(..., estimate_every=...)): few for a course in time" in text
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from noetherflow.cli import tables
-from noetherflow.cli.options import BatchSize, Data, Debug, Json, Lr, Model, Momentum, WeightDecay, console
+from noetherflow.cli.options import BatchSize, Data, Debug, Json, Lr, Model, Momentum, WeightDecay, announce
+from noetherflow.printing import transposed
 from noetherflow.sgd import SGDConfig
 
 
@@ -29,16 +30,14 @@ def analyze(
 ) -> None:
     """Measure MODEL once and say what SGD's gradient noise does along its symmetries."""
     from noetherflow.analysis import analyze as run
-    from noetherflow.report.analysis import transposed, write_analysis
+    from noetherflow.report.analysis import write_analysis
     from noetherflow.workloads import load_workload
 
     workload = load_workload(model, data)
     size = workload.samples if finite_data else None
     sgd = SGDConfig(lr, batch_size, weight_decay, momentum, dataset_size=size)
-    with console.status("starting") as status:
-        analysis = run(
-            workload.model, workload.loss_fn, workload.batches, sgd, workload.example_inputs, progress=status.update
-        )
+    say = announce(f"{model}: seconds for tracing, then a few gradient passes over {workload.samples:,} samples", 5)
+    analysis = run(workload.model, workload.loss_fn, workload.batches, sgd, workload.example_inputs, progress=say)
     if report is not None:
         write_analysis(report, analysis, title=model)
     if as_json:
@@ -50,4 +49,4 @@ def analyze(
     tables.of_rows(printed, transposed(analysis.rows()), f"Noether flow at lr {lr:g}, batch size {batch_size}")
     printed.print(str(analysis.equilibrium), markup=False)
     if report is not None:
-        printed.print(f"report: {report}", markup=False)
+        printed.print(f"report: {report.resolve()}", markup=False, soft_wrap=True)

@@ -21,7 +21,7 @@ from noetherflow.cli.options import (
     Momentum,
     Nesterov,
     WeightDecay,
-    console,
+    announce,
 )
 from noetherflow.sgd import SGDConfig
 
@@ -73,10 +73,11 @@ def balance(
     workload = load_workload(model, data)
     load_checkpoint_(workload.model, source)
     inputs = workload.example_inputs
-    with console.status("starting") as status:
-        measured = measure(workload.model, workload.loss_fn, workload.batches, inputs, progress=status.update)
-        status.update("solving for the equilibrium")
-        eq = measured.equilibrium(workload.model, sgd, objective=objective.value, approximate=False)
+    say = announce(f"{source}: seconds for tracing, then a few gradient passes over {workload.samples:,} samples", 5)
+    measured = measure(workload.model, workload.loss_fn, workload.batches, inputs, progress=say)
+    say("solving for the equilibrium")
+    eq = measured.equilibrium(workload.model, sgd, objective=objective.value, approximate=False)
+    say("moving the checkpoint")
     report = balance_checkpoint(
         source,
         out or source,

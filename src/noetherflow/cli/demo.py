@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,13 +18,15 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from noetherflow.cli import tables
-from noetherflow.cli.options import Debug, console
+from noetherflow.cli.options import Debug, announce, console
+from noetherflow.printing import transposed
 from noetherflow.sgd import SGDConfig
 from noetherflow.symmetry_set import SymmetrySet, tensors_of
 from noetherflow.workloads import LossFn, Workload, digits, digits_cnn, digits_mlp, minibatches, split
 
 if TYPE_CHECKING:
     from noetherflow.analysis import Analysis
+    from noetherflow.report.page import Section
 
 FLIPPED = 0.1
 """Fraction of labels redrawn at random in every batch: gradient noise does not die out, as the theory assumes."""
@@ -40,6 +43,23 @@ class Run:
     follow: int
 
 
+@dataclass(frozen=True)
+class Told:
+    """The numbers of one classifier in the summary. With the forecast charges `F`, the trained ones `C` after `steps`
+    and `C_0` at the measurement: `change = |C - C_0| / |C_0|`, `error = |F - C| / |C|`.
+    """
+
+    name: str
+    charges: int
+    verdicts: tuple[str, ...]
+    steps: int
+    change: float
+    error: float
+    outputs: float
+    before: float
+    after: float
+
+
 def runs(quick: bool) -> tuple[Run, ...]:
     """The two classifiers; `quick` shortens everything for the tests."""
     part = 100 if quick else 1
@@ -51,61 +71,97 @@ def runs(quick: bool) -> tuple[Run, ...]:
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the page and the experiment's files.")] = Path("demo"),
-    quick: Annotated[bool, typer.Option(help="A few seconds of everything, to see that it works.")] = False,
+    quick: Annotated[bool, typer.Option(help="Short trainings (1 to 2 minutes), to see that it works.")] = False,
     debug: Debug = False,
 ) -> None:
     """Train on scikit-learn's digits, forecast the charges, balance, reproduce figure 2; write OUT/index.html."""
     from noetherflow.report.page import write_page
 
     start = time.perf_counter()
-    printed = tables.out()
-    sections: list[Any] = []
-    for run in runs(quick):
-        sections += _analyse(run, printed)
-    sections += _figure_two(out, printed)
+    printed, chosen = tables.out(), runs(quick)
+    length = "1 to 2 minutes" if quick else "5 to 10 minutes"
+    say = announce(
+        f"two classifiers trained, forecast and balanced, and figure 2 of the paper: {length}", 5 * len(chosen) + 1
+    )
+    analysed = [_analyse(run, printed, say) for run in chosen]
+    say("figure 2 of the paper")
+    figure_two, verdict = _figure_two(out, printed)
     page = write_page(
         out / "index.html",
         "noetherflow demo",
-        sections,
+        [summary([told for told, _ in analysed], verdict), *(s for _, own in analysed for s in own), figure_two],
         subtitle="Two classifiers on scikit-learn's digits, and figure 2 of the paper.",
     )
-    printed.print(f"\nreport: {page} ({time.perf_counter() - start:.0f} s)", markup=False)
+    printed.print(f"\nopen {page.resolve()} ({time.perf_counter() - start:.0f} s)", markup=False, soft_wrap=True)
 
 
-def _analyse(run: Run, printed: Any) -> list[Any]:
+def summary(told: Sequence[Told], figure_two: str) -> Section:
+    """The page's first card: what was found, forecast and moved, in sentences with this run's numbers."""
+    from noetherflow.report.page import Section
+
+    verdicts = Counter(v for t in told for v in t.verdicts)
+    checked = " and ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
+    found = " and ".join(f"{len(t.verdicts)} in `{t.name}` ({t.charges} charges)" for t in told)
+    forecast = "; ".join(
+        f"`{t.name}` over {t.steps:,} steps to {100 * t.error:.2g} % of their norm, while training changed them by "
+        f"{100 * t.change:.2g} %"
+        for t in told
+    )
+    moved = "; ".join(
+        f"the outputs of `{t.name}` changed by {t.outputs:.0e}, its imbalance, measured again, from {t.before:.2g} to "
+        f"{t.after:.0e}"
+        for t in told
+    )
+    return Section(
+        "Summary",
+        f"Found: {verdicts.total()} continuous symmetries, {found}; checked with random group elements, {checked}.\n\n"
+        f"Forecast: one measurement of the gradient noise foretold the charges of the training that followed: "
+        f"{forecast}.\n\n"
+        f"Balanced: moved along the symmetries to where the noise pulls equally on both sides, {moved}.\n\n"
+        f"Reproduced: figure 2 of the paper, {figure_two}.\n\n"
+        "How to read it: a charge is the squared norm of the weights on one side of a symmetry minus that on the "
+        "other, for a ReLU unit of what comes in minus what goes out. Gradient flow conserves it; minibatch noise "
+        "moves it, step by step, to the noise equilibrium. The sections below show this classifier by classifier.",
+    )
+
+
+def _analyse(run: Run, printed: Any, say: Callable[[str], None]) -> tuple[Told, list[Section]]:
     """Train, measure once, follow the forecast on a twin, balance, measure again; the page's sections."""
     from noetherflow.analysis import analyze
     from noetherflow.balance import balance_
     from noetherflow.equilibrium import noise_equilibrium
     from noetherflow.moments import gradient_moments
-    from noetherflow.report.analysis import analysis_sections, transposed
+    from noetherflow.report.analysis import analysis_sections
     from noetherflow.report.figures import balance_figure, forecast_figure
     from noetherflow.report.page import Figure, Section
 
     name, model, sgd = run.workload.name, run.workload.model, run.sgd
     stream = noisy_minibatches(run, seed=1)
+    say(f"{name}: training for {run.warm:,} SGD steps")
     loss = train(model, run.workload.loss_fn, stream, sgd, run.warm, f"{name}: training")
     printed.print(f"\n{name}: {run.warm:,} SGD steps, loss {loss:.3f}", markup=False)
     batches = noisy_population(run, seed=2)
     workload = replace(run.workload, batches=batches)
     inputs = workload.example_inputs
-    with console.status("analysing") as status:
-        analysis = analyze(model, workload.loss_fn, batches, sgd, inputs, progress=status.update)
+    say(f"{name}: symmetries, gradient noise and equilibrium")
+    analysis = analyze(model, workload.loss_fn, batches, sgd, inputs)
     tables.of_rows(
         printed, transposed(analysis.rows()), f"{name}: Noether flow at lr {sgd.lr:g}, batch size {sgd.batch_size}"
     )
     printed.print(str(analysis.equilibrium), markup=False)
 
+    say(f"{name}: a twin trains on for {run.follow:,} steps")
     steps = [int(k) for k in np.linspace(0, run.follow, 11)]
     forecast = analysis.flow.forecast(steps)
     measured = follow(copy.deepcopy(model), run, analysis.symmetries, stream, steps)
-    with console.status("sharpness along the orbit"):
-        sharpness = _orbit(model, run, analysis)
+    say(f"{name}: sharpness along the orbit")
+    sharpness = _orbit(model, run, analysis)
+    say(f"{name}: moving to the noise equilibrium and measuring again")
     moved = balance_(model, analysis.equilibrium, example_inputs=inputs, certificate=analysis.certificate)
     printed.print(f"balanced: {moved}", markup=False)
     again = gradient_moments(model, workload.loss_fn, batches, analysis.symmetries, entries=True)
     check = noise_equilibrium(model, analysis.symmetries, again, sgd)
-    printed.print(f"relative Noether flow measured again after the move: {check.imbalance_now:.1e}", markup=False)
+    printed.print(f"imbalance measured again after the move: {check.imbalance_now:.1e}", markup=False)
     histograms = {
         "before": np.concatenate([s.imbalance_now.numpy() for s in analysis.equilibrium]),
         "after, predicted": np.concatenate([s.imbalance.numpy() for s in analysis.equilibrium]),
@@ -123,7 +179,7 @@ def _analyse(run: Run, printed: Any) -> list[Any]:
         f"{name}: moved to the noise equilibrium",
         "The model was moved along its symmetries to the joint equilibrium and the noise measured again.",
         facts=[
-            ("largest relative flow before", analysis.equilibrium.imbalance_now),
+            ("imbalance before", analysis.equilibrium.imbalance_now),
             ("after, measured again", check.imbalance_now),
             ("relative change of outputs", moved.output_change),
         ],
@@ -133,7 +189,20 @@ def _analyse(run: Run, printed: Any) -> list[Any]:
         ],
     )
     found = [replace(s, heading=f"{name}: {s.heading.lower()}", figures=()) for s in analysis_sections(analysis)]
-    return [*found, trained, balanced]
+    start, end = (torch.cat([c[k].flatten() for c in measured.values()]) for k in (0, -1))
+    foretold = torch.cat([forecast.charges[n][-1].flatten() for n in measured])
+    told = Told(
+        name,
+        charges=analysis.symmetries.n_charges(),
+        verdicts=tuple(row.verdict for row in analysis.certificate.rows),
+        steps=run.follow,
+        change=float((end - start).norm() / start.norm()),
+        error=float((foretold - end).norm() / end.norm()),
+        outputs=float(moved.output_change or 0),
+        before=analysis.equilibrium.imbalance_now,
+        after=check.imbalance_now,
+    )
+    return told, [*found, trained, balanced]
 
 
 def _orbit(model: nn.Module, run: Run, analysis: Analysis, probes: int = 24) -> bytes:
@@ -215,16 +284,17 @@ def _charges(model: nn.Module, syms: SymmetrySet) -> dict[str, Tensor]:
     return {s.name: s.charge(tensors).detach() for s in syms}
 
 
-def _figure_two(out: Path, printed: Any) -> list[Any]:
+def _figure_two(out: Path, printed: Any) -> tuple[Section, str]:
+    """The page's section, and how many claims hold."""
     from noetherflow import reproduce
     from noetherflow.report.page import Figure, Section
 
-    with console.status("experiment fig2"):
-        (finished,) = reproduce.run(["fig2"], scale="quick", out=out / "experiments").finished
+    (finished,) = reproduce.run(["fig2"], scale="quick", out=out / "experiments", progress=None).finished
     printed.print(f"\n{finished}", markup=False)
     rows = [
         {"claim": v.claim, "predicted": v.criterion, "measured": v.measured, "s.e.": v.error, "holds": v.holds}
         for v in finished.verdicts
     ]
-    images = [f for f in finished.files if f.endswith(".png")]
-    return [Section(finished.experiment.title, table=rows, figures=[Figure(out / "experiments" / f) for f in images])]
+    images = [Figure(out / "experiments" / f) for f in finished.files if f.endswith(".png")]
+    hold = f"{len(rows) - len(finished.failing)} of {len(rows)} claims hold"
+    return Section(finished.experiment.title, table=rows, figures=images), hold

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -10,6 +12,14 @@ from rich.console import Console
 from noetherflow.workloads import BUILT_IN, CONTRACT
 
 console = Console(stderr=True, highlight=False, emoji=False)
+
+
+def announce(what: str, stages: int) -> Callable[[str], None]:
+    """Say on standard error what comes; the function returned says each of its `stages` on a numbered line."""
+    console.print(what, markup=False, soft_wrap=True)
+    numbers = itertools.count(1)
+    return lambda stage: console.print(f"[{next(numbers)}/{stages}] {stage}", markup=False, soft_wrap=True)
+
 
 MODEL = (
     f"A built-in example ({', '.join(BUILT_IN)}), or package.module:factory with `{CONTRACT}`; "

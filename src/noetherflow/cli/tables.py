@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from noetherflow.report.page import show
+from noetherflow.printing import show
 from noetherflow.symmetry_set import SymmetrySet
 
 PIPED_WIDTH = 240

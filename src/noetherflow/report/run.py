@@ -11,7 +11,8 @@ import numpy as np
 
 from noetherflow.errors import require
 from noetherflow.monitor.rundata import RunData
-from noetherflow.report.page import Figure, Section, show, write_page
+from noetherflow.printing import show
+from noetherflow.report.page import Figure, Section, write_page
 
 REPORT_NAME = "report.html"
 POINTS = 1500
@@ -19,6 +20,7 @@ CELLS = 200_000
 COLUMNS = 50
 BINS = 100
 CURVES = 12
+FEW = 5
 NAMES = {
     "second_order": "step size and noise",
     "decay": "weight decay",
@@ -237,7 +239,8 @@ def _equilibrium(data: RunData) -> list[Section]:
         Section(
             "Distance to the noise equilibrium",
             "The median over coordinates of `|λ*|`: by how much (in log scale) a layer must still be rescaled against "
-            "its partner to reach the noise equilibrium, from the running gradient noise." + note,
+            "its partner to reach the noise equilibrium, from the running gradient noise."
+            f"{note} {_spacing(data.estimate_steps)}",
             figures=[Figure(_curves(data, "distance", order, "|λ*|"), "Distance to equilibrium per layer.")],
         )
     ]
@@ -276,14 +279,23 @@ def _layers(data: RunData) -> list[Section]:
     figure.update_layout(
         **layout, yaxis=labels | {"autorange": "reversed", "automargin": True, "showgrid": False}, updatemenus=[menu]
     )
-    figure.update_layout(margin={"l": 30, "r": 20, "t": 70, "b": 50})
+    figure.update_layout(margin={"l": 30, "r": 20, "t": 70, "b": 50}, xaxis_rangemode="nonnegative")
     return [
         Section(
             "Layers over time",
-            "Every symmetry against the steps; choose the quantity with the menu.",
+            f"Every symmetry against the steps; choose the quantity with the menu. {_spacing(data.estimate_steps)}",
             figures=[Figure(figure, "One row per symmetry.")],
         )
     ]
+
+
+def _spacing(steps: np.ndarray) -> str:
+    """How far apart the estimates are, and what to do about too few."""
+    text = "One estimate"
+    if len(steps) > 1:
+        text = f"{len(steps):,} estimates, {int(np.median(np.diff(steps))):,} steps apart"
+    few = ": few for a course in time; a smaller `estimate_every` of the ledger gives more" if len(steps) < FEW else ""
+    return f"{text} (`Ledger(..., estimate_every=...)`){few}."
 
 
 def _norms(data: RunData) -> list[Section]:

@@ -16,7 +16,7 @@ from rich.text import Text
 from noetherflow.errors import DataError
 from noetherflow.monitor.log import LOG_NAME
 from noetherflow.monitor.rundata import RunData, RunReader
-from noetherflow.report.page import show
+from noetherflow.printing import show
 from noetherflow.report.run import NAMES, finite_mean
 
 RECENT = 50
