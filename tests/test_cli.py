@@ -18,6 +18,8 @@ from noetherflow.cli import main
 from noetherflow.cli.app import app
 from noetherflow.cli.demo import Told, summary
 from noetherflow.errors import DataError, ExportError
+from noetherflow.flow import EXPLAINED
+from noetherflow.printing import legend
 from noetherflow.workloads import CONTRACT
 
 FACTORIES = """
@@ -124,6 +126,7 @@ def test_find_prints_a_table_and_json(run):
     assert code == 0
     assert "rescaling" in out
     assert "exact" in out
+    assert legend("family", "blocks", "charges") in out
     code, out, _ = run("find", "MODULE:good", "--json")
     assert code == 0
     assert nf.SymmetrySet.from_dict(json.loads(out)).n_charges() == 4
@@ -169,6 +172,7 @@ def test_analyze_writes_a_report(run, tmp_path):
     code, out, err = run("analyze", "MODULE:good", "--batch-size", "4", "--report", "page.html")
     assert code == 0
     assert "Noether flow" in out
+    assert " ".join(legend(*EXPLAINED).split()) in " ".join(out.split())
     assert f"report: {tmp_path / 'page.html'}\n" in out
     first, *stages = err.splitlines()
     assert first.endswith("good: seconds for tracing, then a few gradient passes over 12 samples")

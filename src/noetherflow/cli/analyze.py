@@ -10,7 +10,7 @@ import typer
 
 from noetherflow.cli import tables
 from noetherflow.cli.options import BatchSize, Data, Debug, Json, Lr, Model, Momentum, WeightDecay, announce
-from noetherflow.printing import transposed
+from noetherflow.printing import legend, transposed
 from noetherflow.sgd import SGDConfig
 
 
@@ -30,6 +30,7 @@ def analyze(
 ) -> None:
     """Measure MODEL once and say what SGD's gradient noise does along its symmetries."""
     from noetherflow.analysis import analyze as run
+    from noetherflow.flow import EXPLAINED
     from noetherflow.report.analysis import write_analysis
     from noetherflow.workloads import load_workload
 
@@ -47,6 +48,7 @@ def analyze(
     tables.symmetries(printed, analysis.symmetries, title=model)
     printed.print(str(analysis.certificate), markup=False)
     tables.of_rows(printed, transposed(analysis.rows()), f"Noether flow at lr {lr:g}, batch size {batch_size}")
+    printed.print(legend(*EXPLAINED), markup=False)
     printed.print(str(analysis.equilibrium), markup=False)
     if report is not None:
         printed.print(f"report: {report.resolve()}", markup=False, soft_wrap=True)

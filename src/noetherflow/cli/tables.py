@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from noetherflow.printing import show
+from noetherflow.printing import legend, show
 from noetherflow.symmetry_set import SymmetrySet
 
 PIPED_WIDTH = 240
@@ -40,8 +40,10 @@ def symmetries(console: Console, syms: SymmetrySet, title: str) -> None:
     rows = syms.summary()
     if rows:
         of_rows(console, rows, f"{title}: {syms.n_charges():,} independent Noether charges")
+        console.print(legend("family", "blocks", "charges"), markup=False)
     else:
-        console.print(f"{title}: no continuous symmetry found", markup=False)
+        console.print(f"{title}: {syms}", markup=False)
+        return
     for name, why in syms.excluded.items():
         console.print(f"excluded {name}: {why}", markup=False)
     for u in syms.unknown:
