@@ -240,8 +240,8 @@ def verdicts(results: Results) -> list[Verdict]:
     (predicted,), measured = charge_gap(results, "theory"), charge_gap(results, "sgd")
     analysis = (
         f"The terms of first order in eta, {predicted:.3f} of the start, leave {measured.mean() - predicted:+.4f}: "
-        f"about the size of their square, {predicted**2:.4f}, as terms of second order would be. See the variation with a "
-        "smaller rate, and the paper scale."
+        f"about the size of their square, {predicted**2:.4f}, as terms of second order would be. See the variation "
+        "with a smaller rate, and the paper scale."
     )
     out.append(from_seeds(label, predicted, measured, 0.01, relative=False, analysis=analysis))
     return out
