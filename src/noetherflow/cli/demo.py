@@ -79,7 +79,7 @@ def demo(
 
     start = time.perf_counter()
     printed, chosen = tables.out(), runs(quick)
-    length = "1 to 2 minutes" if quick else "2 to 10 minutes"
+    length = "1 to 2 minutes" if quick else "2 to 15 minutes"
     say = announce(
         f"two classifiers trained, forecast and balanced, and figure 2 of the paper: {length}", 5 * len(chosen) + 1
     )
