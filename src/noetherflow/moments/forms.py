@@ -309,7 +309,7 @@ class Convolution(Form):
         return (left.permute(0, 2, 3, 1) @ right.transpose(1, 2)).reshape(hi - lo, *self.weight.shape)
 
     def dense(self, lo: int, hi: int) -> Tensor:
-        return torch.cat([self._gradient(i, i + 1).unsqueeze(0) for i in range(lo, hi)])
+        return torch.cat([self._gradients(i, i + 1) for i in range(lo, hi)])
 
     def total(self) -> Tensor:
         return self._gradient(0, self.samples)

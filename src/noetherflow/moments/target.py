@@ -237,12 +237,15 @@ class Sums:
             mean={name: g / n for name, g in self.gradient.items()},
             squares={name: q / n for name, q in self.squares.items()},
             fallback=fallback,
-            legs={name: self._leg_names(name) for name in self.second},
+            legs=self._leg_names(),
         )
 
-    def _leg_names(self, symmetry: str) -> tuple[str, ...]:
-        legs = [(position, leg) for need in self.needs.values() for s, position, leg, _ in need.legs if s == symmetry]
-        return tuple(leg.label for _, leg in sorted(legs, key=lambda item: item[0]))
+    def _leg_names(self) -> dict[str, tuple[str, ...]]:
+        names: dict[str, dict[int, str]] = {}
+        for need in self.needs.values():
+            for symmetry, position, leg, _ in need.legs:
+                names.setdefault(symmetry, {})[position] = leg.label
+        return {symmetry: tuple(legs[k] for k in sorted(legs)) for symmetry, legs in names.items()}
 
     @classmethod
     def of(cls, moments: GradientMoments, syms: SymmetrySet, needs: dict[str, Need]) -> Sums:
