@@ -90,6 +90,7 @@ def test_hutchinson_is_unbiased_within_its_error() -> None:
         error = torch.stack([g.second[s.name][leg] for g in probed.groups]).std(0) / 300**0.5
         assert float(((estimate - truth).abs() / (error + 1e-12)).max()) < 4.5
     assert len(probed.groups) == 300
+    assert exact.legs == probed.legs == {s.name: tuple(leg.label for leg in s.weight_legs)}
 
 
 def test_fisher_trace_by_the_same_code() -> None:

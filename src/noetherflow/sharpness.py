@@ -155,7 +155,8 @@ def _contract(
         plus = s.grams({n: hv[n] + v[n] for n in s.parameters})
         minus = s.grams({n: hv[n] - v[n] for n in s.parameters})
         second[s.name] = tuple(((a - b) / 4).cpu() for a, b in zip(plus, minus, strict=True))
-    return GradientMoments(1, 0.0, second, zero, {n: hv[n] * v[n] for n in v})
+    names = {s.name: tuple(leg.label for leg in s.weight_legs) for s in trainable}
+    return GradientMoments(1, 0.0, second, zero, {n: hv[n] * v[n] for n in v}, legs=names)
 
 
 def _total(parts: Iterator[GradientMoments]) -> GradientMoments:
