@@ -58,7 +58,7 @@ def test_forecasts_of_large_states_agree_with_the_dense_method(
     explicit = forecast.orbit_forecast(orbit, steps)
     for name, charge in dense.items():
         size = float(charge.abs().max())
-        torch.testing.assert_close(explicit[name], charge, rtol=0, atol=1e-4 * size)
+        torch.testing.assert_close(explicit[name], charge, rtol=0, atol=5e-4 * size)
         assert float((charge[2] - charge[0]).abs().max()) > 0.1 * size
 
 

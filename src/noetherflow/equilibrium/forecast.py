@@ -91,12 +91,12 @@ def _integrate(orbit: MeasuredOrbit, steps: list[int]) -> dict[str, Tensor]:
 
 
 def _states(layout: _Layout, steps: list[int]) -> list[np.ndarray]:
-    """By LSODA to 1e-7, whose memory is the square of the state's; beyond DENSE numbers by `stabilised` to 1e-6."""
+    """By LSODA to 1e-7, whose memory is the square of the state's; beyond DENSE numbers by `stabilised` to 1e-5."""
     start, scales = layout.start()
     if steps[-1] == 0:
         return [start]
     if start.size > DENSE:
-        return stabilised.integrate(layout.velocity, start, steps, 1e-6, 1e-8 * scales)
+        return stabilised.integrate(layout.velocity, start, steps, 1e-5, 1e-7 * scales)
     from scipy.integrate import solve_ivp
 
     run = solve_ivp(
