@@ -30,7 +30,7 @@ from noetherflow.sgd import SGDConfig
 COMMON = {"d": 8, "width": 12, "phi_x": 0.4, "phi_eps": 0.15, "lr": 0.04, "batch": 60}
 SCALES = {
     "quick": {**COMMON, "starts": 48, "steps": 25_000, "copies": 2},
-    "paper": {**COMMON, "lr": 0.02, "starts": 200, "steps": 120_000, "copies": 4},
+    "paper": {**COMMON, "lr": 0.01, "starts": 200, "steps": 500_000, "copies": 4},
 }
 
 

@@ -33,7 +33,7 @@ CASES = {
 SCALES = {
     "quick": {"cases": CASES, "seeds": 5, "context": 24, "marks": 16},
     "paper": {
-        "cases": {k: {**v, "lr": v["lr"] / 3, "steps": 6000, "before": 3000} for k, v in CASES.items()},
+        "cases": {k: {**v, "lr": v["lr"] / 3, "steps": 20_000, "before": 3000} for k, v in CASES.items()},
         "seeds": 8,
         "context": 64,
         "marks": 40,

@@ -38,7 +38,7 @@ WIDTHS = {"batch": 16, "layer": 16, "standardised": 16, "whitened": 8}
 COMMON = {"d": 12, "datasets": DATASETS, "batch": 30, "hidden": HIDDEN, "widths": WIDTHS}
 SCALES = {
     "quick": {**COMMON, "lr": 0.03, "steps": 6500, "relu_steps": 4500, "hidden_steps": 6000, "seeds": 5},
-    "paper": {**COMMON, "lr": 0.02, "steps": 40_000, "relu_steps": 40_000, "hidden_steps": 40_000, "seeds": 10},
+    "paper": {**COMMON, "lr": 0.02, "steps": 100_000, "relu_steps": 100_000, "hidden_steps": 100_000, "seeds": 16},
 }
 
 
