@@ -166,6 +166,12 @@ def verdicts(results: Results) -> list[Verdict]:
     )
     coarse, *_, fine = (_deviation(results, i) for i in range(len(c["lrs"])))
     ratio = c["lrs"][0][0] / c["lrs"][-1][0]
+    left = [float(np.mean(_deviation(results, i))) - _predicted_deviation(results, i) for i in range(len(c["lrs"]))]
+    remainder = (
+        f"Measured minus first order is {', '.join(f'{v:+.4f}' for v in left)} at the three rates: alike, as an effect "
+        "of eta / S would be, which is the same for all three. Where it is as large as the first order itself, their sum "
+        "does not shrink in proportion to eta. The claims on the first order, below, allow for it."
+    )
     out.append(
         from_ratio(
             f"systematic error of the ratio at {ratio:g} times the learning rate / at the smallest",
@@ -173,6 +179,7 @@ def verdicts(results: Results) -> list[Verdict]:
             coarse,
             fine,
             relation="above",
+            analysis=remainder,
         )
     )
     for i, (lr, batch, _) in enumerate(c["lrs"]):
