@@ -169,7 +169,7 @@ def verdicts(results: Results) -> list[Verdict]:
     left = [float(np.mean(_deviation(results, i))) - _predicted_deviation(results, i) for i in range(len(c["lrs"]))]
     remainder = (
         f"Measured minus first order is {', '.join(f'{v:+.4f}' for v in left)} at the three rates: alike, as an effect "
-        "of eta / S would be, which is the same for all three. Where it is as large as the first order itself, their sum "
+        "of eta / S would be, which is the same for all three. Where it is as large as the first order, their sum "
         "does not shrink in proportion to eta. The claims on the first order, below, allow for it."
     )
     out.append(
