@@ -345,7 +345,7 @@ def test_command_writes_the_report_and_exits_3_when_a_claim_fails(toy, tmp_path)
 
 
 def test_every_difference_from_the_print_is_demonstrated():
-    sources = [inspect.getsource(sys.modules[find_experiment(e).compute.__module__]) for e in REGISTRY]
+    sources = [inspect.getsource(sys.modules[find_experiment(e).verdicts.__module__]) for e in REGISTRY]
     named = {int(n) for text in sources for n in re.findall(r"difference ?= ?(\d)", text)}
     assert named == {d.number for d in DIFFERENCES}
 

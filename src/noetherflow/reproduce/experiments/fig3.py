@@ -61,7 +61,7 @@ def plot(results: Results) -> Any:
         xlabel=r"learning rate $\eta$ (and batch $S$)",
         ylabel=r"1 - measured / $\sqrt{\varphi(2-\varphi)}$",
         title=rf"the error shrinks with $\eta$ ($\varphi={c['phi']}$)",
-        ylim=(0, None),
+        ylim=(min(0.0, 1.1 * min(float(_deviation(results, i).mean()) for i in range(len(rates)))), None),
         xlim=(0, 1.12 * rates.max()),
     )
     for ax in (ratio, trace, error):
