@@ -170,7 +170,7 @@ def plot(results: Results) -> Any:
         xlabel="step",
         ylabel=r"$\|W^TW - W_*^TW_*\| / \|W_*^TW_*\|$",
         title="distance to the predicted point",
-        ylim=(0.01, None),
+        ylim=(0.3 * floor, None),
     )
     distance.legend(loc="lower left", ncols=2)
     return fig
