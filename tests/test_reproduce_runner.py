@@ -287,6 +287,7 @@ def test_report_holds_everything(toy, tmp_path):
     lines = text.splitlines()
     assert "**1 of 2 claims hold.**" in text
     assert "| [toy](#toy) A toy | 2 | 1 | 0 | 1 of 2 hold, 0 s |" in lines
+    assert "Estimates" not in text, "all were run"
     assert any(line.startswith("- [toy](#toy), b is <three>:") and line.endswith("not three") for line in lines)
     at_paper = lines[lines.index("At the sizes of the paper:") :]
     assert any(line.startswith("- [toy](#toy), b is <three>:") and line.endswith("not three") for line in at_paper)
@@ -312,6 +313,7 @@ def test_report_estimates_what_was_not_run_and_says_how_to_write_it_again(toy, m
     (paper / "rates.json").write_text(json.dumps(fixed))
     page = write_markdown(summary, tmp_path / "report.md", paper).read_text()
     assert "| not run; about 13 min (estimate) |" in page, "200 s for 4 seeds, 800 s for 16"
+    assert "Estimates for experiments not run" in page
     assert "Generated from a `quick` run" in page
     assert "not all experiments" in page
     assert "noetherflow reproduce toy --scale quick --out reproduction --markdown FILE --paper paper\n" in page
