@@ -11,6 +11,7 @@ from noetherflow.reproduce.alignment import correlation, matrices, noisy_share, 
 from noetherflow.reproduce.experiment import Results
 from noetherflow.reproduce.experiments import fig1, fig5, repnorm, thm43
 from noetherflow.reproduce.experiments import repnorm_inputs as treated
+from noetherflow.reproduce.theory import stretched
 from noetherflow.sgd import SGDConfig
 
 F64 = torch.float64
@@ -124,6 +125,19 @@ def test_repnorm_equilibrium_of_layer_normalised_inputs_is_that_of_the_generic_m
     assert ratio(found_u, found_w) == pytest.approx(ratio(u, w), rel=0.02)
     independent = cf.two_layer(at.product, *cf.noise_matrices(at.sigma, torch.eye(5, dtype=F64)))
     assert abs(ratio(*independent) / ratio(u, w) - 1) > 0.1
+
+
+def test_repnorm_starts_are_far_from_the_predictions_they_are_judged_against():
+    norm_ratio = lambda u, w: u.square().sum((-2, -1)) / w.square().sum((-2, -1))
+    config = repnorm.SCALES["quick"]
+    for treatment in treated.TREATMENTS:
+        at = treated.minima(config, treatment)
+        predicted = cf.two_layer(at.product, at.gam_u, at.gam_w)
+        for factor in (config["stretch"], 1 / config["stretch"]):
+            start = stretched(at.product, factor)
+            ratio = norm_ratio(*start) / norm_ratio(*predicted)
+            trace = cf.two_layer_hessian_trace(*start, at.sigma) / cf.two_layer_hessian_trace(*predicted, at.sigma)
+            assert (ratio.log().abs() > 1.2).all() and (trace > 1.2).all(), treatment
 
 
 @pytest.mark.parametrize("treatment", treated.TREATMENTS)

@@ -27,6 +27,7 @@ from noetherflow.reproduce.simulate import (
     squared_error,
     wishart_factor,
 )
+from noetherflow.reproduce.theory import stretched
 from noetherflow.sgd import SGDConfig
 
 POPULATION = ("raw", "standardised", "whitened")
@@ -174,8 +175,7 @@ def linear_nets(config: Config, treatment: str) -> dict[str, Any]:
     """Norm ratio and `Tr H` over the last quarter: `[sets, 2 starts, seeds]`, and predicted `[sets]`."""
     at, seeds = minima(config, treatment), config["seeds"]
     predicted = cf.two_layer(at.product, at.gam_u, at.gam_w)
-    # Norm balance, and as far from the equilibrium on its other side.
-    starts = cf.norm_balanced(at.product), cf.two_layer(at.product, at.gam_u @ at.gam_u, at.gam_w @ at.gam_w)
+    starts = stretched(at.product, config["stretch"]), stretched(at.product, 1 / config["stretch"])
     u, w = (torch.stack(m, 1).repeat_interleave(seeds, 1).flatten(0, 1) for m in zip(*starts, strict=True))
     inputs = _inputs(config, treatment, 2 * seeds)
     sigma = at.sigma.repeat_interleave(2 * seeds, 0)
