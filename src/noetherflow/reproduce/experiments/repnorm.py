@@ -285,10 +285,9 @@ EXPERIMENT = Experiment(
     setup=(
         "x has a rotated anisotropic covariance, y = Sig_x^-1/2 x + eps (d = 12, unit noise). Inputs raw, standardised "
         "per coordinate or whitened by the population, or normalised over the minibatch or over each sample's "
-        "coordinates; two-layer linear and ReLU nets, the linear ones started at norm balance with U 1.6 times larger and W smaller, "
-        "and the other way round. Right: "
-        "the hidden layer normalised over the batch, over its units, or by its population covariance (standardised per "
-        "unit, whitened), with and without weight decay 0.02."
+        "coordinates; two-layer linear and ReLU nets, the linear ones started at norm balance with U 1.6 times larger "
+        "and W smaller, and the other way round. Right: the hidden layer normalised over the batch, over its units, or "
+        "by its population covariance (standardised per unit, whitened), with and without weight decay 0.02."
     ),
     scales=SCALES,
     work=lambda c: c["seeds"] * (c["steps"] + c["relu_steps"] + c["hidden_steps"]),
