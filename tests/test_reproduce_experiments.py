@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from noetherflow import closed_form as cf
-from noetherflow import spd
+from noetherflow import find_symmetries, spd
 from noetherflow.reproduce import generic
-from noetherflow.reproduce.alignment import correlation, matrices, noisy_share, norm_balanced
+from noetherflow.reproduce.alignment import at_norm_balance, correlation, matrices, noisy_share
 from noetherflow.reproduce.experiment import Results
-from noetherflow.reproduce.experiments import fig1, fig5, repnorm, thm43
+from noetherflow.reproduce.experiments import fig1, fig2, fig5, rates, repnorm, thm43, thm54
 from noetherflow.reproduce.experiments import repnorm_inputs as treated
 from noetherflow.reproduce.theory import stretched
 from noetherflow.sgd import SGDConfig
@@ -24,7 +24,7 @@ def test_alignment_of_norm_balanced_and_of_noise_balanced_factors():
     rows = torch.linalg.qr(torch.randn(width, d, dtype=F64, generator=torch.Generator().manual_seed(1))).Q.mT
     balanced = [rows.mT[None], rows[None]]
     a, b = matrices(balanced, variances)
-    expected = norm_balanced(d, variance)
+    expected = at_norm_balance(d, variance)
     assert float(correlation(a, b)) == pytest.approx(expected[0], rel=1e-12)
     assert float(noisy_share(balanced, a, b)) == pytest.approx(expected[1], rel=1e-12)
     root = variances**0.25
@@ -46,6 +46,52 @@ def test_an_orbit_without_equilibrium_fails_its_claims_and_stops_nothing():
     assert exists.measured == 0.5
     assert attraction.measured == pytest.approx(0.01)
     thm43.plot(results)
+
+
+def test_thm43_nets_have_every_family_of_symmetries():
+    found = set()
+    for build in thm43.BUILDERS.values():
+        found |= {s.family for s in find_symmetries(build().double(), (torch.randn(2, 12, dtype=F64),))}
+    attention = {"attention-qk", "attention-vo", "rotary-qk"}
+    assert found == attention | {"rescaling", "linear-linear", "norm-gain", "gated", "stream", "one-sided"}
+
+
+def test_thm54_norm_of_a_mean_drift_is_free_of_the_noise_and_has_an_error():
+    rng = np.random.default_rng(0)
+    drift = np.zeros(40)
+    drift[:2] = 0.3, 0.4
+    squares = [thm54.squared_norm(drift * scale + rng.normal(size=(8, 40))) for scale in (0, 1) for _ in range(400)]
+    none, some = np.split(np.asarray(squares), 2)
+    assert abs(none.mean()) < 4 * none.std() / 20
+    assert abs(some.mean() - 0.25) < 4 * some.std() / 20
+    value, error = thm54.norm(drift + 0.05 * rng.normal(size=(8, 40)))
+    assert value == pytest.approx(0.5, abs=4 * error)
+    assert 0 < error < 0.05
+    value, error = thm54.norm(0.05 * rng.normal(size=(8, 40)))
+    assert value + error < 0.1
+
+
+def test_rates_loss_of_gd_is_the_sum_over_its_steps():
+    config = rates.SCALES["quick"]
+    u, w, lr, loss = config["start"], config["gd_product"] / config["start"], 1e-4, 0.0
+    first = rates.imbalance(config, config["gd_product"])
+    for _ in range(20_000):
+        g = 2 * (u * w - 1)
+        loss += lr**2 * g**2
+        u, w = u - lr * g * w, w - lr * g * u
+    assert 1 - (u**2 - w**2) / first == pytest.approx(loss, rel=1e-3)
+    assert rates.gd_loss(config) == pytest.approx(loss / lr, rel=1e-3)
+
+
+def test_fig2_entries_are_judged_against_an_exponential_theory():
+    steps = np.arange(0, 1001, 10)
+    config = {"gd_steps": 100}
+    theory, run = (np.exp(-rate * steps)[:, None, None, None] * np.arange(1, 10) for rate in (0.004, 0.0042))
+    data = {n: {"steps": steps, "entries": e, "residual": e[..., 0]} for n, e in (("theory", theory), ("sgd", run))}
+    results = Results(config, tuple(({"name": name}, kept) for name, kept in data.items()))
+    assert fig2.entry_rates(results) == pytest.approx(1.05, abs=0.01)
+    assert fig2.bend(results, "sgd") == pytest.approx(1, abs=1e-9)
+    assert np.abs(fig2.entry_ends(results)).max() < 0.04
 
 
 def test_fig5_counts_learned_directions_and_compares_starts_at_one_rate():

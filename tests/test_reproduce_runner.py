@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from noetherflow.cli.reproduce import _parsed
 from noetherflow.errors import DataError
 from noetherflow.reproduce import experiment as registry
 from noetherflow.reproduce import provenance, run, write_markdown
@@ -30,6 +31,8 @@ from noetherflow.reproduce.experiment import (
     from_seeds,
     plain,
 )
+from noetherflow.reproduce.experiments import fig5
+from noetherflow.reproduce.gallery import _explained
 from noetherflow.reproduce.outcome import finished_in, in_place_of, write_atomically
 from noetherflow.reproduce.provenance import library_digest, merged, reached, source_of
 from noetherflow.reproduce.runner import compute_point
@@ -289,6 +292,8 @@ def test_report_holds_everything(toy, tmp_path):
     assert "| [toy](#toy) A toy | 2 | 1 | 0 | 1 of 2 hold, 0 s |" in lines
     assert "Estimates" not in text, "all were run"
     assert any(line.startswith("- [toy](#toy), b is <three>:") and line.endswith("not three") for line in lines)
+    (row,) = [line for line in lines if line.startswith("| a is one | 1 within 5 % |")]
+    assert row.count("|") == 6, "the last column is the paper's scale"
     at_paper = lines[lines.index("At the sizes of the paper:") :]
     assert any(line.startswith("- [toy](#toy), b is <three>:") and line.endswith("not three") for line in at_paper)
     assert any(line.startswith("| 4 | t_equi") and "[toy](#toy), a is one" in line for line in lines)
@@ -329,6 +334,46 @@ def test_report_estimates_what_was_not_run_and_says_how_to_write_it_again(toy, m
     few = write_markdown(run(["toy"], out=tmp_path / "quick", seeds=3, progress=None), tmp_path / "few.md").read_text()
     assert "Generated from a `quick` run" in few
     assert "noetherflow reproduce all --scale quick --out reproduction --seeds 3 --markdown FILE\n" in few
+
+
+def test_failing_claims_with_one_analysis_are_told_together():
+    a, b = (from_seeds(claim, 1.0, [3.0, 3.1], 0.1, analysis="both moved") for claim in ("a", "b"))
+    c = from_seeds("c", 1.0, [3.0, 3.1], 0.1, analysis="another reason")
+    grouped = _explained([("x", a), ("x", c), ("x", b), ("y", b)])
+    assert grouped == [("x", "both moved", [a, b]), ("x", "another reason", [c]), ("y", "both moved", [b])]
+
+
+def test_settings_replace_those_of_the_scale_and_the_report_says_so(toy, monkeypatch, tmp_path):
+    monkeypatch.setattr(registry, "REGISTRY", ("toy",))
+    monkeypatch.setitem(TOY.scales, "quick", {"seeds": 4, "shift": 0})
+    moved = run(["toy"], out=tmp_path, settings={"shift": 1}, progress=None)
+    assert moved.finished[0].results.config == {"seeds": 4, "shift": 1}
+    assert "--out reproduction --set shift=1 --markdown" in write_markdown(moved, tmp_path / "report.md").read_text()
+    assert run(["toy"], out=tmp_path, progress=None).computed == 2, "other settings, other points"
+    with pytest.raises(DataError, match="no setting 'width' in toy; settings: seeds, shift"):
+        run(["toy"], out=tmp_path, settings={"width": 1}, progress=None)
+    with pytest.raises(DataError, match="--seeds"):
+        run(["toy"], out=tmp_path, settings={"seeds": 1}, progress=None)
+
+
+def test_images_of_fig5_can_be_another_file(tmp_path):
+    images = np.random.default_rng(0).integers(0, 255, (50, 6, 6))
+    np.save(tmp_path / "images.npy", images)
+    found = fig5.images({**fig5.SCALES["quick"], "data": str(tmp_path / "images.npy")})
+    assert found.shape == (50, 36)
+    assert float(found.max()) == 1
+    with pytest.raises(DataError, match="no image data at"):
+        fig5.images({**fig5.SCALES["quick"], "data": str(tmp_path / "missing.npy")})
+
+
+def test_command_takes_settings_as_json_or_text():
+    assert [_parsed(text) for text in ("lr=0.1", "data=a=b.npz", "sizes=[1, 2]")] == [
+        ("lr", 0.1),
+        ("data", "a=b.npz"),
+        ("sizes", [1, 2]),
+    ]
+    with pytest.raises(DataError, match="KEY=VALUE"):
+        _parsed("lr")
 
 
 def test_command_writes_the_report_and_exits_3_when_a_claim_fails(toy, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +18,9 @@ def reproduce(
     scale: Annotated[str, typer.Option(help="quick (minutes on two cores) or paper (the paper's sizes).")] = "quick",
     out: Annotated[Path, typer.Option(help="Folder for figures, results and the gallery.")] = Path("reproduction"),
     seeds: Annotated[int | None, typer.Option(help="Number of seeds, in place of each experiment's own.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE in place of a setting, as data=mnist.npz; repeatable.")
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Processes on this machine; -1: one per processor.")] = 1,
     dask: Annotated[str | None, typer.Option(help="Address of a dask scheduler to run on.")] = None,
     device: Annotated[str, typer.Option(help="Where tensors live: cpu or cuda.")] = "cpu",
@@ -43,6 +46,7 @@ def reproduce(
         dask=dask,
         vary=vary,
         device=device,
+        settings=dict(_parsed(text) for text in setting or ()),
         progress=lambda text: console.print(text, markup=False),
     )
     if markdown is not None:
@@ -53,3 +57,14 @@ def reproduce(
         tables.out().print(str(summary), markup=False, soft_wrap=True)
     if summary.failing:
         raise typer.Exit(3)
+
+
+def _parsed(text: str) -> tuple[str, Any]:
+    """`key=value`; the value as JSON where it is JSON, else as text."""
+    key, found, value = text.partition("=")
+    if not found or not key:
+        raise DataError(f"--set takes KEY=VALUE, got {text!r}")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value

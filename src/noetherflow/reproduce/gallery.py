@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import shlex
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 from noetherflow.errors import DataError, require
 from noetherflow.reproduce import experiment as registry
 from noetherflow.reproduce.differences import DIFFERENCES
+from noetherflow.reproduce.experiment import Verdict
 from noetherflow.reproduce.outcome import Finished, Summary, finished_in, write_atomically
 from noetherflow.reproduce.provenance import merged
 
@@ -38,7 +41,8 @@ def write_markdown(summary: Summary, path: Path, paper: Path | None = None) -> P
         complete=_complete(summary),
         paper=told if paper is not None else {},
         paper_versions=merged(f.versions for f in earlier.values()),
-        paper_failing=[(name, v) for name, f in earlier.items() for v in f.failing],
+        paper_failing=_explained((name, v) for name, f in earlier.items() for v in f.failing),
+        at_paper={name: {v.claim: v for v in f.verdicts} for name, f in earlier.items()},
     )
 
 
@@ -65,8 +69,9 @@ def _render(template: str, path: Path, summary: Summary, **more: Any) -> Path:
         for d in DIFFERENCES
     }
     made_with = merged(f.versions for f in summary.finished)
+    failing = _explained(summary.failing)
     page = environment.from_string(source).render(
-        summary=summary, versions=made_with, differences=DIFFERENCES, shown=shown, **more
+        summary=summary, failing=failing, versions=made_with, differences=DIFFERENCES, shown=shown, **more
     )
     write_atomically(path, page)
     return path
@@ -79,10 +84,10 @@ def _embedded(path: Path) -> str:
 def _command(summary: Summary, paper: bool) -> str:
     """The command that writes this page again."""
     ids = [f.experiment.id for f in summary.finished]
-    seeds = {f.results.config["seeds"] for f in summary.finished if _changed(f)}
     words = ["noetherflow reproduce", *(["all"] if ids == list(registry.REGISTRY) else ids)]
     words += ["--scale", "/".join(sorted({f.scale for f in summary.finished})), "--out reproduction"]
-    words += [*(f"--seeds {n}" for n in seeds), *(["--vary"] if any(f.varied for f in summary.finished) else [])]
+    words += dict.fromkeys(word for f in summary.finished for word in _replaced(f))
+    words += ["--vary"] if any(f.varied for f in summary.finished) else []
     return " ".join([*words, "--markdown FILE", *(["--paper paper"] if paper else [])])
 
 
@@ -97,6 +102,22 @@ def _changed(f: Finished) -> bool:
     """Whether the settings are other than those of the scale as it is declared now."""
     declared: Any = json.loads(json.dumps(f.experiment.config(f.scale)))
     return bool(declared != f.results.config)
+
+
+def _replaced(f: Finished) -> list[str]:
+    """The options that make the settings of `f` out of those of its scale."""
+    declared: Any = json.loads(json.dumps(f.experiment.config(f.scale)))
+    other = {key: value for key, value in f.results.config.items() if declared.get(key) != value}
+    seeds = [f"--seeds {other.pop('seeds')}"] if "seeds" in other else []
+    return seeds + [f"--set {shlex.quote(f'{key}={json.dumps(value)}')}" for key, value in other.items()]
+
+
+def _explained(failing: Iterable[tuple[str, Verdict]]) -> list[tuple[str, str, list[Verdict]]]:
+    """`(experiment id, analysis, claims)`: failing claims of one experiment with the same analysis together."""
+    groups: dict[tuple[str, str], list[Verdict]] = {}
+    for name, v in failing:
+        groups.setdefault((name, v.analysis), []).append(v)
+    return [(name, analysis, found) for (name, analysis), found in groups.items()]
 
 
 def _beside(f: Finished, paper: Finished | None) -> str:

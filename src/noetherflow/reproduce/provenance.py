@@ -22,6 +22,7 @@ ROOT = Path(noetherflow.__file__).parent
 FACES = frozenset({"cli", "report", "reproduce"})
 """Packages that compute nothing the experiments use; of `reproduce`, `source_of` takes what `compute` uses."""
 DRAWING = frozenset({"noetherflow.reproduce.style", "noetherflow.reproduce.experiment"})
+"""Modules that draw, judge and describe. What `compute` does use of them, `seeding`, is apart."""
 
 
 def versions(device: str = "cpu") -> dict[str, str]:
@@ -46,7 +47,7 @@ def merged(several: Iterable[Mapping[str, str]]) -> dict[str, str]:
 def fingerprint(compute: Callable[..., Any], *given: Any) -> str:
     """Changes whenever a recomputation could give another answer: what is `given` (JSON), the code, or torch.
 
-    Comments, layout, docstrings, and what only draws, judges or describes do not count.
+    Comments, layout, docstrings, and what draws, judges or describes (DRAWING) do not count.
     """
     text = json.dumps([*given, source_of(compute), library_digest(ROOT), torch.__version__], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

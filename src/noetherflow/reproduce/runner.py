@@ -6,7 +6,7 @@ import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,25 +70,27 @@ def run(
     vary: bool = False,
     progress: Progress | None = print,
     device: str = "cpu",
+    settings: Mapping[str, Any] | None = None,
 ) -> Summary:
     """Compute, judge and draw experiments; write `<id>.png`, `.svg`, `.json`, `points/` and `index.html` to `out`.
 
-    `ids`: experiment ids or `all`. `scale`: `quick` or `paper`. `seeds` replaces the number of seeds. `jobs` processes
+    `ids`: experiment ids or `all`. `scale`: `quick` or `paper`. `seeds` replaces the number of seeds, `settings` other
+    entries of the configurations that have them (fig5: `{"data": "mnist.npz"}`). `jobs` processes
     on this machine (joblib; -1: one per processor), or a dask cluster at address `dask`, whose workers have one thread
     each. `vary`: judge every claim again under each of the experiment's variations (quick scale). `device`: where the
     tensors live. Points whose fingerprint (configuration, point, device, code) is already in `out` are not computed
     again, so a killed run continues. Files are replaced atomically. `index.html` shows all experiments found in `out`.
 
-    Raises DataError for an unknown id, scale or device, for 0 jobs, for `vary` at another scale than quick, for a
-    folder that cannot be written or holds results of another scale, for an unreachable cluster or one whose workers
-    have several threads; MissingExtraError without joblib, matplotlib or jinja2.
+    Raises DataError for an unknown id, scale, setting or device, for 0 jobs, for `vary` at another scale than quick,
+    for a folder that cannot be written or holds results of another scale, for an unreachable cluster or one whose
+    workers have several threads; MissingExtraError without joblib, matplotlib or jinja2.
     """
     began = time.perf_counter()
     names = [ids] if isinstance(ids, str) else list(ids)
     chosen = [find_experiment(n) for n in (REGISTRY if "all" in names else dict.fromkeys(names))]
     _check(scale, jobs, vary, device if dask is None else "cpu")
     require("matplotlib", "report")
-    configs = {e.id: e.config(scale, seeds) for e in chosen}
+    configs = _configs(chosen, scale, seeds, settings or {})
     folder = _writable(Path(out), scale)
     say = progress or (lambda text: None)
     without = [name for name, config in configs.items() if seeds is not None and "seeds" not in config]
@@ -116,6 +118,23 @@ def run(
         close(batch.experiment.id)
     write_gallery(Summary(finished_in(folder), folder))
     return Summary(tuple(finished[e.id] for e in chosen), folder, time.perf_counter() - began, len(todo), skipped)
+
+
+def _configs(
+    chosen: Sequence[Experiment], scale: str, seeds: int | None, settings: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Per id the configuration of the scale, with those of `settings` that it has replaced."""
+    configs = {e.id: e.config(scale, seeds) for e in chosen}
+    if "seeds" in settings:
+        raise DataError("the number of seeds has an option of its own, seeds (--seeds); leave it out of the settings")
+    for name, value in settings.items():
+        having = [config for config in configs.values() if name in config]
+        if not having:
+            known = sorted({key for config in configs.values() for key in config})
+            raise DataError(f"no setting {name!r} in {', '.join(configs)}; settings: {', '.join(known)}")
+        for config in having:
+            config[name] = value
+    return configs
 
 
 def _check(scale: str, jobs: int, vary: bool, device: str) -> None:

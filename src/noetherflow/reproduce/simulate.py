@@ -287,9 +287,3 @@ def reduced_width(u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         return u, w
     basis = torch.linalg.qr(torch.cat([u.mT, w], dim=-1)).Q
     return u @ basis, basis.mT @ w
-
-
-def mean_and_error(values: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
-    """Mean and standard error over `dim` (independent seeds)."""
-    n = values.shape[dim]
-    return values.mean(dim), values.std(dim) / math.sqrt(n) if n > 1 else torch.full_like(values.mean(dim), math.nan)

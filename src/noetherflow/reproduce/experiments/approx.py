@@ -177,7 +177,7 @@ EXPERIMENT = Experiment(
             "zeta/(2d) (||U||^2 - 2.5 d)^2, with its minimum on the orbit",
             "the two limits do not depend on its form, the crossover does (predicted for this form)",
         ),
-        Setting("size, learning rate, batch", "d = 8, 0.02, 16", "enter through eta d / S (variations below)"),
+        Setting("size, learning rate, batch", "d = 8, 0.02, 16", "enter through eta d / S (variations above)"),
     ),
     exploratory=(
         "The values of zeta were placed after a first run so as to cover the crossover, the smallest so small and the "

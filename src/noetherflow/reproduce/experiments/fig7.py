@@ -160,7 +160,7 @@ EXPERIMENT = Experiment(
             "Net-A is then invariant only under a common scaling, Net-B under one for each layer, as the claims need",
         ),
         Setting(
-            "sizes, learning rate, batch", "d = 10, width 16, 0.01, 4", "set the speed of growth (variations below)"
+            "sizes, learning rate, batch", "d = 10, width 16, 0.01, 4", "set the speed of growth (variations above)"
         ),
     ),
     exploratory=(

@@ -143,7 +143,7 @@ EXPERIMENT = Experiment(
     verdicts=verdicts,
     settings=(
         Setting(
-            "learning rates", "0.03; 0.003 and 0.005 with momentum 0.9; Adam 0.02", "variations below for the data"
+            "learning rates", "0.03; 0.003 and 0.005 with momentum 0.9; Adam 0.02", "variations above for the data"
         ),
         Setting(
             "Adam",

@@ -174,7 +174,7 @@ def changes(results: Results, name: str) -> tuple[np.ndarray, np.ndarray, np.nda
     return charges[-1] - charges[0], summed, forecasts[-1] - forecasts[0]
 
 
-def agreement(measured: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def correlation_and_slope(measured: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Correlation over neurons, and slope of measured on predicted, per seed."""
     predicted = np.broadcast_to(predicted, measured.shape)
     pairs = list(zip(measured, predicted, strict=True))
@@ -213,7 +213,7 @@ def analysis(results: Results, name: str) -> str:
     """Why a forecast's slope is off, in numbers."""
     measured, summed, _ = changes(results, name)
     size, losses = np.linalg.norm(results.array(name, "drift"), axis=-1), results.array(name, "loss")
-    correlations, slopes = agreement(measured, summed)
+    correlations, slopes = correlation_and_slope(measured, summed)
     return (
         f"The forecast holds the gradient noise of step 0 fixed up to the symmetry. There the loss is "
         f"{losses[0].mean():.2f} and the drift {size[0].mean():.2g}; along the runs they average "
@@ -234,7 +234,7 @@ def verdicts(results: Results) -> list[Verdict]:
             ("forecast from step 0", predicted, 0.8, 0.3),
             ("drift measured along the run", summed, 0.95, 0.2),
         ):
-            correlations, slopes = agreement(measured, change)
+            correlations, slopes = correlation_and_slope(measured, change)
             label = f"{name}, {source}: correlation with the measured change over neurons"
             out.append(from_seeds(label, least, correlations, relation="above", analysis=why))
             label = f"{name}, {source}: slope of the measured change on it"

@@ -165,7 +165,7 @@ EXPERIMENT = Experiment(
         Setting(
             "what counts as divergence",
             "|U W - V|^2 above ten times |V|^2 within 400 steps at the high rate",
-            "variations below: a threshold of 100, and 1,000 steps",
+            "variations above: a threshold of 100, and 1,000 steps",
         ),
         Setting("the stability rule", "2 ||U||^2 < 2 / eta", "full-batch descent's; no theorem for SGD"),
     ),
