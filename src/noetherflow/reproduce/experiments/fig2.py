@@ -17,6 +17,7 @@ from noetherflow.reproduce.experiment import (
     Setting,
     Verdict,
     from_ratio,
+    from_resampling,
     from_seeds,
     generator,
     plain,
@@ -122,23 +123,55 @@ def settled(results: Results, name: str, key: str, fraction: float = 0.1) -> np.
     return values[-max(1, int(fraction * len(values))) :].mean(0)
 
 
-def decay_rates(results: Results, name: str) -> np.ndarray:
-    """Slope of `-log residual` per step between 60 % and 5 % of its first value, unit noise, per seed."""
+HIGH, MIDDLE, LOW = 0.6, (0.6 * 0.05) ** 0.5, 0.05
+"""Between these parts of its first value the residual's decay is measured; MIDDLE halves the way in the logarithm."""
+
+
+def decay_rates(results: Results, name: str, high: float = HIGH, low: float = LOW) -> np.ndarray:
+    """Slope of `-log residual` per step between `high` and `low` of its first value, unit noise, per seed."""
     steps = results.array(name, "steps")
     first = results.array("theory", "residual")[0, 0]
     rates = []
     for curve in results.array(name, "residual")[:, 0].T:
-        use = (curve < 0.6 * first) & (curve > 0.05 * first)
+        use = (curve < high * first) & (curve > low * first)
         rates.append(-np.polyfit(steps[use], np.log(curve[use]), 1)[0])
     return np.asarray(rates)
+
+
+def bend(results: Results, name: str) -> np.ndarray:
+    """The decay rate between MIDDLE and LOW over that between HIGH and MIDDLE, per seed; 1 for an exponential."""
+    return decay_rates(results, name, MIDDLE, LOW) / decay_rates(results, name, HIGH, MIDDLE)
+
+
+def learned_by(results: Results) -> np.ndarray:
+    """Which checkpoints come after learning: GD is at the minimum after `gd_steps`."""
+    return results.array("sgd", "steps") >= results.config["gd_steps"]
+
+
+def entries(results: Results, name: str) -> np.ndarray:
+    """The plotted entries of the residual after learning, unit noise, `[T, seeds, 9]`."""
+    return results.array(name, "entries")[learned_by(results), 0]
+
+
+def entry_rates(results: Results) -> np.ndarray:
+    """The plotted entries' decay rate over theory's, per seed: `1 + r` of the least squares `E - T = r k dT/dk`."""
+    steps, theory = results.array("sgd", "steps")[learned_by(results)], entries(results, "theory")
+    slope = steps[:, None, None] * np.gradient(theory, steps, axis=0)
+    gaps = entries(results, "sgd") - theory
+    return np.asarray(1 + (gaps * slope).sum((0, 2)) / np.square(slope).sum())
+
+
+def entry_ends(results: Results) -> np.ndarray:
+    """The plotted entries averaged over the last tenth of the run, over their first root mean square, `[seeds, 9]`."""
+    first = results.array("theory", "entries")[0, 0]
+    return np.asarray(settled(results, "sgd", "entries")[0] / np.sqrt(np.square(first).mean()))
 
 
 def charge_gap(results: Results, name: str) -> np.ndarray:
     """Largest `|C - generic| / |C_0|` over steps and noises, `C = ||W||^2 - ||U||^2` of a run, per seed."""
     charge = results.array(name, "norm_w") ** 2 - results.array(name, "norm_u") ** 2
     generic = results.array("generic", "charge")[..., None]
-    learned_by = results.array("sgd", "steps") >= results.config["gd_steps"]
-    return np.abs((charge - generic) / generic[0])[learned_by].max((0, 1))
+    return np.abs((charge - generic) / generic[0])[learned_by(results)].max((0, 1))
 
 
 def plot(results: Results) -> Any:
@@ -202,7 +235,7 @@ def _ratio(phi: float) -> float:
 
 
 def verdicts(results: Results) -> list[Verdict]:
-    """Decay, final norms for every noise, and the comparison with GD."""
+    """Decay of the residual and of its entries, final norms for every noise, and the comparison with GD."""
     c = results.config
     (rate,) = decay_rates(results, "theory")
     residual = results.array("sgd", "residual")[:, 0]
@@ -216,8 +249,9 @@ def verdicts(results: Results) -> list[Verdict]:
             settled(results, "sgd", "residual")[0] / residual[0],
             relation="below",
         ),
+        *_entry_verdicts(results),
     ]
-    theory, run = results.array("theory", "norm_u")[10:, :, :1], results.array("sgd", "norm_u")[10:]
+    theory, run = (results.array(name, "norm_u")[learned_by(results)] for name in ("theory", "sgd"))
     deviation = np.abs(run / theory - 1).max((0, 1))
     out.append(
         from_seeds("||U|| along the way: largest relative deviation from theory", 0.02, deviation, relation="below")
@@ -245,6 +279,46 @@ def verdicts(results: Results) -> list[Verdict]:
     )
     out.append(from_seeds(label, predicted, measured, 0.01, relative=False, analysis=analysis))
     return out
+
+
+NOISE = (
+    "Single entries have the noise of the weights, of order sqrt(eta / S), on top of the decay; theory leaves it out."
+)
+
+
+def _entry_verdicts(results: Results) -> list[Verdict]:
+    (predicted,), theory = bend(results, "theory"), entries(results, "theory")
+    gap = np.abs(entries(results, "sgd") - theory).max((0, 2)) / np.abs(theory).max()
+    largest = lambda ends: float(np.abs(ends.mean(0)).max())
+    return [
+        from_seeds(
+            "its decay is near-exponential: rate from 17 % to 5 % of the start / from 60 % to 17 %",
+            predicted,
+            bend(results, "sgd"),
+            0.05,
+        ),
+        from_seeds(
+            "the nine plotted entries: decay rate / theory's, all together",
+            1,
+            entry_rates(results),
+            0.05,
+            analysis=NOISE,
+        ),
+        from_seeds(
+            "the nine entries along the way: largest distance from theory / the largest entry at the start",
+            0.05,
+            gap,
+            relation="below",
+            analysis=NOISE,
+        ),
+        from_resampling(
+            "the nine entries at the end: the largest / their root mean square at the start",
+            0.03,
+            entry_ends(results),
+            largest,
+            relation="below",
+        ),
+    ]
 
 
 EXPERIMENT = Experiment(
@@ -281,7 +355,9 @@ EXPERIMENT = Experiment(
         "||W||^2 - ||U||^2 stays within 5 % of SGD was asked first and failed (7.5 %); now the distance is compared "
         "with the first-order terms of the closed form. The 0.1 % for the two theories' agreement covers the step of "
         "the closed form's integrator (0.02 % in a first comparison). The rate's 5 % became 2 % when it was read off "
-        "the theory's own curve."
+        "the theory's own curve. The claims about the entries and the two halves of the decay were added to finished "
+        "runs; nothing is claimed of a single entry's rate (the smallest one's: 0.66 of theory's, error 0.18, in a "
+        "quick run)."
     ),
     variations={
         "learning rate 0.02, twice the steps": {"lr": 0.02, "steps": 18_000, "gd_steps": 800},

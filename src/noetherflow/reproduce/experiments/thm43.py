@@ -22,7 +22,7 @@ from noetherflow.symmetry import Symmetry
 SCALES = {
     "quick": {
         "networks": 3,
-        "generators": 3,
+        "generators": 2,
         "samples": 24,
         "reach": 2.5,
         "grid": 21,
@@ -56,6 +56,42 @@ class Attention(nn.Module):
         return self.o(scores @ self.v(tokens)).mean(1)
 
 
+class Rotary(nn.Module):
+    """Attention over three tokens with rotary positions; values are the tokens: rotary query-key symmetries alone."""
+
+    turn: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.o = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        angles = torch.outer(torch.arange(3.0), torch.tensor([1.0, 0.1]))
+        self.register_buffer("turn", torch.stack([angles.cos(), angles.sin()]), persistent=False)
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Every pair of coordinates turned by its token's angle."""
+        (even, odd), (cos, sin) = (x[..., ::2], x[..., 1::2]), self.turn
+        return torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, 3, 4)
+        scores = torch.softmax(self.turned(self.q(tokens)) @ self.turned(self.k(tokens)).mT, dim=-1)
+        out: Tensor = self.o(scores @ tokens).mean(1)
+        return out
+
+
+class Stream(nn.Module):
+    """A stream that two branches write to, max-pooled over tokens: stream symmetries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.read = nn.Linear(4, 3), nn.Linear(4, 3, bias=False), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, 3, 4)
+        out: Tensor = self.read((self.one(tokens) + self.two(tokens.abs())).amax(1))
+        return out
+
+
 class Gated(nn.Module):
     """A gated layer after a LayerNorm with gain: norm-gain and gated-branch symmetries."""
 
@@ -72,7 +108,9 @@ BUILDERS: dict[str, Any] = {
     "ReLU net": lambda: nn.Sequential(nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)),
     "linear net": lambda: nn.Sequential(nn.Linear(12, 4, bias=False), nn.Linear(4, 5, bias=False), nn.Linear(5, 2)),
     "attention": Attention,
+    "rotary attention": Rotary,
     "gated": Gated,
+    "stream": Stream,
     "scale-invariant": lambda: nn.Sequential(
         nn.Linear(12, 6, bias=False), nn.LayerNorm(6, eps=0.0, elementwise_affine=False), nn.Linear(6, 2)
     ),
@@ -198,7 +236,7 @@ def _all_rows(results: Results) -> list[dict[str, Any]]:
 def plot(results: Results) -> Any:
     """Drift and charge against the distance to the equilibrium, one example per family."""
     fig, (drifts, charges) = style.figure(2, width=5.2)
-    colors = (style.SGD, style.GD, style.SDE, style.ACCENT, style.OTHER, "#5b8c5a", "#a05a2c")
+    colors = (style.SGD, style.GD, style.SDE, style.ACCENT, style.OTHER, "#5b8c5a", "#a05a2c", "#7a5195", "#bc8f00")
     shown: dict[str, str] = {}
     for name, data in ((p["name"], d) for p, d in results.points):
         for row in data["rows"]:
@@ -274,10 +312,11 @@ EXPERIMENT = Experiment(
     id="thm43",
     title="Every orbit has one attracting noise equilibrium",
     setup=(
-        "Random ReLU, linear, attention, gated and scale-invariant nets; all symmetries found in them; random "
-        "symmetric generators A. Drift E[C' - C] and charge C = theta^T A theta are measured at every exp(lambda A) "
-        "theta from per-sample gradients there, not transported by formula. One-sided symmetries have decay 0.01; the "
-        "others have it in every second network."
+        "Random ReLU, linear, attention (plain and rotary), gated, max-pooled and scale-invariant nets; all symmetries "
+        "found in them, of every family the library knows (rescaling, linear-linear, attention-qk, attention-vo, "
+        "rotary-qk, norm-gain, gated, stream, one-sided); random symmetric generators A. Drift E[C' - C] and charge C "
+        "= theta^T A theta are measured at every exp(lambda A) theta from per-sample gradients there, not transported "
+        "by formula. One-sided symmetries have decay 0.01; the others have it in every second network."
     ),
     scales=SCALES,
     work=lambda c: c["networks"] * c["generators"] * c["grid"],

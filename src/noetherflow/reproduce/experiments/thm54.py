@@ -74,8 +74,13 @@ def task(d: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def points(config: Config) -> list[Point]:
-    """Residuals of the formulas, then simulations from each formula's solution."""
-    runs = [{"name": f"{f}{d}", "formula": f, "depth": d} for d in config["depths"] for f in ("corrected", "printed")]
+    """Residuals of the formulas, then simulations from each one's solution, the corrected one's at two rates."""
+    kinds = [("corrected", "corrected", 1), ("half", "corrected", 2), ("printed", "printed", 1)]
+    runs = [
+        {"name": f"{name}{d}", "formula": formula, "depth": d, "slower": slower}
+        for d in config["depths"]
+        for name, formula, slower in kinds
+    ]
     return [{"name": "residuals"}, *runs]
 
 
@@ -94,7 +99,11 @@ def charges(layers: list[Tensor]) -> Tensor:
 
 
 def compute(config: Config, point: Point) -> dict[str, Any]:
-    """Relative violations over random tasks; or the drift of the charges from one solution along the printed drift."""
+    """Relative violations over random tasks; or the mean drift of the charges from one solution per seed, `[seeds, n]`.
+
+    In units of the norm of the drift predicted at the printed solution, `projected` on that drift. A run that is
+    `slower` takes as many more steps: `eta k` is the same.
+    """
     if point["name"] == "residuals":
         rng = generator(3)
         tasks = [task(config["d"], rng) for _ in range(config["trials"])]
@@ -105,18 +114,38 @@ def compute(config: Config, point: Point) -> dict[str, Any]:
                 for f, make in formulas.items()
             }
         )
-    depth, lr, s = point["depth"], config["lr"], config["batch"]
+    depth, s = point["depth"], config["batch"]
+    lr, steps = config["lr"] / point["slower"], config["steps"] * point["slower"]
     v, sx, se = task(config["d"], generator(100 + depth))
     wrong = printed(v, sx, se, depth)
     residuals = cf.deep_linear_residuals(wrong, sx, se)
-    drift = torch.cat([(4 * lr**2 / s * config["steps"] * r).flatten() for r in residuals])
+    drift = torch.cat([(4 * lr**2 / s * steps * r).flatten() for r in residuals])
     layers = wrong if point["formula"] == "printed" else cf.deep_linear(v, sx, se, depth)
     count = config["seeds"] * config["copies"]
     start = [w.expand(count, -1, -1) for w in layers]
-    run = simulate(LinearNet.of(v, sx, se, s), start, config["steps"], lr, generator(200 + depth))
-    change = charges(run.params) - charges([w[None] for w in layers])
-    projected = (change @ drift / drift.square().sum()).reshape(config["seeds"], -1).mean(1)
-    return plain({"projected": projected, "diverged": int(run.diverged.sum())})
+    run = simulate(LinearNet.of(v, sx, se, s), start, steps, lr, generator(200 + depth + 100 * (point["slower"] - 1)))
+    change = (charges(run.params) - charges([w[None] for w in layers])) / drift.norm()
+    means = change.reshape(config["seeds"], config["copies"], -1).mean(1)
+    projected = means @ (drift / drift.norm())
+    return plain({"drift": means, "projected": projected, "diverged": int(run.diverged.sum())})
+
+
+def squared_norm(drifts: np.ndarray) -> float:
+    """`|m|^2` of the mean m of `drifts` `[seeds, n]` without the noise's part: mean of `m_s . m_t` over `s != t`."""
+    n = len(drifts)
+    return float((np.square(drifts.sum(0)).sum() - np.square(drifts).sum()) / (n * (n - 1)))
+
+
+def norm(drifts: np.ndarray) -> tuple[float, float]:
+    """`|m|`, the noise's part taken off, and how far one (jackknife) standard error of `|m|^2` reaches above it."""
+    square, n = max(squared_norm(drifts), 0), len(drifts)
+    without = np.array([squared_norm(np.delete(drifts, s, 0)) for s in range(n)])
+    return math.sqrt(square), math.sqrt(square + math.sqrt((n - 1) * without.var())) - math.sqrt(square)
+
+
+def limit(results: Results, depth: int) -> np.ndarray:
+    """The corrected solution's drifts extrapolated to eta -> 0, `2 m(eta / 2) - m(eta)` per seed, `[seeds, n]`."""
+    return 2 * results.array(f"half{depth}", "drift") - results.array(f"corrected{depth}", "drift")
 
 
 def plot(results: Results) -> Any:
@@ -128,14 +157,6 @@ def plot(results: Results) -> Any:
         for shift, column in zip(np.linspace(-0.15, 0.15, values.shape[1]), values.T, strict=True):
             residuals.plot(depths + shift, column, marker, color=color, ms=3, alpha=0.5)
         residuals.plot([], [], marker, color=color, label=formula)
-        style.dots(
-            drifts,
-            depths,
-            np.stack([results.array(f"{formula}{d}", "projected") for d in depths]),
-            color,
-            formula,
-            marker,
-        )
     residuals.set(
         yscale="log",
         xlabel="depth D",
@@ -144,17 +165,26 @@ def plot(results: Results) -> Any:
         title="layer conditions, random tasks",
     )
     residuals.legend()
+    along = np.stack([results.array(f"printed{d}", "projected") for d in depths])
+    style.dots(drifts, depths, along, style.GD, "from the printed one, along the prediction", "s")
+    for name, rate, shift, face in (("corrected", r"$\eta$", -0.06, style.SGD), ("half", r"$\eta/2$", 0.06, "none")):
+        values, errors = np.array([norm(results.array(f"{name}{d}", "drift")) for d in depths]).T
+        label = f"from the corrected one, norm, {rate}"
+        drifts.errorbar(depths + shift, values, 2 * errors, fmt="o", color=style.SGD, mfc=face, ms=5, label=label)
     drifts.axhline(0, color=style.THEORY, ls="--", lw=1, label="predicted: 0 and 1")
     drifts.axhline(1, color=style.THEORY, ls="--", lw=1)
     drifts.set(
         xlabel="depth D",
-        ylabel="charge drift / drift predicted\nfor the printed solution",
+        ylabel="mean drift of the charges / drift\npredicted for the printed solution",
         xticks=depths,
         ylim=(-0.5, 1.6),
         title="SGD started at either solution",
     )
-    drifts.legend()
+    drifts.legend(fontsize=8, loc="center right")
     return fig
+
+
+FLUCTUATIONS = "of first order in eta: the weights fluctuate about the solution, where section 9 takes its moments"
 
 
 def verdicts(results: Results) -> list[Verdict]:
@@ -172,25 +202,25 @@ def verdicts(results: Results) -> list[Verdict]:
         ),
     ]
     for d in results.config["depths"]:
-        out.append(
-            from_seeds(
-                f"D = {d}: drift from the corrected solution / the printed one's",
-                0,
-                results.array(f"corrected{d}", "projected"),
-                0.15,
-                relative=False,
-            )
-        )
-        out.append(
+        name = f"D = {d}: norm of the mean drift from the corrected solution / the printed one's"
+        out += [
+            _below(name, 0.15, results.array(f"corrected{d}", "drift"), FLUCTUATIONS),
+            _below(f"{name}, eta -> 0", 0.05, limit(results, d), "of second order in eta"),
             from_seeds(
                 f"D = {d}: drift from the printed solution / prediction",
                 1,
                 results.array(f"printed{d}", "projected"),
                 0.15,
                 difference=3,
-            )
-        )
+            ),
+        ]
     return out
+
+
+def _below(claim: str, threshold: float, drifts: np.ndarray, remainder: str) -> Verdict:
+    noise = math.sqrt(max(np.square(drifts.mean(0)).sum() - squared_norm(drifts), 0))
+    analysis = f"The noise of the mean drift, {noise:.3f} in these units, is taken off; what remains is {remainder}."
+    return Verdict(claim, threshold, *norm(drifts), relation="below", analysis=analysis)
 
 
 EXPERIMENT = Experiment(
@@ -199,10 +229,11 @@ EXPERIMENT = Experiment(
     setup=(
         "d_x = d_y = width = 4, depth 2 to 5, random targets and random anisotropic covariances with Tr Sig_x != "
         "Tr Sig_eps. Left: violation of the stationarity conditions by the formulas. Right: SGD started at each "
-        "formula's solution. The printed formula is a reconstruction: the paper's text was not at hand, and theory.md "
-        "12.3 says only that the print violates the first and last layer conditions for generic covariances (by 0.3 "
-        "to 2 in random trials). Tested is the form without the covariances' traces, which does that; it is not a "
-        "quotation."
+        "formula's solution, the corrected one's at two rates; of the mean drift of all charges the norm is taken, the "
+        "noise's part off, in units of the norm predicted for the printed solution. The printed formula is a "
+        "reconstruction: the paper's text was not at hand, and theory.md 12.3 says only that the print violates the "
+        "first and last layer conditions for generic covariances (by 0.3 to 2 in random trials). Tested is the form "
+        "without the covariances' traces, which does that; it is not a quotation."
     ),
     scales=SCALES,
     points=points,
@@ -215,9 +246,21 @@ EXPERIMENT = Experiment(
             "reconstructed from theory.md 12.3: section 9 with Tr Sig_x = Tr Sig_eps = d put in",
             "the claims about the print are claims about this reconstruction; those about section 9 are not affected",
         ),
-        Setting("dimensions, covariances, learning rate", "d = 4, random, 0.002", "variations below"),
+        Setting(
+            "dimensions, covariances, learning rate",
+            "d = 4, random, 0.002",
+            "the corrected solution drifts in proportion to eta, for D = 4 by 0.07 of the printed one at 0.002, 0.14 "
+            "at 0.004 (where its errors reach beyond the thresholds); variations below",
+        ),
     ),
-    exploratory="The threshold 0.1 for the printed form's violation was set after a first run (medians are about 1).",
+    exploratory=(
+        "The threshold 0.1 for the printed form's violation was set after a first run (medians are about 1). At first "
+        "only the corrected solution's drift along the printed one's was judged, within 0.15; a look at its whole norm "
+        "(7 % for D = 4, five times its noise) led to the half rate and the limit eta -> 0, 2 m(eta / 2) - m(eta) of "
+        "the mean drifts m. Its threshold 0.05 was set before the half rate was run. The ratio of the two rates' "
+        "drifts over all depths, 0.5 within 0.1, was judged too and dropped: quick runs gave 0.51 and 0.39 with errors "
+        "of 0.05 and 0.06, too large to say more than the limit does."
+    ),
     variations={
         "d = 3": {"d": 3},
         "learning rate 0.004, half the steps": {"lr": 0.004, "steps": 75},
