@@ -75,3 +75,15 @@ def test_a_nonlinear_net_without_symmetries_counts_zero() -> None:
 def test_too_large_a_model_is_refused() -> None:
     with pytest.raises(DataError, match="unknowns are too many"):
         count_symmetries(nn.Linear(200, 200), torch.randn(2, 200))
+
+
+def test_a_parameter_without_gradient_takes_no_direction_from_the_others() -> None:
+    class Dead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.dead = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(3, 2, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(x).relu()) + self.dead(torch.zeros_like(x))
+
+    assert count_symmetries(Dead(), torch.randn(4, 3)).symmetries == 4

@@ -45,7 +45,7 @@ def assemble(inference: Inference, solution: Solution) -> list[Symmetry]:
     tags, used = _facts(store, solution, columns)
     eps = _eps(store, solution, columns)
     found = []
-    for members in _alike(np.flatnonzero(used), legs_hash, eps):
+    for members in _alike(np.flatnonzero(used & ~_idle(entries, starts, store)), legs_hash, eps):
         size = float(eps[members[0]])
         for kind, blocks, legs in _with_legs(
             entries, starts, _blocks(members, cell_hash, mixes), store.bundles, buffers
@@ -129,6 +129,28 @@ def _facts(store: Store, solution: Solution, columns: Array) -> tuple[Array, Arr
     np.bitwise_or.at(tags, solution.column, by_root_tags[root])
     np.logical_or.at(used, solution.column, touched[root] & ~wild[root])
     return tags[columns], used[columns]
+
+
+def _idle(entries: _Entries, starts: Array, store: Store) -> Array:
+    """Per coordinate whether it moves nothing: constants on axes of a parameter whose product is 1."""
+    bundles = store.bundles
+    joint, size = (np.array([getattr(b, k) for b in bundles]) for k in ("joint", "size"))
+    first = np.array([b.start for b in bundles])
+    leaf = np.unique([b.leaf for b in bundles], return_inverse=True)[1]
+    width = (size // joint)[entries.bundle]
+    part = (entries.atom - first[entries.bundle]) // width
+    order = np.lexsort((entries.bundle, part, leaf[entries.bundle], entries.column))
+    keys = np.stack([entries.column, leaf[entries.bundle], part, entries.bundle])[:, order]
+    power, width = entries.power[order], width[order]
+    axis = np.flatnonzero(np.r_[True, (np.diff(keys) != 0).any(0)])
+    count = np.diff(np.r_[axis, power.size])
+    low, high = np.minimum.reduceat(power, axis), np.maximum.reduceat(power, axis)
+    constant = (count == width[axis]) & (low == high)
+    tensor = np.flatnonzero(np.r_[True, (np.diff(keys[:3, axis]) != 0).any(0)])
+    cancels = np.abs(np.add.reduceat(low, tensor)) < 1e-9
+    still = np.minimum.reduceat(constant, tensor) & cancels
+    column = keys[0, axis][tensor]
+    return np.asarray(np.minimum.reduceat(still, np.flatnonzero(np.r_[True, np.diff(column) != 0])))
 
 
 def _eps(store: Store, solution: Solution, columns: Array) -> Array:

@@ -38,19 +38,32 @@ class Inference:
 def layout(shape: tuple[int, ...], uses: Sequence[fx.Node], placeholder: fx.Node) -> Layout:
     """Which axes of a parameter carry coordinates of their own.
 
-    Up to two axes longer than 1: each by itself. A convolution weight: output and input channels (grouped: the view
-    `[groups, out / groups, in / groups, ...]`). A stack of matrices: the first axis jointly with each of the others.
+    Up to two axes longer than 1: each by itself; a number is seen as a vector of one entry. What becomes a convolution
+    weight: output and input channels (grouped: the view `[groups, out / groups, in / groups, ...]`). A stack of
+    matrices: the first axis jointly with each of the others.
     """
-    for node in uses:
-        name = operator_name(node)
-        if "conv" in name and len(node.args) > 1 and node.args[1] is placeholder:
-            return _conv_layout(shape, int(_argument(node, "groups", 1)))
-    long = [a for a, n in enumerate(shape) if n > 1] or [0]
     if not shape:
-        return [(None, (0,), 1)]
+        return [((1,), (0,), 1)]
+    long = [a for a, n in enumerate(shape) if n > 1] or [0]
+    convolution = _convolution(uses, placeholder)
+    if convolution is not None:
+        return _conv_layout(shape, int(_argument(convolution, "groups", 1)))
     if len(long) <= 2:
         return [(None, (a,), 1) for a in long]
     return [(None, (long[0], a), shape[long[0]]) for a in long[1:]]
+
+
+def _convolution(uses: Sequence[fx.Node], placeholder: fx.Node) -> fx.Node | None:
+    """The convolution whose weight a parameter is, or becomes through tensors of its own shape."""
+    shape, seen, left = _shapes(placeholder)[0], {placeholder}, [(placeholder, node) for node in uses]
+    while left:
+        source, node = left.pop()
+        if "conv" in operator_name(node) and len(node.args) > 1 and node.args[1] is source:
+            return node
+        if node not in seen and shape in _shapes(node)[:1]:
+            seen.add(node)
+            left += [(node, user) for user in node.users]
+    return None
 
 
 def _conv_layout(shape: tuple[int, ...], groups: int) -> Layout:

@@ -99,7 +99,9 @@ def count_symmetries(
         rows.append(equations)
         used |= seen
         count += len(equations)
-    return _count(torch.cat(rows)[:, used], sum(_relations(plan[n]) for n in params))
+    parts = used.split([_unknowns(tuple(p.shape), plan[n], symmetric) for n, p in params.items()])
+    relations = sum(_relations(plan[n]) for n, part in zip(params, parts, strict=True) if part.any())
+    return _count(torch.cat(rows)[:, used], relations)
 
 
 def _count(matrix: Tensor, relations: int) -> SymmetryCount:

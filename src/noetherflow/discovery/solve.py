@@ -37,8 +37,8 @@ def solve(store: Store) -> Solution:
     atoms = np.arange(n)
     live = atoms[root != 0]
     rows = np.searchsorted(roots, root[live])
-    combos = sp.diags_array(sign[live].astype(np.float64)) @ basis[rows]
-    combos = combos.tocoo()
+    combos = sp.csr_array(sp.diags_array(sign[live].astype(np.float64)) @ basis[rows])
+    combos = _sparser(combos, _on_parameters(store)[live]).tocoo()
     keep = np.abs(combos.data) > TINY
     column, atom, value = combos.col[keep], live[combos.row[keep]], combos.data[keep]
     order = np.lexsort((atom, column))
@@ -163,10 +163,7 @@ def _eliminate(rows: sp.csr_array, root: Array, store: Store) -> tuple[Array, sp
     rows = rows[:, roots]
     n = roots.size
     # Constants of constraints stay free: their columns are long, so eliminating them would fill the matrix.
-    inner = np.ones(store.size, dtype=bool)
-    for bundle in store.bundles:
-        inner[bundle.start : bundle.start + bundle.size] = False
-    penalty = np.where(inner[roots], 10**9, 0)
+    penalty = np.where(_on_parameters(store)[roots], 0, 10**9)
     steps: list[tuple[Array, sp.csr_array]] = []
     while rows.shape[0]:
         pivots, chosen = _pivots(rows, penalty)
@@ -189,6 +186,49 @@ def _eliminate(rows: sp.csr_array, root: Array, store: Store) -> tuple[Array, sp
         placed = sp.csr_array((np.ones(pivots.size), (pivots, np.arange(pivots.size))), shape=(n, pivots.size))
         basis = sp.csr_array(basis + placed @ (expression @ basis))
     return roots, basis
+
+
+def _on_parameters(store: Store) -> Array:
+    """Which atoms are those of a parameter."""
+    found = np.zeros(store.size, dtype=bool)
+    for bundle in store.bundles:
+        found[bundle.start : bundle.start + bundle.size] = True
+    return found
+
+
+def _sparser(combos: sp.csr_array, counted: Array) -> sp.csr_array:
+    """The same space, `[atoms, free]`: a coordinate that holds a whole shorter one in proportion gives it up.
+
+    So a scale that is a symmetry by itself does not hide among the legs of another coordinate. Only atoms of parameters
+    are `counted`.
+    """
+    while True:
+        moved = combos[counted]
+        length = np.bincount(moved.indices, minlength=combos.shape[1])
+        shared = moved[np.diff(moved.indptr) > 1]
+        pattern = shared.copy()
+        pattern.data = np.ones_like(pattern.data)
+        common = sp.coo_array(pattern.T @ pattern)
+        small, large = common.row, common.col
+        inside = (common.data == length[small]) & (length[small] < length[large])
+        small, large = small[inside], large[inside]
+        if not small.size:
+            return combos
+        product, squares = (
+            np.asarray(sp.csr_array(m)[small, large]).reshape(-1)
+            for m in (shared.T @ shared, pattern.T @ (shared * shared))
+        )
+        norm = np.asarray((shared * shared).sum(0)).reshape(-1)[small]
+        parallel = np.flatnonzero(np.abs(product**2 - norm * squares) < TINY * norm * squares)
+        parallel = parallel[np.argsort(length[small[parallel]], kind="stable")]
+        chosen = {int(large[k]): (int(small[k]), product[k] / norm[k]) for k in parallel}
+        if not chosen:
+            return combos
+        i, ratio = zip(*chosen.values(), strict=True)
+        change = sp.coo_array((ratio, (i, list(chosen))), shape=(combos.shape[1],) * 2)
+        combos = sp.csr_array(combos - combos @ change)
+        combos.data[np.abs(combos.data) < TINY] = 0
+        combos.eliminate_zeros()
 
 
 def _pivots(rows: sp.csr_array, penalty: Array) -> tuple[Array, Array]:

@@ -69,7 +69,7 @@ def clamp(ctx: Context, x: Gauge, low: Any = None, high: Any = None, **__: Any) 
         low, high = None, low
     if name == "threshold" and high == low == 0:
         high = None
-    if all(bound in (None, 0, 0.0) for bound in (low, high) if not isinstance(bound, Gauge)):
+    if not any(isinstance(bound, Gauge) or bound not in (None, 0) for bound in (low, high)):
         return homogeneous(ctx, x)
     if high is None and is_number(low) and 0 < low <= SMALL and _normalises(ctx.node):
         ctx.store.approximately(x.fields, float(low))
