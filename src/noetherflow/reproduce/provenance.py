@@ -22,7 +22,7 @@ ROOT = Path(noetherflow.__file__).parent
 FACES = frozenset({"cli", "report", "reproduce"})
 """Packages that compute nothing the experiments use; of `reproduce`, `source_of` takes what `compute` uses."""
 DRAWING = frozenset({"noetherflow.reproduce.style", "noetherflow.reproduce.experiment"})
-"""Modules that draw, judge and describe. What `compute` does use of them, `seeding`, is apart."""
+"""Modules that draw, judge and describe. A change of `experiment.generator` or `plain` needs another folder."""
 
 
 def versions(device: str = "cpu") -> dict[str, str]:
