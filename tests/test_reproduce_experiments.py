@@ -9,7 +9,7 @@ from noetherflow import find_symmetries, spd
 from noetherflow.reproduce import generic
 from noetherflow.reproduce.alignment import at_norm_balance, correlation, matrices, noisy_share
 from noetherflow.reproduce.experiment import Results
-from noetherflow.reproduce.experiments import fig1, fig2, fig5, rates, repnorm, thm43, thm54
+from noetherflow.reproduce.experiments import fig1, fig2, fig3, fig5, rates, repnorm, thm43, thm54
 from noetherflow.reproduce.experiments import repnorm_inputs as treated
 from noetherflow.reproduce.theory import stretched
 from noetherflow.sgd import SGDConfig
@@ -119,6 +119,34 @@ def test_fig1_orders_of_gd_growth():
             first = first or float(theta.square().sum() - 1)
         assert step == pytest.approx(first, rel=1e-6)
         assert whole == pytest.approx(float(theta.square().sum() - 1), rel=1e-6)
+
+
+def test_fig3_shifts_of_order_eta_over_s_against_simulation():
+    config = {**fig3.SCALES["quick"], "d": 6, "phi": 0.4, "seeds": 100, "lrs": [[0.02, 4, 3000]]}
+    found = fig3.compute(config, next(p for p in fig3.points(config) if p["name"] == "lr0"))
+    ratio, trace = fig3.fluctuation_shifts(0.4, 6, 0.02 / 4)
+    first_order = found["first_order"] / cf.identity_norm_ratio(0.4)
+    for values, expected in (
+        (np.array(found["ratio"][0]) / cf.identity_norm_ratio(0.4) - first_order, ratio),
+        (np.array(found["trace"][0]) / cf.identity_hessian_trace(0.4, 6) - 1, trace),
+    ):
+        assert values.mean() == pytest.approx(expected, rel=0.25)
+        assert values.std() / 10 < 0.1 * abs(expected)
+
+
+def test_fig3_shift_of_one_scalar_chain_is_that_of_its_product():
+    """`<log(1 - eta g)> = 0` gives `<e> = -kick` for `u = w`, `V = 1`."""
+    assert fig3.fluctuation_shifts(1.0, 1, 1e-3) == pytest.approx((0, -1e-3), abs=1e-15)
+
+
+def test_smallest_trace_over_the_orbit_is_that_of_the_equilibrium_only_with_isotropic_label_noise():
+    rng = torch.Generator().manual_seed(2)
+    u, w, root = (torch.randn(shape, dtype=F64, generator=rng) for shape in ((3, 3), (3, 4), (4, 6)))
+    sigma_x, smallest = root @ root.mT, fig3.smallest_trace(u, w, root @ root.mT)
+    for noise, sharper in ((torch.ones(3, dtype=F64), False), (torch.tensor([9.0, 1, 1], dtype=F64), True)):
+        at = cf.two_layer(u @ w, *cf.noise_matrices(sigma_x, noise.diag()))
+        found = float(cf.two_layer_hessian_trace(*at, sigma_x)) / smallest
+        assert found > 1.1 if sharper else found == pytest.approx(1, rel=1e-8)
 
 
 SIGMA = treated.covariance({"scale": 2.0, "spread": 6.0}, 5)

@@ -25,6 +25,7 @@ from noetherflow.reproduce.experiment import (
     Setting,
     Verdict,
     find_experiment,
+    from_counts,
     from_difference,
     from_ratio,
     from_resampling,
@@ -127,6 +128,33 @@ def test_errors_of_ratios_and_differences_are_their_spread_over_repeated_experim
     spread = from_resampling("", 1.0, rng.normal(size=200), lambda v: float(v.std()), 0.3)
     assert spread.error == pytest.approx(1 / np.sqrt(2 * 200), rel=0.25)
     assert from_resampling("", 1.0, rng.normal(size=50), np.mean).error == pytest.approx(1 / np.sqrt(50), rel=0.25)
+
+
+def binomial_bound(successes, trials, lower):
+    """p at which `successes` or more (or fewer) of `trials` have probability 2.5 %, by bisection."""
+    counts = range(successes, trials + 1) if lower else range(successes + 1)
+    tail = lambda p: sum(math.comb(trials, k) * p**k * (1 - p) ** (trials - k) for k in counts)
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (tail(middle) < 0.025) == lower else (low, middle)
+    return low
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(16, 16), (3, 3), (10, 16), (1, 7)])
+def test_fractions_are_judged_by_the_exact_binomial_bound(successes, trials):
+    for k, relation in ((successes, "above"), (trials - successes, "below")):
+        bound = binomial_bound(k, trials, relation == "above")
+        verdict = from_counts("", bound, k, trials, relation)
+        assert verdict.measured == k / trials
+        reach = 2 * verdict.error
+        assert verdict.measured + (reach if relation == "below" else -reach) == pytest.approx(bound, abs=1e-9)
+        inside = 1e-6 if relation == "below" else -1e-6
+        assert from_counts("", bound + inside, k, trials, relation).holds
+        assert not from_counts("", bound - inside, k, trials, relation).holds
+    assert not from_counts("", 0.0, 0, trials).holds
+    assert not from_counts("", 1.0, trials, trials, "below").holds
+    assert not from_counts("", 0.5, 0, 0, "below").holds
 
 
 def test_run_writes_everything_and_resumes(toy, tmp_path):

@@ -144,6 +144,28 @@ def from_difference(
     return Verdict(claim, float(predicted), a - b, math.hypot(da, db), tolerance, **judged)
 
 
+def from_counts(
+    claim: str,
+    threshold: float,
+    successes: int,
+    trials: int,
+    relation: Literal["above", "below"] = "above",
+    **judged: Any,
+) -> Verdict:
+    """`successes / trials` with `2 error` its distance to the one-sided 97.5 % Clopper-Pearson bound.
+
+    The bound is the lower one for `above`, the upper one for `below`. Not-a-number for no trials.
+    """
+    from scipy.stats import binomtest
+
+    if trials == 0:
+        return Verdict(claim, threshold, math.nan, math.nan, relation=relation, **judged)
+    low, high = binomtest(successes, trials).proportion_ci(0.95, method="exact")
+    share = successes / trials
+    reach = share - low if relation == "above" else high - share
+    return Verdict(claim, threshold, share, float(reach) / 2, relation=relation, **judged)
+
+
 def from_resampling(
     claim: str,
     predicted: float,

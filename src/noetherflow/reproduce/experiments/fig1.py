@@ -192,7 +192,7 @@ EXPERIMENT = Experiment(
         Setting(
             "the loss", "squared distance of theta/|theta| to a noisy target", "any function of the direction would do"
         ),
-        Setting("learning rate, batch, noise", "0.05, 2, 1", "set the speed of growth only (variations below)"),
+        Setting("learning rate, batch, noise", "0.05, 2, 1", "set the speed of growth only (variations above)"),
     ),
     exploratory=(
         "The continuous-time law leaves out the time to find the direction; its tolerance of 10 % was set knowing "

@@ -15,11 +15,14 @@ from noetherflow.reproduce.experiment import (
     Results,
     Setting,
     Verdict,
+    from_counts,
     from_ratio,
     from_seeds,
+    generator,
 )
 from noetherflow.reproduce.experiments.fig3_runs import SCALES, compute, points, replica_steps
 from noetherflow.reproduce.generic import agreement
+from noetherflow.reproduce.simulate import normal
 from noetherflow.sgd import SGDConfig
 
 
@@ -54,13 +57,15 @@ def plot(results: Results) -> Any:
     rates = np.array([run[0] for run in c["lrs"]])
     style.dots(error, rates, np.stack([_deviation(results, i) for i in range(len(rates))]), style.SGD, "SGD")
     first_order = [_predicted_deviation(results, i) for i in range(len(rates))]
-    error.plot(rates, first_order, "_", color=style.THEORY, ms=16, mew=2, label=r"theory, first order in $\eta$")
+    error.plot(
+        rates, first_order, "_", color=style.THEORY, ms=16, mew=2, label=r"theory, first order in $\eta$, $\eta/S$"
+    )
     for rate, (_, batch, _) in zip(rates, c["lrs"], strict=True):
         error.annotate(f"S = {batch}", (rate, 0.002), ha="center", fontsize=8, color=style.MUTED)
     error.set(
         xlabel=r"learning rate $\eta$ (and batch $S$)",
         ylabel=r"1 - measured / $\sqrt{\varphi(2-\varphi)}$",
-        title=rf"the error shrinks with $\eta$ ($\varphi={c['phi']}$)",
+        title=rf"systematic error of the ratio ($\varphi={c['phi']}$)",
         ylim=(min(0.0, 1.1 * min(float(_deviation(results, i).mean()) for i in range(len(rates)))), None),
         xlim=(0, 1.12 * rates.max()),
     )
@@ -76,13 +81,37 @@ def _label_trace(phi: float, d: int) -> float:
     return float(cf.two_layer_hessian_trace(u, w, eye, 0.5))
 
 
-def _deviation(results: Results, index: int) -> np.ndarray:
-    """`1 - ratio / predicted` per seed at the index-th learning rate."""
-    return 1 - results.array(f"lr{index}", "ratio")[0] / cf.identity_norm_ratio(results.config["phi"])
+def _deviation(results: Results, index: int, key: str = "ratio") -> np.ndarray:
+    """`1 - measured / predicted` of the `ratio` or the `trace`, per seed at the index-th learning rate."""
+    c = results.config
+    predicted = cf.identity_norm_ratio(c["phi"]) if key == "ratio" else cf.identity_hessian_trace(c["phi"], c["d"])
+    return 1 - results.array(f"lr{index}", key)[0] / predicted
 
 
 def _predicted_deviation(results: Results, index: int) -> float:
-    return 1 - float(results.array(f"lr{index}", "first_order")) / cf.identity_norm_ratio(results.config["phi"])
+    """Of the ratio: first order in eta (recorded) and in eta / S."""
+    c, (lr, batch, _) = results.config, results.config["lrs"][index]
+    first = float(results.array(f"lr{index}", "first_order")) / cf.identity_norm_ratio(c["phi"])
+    return 1 - first - fluctuation_shifts(c["phi"], c["d"], c["loss_scale"] * lr / batch)[0]
+
+
+def fluctuation_shifts(phi: float, d: int, kick: float) -> tuple[float, float]:
+    """Relative shifts of `(||U||^2/||W||^2, Tr H)` at first order in `kick = c eta / S`; `V = Sig_eps = I`, no decay.
+
+    At fixed charge `U = U_0 + Q W_0^T + Q Q^T U_0 / 2`, `W = W_0 + U_0^T Q + W_0 Q^T Q / 2`, so that `E = U W - V` is
+    `A Q + Q B + (Q Q^T + Q^T Q) / 2 + Q Q`, `A = U_0 U_0^T = Sig_x^1/2`, `B = W_0^T W_0 = A^-1`. Stationary `U U^T`:
+    `<E> = -kick d B`, and `Var Q_ij = kick / (a_i + b_j)`. The charge moves until `<U^T U> = <W Sig_x W^T>`.
+    """
+    x = cf.identity_covariance(phi, d).diagonal().cpu().numpy()
+    a, b = x**0.5, x**-0.5
+    var = kick / (a[:, None] + b)
+    rows, columns = var.sum(1), var.sum(0)
+    mean = (-kick * d * b - (rows + columns) / 2 - var.diagonal()) / (a + b)
+    of_u = 2 * mean + a * rows + b * columns
+    of_w = 2 * x * mean + a * (var @ x) + b * x * columns
+    norm_u, norm_w = (of_u + of_w) / 2, of_u + (of_u - of_w) / (2 * x)
+    ratio = norm_u.sum() / a.sum() - norm_w.sum() / b.sum()
+    return float(ratio), float((of_u + of_w).sum() / (2 * a.sum()))
 
 
 def decayed_ratio(config: Config, phi: float, decay: float, printed: bool = False) -> float:
@@ -164,40 +193,89 @@ def verdicts(results: Results) -> list[Verdict]:
             difference=2,
         )
     )
-    coarse, *_, fine = (_deviation(results, i) for i in range(len(c["lrs"])))
-    ratio = c["lrs"][0][0] / c["lrs"][-1][0]
-    left = [float(np.mean(_deviation(results, i))) - _predicted_deviation(results, i) for i in range(len(c["lrs"]))]
-    remainder = (
-        f"Measured minus first order is {', '.join(f'{v:+.4f}' for v in left)} at the three rates: alike, as an effect "
-        "of eta / S would be, which is the same for all three. Where it is as large as the first order, their sum "
-        "does not shrink in proportion to eta. The claims on the first order, below, allow for it."
-    )
-    out.append(
-        from_ratio(
-            f"systematic error of the ratio at {ratio:g} times the learning rate / at the smallest",
-            2,
-            coarse,
-            fine,
-            relation="above",
-            analysis=remainder,
-        )
-    )
-    for i, (lr, batch, _) in enumerate(c["lrs"]):
-        label = f"systematic error of the ratio at eta = {lr:g}, S = {batch}, theory at first order in eta"
-        out.append(from_seeds(label, _predicted_deviation(results, i), _deviation(results, i), 0.01, relative=False))
+    out += _rate_verdicts(results) + _balance_verdicts(results)
     for key, label in (("ratio", "||U||^2/||W||^2"), ("trace", "Tr H")):
         out.append(
             agreement(f"{label} for inputs, labels and the strong decay", np.abs(results.array("generic", key)), 1e-6)
         )
-    out.append(
-        from_seeds(
-            "given rate 0.1 with the un-normalised loss: fraction of runs that diverge",
-            1,
-            results.array("given", "diverged")[0],
-            1e-9,
-        )
-    )
+    diverged = results.array("given", "diverged")[0]
+    label = "given rate 0.1 with the un-normalised loss: fraction of runs that diverge"
+    out.append(from_counts(label, 0.25, int(diverged.sum()), len(diverged)))
     return out
+
+
+def _rate_verdicts(results: Results) -> list[Verdict]:
+    """Systematic errors of the ratio and of Tr H at three rates: whether they shrink, and against theory."""
+    c, out = results.config, []
+    rates = range(len(c["lrs"]))
+    kick = c["loss_scale"] * c["lrs"][0][0] / c["lrs"][0][1]
+    by_ratio, by_trace = fluctuation_shifts(c["phi"], c["d"], kick)
+    why = {
+        "ratio": f"Of the error {-by_ratio:+.4f} is of order eta / S, which is the same at all three rates. Where it "
+        "is as large as the part of order eta, the sum does not shrink in proportion to eta.",
+        "trace": "The noise equilibrium minimises Tr H over the orbit (isotropic label noise), so that the error has "
+        f"no part of order eta. What is left, {-by_trace:+.4f} by theory, is of order eta / S, the same at all three "
+        "rates: it shrinks with eta at a fixed S, which these runs do not test.",
+    }
+    factor = c["lrs"][0][0] / c["lrs"][-1][0]
+    for key, named in (("ratio", "the ratio"), ("trace", "Tr H")):
+        label = f"systematic error of {named} at {factor:g} times the learning rate / at the smallest"
+        ends = _deviation(results, 0, key), _deviation(results, rates[-1], key)
+        out.append(from_ratio(label, 2, *ends, relation="above", analysis=why[key]))
+    for i, (lr, batch, _) in enumerate(c["lrs"]):
+        label = f"systematic error of the ratio at eta = {lr:g}, S = {batch}, theory at first order in eta and eta / S"
+        out.append(from_seeds(label, _predicted_deviation(results, i), _deviation(results, i), 0.01, relative=False))
+    mean = np.mean([_deviation(results, i, "trace") for i in rates], axis=0)
+    label = "systematic error of Tr H, mean of the three rates, theory at first order in eta (none) and eta / S"
+    out.append(from_seeds(label, -by_trace, mean, 0.5))
+    return out
+
+
+def _balance_verdicts(results: Results) -> list[Verdict]:
+    """How far from the norm-balanced start, for phi whose prediction is close to it."""
+    c, out = results.config, []
+    lr, batch, _ = c["main"]
+    for phi in (0.5, 0.7):
+        i = c["phis"].index(phi)
+        shift = fluctuation_shifts(phi, c["d"], c["loss_scale"] * lr / batch)
+        cases = (
+            ("||U||^2/||W||^2", "ratio", 1, cf.identity_norm_ratio(phi) * (1 + shift[0])),
+            ("Tr H", "trace", 2 * c["d"] ** 2, cf.identity_hessian_trace(phi, c["d"]) * (1 + shift[1])),
+        )
+        for name, key, start, predicted in cases:
+            label = f"{name} under SGD, phi = {phi}: relative distance from norm balance, first order in eta / S"
+            out.append(from_seeds(label, 1 - predicted / start, 1 - results.array("sgd", key)[i] / start, 0.25))
+    return out
+
+
+def smallest_trace(u: torch.Tensor, w: torch.Tensor, sigma_x: torch.Tensor) -> float:
+    """`min over A of Tr H(U A, A^-1 W)`, by L-BFGS over all matrices A."""
+    a = torch.eye(len(w), dtype=w.dtype, requires_grad=True)
+    solver: Any = torch.optim.LBFGS(
+        [a], max_iter=500, tolerance_grad=1e-9, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
+
+    def trace() -> torch.Tensor:
+        return cf.two_layer_hessian_trace(u @ a, torch.linalg.solve(a, w), sigma_x)
+
+    def closure() -> torch.Tensor:
+        value = trace()
+        (a.grad,) = torch.autograd.grad(value, a)
+        return value
+
+    solver.step(closure)
+    return float(trace().detach())
+
+
+def _minimum_verdict() -> Verdict:
+    """Closed form against the minimum found over the orbit: random factors and inputs, isotropic label noise."""
+    rng = generator(6)
+    u, w, root = (normal(shape, rng) for shape in ((3, 3), (3, 4), (4, 6)))
+    sigma_x, noise = root @ root.mT / 6, 2 * torch.eye(3, dtype=torch.float64)
+    best = cf.two_layer(u @ w, *cf.noise_matrices(sigma_x, noise))
+    claim = "isotropic label noise: Tr H at the equilibrium / smallest found over the orbit by minimisation"
+    found = float(cf.two_layer_hessian_trace(*best, sigma_x)) / smallest_trace(u, w, sigma_x)
+    return Verdict(claim, 1, found, tolerance=1e-6, difference=6)
 
 
 def _sharpness_verdicts(results: Results) -> list[Verdict]:
@@ -210,6 +288,7 @@ def _sharpness_verdicts(results: Results) -> list[Verdict]:
     isotropic = results.array("sgd", "trace")[np.asarray(c["phis"]) < 1].max(0) / balanced
     sharpened = "largest Tr H over phi < 1 / norm-balanced", "smallest Tr H over phi / norm-balanced"
     out += [
+        _minimum_verdict(),
         from_seeds(f"isotropic label noise: {sharpened[0]}", 1, isotropic, relation="below", difference=6),
         from_seeds(
             f"anisotropic label noise: {sharpened[1]}", 1, labels.min(0) / balanced, relation="above", difference=6
@@ -282,8 +361,14 @@ EXPERIMENT = Experiment(
         "% and 6 % tolerances, which were set with it in view; the third panel shows how it shrinks with eta. That "
         "error is predicted at first order since a review; its tolerance, 0.01, was set before the comparison, which "
         "failed at two of three rates: those runs lasted two relaxation times of the slowest direction, now four. A "
-        "remainder near -0.006 stays at all three rates, as for an effect of eta / S: theory leaves out what the noise "
-        "of the weights adds to their norms."
+        "remainder near -0.006 stayed at all three rates; what the noise of the weights adds at order eta / S was "
+        "derived after that, without a free number, and is now in the prediction. The claims on the systematic error "
+        "of Tr H (50 %, enough to tell it from none) and on the distance from norm balance (25 %) came last, with the "
+        "runs known. They were added because the 5 % and 6 % of other claims already hold at the norm-balanced start: "
+        "the ratio at phi = 0.7 and 1 with and without decay, Tr H at 0.5, 0.7 and 1, and Tr H for labels at 0.5; at "
+        "the paper scale also the ratio with decay at every phi, where the decay balances the layers. Those claims say "
+        "only that SGD stays there. The threshold for the fraction that diverges is low because 3 of 3 runs exclude no "
+        "more (bound 0.29)."
     ),
     variations={
         "batch 50": {"main": [0.04, 50, 11_000]},
