@@ -60,6 +60,23 @@ def test_narrow_dtypes_are_reported_with_their_size() -> None:
     assert max(row.outputs for row in certificate) < 1e-15 < worst["float32"] < 1e-6 < worst["bfloat16"] < 1e-1
 
 
+class _Float32(nn.Module):
+    """A constant that is float32 whatever it meets."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ torch.ones(4, 4)
+
+
+def test_a_model_that_takes_no_float64_is_refused_with_the_place() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), _Float32())
+    syms = declare(model, "diagonal", plus=[("0.weight", 0), ("0.bias", 0)], minus=[("2.weight", 1)])
+    with pytest.raises(DataError, match=r"3 \(_Float32\): .*test_certify\.py:\d+: return x @ torch\.ones") as caught:
+        certify(model, syms, torch.randn(2, 3))
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        certify(model, syms, torch.randn(2, 5))
+
+
 class _Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()

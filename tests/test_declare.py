@@ -89,6 +89,8 @@ def test_sgd_config_reads_an_optimizer_and_refuses_nonsense():
     assert sgd == nf.SGDConfig(0.1, 32, 1e-3, 0.9, True, 100)
     assert sgd.effective_lr == pytest.approx(1.0)
     assert sgd.covariance_factor == pytest.approx((100 - 32) / 99 / 32)
+    again = nf.SGDConfig.from_optimizer(optimizer, 128, dataset_size=100, replacement=True)
+    assert again.covariance_factor == pytest.approx(1 / 128)
     with pytest.raises(DataError, match="Adam"):
         nf.SGDConfig.from_optimizer(torch.optim.Adam(model.parameters()), 32)
     for bad in (
@@ -96,6 +98,7 @@ def test_sgd_config_reads_an_optimizer_and_refuses_nonsense():
         {"lr": 1, "batch_size": 0},
         {"lr": 1, "batch_size": 1, "momentum": 1.0},
         {"lr": 1, "batch_size": 8, "dataset_size": 4},
+        {"lr": 1, "batch_size": 8, "replacement": True},
         {"lr": float("nan"), "batch_size": 1},
         {"lr": 4.0, "batch_size": 1, "weight_decay": 0.5},
     ):

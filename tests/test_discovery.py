@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
-from noetherflow import SymmetrySet, tensors_of
+import noetherflow as nf
+from noetherflow import SymmetrySet, declare, tensors_of
 from noetherflow.discovery import certify, count_symmetries, explain, find_symmetries
-from noetherflow.errors import DeclarationError, ExportError
+from noetherflow.errors import DataError, DeclarationError, ExportError
 from zoo import ZOO
 
 
@@ -376,6 +379,35 @@ def test_export_failure_says_why_and_what_else_to_do() -> None:
         find_symmetries(_Branch(), torch.randn(1, 2))
 
 
+def _computed(layer: nn.Linear) -> None:
+    layer.scale = layer.weight.sum()  # type: ignore[assignment]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("hook", "says"),
+    [
+        (nn.utils.weight_norm, r"0\.weight of Linear is an attribute (.|\n)*parametrizations\.weight_norm instead"),
+        (nn.utils.spectral_norm, r"0\.weight of Linear is an attribute (.|\n)*parametrizations\.spectral_norm instead"),
+        (
+            lambda m: prune.l1_unstructured(m, "weight", 2),
+            r"0\.weight of Linear (.|\n)*prune\.remove\(module, 'weight'\)",
+        ),
+        (_computed, r"0\.scale of Linear is an attribute (.|\n)*compute it in forward"),
+    ],
+    ids=["weight_norm", "spectral_norm", "prune", "own"],
+)
+def test_a_weight_computed_by_an_old_hook_is_named_with_its_remedy(hook: Callable[[nn.Module], Any], says: str) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    x, declared = torch.randn(2, 3), declare(net, "diagonal", plus=[("0.bias", 0)], minus=[("2.weight", 1)])
+    hook(net[0])
+    net(x)
+    with pytest.raises(ExportError, match=says):
+        find_symmetries(net, x)
+    with pytest.raises(DataError, match=says):
+        certify(net, declared, x)
+
+
 def test_result_survives_json() -> None:
     case = ZOO["cnn_batchnorm"]()
     syms = find_symmetries(case.model, case.inputs)
@@ -393,3 +425,137 @@ def test_explanation_names_the_operator_that_kills_and_the_path() -> None:
     assert "axis 0: 11 of 11 rows have no symmetry of their own\n    is indexed by data" in tied
     with pytest.raises(DeclarationError, match="did you mean"):
         explain(case.model, case.inputs, "model.layers.0.mlp.gate_pro.weight")
+
+
+class ScaledConv(nn.Conv2d):
+    """A convolution whose weight is computed (equalised learning rate)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, 0.3 * self.weight, self.bias)
+
+
+def _convolutions(make: Callable[..., nn.Module]) -> nn.Module:
+    layers = (make(2, 4, 3), nn.LeakyReLU(0.2), make(4, 3, 3), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(12, 2))
+    return nn.Sequential(*layers).double()
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (ScaledConv, {("rescaling", "diagonal"): 7}),
+        (
+            lambda *a: nn.utils.parametrizations.weight_norm(nn.Conv2d(*a)),
+            {
+                ("one-sided", "diagonal"): 7,
+                ("rescaling", "scalar"): 1,
+                ("rescaling", "diagonal"): 3,
+            },
+        ),
+        (lambda *a: nn.utils.parametrizations.spectral_norm(nn.Conv2d(*a)), {("one-sided", "scalar"): 2}),
+    ],
+    ids=["scaled", "weight_norm", "spectral_norm"],
+)
+def test_computed_convolution_weights_keep_their_channels(make: Callable[..., nn.Module], expected: dict) -> None:
+    model, inputs = _convolutions(make), torch.randn(2, 2, 6, 6).double()
+    syms = find_symmetries(model, inputs)
+    assert groups(syms) == expected
+    assert {row.verdict for row in certify(model, syms, inputs)} == {"exact"}
+    assert count_symmetries(model, inputs).symmetries == generators(syms)
+
+
+class Added(nn.Module):
+    """Parameters with three axes that are added, so that none of their axes is free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.linear = nn.Parameter(torch.randn(2, 3, 3)), nn.Linear(4, 4)
+        self.bilinear = nn.Bilinear(3, 4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x).view(-1, 3, 2, 2).transpose(1, 2)
+        return torch.softmax(h @ h.mT + self.bias, -1).flatten(1), self.bilinear(x[..., :3], x)
+
+
+def test_constants_that_cancel_within_a_parameter_are_no_symmetries() -> None:
+    assert not list(find_symmetries(Added(), torch.randn(2, 3, 4)))
+
+
+class Clamped(nn.Module):
+    """Bounds that are a buffer and a parameter: positive scales do not pass."""
+
+    def __init__(self, low: bool, high: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 4), nn.Linear(4, 2)
+        self.register_buffer("low", torch.tensor(-1.0) if low else None)
+        self.high = nn.Parameter(torch.tensor(1.0)) if high else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.clamp(self.a(x), self.low, self.high))
+
+
+@pytest.mark.parametrize("bounds", [(True, True), (True, False), (False, True)])
+def test_clamping_by_tensors_is_no_relu(bounds: tuple[bool, bool]) -> None:
+    assert not list(find_symmetries(Clamped(*bounds), torch.randn(4, 2)))
+
+
+class Gained(nn.Module):
+    """A learnable gain without axes (ReZero)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.alpha = nn.Linear(4, 4), nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.alpha * self.a(x)
+
+
+def test_every_verb_takes_a_parameter_without_axes() -> None:
+    model, x = Gained().double(), torch.randn(16, 4).double()
+    loss = lambda m, batch: (m(batch) - batch).square().sum(1)
+    syms = find_symmetries(model, x)
+    assert groups(syms) == {("rescaling", "scalar"): 1}
+    assert {row.verdict for row in certify(model, syms, x)} == {"exact"}
+    sgd = nf.SGDConfig(lr=0.1, batch_size=4)
+    moments = nf.gradient_moments(model, loss, [x], syms, entries=True)
+    nf.curvature_moments(model, loss, [x], syms)
+    before = model(x)
+    nf.balance_(model, nf.noise_equilibrium(model, syms, moments, sgd), example_inputs=x)
+    assert torch.allclose(model(x), before, rtol=1e-12)
+    again = nf.gradient_moments(model, loss, [x], syms)
+    drift = nf.noether_flow(model, syms, again, sgd)[syms.symmetries[0].name].drift
+    assert float(drift.abs().max()) < 1e-12
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ledger = nf.Ledger(model, optimizer, syms, detail="symmetry")
+    loss(model, x).mean().backward()
+    ledger.before_step()
+    optimizer.step()
+    ledger.after_step()
+    (row,) = ledger.records(by="symmetry")
+    assert abs(row["residual"]) < 1e-12
+
+
+def _rotated(x: Tensor) -> Tensor:
+    t = torch.arange(x.shape[-2])[:, None] * torch.tensor([1.0, 0.1])
+    c, s, (a, b) = t.cos().to(x), t.sin().to(x), x.chunk(2, -1)
+    return torch.cat([a * c - b * s, a * s + b * c], -1)
+
+
+class NormedGroupedQuery(nn.Module):
+    """Rotary attention of four query heads and two key heads, both divided by their root mean square."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, n, bias=False) for n in (16, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = lambda t: t.view(*x.shape[:2], -1, 4).transpose(1, 2)
+        normed = lambda t: _rotated(t * torch.rsqrt(t.square().mean(-1, keepdim=True)))
+        q, k, v = normed(heads(self.q(x))), normed(heads(self.k(x))), heads(self.v(x))
+        return F.scaled_dot_product_attention(q, *(t.repeat_interleave(2, 1) for t in (k, v)))
+
+
+def test_a_scale_that_is_free_by_itself_does_not_hide_in_a_pair() -> None:
+    model, x = NormedGroupedQuery().double(), torch.randn(2, 5, 8).double()
+    assert groups(find_symmetries(model, x)) == {("one-sided", "diagonal"): 6}
+    model.q.weight.requires_grad_(False)
+    assert groups(find_symmetries(model, x)) == {("one-sided", "diagonal"): 2}

@@ -89,8 +89,8 @@ def simulate(data: Data, sgd: nf.SGDConfig, seeds: int, steps: int, sampling: st
     return total / (steps - steps // 2)
 
 
-def predicted(data: Data, sgd: nf.SGDConfig, moments: nf.GradientMoments | None = None) -> float:
-    eq = nf.noise_equilibrium(data.model, data.syms, moments or data.moments(), sgd)
+def predicted(data: Data, sgd: nf.SGDConfig) -> float:
+    eq = nf.noise_equilibrium(data.model, data.syms, data.moments(), sgd)
     return float(eq.settled[0].charge)
 
 
@@ -141,6 +141,5 @@ def test_simulated_equilibrium_tends_to_the_predicted_one(case: str) -> None:
     assert abs(value) < 3 * error
     assert error < 0.02 * predicted(data, sgd)
     if sgd.dataset_size:
-        endless = dataclasses.replace(data.moments(), samples=10**9)  # the same samples with replacement
-        other = predicted(data, dataclasses.replace(sgd, dataset_size=None), endless)
+        other = predicted(data, dataclasses.replace(sgd, replacement=True))
         assert abs(other - predicted(data, sgd)) > 10 * error, "the factor (N - S)/(N - 1) must matter"

@@ -72,20 +72,12 @@ def in_groups(problem: Problem, sizes: list[int]) -> nf.GradientMoments:  # type
     return dataclasses.replace(merge_moments(parts), groups=tuple(parts))
 
 
-@pytest.mark.parametrize("size", [None, 40])
-def test_expected_drift_is_the_mean_of_real_steps(size: int | None) -> None:
+@pytest.mark.parametrize("replacement", [True, False])
+def test_expected_drift_is_the_mean_of_real_steps(replacement: bool) -> None:
     """Many independent SGD steps from one point, with and without replacement: mean change within 4 standard errors."""
     problem = mlp((4, 5, 3), samples=40)
-    sgd = nf.SGDConfig(0.02, 8, weight_decay=0.1, dataset_size=40)
-    if size is None:
-        # with replacement from the same 40 samples: their population covariance, no finite-sampling factor
-        sgd = dataclasses.replace(sgd, dataset_size=None)
-    moments = problem.measure()
-    if size is None:
-        n = moments.samples
-        moments = dataclasses.replace(moments, samples=10**9)  # the measured samples are the whole population
-        assert n == 40
-    row = noether_flow(problem.model, problem.syms, moments, sgd).details[0]
+    sgd = nf.SGDConfig(0.02, 8, weight_decay=0.1, dataset_size=40, replacement=replacement)
+    row = noether_flow(problem.model, problem.syms, problem.measure(), sgd).details[0]
     params = leaves(problem.model)
     s = problem.syms[0]
     x, y = problem.data
@@ -96,7 +88,7 @@ def test_expected_drift_is_the_mean_of_real_steps(size: int | None) -> None:
     trials = 4000
     picks = torch.stack(
         [
-            torch.randint(40, (8,), generator=rng) if size is None else torch.randperm(40, generator=rng)[:8]
+            torch.randint(40, (8,), generator=rng) if replacement else torch.randperm(40, generator=rng)[:8]
             for _ in range(trials)
         ]
     )
@@ -107,6 +99,23 @@ def test_expected_drift_is_the_mean_of_real_steps(size: int | None) -> None:
     assert float(((changes.mean(0) - row.drift).abs() / error).max()) < 4
     assert float((row.noise / error).abs().max()) > 10, "the noise part must matter"
     assert float((row.decay / error).abs().max()) > 10, "so must decay"
+
+
+def test_drift_with_replacement_is_the_mean_over_every_draw() -> None:
+    """All `6^3` minibatches of a data set measured whole; without the data set's size the drift differs."""
+    problem = mlp((3, 4, 2), samples=6)
+    sgd = nf.SGDConfig(0.05, 3, weight_decay=0.1, dataset_size=6, replacement=True)
+    s, params, moments = problem.syms[0], leaves(problem.model), problem.measure()
+    singles = per_sample_gradients(problem.model, problem.loss, problem.data)
+    draws = torch.cartesian_prod(*[torch.arange(6)] * 3)
+    batch = {n: torch.stack([g[n] for g in singles])[draws].mean(1) for n in params}
+    new = {n: p - sgd.lr * (batch[n] + sgd.weight_decay * p) for n, p in params.items()}
+    mean = (torch.func.vmap(s.charge)(new) - s.charge(params)).mean(0)
+    row = noether_flow(problem.model, problem.syms, moments, sgd).details[0]
+    torch.testing.assert_close(row.drift, mean, rtol=1e-10, atol=1e-14)
+    fresh = dataclasses.replace(sgd, dataset_size=None, replacement=False)
+    other = noether_flow(problem.model, problem.syms, moments, fresh).details[0]
+    torch.testing.assert_close(row.drift - other.drift, row.noise * 2 / 5, rtol=1e-10, atol=1e-14)
 
 
 def test_momentum_coefficients_against_their_series() -> None:

@@ -119,6 +119,26 @@ def test_bad_loss_on_good_data_is_named() -> None:
         gradient_moments(model, lambda m, b: squared(m, b).mul(-1).log(), data(), hidden(model))
 
 
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_an_embedding_that_renormalises_its_weights_is_refused(kind: type[nn.Embedding | nn.EmbeddingBag]) -> None:
+    """And measured once its weights are renormalised and `max_norm` is None."""
+    torch.manual_seed(0)
+    embedding = kind(5, 4, max_norm=0.5)
+    model = nn.Sequential(embedding, nn.Linear(4, 3)).double()
+    syms = declare(model, "general_linear", plus=[("0.weight", 1)], minus=[("1.weight", 1)])
+    batches = [(torch.randint(5, (6,) if kind is nn.Embedding else (6, 2)), torch.randn(6, 3).double())]
+    before = embedding.weight.detach().clone()
+    for measure in (gradient_moments, partial(minibatch_moments, batch_size=6)):
+        with pytest.raises(DataError, match=r"0 has max_norm=0\.5: .*m\.max_norm = None"):
+            measure(model, squared, batches, syms)
+    assert torch.equal(embedding.weight, before)
+    with torch.no_grad():
+        embedding.weight.copy_(embedding.weight.renorm(embedding.norm_type, 0, 0.5))
+    embedding.max_norm = None
+    measured = gradient_moments(model, squared, batches, syms, entries=True, parameters=["1.bias"])
+    assert_same(measured, moments_by_loop(model, squared, batches, syms))
+
+
 def test_no_batch_is_refused() -> None:
     model = net()
     for measure in (
@@ -521,6 +541,23 @@ def test_weights_of_a_part_of_a_data_set_are_unbiased(measured: int, batch: int)
     noise, drift = torch.stack(estimates).mean(0)
     torch.testing.assert_close(drift, mean, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(noise, outer - mean, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("measured", "batch"), [(2, 3), (4, 1), (5, 3), (6, 3), (6, 6)])
+def test_weights_with_replacement_are_exact_over_every_draw(measured: int, batch: int) -> None:
+    """`f Sigma + gbar gbar^T` of 6 samples, averaged over every subset that could have been measured, against the mean
+    of `g_B g_B^T` over all `6^batch` draws with replacement."""
+    torch.manual_seed(0)
+    gradients = torch.randn(6, 3, dtype=torch.float64) + 1
+    draws = torch.cartesian_prod(*[torch.arange(6)] * batch).reshape(-1, batch)
+    means = gradients[draws].mean(1)
+    sgd = SGDConfig(lr=0.1, batch_size=batch, dataset_size=6, replacement=True)
+    (a, b), (c, d) = GradientMoments(measured, 0.0, {}, {}).batch_weights(sgd)
+    estimates = []
+    for subset in combinations(range(6), measured):
+        g = gradients[list(subset)]
+        estimates.append((a + c) * g.T @ g / measured + (b + d) * torch.outer(g.mean(0), g.mean(0)))
+    torch.testing.assert_close(torch.stack(estimates).mean(0), means.T @ means / len(means), rtol=1e-12, atol=1e-12)
 
 
 def test_one_sample_has_no_covariance() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -54,7 +55,8 @@ def test_one_quantity_has_one_name_in_every_table(analysis: nf.Analysis) -> None
     printed = columns(f"{analysis.certificate}\n{analysis.equilibrium}\n{analysis.symmetries}\n{analysis.moments}")
     for name in ("outputs changed by", "gradients off by", "largest factor", "family", "blocks", "charges"):
         assert name in printed & on_page
-    everything = f"{analysis}\n{analysis.moments}" + "".join(s.prose for s in page.values())
+    curvature = dataclasses.replace(analysis.moments, kind="hessian")
+    everything = f"{analysis}\n{analysis.moments}\n{curvature}" + "".join(s.prose for s in page.values())
     for name, meaning in MEANING.items():
         assert f"{name}: {meaning}" in " ".join(everything.split()), f"no table explains {name}"
 

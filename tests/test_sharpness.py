@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from equilibrium_cases import Problem, linear, mlp, moved
 from noetherflow.equilibrium import noise_equilibrium
 from noetherflow.errors import DataError, MomentError
 from noetherflow.flow import noether_flow
+from noetherflow.moments import load_moments, merge_moments, save_moments
+from noetherflow.printing import MEANING
 from noetherflow.sharpness import (
     HessianProduct,
     curvature_moments,
@@ -194,6 +197,23 @@ def test_symmetries_left_out_of_the_equilibrium_are_left_out_of_the_warmup() -> 
     assert sharpness_forecast(problem.model, problem.loss, [problem.data], eq, flow, probes=2).warmup_steps != 0
 
 
+def test_curvature_prints_hessian_traces(tmp_path: Path) -> None:
+    """Not a loss and squared gradients; and still after a way through a file, and in part."""
+    problem = mlp((3, 4, 2))
+    curvature = curvature_moments(problem.model, problem.loss, [problem.data], problem.syms, probes=3)
+    save_moments(curvature, tmp_path / "curvature")
+    printed = str(load_moments(tmp_path / "curvature"))
+    assert printed == str(curvature)
+    assert printed.startswith("3 Hessian products in 3 groups\n")
+    assert f"Hessian trace: {MEANING['Hessian trace']}" in " ".join(printed.split())
+    assert "gradient" not in printed
+    assert next(curvature.leave_one_out()).kind == "hessian"
+    assert (curvature.to_dict()["kind"], curvature.to_dict()["loss"]) == ("hessian", None)
+    assert ", mean loss " in str(problem.measure())
+    with pytest.raises(MomentError, match="differ in kind"):
+        merge_moments([curvature, dataclasses.replace(curvature, kind="gradient")])
+
+
 def test_curvature_leaves_running_statistics_alone() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)).double().train()
     before = {n: b.clone() for n, b in model.named_buffers()}
@@ -226,6 +246,9 @@ def test_unusable_input_is_refused() -> None:
         top_eigenvalue(problem.model, lambda m, b: problem.loss(m, b).mean(), [problem.data])
     with pytest.raises(DataError, match="not finite"):
         top_eigenvalue(problem.model, problem.loss, [(x * float("nan"), y)])
+    renormalising = torch.nn.Sequential(torch.nn.Embedding(3, 2, max_norm=0.1))
+    with pytest.raises(DataError, match="max_norm"):
+        top_eigenvalue(renormalising, problem.loss, [problem.data])
     big = mlp((100, 200, 3), samples=4)
     with pytest.raises(DataError, match="probes="):
         curvature_moments(big.model, big.loss, [big.data], big.syms)

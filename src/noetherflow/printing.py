@@ -14,6 +14,7 @@ MEANING = {
     "outputs changed by": "relative change under a random group element, in float64",
     "gradients off by": "the same for per-sample gradients, against what the symmetry predicts",
     "mean squared gradient": "E |g|^2 of per-sample gradients g by parameter, + and - the sides of the symmetry",
+    "Hessian trace": "of the mean loss over the weights of a parameter, + and - the sides of the symmetry",
     "charge": "norm of C = squared weights on the + side minus the - side",
     "drift per step": "expected change of C by decay, gradient noise and the step along the mean gradient",
     "equilibrium charge": "where the drift is 0",

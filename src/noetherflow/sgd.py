@@ -16,10 +16,12 @@ class SGDConfig:
     """`theta <- theta - lr * (g_B + weight_decay * theta)`, batches of `batch_size` (theory.md section 1).
 
     `weight_decay` is PyTorch's `w` (the paper's `gamma ||theta||^2` is `w = 2 gamma`). `dataset_size=None` means
-    sampling with replacement (or fresh data); a number N means batches drawn without replacement from N samples.
+    fresh data: an infinite population, of which the samples measured are a few. A number N means that the N samples are
+    all there is, and batches are drawn from them without replacement, or with it (`replacement=True`).
 
-    Raises DataError for a non-positive lr or batch size, momentum outside [0, 1), a batch larger than the data or
-    `lr * weight_decay >= 2`, where decay alone makes the weights grow.
+    Raises DataError for a non-positive lr or batch size, momentum outside [0, 1), a batch larger than the data that it
+    is drawn from without replacement, replacement without a dataset_size, or `lr * weight_decay >= 2`, where decay
+    alone makes the weights grow.
     """
 
     lr: float
@@ -28,6 +30,7 @@ class SGDConfig:
     momentum: float = 0.0
     nesterov: bool = False
     dataset_size: int | None = None
+    replacement: bool = False
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.lr) and self.lr > 0):
@@ -43,7 +46,9 @@ class SGDConfig:
             )
         if not 0 <= self.momentum < 1:
             raise DataError(f"momentum must lie in [0, 1), got {self.momentum!r}")
-        if self.dataset_size is not None and self.batch_size > self.dataset_size:
+        if self.replacement and self.dataset_size is None:
+            raise DataError("replacement=True needs the dataset_size that batches are drawn from; None is fresh data")
+        if self.dataset_size is not None and self.batch_size > self.dataset_size and not self.replacement:
             raise DataError(
                 f"batch_size {self.batch_size} is larger than dataset_size {self.dataset_size}; "
                 "use at most the whole data set as one batch"
@@ -51,7 +56,11 @@ class SGDConfig:
 
     @classmethod
     def from_optimizer(
-        cls, optimizer: torch.optim.Optimizer, batch_size: int, dataset_size: int | None = None
+        cls,
+        optimizer: torch.optim.Optimizer,
+        batch_size: int,
+        dataset_size: int | None = None,
+        replacement: bool = False,
     ) -> SGDConfig:
         """Read lr, weight decay, momentum and Nesterov from a `torch.optim.SGD`.
 
@@ -81,6 +90,7 @@ class SGDConfig:
             float(s["momentum"]),
             bool(s["nesterov"]),
             dataset_size,
+            replacement,
         )
 
     @property
@@ -98,7 +108,7 @@ class SGDConfig:
     def covariance_factor(self) -> float:
         """`f` in `Cov[g_B] = f * Sigma`: `1/S`, times `(N-S)/(N-1)` without replacement (theory.md section 1)."""
         s, n = self.batch_size, self.dataset_size
-        if n is None:
+        if n is None or self.replacement:
             return 1.0 / s
         return 0.0 if n == 1 else (n - s) / (n - 1) / s
 

@@ -20,6 +20,7 @@ from noetherflow.equilibrium.result import Equilibrium
 from noetherflow.equilibrium.weights import Weights
 from noetherflow.errors import DataError, MomentError
 from noetherflow.flow import Flow
+from noetherflow.moments.batch import refuse_renormalising
 from noetherflow.moments.result import GradientMoments, merge_moments
 from noetherflow.symmetry_set import SymmetrySet, tensors_of
 
@@ -30,6 +31,8 @@ EXACT_LIMIT = 20_000
 class HessianProduct:
     """`v -> H v` for the mean per-sample loss over fixed batches; `v` and `H v` are dicts by canonical parameter
     name.
+
+    Raises DataError without a batch, and for an embedding with `max_norm`, whose forward changes its weights.
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any]) -> None:
@@ -39,6 +42,7 @@ class HessianProduct:
         }
         if not self.batches:
             raise DataError("no batches to measure curvature on")
+        refuse_renormalising(model.named_modules())
 
     @property
     def size(self) -> int:
@@ -156,7 +160,7 @@ def _contract(
         minus = s.grams({n: hv[n] - v[n] for n in s.parameters})
         second[s.name] = tuple(((a - b) / 4).cpu() for a, b in zip(plus, minus, strict=True))
     names = {s.name: tuple(leg.label for leg in s.weight_legs) for s in trainable}
-    return GradientMoments(1, 0.0, second, zero, {n: hv[n] * v[n] for n in v}, legs=names)
+    return GradientMoments(1, 0.0, second, zero, {n: hv[n] * v[n] for n in v}, legs=names, kind="hessian")
 
 
 def _total(parts: Iterator[GradientMoments]) -> GradientMoments:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from noetherflow.discovery.export import export, split_inputs, unwrap
+from noetherflow.discovery.export import export, first_line, own_failure, place, split_inputs, uncopyable, unwrap
 from noetherflow.errors import DataError, ExportError
 from noetherflow.printing import table
 from noetherflow.symmetry import Symmetry, Translation
@@ -123,8 +124,8 @@ def certify(
     Verdicts: `exact` below 1e-12 (1e-7 where the graph casts to float32); `approximate` when a normalisation's eps
     explains the violation, shown by varying eps; else `broken`. `dtypes` adds output violations in narrower types.
 
-    Raises DataError when the outputs are not finite or the model has no floating output, DeclarationError for another
-    model's symmetries.
+    Raises DataError when the outputs are not finite, the model has no floating output, cannot be copied or does not run
+    in float64, DeclarationError for another model's symmetries.
     """
     syms.tensors_in(model)
     bench = _Bench(model, example_inputs, loss_fn, batch, trials, samples, seed)
@@ -187,11 +188,25 @@ class _Bench:
         self.loss_fn, self.batch = loss_fn, _cast(batch, torch.float64)
         self.samples = samples
         self.trainable = {n: t for n, t in self.tensors.items() if isinstance(t, nn.Parameter) and t.requires_grad}
-        self.outputs = [_outputs(self.model, x) for x in self.inputs]
+        self.outputs = [self._given_outputs(), *(_outputs(self.model, x) for x in self.inputs[1:])]
         if not all(bool(torch.isfinite(y).all()) for y in self.outputs):
             raise DataError("the model's outputs on the example inputs are not finite; certify needs finite outputs")
         self.projection = torch.randn(self.outputs[0].numel(), dtype=torch.float64, generator=self.rng, device="cpu")
         self.gradients = self._gradients()
+
+    def _given_outputs(self) -> Tensor:
+        """Raises DataError where the float64 copy fails and one in the model's own precision does not."""
+        try:
+            return _outputs(self.model, self.inputs[0])
+        except RuntimeError as cause:
+            if own_failure(copy.deepcopy(unwrap(self.source)).eval(), self.inputs[0]) is not None:
+                raise
+            raise DataError(
+                f"a certificate needs float64, in which {type(self.model).__name__} does not run. "
+                f"{_failing(self.model, cause)}: {first_line(cause)}{place(cause)}\n"
+                "Use an operator that takes float64 there, and constants in the dtype of what they meet; for a mixture "
+                "of experts of transformers: model.set_experts_implementation('batched_mm')"
+            ) from cause
 
     def _random_inputs(self, inputs: Any) -> Any:
         def draw(x: Any) -> Any:
@@ -269,9 +284,21 @@ class _Bench:
         return _relative(_outputs(model, inputs), base)
 
 
+def _failing(model: nn.Module, error: Exception) -> str:
+    """`path (class)` of the innermost module of `model` that raised `error`."""
+    paths = {id(m): f"{path or 'the model'} ({type(m).__name__})" for path, m in model.named_modules()}
+    owners = [id(frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((paths[owner] for owner in reversed(owners) if owner in paths), paths[id(model)])
+
+
 def _copy(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A copy in evaluation mode with floating tensors in `dtype`, and its tensors by the original's canonical names."""
+    """A copy in evaluation mode with floating tensors in `dtype`, and its tensors by the original's canonical names.
+
+    Raises DataError for a model that cannot be copied.
+    """
     inner = unwrap(model)
+    if (why := uncopyable(inner)) is not None:
+        raise DataError(why)
     own = {id(t): n for n, t in tensors_of(inner).items()}
     duplicate = copy.deepcopy(inner).to(dtype).eval()
     copied = tensors_of(duplicate)

@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
 from noetherflow.errors import ExportError
@@ -24,6 +27,12 @@ from noetherflow.symmetry_set import tensors_of
 FOREIGN = (Path(torch.__file__).parent, Path(__file__).parent)
 """Folders whose files are not the user's code."""
 STANDARD_LIBRARY = Path(traceback.__file__).parent
+REMEDIES: dict[type, str] = {
+    WeightNorm: "use torch.nn.utils.parametrizations.weight_norm instead",
+    SpectralNorm: "use torch.nn.utils.parametrizations.spectral_norm instead",
+    BasePruningMethod: "make the pruning permanent: torch.nn.utils.prune.remove(module, {name!r})",
+}
+"""What replaces a hook that puts a computed weight in a parameter's place."""
 LOGGERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 
 
@@ -107,6 +116,23 @@ def _prepare(model: nn.Module) -> nn.Module:
     return model
 
 
+def uncopyable(model: nn.Module) -> str | None:
+    """Why `copy.deepcopy` refuses the model (an attribute computed from parameters) and what to do, None if it need
+    not.
+    """
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                hooks = module._forward_pre_hooks.values()
+                known = [r.format(name=name) for kind, r in REMEDIES.items() if any(isinstance(h, kind) for h in hooks)]
+                remedy = known[0] if known else "compute it in forward, or use torch.nn.utils.parametrize"
+                return (
+                    f"{f'{path}.' if path else ''}{name} of {type(module).__name__} is an attribute computed from "
+                    f"parameters, and a model that holds one cannot be copied: {remedy}"
+                )
+    return None
+
+
 def weightless(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None) -> nn.Module:
     """A copy of `model` with fake tensors for weights (floating ones in `dtype`), on the CPU, holding no memory."""
     memo: dict[int, Any] = {}
@@ -126,11 +152,13 @@ def export(model: nn.Module, example_inputs: Any) -> Graph:
     The traced copy has fake float64 weights, so models on the meta device cost no memory and casts to a lower precision
     show in the graph. `example_inputs` is a tensor, a tuple of arguments or a dict of keyword arguments.
 
-    Raises ExportError with the reason when tracing fails (data-dependent control flow, say).
+    Raises ExportError with the reason when tracing fails (data-dependent control flow, a model that cannot be copied).
     """
     if not isinstance(model, nn.Module):
         raise ExportError(f"expected a torch.nn.Module, got {model!r:.80}")
     inner = unwrap(model)
+    if (why := uncopyable(inner)) is not None:
+        raise ExportError(why)
     failure: Exception | None = None
     for dtype in (torch.float64, None):
         try:
@@ -209,20 +237,20 @@ def _quiet() -> Iterator[None]:
 
 def _explain(model: nn.Module, example_inputs: Any, failure: Exception | None) -> str:
     name = type(model).__name__
-    if (own := _own_failure(model, example_inputs)) is not None:
+    if (own := own_failure(model, example_inputs)) is not None:
         shapes = pytree.tree_map(lambda x: tuple(x.shape) if isinstance(x, Tensor) else x, example_inputs)
         return (
             f"{name} itself fails on these example inputs, {own}\n"
             f"Their shapes: {shapes}. Pass a tensor, a tuple of arguments or a dict of keyword arguments."
         )
     return (
-        f"{name} could not be exported: {_first_line(failure)}{_place(failure)}\n"
+        f"{name} could not be exported: {first_line(failure)}{place(failure)}\n"
         "torch.export needs control flow that does not depend on tensor values. Rewrite that branch (torch.where, "
         "torch.cond), or name the symmetries yourself: nf.declare(model, kind, plus=[(parameter, axis)], minus=[...])."
     )
 
 
-def _place(failure: Exception | None) -> str:
+def place(failure: Exception | None) -> str:
     """` (file:line: code)` of the innermost line outside torch, this library and Python's own."""
     frames = traceback.extract_tb(None if failure is None else failure.__traceback__)
     user = [f for f in frames if f.line and not _foreign(Path(f.filename))]
@@ -233,7 +261,7 @@ def _foreign(file: Path) -> bool:
     return file.parent == STANDARD_LIBRARY or any(folder in file.parents for folder in FOREIGN)
 
 
-def _own_failure(model: nn.Module, example_inputs: Any) -> str | None:
+def own_failure(model: nn.Module, example_inputs: Any) -> str | None:
     """The error of a plain forward, None if it runs."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     cast = lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
@@ -244,10 +272,10 @@ def _own_failure(model: nn.Module, example_inputs: Any) -> str | None:
             buffers = {n: b.clone() for n, b in model.named_buffers()}
             torch.func.functional_call(model, buffers, args, kwargs)
     except Exception as error:
-        return f"{type(error).__name__}: {_first_line(error)}"
+        return f"{type(error).__name__}: {first_line(error)}"
     return None
 
 
-def _first_line(error: Exception | None) -> str:
+def first_line(error: Exception | None) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from functools import cached_property
@@ -63,6 +63,18 @@ def refuse_constant(losses: Tensor) -> None:
     """Raises MomentError for losses without a gradient."""
     if not losses.requires_grad:
         raise MomentError("the losses do not depend on any trainable parameter; is the forward under no_grad?")
+
+
+def refuse_renormalising(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raises DataError for an embedding with `max_norm`: its forward overwrites the weights that are to be measured."""
+    for name, module in modules:
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+            raise DataError(
+                f"{name or type(module).__name__} has max_norm={module.max_norm:g}: its forward renormalises its "
+                "weights, and a measurement must leave the model as it was. With m that module, renormalise once, with "
+                "torch.no_grad(): m.weight.copy_(m.weight.renorm(m.norm_type, 0, m.max_norm)), and set m.max_norm = "
+                "None while measuring"
+            )
 
 
 def check_finite(losses: Tensor, batch: Any) -> None:

@@ -21,6 +21,7 @@ from noetherflow.moments.batch import (
     buffers_kept,
     check_finite,
     forward_backward,
+    refuse_renormalising,
     used_once,
 )
 from noetherflow.moments.distributed import (
@@ -72,9 +73,9 @@ def gradient_moments(
     The model, its buffers and `.grad` are left as they were.
 
     Raises DeclarationError for another model's symmetries; DataError for a scalar or wrongly shaped loss, NaN or inf,
-    no batch, or fewer batches on some rank than on others under `fully_shard`; MomentError for a symmetry on a frozen
-    or unused parameter, for samples that act on each other, for a sharded parameter without a rule, and where rules and
-    autograd disagree.
+    an embedding with `max_norm` (its forward changes its weights), no batch, or fewer batches on some rank than on
+    others under `fully_shard`; MomentError for a symmetry on a frozen or unused parameter, for samples that act on each
+    other, for a sharded parameter without a rule, and where rules and autograd disagree.
     """
     ranks = ranks_of(model, process_group)
     if isinstance(batches, tuple) and all(isinstance(b, Tensor) for b in batches):
@@ -145,6 +146,7 @@ class Meter:
         self._fallback: Fallback | None = None
         self._sharded = is_sharded(self.model)
         self._modules = tuple(self.model.named_modules())
+        refuse_renormalising(self._modules)
         self._used: set[str] = set()
         self._half_added = False  # in the middle of a batch; stays set when an error ends it there
 

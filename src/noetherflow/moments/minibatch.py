@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow.errors import DataError, MomentError
-from noetherflow.moments.batch import LossFn, buffers_kept, check_finite, refuse_constant
+from noetherflow.moments.batch import LossFn, buffers_kept, check_finite, refuse_constant, refuse_renormalising
 from noetherflow.moments.distributed import added_over_ranks, ranks_of, refuse_sharded, unwrapped
 from noetherflow.moments.result import GradientMoments, Replicates, Sampling, merge_moments
 from noetherflow.moments.target import Sums, needs_of, trainable_parameters
@@ -43,10 +43,11 @@ def minibatch_moments(
     Where samples act on each other, Sigma depends on S: then keep `sgd.batch_size` at `batch_size`.
 
     Ranks of torch.distributed are further replicates at no cost. Raises DataError for NaN, inf, no batch, batches of
-    another size than `batch_size`, or more samples than the data hold; MomentError for an unknown, frozen, unused or
-    sharded parameter.
+    another size than `batch_size`, more samples than the data hold, or an embedding with `max_norm`; MomentError for an
+    unknown, frozen, unused or sharded parameter.
     """
     meter = MinibatchMeter(model, syms, batch_size, dataset_size, sampling, entries, groups)
+    refuse_renormalising(meter.model.named_modules())
     params = list(meter.params.values())
     with buffers_kept(tuple(meter.model.modules())):
         for batch in batches:

@@ -15,6 +15,7 @@ from noetherflow.sgd import SGDConfig
 from noetherflow.symmetry import Symmetry
 
 Sampling = Literal["replacement", "independent", "epoch"]
+Kind = Literal["gradient", "hessian"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class GradientMoments:
     with `entries=True`. `groups`: the same leg moments over disjoint groups of samples, for jackknife errors.
     `fallback`: parameters that no rule covered, measured by `vmap(grad)` or one backward per sample.
     `replicates`: set when each "sample" is one minibatch gradient (`minibatch_moments`). `legs[symmetry]`: names of the
-    legs, as printed.
+    legs, as printed. `kind`: `hessian` for `curvature_moments`, whose samples are Hessian products, without a loss.
     """
 
     samples: int
@@ -60,6 +61,7 @@ class GradientMoments:
     fallback: tuple[str, ...] = ()
     replicates: Replicates | None = None
     legs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    kind: Kind = "gradient"
 
     def batch_grams(self, symmetry: Symmetry, sgd: SGDConfig) -> tuple[Tensor, ...]:
         """`M_leg`: leg Grams of `R_B = Cov[g_B] + gbar gbar^T`, one per charge-carrying leg (theory.md section 1).
@@ -93,14 +95,20 @@ class GradientMoments:
         return (f * q, -f * q), (-v * q, 1 + v * q)
 
     def __str__(self) -> str:
-        unit = ("sample", "samples") if self.replicates is None else ("minibatch", "minibatches")
         groups = count(max(1, len(self.groups)), "group", "groups")
-        lines = [f"{count(self.samples, *unit)} in {groups}, mean loss {self.loss:.6g}"]
+        loss = f", mean loss {self.loss:.6g}" if self.kind == "gradient" else ""
+        lines = [f"{count(self.samples, *self._unit())} in {groups}{loss}"]
         lines += [f"by fallback, not by rule: {', '.join(self.fallback)}"] if self.fallback else []
-        rows = [{"symmetry": s, "mean squared gradient": self._by_leg(s, t)} for s, t in self._traces().items()]
-        return "\n".join([*lines, table(rows, "mean squared gradient")] if rows else lines)
+        name = "mean squared gradient" if self.kind == "gradient" else "Hessian trace"
+        rows = [{"symmetry": s, name: self._by_leg(s, t)} for s, t in self._traces().items()]
+        return "\n".join([*lines, table(rows, name)] if rows else lines)
 
     __repr__ = __str__
+
+    def _unit(self) -> tuple[str, str]:
+        if self.kind == "hessian":
+            return "Hessian product", "Hessian products"
+        return ("sample", "samples") if self.replicates is None else ("minibatch", "minibatches")
 
     def _by_leg(self, symmetry: str, traces: list[float]) -> str:
         names = self.legs.get(symmetry) or [f"leg {k}" for k in range(len(traces))]
@@ -112,8 +120,9 @@ class GradientMoments:
     def to_dict(self) -> dict[str, Any]:
         """Counts, loss and leg traces, without the tensors (`save_moments` keeps those)."""
         return {
+            "kind": self.kind,
             "samples": self.samples,
-            "loss": self.loss,
+            "loss": self.loss if self.kind == "gradient" else None,
             "groups": len(self.groups),
             "fallback": list(self.fallback),
             "replicates": None if self.replicates is None else asdict(self.replicates),
@@ -147,9 +156,9 @@ def merge_moments(parts: list[GradientMoments]) -> GradientMoments:
     """
     if not parts:
         raise MomentError("nothing to merge: no moments given")
-    kinds = {(tuple(p.second), tuple(p.mean), tuple(p.squares), p.replicates) for p in parts}
+    kinds = {(p.kind, tuple(p.second), tuple(p.mean), tuple(p.squares), p.replicates) for p in parts}
     if len(kinds) > 1:
-        raise MomentError("moments to merge differ in symmetries, parameters, entries or minibatch size")
+        raise MomentError("moments to merge differ in kind, symmetries, parameters, entries or minibatch size")
     total = sum(p.samples for p in parts)
     weights = [p.samples / total for p in parts]
 
@@ -172,6 +181,7 @@ def merge_moments(parts: list[GradientMoments]) -> GradientMoments:
         fallback=tuple(dict.fromkeys(n for p in parts for n in p.fallback)),
         replicates=first.replicates,
         legs=first.legs,
+        kind=first.kind,
     )
     _refuse_not_finite(merged)
     return merged

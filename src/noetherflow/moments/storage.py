@@ -24,7 +24,7 @@ def save_moments(moments: GradientMoments, path: str | Path) -> None:
     tensors: dict[str, Tensor] = {}
     header = _pack(moments, "", tensors)
     header["groups"] = [_pack(g, f"{k}/", tensors) for k, g in enumerate(moments.groups)]
-    data = save(tensors, metadata={"noetherflow": json.dumps({"format": FORMAT, **header})})
+    data = save(_apart(tensors), metadata={"noetherflow": json.dumps({"format": FORMAT, **header})})
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
@@ -62,6 +62,7 @@ def _pack(moments: GradientMoments, prefix: str, tensors: dict[str, Tensor]) -> 
     for kind, named in (("mean", moments.mean), ("squares", moments.squares)):
         tensors.update({f"{prefix}{kind}/{name}": t.contiguous() for name, t in named.items()})
     return {
+        "kind": moments.kind,
         "samples": moments.samples,
         "loss": moments.loss,
         "second": {name: len(legs) for name, legs in moments.second.items()},
@@ -71,6 +72,13 @@ def _pack(moments: GradientMoments, prefix: str, tensors: dict[str, Tensor]) -> 
         "replicates": moments.to_dict()["replicates"],
         "legs": moments.legs,
     }
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, copied where they share memory with an earlier one, which the format has no room for."""
+    held: dict[int, str] = {}
+    owners = {name: held.setdefault(t.untyped_storage().data_ptr(), name) for name, t in tensors.items()}
+    return {name: t if owners[name] == name else t.clone() for name, t in tensors.items()}
 
 
 def _unpack(
@@ -92,4 +100,5 @@ def _unpack(
         fallback=tuple(header["fallback"]),
         replicates=None if header["replicates"] is None else Replicates(**header["replicates"]),
         legs={name: tuple(legs) for name, legs in header.get("legs", {}).items()},
+        kind=header.get("kind", "gradient"),
     )

@@ -26,7 +26,7 @@ NAMES = {
     "decay": "weight decay",
     "momentum": "momentum memory",
     "preconditioner": "preconditioner",
-    "gradient": "gradient (zero for an exact symmetry)",
+    "gradient": "gradient (zero for an exact symmetry at one learning rate)",
     "other": "first-order part of the update",
 }
 COLOURS = {
