@@ -89,8 +89,8 @@ def simulate(data: Data, sgd: nf.SGDConfig, seeds: int, steps: int, sampling: st
     return total / (steps - steps // 2)
 
 
-def predicted(data: Data, sgd: nf.SGDConfig) -> float:
-    eq = nf.noise_equilibrium(data.model, data.syms, data.moments(), sgd)
+def predicted(data: Data, sgd: nf.SGDConfig, moments: nf.GradientMoments | None = None) -> float:
+    eq = nf.noise_equilibrium(data.model, data.syms, moments or data.moments(), sgd)
     return float(eq.settled[0].charge)
 
 
