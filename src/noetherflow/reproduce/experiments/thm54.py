@@ -250,7 +250,7 @@ EXPERIMENT = Experiment(
             "dimensions, covariances, learning rate",
             "d = 4, random, 0.002",
             "the corrected solution drifts in proportion to eta, for D = 4 by 0.07 of the printed one at 0.002, 0.14 "
-            "at 0.004 (where its errors reach beyond the thresholds); variations below",
+            "at 0.004 (where its errors reach beyond the thresholds); variations above",
         ),
     ),
     exploratory=(
