@@ -98,15 +98,19 @@ def _complete(summary: Summary) -> bool:
     )
 
 
+def _declared(f: Finished) -> dict[str, Any]:
+    """The settings of its scale as they are declared now, as JSON keeps them."""
+    return dict(json.loads(json.dumps(f.experiment.config(f.scale))))
+
+
 def _changed(f: Finished) -> bool:
     """Whether the settings are other than those of the scale as it is declared now."""
-    declared: Any = json.loads(json.dumps(f.experiment.config(f.scale)))
-    return bool(declared != f.results.config)
+    return bool(_declared(f) != f.results.config)
 
 
 def _replaced(f: Finished) -> list[str]:
     """The options that make the settings of `f` out of those of its scale."""
-    declared: Any = json.loads(json.dumps(f.experiment.config(f.scale)))
+    declared = _declared(f)
     other = {key: value for key, value in f.results.config.items() if declared.get(key) != value}
     seeds = [f"--seeds {other.pop('seeds')}"] if "seeds" in other else []
     return seeds + [f"--set {shlex.quote(f'{key}={json.dumps(value)}')}" for key, value in other.items()]

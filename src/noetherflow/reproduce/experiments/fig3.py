@@ -235,7 +235,7 @@ def _balance_verdicts(results: Results) -> list[Verdict]:
     """How far from the norm-balanced start, for phi whose prediction is close to it."""
     c, out = results.config, []
     lr, batch, _ = c["main"]
-    for phi in (0.5, 0.7):
+    for phi in (phi for phi in (0.5, 0.7) if phi in c["phis"]):
         i = c["phis"].index(phi)
         shift = fluctuation_shifts(phi, c["d"], c["loss_scale"] * lr / batch)
         cases = (
