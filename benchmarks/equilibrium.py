@@ -60,7 +60,7 @@ def gpt2(layers: int = 12) -> dict[str, Any]:
     """GPT-2 124M, float32, random weights: seconds to find, to measure, and to solve; memory of the solve."""
     import transformers as tf
 
-    from noetherflow.equilibrium import gradient_factors
+    from noetherflow.moments import gradient_factors
 
     torch.manual_seed(0)
     model = tf.GPT2LMHeadModel(tf.GPT2Config(use_cache=False, n_layer=layers)).eval()

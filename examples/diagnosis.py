@@ -17,9 +17,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import noetherflow as nf
-from noetherflow.monitor.decompose import ENTRIES
-from noetherflow.reproduce import style
-from noetherflow.sharpness import top_eigenvalue
+from noetherflow.equilibrium.sharpness import top_eigenvalue
+from noetherflow.monitor.rules import ENTRIES
+from noetherflow.report import style
 
 OUT = Path(__file__).parent.parent / "docs" / "figures"
 NAMES = {

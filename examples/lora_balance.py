@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import noetherflow as nf
-from noetherflow.reproduce import style
+from noetherflow.report import style
 
 FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "lora_balance.png"
 CONTEXT, BATCH, WARM_LR, WARM_STEPS, SKEW = 64, 8, 0.25, 40, 10.0

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 import noetherflow as nf
-from noetherflow.flow import Flow
+from noetherflow.equilibrium.flow import Flow
 from noetherflow.moments.minibatch import MinibatchMeter
 from noetherflow.workloads import cross_entropy, digits, squared_error
 
@@ -259,7 +259,7 @@ def summary(task: Task, seeds: int, c: Comparison) -> None:
 
 
 def figure(comparisons: dict[str, Comparison], path: Path) -> None:
-    from noetherflow.reproduce import style
+    from noetherflow.report import style
 
     colours = [style.SGD, style.GD, style.SDE, style.OTHER]
     lines = {"model at step 0": ":", "first steps": "--", "drift along the way": "-"}

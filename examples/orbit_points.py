@@ -162,7 +162,7 @@ def label(scales: Sequence[float]) -> str:
 
 
 def figure(before: Sequence[Point], after: Sequence[Point], path: Path) -> None:
-    from noetherflow.reproduce import style
+    from noetherflow.report import style
 
     colours = [style.MUTED, style.SGD, style.GD, style.SDE]
     with style.context():

@@ -1,66 +1,92 @@
-"""Imports point one way, and `import noetherflow` stays light."""
+"""Imports point one way, hidden ones included, and `import noetherflow` stays light."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent / "src" / "noetherflow"
+SOURCE = Path(__file__).parent.parent / "src"
+LIBRARY, PAPER = SOURCE / "noetherflow", SOURCE / "noetherflow_paper"
 
-LAYERS = [
-    {"errors"},
-    {"spd", "sgd", "legs", "host", "printing"},
-    {"symmetry"},
-    {"symmetry_set"},
-    {"discovery", "moments"},
-    {"flow", "equilibrium", "sharpness", "closed_form"},
-    {"balance", "checkpoint", "motion", "optimizer_state", "monitor"},
-    {"analysis", "workloads"},
-    {"reproduce", "report"},
-    {"cli"},
-    {"__main__"},
-]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-MODULES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
+LAYERS = ["errors", "core", "symmetry", "discovery moments", "equilibrium", "balance", "monitor",
+          "analysis workloads", "report", "cli", "__main__"]  # fmt: skip
+"""Folders and modules of the library from the bottom up; those of one line never import each other."""
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
+MODULES = sorted(p for p in LIBRARY.rglob("*.py") if p != LIBRARY / "__init__.py")
+DOTTED = re.compile(r"noetherflow(_paper)?(\.\w+)+(:\w+)?")
 
 
-def part(path: Path) -> str:
-    first = path.relative_to(ROOT).parts[0]
-    return first.removesuffix(".py")
+def place(path: Path) -> str:
+    """The folder or module of the first level that a file belongs to."""
+    return path.relative_to(LIBRARY).parts[0].removesuffix(".py")
 
 
-def imported_parts(path: Path) -> set[str]:
+def imported(path: Path) -> set[str]:
+    """Dotted names of this distribution that a file imports, inside functions and by strings included."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
-            if node.module == "noetherflow":
-                found |= {alias.name for alias in node.names}
-            elif node.module.startswith("noetherflow."):
-                found.add(node.module.split(".")[1])
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("noetherflow.")}
-    return found & LEVEL.keys()
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and DOTTED.fullmatch(node.value):
+            found.add(node.value.partition(":")[0])
+    return {name for name in found if name.partition(".")[0] in ("noetherflow", "noetherflow_paper")}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(LIBRARY)))
 def test_imports_point_down(path):
-    here = part(path)
+    here = place(path)
     assert here in LEVEL, f"{here} is in no layer: add it to LAYERS and docs/architecture.md"
-    wrong = {
-        other
-        for other in imported_parts(path)
-        if other != here and (LEVEL[other] > LEVEL[here] or {other, here} == {"discovery", "moments"})
-    }
-    assert not wrong, f"{path.relative_to(ROOT)} imports upwards: {sorted(wrong)}"
+    there = {name.split(".")[1] for name in imported(path) if name.startswith("noetherflow.")}
+    wrong = {other for other in there & LEVEL.keys() - {here} if LEVEL[other] >= LEVEL[here]}
+    assert not wrong, f"{path.relative_to(SOURCE)} imports upwards: {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(LIBRARY)))
+def test_the_library_does_not_know_the_paper(path):
+    assert not {name for name in imported(path) if name.startswith("noetherflow_paper")}
+
+
+@pytest.mark.parametrize(
+    ("code", "names"),
+    [
+        ("def f():\n    from noetherflow.report import page", {"noetherflow.report", "noetherflow.report.page"}),
+        ("import noetherflow_paper.runner as r", {"noetherflow_paper.runner"}),
+        ("load('noetherflow_paper.cli:reproduce')", {"noetherflow_paper.cli"}),
+        ("x = 'a sentence on noetherflow.report'; import torch", set()),
+    ],
+)
+def test_hidden_imports_are_seen(tmp_path, code, names):
+    (tmp_path / "module.py").write_text(code)
+    assert imported(tmp_path / "module.py") == names
+
+
+def test_import_module_serves_the_public_names_alone():
+    users = [p for p in SOURCE.rglob("*.py") if "import_module" in p.read_text()]
+    assert users == [LIBRARY / "__init__.py"]
+
+
+def test_a_class_name_exists_once():
+    classes = [
+        (node.name, path)
+        for path in sorted(SOURCE.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+    homes = {name: [str(p.relative_to(SOURCE)) for n, p in classes if n == name] for name, _ in classes}
+    assert not {name: paths for name, paths in homes.items() if len(paths) > 1}
 
 
 def test_import_is_light():
     heavy = ["matplotlib", "plotly", "jinja2", "sklearn", "transformers", "peft", "joblib", "dask", "pandas",
-             "torch._dynamo", "torch.export._trace", "scipy.integrate", "scipy.optimize", "rich", "typer"]  # fmt: skip
+             "torch._dynamo", "torch.export._trace", "scipy.integrate", "scipy.optimize", "rich", "typer",
+             "noetherflow_paper"]  # fmt: skip
     code = (
         "import sys, torch; before = set(sys.modules); import noetherflow; "
         f"print([m for m in {heavy!r} if m in sys.modules and m not in before])"
@@ -73,3 +99,9 @@ def test_dir_lists_the_public_names_only():
     import noetherflow
 
     assert set(dir(noetherflow)) == {*noetherflow.__all__, "__version__"}
+
+
+def test_every_public_name_is_there():
+    import noetherflow
+
+    assert all(getattr(noetherflow, name) is not None for name in noetherflow.__all__)

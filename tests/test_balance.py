@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import noetherflow as nf
 from equilibrium_cases import Problem, linear, mlp, union
-from noetherflow.balance import balance_
+from noetherflow.balance.model import balance_
 from noetherflow.equilibrium import Equilibrium, noise_equilibrium
 from noetherflow.errors import CertificateError, DataError
 
@@ -292,7 +292,7 @@ def test_an_interruption_among_the_optimiser_state_puts_everything_back(monkeypa
     state = copy.deepcopy(optimizer.state_dict()["state"])
     grads = [p.grad.clone() for p in problem.model.parameters() if p.grad is not None]
 
-    from noetherflow.optimizer_state import RULES
+    from noetherflow.balance.optimizer_state import RULES
 
     def interrupt(*_: Any) -> Tensor:
         raise KeyboardInterrupt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import noetherflow as nf
-import noetherflow.checkpoint as checkpoint
 from equilibrium_cases import Problem, mlp
-from noetherflow.checkpoint import balance_checkpoint, load_checkpoint_, read_checkpoint
+from noetherflow.balance.checkpoint import balance_checkpoint, load_checkpoint_, read_checkpoint
 from noetherflow.equilibrium import Equilibrium, noise_equilibrium
 from noetherflow.errors import CheckpointError
 
@@ -102,7 +102,7 @@ def test_disk_errors_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def full(*_: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(CheckpointError, match=r"could not write .*No space left"):
         balance_checkpoint(path, tmp_path / "out.safetensors", problem.model, solved(problem))
 

@@ -17,9 +17,9 @@ import noetherflow as nf
 from noetherflow.cli import main
 from noetherflow.cli.app import app
 from noetherflow.cli.demo import Told, summary
+from noetherflow.core.printing import legend
+from noetherflow.equilibrium.flow import EXPLAINED
 from noetherflow.errors import DataError, ExportError
-from noetherflow.flow import EXPLAINED
-from noetherflow.printing import legend
 from noetherflow.workloads import CONTRACT
 
 FACTORIES = """
@@ -365,7 +365,9 @@ def test_the_summary_of_a_demo_has_the_numbers_of_its_run():
         after=5e-12,
     )
     other = dataclasses.replace(told, name="two", verdicts=("exact",) * 2, steps=500)
-    found, forecast, balanced, reproduced, reading = summary([told, other], "13 of 14 claims hold").prose.split("\n\n")
+    found, forecast, balanced, reproduced, reading = summary(
+        [told, other], ["Reproduced: 13 of 14 claims hold."]
+    ).prose.split("\n\n")
     assert "5 continuous symmetries, 3 in `net` (28 charges) and 2 in `two` (28 charges); checked" in found
     assert found.endswith("group elements, 4 exact and 1 approximate.")
     assert "`net` over 6,000 steps to 3.1 % of their norm, while training changed them by 81 %; `two` over" in forecast

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from noetherflow import SGDConfig
-from noetherflow import closed_form as cf
+from noetherflow_paper import closed_form as cf
 
 F64 = torch.float64
 

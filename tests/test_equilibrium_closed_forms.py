@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import noetherflow as nf
 from equilibrium_cases import linear, mlp, moved
-from noetherflow import spd
+from noetherflow.core import spd
 from noetherflow.equilibrium import gl_equilibrium, noise_equilibrium, torus_equilibrium
 from noetherflow.equilibrium.blocks import GLClasses, classify_gl, classify_torus
 

@@ -11,7 +11,7 @@ import noetherflow as nf
 from equilibrium_cases import linear, mlp
 from noetherflow.equilibrium.forecast import orbit_forecast
 from noetherflow.equilibrium.orbit import measured_orbit
-from noetherflow.equilibrium.weights import Drift, Weights
+from noetherflow.equilibrium.potential import Drift, Weights
 
 
 @pytest.mark.parametrize("size", [1e-5, 1e-7])

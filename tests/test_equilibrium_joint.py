@@ -11,11 +11,12 @@ from torch import nn
 
 import noetherflow as nf
 from equilibrium_cases import Problem, imbalance, linear, mlp, moved, union
-from noetherflow import spd
-from noetherflow.equilibrium import gradient_factors, noise_equilibrium
+from noetherflow.core import spd
+from noetherflow.equilibrium import noise_equilibrium
 from noetherflow.equilibrium.solve import classify
 from noetherflow.equilibrium.solve import imbalance as imbalance_of
 from noetherflow.errors import DataError, MomentError
+from noetherflow.moments import gradient_factors
 from noetherflow.moments.result import merge_moments
 from reference import moments_by_loop, per_sample_gradients
 

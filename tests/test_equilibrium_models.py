@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import noetherflow as nf
-from noetherflow.balance import balance_
+from noetherflow.balance.model import balance_
 from noetherflow.discovery import certify, find_symmetries
-from noetherflow.equilibrium import Equilibrium, gradient_factors, noise_equilibrium
-from noetherflow.moments import GradientMoments, gradient_moments
+from noetherflow.equilibrium import Equilibrium, noise_equilibrium
+from noetherflow.moments import GradientMoments, gradient_factors, gradient_moments
 from zoo import ZOO, Case, jitter, per_sample_cross_entropy
 
 pytestmark = [

@@ -10,7 +10,7 @@ import noetherflow as nf
 from equilibrium_cases import linear, mlp
 from noetherflow.equilibrium import forecast, stabilised
 from noetherflow.equilibrium.orbit import measured_orbit
-from noetherflow.equilibrium.weights import Drift, Weights
+from noetherflow.equilibrium.potential import Drift, Weights
 
 
 @pytest.mark.parametrize("fastest", [10.0, 1e3, 1e5])

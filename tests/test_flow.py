@@ -11,9 +11,10 @@ import torch
 
 import noetherflow as nf
 from equilibrium_cases import Problem, linear, mlp, moved
-from noetherflow.equilibrium import Drift, gradient_factors, noise_equilibrium
+from noetherflow.equilibrium import Drift, noise_equilibrium
+from noetherflow.equilibrium.flow import noether_flow, step_identity
 from noetherflow.errors import MomentError
-from noetherflow.flow import noether_flow, step_identity
+from noetherflow.moments import gradient_factors
 from noetherflow.moments.result import merge_moments
 from reference import moments_by_loop, per_sample_gradients
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import noetherflow as nf
 from noetherflow.moments import Meter, batch
-from noetherflow.reproduce.runner import compute_point
+from noetherflow_paper.runner import compute_point
 from reference import moments_by_loop
 from test_moments_paths import test_what_is_no_sample_is_not_split as not_split
 from test_moments_rules import CASES, FALLBACK, every_axis, relative_error, squared_output
@@ -162,7 +162,7 @@ def test_ranks_meet_over_nccl(tmp_path: Path) -> None:
 
 
 def test_an_experiment_runs_on_the_gpu() -> None:
-    from noetherflow.reproduce.experiment import find_experiment
+    from noetherflow_paper.experiment import find_experiment
 
     e = find_experiment("fig2")
     config = e.config("quick", None)

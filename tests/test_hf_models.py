@@ -9,7 +9,7 @@ import torch
 
 from noetherflow.discovery import certify, find_symmetries
 from noetherflow.discovery.hf import example_inputs
-from noetherflow.symmetry_set import SymmetrySet
+from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 transformers = pytest.importorskip("transformers")
 WIDE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 1}

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import noetherflow as nf
-from noetherflow.flow import step_identity
-from noetherflow.monitor.decompose import ENTRIES
+from noetherflow.equilibrium.flow import step_identity
 from noetherflow.monitor.ledger import Ledger
+from noetherflow.monitor.rules import ENTRIES
 
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {"lr": 0.1}),

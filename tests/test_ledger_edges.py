@@ -13,11 +13,11 @@ from torch import nn
 
 import noetherflow as nf
 from noetherflow.errors import DataError, DeclarationError
-from noetherflow.legs import Leg
 from noetherflow.monitor import measure
 from noetherflow.monitor.books import FIELDS
 from noetherflow.monitor.ledger import Ledger
 from noetherflow.monitor.log import LOG_NAME, read_log
+from noetherflow.symmetry.leg import Leg
 from test_ledger import OPTIMIZERS, assert_closed, backward, batches, mlp, mlp_symmetries
 
 

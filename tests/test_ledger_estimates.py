@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import noetherflow as nf
-from noetherflow.monitor.decompose import AdamRule, RealisedRule, SGDRule
 from noetherflow.monitor.estimates import angle, distance, orbit_forces, relaxation_steps, rotation_at_equilibrium
 from noetherflow.monitor.ledger import Ledger
+from noetherflow.monitor.rules import AdamRule, RealisedRule, SGDRule
 from test_ledger import backward, batches, mlp, mlp_symmetries
 
 positive = st.floats(0.05, 20.0)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from noetherflow.discovery import find_symmetries
-from noetherflow.monitor.decompose import AdamRule, SGDRule, rule_for
 from noetherflow.monitor.ledger import Ledger
+from noetherflow.monitor.rules import AdamRule, SGDRule, rule_for
 from test_ledger import OPTIMIZERS, assert_closed
 from zoo import ZOO, Case
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 import noetherflow as nf
-from noetherflow.balance import balance_
+from noetherflow.balance.model import balance_
+from noetherflow.balance.schedule import BalanceSchedule
 from noetherflow.discovery import certify, find_symmetries
 from noetherflow.equilibrium import Equilibrium, noise_equilibrium
 from noetherflow.errors import DataError
 from noetherflow.moments import GradientMoments, gradient_moments
-from noetherflow.monitor.rebalance import BalanceSchedule
 from processes import run_ranks
 from zoo import per_sample_cross_entropy
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import noetherflow as nf
-from noetherflow.printing import MEANING, count, legend, show, table, transposed
+from noetherflow.core.printing import MEANING, count, legend, show, table, transposed
 from noetherflow.report.analysis import analysis_sections
 
 

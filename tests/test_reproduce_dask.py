@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from noetherflow.errors import DataError
-from noetherflow.reproduce import run
+from noetherflow_paper import run
 
 
 @pytest.mark.slow

@@ -4,15 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from noetherflow import closed_form as cf
-from noetherflow import find_symmetries, spd
-from noetherflow.reproduce import generic
-from noetherflow.reproduce.alignment import at_norm_balance, correlation, matrices, noisy_share
-from noetherflow.reproduce.experiment import Results
-from noetherflow.reproduce.experiments import fig1, fig2, fig3, fig5, rates, repnorm, thm43, thm54
-from noetherflow.reproduce.experiments import repnorm_inputs as treated
-from noetherflow.reproduce.theory import stretched
-from noetherflow.sgd import SGDConfig
+from noetherflow import find_symmetries
+from noetherflow.core import spd
+from noetherflow.core.settings import SGDConfig
+from noetherflow_paper import closed_form as cf
+from noetherflow_paper import generic
+from noetherflow_paper.alignment import at_norm_balance, correlation, matrices, noisy_share
+from noetherflow_paper.experiment import Results
+from noetherflow_paper.experiments import fig1, fig2, fig3, fig5, rates, repnorm, thm43, thm54
+from noetherflow_paper.experiments import repnorm_inputs as treated
+from noetherflow_paper.theory import stretched
 
 F64 = torch.float64
 

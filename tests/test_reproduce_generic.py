@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from noetherflow import SGDConfig
-from noetherflow import closed_form as cf
-from noetherflow.reproduce.experiments import rates
-from noetherflow.reproduce.generic import (
+from noetherflow_paper import closed_form as cf
+from noetherflow_paper.experiments import rates
+from noetherflow_paper.generic import (
     LinearChain,
     chain_charges,
     closed_form_gaps,
@@ -17,7 +17,7 @@ from noetherflow.reproduce.generic import (
     measured,
     product_design,
 )
-from noetherflow.reproduce.theory import balance, charge_drift, fall_time, finite_step_gammas, orbit_flow, stretched
+from noetherflow_paper.theory import balance, charge_drift, fall_time, finite_step_gammas, orbit_flow, stretched
 
 F64 = torch.float64
 

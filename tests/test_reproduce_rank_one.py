@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from noetherflow.reproduce.rank_one import RankOne
-from noetherflow.reproduce.simulate import normal
+from noetherflow_paper.rank_one import RankOne
+from noetherflow_paper.simulate import normal
 
 D, S, DRAWS = 3, 4, 200_000
 

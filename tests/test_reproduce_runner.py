@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from noetherflow.cli.reproduce import _parsed
 from noetherflow.errors import DataError
-from noetherflow.reproduce import experiment as registry
-from noetherflow.reproduce import provenance, run, write_markdown
-from noetherflow.reproduce.differences import DIFFERENCES
-from noetherflow.reproduce.experiment import (
+from noetherflow_paper import experiment as registry
+from noetherflow_paper import provenance, run, write_markdown
+from noetherflow_paper.cli import _parsed
+from noetherflow_paper.differences import DIFFERENCES
+from noetherflow_paper.experiment import (
     REGISTRY,
     Experiment,
     Results,
@@ -32,11 +32,11 @@ from noetherflow.reproduce.experiment import (
     from_seeds,
     plain,
 )
-from noetherflow.reproduce.experiments import fig5
-from noetherflow.reproduce.gallery import _explained
-from noetherflow.reproduce.outcome import finished_in, in_place_of, write_atomically
-from noetherflow.reproduce.provenance import library_digest, merged, reached, source_of
-from noetherflow.reproduce.runner import compute_point
+from noetherflow_paper.experiments import fig5
+from noetherflow_paper.gallery import _explained
+from noetherflow_paper.outcome import finished_in
+from noetherflow_paper.provenance import library_digest, merged, reached, source_of
+from noetherflow_paper.runner import compute_point
 
 CALLS: list[str] = []
 
@@ -53,7 +53,7 @@ def seedless(config, point):
 
 
 def toy_plot(results):
-    from noetherflow.reproduce import style
+    from noetherflow.report import style
 
     fig, (ax,) = style.figure(1)
     for point, data in results.points:
@@ -91,7 +91,7 @@ TOY = Experiment(
 
 @pytest.fixture
 def toy(monkeypatch):
-    module = types.ModuleType("noetherflow.reproduce.experiments.toy")
+    module = types.ModuleType("noetherflow_paper.experiments.toy")
     module.EXPERIMENT = TOY
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(registry, "REGISTRY", (*REGISTRY, "toy"))
@@ -234,7 +234,7 @@ def test_fingerprint_depends_on_torch_device_and_modules_used_indirectly(toy, mo
     monkeypatch.setattr(torch, "__version__", "1.0")
     assert toy.fingerprint({}, a) != before
     used = provenance._used(sys.modules[find_experiment("fig6").compute.__module__])
-    assert {"noetherflow.reproduce.simulate", "noetherflow.reproduce.experiment"} <= used
+    assert {"noetherflow_paper.simulate", "noetherflow_paper.experiment"} <= used
     assert "class LinearNet" in source_of(find_experiment("fig5").compute)
 
 
@@ -267,7 +267,7 @@ def test_points_that_are_not_of_this_form_are_computed_again(toy, tmp_path, chan
 
 def test_gallery_shows_all_experiments_of_the_folder(toy, monkeypatch, tmp_path):
     other = dataclasses.replace(TOY, id="other", title="Another toy")
-    module = types.ModuleType("noetherflow.reproduce.experiments.other")
+    module = types.ModuleType("noetherflow_paper.experiments.other")
     module.EXPERIMENT = other
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(registry, "REGISTRY", (*registry.REGISTRY, "other"))
@@ -281,23 +281,6 @@ def test_gallery_shows_all_experiments_of_the_folder(toy, monkeypatch, tmp_path)
     (stored, _) = finished_in(tmp_path)
     assert stored.to_dict() == first.finished[0].to_dict()
     assert stored.files == ("toy.png", "toy.svg", "toy.json")
-
-
-def test_a_failed_write_leaves_the_old_file_alone(toy, tmp_path):
-    path = tmp_path / "a.json"
-    write_atomically(path, "old")
-
-    def stopped_half_way():
-        with in_place_of(path) as first, in_place_of(path) as second:
-            assert first != second
-            assert first.suffix == ".json"
-            first.write_text("half")
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        stopped_half_way()
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
-    assert path.read_text() == "old"
 
 
 def test_variations_are_judged_beside_the_unchanged_configuration(toy, tmp_path):
@@ -492,7 +475,7 @@ def test_bad_input_of_the_report_is_named_before_anything_is_computed(toy, tmp_p
 
 
 def test_seeds_that_do_not_apply_are_told(toy, monkeypatch, tmp_path):
-    module = sys.modules["noetherflow.reproduce.experiments.toy"]
+    module = sys.modules["noetherflow_paper.experiments.toy"]
     plain_toy = dataclasses.replace(TOY, compute=seedless, scales={"quick": {}})
     monkeypatch.setattr(module, "EXPERIMENT", plain_toy)
     said = []
@@ -507,7 +490,7 @@ def test_tensors_are_made_on_the_device_which_is_kept_with_the_results(toy, monk
     assert CALLS == ["a", "b"] * 2, "a point of another device is another point"
     assert there.results.points == here.results.points
     where = dataclasses.replace(TOY, compute=lambda config, point: {"device": torch.zeros(1).device.type})
-    monkeypatch.setattr(sys.modules["noetherflow.reproduce.experiments.toy"], "EXPERIMENT", where)
+    monkeypatch.setattr(sys.modules["noetherflow_paper.experiments.toy"], "EXPERIMENT", where)
     assert compute_point("toy", {}, {}, "meta").data == {"device": "meta"}
 
 

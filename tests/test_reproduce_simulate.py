@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from noetherflow import SGDConfig
-from noetherflow import closed_form as cf
 from noetherflow.errors import DataError
-from noetherflow.reproduce.simulate import (
+from noetherflow_paper import closed_form as cf
+from noetherflow_paper.simulate import (
     LinearNet,
     Network,
     checkpoints,
@@ -19,7 +19,7 @@ from noetherflow.reproduce.simulate import (
     squared_error,
     wishart_factor,
 )
-from noetherflow.reproduce.theory import charge_drift, finite_step_gammas, orbit_flow
+from noetherflow_paper.theory import charge_drift, finite_step_gammas, orbit_flow
 
 F64 = torch.float64
 

@@ -14,18 +14,18 @@ from torch import Tensor
 
 import noetherflow as nf
 from equilibrium_cases import Problem, linear, mlp, moved
+from noetherflow.core.printing import MEANING
 from noetherflow.equilibrium import noise_equilibrium
-from noetherflow.errors import DataError, MomentError
-from noetherflow.flow import noether_flow
-from noetherflow.moments import load_moments, merge_moments, save_moments
-from noetherflow.printing import MEANING
-from noetherflow.sharpness import (
+from noetherflow.equilibrium.flow import noether_flow
+from noetherflow.equilibrium.sharpness import (
     HessianProduct,
     curvature_moments,
     sharpness_forecast,
     top_eigenvalue,
     trace_at,
 )
+from noetherflow.errors import DataError, MomentError
+from noetherflow.moments import load_moments, merge_moments, save_moments
 
 SGD = nf.SGDConfig(0.05, 4, weight_decay=1e-2)
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from noetherflow import Leg, Symmetry, SymmetrySet, Translation, spd
+from noetherflow import Leg, Symmetry, SymmetrySet, Translation
+from noetherflow.core import spd
 
 D = torch.float64
 

@@ -16,67 +16,58 @@ Verbs are imported on first use, so that `import noetherflow` costs little beyon
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from noetherflow.legs import Leg
-from noetherflow.sgd import SGDConfig
-from noetherflow.symmetry import Symmetry, Translation
-from noetherflow.symmetry_set import SymmetrySet, declare, tensors_of
+from noetherflow.core.settings import SGDConfig
+from noetherflow.core.tensors import tensors_of
+from noetherflow.symmetry.declare import declare
+from noetherflow.symmetry.leg import Leg
+from noetherflow.symmetry.symmetry import Symmetry, Translation
+from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 if TYPE_CHECKING:
     from noetherflow.analysis import Analysis, analyze
-    from noetherflow.balance import BalanceReport, balance_
-    from noetherflow.checkpoint import balance_checkpoint, load_checkpoint_, read_checkpoint
+    from noetherflow.balance.checkpoint import balance_checkpoint, load_checkpoint_, read_checkpoint
+    from noetherflow.balance.model import BalanceReport, balance_
+    from noetherflow.balance.schedule import BalanceSchedule
     from noetherflow.discovery.certify import Certificate, certify
     from noetherflow.discovery.explain import explain
     from noetherflow.discovery.find import find_symmetries
     from noetherflow.discovery.oracle import count_symmetries
-    from noetherflow.equilibrium import Equilibrium, gradient_factors, noise_equilibrium
-    from noetherflow.flow import Flow, noether_flow, step_identity
-    from noetherflow.moments import (
-        GradientMoments,
-        gradient_moments,
-        load_moments,
-        merge_moments,
-        minibatch_moments,
-        save_moments,
-        standard_error,
-    )
-    from noetherflow.monitor import BalanceSchedule, Ledger
-    from noetherflow.sharpness import curvature_moments, sharpness_forecast, top_eigenvalue
+    from noetherflow.equilibrium.flow import Flow, noether_flow, step_identity
+    from noetherflow.equilibrium.joint import noise_equilibrium
+    from noetherflow.equilibrium.result import Equilibrium
+    from noetherflow.equilibrium.sharpness import curvature_moments, sharpness_forecast, top_eigenvalue
+    from noetherflow.moments.engine import gradient_moments
+    from noetherflow.moments.factors import gradient_factors
+    from noetherflow.moments.minibatch import minibatch_moments
+    from noetherflow.moments.result import GradientMoments, merge_moments
+    from noetherflow.moments.statistics import standard_error
+    from noetherflow.moments.storage import load_moments, save_moments
+    from noetherflow.monitor.ledger import Ledger
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _LAZY = {
-    "Analysis": "analysis",
-    "BalanceReport": "balance",
-    "BalanceSchedule": "monitor",
-    "Certificate": "discovery",
-    "Equilibrium": "equilibrium",
-    "Flow": "flow",
-    "GradientMoments": "moments",
-    "Ledger": "monitor",
-    "analyze": "analysis",
-    "balance_": "balance",
-    "balance_checkpoint": "checkpoint",
-    "certify": "discovery",
-    "count_symmetries": "discovery",
-    "curvature_moments": "sharpness",
-    "explain": "discovery",
-    "find_symmetries": "discovery",
-    "gradient_factors": "equilibrium",
-    "gradient_moments": "moments",
-    "load_checkpoint_": "checkpoint",
-    "load_moments": "moments",
-    "merge_moments": "moments",
-    "minibatch_moments": "moments",
-    "noether_flow": "flow",
-    "noise_equilibrium": "equilibrium",
-    "read_checkpoint": "checkpoint",
-    "save_moments": "moments",
-    "sharpness_forecast": "sharpness",
-    "standard_error": "moments",
-    "step_identity": "flow",
-    "top_eigenvalue": "sharpness",
+    "analysis": ("Analysis", "analyze"),
+    "balance.checkpoint": ("balance_checkpoint", "load_checkpoint_", "read_checkpoint"),
+    "balance.model": ("BalanceReport", "balance_"),
+    "balance.schedule": ("BalanceSchedule",),
+    "discovery.certify": ("Certificate", "certify"),
+    "discovery.explain": ("explain",),
+    "discovery.find": ("find_symmetries",),
+    "discovery.oracle": ("count_symmetries",),
+    "equilibrium.flow": ("Flow", "noether_flow", "step_identity"),
+    "equilibrium.joint": ("noise_equilibrium",),
+    "equilibrium.result": ("Equilibrium",),
+    "equilibrium.sharpness": ("curvature_moments", "sharpness_forecast", "top_eigenvalue"),
+    "moments.engine": ("gradient_moments",),
+    "moments.factors": ("gradient_factors",),
+    "moments.minibatch": ("minibatch_moments",),
+    "moments.result": ("GradientMoments", "merge_moments"),
+    "moments.statistics": ("standard_error",),
+    "moments.storage": ("load_moments", "save_moments"),
+    "monitor.ledger": ("Ledger",),
 }
+_HOME = {name: module for module, names in _LAZY.items() for name in names}
 
 __all__ = [
     "Analysis",
@@ -120,8 +111,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(f"noetherflow.{_LAZY[name]}"), name)
+    if name in _HOME:
+        return getattr(import_module(f"noetherflow.{_HOME[name]}"), name)
     raise AttributeError(f"module 'noetherflow' has no attribute {name!r}")
 
 

@@ -6,15 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from noetherflow.core.inputs import LossFn
+from noetherflow.core.settings import SGDConfig
 from noetherflow.discovery import Certificate, certify, find_symmetries
 from noetherflow.equilibrium import Equilibrium, noise_equilibrium
-from noetherflow.equilibrium.weights import Drift
-from noetherflow.flow import Flow, noether_flow, norm_where
+from noetherflow.equilibrium.flow import Flow, noether_flow, norm_where
+from noetherflow.equilibrium.potential import Drift
 from noetherflow.moments import GradientMoments, gradient_moments
-from noetherflow.sgd import SGDConfig
-from noetherflow.symmetry_set import SymmetrySet
+from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,7 @@ class Analysis:
 
 def analyze(
     model: nn.Module,
-    loss_fn: Callable[[nn.Module, Any], Tensor],
+    loss_fn: LossFn,
     batches: Sequence[Any],
     sgd: SGDConfig,
     example_inputs: Any,
@@ -101,7 +102,7 @@ class Measured:
 
 def measure(
     model: nn.Module,
-    loss_fn: Callable[[nn.Module, Any], Tensor],
+    loss_fn: LossFn,
     batches: Sequence[Any],
     example_inputs: Any,
     *,

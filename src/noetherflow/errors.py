@@ -37,11 +37,11 @@ class MissingExtraError(NoetherflowError, ImportError):
 
 def require(module: str, extra: str) -> object:
     """Import `module` or raise MissingExtraError naming the extra that brings it."""
-    import importlib
+    import pkgutil
 
     try:
-        return importlib.import_module(module)
-    except ImportError as cause:
+        return pkgutil.resolve_name(module)
+    except (ImportError, AttributeError) as cause:
         raise MissingExtraError(
             f"{module!r} is needed here but not installed; install it with: pip install 'noetherflow[{extra}]'"
         ) from cause

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import importlib
+import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from noetherflow.core.inputs import LossFn
 from noetherflow.errors import DataError, NoetherflowError, require
-
-LossFn = Callable[[nn.Module, Any], Tensor]
 
 CONTRACT = "def factory(): return model, loss_fn, batches  # loss_fn(model, batch) gives one loss per sample"
 
@@ -140,8 +139,7 @@ def make(spec: str) -> Any:
 
 def load_object(spec: str) -> Callable[..., Any]:
     """Import `package.module:attribute`, looking in the current folder too."""
-    module_name, _, attribute = spec.partition(":")
-    if not attribute:
+    if not spec.partition(":")[2]:
         close = difflib.get_close_matches(spec, BUILT_IN, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise DataError(
@@ -150,7 +148,7 @@ def load_object(spec: str) -> Callable[..., Any]:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        found = getattr(importlib.import_module(module_name), attribute)
+        found = pkgutil.resolve_name(spec)
     except (ImportError, AttributeError) as cause:
         raise DataError(f"cannot load {spec!r}: {cause}") from cause
     if not callable(found):

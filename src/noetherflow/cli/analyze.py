@@ -10,8 +10,8 @@ import typer
 
 from noetherflow.cli import tables
 from noetherflow.cli.options import BatchSize, Data, Debug, Json, Lr, Model, Momentum, WeightDecay, announce
-from noetherflow.printing import legend, transposed
-from noetherflow.sgd import SGDConfig
+from noetherflow.core.printing import legend, transposed
+from noetherflow.core.settings import SGDConfig
 
 
 def analyze(
@@ -30,7 +30,7 @@ def analyze(
 ) -> None:
     """Measure MODEL once and say what SGD's gradient noise does along its symmetries."""
     from noetherflow.analysis import analyze as run
-    from noetherflow.flow import EXPLAINED
+    from noetherflow.equilibrium.flow import EXPLAINED
     from noetherflow.report.analysis import write_analysis
     from noetherflow.workloads import load_workload
 

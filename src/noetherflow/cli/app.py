@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
+
 import typer
 
 from noetherflow.cli.analyze import analyze
 from noetherflow.cli.balance import balance
 from noetherflow.cli.demo import demo
 from noetherflow.cli.find import find
-from noetherflow.cli.reproduce import reproduce
 from noetherflow.cli.runs import report, watch
 
 app = typer.Typer(
@@ -17,8 +18,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (find, analyze, balance, reproduce, report, watch, demo):
+for command in (find, analyze, balance, report, watch, demo):
     app.command()(command)
+for entry in entry_points(group="noetherflow.commands"):
+    app.command(entry.name)(entry.load())
 
 
 @app.callback()

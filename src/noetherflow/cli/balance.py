@@ -23,7 +23,7 @@ from noetherflow.cli.options import (
     WeightDecay,
     announce,
 )
-from noetherflow.sgd import SGDConfig
+from noetherflow.core.settings import SGDConfig
 
 
 class Objective(StrEnum):
@@ -62,7 +62,7 @@ def balance(
     The file is replaced whole or not at all.
     """
     from noetherflow.analysis import measure
-    from noetherflow.checkpoint import balance_checkpoint, check_target, load_checkpoint_
+    from noetherflow.balance.checkpoint import balance_checkpoint, check_target, load_checkpoint_
     from noetherflow.workloads import load_workload
 
     if not dry_run:

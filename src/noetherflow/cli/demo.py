@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 
 from noetherflow.cli import tables
 from noetherflow.cli.options import Debug, announce, console
-from noetherflow.printing import transposed
-from noetherflow.sgd import SGDConfig
-from noetherflow.symmetry_set import SymmetrySet, tensors_of
-from noetherflow.workloads import LossFn, Workload, digits, digits_cnn, digits_mlp, minibatches, split
+from noetherflow.core.inputs import LossFn
+from noetherflow.core.printing import transposed
+from noetherflow.core.settings import SGDConfig
+from noetherflow.core.tensors import tensors_of
+from noetherflow.symmetry.symmetry_set import SymmetrySet
+from noetherflow.workloads import Workload, digits, digits_cnn, digits_mlp, minibatches, split
 
 if TYPE_CHECKING:
     from noetherflow.analysis import Analysis
@@ -80,22 +83,28 @@ def demo(
     start = time.perf_counter()
     printed, chosen = tables.out(), runs(quick)
     length = "1 to 2 minutes" if quick else "2 to 15 minutes"
-    say = announce(
-        f"two classifiers trained, forecast and balanced, and figure 2 of the paper: {length}", 5 * len(chosen) + 1
-    )
+    guests = entry_points(group="noetherflow.demo")
+    parts = ["two classifiers on scikit-learn's digits trained, forecast and balanced", *guests.names]
+    say = announce(f"{', and '.join(parts)}: {length}", 5 * len(chosen) + len(guests))
     analysed = [_analyse(run, printed, say) for run in chosen]
-    say("figure 2 of the paper")
-    figure_two, verdict = _figure_two(out, printed)
+    added = []
+    for guest in guests:
+        say(guest.name)
+        added.append(guest.load()(out, printed))
     page = write_page(
         out / "index.html",
         "noetherflow demo",
-        [summary([told for told, _ in analysed], verdict), *(s for _, own in analysed for s in own), figure_two],
-        subtitle="Two classifiers on scikit-learn's digits, and figure 2 of the paper.",
+        [
+            summary([told for told, _ in analysed], [sentence for _, sentence in added]),
+            *(s for _, own in analysed for s in own),
+            *(section for section, _ in added),
+        ],
+        subtitle=f"{', and '.join(parts).capitalize()}.",
     )
     printed.print(f"\nopen {page.resolve()} ({time.perf_counter() - start:.0f} s)", markup=False, soft_wrap=True)
 
 
-def summary(told: Sequence[Told], figure_two: str) -> Section:
+def summary(told: Sequence[Told], added: Sequence[str]) -> Section:
     """The page's first card: what was found, forecast and moved, in sentences with this run's numbers."""
     from noetherflow.report.page import Section
 
@@ -118,8 +127,8 @@ def summary(told: Sequence[Told], figure_two: str) -> Section:
         f"Forecast: one measurement of the gradient noise foretold the charges of the training that followed: "
         f"{forecast}.\n\n"
         f"Balanced: moved along the symmetries to where the noise pulls equally on both sides, {moved}.\n\n"
-        f"Reproduced: figure 2 of the paper, {figure_two}.\n\n"
-        "How to read it: a charge is the squared norm of the weights on one side of a symmetry minus that on the "
+        + "".join(f"{sentence}\n\n" for sentence in added)
+        + "How to read it: a charge is the squared norm of the weights on one side of a symmetry minus that on the "
         "other, for a ReLU unit of what comes in minus what goes out. Gradient flow conserves it; minibatch noise "
         "moves it, step by step, to the noise equilibrium. The sections below show this classifier by classifier.",
     )
@@ -128,7 +137,7 @@ def summary(told: Sequence[Told], figure_two: str) -> Section:
 def _analyse(run: Run, printed: Any, say: Callable[[str], None]) -> tuple[Told, list[Section]]:
     """Train, measure once, follow the forecast on a twin, balance, measure again; the page's sections."""
     from noetherflow.analysis import analyze
-    from noetherflow.balance import balance_
+    from noetherflow.balance.model import balance_
     from noetherflow.equilibrium import noise_equilibrium
     from noetherflow.moments import gradient_moments
     from noetherflow.report.analysis import analysis_sections
@@ -207,8 +216,8 @@ def _analyse(run: Run, printed: Any, say: Callable[[str], None]) -> tuple[Told, 
 
 def _orbit(model: nn.Module, run: Run, analysis: Analysis, probes: int = 24) -> bytes:
     """Tr H along `G^s`: predicted from the Hessian probed at s = 0, and probed again on models moved there."""
+    from noetherflow.equilibrium.sharpness import curvature_moments, trace_at
     from noetherflow.report.figures import orbit_figure
-    from noetherflow.sharpness import curvature_moments, trace_at
 
     syms, elements = analysis.symmetries, analysis.equilibrium.elements
     data = split(*digits(run.images), 2048)
@@ -282,19 +291,3 @@ def follow(
 def _charges(model: nn.Module, syms: SymmetrySet) -> dict[str, Tensor]:
     tensors = tensors_of(model)
     return {s.name: s.charge(tensors).detach() for s in syms}
-
-
-def _figure_two(out: Path, printed: Any) -> tuple[Section, str]:
-    """The page's section, and how many claims hold."""
-    from noetherflow import reproduce
-    from noetherflow.report.page import Figure, Section
-
-    (finished,) = reproduce.run(["fig2"], scale="quick", out=out / "experiments", progress=None).finished
-    printed.print(f"\n{finished}", markup=False)
-    rows = [
-        {"claim": v.claim, "predicted": v.criterion, "measured": v.measured, "s.e.": v.error, "holds": v.holds}
-        for v in finished.verdicts
-    ]
-    images = [Figure(out / "experiments" / f) for f in finished.files if f.endswith(".png")]
-    hold = f"{len(rows) - len(finished.failing)} of {len(rows)} claims hold"
-    return Section(finished.experiment.title, table=rows, figures=images), hold

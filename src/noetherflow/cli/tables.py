@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from noetherflow.printing import legend, show
-from noetherflow.symmetry_set import SymmetrySet
+from noetherflow.core.printing import legend, show
+from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 PIPED_WIDTH = 240
 

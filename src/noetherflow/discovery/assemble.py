@@ -14,8 +14,8 @@ from noetherflow.discovery.gauges import Array, Bundle, mix
 from noetherflow.discovery.infer import Inference
 from noetherflow.discovery.solve import Solution
 from noetherflow.discovery.store import Store
-from noetherflow.legs import Leg
-from noetherflow.symmetry import Kind, Symmetry
+from noetherflow.symmetry.leg import Leg
+from noetherflow.symmetry.symmetry import Kind, Symmetry
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from noetherflow.discovery.export import export, first_line, own_failure, place, split_inputs, uncopyable, unwrap
+from noetherflow.core.inputs import LossFn
+from noetherflow.core.printing import table
+from noetherflow.core.tensors import tensors_of
+from noetherflow.core.unwrap import unwrap
+from noetherflow.discovery.export import export, first_line, own_failure, place, split_inputs, uncopyable
 from noetherflow.errors import DataError, ExportError
-from noetherflow.printing import table
-from noetherflow.symmetry import Symmetry, Translation
-from noetherflow.symmetry_set import SymmetrySet, tensors_of
+from noetherflow.symmetry.symmetry import Symmetry, Translation
+from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 EXACT = 1e-12
 """Largest relative output violation of an exact symmetry in float64."""
@@ -106,7 +109,7 @@ def certify(
     model: nn.Module,
     syms: SymmetrySet,
     example_inputs: Any,
-    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    loss_fn: LossFn | None = None,
     batch: Any = None,
     *,
     spread: float = 0.3,
@@ -174,7 +177,7 @@ class _Bench:
         self,
         model: nn.Module,
         example_inputs: Any,
-        loss_fn: Callable[[nn.Module, Any], Tensor] | None,
+        loss_fn: LossFn | None,
         batch: Any,
         trials: int,
         samples: int,

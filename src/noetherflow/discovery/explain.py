@@ -17,7 +17,7 @@ from noetherflow.discovery.gauges import Array, Bundle
 from noetherflow.discovery.infer import Inference, infer
 from noetherflow.discovery.solve import Solution, solve
 from noetherflow.errors import DeclarationError
-from noetherflow.symmetry import Symmetry
+from noetherflow.symmetry.symmetry import Symmetry
 
 SHOWN = 12
 

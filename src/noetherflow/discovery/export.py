@@ -21,8 +21,9 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
+from noetherflow.core.tensors import named_tensors, tensors_of
+from noetherflow.core.unwrap import plain_name, unwrap
 from noetherflow.errors import ExportError
-from noetherflow.symmetry_set import tensors_of
 
 FOREIGN = (Path(torch.__file__).parent, Path(__file__).parent)
 """Folders whose files are not the user's code."""
@@ -84,18 +85,6 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     path = next((entry[0] for entry in reversed(stack.values())), "") if stack else ""
     return str(path)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel, DataParallel or torch.compile."""
-    inner: Any = model
-    while True:
-        if isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            inner = inner.module
-        elif hasattr(inner, "_orig_mod"):
-            inner = inner._orig_mod
-        else:
-            return inner
 
 
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -168,7 +157,7 @@ def export(model: nn.Module, example_inputs: Any) -> Graph:
             failure = failure or error
     else:
         raise ExportError(_explain(inner, example_inputs, failure)) from failure
-    return _graph(model, inner, program)
+    return _graph(model, program)
 
 
 def _trace(model: nn.Module, example_inputs: Any, dtype: torch.dtype | None) -> torch.export.ExportedProgram:
@@ -188,20 +177,14 @@ def _trace(model: nn.Module, example_inputs: Any, dtype: torch.dtype | None) -> 
         return torch.export.export(blank, args, kwargs, strict=False).run_decompositions({})
 
 
-def _graph(model: nn.Module, inner: nn.Module, program: torch.export.ExportedProgram) -> Graph:
+def _graph(model: nn.Module, program: torch.export.ExportedProgram) -> Graph:
     canonical = {id(tensor): name for name, tensor in tensors_of(model).items()}
-    by_alias = {
-        name: canonical[id(tensor)]
-        for name, tensor in [
-            *inner.named_parameters(remove_duplicate=False),
-            *inner.named_buffers(remove_duplicate=False),
-        ]
-    }
+    by_alias = {name: canonical[id(tensor)] for name, tensor in named_tensors(model)}
     signature = program.graph_signature
     leaves = {
-        spec.arg.name: by_alias[str(spec.target)]
+        spec.arg.name: by_alias[plain_name(str(spec.target))]
         for spec in signature.input_specs
-        if spec.target is not None and str(spec.target) in by_alias
+        if spec.target is not None and plain_name(str(spec.target)) in by_alias
     }
     constants = {
         spec.arg.name: program.constants[str(spec.target)]

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import nn
 
+from noetherflow.core.host import on_host
 from noetherflow.discovery.assemble import assemble
 from noetherflow.discovery.export import Graph, export
 from noetherflow.discovery.infer import infer
 from noetherflow.discovery.shifts import find_translations
 from noetherflow.discovery.solve import solve
-from noetherflow.host import on_host
-from noetherflow.symmetry_set import SymmetrySet
+from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 
 def find_symmetries(model: nn.Module, example_inputs: Any) -> SymmetrySet:

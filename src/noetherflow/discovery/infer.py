@@ -14,7 +14,7 @@ from noetherflow.discovery.export import Graph, module_path, operator_name
 from noetherflow.discovery.gauges import Gauge, Layout
 from noetherflow.discovery.rules import Context, find_rule, gauges_in
 from noetherflow.discovery.store import Store
-from noetherflow.symmetry_set import UnknownOperator
+from noetherflow.symmetry.symmetry_set import UnknownOperator
 
 
 @dataclass(frozen=True, eq=False)

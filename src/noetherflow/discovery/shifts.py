@@ -16,8 +16,8 @@ from torch import fx
 
 from noetherflow.discovery.export import Graph
 from noetherflow.discovery.shift_rules import Shifts, Term, Terms, terms_of, visit
-from noetherflow.legs import Leg
-from noetherflow.symmetry import Translation
+from noetherflow.symmetry.leg import Leg
+from noetherflow.symmetry.symmetry import Translation
 
 
 def find_translations(graph: Graph) -> list[Translation]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from noetherflow import spd
+from noetherflow.core import spd
 
 RATIO_LIMIT = 1e40
 """A torus coordinate whose `y / x` lies outside `[1/limit, limit]` would have to be scaled by more than 1e10: it

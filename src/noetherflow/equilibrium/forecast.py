@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from noetherflow import spd
+from noetherflow.core import spd
 from noetherflow.equilibrium import stabilised
 from noetherflow.equilibrium.orbit import MeasuredOrbit
 from noetherflow.equilibrium.terms import FactorTerm, LegTerm, SampleTerm

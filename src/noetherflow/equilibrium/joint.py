@@ -11,6 +11,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from noetherflow.core.host import on_host
+from noetherflow.core.settings import SGDConfig
+from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.blocks import GLClasses, TorusClasses, gl_frame
 from noetherflow.equilibrium.orbit import (
     FramedOrbit,
@@ -23,17 +26,15 @@ from noetherflow.equilibrium.orbit import (
     orbit_of,
     separate_orbits,
 )
-from noetherflow.equilibrium.overlap import leg_coordinates, stiffness
+from noetherflow.equilibrium.potential import Drift, Weights
 from noetherflow.equilibrium.result import Class, Equilibrium, Settled
 from noetherflow.equilibrium.solve import Classes, Solution, classify, drives, elements_of, imbalance, logs_of, minimise
-from noetherflow.equilibrium.weights import Drift, Weights
 from noetherflow.errors import DataError, MomentError
-from noetherflow.host import on_host
 from noetherflow.moments.result import GradientMoments
 from noetherflow.moments.statistics import jackknife
-from noetherflow.sgd import SGDConfig
-from noetherflow.symmetry import Symmetry
-from noetherflow.symmetry_set import SymmetrySet, tensors_of
+from noetherflow.symmetry.overlap import leg_coordinates, stiffness
+from noetherflow.symmetry.symmetry import Symmetry
+from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 Objective = Literal["noise+decay", "noise", "norm", "fisher", "hessian"]
 TOLERANCE = 1e-11

@@ -10,14 +10,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from noetherflow.equilibrium.factors import Factors
-from noetherflow.equilibrium.overlap import LegCoordinates, leg_coordinates, mixed_parameters, overlapping_parameters
+from noetherflow.core.tensors import tensors_of
+from noetherflow.equilibrium.potential import LegPair, Weights
 from noetherflow.equilibrium.terms import EntryTerm, FactorTerm, LegTerm, SampleTerm, Term, fits_factors
-from noetherflow.equilibrium.weights import LegPair, Weights
 from noetherflow.errors import DataError, MomentError
+from noetherflow.moments.factors import Factors
 from noetherflow.moments.result import GradientMoments
-from noetherflow.symmetry import Symmetry
-from noetherflow.symmetry_set import tensors_of
+from noetherflow.symmetry.overlap import LegCoordinates, leg_coordinates, mixed_parameters, overlapping_parameters
+from noetherflow.symmetry.symmetry import Symmetry
 
 Samples = Mapping[str, Tensor | Factors]
 Remeasure = Callable[[nn.Module], GradientMoments]

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from noetherflow.printing import count, show, table
+from noetherflow.core.printing import count, show, table
 
 Class = Literal["finite", "one-sided", "degenerate"]
 

@@ -14,12 +14,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from noetherflow import spd
+from noetherflow.core import spd
 from noetherflow.equilibrium.blocks import GLClasses, TorusClasses, classify_gl, classify_torus
 from noetherflow.equilibrium.orbit import Orbit, Point
-from noetherflow.equilibrium.weights import Weights
+from noetherflow.equilibrium.potential import Weights
 from noetherflow.errors import MomentError
-from noetherflow.symmetry import Symmetry
+from noetherflow.symmetry.symmetry import Symmetry
 
 Classes = TorusClasses | GLClasses
 

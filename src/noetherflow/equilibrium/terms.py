@@ -9,11 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from noetherflow.equilibrium.factors import Factors
-from noetherflow.equilibrium.overlap import LegCoordinates
-from noetherflow.equilibrium.weights import LegPair, Weights
-from noetherflow.legs import Leg
-from noetherflow.symmetry import Symmetry
+from noetherflow.equilibrium.potential import LegPair, Weights
+from noetherflow.moments.factors import Factors
+from noetherflow.symmetry.leg import Leg
+from noetherflow.symmetry.overlap import LegCoordinates
+from noetherflow.symmetry.symmetry import Symmetry
 
 
 class Term(Protocol):

@@ -1,6 +1,7 @@
 """Measuring gradient noise on the legs of symmetries."""
 
 from noetherflow.moments.engine import Meter, gradient_moments
+from noetherflow.moments.factors import Factors, gradient_factors
 from noetherflow.moments.minibatch import MinibatchMeter, minibatch_moments
 from noetherflow.moments.result import GradientMoments, merge_moments
 from noetherflow.moments.statistics import Estimate, standard_error
@@ -8,9 +9,11 @@ from noetherflow.moments.storage import load_moments, save_moments
 
 __all__ = [
     "Estimate",
+    "Factors",
     "GradientMoments",
     "Meter",
     "MinibatchMeter",
+    "gradient_factors",
     "gradient_moments",
     "load_moments",
     "merge_moments",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 
+from noetherflow.core.inputs import LossFn
 from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.forms import Form
 from noetherflow.moments.layout import WHOLE_BATCH, Layout
@@ -20,7 +21,6 @@ from noetherflow.moments.rules import Site
 from noetherflow.moments.taps import CallId, Recorder, Source, Trace, Use, distinct
 from noetherflow.moments.target import Sums, Workspace
 
-LossFn = Callable[[nn.Module, Any], Tensor]
 Slices = Sequence[tuple[int, int, Sums]]
 CHUNK_ENTRIES = 1 << 22
 

@@ -1,4 +1,4 @@
-"""Ranks of torch.distributed: data parallel wrappers unwrapped, sums added over ranks."""
+"""Ranks of torch.distributed: sums added over ranks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,9 @@ from torch import Tensor, nn
 
 from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.target import Need, Sums
-from noetherflow.symmetry_set import SymmetrySet
+from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 T = TypeVar("T")
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel, else the model itself (also under FSDP2's `fully_shard`)."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def ranks_of(model: nn.Module, process_group: Any) -> Any | None:

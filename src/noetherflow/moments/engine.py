@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from noetherflow.core.tensors import tensors_of
+from noetherflow.core.unwrap import unwrap
 from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.batch import (
     Contraction,
@@ -32,7 +34,6 @@ from noetherflow.moments.distributed import (
     over_ranks,
     ranks_of,
     refuse_sharded,
-    unwrapped,
 )
 from noetherflow.moments.fallback import Fallback
 from noetherflow.moments.layout import Layout
@@ -41,7 +42,7 @@ from noetherflow.moments.statistics import noise_error
 from noetherflow.moments.taps import CallId, Recorder, Trace, Use
 from noetherflow.moments.target import Sums, needs_of, trainable_parameters
 from noetherflow.moments.verify import Probe, probe, signature
-from noetherflow.symmetry_set import SymmetrySet, tensors_of
+from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 
 def gradient_moments(
@@ -132,7 +133,7 @@ class Meter:
                 f"{type(self.loss_fn).__name__}; wrap a criterion with reduction='none': "
                 "lambda model, batch: criterion(model(batch[0]), batch[1])"
             )
-        self.model = unwrapped(self.model)
+        self.model = unwrap(self.model)
         self.syms.tensors_in(self.model)
         wanted = trainable_parameters(self.model, [*self.syms.parameters, *self.parameters])
         self._needs = needs_of(self.syms, wanted, self.entries)

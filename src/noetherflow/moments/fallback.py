@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
+from noetherflow.core.tensors import tensors_of
 from noetherflow.errors import MomentError
 from noetherflow.moments.batch import Slices, Subject, buffers_kept
 from noetherflow.moments.verify import independence
-from noetherflow.symmetry_set import tensors_of
 
 CHUNK_ENTRIES = 1 << 24
 CHECKED = 2

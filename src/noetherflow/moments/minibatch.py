@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from noetherflow.core.inputs import LossFn
+from noetherflow.core.settings import SGDConfig
+from noetherflow.core.unwrap import unwrap
 from noetherflow.errors import DataError, MomentError
-from noetherflow.moments.batch import LossFn, buffers_kept, check_finite, refuse_constant, refuse_renormalising
-from noetherflow.moments.distributed import added_over_ranks, ranks_of, refuse_sharded, unwrapped
+from noetherflow.moments.batch import buffers_kept, check_finite, refuse_constant, refuse_renormalising
+from noetherflow.moments.distributed import added_over_ranks, ranks_of, refuse_sharded
 from noetherflow.moments.result import GradientMoments, Replicates, Sampling, merge_moments
 from noetherflow.moments.target import Sums, needs_of, trainable_parameters
-from noetherflow.sgd import SGDConfig
-from noetherflow.symmetry_set import SymmetrySet
+from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 
 def minibatch_moments(
@@ -89,7 +91,7 @@ class MinibatchMeter:
     _sums: dict[int, Sums] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self.model = unwrapped(self.model)
+        self.model = unwrap(self.model)
         self.syms.tensors_in(self.model)
         SGDConfig(1.0, self.batch_size, dataset_size=self.dataset_size)
         self.params = trainable_parameters(self.model, self.syms.parameters)

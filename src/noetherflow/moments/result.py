@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from noetherflow.core.printing import count, show, table
+from noetherflow.core.settings import SGDConfig
 from noetherflow.errors import MomentError
-from noetherflow.printing import count, show, table
-from noetherflow.sgd import SGDConfig
-from noetherflow.symmetry import Symmetry
+from noetherflow.symmetry.symmetry import Symmetry
 
 Sampling = Literal["replacement", "independent", "epoch"]
 Kind = Literal["gradient", "hessian"]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from noetherflow.core.files import replacing
 from noetherflow.errors import CheckpointError
 from noetherflow.moments.result import GradientMoments, Replicates
 
@@ -25,18 +24,8 @@ def save_moments(moments: GradientMoments, path: str | Path) -> None:
     header = _pack(moments, "", tensors)
     header["groups"] = [_pack(g, f"{k}/", tensors) for k, g in enumerate(moments.groups)]
     data = save(_apart(tensors), metadata={"noetherflow": json.dumps({"format": FORMAT, **header})})
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(path, durable=True) as scratch:
+        scratch.write_bytes(data)
 
 
 def load_moments(path: str | Path) -> GradientMoments:

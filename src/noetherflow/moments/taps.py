@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from noetherflow.core.tensors import named_tensors
 from noetherflow.moments.layout import Layout, candidates
 from noetherflow.moments.rules import SPREADING, Call, Site, match, spread
 
@@ -191,7 +192,7 @@ class Recorder(TorchFunctionMode):
 
     def _stand_in(self, tensor: Tensor) -> frozenset[str] | None:
         """The name under which a sharded model holds this gathered parameter just now."""
-        for name, held in self._model.named_parameters(remove_duplicate=False):
+        for name, held in named_tensors(self._model):
             if held is tensor and name in self.roots:
                 self._names[id(tensor)], self.roots[name] = name, tensor
                 return frozenset((name,))

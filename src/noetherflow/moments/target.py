@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from noetherflow.core.tensors import tensors_of
 from noetherflow.errors import MomentError
-from noetherflow.legs import Leg
 from noetherflow.moments.result import GradientMoments, trace
-from noetherflow.symmetry_set import SymmetrySet, tensors_of
+from noetherflow.symmetry.leg import Leg
+from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 
 @dataclass(frozen=True, eq=False)

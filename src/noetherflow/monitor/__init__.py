@@ -1,6 +1,5 @@
-"""The ledger: watch the symmetries of any training run; balance at given steps of it."""
+"""The ledger: watch the symmetries of any training run."""
 
 from noetherflow.monitor.ledger import Ledger
-from noetherflow.monitor.rebalance import BalanceSchedule
 
-__all__ = ["BalanceSchedule", "Ledger"]
+__all__ = ["Ledger"]

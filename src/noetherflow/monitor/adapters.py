@@ -5,7 +5,6 @@ A plain loop needs no adapter: `Ledger(model, optimizer, syms).attach()`.
 
 from __future__ import annotations
 
-import importlib
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from torch import nn
 
 from noetherflow.errors import MissingExtraError, require
 from noetherflow.monitor.ledger import Ledger
-from noetherflow.symmetry_set import SymmetrySet
+from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 Symmetries = SymmetrySet | Callable[[nn.Module], SymmetrySet]
 LIGHTNING = ("lightning.pytorch", "pytorch_lightning")
@@ -98,8 +97,8 @@ def _batch_loss(trainer: Any, module: Any, backpropagated: torch.Tensor) -> torc
 def _first(names: list[str]) -> Any:
     for name in names:
         try:
-            return importlib.import_module(name)
-        except ImportError:
+            return require(name, "lightning")
+        except MissingExtraError:
             continue
     raise MissingExtraError(f"none of {names} is installed; install it with: pip install 'noetherflow[lightning]'")
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import scipy.sparse
 
-from noetherflow.monitor.decompose import ENTRIES, Rule, decompose
 from noetherflow.monitor.layout import Layout, apply
+from noetherflow.monitor.rules import ENTRIES, Rule, decompose
 
 Level = Literal["family", "symmetry", "coordinate"]
 LEVELS: tuple[Level, ...] = ("family", "symmetry", "coordinate")

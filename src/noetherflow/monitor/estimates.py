@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from noetherflow.monitor.decompose import AdamRule, Rule, SGDRule
 from noetherflow.monitor.layout import Layout
+from noetherflow.monitor.rules import AdamRule, Rule, SGDRule
 
 Values = Mapping[str, np.ndarray]
 SETTLED = math.exp(-1)

@@ -12,8 +12,8 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from noetherflow.legs import Leg, accumulation_dtype
-from noetherflow.symmetry import Symmetry, Translation
+from noetherflow.symmetry.leg import Leg, accumulation_dtype
+from noetherflow.symmetry.symmetry import Symmetry, Translation
 
 Detail = Literal["family", "symmetry", "block", "coordinate"]
 

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from noetherflow.core.tensors import named_tensors
+from noetherflow.core.unwrap import unwrap_optimizer
 from noetherflow.errors import DataError
 from noetherflow.monitor import sharding
 from noetherflow.monitor.books import (
@@ -27,14 +29,14 @@ from noetherflow.monitor.books import (
     close_books,
     coefficient_arrays,
 )
-from noetherflow.monitor.decompose import Rule, rule_for
 from noetherflow.monitor.estimates import Estimator, rotation_rows
 from noetherflow.monitor.journal import Journal, Sink
 from noetherflow.monitor.layout import Layout, Shift, Watched
 from noetherflow.monitor.log import FORMAT, plain
 from noetherflow.monitor.measure import Measurement, Probe, tabulate
-from noetherflow.monitor.unwrap import parameters_of, unwrap_model, unwrap_optimizer, watch_closure
-from noetherflow.symmetry_set import SymmetrySet
+from noetherflow.monitor.rules import Rule, rule_for
+from noetherflow.monitor.watching import parameters_of, watch_closure
+from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 UNEXPLAINED = 1e-3
 
@@ -201,7 +203,7 @@ class Ledger:
         pending, self._pending = self._pending, []
         if pending:
             self._close_books(pending)
-        now = dict(unwrap_model(self.model).named_parameters(remove_duplicate=False))
+        now = dict(named_tensors(self.model))
         replaced = [n for n, p in self._probe.watched.items() if now.get(n) is not p]
         if self._journal.begins("replaced", bool(replaced)):
             note = "the model has other parameters of these names; replace_symmetries() watches them"

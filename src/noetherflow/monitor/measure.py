@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from noetherflow.legs import accumulation_dtype
 from noetherflow.monitor import sharding
-from noetherflow.monitor.decompose import Rule
 from noetherflow.monitor.layout import Layout
+from noetherflow.monitor.rules import Rule
+from noetherflow.symmetry.leg import accumulation_dtype
 
 SLICE = 1 << 18
 PLAIN = (torch.float32, torch.float64)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from noetherflow.analysis import Analysis
+from noetherflow.core.printing import legend, transposed
 from noetherflow.discovery import CertificateRow
-from noetherflow.flow import EXPLAINED
-from noetherflow.printing import legend, transposed
+from noetherflow.equilibrium.flow import EXPLAINED
 from noetherflow.report.figures import balance_figure, forecast_figure
 from noetherflow.report.page import Figure, Section, write_page
 

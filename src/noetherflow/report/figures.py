@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from noetherflow.errors import require
-from noetherflow.reproduce import style
+from noetherflow.report import style
 
 
 def png(figure: Any) -> bytes:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import base64
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from noetherflow.core.files import write_text
+from noetherflow.core.printing import show
 from noetherflow.errors import DataError, require
-from noetherflow.printing import show
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ def write_page(path: str | os.PathLike[str], title: str, sections: Sequence[Sect
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, render_page(title, sections, subtitle))
+    write_text(target, render_page(title, sections, subtitle))
     return target
 
 
@@ -68,19 +68,6 @@ def render_page(title: str, sections: Sequence[Section], subtitle: str = "") -> 
         version=__version__,
         plotly=markup.Markup(offline.get_plotlyjs()) if interactive else "",
     )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside the target, then rename onto it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _prepare(section: Section, position: int, safe: Any) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from noetherflow.core.printing import show
 from noetherflow.errors import require
 from noetherflow.monitor.rundata import RunData
-from noetherflow.printing import show
 from noetherflow.report.page import Figure, Section, write_page
 
 REPORT_NAME = "report.html"

@@ -13,10 +13,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from noetherflow.core.printing import show
 from noetherflow.errors import DataError
 from noetherflow.monitor.log import LOG_NAME
 from noetherflow.monitor.rundata import RunData, RunReader
-from noetherflow.printing import show
 from noetherflow.report.run import NAMES, finite_mean
 
 RECENT = 50

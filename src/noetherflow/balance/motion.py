@@ -1,0 +1,73 @@
+"""What a group element does to weights, gradients and their squares, parameter by parameter (theory.md section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from noetherflow.equilibrium.result import Equilibrium
+from noetherflow.symmetry.symmetry import Symmetry
+
+
+@dataclass(frozen=True, eq=False)
+class Motion:
+    """`theta -> G theta` for several symmetries, one group element each by name. Results are float64."""
+
+    symmetries: Sequence[Symmetry]
+    elements: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, eq: Equilibrium) -> Motion:
+        """The motion to an equilibrium: its symmetries whose element is not the identity."""
+        elements = {name: element.double() for name, element in eq.elements.items()}
+        return cls([s for s in eq.symmetries if not torch.equal(elements[s.name], s.identity())], elements)
+
+    @cached_property
+    def by_parameter(self) -> dict[str, list[Symmetry]]:
+        """The symmetries with a leg on each moved tensor."""
+        out: dict[str, list[Symmetry]] = {}
+        for s in self.symmetries:
+            for name in dict.fromkeys(leg.parameter for leg in s.legs):
+                out.setdefault(name, []).append(s)
+        return out
+
+    def is_torus(self, name: str) -> bool:
+        """True when every entry of the tensor is multiplied by a number."""
+        return all(s.is_torus for s in self.by_parameter[name])
+
+    def weight(self, name: str, tensor: Tensor) -> Tensor:
+        """`X -> G X` on `+` legs, `X -> G^-T X` on `-` legs."""
+        return self._each(name, tensor, lambda s, out: s.move(name, out, self.elements[s.name]))
+
+    def gradient(self, name: str, tensor: Tensor) -> Tensor:
+        """`dX -> G^-T dX` on `+` legs, `dX -> G dX` on `-` legs."""
+        return self._each(name, tensor, lambda s, out: s.move(name, out, _dual(s, self.elements[s.name])))
+
+    def squares(self, name: str, tensor: Tensor) -> Tensor:
+        """Second moments `v` of gradients `dX -> A dX` whose entries are taken as uncorrelated: `v -> (A * A) v`."""
+        return self._each(name, tensor, lambda s, out: _squares(s, name, out, _dual(s, self.elements[s.name])))
+
+    def _each(self, name: str, tensor: Tensor, move: Callable[[Symmetry, Tensor], Tensor]) -> Tensor:
+        out = tensor.detach().double()
+        for s in self.by_parameter.get(name, ()):
+            out = move(s, out)
+        return out
+
+
+def _dual(symmetry: Symmetry, element: Tensor) -> Tensor:
+    inverse = symmetry.inverse(element)
+    return inverse if symmetry.is_torus else inverse.mT
+
+
+def _squares(symmetry: Symmetry, name: str, tensor: Tensor, dual: Tensor) -> Tensor:
+    if symmetry.is_torus:
+        return symmetry.move(name, tensor, dual.square())
+    other = torch.linalg.inv(dual).mT
+    for leg in symmetry.legs:
+        if leg.parameter == name:
+            tensor = leg.multiply(tensor, (dual if leg.sign > 0 else other).to(tensor.device).square())
+    return tensor

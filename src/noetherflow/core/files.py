@@ -1,0 +1,62 @@
+"""The one way to write files: beside the target, then renamed onto it, so that nobody ever reads half a file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | Path, *, mode: int = 0o644, durable: bool = False) -> Iterator[Path]:
+    """A new empty file beside `path`, which replaces `path` when the block ends without an error.
+
+    Args:
+        path: the target; its folder is made if it is missing.
+        mode: permissions of the new file.
+        durable: wait until the contents are on the disk before the rename (checkpoints), so that a power cut leaves
+            the old file or the new one.
+
+    Yields:
+        The file to write to. After an error it is removed, and the target is as it was.
+
+    Example:
+        >>> with replacing("notes/today.txt") as scratch:
+        ...     _ = scratch.write_text("all of it, or nothing")
+    """
+    path = Path(path)
+    scratch = _scratch(path)
+    try:
+        yield scratch
+        if durable:
+            with scratch.open("rb+") as file:
+                os.fsync(file.fileno())
+        scratch.chmod(mode)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Make sure, before long work starts, that `path` can be written: by making a file beside it and removing it.
+
+    Raises:
+        OSError: what the system says against it.
+    """
+    _scratch(Path(path)).unlink()
+
+
+def _scratch(path: Path) -> Path:
+    """A new empty file beside `path`, with its ending: writers choose the format by that."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=f".partial{path.suffix}")
+    os.close(handle)
+    return Path(name)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace `path` by UTF-8 `text` in one step."""
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")

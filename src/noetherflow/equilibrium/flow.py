@@ -1,0 +1,361 @@
+"""The Noether flow: how charges change per step, exactly and in expectation, and where they go (theory.md 3, 4, 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from noetherflow.core import spd
+from noetherflow.core.host import on_host
+from noetherflow.core.printing import table, transposed
+from noetherflow.core.settings import SGDConfig
+from noetherflow.core.tensors import tensors_of
+from noetherflow.equilibrium.forecast import Forecast, orbit_forecast
+from noetherflow.equilibrium.joint import noise_equilibrium
+from noetherflow.equilibrium.orbit import MeasuredOrbit, Samples, measured_orbit, separate_orbits
+from noetherflow.equilibrium.potential import Drift, Weights
+from noetherflow.equilibrium.result import Settled
+from noetherflow.errors import MomentError
+from noetherflow.moments.result import GradientMoments
+from noetherflow.moments.statistics import jackknife
+from noetherflow.symmetry.symmetry import Symmetry
+from noetherflow.symmetry.symmetry_set import SymmetrySet
+
+
+@dataclass(frozen=True, eq=False)
+class StepIdentity:
+    """One SGD step of one charge, split exactly: `C' - C = gradient + decay + noise + residual`, layout
+    `symmetry.shape`.
+
+    `decay = ((1 - lr w)^2 - 1) C`, `noise = lr^2 sum_legs exponent dX dX^T` (the minibatch gradient's own charge), and
+    `gradient = -lr (1 - lr w) sum_legs exponent (X dX^T + dX X^T)`, zero up to rounding by invariance.
+    """
+
+    measured: Tensor
+    gradient: Tensor
+    decay: Tensor
+    noise: Tensor
+    scale: float
+
+    @property
+    def residual(self) -> Tensor:
+        """`measured - decay - noise`: what an exact symmetry leaves at rounding level."""
+        return self.measured - self.decay - self.noise
+
+    @property
+    def relative_residual(self) -> float:
+        """`max |residual|` over the largest leg Gram entry, the size at which rounding enters."""
+        return float(self.residual.abs().max()) / self.scale if self.scale else 0.0
+
+
+def step_identity(
+    symmetry: Symmetry,
+    before: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    sgd: SGDConfig,
+) -> StepIdentity:
+    """Split the change of a charge over one step `theta' = theta - lr (g_B + w theta)` (theory.md section 3).
+
+    `before`, `after`: parameters around the step; `gradients`: the minibatch gradient, all by canonical name.
+    """
+    eta, w = sgd.lr, sgd.weight_decay
+    old, new = symmetry.grams(before), symmetry.grams(after)
+    charge = symmetry.combine(old)
+    shrink = 1 - eta * w
+    return StepIdentity(
+        measured=symmetry.combine(new) - charge,
+        gradient=-eta * shrink * cross_charge(symmetry, before, gradients),
+        decay=(shrink**2 - 1) * charge,
+        noise=eta**2 * symmetry.charge(gradients),
+        scale=max(float(k.abs().max()) for k in (*old, *new)),
+    )
+
+
+def cross_charge(symmetry: Symmetry, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
+    """`sum_legs exponent (X Y^T + Y X^T)` of two sets of tensors, layout `symmetry.shape` (the polarised charge)."""
+    plus = symmetry.charge({n: a[n] + b[n] for n in symmetry.parameters})
+    minus = symmetry.charge({n: a[n] - b[n] for n in symmetry.parameters})
+    return (plus - minus) / 2
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """The flow of one symmetry; tensors in the layout `symmetry.shape`, changes per step.
+
+    `decay`, `noise`, `step_size`: the parts of `E[C' - C]`. `error`: standard error of `noise + step_size` (None
+    without groups of samples). `equilibrium`: the charge at which this symmetry's flow stops with the others held;
+    coordinates without a finite one (`finite` false) keep today's. `relaxation_steps`, `[blocks]`: steps in which a
+    small deviation of a coordinate (torus) or of the slowest direction of a block (GL) falls by e near the
+    equilibrium; 0 where not finite.
+    """
+
+    name: str
+    family: str
+    kind: str
+    charge: Tensor
+    decay: Tensor
+    noise: Tensor
+    step_size: Tensor
+    error: Tensor | None
+    equilibrium: Tensor
+    finite: Tensor
+    relaxation_steps: Tensor
+    imbalance: Tensor
+
+    @property
+    def drift(self) -> Tensor:
+        """`E[C' - C]` per step."""
+        return self.decay + self.noise + self.step_size
+
+    def phase(self, steps: float) -> str:
+        """`fast` if every finite coordinate relaxes within `steps` of training, `slow` if none does, else `mixed`;
+        `none` without a finite coordinate (theory.md section 7).
+        """
+        within = self.relaxation_steps[self.finite] <= steps
+        if not len(within):
+            return "none"
+        if bool(within.all()):
+            return "fast"
+        return "mixed" if bool(within.any()) else "slow"
+
+    def row(self) -> dict[str, Any]:
+        """Norms over the coordinates, and the median and largest relaxation time; the equilibrium over the finite ones
+        (None where nothing is finite).
+        """
+        times = self.relaxation_steps[self.finite]
+        return {
+            "symmetry": self.name,
+            "family": self.family,
+            "kind": self.kind,
+            "charge": _norm(self.charge),
+            "equilibrium_charge": norm_where([(self.equilibrium, self.finite)]),
+            "decay": _norm(self.decay),
+            "noise": _norm(self.noise),
+            "step_size": _norm(self.step_size),
+            "drift": _norm(self.drift),
+            "drift_error": None if self.error is None else _norm(self.error),
+            "imbalance": float(self.imbalance.max()) if times.numel() else None,
+            "relaxation_steps": float(times.median()) if times.numel() else None,
+            "slowest_relaxation": float(times.max()) if times.numel() else None,
+            "without_equilibrium": int((~self.finite).sum()),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        values = ("charge", "equilibrium", "decay", "noise", "step_size", "finite", "relaxation_steps", "imbalance")
+        return {
+            "symmetry": self.name,
+            "family": self.family,
+            "kind": self.kind,
+            **{v: getattr(self, v).tolist() for v in values},
+            "error": None if self.error is None else self.error.tolist(),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Flow:
+    """The Noether flow of a model: one `Row` per symmetry, and forecasts of the charges from this one measurement."""
+
+    details: tuple[Row, ...]
+    sgd: SGDConfig
+    loss: float
+    excluded: dict[str, str]
+    moments: GradientMoments
+    orbit: MeasuredOrbit
+    joint: bool
+
+    def __getitem__(self, name: str) -> Row:
+        for row in self.details:
+            if row.name == name:
+                return row
+        raise KeyError(f"no symmetry named {name!r}; names: {[r.name for r in self.details][:20]}")
+
+    @on_host
+    def forecast(self, steps: Sequence[int] | Tensor, *, errors: bool = True) -> Forecast:
+        """`C(k)` at the given numbers of steps, from the exact orbit ODE `dC/dk = E[C' - C]` (theory.md section 7).
+
+        Every coefficient comes from the one measurement; what it cannot know is how the orbit itself (the loss, the
+        function) moves meanwhile. All symmetries move together where the moments determine that (`Forecast.joint`),
+        else each with the others held. `errors`: standard errors by jackknife where the moments carry groups and
+        determine the orbit without samples, at the cost of one more forecast per group.
+
+        Raises ValueError unless `steps` are non-negative and increasing.
+        """
+        charges = orbit_forecast(self.orbit, steps)
+        found = {}
+        if errors and len(self.moments.groups) > 1 and not self.orbit.needs_samples:
+            found = jackknife(self.moments, charges, partial(self._charges, steps), self.sgd.dataset_size)
+        return Forecast(tuple(int(k) for k in steps), charges, {n: e.error for n, e in found.items()}, self.joint)
+
+    def _charges(self, steps: Sequence[int] | Tensor, moments: GradientMoments) -> dict[str, Tensor]:
+        weights = Weights.of_drift(Drift.of(self.sgd), moments, self.sgd)
+        return orbit_forecast(self.orbit.with_moments(moments, weights), steps)
+
+    def rows(self, steps: float | None = None) -> list[dict[str, Any]]:
+        """One row of norms per symmetry; with the `steps` of a training, also the `phase` each symmetry is in."""
+        return [r.row() | ({} if steps is None else {"phase": r.phase(steps)}) for r in self.details]
+
+    def families(self) -> list[dict[str, Any]]:
+        """One row per family under the names of `printing.MEANING`: norms over all its coordinates, of equilibrium
+        charges over those that have one; None where nothing is finite.
+        """
+        return [self._family(f) for f in dict.fromkeys(r.family for r in self.details)]
+
+    def _family(self, family: str) -> dict[str, Any]:
+        own = [r for r in self.details if r.family == family]
+        times = torch.cat([r.relaxation_steps[r.finite] for r in own])
+        return {
+            "family": family,
+            "symmetries": len(own),
+            "charge": _norm(_flat(r.charge for r in own)),
+            "drift per step: weight decay": _norm(_flat(r.decay for r in own)),
+            "drift per step: noise": _norm(_flat(r.noise for r in own)),
+            "drift per step: step size": _norm(_flat(r.step_size for r in own)),
+            "imbalance": float(_flat(r.imbalance for r in own).max()) if times.numel() else None,
+            "relaxation (steps)": float(np.median(times.numpy())) if times.numel() else None,
+            "coordinates without equilibrium": sum(int((~r.finite).sum()) for r in own),
+            "equilibrium charge, others held": norm_where([(r.equilibrium, r.finite) for r in own]),
+        }
+
+    def __str__(self) -> str:
+        lines = [
+            f"Noether flow at lr {self.sgd.lr:g}, batch size {self.sgd.batch_size}, loss {self.loss:.4g}",
+            table(transposed(self.families()), *EXPLAINED) if self.details else "(no symmetry)",
+        ]
+        return "\n".join([*lines, *(f"excluded: {n}: {why}" for n, why in self.excluded.items())])
+
+    __repr__ = __str__
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "sgd": self.sgd.to_dict(),
+            "loss": self.loss,
+            "excluded": dict(self.excluded),
+            "symmetries": [r.to_dict() for r in self.details],
+        }
+
+
+EXPLAINED = ("charge", "drift per step", "imbalance", "relaxation (steps)", "equilibrium charge", "–")
+"""Names of `printing.MEANING` that a table of families needs."""
+
+
+@on_host
+def noether_flow(
+    model: nn.Module, syms: SymmetrySet, mom: GradientMoments, sgd: SGDConfig, *, samples: Samples | None = None
+) -> Flow:
+    """Expected change of every charge per SGD step, its parts, and the time scale (theory.md sections 4 and 7).
+
+    `E[C' - C] = -lr (2w - lr w^2) C + lr^2 D(Cov[g_B]) + lr^2 D(gbar gbar^T)`: decay, noise and step-size parts. With
+    momentum `m` the leading-order stationary coefficients of `Drift.of`, valid while a charge relaxes slowly against
+    `1 / (1 - m)` steps. `samples` as in `noise_equilibrium`; they carry no groups, so forecasts then have no errors.
+
+    Raises MomentError for a symmetry that was not measured. Symmetries on frozen parameters are excluded and listed.
+    """
+    syms = syms.trainable(model)
+    drift = Drift.of(sgd)
+    weights = Weights.of_drift(drift, mom, sgd)
+    alone = noise_equilibrium(model, syms, mom, sgd, joint=False, samples=samples)
+    tensors = tensors_of(model)
+    errors = _drift_errors(syms, mom, sgd)
+    rows = []
+    for s, settled in zip(syms, alone, strict=True):
+        theta = {n: tensors[n].detach().double().cpu() for n in s.parameters}
+        charge = s.charge(theta)
+        noise, step_size = _parts(s, mom, sgd)
+        finite, times = _relaxation(s, settled, weights)
+        rows.append(
+            Row(
+                name=s.name,
+                family=s.family,
+                kind=s.kind,
+                charge=charge,
+                decay=-drift.decay * charge,
+                noise=noise,
+                step_size=step_size,
+                error=errors.get(s.name),
+                equilibrium=settled.charge,
+                finite=finite,
+                relaxation_steps=times,
+                imbalance=settled.imbalance_now,
+            )
+        )
+    orbit, joint = _orbit(model, tuple(syms), mom, weights, samples)
+    return Flow(tuple(rows), sgd, mom.loss, dict(syms.excluded), mom, orbit, joint)
+
+
+def _norm(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values))
+
+
+def _flat(parts: Iterable[Tensor]) -> Tensor:
+    return torch.cat([p.flatten() for p in parts])
+
+
+def norm_where(parts: Iterable[tuple[Tensor, Tensor]]) -> float | None:
+    """The norm of `values[finite]` over all `(values, finite)`, None where nothing is finite."""
+    chosen = _flat(values[finite] for values, finite in parts)
+    return _norm(chosen) if chosen.numel() else None
+
+
+def _parts(symmetry: Symmetry, mom: GradientMoments, sgd: SGDConfig) -> tuple[Tensor, Tensor]:
+    """Noise and step-size parts of the drift."""
+    drift = Drift.of(sgd)
+    (a, b), (c, d) = mom.batch_weights(sgd)
+    second = symmetry.combine(tuple(m.cpu() for m in mom.second[symmetry.name]))
+    mean = symmetry.charge({n: mom.mean[n].double().cpu() for n in symmetry.parameters})
+    return drift.noise * (a * second + b * mean), drift.mean * (c * second + d * mean)
+
+
+def _drift_errors(syms: SymmetrySet, mom: GradientMoments, sgd: SGDConfig) -> dict[str, Tensor]:
+    """Jackknife standard errors of `noise + step_size`."""
+    if len(mom.groups) < 2:
+        return {}
+
+    def drifts(m: GradientMoments) -> dict[str, Tensor]:
+        return {s.name: sum(_parts(s, m, sgd), torch.zeros(())) for s in syms}
+
+    legs = replace(mom, groups=tuple(replace(g, squares={}) for g in mom.groups))
+    return {n: e.error for n, e in jackknife(legs, drifts(mom), drifts, sgd.dataset_size).items()}
+
+
+def _relaxation(symmetry: Symmetry, settled: Settled, weights: Weights) -> tuple[Tensor, Tensor]:
+    """Finite mask and `1 / (4 min eig(K^-1 Z))` at the equilibrium, `K = sum_legs exponent^2 K_leg` and `4 Z = sum_legs
+    exponent^2 (weight K_leg + M_leg)`: `[blocks]`.
+
+    Linearising `d(A K + K A)/dk = -4 (A Z + Z A)`, the flow of a small symmetric displacement `A`; for exponents of 1
+    and -1 `Z = X = Y`. For a torus `K / (4 Z)`.
+    """
+    blocks = symmetry.blocks
+    finite = torch.ones(blocks, dtype=torch.bool)
+    finite[list(settled.coordinates)] = False
+    times = torch.zeros(blocks, dtype=torch.float64)
+    if not settled.weight_grams or not bool(finite.any()):
+        return finite, times
+    squares = [leg.exponent**2 for leg in symmetry.weight_legs]
+    k = torch.stack([e * gram for e, gram in zip(squares, settled.weight_grams, strict=True)]).sum(0)
+    m = torch.stack([e * gram for e, gram in zip(squares, settled.noise_grams, strict=True)]).sum(0)
+    z = (weights.weight * k + m) / 4
+    if symmetry.is_torus:
+        times[finite] = (k / (4 * z))[finite]
+    else:
+        root = spd.inv_sqrtm(z[finite])
+        times[finite] = torch.linalg.eigvalsh(root @ k[finite] @ root).amax(-1) / 4
+    return finite, times
+
+
+def _orbit(
+    model: nn.Module, symmetries: Sequence[Symmetry], mom: GradientMoments, weights: Weights, samples: Samples | None
+) -> tuple[MeasuredOrbit, bool]:
+    """The joint orbit where the moments determine it (and True), else every symmetry on its own."""
+    try:
+        orbit = measured_orbit(model, symmetries, mom, weights, samples)
+    except MomentError:
+        orbit = separate_orbits(model, symmetries, mom, weights)
+        return orbit, False
+    return orbit, True

@@ -1,0 +1,73 @@
+"""Symmetries declared by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from noetherflow.core.tensors import tensors_of
+from noetherflow.errors import DeclarationError
+from noetherflow.symmetry.leg import Leg
+from noetherflow.symmetry.symmetry import Kind, Symmetry
+from noetherflow.symmetry.symmetry_set import SymmetrySet
+
+
+def declare(
+    model: nn.Module,
+    kind: Kind,
+    plus: Iterable[tuple[str, int]],
+    minus: Iterable[tuple[str, int]] = (),
+    *,
+    blocks: int = 1,
+    name: str | None = None,
+    family: str = "declared",
+) -> SymmetrySet:
+    """Declare one symmetry by parameter names: `X -> G X` on `plus`, `X -> G^-T X` on `minus`.
+
+    Each leg is `(parameter name, axis)`. For `diagonal` the axis length is the number of coordinates; for
+    `general_linear` it splits into `blocks` heads of equal size; for `scalar` any axis will do.
+    A longer axis whose length is a multiple of the smallest one is read as flattened channels (replicas last).
+
+    Raises DeclarationError for an unknown name, an axis out of range, sizes that do not match, or no leg.
+    Certify the result before trusting it: `nf.certify(model, syms, example_inputs)`.
+    """
+    tensors = tensors_of(model)
+    wanted = [(*leg, 1) for leg in plus] + [(*leg, -1) for leg in minus]
+    if not wanted:
+        raise DeclarationError("a symmetry needs at least one leg; give plus=[(parameter, axis), ...]")
+    sizes = [_axis_length(tensors, parameter, axis) for parameter, axis, _ in wanted]
+    n = 1 if kind == "scalar" else min(sizes)
+    if kind == "general_linear" and n % blocks:
+        raise DeclarationError(f"axis of length {n} does not split into {blocks} equal blocks")
+    if kind != "general_linear" and blocks != 1:
+        raise DeclarationError(f"blocks={blocks} is for kind='general_linear', got kind={kind!r}")
+    legs = []
+    for (parameter, axis, sign), size in zip(wanted, sizes, strict=True):
+        if size % n:
+            shapes = {p: tuple(tensors[p].shape) for p, _, _ in wanted}
+            raise DeclarationError(
+                f"leg ({parameter!r}, axis {axis}) has length {size}, not a multiple of {n}; shapes: {shapes}"
+            )
+        rows = np.arange(size, dtype=np.int64)
+        shape = (blocks, n // blocks, size // n) if kind == "general_linear" else (n, 1, size // n)
+        legs.append(Leg(parameter, rows.reshape(shape), sign, (axis % tensors[parameter].ndim,)))
+    label = name or " -> ".join(dict.fromkeys(p for p, _, _ in wanted))
+    symmetry = Symmetry(label, family, kind, tuple(legs))
+    shapes = {n: tuple(t.shape) for n, t in tensors.items()}
+    return SymmetrySet((symmetry,), shapes=shapes)
+
+
+def _axis_length(tensors: dict[str, Tensor], parameter: str, axis: int) -> int:
+    if parameter not in tensors:
+        import difflib
+
+        close = difflib.get_close_matches(parameter, tensors, n=3)
+        hint = f"; did you mean {close}?" if close else f"; the model has {sorted(tensors)[:8]}"
+        raise DeclarationError(f"no parameter named {parameter!r}{hint}")
+    tensor = tensors[parameter]
+    if isinstance(tensor, torch.Tensor) and not -tensor.ndim <= axis < tensor.ndim:
+        raise DeclarationError(f"{parameter!r} has shape {tuple(tensor.shape)}, no axis {axis}")
+    return int(tensor.shape[axis])

@@ -1,0 +1,89 @@
+"""`noetherflow reproduce`: the paper's experiments with a verdict for every claim."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from noetherflow.cli import tables
+from noetherflow.cli.options import Debug, Json, console
+from noetherflow.errors import DataError
+
+if TYPE_CHECKING:
+    from noetherflow.report.page import Section
+
+
+def reproduce(
+    ids: Annotated[list[str] | None, typer.Argument(help="Experiment ids, or all (default).")] = None,
+    scale: Annotated[str, typer.Option(help="quick (minutes on two cores) or paper (the paper's sizes).")] = "quick",
+    out: Annotated[Path, typer.Option(help="Folder for figures, results and the gallery.")] = Path("reproduction"),
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds, in place of each experiment's own.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE in place of a setting, as data=mnist.npz; repeatable.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Processes on this machine; -1: one per processor.")] = 1,
+    dask: Annotated[str | None, typer.Option(help="Address of a dask scheduler to run on.")] = None,
+    device: Annotated[str, typer.Option(help="Where tensors live: cpu or cuda.")] = "cpu",
+    vary: Annotated[bool, typer.Option(help="Judge all claims again with one setting changed at a time.")] = False,
+    markdown: Annotated[Path | None, typer.Option(help="Write the report to this file as well.")] = None,
+    paper: Annotated[Path | None, typer.Option(help="Folder of a paper-scale run to show in that report.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run experiments of the paper; finished points are kept, so a killed run continues. Exit 3 if a claim fails."""
+    from noetherflow_paper import check_report, run, write_markdown
+
+    if markdown is not None:
+        check_report(markdown, paper)
+    elif paper is not None:
+        raise DataError(f"--paper {paper} is shown in the report only; add --markdown FILE")
+    summary = run(
+        ids or "all",
+        scale=scale,
+        out=out,
+        seeds=seeds,
+        jobs=jobs,
+        dask=dask,
+        vary=vary,
+        device=device,
+        settings=dict(_parsed(text) for text in setting or ()),
+        progress=lambda text: console.print(text, markup=False),
+    )
+    if markdown is not None:
+        write_markdown(summary, markdown, paper)
+    if as_json:
+        print(json.dumps([finished.to_dict() for finished in summary.finished]))
+    else:
+        tables.out().print(str(summary), markup=False, soft_wrap=True)
+    if summary.failing:
+        raise typer.Exit(3)
+
+
+def _parsed(text: str) -> tuple[str, Any]:
+    """`key=value`; the value as JSON where it is JSON, else as text."""
+    key, found, value = text.partition("=")
+    if not found or not key:
+        raise DataError(f"--set takes KEY=VALUE, got {text!r}")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def figure_two(out: Path, printed: Any) -> tuple[Section, str]:
+    """Figure 2 of the paper for `noetherflow demo`: a section of its page, and a sentence for its summary."""
+    from noetherflow.report.page import Figure, Section
+    from noetherflow_paper.runner import run
+
+    (finished,) = run(["fig2"], scale="quick", out=out / "experiments", progress=None).finished
+    printed.print(f"\n{finished}", markup=False)
+    rows = [
+        {"claim": v.claim, "predicted": v.criterion, "measured": v.measured, "s.e.": v.error, "holds": v.holds}
+        for v in finished.verdicts
+    ]
+    images = [Figure(out / "experiments" / f) for f in finished.files if f.endswith(".png")]
+    sentence = f"Reproduced: figure 2 of the paper, {len(rows) - len(finished.failing)} of {len(rows)} claims hold."
+    return Section(finished.experiment.title, table=rows, figures=images), sentence

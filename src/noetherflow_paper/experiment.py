@@ -1,0 +1,294 @@
+"""What an experiment is: settings, points to compute, a figure, and claims judged from the data."""
+
+from __future__ import annotations
+
+import math
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from noetherflow.errors import DataError
+from noetherflow.report import style
+from noetherflow_paper import provenance
+
+Config = Mapping[str, Any]
+Point = Mapping[str, Any]
+Relation = Literal["equals", "above", "below"]
+
+REGISTRY: tuple[str, ...] = (
+    "hero",
+    "fig1",
+    "fig2",
+    "fig3",
+    "fig4",
+    "fig5",
+    "fig6",
+    "fig7",
+    "fig8",
+    "fig9",
+    "thm43",
+    "thm54",
+    "repnorm",
+    "approx",
+    "rates",
+    "momentum",
+    "sharpness",
+    "neurons",
+    "warmup",
+)
+"""Ids of all experiments, in the order of the gallery; each is a module of `noetherflow_paper.experiments`."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One claim, judged: `measured +- error` (standard error over seeds) against `predicted`.
+
+    `equals` holds when the whole interval `measured +- 2 error` lies within `tolerance` of `predicted` (absolute, or
+    relative to `predicted` when `relative`); `above` / `below` when the whole interval lies beyond `predicted` (then a
+    threshold). `error` is 0 for deterministic quantities. Not-a-number never holds. `analysis` says why a claim fails,
+    `difference` which difference from the print (`differences.py`) it demonstrates.
+    """
+
+    claim: str
+    predicted: float
+    measured: float
+    error: float = 0.0
+    tolerance: float = 0.0
+    relation: Relation = "equals"
+    relative: bool = True
+    analysis: str = ""
+    difference: int = 0
+
+    @property
+    def holds(self) -> bool:
+        if not all(math.isfinite(v) for v in (self.predicted, self.measured, self.error)):
+            return False
+        reach = 2 * self.error
+        if self.relation == "above":
+            return self.measured - reach > self.predicted
+        if self.relation == "below":
+            return self.measured + reach < self.predicted
+        allowed = self.tolerance * (abs(self.predicted) if self.relative else 1.0)
+        return abs(self.measured - self.predicted) + reach <= allowed
+
+    @property
+    def criterion(self) -> str:
+        """The prediction as text: `= 0.6 within 3 %`, `> 10`."""
+        if self.relation != "equals":
+            return f"{'>' if self.relation == 'above' else '<'} {self.predicted:.4g}"
+        allowed = f"{100 * self.tolerance:.3g} %" if self.relative else f"{self.tolerance:.2g}"
+        return f"{self.predicted:.5g} within {allowed}"
+
+    @property
+    def found(self) -> str:
+        """The measurement as text: `0.598 ± 0.002`."""
+        return f"{self.measured:.5g} ± {self.error:.2g}" if self.error else f"{self.measured:.5g}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "holds": self.holds, "criterion": self.criterion}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Verdict:
+        """The inverse of `to_dict`."""
+        return cls(**{f.name: stored[f.name] for f in fields(cls)})
+
+    def __str__(self) -> str:
+        mark = "holds" if self.holds else "FAILS"
+        return f"[{mark}] {self.claim}: measured {self.found}, predicted {self.criterion}"
+
+
+def _mean_and_error(values: Any) -> tuple[float, float]:
+    """Mean and standard error over independent seeds; a number is exact (error 0), a single seed has error nan."""
+    v = np.asarray(values, dtype=float)
+    if v.ndim == 0:
+        return float(v), 0.0
+    v = v.reshape(-1)
+    return float(v.mean()), float(v.std(ddof=1) / math.sqrt(len(v))) if len(v) > 1 else math.nan
+
+
+def from_seeds(
+    claim: str,
+    predicted: float,
+    values: Any,
+    tolerance: float = 0.0,
+    relation: Relation = "equals",
+    relative: bool = True,
+    analysis: str = "",
+    difference: int = 0,
+) -> Verdict:
+    """A verdict whose measurement is the mean of `values`, one per independent seed."""
+    mean, error = _mean_and_error(np.reshape(values, -1))
+    return Verdict(claim, float(predicted), mean, error, tolerance, relation, relative, analysis, difference)
+
+
+def from_ratio(claim: str, predicted: float, over: Any, under: Any, tolerance: float = 0.0, **judged: Any) -> Verdict:
+    """`mean(over) / mean(under)` with error `|ratio| sqrt((error / mean)^2 of over + the same of under)`.
+
+    Each side: one value per seed, independent of the other side's, or a number (exact). Not-a-number over a zero mean.
+    `judged`: fields of `Verdict`.
+    """
+    (a, da), (b, db) = _mean_and_error(over), _mean_and_error(under)
+    b = b or math.nan
+    return Verdict(claim, float(predicted), a / b, math.hypot(da / b, a * db / b**2), tolerance, **judged)
+
+
+def from_difference(
+    claim: str, predicted: float, first: Any, second: Any, tolerance: float = 0.0, **judged: Any
+) -> Verdict:
+    """`mean(first) - mean(second)` with error `sqrt(error_first^2 + error_second^2)`; the sides as in `from_ratio`."""
+    (a, da), (b, db) = _mean_and_error(first), _mean_and_error(second)
+    return Verdict(claim, float(predicted), a - b, math.hypot(da, db), tolerance, **judged)
+
+
+def from_counts(
+    claim: str,
+    threshold: float,
+    successes: int,
+    trials: int,
+    relation: Literal["above", "below"] = "above",
+    **judged: Any,
+) -> Verdict:
+    """`successes / trials` with `2 error` its distance to the one-sided 97.5 % Clopper-Pearson bound.
+
+    The bound is the lower one for `above`, the upper one for `below`. Not-a-number for no trials.
+    """
+    from scipy.stats import binomtest
+
+    if trials == 0:
+        return Verdict(claim, threshold, math.nan, math.nan, relation=relation, **judged)
+    low, high = binomtest(successes, trials).proportion_ci(0.95, method="exact")
+    share = successes / trials
+    reach = share - low if relation == "above" else high - share
+    return Verdict(claim, threshold, share, float(reach) / 2, relation=relation, **judged)
+
+
+def from_resampling(
+    claim: str,
+    predicted: float,
+    values: Any,
+    statistic: Callable[[np.ndarray], float],
+    tolerance: float = 0.0,
+    **judged: Any,
+) -> Verdict:
+    """`statistic(values)`, values `[seeds, ...]`, and its standard deviation over 400 bootstrap samples of the seeds.
+
+    For what is not a mean: a spread, a median. For a maximum the error is a rough one: resampling never exceeds it.
+    """
+    v = np.asarray(values, dtype=float)
+    drawn = np.random.default_rng(0).integers(len(v), size=(400, len(v)))
+    error = float(np.std([statistic(v[i]) for i in drawn]))
+    return Verdict(claim, float(predicted), float(statistic(v)), error, tolerance, **judged)
+
+
+@dataclass(frozen=True)
+class Results:
+    """An experiment's configuration and, per point, what `compute` returned (plain JSON data)."""
+
+    config: Config
+    points: tuple[tuple[Point, Mapping[str, Any]], ...]
+
+    def __getitem__(self, name: str) -> Mapping[str, Any]:
+        """The data of the point called `name`."""
+        for point, data in self.points:
+            if point["name"] == name:
+                return data
+        raise KeyError(f"no point {name!r}; points: {[p['name'] for p, _ in self.points]}")
+
+    def array(self, name: str, key: str) -> np.ndarray:
+        """One recorded quantity of one point as a float array (null becomes nan)."""
+        return np.asarray(self[name][key], dtype=float)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Something the paper leaves unsaid: what it is, the choice made here, and what is known of its effect."""
+
+    what: str
+    chosen: str
+    effect: str
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """`compute(config, point) -> data`, `plot(results) -> Figure`, `verdicts(results) -> [Verdict]`, and the words.
+
+    `scales` maps `quick` and `paper` to configurations; `points(config)` lists independent pieces of work, each a
+    dictionary with a unique `name`. `settings` lists what the paper leaves unsaid, `exploratory` what was settled only
+    after looking at runs (so that those claims are not predictions made blindly). `variations` are changes to the quick
+    configuration under which all claims are judged again. `work(config)` grows in proportion to the processor time (in
+    any unit: replicas times steps, say); with it the time at another scale is estimated.
+    """
+
+    id: str
+    title: str
+    setup: str
+    scales: Mapping[str, Config]
+    points: Callable[[Config], list[Point]]
+    compute: Callable[[Config, Point], dict[str, Any]]
+    plot: Callable[[Results], Any]
+    verdicts: Callable[[Results], list[Verdict]]
+    settings: tuple[Setting, ...] = ()
+    exploratory: str = ""
+    variations: Mapping[str, Config] = field(default_factory=dict)
+    beyond: bool = False
+    work: Callable[[Config], float] | None = None
+
+    def config(self, scale: str, seeds: int | None = None) -> dict[str, Any]:
+        """The configuration of a scale, with the number of seeds replaced when given.
+
+        Raises DataError for an unknown scale or fewer than two seeds (no error bar).
+        """
+        if scale not in self.scales:
+            raise DataError(f"unknown scale {scale!r}; {self.id} has {sorted(self.scales)}")
+        if seeds is not None and seeds < 2:
+            raise DataError(f"an error bar needs at least 2 seeds, got {seeds}")
+        chosen = dict(self.scales[scale])
+        return {**chosen, "seeds": seeds} if seeds is not None and "seeds" in chosen else chosen
+
+    def figure(self, results: Results) -> Any:
+        """`plot(results)` in the common style: a matplotlib Figure."""
+        with style.context():
+            fig = self.plot(results)
+            style.tidy(fig)
+            return fig
+
+    def fingerprint(self, config: Config, point: Point, device: str = "cpu") -> str:
+        """Changes whenever a recomputation could give another answer (`provenance.fingerprint`)."""
+        return provenance.fingerprint(self.compute, self.id, config, point, device)
+
+
+def find_experiment(name: str) -> Experiment:
+    """The experiment called `name`.
+
+    Raises DataError for an unknown id, listing the known ones.
+    """
+    if name not in REGISTRY:
+        raise DataError(f"unknown experiment {name!r}; known: {', '.join(REGISTRY)}, or 'all'")
+    found = pkgutil.resolve_name(f"noetherflow_paper.experiments.{name}:EXPERIMENT")
+    assert isinstance(found, Experiment)
+    return found
+
+
+def plain(value: Any) -> Any:
+    """Tensors and arrays as nested lists with 7 significant digits, not-a-number as None: ready for JSON."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().numpy()
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    return value
+
+
+def generator(seed: int) -> torch.Generator:
+    """A generator for one point, on the device of the run."""
+    return torch.Generator(device=torch.get_default_device()).manual_seed(seed)

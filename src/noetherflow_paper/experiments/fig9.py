@@ -1,0 +1,33 @@
+"""Figure 9: figure 6 with other activations."""
+
+from noetherflow_paper import alignment
+from noetherflow_paper.experiment import Experiment
+
+COMMON = {
+    "d": 40,
+    "width": 80,
+    "first_variance": 5.0,
+    "population": 2000,
+    "activations": ["relu", "leaky_relu", "swish"],
+}
+SCALES = {
+    "quick": {**COMMON, "lr": 0.08, "batch": 200, "steps": 1750, "seeds": 4},
+    "paper": {**COMMON, "lr": 0.02, "batch": 50, "steps": 10_000, "seeds": 16},
+}
+
+EXPERIMENT = Experiment(
+    id="fig9",
+    title="ReLU, leaky ReLU, swish: representations align under SGD",
+    setup=(
+        "As fig6 with other activations; 1,750 steps in quick. ReLU and leaky ReLU have the exact diagonal symmetry "
+        "only, swish none."
+    ),
+    scales=SCALES,
+    points=alignment.points,
+    compute=alignment.compute,
+    plot=alignment.plot,
+    verdicts=alignment.verdicts,
+    settings=alignment.SETTINGS,
+    exploratory=alignment.EXPLORATORY,
+    variations=alignment.VARIATIONS,
+)

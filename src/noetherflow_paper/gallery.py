@@ -1,0 +1,143 @@
+"""The gallery `index.html` and the report `docs/reproduction.md`: two templates over the same finished runs."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shlex
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from noetherflow.core.files import write_text
+from noetherflow.errors import DataError, require
+from noetherflow_paper import experiment as registry
+from noetherflow_paper.differences import DIFFERENCES
+from noetherflow_paper.experiment import Verdict
+from noetherflow_paper.outcome import Finished, Summary, finished_in
+from noetherflow_paper.provenance import merged
+
+
+def write_gallery(summary: Summary) -> Path:
+    """One self-contained page in `summary.out`: figures embedded, no script, nothing fetched."""
+    images = {f.experiment.id: _embedded(summary.out / f"{f.experiment.id}.png") for f in summary.finished}
+    return _render("gallery.html.j2", summary.out / "index.html", summary, images=images)
+
+
+def write_markdown(summary: Summary, path: Path, paper: Path | None = None) -> Path:
+    """Every claim with predicted, measured ± standard error and verdict, what is not in the paper, and its effect.
+
+    `paper`: the folder of a run at paper scale, shown beside; of experiments that did not finish there an estimate of
+    the processor time from `summary`, for those that declare their `work`. Raises DataError as `check_report`.
+    """
+    check_report(path, paper)
+    earlier = {f.experiment.id: f for f in (finished_in(paper) if paper is not None else ())}
+    told = {f.experiment.id: _beside(f, earlier.get(f.experiment.id)) for f in summary.finished}
+    return _render(
+        "report.md.j2",
+        path,
+        summary,
+        command=_command(summary, paper is not None),
+        complete=_complete(summary),
+        paper=told if paper is not None else {},
+        paper_versions=merged(f.versions for f in earlier.values()),
+        paper_failing=_explained((name, v) for name, f in earlier.items() for v in f.failing),
+        at_paper={name: {v.claim: v for v in f.verdicts} for name, f in earlier.items()},
+    )
+
+
+def check_report(path: Path, paper: Path | None) -> None:
+    """Raises DataError when `path` lies in no folder, or `paper` holds no results or those of another scale."""
+    if not path.parent.is_dir():
+        raise DataError(f"the report cannot be written to {path}: there is no folder {path.parent}; make it first")
+    if paper is None:
+        return
+    scales = {f.scale for f in finished_in(paper)}
+    if scales != {"paper"}:
+        found = f"results at {'/'.join(sorted(scales))} scale" if scales else "no results"
+        raise DataError(f"{paper} holds {found}; write some with: noetherflow reproduce ID --scale paper --out {paper}")
+
+
+def _render(template: str, path: Path, summary: Summary, **more: Any) -> Path:
+    jinja2: Any = require("jinja2", "report")
+    source = files("noetherflow_paper").joinpath(template).read_text(encoding="utf-8")
+    html = template.startswith("gallery")
+    environment = jinja2.Environment(autoescape=html, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.filters["cell"] = lambda text: text.replace("|", "\\|")
+    shown = {
+        d.number: [(f.experiment.id, v) for f in summary.finished for v in f.verdicts if v.difference == d.number]
+        for d in DIFFERENCES
+    }
+    made_with = merged(f.versions for f in summary.finished)
+    failing = _explained(summary.failing)
+    page = environment.from_string(source).render(
+        summary=summary, failing=failing, versions=made_with, differences=DIFFERENCES, shown=shown, **more
+    )
+    write_text(path, page)
+    return path
+
+
+def _embedded(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def _command(summary: Summary, paper: bool) -> str:
+    """The command that writes this page again."""
+    ids = [f.experiment.id for f in summary.finished]
+    words = ["noetherflow reproduce", *(["all"] if ids == list(registry.REGISTRY) else ids)]
+    words += ["--scale", "/".join(sorted({f.scale for f in summary.finished})), "--out reproduction"]
+    words += dict.fromkeys(word for f in summary.finished for word in _replaced(f))
+    words += ["--vary"] if any(f.varied for f in summary.finished) else []
+    return " ".join([*words, "--markdown FILE", *(["--paper paper"] if paper else [])])
+
+
+def _complete(summary: Summary) -> bool:
+    """Whether all experiments are there with the settings of their scale."""
+    return [f.experiment.id for f in summary.finished] == list(registry.REGISTRY) and not any(
+        _changed(f) for f in summary.finished
+    )
+
+
+def _declared(f: Finished) -> dict[str, Any]:
+    """The settings of its scale as they are declared now, as JSON keeps them."""
+    return dict(json.loads(json.dumps(f.experiment.config(f.scale))))
+
+
+def _changed(f: Finished) -> bool:
+    """Whether the settings are other than those of the scale as it is declared now."""
+    return bool(_declared(f) != f.results.config)
+
+
+def _replaced(f: Finished) -> list[str]:
+    """The options that make the settings of `f` out of those of its scale."""
+    declared = _declared(f)
+    other = {key: value for key, value in f.results.config.items() if declared.get(key) != value}
+    seeds = [f"--seeds {other.pop('seeds')}"] if "seeds" in other else []
+    return seeds + [f"--set {shlex.quote(f'{key}={json.dumps(value)}')}" for key, value in other.items()]
+
+
+def _explained(failing: Iterable[tuple[str, Verdict]]) -> list[tuple[str, str, list[Verdict]]]:
+    """`(experiment id, analysis, claims)`: failing claims of one experiment with the same analysis together."""
+    groups: dict[tuple[str, str], list[Verdict]] = {}
+    for name, v in failing:
+        groups.setdefault((name, v.analysis), []).append(v)
+    return [(name, analysis, found) for (name, analysis), found in groups.items()]
+
+
+def _beside(f: Finished, paper: Finished | None) -> str:
+    """What the run at paper scale gave and took, or how long it would take: `seconds * work(paper) / work(here)`."""
+    if paper is not None:
+        held = f"{len(paper.verdicts) - len(paper.failing)} of {len(paper.verdicts)} hold, {_duration(paper.seconds)}"
+        return f"{held} (other settings)" if _changed(paper) else held
+    work = f.experiment.work
+    if work is None:
+        return "not run"
+    seconds = f.seconds * work(f.experiment.config("paper")) / work(f.results.config)
+    return f"not run; about {_duration(seconds)} (estimate)"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.0f} h"

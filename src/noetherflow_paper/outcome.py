@@ -1,0 +1,148 @@
+"""What a run of experiments ends with: verdicts per experiment, and the files that keep them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from noetherflow.errors import DataError
+from noetherflow_paper import experiment as registry
+from noetherflow_paper.experiment import Experiment, Results, Verdict, find_experiment
+
+
+@dataclass(frozen=True)
+class Varied:
+    """The verdicts of one variation of an experiment's quick configuration, beside those of the unchanged one."""
+
+    label: str
+    verdicts: tuple[Verdict, ...]
+    unchanged: tuple[Verdict, ...]
+
+    @property
+    def held(self) -> int:
+        return sum(v.holds for v in self.verdicts)
+
+    @property
+    def turned(self) -> list[Verdict]:
+        """The verdicts that differ from the same claim's unchanged; a claim without a namesake there, when it fails."""
+        before = {v.claim: v.holds for v in self.unchanged}
+        return [v for v in self.verdicts if v.holds != before.get(v.claim, True)]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One experiment's outcome: results, verdicts, processor seconds (all points, one thread each), versions."""
+
+    experiment: Experiment
+    scale: str
+    results: Results
+    verdicts: tuple[Verdict, ...]
+    seconds: float
+    varied: tuple[Varied, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(f"{self.experiment.id}.{suffix}" for suffix in ("png", "svg", "json"))
+
+    @property
+    def holds(self) -> bool:
+        return not self.failing
+
+    @property
+    def failing(self) -> list[Verdict]:
+        return [v for v in self.verdicts if not v.holds]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "id": self.experiment.id,
+            "title": self.experiment.title,
+            "scale": self.scale,
+            "config": dict(self.results.config),
+            "versions": dict(self.versions),
+            "seconds": round(self.seconds, 2),
+            "verdicts": [v.to_dict() for v in self.verdicts],
+            "varied": {v.label: [w.to_dict() for w in v.verdicts] for v in self.varied},
+            "points": [{"point": dict(p), "data": d} for p, d in self.results.points],
+        }
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Finished:
+        """The inverse of `to_dict`, with the experiment's words and drawing as they are now."""
+        verdicts = tuple(Verdict.from_dict(v) for v in stored["verdicts"])
+        varied = {label: tuple(Verdict.from_dict(v) for v in found) for label, found in stored["varied"].items()}
+        return cls(
+            experiment=find_experiment(stored["id"]),
+            scale=stored["scale"],
+            results=Results(stored["config"], tuple((p["point"], p["data"]) for p in stored["points"])),
+            verdicts=verdicts,
+            seconds=stored["seconds"],
+            varied=tuple(Varied(label, found, verdicts) for label, found in varied.items()),
+            versions=stored["versions"],
+        )
+
+    def headline(self) -> str:
+        """How many claims hold, and those that fail."""
+        held = len(self.verdicts) - len(self.failing)
+        lines = [f"{self.experiment.id}: {held} of {len(self.verdicts)} claims hold"]
+        return "\n".join([*lines, *(f"  {v} {v.analysis}" for v in self.failing)])
+
+    def __str__(self) -> str:
+        lines = [f"{self.experiment.id}: {self.experiment.title} ({self.scale}, {self.seconds:.1f} s)"]
+        for v in self.verdicts:
+            lines.append(f"  {v}")
+            if not v.holds and v.analysis:
+                lines.append(f"        why: {v.analysis}")
+        for varied in self.varied:
+            turned = "; ".join(str(v) for v in varied.turned) or "no verdict changes"
+            lines.append(f"  with {varied.label}: {turned}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All experiments of one call, the folder they were written to, and the wall-clock seconds."""
+
+    finished: tuple[Finished, ...]
+    out: Path
+    seconds: float = 0.0
+    computed: int = 0
+    skipped: int = 0
+
+    @property
+    def verdicts(self) -> list[tuple[str, Verdict]]:
+        """`(experiment id, verdict)` of every claim."""
+        return [(f.experiment.id, v) for f in self.finished for v in f.verdicts]
+
+    @property
+    def failing(self) -> list[tuple[str, Verdict]]:
+        return [(name, v) for name, v in self.verdicts if not v.holds]
+
+    def __str__(self) -> str:
+        held = len(self.verdicts) - len(self.failing)
+        tail = (
+            f"{held} of {len(self.verdicts)} claims hold; {self.seconds:.0f} s "
+            f"({self.computed} points computed, {self.skipped} found in {self.out}); gallery: {self.out / 'index.html'}"
+        )
+        return "\n\n".join([*(str(f) for f in self.finished), tail])
+
+
+def finished_in(folder: Path) -> tuple[Finished, ...]:
+    """The experiments that finished in `folder`, in the order of the registry.
+
+    Raises DataError for a file of another version of noetherflow.
+    """
+    paths = [folder / f"{name}.json" for name in registry.REGISTRY]
+    return tuple(_stored(path) for path in paths if path.exists())
+
+
+def _stored(path: Path) -> Finished:
+    try:
+        return Finished.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
+        raise DataError(
+            f"{path} cannot be read as a result of this version ({cause!r}); delete it, then run {path.stem} again"
+        ) from cause
