@@ -24,6 +24,7 @@ from noetherflow.symmetry.symmetry import Symmetry, Translation
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 if TYPE_CHECKING:
+    from noetherflow import extend
     from noetherflow.analysis import Analysis, analyze
     from noetherflow.balance.checkpoint import balance_checkpoint, load_checkpoint_, read_checkpoint
     from noetherflow.balance.model import BalanceReport, balance_
@@ -91,6 +92,7 @@ __all__ = [
     "curvature_moments",
     "declare",
     "explain",
+    "extend",
     "find_symmetries",
     "gradient_factors",
     "gradient_moments",
@@ -111,6 +113,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "extend":
+        return import_module("noetherflow.extend")
     if name in _HOME:
         return getattr(import_module(f"noetherflow.{_HOME[name]}"), name)
     raise AttributeError(f"module 'noetherflow' has no attribute {name!r}")
