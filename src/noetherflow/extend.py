@@ -1,4 +1,4 @@
-"""The open ends of the library: what you can add from outside, without an edit of it. `docs/extend.md` has the tutorials.
+"""The open ends of the library: what can be added from outside without an edit of it; tutorials in `docs/extend/`.
 
 Each function here registers one thing for the running process; call it before the verb that needs it.
 """
