@@ -16,7 +16,7 @@ from torch.autograd.graph import _engine_run_backward
 from noetherflow.core.inputs import LossFn
 from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.forms import Form
-from noetherflow.moments.layout import WHOLE_BATCH, Layout
+from noetherflow.moments.layout import WHOLE_BATCH, SampleLayout
 from noetherflow.moments.rules import Site
 from noetherflow.moments.taps import CallId, Recorder, Source, Trace, Use, distinct
 from noetherflow.moments.target import Sums, Workspace
@@ -154,7 +154,7 @@ def forward_backward(
     return recorder.trace, gradients[1:]
 
 
-def form_of(site: Site, layout: Layout, samples: int, delta: Tensor, saved: tuple[Tensor, ...]) -> Form:
+def form_of(site: Site, layout: SampleLayout, samples: int, delta: Tensor, saved: tuple[Tensor, ...]) -> Form:
     return site.build(layout, *[layout.front(t, samples) for t in site.prepare(delta, *saved)])
 
 
@@ -179,7 +179,7 @@ class Contraction:
         """The parameters that `finish` reaches through autograd, once per sample."""
         return frozenset[str]().union(*(source.names for source, _ in self._pending if source.view_of is None))
 
-    def receive(self, use: Use, layout: Layout, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
+    def receive(self, use: Use, layout: SampleLayout, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
         """Take the output gradient and the activations of one use."""
         samples = self._slices[-1][1]
         for site, source in zip(use.sites, use.sources, strict=True):

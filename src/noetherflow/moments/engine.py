@@ -36,12 +36,12 @@ from noetherflow.moments.distributed import (
     refuse_sharded,
 )
 from noetherflow.moments.fallback import Fallback
-from noetherflow.moments.layout import Layout
+from noetherflow.moments.layout import SampleLayout
 from noetherflow.moments.result import GradientMoments, merge_moments
 from noetherflow.moments.statistics import noise_error
 from noetherflow.moments.taps import CallId, Recorder, Trace, Use
 from noetherflow.moments.target import Sums, needs_of, trainable_parameters
-from noetherflow.moments.verify import Probe, probe, signature
+from noetherflow.moments.verify import WeightedPass, probe, signature
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 
@@ -109,7 +109,7 @@ def _splits(batches: Iterable[Any], groups: int) -> int:
 class Verified:
     """One kind of way through a model, `done` once verified: where samples lie in every use that a gradient reached."""
 
-    layouts: dict[CallId, Layout] = field(default_factory=dict)
+    layouts: dict[CallId, SampleLayout] = field(default_factory=dict)
     done: bool = False
 
 
@@ -219,7 +219,7 @@ class Meter:
             self._ways[exact] = self._verified.setdefault(kind, Verified()), used_once(trace)
         return self._ways[exact]
 
-    def _measure(self, batch: Any, ids: list[int], found: Probe | None) -> bool:
+    def _measure(self, batch: Any, ids: list[int], found: WeightedPass | None) -> bool:
         """The measuring pass. Without a probe, False if this way through the model is not verified yet, or a gradient
         reaches a use that none reached when it was; with one, False if a call turned out to be shared by all samples.
 

@@ -132,14 +132,14 @@ class Outer(Form):
 
 
 @dataclass(eq=False)
-class RankOne(Outer):
+class OneToken(Outer):
     """`Outer` with one token per sample, `G_i = left[i] right[i]^T`: `left` `[samples, m]`, `right` `[samples, n]`.
 
     `E[G_oi^2] = sum l_o^2 r_i^2`, so that row sums are those of `left^2` weighted by `|right|^2`.
     """
 
-    def transposed(self) -> RankOne:
-        return RankOne(self.right, self.left)
+    def transposed(self) -> OneToken:
+        return OneToken(self.right, self.left)
 
     def dense(self, lo: int, hi: int) -> Tensor:
         left, right = self._slice(lo, hi)

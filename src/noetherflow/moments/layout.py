@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Layout:
+class SampleLayout:
     """The sample axis of a tensor: axes `axis .. axis + span - 1` merged, which hold the samples.
 
     `whole`: one entry per sample. `major`/`minor`: samples folded with something else, sample index first or last.
@@ -42,15 +42,15 @@ class Layout:
         return (*shape[: self.axis], *keep, *shape[self.axis + self.span :])
 
 
-WHOLE_BATCH = Layout(fold="none")
+WHOLE_BATCH = SampleLayout(fold="none")
 
 
-def candidates(shape: Sequence[int], axes: Sequence[int], samples: int, span: int) -> Iterator[Layout]:
+def candidates(shape: Sequence[int], axes: Sequence[int], samples: int, span: int) -> Iterator[SampleLayout]:
     """Every way in which `samples` samples may lie on the eligible `axes` of a tensor, most usual first."""
     merged = [a for a in axes if span > 1 and all(a + k in axes for k in range(span))]
-    yield from (Layout(a, span) for a in merged if prod(shape[a : a + span]) == samples)
-    yield from (Layout(a) for a in axes if shape[a] == samples)
+    yield from (SampleLayout(a, span) for a in merged if prod(shape[a : a + span]) == samples)
+    yield from (SampleLayout(a) for a in axes if shape[a] == samples)
     folded = [a for a in axes if shape[a] != samples and shape[a] % samples == 0 and shape[a]]
-    yield from (Layout(a, 1, "major") for a in folded)
+    yield from (SampleLayout(a, 1, "major") for a in folded)
     if samples > 1:
-        yield from (Layout(a, 1, "minor") for a in folded)
+        yield from (SampleLayout(a, 1, "minor") for a in folded)

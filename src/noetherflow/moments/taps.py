@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from noetherflow.core.tensors import named_tensors
-from noetherflow.moments.layout import Layout, candidates
+from noetherflow.moments.layout import SampleLayout, candidates
 from noetherflow.moments.rules import SPREADING, Call, Site, match, spread
 
 Arrive = Callable[["Use", Tensor, tuple[Tensor, ...]], None]
@@ -59,7 +59,7 @@ class Use:
         """Parameters consumed."""
         return self.id[1]
 
-    def layouts(self, samples: int, span: int) -> tuple[Layout, ...]:
+    def layouts(self, samples: int, span: int) -> tuple[SampleLayout, ...]:
         return tuple(candidates(self.out_shape, self.axes, samples, span))
 
     def key(self, samples: int, span: int) -> tuple[Any, ...]:

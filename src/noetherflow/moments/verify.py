@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from noetherflow.errors import MomentError
 from noetherflow.moments.batch import Subject, buffers_kept, check_finite, forward_backward, whole_batch_total
 from noetherflow.moments.distributed import over_ranks
-from noetherflow.moments.layout import Layout
+from noetherflow.moments.layout import SampleLayout
 from noetherflow.moments.taps import CallId, Recorder, Trace, Use
 
 # Other samples' share of a sample's output gradient that passes for rounding; models that cast to float32 inside are
@@ -65,7 +65,7 @@ def same_random_numbers() -> Iterator[None]:
         np.random.set_state(numpy)  # noqa: NPY002
 
 
-def row_projection(layout: Layout, delta: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+def row_projection(layout: SampleLayout, delta: Tensor, samples: int) -> tuple[Tensor, Tensor]:
     """Each sample's output gradient on one fixed direction, and the norm that sets its rounding error."""
     rows = layout.front(delta, samples).reshape(samples, -1).to(torch.float64)
     direction = torch.sin(1.0 + 7.3 * torch.arange(rows.shape[1], dtype=rows.dtype, device=rows.device))
@@ -79,7 +79,7 @@ def rows_of(delta: Tensor) -> Tensor:
 
 
 @dataclass(eq=False)
-class Probe:
+class WeightedPass:
     """What the weighted pass found."""
 
     shared: frozenset[CallId]
@@ -87,13 +87,13 @@ class Probe:
     weights: Tensor
     span: int
     model: nn.Module
-    projections: dict[CallId, list[tuple[Layout, Tensor]]] = field(default_factory=dict)
-    kept: dict[CallId, Layout] = field(default_factory=dict)
+    projections: dict[CallId, list[tuple[SampleLayout, Tensor]]] = field(default_factory=dict)
+    kept: dict[CallId, SampleLayout] = field(default_factory=dict)
     still_shared: set[CallId] = field(default_factory=set)
     rows: dict[CallId, Tensor] = field(default_factory=dict)
     scattered: dict[str, str] = field(default_factory=dict)
 
-    def locate(self, use: Use, delta: Tensor) -> Layout | None:
+    def locate(self, use: Use, delta: Tensor) -> SampleLayout | None:
         """The layout under which sample i's rows scale with `c_i`; None if the output is shared by the samples.
 
         It is kept for later batches unless the gradient is zero, which fits every layout.
@@ -139,7 +139,7 @@ class Probe:
         return bool((distance <= independence(self.model, delta.dtype)).all())
 
 
-def probe(subject: Subject, batch: Any, shared: frozenset[CallId]) -> Probe:
+def probe(subject: Subject, batch: Any, shared: frozenset[CallId]) -> WeightedPass:
     """The weighted pass, repeated until it is settled which calls have an output that all samples share.
 
     Raises MomentError naming the parameter and the uses seen where rules and autograd disagree, or a gradient is not
@@ -147,14 +147,14 @@ def probe(subject: Subject, batch: Any, shared: frozenset[CallId]) -> Probe:
     """
     while True:
         found = _try_probe(subject, batch, shared)
-        if isinstance(found, Probe):
+        if isinstance(found, WeightedPass):
             return found
         shared = found
 
 
-def _try_probe(subject: Subject, batch: Any, shared: frozenset[CallId]) -> Probe | frozenset[CallId]:
+def _try_probe(subject: Subject, batch: Any, shared: frozenset[CallId]) -> WeightedPass | frozenset[CallId]:
     span = subject.sample_axes
-    state: list[Probe] = []
+    state: list[WeightedPass] = []
     more_shared: set[CallId] = set()
     totals: dict[tuple[CallId, int], tuple[Tensor, Tensor, torch.dtype]] = {}
 
@@ -170,7 +170,7 @@ def _try_probe(subject: Subject, batch: Any, shared: frozenset[CallId]) -> Probe
                     more_shared.add(use.id)
         more_shared.update(over_ranks(more_shared, subject.model))
         weights = random_weights(losses)
-        state.append(Probe(shared, uncovered, weights, span, subject.model))
+        state.append(WeightedPass(shared, uncovered, weights, span, subject.model))
         return None if more_shared else weights
 
     def arrive(use: Use, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
@@ -206,7 +206,7 @@ def _compare(
     trace: Trace,
     totals: dict[tuple[CallId, int], tuple[Tensor, Tensor, torch.dtype]],
     gradients: tuple[Tensor | None, ...],
-    found: Probe,
+    found: WeightedPass,
 ) -> None:
     position = iter(gradients)
     for use in trace.uses:

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from noetherflow.moments.forms import Convolution, Form
-from noetherflow.moments.layout import Layout
-from noetherflow.moments.rules.registry import Call, Owned, Rule, Site, rule
+from noetherflow.moments.layout import SampleLayout
+from noetherflow.moments.rules.registry import Call, MomentRule, Owned, Site, rule
 from noetherflow.moments.rules.sites import (
     as_given,
     channel_axis,
@@ -20,7 +20,7 @@ from noetherflow.moments.rules.sites import (
 )
 
 
-def _convolution(nd: int, transposed: bool) -> Rule:
+def _convolution(nd: int, transposed: bool) -> MomentRule:
     def convolution(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Call | None:
         x, w, b = a["input"], a["weight"], a["bias"]
         if x.ndim != nd + 2:
@@ -36,7 +36,7 @@ def _convolution(nd: int, transposed: bool) -> Rule:
         settings = (stride, padding, dilation, transposed, output_padding, a["groups"])
         kernel = w.detach()
 
-        def build(layout: Layout, delta: Tensor, x: Tensor) -> Form:
+        def build(layout: SampleLayout, delta: Tensor, x: Tensor) -> Form:
             if layout.fold == "whole":
                 delta, x = delta.unsqueeze(1), x.unsqueeze(1)
             return Convolution(x, delta, kernel, settings)

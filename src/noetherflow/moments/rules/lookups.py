@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from noetherflow.moments.forms import Form, Lookup
-from noetherflow.moments.layout import Layout
+from noetherflow.moments.layout import SampleLayout
 from noetherflow.moments.rules.registry import Call, Owned, Prepare, Site, rule
 from noetherflow.moments.rules.sites import (
     as_given,
@@ -50,7 +50,7 @@ def gather(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Call | 
 def _lookup(w: Tensor, index: Tensor, prepare: Prepare) -> Call:
     rows = w.shape[0]
 
-    def build(_: Layout, delta: Tensor, index: Tensor) -> Form:
+    def build(_: SampleLayout, delta: Tensor, index: Tensor) -> Form:
         k = index.shape[0]
         return Lookup(index.reshape(k, -1), delta.reshape(k, -1, delta.shape[-1]), rows)
 

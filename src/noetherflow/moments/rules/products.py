@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from noetherflow.moments.forms import Blocks, Form, Outer
-from noetherflow.moments.layout import Layout
+from noetherflow.moments.layout import SampleLayout
 from noetherflow.moments.rules.registry import Call, Owned, Site, rule
 from noetherflow.moments.rules.sites import (
     as_given,
@@ -96,7 +96,7 @@ def _contraction(x: Tensor, w: Tensor, of_x: str, of_w: str, out: str) -> Call |
     def arrange(gradient: Tensor) -> Tensor:
         return gradient.reshape(shape).permute(back)
 
-    def build(_: Layout, delta: Tensor, x: Tensor) -> Form:
+    def build(_: SampleLayout, delta: Tensor, x: Tensor) -> Form:
         k, m, n = (prod(size[i] for i in letters) for letters in (blocks, rows, columns))
         left, right = delta.reshape(len(delta), -1, k, m), x.reshape(len(x), -1, k, n)
         if k == 1 and of_w == rows + columns:

@@ -47,7 +47,7 @@ class Call:
 
 
 Owned = Callable[[Any], bool]
-Rule = Callable[[Owned, Callable[..., Any], dict[str, Any]], Call | None]
+MomentRule = Callable[[Owned, Callable[..., Any], dict[str, Any]], Call | None]
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,14 @@ class Signature:
         return bound if all(n in bound for n in self.names) else None
 
 
-RULES: dict[Callable[..., Any], tuple[Signature, Rule]] = {}
+RULES: dict[Callable[..., Any], tuple[Signature, MomentRule]] = {}
 
 
-def rule(signature: Callable[..., Any], *functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
+def rule(signature: Callable[..., Any], *functions: Callable[..., Any]) -> Callable[[MomentRule], MomentRule]:
     """Register a rule for functions that share one call signature, given as that of a function."""
     parsed = Signature.of(signature)
 
-    def register(function: Rule) -> Rule:
+    def register(function: MomentRule) -> MomentRule:
         for f in functions:
             RULES[f] = (parsed, function)
         return function

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from noetherflow.moments.forms import Dense, Form, Outer, RankOne
-from noetherflow.moments.layout import Layout
+from noetherflow.moments.forms import Dense, Form, OneToken, Outer
+from noetherflow.moments.layout import SampleLayout
 from noetherflow.moments.rules.registry import Owned, Prepare, Site
 from noetherflow.moments.target import wide
 
@@ -36,10 +36,10 @@ def delta_alone(delta: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
 def outer(operand: Tensor, out_first: bool, prepare: Prepare = as_given) -> Site:
     """`[.., features]` tensors: a weight `[out, in]` if `out_first`, else `[in, out]`."""
 
-    def build(_: Layout, delta: Tensor, x: Tensor) -> Form:
+    def build(_: SampleLayout, delta: Tensor, x: Tensor) -> Form:
         left, right = (delta, x) if out_first else (x, delta)
         if delta.ndim == 2:
-            return RankOne(left, right)
+            return OneToken(left, right)
         return Outer(*(t.reshape(t.shape[0], -1, t.shape[-1]) for t in (left, right)))
 
     return Site(operand, prepare, build)
@@ -48,7 +48,7 @@ def outer(operand: Tensor, out_first: bool, prepare: Prepare = as_given) -> Site
 def summed(operand: Tensor, aligned: Callable[[int], Sequence[int]], prepare: Prepare = delta_alone) -> Site:
     """An operand that was broadcast: its gradient is `prepare(..)` summed over the axes where `aligned` is 1."""
 
-    def build(layout: Layout, product: Tensor) -> Form:
+    def build(layout: SampleLayout, product: Tensor) -> Form:
         if product.shape[1:] == operand_shape and layout.fold != "none":
             return Dense(product.to(wide(product.dtype)))
         if layout.fold == "none":
