@@ -16,7 +16,7 @@ from noetherflow.discovery import assemble, shift_rules
 from noetherflow.symmetry import declare
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NUMBER = re.compile(r"-?\d[\d,]*\.?\d*(?:e[+-]\d+)?")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -45,7 +45,7 @@ def assert_prints(printed: str, shown: str) -> None:
         assert got == pytest.approx(expected, rel=1e-2, abs=1e-9), f"{a} instead of {b} in\n{printed}"
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: str(p.relative_to(ROOT)))
 @pytest.mark.filterwarnings("default")
 def test_python_blocks_run_and_print_what_is_shown(page, tmp_path, monkeypatch, capsys):
     """One namespace a page, in reading order."""

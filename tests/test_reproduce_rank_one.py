@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from noetherflow_paper.rank_one import RankOne
+from noetherflow_paper.rank_one import RankOneNet
 from noetherflow_paper.simulate import normal
 
 D, S, DRAWS = 3, 4, 200_000
@@ -13,7 +13,7 @@ def setting(parallel):
     rng = torch.Generator().manual_seed(3)
     a, b = (v / v.norm() for v in normal((2, D), rng))
     w, u = (2 * b if parallel else normal((D,), rng)), normal((D,), rng)
-    return RankOne(a, b, 1.5, 0.7, S), [w.reshape(1, 1, D), u.reshape(1, D, 1)]
+    return RankOneNet(a, b, 1.5, 0.7, S), [w.reshape(1, 1, D), u.reshape(1, D, 1)]
 
 
 def flat(gradients):

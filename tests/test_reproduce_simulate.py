@@ -16,7 +16,7 @@ from noetherflow_paper.simulate import (
     normal,
     reduced_width,
     simulate,
-    squared_error,
+    squared_distance,
     wishart_factor,
 )
 from noetherflow_paper.theory import charge_drift, finite_step_gammas, orbit_flow
@@ -51,7 +51,7 @@ def test_every_replica_follows_torch_optim(ours, torchs):
     rng = torch.Generator().manual_seed(3)
     x, y = normal((1, 12, 4), rng), normal((1, 12, 2), rng)
     start = [normal((2, 5, 4), rng), normal((2, 2, 5), rng)]
-    problem = Network(two_layer_forward, squared_error, from_data(x[0], y[0]), (x, y), 12)
+    problem = Network(two_layer_forward, squared_distance, from_data(x[0], y[0]), (x, y), 12)
     rates = torch.tensor([0.01, 0.03], dtype=F64)
     run = simulate(problem, start, 20, rates, rng, lambda p: {"norm": p[0].norm(dim=(1, 2))}, at=4, method="gd", **ours)
     for r in range(2):
@@ -59,7 +59,7 @@ def test_every_replica_follows_torch_optim(ours, torchs):
         optimiser = torchs(params, float(rates[r]))
         for _ in range(20):
             optimiser.zero_grad()
-            squared_error(two_layer_forward(params, x[0]), y[0]).mean().backward()
+            squared_distance(two_layer_forward(params, x[0]), y[0]).mean().backward()
             optimiser.step()
         for mine, theirs in zip(run.params, params, strict=True):
             assert torch.allclose(mine[r], theirs, rtol=1e-10, atol=1e-12)

@@ -22,7 +22,7 @@ from noetherflow_paper.experiment import (
     generator,
     plain,
 )
-from noetherflow_paper.simulate import Network, Params, checkpoints, normal, simulate, squared_error
+from noetherflow_paper.simulate import Network, Params, checkpoints, normal, simulate, squared_distance
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -82,7 +82,9 @@ def compute(config: Config, point: Point) -> dict[str, Any]:
 
     # Label noise has mean zero, so the population gradient is that of y = x.
     inputs = normal((1, config["population"], d), rng)
-    network = Network(lambda p, x: act(x @ p[0].mT) @ p[1].mT, squared_error, draw, (inputs, inputs), config["batch"])
+    network = Network(
+        lambda p, x: act(x @ p[0].mT) @ p[1].mT, squared_distance, draw, (inputs, inputs), config["batch"]
+    )
     start = [normal((seeds, width, d), rng) / d**0.5, normal((seeds, d, width), rng) / width**0.5]
     off = 1 - torch.eye(width, dtype=torch.float64)
 

@@ -19,6 +19,7 @@ import noetherflow as nf
 from noetherflow.core.settings import SGDConfig
 from noetherflow.equilibrium.sharpness import trace_at
 from noetherflow.moments.result import Replicates
+from noetherflow.workloads import squared_error
 from noetherflow_paper import closed_form as cf
 from noetherflow_paper.experiment import Verdict
 
@@ -61,14 +62,8 @@ def product_design(product: Tensor, sigma_x: Tensor, sigma_eps: Tensor) -> tuple
     return pairs_x, pairs_x @ product.mT + eps.repeat(len(x), 1)
 
 
-def squared_error(model: nn.Module, batch: Any) -> Tensor:
-    """`||model(x) - y||^2` per sample."""
-    x, y = batch
-    return (model(x) - y).square().sum(-1)
-
-
 @dataclass(frozen=True, eq=False)
-class Measured:
+class MeasuredChain:
     """A chain, its symmetries as found, and the moments of its gradients; `measure(model)` measures a moved copy."""
 
     model: LinearChain
@@ -102,7 +97,7 @@ def measured(
     loss_scale: float = 1.0,
     relu: bool = False,
     population: bool = True,
-) -> Measured:
+) -> MeasuredChain:
     """find_symmetries -> gradient_moments of `loss_scale ||W_D ... W_1 x - y||^2` on the data `(x, y)`.
 
     `population`: the samples are all there are (an epoch), while SGD draws from them with replacement: their averages
@@ -116,7 +111,7 @@ def measured(
         found = nf.gradient_moments(moved, loss, [(x, y)], syms, groups=1)
         return replace(found, replicates=Replicates(1, len(x), "epoch")) if population else found
 
-    return Measured(model, syms, measure(model), measure)
+    return MeasuredChain(model, syms, measure(model), measure)
 
 
 def generic_equilibrium(

@@ -12,7 +12,7 @@ from noetherflow_paper.simulate import LinearNet, Params, normal
 
 
 @dataclass(frozen=True, eq=False)
-class RankOne:
+class RankOneNet:
     """`l = ||u w x - size a b^T x - eps||^2`, `x ~ N(0, I_d)`, `eps ~ N(0, noise^2 I_d)`; `params` is `[w, u]`.
 
     `w` `[R, 1, d]`, `u` `[R, d, 1]`, unit vectors `a`, `b` `[d]`. A minibatch enters the gradient only through the

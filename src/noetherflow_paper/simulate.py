@@ -146,7 +146,7 @@ class Network:
         return self._gradient(params, *self.draw(replicas, samples, rng), weights=xi)
 
 
-def squared_error(prediction: Tensor, y: Tensor) -> Tensor:
+def squared_distance(prediction: Tensor, y: Tensor) -> Tensor:
     """`||prediction - y||^2` per sample."""
     return (prediction - y).square().sum(-1)
 

@@ -21,7 +21,7 @@ from noetherflow_paper.experiment import (
     generator,
     plain,
 )
-from noetherflow_paper.simulate import Network, Params, checkpoints, normal, simulate, squared_error
+from noetherflow_paper.simulate import Network, Params, checkpoints, normal, simulate, squared_distance
 
 SCALES = {
     "quick": {"lr": 0.05, "batch": 2, "noise": 1.0, "steps": 3000, "seeds": 64, "lrs": [0.2, 0.1, 0.05, 0.025]},
@@ -51,7 +51,7 @@ def problem(config: Config) -> Network:
         return z, z
 
     mean = target.reshape(1, 1, 2)
-    return Network(direction, squared_error, draw, (mean, mean), config["batch"])
+    return Network(direction, squared_distance, draw, (mean, mean), config["batch"])
 
 
 def expected_growth(theta: Tensor, lr: float, noise_over_batch: float) -> Tensor:

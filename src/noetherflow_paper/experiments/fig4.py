@@ -24,7 +24,7 @@ from noetherflow_paper.experiment import (
     generator,
     plain,
 )
-from noetherflow_paper.rank_one import RankOne
+from noetherflow_paper.rank_one import RankOneNet
 from noetherflow_paper.simulate import Params, checkpoints, normal, simulate
 
 COMMON = {"d": 128, "batch": 128, "noise": 8.0, "size": 40.0, "low": 0.001, "high": 0.008, "warmup": 5000}
@@ -42,10 +42,10 @@ def variances(init: str, d: int) -> tuple[float, float]:
     return (2 / d, 2.0) if init == "kaiming" else (2 / (d + 1), 2 / (d + 1))
 
 
-def problem(config: Config) -> RankOne:
+def problem(config: Config) -> RankOneNet:
     """`V = size a b^T` with random unit vectors a and b."""
     a, b = (v / v.norm() for v in normal((2, config["d"]), generator(1)))
-    return RankOne(a, b, config["size"], config["noise"], config["batch"])
+    return RankOneNet(a, b, config["size"], config["noise"], config["batch"])
 
 
 def compute(config: Config, point: Point) -> dict[str, Any]:

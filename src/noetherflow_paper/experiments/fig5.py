@@ -36,7 +36,7 @@ from noetherflow_paper.simulate import (
     from_data,
     normal,
     simulate,
-    squared_error,
+    squared_distance,
 )
 
 BASE = {"components": 3, "depth": 4, "target_scale": 2.0, "data": None, "scales": [2.0, 0.6, 1.2, 0.8]}
@@ -123,7 +123,7 @@ def compute(config: Config, point: Point) -> dict[str, Any]:
         return predictions(config, closed, x, y)
     many = (2 * config["seeds"], -1, -1)
     start = [w.expand(many) for w in closed] if point["start"] == "section 9" else starts(config, generator(4))
-    network = Network(forward, squared_error, from_data(x, y), (x[None], y[None]), config["batch"])
+    network = Network(forward, squared_distance, from_data(x, y), (x[None], y[None]), config["batch"])
     surrogate = LinearNet.of(v, sigma_x, sigma_eps, config["batch"])
 
     def record(params: Params) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from noetherflow_paper.experiment import (
     generator,
     plain,
 )
-from noetherflow_paper.simulate import Network, Params, checkpoints, normal, simulate, squared_error
+from noetherflow_paper.simulate import Network, Params, checkpoints, normal, simulate, squared_distance
 
 COMMON = {"d": 10, "width": 16, "noise": 1.0, "lr": 0.01, "batch": 4, "population": 600}
 SCALES = {
@@ -53,7 +53,7 @@ def network(config: Config, net: str, rng: torch.Generator) -> Network:
         return x, (x @ v)[..., None] + config["noise"] * normal((replicas, samples, 1), rng)
 
     inputs = normal((1, config["population"], d), rng)
-    return Network(forward, squared_error, draw, (inputs, (inputs @ v)[..., None]), config["batch"])
+    return Network(forward, squared_distance, draw, (inputs, (inputs @ v)[..., None]), config["batch"])
 
 
 def compute(config: Config, point: Point) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from noetherflow_paper.experiment import (
 )
 from noetherflow_paper.experiments.repnorm_inputs import TREATMENTS, covariance, linear_nets, relu_nets
 from noetherflow_paper.generic import agreement
-from noetherflow_paper.simulate import Network, Params, checkpoints, normal, simulate, squared_error
+from noetherflow_paper.simulate import Network, Params, checkpoints, normal, simulate, squared_distance
 
 DATASETS = [
     {"scale": 0.5, "spread": 6.0},
@@ -84,7 +84,7 @@ def _hidden(config: Config, kind: str) -> dict[str, Any]:
         normed = centred / centred.square().mean(axis, keepdim=True).sqrt()
         return torch.relu(normed) @ params[1].mT
 
-    problem = Network(forward, squared_error, draw, draw(1, 200, generator(15)), h["batch"])
+    problem = Network(forward, squared_distance, draw, draw(1, 200, generator(15)), h["batch"])
     rng = generator(16)
     width, replicas = config["widths"][kind], 2 * seeds
     start = [0.2 * normal((replicas, width, d), rng), 0.3 * normal((replicas, 4, width), rng)]

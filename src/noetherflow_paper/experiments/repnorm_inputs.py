@@ -25,7 +25,7 @@ from noetherflow_paper.simulate import (
     checkpoints,
     normal,
     simulate,
-    squared_error,
+    squared_distance,
     wishart_factor,
 )
 from noetherflow_paper.theory import stretched
@@ -116,7 +116,7 @@ def relu_net(inputs: Inputs) -> Network:
 
     forward = lambda p, x: torch.relu(x @ p[0].mT) @ p[1].mT
     size = inputs.batch_size
-    return Network(forward, squared_error, draw, draw(len(inputs.sigma), size, generator(12)), size)
+    return Network(forward, squared_distance, draw, draw(len(inputs.sigma), size, generator(12)), size)
 
 
 class Minimum(NamedTuple):

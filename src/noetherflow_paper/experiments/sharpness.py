@@ -23,7 +23,7 @@ from noetherflow_paper.experiment import (
     plain,
 )
 from noetherflow_paper.generic import measured
-from noetherflow_paper.simulate import Network, Params, checkpoints, normal, simulate, squared_error
+from noetherflow_paper.simulate import Network, Params, checkpoints, normal, simulate, squared_distance
 
 COMMON = {"d": 8, "width": 8, "phi_x": 0.5, "phi_eps": 0.3, "imbalances": [0.5, 1.0, 2.0], "batch": 40, "data": 2000}
 CASES = {"linear": {"lr": 0.02, "activation": False}, "relu": {"lr": 0.02, "activation": True}}
@@ -67,7 +67,7 @@ def compute(config: Config, point: Point) -> dict[str, Any]:
         return x, x + normal((replicas, samples, d), rng) @ se.sqrt()
 
     x, y = (t[0] for t in draw(1, config["data"], rng))
-    problem = Network(forward, squared_error, draw, (x[None], x[None]), config["batch"])
+    problem = Network(forward, squared_distance, draw, (x[None], x[None]), config["batch"])
     start = [normal((1, width, d), rng) / d**0.5, normal((1, d, width), rng) / width**0.5]
     fitted = simulate(problem, start, config["fit"], 2 * point["lr"], rng, method="gd").params
     factors = torch.tensor(config["imbalances"], dtype=torch.float64)[:, None, None]

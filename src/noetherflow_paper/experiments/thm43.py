@@ -17,6 +17,7 @@ import noetherflow as nf
 from noetherflow.core.settings import SGDConfig
 from noetherflow.report import style
 from noetherflow.symmetry.symmetry import Symmetry
+from noetherflow.workloads import squared_error
 from noetherflow_paper.experiment import Config, Experiment, Point, Results, Setting, Verdict, generator, plain
 
 SCALES = {
@@ -120,11 +121,6 @@ BUILDERS: dict[str, Any] = {
 def points(config: Config) -> list[Point]:
     """One point per architecture."""
     return [{"name": name} for name in BUILDERS]
-
-
-def squared_error(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """`||model(x) - y||^2` per sample."""
-    return (model(batch[0]) - batch[1]).square().sum(-1)
 
 
 @dataclass(frozen=True, eq=False)

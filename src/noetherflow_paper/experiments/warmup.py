@@ -22,7 +22,7 @@ from noetherflow_paper.experiment import (
     generator,
     plain,
 )
-from noetherflow_paper.rank_one import RankOne
+from noetherflow_paper.rank_one import RankOneNet
 from noetherflow_paper.simulate import Params, normal, simulate
 from noetherflow_paper.theory import finite_step_gammas, orbit_flow
 
@@ -55,7 +55,7 @@ def compute(config: Config, point: Point) -> dict[str, Any]:
     rng = generator(41)
     a, b = (v / v.norm() for v in normal((2, d), rng))
     eye = torch.eye(d, dtype=torch.float64)
-    problem = RankOne(a, b, config["size"], point["noise"], batch)
+    problem = RankOneNet(a, b, config["size"], point["noise"], batch)
     u0, w0 = math.sqrt(2) * normal((1, d, 1), rng), math.sqrt(2 / d) * normal((1, 1, d), rng)
     settled = simulate(problem, [w0, u0], 2000, config["low"], rng, method="gd").params
     snapshots: list[Params] = []
