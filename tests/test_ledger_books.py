@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from noetherflow.monitor.books import FIELDS, Columns, History, Page
-from noetherflow.monitor.layout import axis_sums
+from noetherflow.monitor.charge_map import axis_sums
 from noetherflow.monitor.measure import tabulate
 
 

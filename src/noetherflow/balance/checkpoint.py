@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from noetherflow.balance.model import BalanceReport, balance_values
 from noetherflow.balance.motion import Motion
-from noetherflow.balance.optimizer_state import Account, held_in, is_saved_optimizer, moved_state, without_optimizer
+from noetherflow.balance.optimizer_state import MoveTally, held_in, is_saved_optimizer, moved_state, without_optimizer
 from noetherflow.core.files import check_writable, replacing
 from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.result import Equilibrium
@@ -96,14 +96,14 @@ def balance_checkpoint(
     content = mover.weights(file.tensors) if weights_only else mover.moved(file.content, "")
     if weights_only and file.content is not file.state:
         lost = [k for k, v in file.content.items() if v is not file.state]
-        mover.account.unmoved.extend(f"{k}: not written, a .safetensors file holds weights only" for k in lost)
+        mover.tally.unmoved.extend(f"{k}: not written, a .safetensors file holds weights only" for k in lost)
     if not dry_run:
         _write(target, content, file.metadata, mode_of=target if target.exists() else source)
     return replace(
         report,
-        state_entries=mover.account.entries,
-        approximate_state=tuple(mover.account.approximate),
-        unmoved=tuple(mover.account.unmoved),
+        state_entries=mover.tally.entries,
+        approximate_state=tuple(mover.tally.approximate),
+        unmoved=tuple(mover.tally.unmoved),
         averages=tuple(mover.averages),
         dry_run=dry_run,
     )
@@ -195,7 +195,7 @@ class _Mover:
     motion: Motion
     canonical: Mapping[str, str]
     state: dict[str, Any]
-    account: Account = field(default_factory=Account)
+    tally: MoveTally = field(default_factory=MoveTally)
     averages: list[str] = field(default_factory=list)
     done: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
@@ -248,11 +248,11 @@ class _Mover:
             held = held_in(new, self.model)
         except CheckpointError as why:
             if any(t.numel() > 1 for t in tree_leaves(saved["state"]) if isinstance(t, Tensor)):
-                self.account.unmoved.append(f"{path}: optimiser state, its parameters could not be identified: {why}")
+                self.tally.unmoved.append(f"{path}: optimiser state, its parameters could not be identified: {why}")
             return saved
-        for h, key, value in moved_state(held, self.motion, self.account):
+        for h, key, value in moved_state(held, self.motion, self.tally):
             h.state[key] = value
-        self.account.unmoved.extend(
+        self.tally.unmoved.extend(
             f"{path}: {line}" for line in without_optimizer(held, tensors_of(self.model), self.motion)
         )
         return new
@@ -260,7 +260,7 @@ class _Mover:
     def _left(self, tensors: Mapping[str, Tensor]) -> None:
         names = [n for n, t in tensors.items() if t.is_floating_point() and t.numel() > 1]
         if names:
-            self.account.unmoved.append(
+            self.tally.unmoved.append(
                 f"{', '.join(names[:3])} ({len(names)} tensors): names or shapes are not those of the model's weights"
             )
 

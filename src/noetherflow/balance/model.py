@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow.balance.motion import Motion
-from noetherflow.balance.optimizer_state import Account, held_by, moved_state, without_optimizer
+from noetherflow.balance.optimizer_state import MoveTally, held_by, moved_state, without_optimizer
 from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.result import Equilibrium
 from noetherflow.errors import CertificateError, DataError
@@ -155,7 +155,7 @@ def balance_values(
     changes = {n: _relative(t.double(), source[n].detach().double()) for n, t in new.items()}
     precisions = [t.dtype for t in (*tensors.values(), *new.values(), *(before or ())) if t.is_floating_point()]
     limit = _tolerance(precisions, motion, certificate) if tolerance is None else tolerance
-    account, gradients = Account(), 0
+    tally, gradients = MoveTally(), 0
     held = [held_by(o, tensors) for o in optimizers]
     with _all_or_nothing() as write:
         for name, value in new.items():
@@ -166,24 +166,24 @@ def balance_values(
         for name in new:
             grad = tensors[name].grad if isinstance(tensors[name], nn.Parameter) else None
             if grad is not None and grad.layout is not torch.strided:
-                account.unmoved.append(f"{name}: sparse .grad left as it was")
+                tally.unmoved.append(f"{name}: sparse .grad left as it was")
             elif grad is not None:
                 write(grad, motion.gradient(name, grad))
                 gradients += 1
         for own in held:
-            for h, key, value in moved_state(own, motion, account):
+            for h, key, value in moved_state(own, motion, tally):
                 write(h.state[key], value)
     if held:
-        account.unmoved.extend(without_optimizer([h for own in held for h in own], tensors, motion))
+        tally.unmoved.extend(without_optimizer([h for own in held for h in own], tensors, motion))
     return BalanceReport(
         changes,
         change,
         rounding,
-        account.entries,
-        tuple(account.approximate),
+        tally.entries,
+        tuple(tally.approximate),
         skipped={**eq.excluded, **{s.name: s.reason for s in eq if s.reason}},
         gradients=gradients,
-        unmoved=tuple(account.unmoved),
+        unmoved=tuple(tally.unmoved),
         converged=eq.converged,
         imbalance=eq.imbalance,
     )

@@ -35,7 +35,7 @@ class Held:
 
 
 @dataclass
-class Account:
+class MoveTally:
     """How many entries moved, which of them only approximately, and what should have moved but did not."""
 
     entries: int = 0
@@ -95,10 +95,10 @@ def held_in(saved: Mapping[str, Any], model: nn.Module) -> list[Held]:
     return held
 
 
-def moved_state(held: Sequence[Held], motion: Motion, account: Account) -> Iterator[tuple[Held, str, Tensor]]:
+def moved_state(held: Sequence[Held], motion: Motion, tally: MoveTally) -> Iterator[tuple[Held, str, Tensor]]:
     """`(held, key, new value in its own dtype)` for every entry of one optimiser that has a rule.
 
-    What moved and what should have is told to `account`: tensors under a moved parameter, and flat ones that span all
+    What moved and what should have is told to `tally`: tensors under a moved parameter, and flat ones that span all
     parameters (L-BFGS).
     """
     if not any(h.name in motion.by_parameter for h in held):
@@ -109,15 +109,15 @@ def moved_state(held: Sequence[Held], motion: Motion, account: Account) -> Itera
         for key, value in list(h.state.items()):
             if not _has_rule(h, key, motion):
                 if any(t.numel() >= concerned for t in tree_leaves(value) if isinstance(t, Tensor)):
-                    account.unmoved.append(f"{h.name}: {key} left as it was (no rule for this optimiser state)")
+                    tally.unmoved.append(f"{h.name}: {key} left as it was (no rule for this optimiser state)")
                 continue
-            account.entries += 1
+            tally.entries += 1
             if h.coupled and key not in WEIGHT_LIKE:
-                account.approximate.append(
+                tally.approximate.append(
                     f"{h.name}: {key} moved like a gradient; its weight-decay part moves like a weight"
                 )
             if key in SQUARE_LIKE and not motion.is_torus(h.name):
-                account.approximate.append(f"{h.name}: {key} moved as if gradient entries were uncorrelated")
+                tally.approximate.append(f"{h.name}: {key} moved as if gradient entries were uncorrelated")
             yield h, key, RULES[key](motion, h.name, value).to(value.dtype)
 
 

@@ -50,7 +50,7 @@ def lightning_callback(syms: Symmetries, *, package: str | None = None, optimize
     names = [package] if package else [n for n in LIGHTNING if n in sys.modules] or list(LIGHTNING)
     base = _first(names).Callback
 
-    class LedgerCallback(base):  # type: ignore[misc, valid-type]
+    class LightningLedger(base):  # type: ignore[misc, valid-type]
         """Keeps a ledger of one optimiser's steps."""
 
         ledger: Ledger | None = None
@@ -81,7 +81,7 @@ def lightning_callback(syms: Symmetries, *, package: str | None = None, optimize
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
             self._restored = dict(state_dict) or None
 
-    return LedgerCallback()
+    return LightningLedger()
 
 
 def _batch_loss(trainer: Any, module: Any, backpropagated: torch.Tensor) -> torch.Tensor:
@@ -115,7 +115,7 @@ def trainer_callback(syms: Symmetries, *, resume_from: str | Path | None = None,
     """
     transformers: Any = require("transformers", "hf")
 
-    class LedgerCallback(transformers.TrainerCallback):
+    class TrainerLedger(transformers.TrainerCallback):
         """Keeps a ledger of the trainer's optimiser."""
 
         ledger: Ledger | None = None
@@ -157,7 +157,7 @@ def trainer_callback(syms: Symmetries, *, resume_from: str | Path | None = None,
             if self.ledger is not None:
                 self.ledger.close()
 
-    return LedgerCallback()
+    return TrainerLedger()
 
 
 def _progress(ledger: Ledger) -> tuple[int, int]:

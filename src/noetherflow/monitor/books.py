@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import scipy.sparse
 
-from noetherflow.monitor.layout import Layout, apply
-from noetherflow.monitor.rules import ENTRIES, Rule, decompose
+from noetherflow.monitor.charge_map import ChargeMap, apply
+from noetherflow.monitor.rules import ENTRIES, LedgerRule, decompose
 
 Level = Literal["family", "symmetry", "coordinate"]
 LEVELS: tuple[Level, ...] = ("family", "symmetry", "coordinate")
@@ -47,7 +47,9 @@ class Columns:
         return [{f: column[t] for f, column in zip(FIELDS, columns, strict=True)} for t in range(table.shape[1])]
 
 
-def coefficient_arrays(rule: Rule, layout: Layout, settings: Sequence[list[dict[str, float]]]) -> dict[str, np.ndarray]:
+def coefficient_arrays(
+    rule: LedgerRule, layout: ChargeMap, settings: Sequence[list[dict[str, float]]]
+) -> dict[str, np.ndarray]:
     """`c[name]` `[T, n_values]` from one dict per recorded step and parameter; equal dicts may be shared."""
     place: dict[int, int] = {}
     unique: list[list[float]] = []
@@ -63,7 +65,7 @@ def coefficient_arrays(rule: Rule, layout: Layout, settings: Sequence[list[dict[
 
 
 def close_books(
-    rule: Rule, layout: Layout, values: Mapping[str, np.ndarray], settings: Sequence[list[dict[str, float]]]
+    rule: LedgerRule, layout: ChargeMap, values: Mapping[str, np.ndarray], settings: Sequence[list[dict[str, float]]]
 ) -> Columns:
     """All columns in the layout's outputs, `[T, n_out]`, from measured values `[T, n_values]` by name.
 
@@ -134,7 +136,7 @@ class Index:
     to_symmetry: scipy.sparse.csr_array
 
     @classmethod
-    def of(cls, layout: Layout) -> Index:
+    def of(cls, layout: ChargeMap) -> Index:
         families = tuple(dict.fromkeys(s.family for s in layout.symmetries))
         family_of = tuple(s.family for s in layout.symmetries)
         member = scipy.sparse.csr_array(
@@ -144,7 +146,7 @@ class Index:
         totals = layout.totals_matrix
         return cls(families, tuple(s.name for s in layout.symmetries), family_of, member @ totals, totals)
 
-    def header(self, layout: Layout) -> dict[str, Any]:
+    def header(self, layout: ChargeMap) -> dict[str, Any]:
         return {
             "families": list(self.families),
             "symmetries": [
@@ -154,7 +156,7 @@ class Index:
             ],
         }
 
-    def labels(self, layout: Layout, by: Level) -> list[dict[str, Any]]:
+    def labels(self, layout: ChargeMap, by: Level) -> list[dict[str, Any]]:
         """What names each row of a level."""
         if by == "family":
             return [{"family": f} for f in self.families]

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from noetherflow.monitor.layout import Layout
-from noetherflow.monitor.rules import AdamRule, Rule, SGDRule
+from noetherflow.monitor.charge_map import ChargeMap
+from noetherflow.monitor.rules import AdamRule, LedgerRule, SGDRule
 
 Values = Mapping[str, np.ndarray]
 SETTLED = math.exp(-1)
@@ -57,7 +57,7 @@ def angle(theta_theta: np.ndarray, theta_u: np.ndarray, u_u: np.ndarray) -> np.n
     return np.arctan2(area, theta_theta - theta_u)
 
 
-def rotation_at_equilibrium(rule: Rule, c: Mapping[str, float]) -> float:
+def rotation_at_equilibrium(rule: LedgerRule, c: Mapping[str, float]) -> float:
     """Predicted angular update per step of a scale-invariant weight once its norm is stationary, radians.
 
     Heavy ball with dampening tau: `sqrt(2 lr (1 - tau) w / (1 + mu))`; Nesterov: `sqrt(2 lr w (1 - mu) ((1 + mu)^2 +
@@ -84,8 +84,8 @@ class Estimator:
     the estimate is for the scalar subgroup). The average forgets as `memory^n` and is corrected for its start.
     """
 
-    layout: Layout
-    rule: Rule
+    layout: ChargeMap
+    rule: LedgerRule
     memory: float = 0.9
     mean: np.ndarray | None = None
     weight: float = 0.0
@@ -156,9 +156,9 @@ class Estimator:
 
 
 def rotation_rows(
-    layout: Layout, rule: Rule, row: Mapping[str, np.ndarray], settings: list[dict[str, float]]
+    layout: ChargeMap, rule: LedgerRule, row: Mapping[str, np.ndarray], settings: list[dict[str, float]]
 ) -> dict[str, np.ndarray]:
-    """`angular`, `angular_predicted` (radians), `effective_lr = lr / |W|^Rule.lr_power`; NaN unless one-sided."""
+    """`angular`, `angular_predicted` (radians), `effective_lr = lr / |W|^LedgerRule.lr_power`; NaN unless one-sided."""
     place = {name: i for i, name in enumerate(layout.parameters)}
     columns = ("angular", "angular_predicted", "effective_lr")
     out = {name: np.full(len(layout.symmetries), np.nan) for name in columns}

@@ -29,12 +29,12 @@ from noetherflow.monitor.books import (
     close_books,
     coefficient_arrays,
 )
+from noetherflow.monitor.charge_map import ChargeMap, Watched, WatchedTranslation
 from noetherflow.monitor.estimates import Estimator, rotation_rows
 from noetherflow.monitor.journal import Journal, Sink
-from noetherflow.monitor.layout import Layout, Shift, Watched
 from noetherflow.monitor.log import FORMAT, plain
-from noetherflow.monitor.measure import Measurement, Probe, tabulate
-from noetherflow.monitor.rules import Rule, rule_for
+from noetherflow.monitor.measure import Measurement, StepMeter, tabulate
+from noetherflow.monitor.rules import LedgerRule, rule_for
 from noetherflow.monitor.watching import parameters_of, watch_closure
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
@@ -92,7 +92,7 @@ class Ledger:
             raise DataError(f"detail must be one of {LEVELS}, got {detail!r}")
         self.model, self.optimizer = model, unwrap_optimizer(optimizer)
         self.every, self.detail, self.estimate_every, self.flush_every = every, detail, estimate_every, flush_every
-        self.rule: Rule = rule_for(self.optimizer)
+        self.rule: LedgerRule = rule_for(self.optimizer)
         self.step = 0
         self._history = History(capacity)
         self._estimates: deque[dict[str, Any]] = deque(maxlen=capacity)
@@ -115,13 +115,13 @@ class Ledger:
         return f"Ledger({made} of {rule}, families {', '.join(self.index.families) or 'none'}, every={self.every})"
 
     def _set_symmetries(self, syms: SymmetrySet) -> None:
-        watched: list[Watched] = [*syms, *(Shift(t) for t in syms.translations if self._translations)]
+        watched: list[Watched] = [*syms, *(WatchedTranslation(t) for t in syms.translations if self._translations)]
         named = parameters_of(self.model, self.optimizer, [n for item in watched for n in item.parameters])
         shapes = {n: tuple(t.shape) for n, t in named.items()}
-        self.layout = Layout.of(watched, shapes, self.detail)
+        self.layout = ChargeMap.of(watched, shapes, self.detail)
         self.index = Index.of(self.layout)
-        self._probe = Probe(self.layout, self.rule, self.optimizer, {n: named[n] for n in self.layout.parameters})
-        blocks = Layout.of(tuple(syms), shapes, "block")
+        self._probe = StepMeter(self.layout, self.rule, self.optimizer, {n: named[n] for n in self.layout.parameters})
+        blocks = ChargeMap.of(tuple(syms), shapes, "block")
         self.estimator = Estimator(blocks, self.rule) if self.estimate_every else None
 
     def replace_symmetries(self, syms: SymmetrySet) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow.monitor import sharding
-from noetherflow.monitor.layout import Layout
-from noetherflow.monitor.rules import Rule
+from noetherflow.monitor.charge_map import ChargeMap
+from noetherflow.monitor.rules import LedgerRule
 from noetherflow.symmetry.leg import accumulation_dtype
 
 SLICE = 1 << 18
@@ -43,7 +43,7 @@ class Measurement:
     edited: bool = False
 
 
-class Account:
+class ParameterMemory:
     """One parameter between steps: what was measured of it and its state, and flat views of these tensors.
 
     `known[q]`, measured after the last step, holds before the next one while nothing is `touched`. A write through
@@ -77,14 +77,14 @@ class Account:
         return None if more is None else [{**a, **b} for a, b in zip(self._parts, more, strict=True)]
 
 
-class Probe:
+class StepMeter:
     """Reads weights, gradients and optimiser state before and after a step, each no more often than the rule asks.
 
-    What is measured after one step is known before the next (`Rule.carried`), as long as nobody writes in between.
+    What is measured after one step is known before the next (`LedgerRule.carried`), as long as nobody writes between.
     """
 
     def __init__(
-        self, layout: Layout, rule: Rule, optimizer: torch.optim.Optimizer, watched: Mapping[str, nn.Parameter]
+        self, layout: ChargeMap, rule: LedgerRule, optimizer: torch.optim.Optimizer, watched: Mapping[str, nn.Parameter]
     ) -> None:
         self.layout, self.rule, self.optimizer, self.watched = layout, rule, optimizer, watched
         self.sharded = any(sharding.is_sharded(p) for p in watched.values())
@@ -93,7 +93,7 @@ class Probe:
 
     def forget(self) -> None:
         """Do not rely on what was measured after the last step."""
-        self._accounts = {name: Account() for name in self.watched}
+        self._memories = {name: ParameterMemory() for name in self.watched}
 
     def before(self, step: int) -> Measurement:
         """The part of a measurement that needs the weights, gradients and state before the step."""
@@ -113,10 +113,10 @@ class Probe:
                     passing = {"grad": _dense(gradient)} if gradient is not None and rule.reads_gradient(c) else {}
                     now.moving.add(j)
                 now.settings.append(c)
-                lasting, account = self._lasting(parameter, state), self._accounts[name]
-                touched = account.touched(lasting)
-                now.edited |= bool(account.known) and "theta" in touched
-                known = {} if touched else account.known
+                lasting, memory = self._lasting(parameter, state), self._memories[name]
+                touched = memory.touched(lasting)
+                now.edited |= bool(memory.known) and "theta" in touched
+                known = {} if touched else memory.known
                 self._write(now.values, j, known)
                 if passing or len(known) < len(self.carried):
                     missing = [q for q in pairs_of(c, {**_tensors(lasting), **passing}) if q not in known]
@@ -137,9 +137,9 @@ class Probe:
                 found = self._inner(name, lasting, passing, pairs_of, c)
                 self._write(now.values, j, found)
                 known = {q: found[r] for q, r in self.carried.items() if r in found}
-                self._accounts[name].settle(lasting, known)
+                self._memories[name].settle(lasting, known)
 
-    def gradients(self, layout: Layout) -> dict[str, list[Value]]:
+    def gradients(self, layout: ChargeMap) -> dict[str, list[Value]]:
         """`tt`, `tg`, `gg` on the legs of another layout, whose parameters are the first of this one's.
 
         Gradients that a fused optimiser has still to unscale (`grad_scale`) count unscaled.
@@ -195,7 +195,7 @@ class Probe:
             return pairs if only is None else {q: pairs[q] for q in only}
 
         only_totals = name in self.layout.totals_only
-        parts = self._accounts[name].parts(lasting, passing) if only_totals else None
+        parts = self._memories[name].parts(lasting, passing) if only_totals else None
         if parts is None:
             tensors = {k: sharding.local(t, only_totals) for k, t in {**_tensors(lasting), **passing}.items()}
             return self.layout.inner(name, chosen({k: accumulation_dtype(t) for k, t in tensors.items()}))
@@ -275,7 +275,7 @@ def tabulate(rows: Sequence[Sequence[Sequence[Value]]], sizes: Sequence[int]) ->
 class _Settings:
     """The coefficients of one step, made once for all parameters that share them."""
 
-    def __init__(self, rule: Rule, scale: Any) -> None:
+    def __init__(self, rule: LedgerRule, scale: Any) -> None:
         self.rule, self.scale = rule, scale
         self.idle = dict.fromkeys(rule.coefficients, 0.0)
         self._made: dict[tuple[Any, ...], dict[str, float]] = {}

@@ -27,7 +27,7 @@ FIRST_ORDER = ("gradient", "momentum", "decay", "preconditioner", "other")
 ENTRIES = (*FIRST_ORDER, "second_order")
 
 
-class Rule(ABC):
+class LedgerRule(ABC):
     """How one optimiser's update splits. Subclasses are stateless; `c` holds one number per coefficient name.
 
     `before` and `after` name the inner products to measure around a step, as pairs of tensors; `first_order` turns the
@@ -77,7 +77,7 @@ class Rule(ABC):
         return 1.0
 
 
-class SGDRule(Rule):
+class SGDRule(LedgerRule):
     """`d = s g + w theta`, `b' = mu b + (1 - tau) d`, `u = lr (alpha d + beta b)` in the buffer `b` before the step.
 
     No momentum: `alpha = 1, beta = 0`; heavy ball: `1 - tau, mu`; Nesterov: `1 + mu (1 - tau), mu^2`; the first step
@@ -147,7 +147,7 @@ class SGDRule(Rule):
         return c["lr"] ** 2 * np.where(c["heavy_ball"] > 0, q["bb_after"], other)
 
 
-class AdamRule(Rule):
+class AdamRule(LedgerRule):
     """`m' = b1 m + (1 - b1) d`, `p = m' / (sqrt(v') + h eps)`, `h = sqrt(1 - b2^k)`, `u = a p + lr w_dec theta`.
 
     `a = h lr/(1 - b1^k)`, `d = s g + w_L2 theta`. The gradient, momentum and coupled-decay parts are those of the same
@@ -213,7 +213,7 @@ class AdamRule(Rule):
         return np.sqrt(np.divide(mine, plain, out=np.zeros_like(mine), where=plain > 0))
 
 
-class RealisedRule(Rule):
+class RealisedRule(LedgerRule):
     """Any optimiser: `u = theta - theta'` from a copy of theta; one first-order part and `u^T A u`."""
 
     quantities = ("tt", "tu", "uu")
@@ -235,7 +235,7 @@ class RealisedRule(Rule):
         return q["uu"]
 
 
-def rule_for(optimizer: torch.optim.Optimizer) -> Rule:
+def rule_for(optimizer: torch.optim.Optimizer) -> LedgerRule:
     """The exact rule for `torch.optim.SGD`, `Adam`, `AdamW` or subclasses keeping their step, else the realised."""
     step = inspect.unwrap(type(optimizer).step)
 
@@ -249,7 +249,7 @@ def rule_for(optimizer: torch.optim.Optimizer) -> Rule:
     return RealisedRule()
 
 
-def decompose(rule: Rule, q: Values, c: Values, weights: np.ndarray) -> dict[str, np.ndarray]:
+def decompose(rule: LedgerRule, q: Values, c: Values, weights: np.ndarray) -> dict[str, np.ndarray]:
     """Entries per leg value: `-2 <theta, u_part>` per part and `<u, u>`, summing to the change of `<theta, theta>`.
 
     `q[name]`, `c[name]`: `[T, N]` over recorded steps and leg values; `weights` `[N]` picks each watched weight once

@@ -38,7 +38,7 @@ def axis_sums(a: Tensor, b: Tensor, axes: tuple[int, ...], piece: int = 1 << 16)
 
 
 @dataclass(frozen=True, eq=False)
-class Shift:
+class WatchedTranslation:
     """A translation watched by the square of its linear charge, `|u^T X|^2` (theory.md section 2, the null class)."""
 
     translation: Translation
@@ -67,7 +67,7 @@ class Shift:
         return (self.translation.leg.blocks,)
 
 
-Watched = Symmetry | Shift
+Watched = Symmetry | WatchedTranslation
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +143,7 @@ class Slot:
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class ChargeMap:
     """Leg values of all symmetries in one vector of length `n_values`, grouped by parameter, and charges from them.
 
     `charges = matrix @ values`, `norms = absolute @ values` (`theta^T |A| theta`). `spans[i]` is the range of output
@@ -163,7 +163,7 @@ class Layout:
     reference: np.ndarray
 
     @classmethod
-    def of(cls, symmetries: Sequence[Watched], shapes: dict[str, tuple[int, ...]], detail: Detail) -> Layout:
+    def of(cls, symmetries: Sequence[Watched], shapes: dict[str, tuple[int, ...]], detail: Detail) -> ChargeMap:
         total, matrix = detail in ("family", "symmetry"), detail == "coordinate"
         wanted = [
             (i, leg.exponent, Slot(leg, shapes[leg.parameter], total, matrix and not s.is_torus, _shift_of(s)))
@@ -276,4 +276,4 @@ def _standing(slots: Iterable[Slot]) -> set[tuple[object, ...]]:
 
 
 def _shift_of(item: Watched) -> Translation | None:
-    return item.translation if isinstance(item, Shift) else None
+    return item.translation if isinstance(item, WatchedTranslation) else None
