@@ -11,7 +11,7 @@ import noetherflow as nf
 from equilibrium_cases import linear, mlp
 from noetherflow.equilibrium.forecast import orbit_forecast
 from noetherflow.equilibrium.orbit import measured_orbit
-from noetherflow.equilibrium.potential import Drift, Weights
+from noetherflow.equilibrium.potential import Drift, Potential
 
 
 @pytest.mark.parametrize("size", [1e-5, 1e-7])
@@ -31,7 +31,7 @@ def test_a_tiny_neuron_follows_its_own_scalar_equation(size: float) -> None:
         return (up / p2 - p2 * down) / (2 * (p2 * a + b / p2))
 
     p2 = np.exp(2 * solve_ivp(rate, (0, 500), [0.0], t_eval=steps, rtol=1e-10, atol=1e-12).y[0])
-    orbit = measured_orbit(problem.model, [s], moments, Weights.of_drift(Drift.of(sgd), moments, sgd))
+    orbit = measured_orbit(problem.model, [s], moments, Potential.of(Drift.of(sgd), moments, sgd))
     charges = orbit_forecast(orbit, steps)[s.name][:, 2] / size**2
     np.testing.assert_allclose(charges.numpy(), p2 * a - b / p2, rtol=1e-5)
     assert abs(float(charges[2] - charges[0])) > 0.1 * abs(float(charges[0]))
@@ -55,7 +55,7 @@ def test_blocks_of_different_size_move_as_if_they_were_separate_symmetries() -> 
             for i in blocks
         ]
         moments = type(problem)(problem.model, nf.SymmetrySet(tuple(symmetries)), problem.data).measure()
-        orbit = measured_orbit(problem.model, symmetries, moments, Weights.of_drift(Drift.of(sgd), moments, sgd))
+        orbit = measured_orbit(problem.model, symmetries, moments, Potential.of(Drift.of(sgd), moments, sgd))
         forecast = orbit_forecast(orbit, steps)
         return torch.cat([forecast[s.name] for s in symmetries], dim=1)
 

@@ -10,7 +10,7 @@ import noetherflow as nf
 from equilibrium_cases import linear, mlp
 from noetherflow.equilibrium import forecast, stabilised
 from noetherflow.equilibrium.orbit import measured_orbit
-from noetherflow.equilibrium.potential import Drift, Weights
+from noetherflow.equilibrium.potential import Drift, Potential
 
 
 @pytest.mark.parametrize("fastest", [10.0, 1e3, 1e5])
@@ -52,7 +52,7 @@ def test_forecasts_of_large_states_agree_with_the_dense_method(
 ) -> None:
     sgd, steps = nf.SGDConfig(0.05, 4), [0, 10, 3000]
     moments = problem.measure()
-    orbit = measured_orbit(problem.model, list(problem.syms), moments, Weights.of_drift(Drift.of(sgd), moments, sgd))
+    orbit = measured_orbit(problem.model, list(problem.syms), moments, Potential.of(Drift.of(sgd), moments, sgd))
     dense = forecast.orbit_forecast(orbit, steps)
     monkeypatch.setattr(forecast, "DENSE", 0)
     explicit = forecast.orbit_forecast(orbit, steps)

@@ -19,7 +19,7 @@ from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.forecast import Forecast, orbit_forecast
 from noetherflow.equilibrium.joint import noise_equilibrium
 from noetherflow.equilibrium.orbit import MeasuredOrbit, Samples, measured_orbit, separate_orbits
-from noetherflow.equilibrium.potential import Drift, Weights
+from noetherflow.equilibrium.potential import Drift, Potential
 from noetherflow.equilibrium.result import Settled
 from noetherflow.errors import MomentError
 from noetherflow.moments.result import GradientMoments
@@ -86,7 +86,7 @@ def cross_charge(symmetry: Symmetry, a: Mapping[str, Tensor], b: Mapping[str, Te
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class ChargeFlow:
     """The flow of one symmetry; tensors in the layout `symmetry.shape`, changes per step.
 
     `decay`, `noise`, `step_size`: the parts of `E[C' - C]`. `error`: standard error of `noise + step_size` (None
@@ -160,9 +160,9 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Flow:
-    """The Noether flow of a model: one `Row` per symmetry, and forecasts of the charges from this one measurement."""
+    """The Noether flow of a model: one `ChargeFlow` per symmetry, and forecasts of the charges from one measurement."""
 
-    details: tuple[Row, ...]
+    details: tuple[ChargeFlow, ...]
     sgd: SGDConfig
     loss: float
     excluded: dict[str, str]
@@ -170,7 +170,7 @@ class Flow:
     orbit: MeasuredOrbit
     joint: bool
 
-    def __getitem__(self, name: str) -> Row:
+    def __getitem__(self, name: str) -> ChargeFlow:
         for row in self.details:
             if row.name == name:
                 return row
@@ -194,8 +194,8 @@ class Flow:
         return Forecast(tuple(int(k) for k in steps), charges, {n: e.error for n, e in found.items()}, self.joint)
 
     def _charges(self, steps: Sequence[int] | Tensor, moments: GradientMoments) -> dict[str, Tensor]:
-        weights = Weights.of_drift(Drift.of(self.sgd), moments, self.sgd)
-        return orbit_forecast(self.orbit.with_moments(moments, weights), steps)
+        potential = Potential.of(Drift.of(self.sgd), moments, self.sgd)
+        return orbit_forecast(self.orbit.with_moments(moments, potential), steps)
 
     def rows(self, steps: float | None = None) -> list[dict[str, Any]]:
         """One row of norms per symmetry; with the `steps` of a training, also the `phase` each symmetry is in."""
@@ -259,7 +259,7 @@ def noether_flow(
     """
     syms = syms.trainable(model)
     drift = Drift.of(sgd)
-    weights = Weights.of_drift(drift, mom, sgd)
+    potential = Potential.of(drift, mom, sgd)
     alone = noise_equilibrium(model, syms, mom, sgd, joint=False, samples=samples)
     tensors = tensors_of(model)
     errors = _drift_errors(syms, mom, sgd)
@@ -268,9 +268,9 @@ def noether_flow(
         theta = {n: tensors[n].detach().double().cpu() for n in s.parameters}
         charge = s.charge(theta)
         noise, step_size = _parts(s, mom, sgd)
-        finite, times = _relaxation(s, settled, weights)
+        times = _relaxation(s, settled, potential)
         rows.append(
-            Row(
+            ChargeFlow(
                 name=s.name,
                 family=s.family,
                 kind=s.kind,
@@ -280,12 +280,12 @@ def noether_flow(
                 step_size=step_size,
                 error=errors.get(s.name),
                 equilibrium=settled.charge,
-                finite=finite,
+                finite=settled.finite,
                 relaxation_steps=times,
                 imbalance=settled.imbalance_now,
             )
         )
-    orbit, joint = _orbit(model, tuple(syms), mom, weights, samples)
+    orbit, joint = _orbit(model, tuple(syms), mom, potential, samples)
     return Flow(tuple(rows), sgd, mom.loss, dict(syms.excluded), mom, orbit, joint)
 
 
@@ -324,38 +324,39 @@ def _drift_errors(syms: SymmetrySet, mom: GradientMoments, sgd: SGDConfig) -> di
     return {n: e.error for n, e in jackknife(legs, drifts(mom), drifts, sgd.dataset_size).items()}
 
 
-def _relaxation(symmetry: Symmetry, settled: Settled, weights: Weights) -> tuple[Tensor, Tensor]:
-    """Finite mask and `1 / (4 min eig(K^-1 Z))` at the equilibrium, `K = sum_legs exponent^2 K_leg` and `4 Z = sum_legs
-    exponent^2 (weight K_leg + M_leg)`: `[blocks]`.
+def _relaxation(symmetry: Symmetry, settled: Settled, potential: Potential) -> Tensor:
+    """`1 / (4 min eig(K^-1 Z))` at the equilibrium, `K = sum_legs exponent^2 K_leg` and `4 Z = sum_legs
+    exponent^2 (norm K_leg + M_leg)`: `[blocks]`.
 
     Linearising `d(A K + K A)/dk = -4 (A Z + Z A)`, the flow of a small symmetric displacement `A`; for exponents of 1
     and -1 `Z = X = Y`. For a torus `K / (4 Z)`.
     """
-    blocks = symmetry.blocks
-    finite = torch.ones(blocks, dtype=torch.bool)
-    finite[list(settled.coordinates)] = False
-    times = torch.zeros(blocks, dtype=torch.float64)
+    finite, times = settled.finite, torch.zeros(symmetry.blocks, dtype=torch.float64)
     if not settled.weight_grams or not bool(finite.any()):
-        return finite, times
+        return times
     squares = [leg.exponent**2 for leg in symmetry.weight_legs]
     k = torch.stack([e * gram for e, gram in zip(squares, settled.weight_grams, strict=True)]).sum(0)
     m = torch.stack([e * gram for e, gram in zip(squares, settled.noise_grams, strict=True)]).sum(0)
-    z = (weights.weight * k + m) / 4
+    z = (potential.norm * k + m) / 4
     if symmetry.is_torus:
         times[finite] = (k / (4 * z))[finite]
     else:
         root = spd.inv_sqrtm(z[finite])
         times[finite] = torch.linalg.eigvalsh(root @ k[finite] @ root).amax(-1) / 4
-    return finite, times
+    return times
 
 
 def _orbit(
-    model: nn.Module, symmetries: Sequence[Symmetry], mom: GradientMoments, weights: Weights, samples: Samples | None
+    model: nn.Module,
+    symmetries: Sequence[Symmetry],
+    mom: GradientMoments,
+    potential: Potential,
+    samples: Samples | None,
 ) -> tuple[MeasuredOrbit, bool]:
     """The joint orbit where the moments determine it (and True), else every symmetry on its own."""
     try:
-        orbit = measured_orbit(model, symmetries, mom, weights, samples)
+        orbit = measured_orbit(model, symmetries, mom, potential, samples)
     except MomentError:
-        orbit = separate_orbits(model, symmetries, mom, weights)
+        orbit = separate_orbits(model, symmetries, mom, potential)
         return orbit, False
     return orbit, True

@@ -182,7 +182,7 @@ def orbit_velocity(orbit: MeasuredOrbit, elements: Sequence[Tensor]) -> list[Ten
     """
     point = orbit.at(elements)
     drift = [
-        s.combine(tuple(m for _, m in pairs)) - orbit.weights.weight * s.combine(tuple(k for k, _ in pairs))
+        s.combine(tuple(m for _, m in pairs)) - orbit.potential.norm * s.combine(tuple(k for k, _ in pairs))
         for s, pairs in zip(orbit.symmetries, point.pairs, strict=True)
     ]
     own = [

@@ -26,9 +26,9 @@ from noetherflow.equilibrium.orbit import (
     orbit_of,
     separate_orbits,
 )
-from noetherflow.equilibrium.potential import Drift, Weights
+from noetherflow.equilibrium.potential import Drift, Potential
 from noetherflow.equilibrium.result import Class, Equilibrium, Settled
-from noetherflow.equilibrium.solve import Classes, Solution, classify, drives, elements_of, imbalance, logs_of, minimise
+from noetherflow.equilibrium.solve import Classes, Minimum, classify, drives, elements_of, imbalance, logs_of, minimise
 from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.result import GradientMoments
 from noetherflow.moments.statistics import jackknife
@@ -38,11 +38,11 @@ from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 Objective = Literal["noise+decay", "noise", "norm", "fisher", "hessian"]
 TOLERANCE = 1e-11
-"""Relative Noether flow at which a solution from one measurement counts as converged."""
+"""Relative Noether flow at which a minimum from one measurement counts as converged."""
 
 
-def objective_weights(objective: Objective, moments: GradientMoments, sgd: SGDConfig | None) -> Weights:
-    """Weights of `Phi = 1/2 (weight ||theta||^2 + second Tr E[g g^T] + mean Tr gbar gbar^T)` for an objective.
+def potential_of(objective: Objective, moments: GradientMoments, sgd: SGDConfig | None) -> Potential:
+    """The coefficients of `Phi = 1/2 (norm ||theta||^2 + second Tr E[g g^T] + mean Tr gbar gbar^T)` for an objective.
 
     `noise+decay`: `E[C' - C] = -dPhi/dlam` per SGD step; `noise`: the same with weight decay left out; `norm`:
     `||theta||^2 / 2` alone; `fisher`, `hessian`: half the trace of the second moments given (gradients, or
@@ -52,20 +52,20 @@ def objective_weights(objective: Objective, moments: GradientMoments, sgd: SGDCo
     and for `hessian` from gradients.
     """
     if objective == "norm":
-        return Weights(1.0, 0.0, 0.0)
+        return Potential(1.0, 0.0, 0.0)
     if objective == "hessian" and any(bool(m.any()) for m in moments.mean.values()):
         raise MomentError("objective 'hessian' needs curvature_moments(...), got gradient moments: that is 'fisher'")
     if objective in ("fisher", "hessian"):
-        return Weights(0.0, 1.0, 0.0)
+        return Potential(0.0, 1.0, 0.0)
     if objective not in ("noise+decay", "noise"):
         raise DataError(_no_objective(objective))
     if sgd is None:
         raise MomentError(f"objective {objective!r} needs the optimiser settings: pass sgd=SGDConfig(...)")
     used = sgd if objective == "noise+decay" else replace(sgd, weight_decay=0.0)
-    weights = Weights.of_drift(Drift.of(used), moments, used)
-    if weights.second < 0:
+    potential = Potential.of(Drift.of(used), moments, used)
+    if potential.second < 0:
         raise MomentError(_too_few(moments, used))
-    return weights
+    return potential
 
 
 def _no_objective(objective: Any) -> str:
@@ -135,7 +135,7 @@ def noise_equilibrium(
     - `approximate`: `False` leaves symmetries in place that a normalisation's eps makes approximate.
     - `samples[parameter]`: per-sample gradients, `gradient_factors` or dense `[N, *shape]`.
     - `remeasure(model) -> moments`: called on a moved copy at every sweep (not with `joint=False`).
-    - `tol`: imbalance (relative Noether flow) at which the solution counts as converged: by default 1e-11, with
+    - `tol`: imbalance (relative Noether flow) at which the minimum counts as converged: by default 1e-11, with
       `remeasure` not below `8 eps` of the parameters' dtype. `max_iterations`: sweeps at most.
     - `recede`: directions without a finite equilibrium stay where they are and are named in the result; below 1, those
       of general_linear symmetries move towards their limit by this factor.
@@ -152,20 +152,20 @@ def noise_equilibrium(
     syms = syms.trainable(model)
     if not approximate:
         syms = syms.without({s.name: f"only approximate (eps {s.eps:g})" for s in syms if s.eps is not None})
-    weights = objective_weights(objective, mom, sgd)
+    potential = potential_of(objective, mom, sgd)
     symmetries = tuple(syms)
     singular = _rank_tolerance(model, symmetries)
     identity = [s.identity() for s in symmetries]
-    now = leg_pairs(model, symmetries, mom, weights)
-    xy = [drives(s, pairs, weights) for s, pairs in zip(symmetries, now, strict=True)]
+    now = leg_pairs(model, symmetries, mom, potential)
+    xy = [drives(s, pairs, potential) for s, pairs in zip(symmetries, now, strict=True)]
     classes = [classify(s, x, y, singular) for s, (x, y) in zip(symmetries, xy, strict=True)]
     moving = [i for i, c in enumerate(classes) if bool(c.finite.any())]
     movers = [symmetries[i] for i in moving]
     own = [classes[i] for i in moving]
     orbit: Orbit = (
-        orbit_of(model, movers, mom, weights, samples=samples, remeasure=remeasure)
+        orbit_of(model, movers, mom, potential, samples=samples, remeasure=remeasure)
         if joint
-        else separate_orbits(model, movers, mom, weights, samples)
+        else separate_orbits(model, movers, mom, potential, samples)
     )
     if errors:
         _refuse_errors(mom, orbit)
@@ -174,16 +174,16 @@ def noise_equilibrium(
         tol = max(TOLERANCE, 8 * _eps(model, movers)) if isinstance(orbit, RemeasuredOrbit) else TOLERANCE
     frame = tuple(_frame(symmetries[i], classes[i], *xy[i], recede) for i in moving)
     framed = FramedOrbit(orbit, frame)
-    solution = minimise(framed, own, kappa, tolerance=tol, max_iterations=max_iterations)
-    by_error = _jackknife(model, framed, own, kappa, solution, mom, objective, sgd, joint) if errors else {}
-    elements = dict(zip(moving, framed.unframed(elements_of(movers, solution.logs)), strict=True))
-    moved_pairs = dict(zip(moving, solution.point.pairs, strict=True))
+    minimum = minimise(framed, own, kappa, tolerance=tol, max_iterations=max_iterations)
+    by_error = _jackknife(model, framed, own, kappa, minimum, mom, objective, sgd, joint) if errors else {}
+    elements = dict(zip(moving, framed.unframed(elements_of(movers, minimum.logs)), strict=True))
+    moved_pairs = dict(zip(moving, minimum.point.pairs, strict=True))
     settled = []
     for i, (s, c) in enumerate(zip(symmetries, classes, strict=True)):
-        kind, coordinates, reason = _verdict(s, c, weights)
+        kind, finite, reason = _verdict(s, c, potential)
         pairs = moved_pairs.get(i, ())
         charge = s.combine(tuple(k for k, _ in pairs)) if pairs else _moved_charge(model, s, movers, elements.values())
-        after = imbalance(s, c, *drives(s, pairs, weights)) if pairs else torch.zeros(s.blocks, dtype=torch.float64)
+        after = imbalance(s, c, *drives(s, pairs, potential)) if pairs else torch.zeros(s.blocks, dtype=torch.float64)
         settled.append(
             Settled(
                 name=s.name,
@@ -197,25 +197,25 @@ def noise_equilibrium(
                 noise_grams=tuple(m for _, m in pairs),
                 imbalance_now=imbalance(s, c, *xy[i]),
                 imbalance=after,
-                coordinates=coordinates,
+                finite=finite,
                 reason=reason,
                 log_error=by_error.get(s.name),
             )
         )
     start_point = orbit.at([s.identity() for s in movers])
     return Equilibrium(
-        objective="noise" if objective == "noise+decay" and not weights.weight else objective,
+        objective="noise" if objective == "noise+decay" and not potential.norm else objective,
         settled=tuple(settled),
         imbalance_now=max((float(s.imbalance_now.max()) for s in settled), default=0.0),
-        imbalance=solution.imbalance,
-        iterations=solution.iterations,
-        evaluations=solution.evaluations,
-        converged=solution.converged,
+        imbalance=minimum.imbalance,
+        iterations=minimum.iterations,
+        evaluations=minimum.evaluations,
+        converged=minimum.converged,
         joint=joint,
         norm_now=start_point.norm,
-        norm=solution.point.norm,
+        norm=minimum.point.norm,
         trace_now=start_point.trace,
-        trace=solution.point.trace,
+        trace=minimum.point.trace,
         excluded=dict(syms.excluded),
         symmetries=syms,
     )
@@ -247,19 +247,18 @@ def _frame(symmetry: Symmetry, classes: Classes, x: Tensor, y: Tensor, recede: f
     return symmetry.identity() if isinstance(classes, TorusClasses) else gl_frame(classes, x, y, recede)
 
 
-def _verdict(symmetry: Symmetry, classes: Classes, weights: Weights) -> tuple[Class, tuple[int, ...], str]:
-    """Class, the coordinates (torus) or blocks (GL) without a finite equilibrium, and why."""
+def _verdict(symmetry: Symmetry, classes: Classes, potential: Potential) -> tuple[Class, Tensor, str]:
+    """Class, which coordinates (torus) or blocks (GL) have a finite equilibrium `[blocks]`, and why not all."""
     if isinstance(classes, GLClasses):
         return _gl_verdict(symmetry, classes)
-    bad = ~classes.finite
-    if not bool(bad.any()):
-        return "finite", (), ""
-    coordinates = tuple(torch.nonzero(bad).flatten().tolist())
+    finite = classes.finite
+    if bool(finite.all()):
+        return "finite", finite, ""
     recedes = bool((classes.grows | classes.shrinks).any())
-    if symmetry.one_sided and not weights.weight and recedes and not bool(classes.invalid.any()):
+    if symmetry.one_sided and not potential.norm and recedes and not bool(classes.invalid.any()):
         return (
             "one-sided",
-            coordinates,
+            finite,
             "all legs scale the same way and no weight decay holds the norm: it grows for ever",
         )
     causes = (
@@ -269,24 +268,24 @@ def _verdict(symmetry: Symmetry, classes: Classes, weights: Weights) -> tuple[Cl
         (classes.invalid, "an estimated second moment is negative or not finite: measure more samples"),
     )
     parts = [f"{int(mask.sum())} of {symmetry.blocks}: {why}" for mask, why in causes if bool(mask.any())]
-    return "degenerate", coordinates, "; ".join(parts)
+    return "degenerate", finite, "; ".join(parts)
 
 
-def _gl_verdict(symmetry: Symmetry, classes: GLClasses) -> tuple[Class, tuple[int, ...], str]:
+def _gl_verdict(symmetry: Symmetry, classes: GLClasses) -> tuple[Class, Tensor, str]:
     ranks = {
         "shrink to zero (no gradient noise or weight beyond this rank)": GLClasses.rank(classes.shrinks),
         "grow without bound": GLClasses.rank(classes.grows),
         "are moved by nothing": GLClasses.rank(classes.neutral),
     }
-    bad = GLClasses.rank(classes.finite) < symmetry.dim
-    if not bool(bad.any()):
-        return "finite", (), ""
+    finite = GLClasses.rank(classes.finite) == symmetry.dim
+    if bool(finite.all()):
+        return "finite", finite, ""
     parts = [f"{int(r.sum())} directions {what}" for what, r in ranks.items() if int(r.sum())]
     total = symmetry.blocks * symmetry.dim
     reason = f"of {total}: " + ", ".join(parts)
     if not int(GLClasses.rank(classes.finite).sum()):
         reason += "; if a factor is zero (LoRA's B at initialisation), train some steps first, then balance"
-    return "degenerate", tuple(torch.nonzero(bad).flatten().tolist()), reason
+    return "degenerate", finite, reason
 
 
 def _moved_charge(
@@ -315,22 +314,24 @@ def _jackknife(
     orbit: FramedOrbit,
     classes: Sequence[Classes],
     kappa: Sequence[Tensor],
-    solution: Solution,
+    minimum: Minimum,
     moments: GradientMoments,
     objective: Objective,
     sgd: SGDConfig | None,
     joint: bool,
 ) -> dict[str, Tensor]:
     """Standard errors of `logs_of` the elements: the solve repeated without each group of samples, from the full
-    solution. Infinite for torus coordinates that have no finite equilibrium without one of the groups.
+    minimum. Infinite for torus coordinates that have no finite equilibrium without one of the groups.
     """
     symmetries, build = orbit.symmetries, orbit_of if joint else separate_orbits
 
     def logs(part: GradientMoments) -> dict[str, Tensor]:
-        own = FramedOrbit(build(model, symmetries, part, objective_weights(objective, part, sgd)), orbit.frame)
+        own = FramedOrbit(build(model, symmetries, part, potential_of(objective, part, sgd)), orbit.frame)
         pairs = own.at([s.identity() for s in symmetries]).pairs
-        left = [_left_finite(c, *drives(s, p, own.weights)) for s, c, p in zip(symmetries, classes, pairs, strict=True)]
-        found = named(minimise(own, left, kappa, start=solution.logs, tolerance=1e-6).logs)
+        left = [
+            _left_finite(c, *drives(s, p, own.potential)) for s, c, p in zip(symmetries, classes, pairs, strict=True)
+        ]
+        found = named(minimise(own, left, kappa, start=minimum.logs, tolerance=1e-6).logs)
         for s, before, after in zip(symmetries, classes, left, strict=True):
             found[s.name][before.finite != after.finite] = torch.nan
         return found
@@ -340,7 +341,7 @@ def _jackknife(
         return {s.name: v for s, v in zip(symmetries, logs_of(symmetries, elements), strict=True)}
 
     size = None if sgd is None or objective == "hessian" else sgd.dataset_size
-    found = jackknife(moments, named(solution.logs), logs, size)
+    found = jackknife(moments, named(minimum.logs), logs, size)
     return {n: torch.where(e.error.isnan(), torch.inf, e.error) for n, e in found.items()}
 
 

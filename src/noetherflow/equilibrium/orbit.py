@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow.core.tensors import tensors_of
-from noetherflow.equilibrium.potential import LegPair, Weights
-from noetherflow.equilibrium.terms import EntryTerm, FactorTerm, LegTerm, SampleTerm, Term, fits_factors
+from noetherflow.equilibrium.potential import LegPair, Potential
+from noetherflow.equilibrium.terms import EntryTerm, FactorTerm, LegTerm, OrbitTerm, SampleTerm, fits_factors
 from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.factors import Factors
 from noetherflow.moments.result import GradientMoments
@@ -40,7 +40,7 @@ class Orbit(Protocol):
     def symmetries(self) -> tuple[Symmetry, ...]: ...
 
     @property
-    def weights(self) -> Weights: ...
+    def potential(self) -> Potential: ...
 
     def at(self, elements: Sequence[Tensor]) -> Point:
         """The point `G . theta`."""
@@ -51,8 +51,8 @@ class MeasuredOrbit:
     """The whole orbit from one measurement."""
 
     symmetries: tuple[Symmetry, ...]
-    weights: Weights
-    terms: tuple[Term, ...]
+    potential: Potential
+    terms: tuple[OrbitTerm, ...]
 
     def at(self, elements: Sequence[Tensor]) -> Point:
         out = _blank(self.symmetries)
@@ -64,17 +64,19 @@ class MeasuredOrbit:
         """True where moments alone do not determine the orbit."""
         return any(isinstance(term, SampleTerm | FactorTerm) for term in self.terms)
 
-    def with_moments(self, moments: GradientMoments, weights: Weights) -> MeasuredOrbit:
+    def with_moments(self, moments: GradientMoments, potential: Potential) -> MeasuredOrbit:
         """The orbit of the same parameters for other moments; not where it `needs_samples`."""
-        return replace(self, weights=weights, terms=tuple(self._with_noise(t, moments, weights) for t in self.terms))
+        return replace(
+            self, potential=potential, terms=tuple(self._with_noise(t, moments, potential) for t in self.terms)
+        )
 
-    def _with_noise(self, term: Term, moments: GradientMoments, weights: Weights) -> Term:
+    def _with_noise(self, term: OrbitTerm, moments: GradientMoments, potential: Potential) -> OrbitTerm:
         if isinstance(term, LegTerm):
-            return replace(term, noise=_leg_noise(self.symmetries[term.symmetry], term.leg, moments, weights))
+            return replace(term, noise=_leg_noise(self.symmetries[term.symmetry], term.leg, moments, potential))
         assert isinstance(term, EntryTerm)
         first = term.legs[0]
         name = self.symmetries[first.symmetry].weight_legs[first.leg].parameter
-        return replace(term, noise=_entry_noise(name, term.legs, moments, weights))
+        return replace(term, noise=_entry_noise(name, term.legs, moments, potential))
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +84,7 @@ class RemeasuredOrbit:
     """The orbit by moving a copy of the model and measuring again, where one measurement does not determine it."""
 
     symmetries: tuple[Symmetry, ...]
-    weights: Weights
+    potential: Potential
     model: nn.Module
     remeasure: Remeasure
 
@@ -94,7 +96,7 @@ class RemeasuredOrbit:
         for symmetry, element in zip(self.symmetries, elements, strict=True):
             symmetry.act_(tensors, element)
         moments = self.remeasure(moved)
-        pairs = leg_pairs(moved, self.symmetries, moments, self.weights)
+        pairs = leg_pairs(moved, self.symmetries, moments, self.potential)
         touched = dict.fromkeys(n for s in self.symmetries for n in s.parameters)
         norm = sum(float(tensors[n].detach().double().square().sum()) for n in touched)
         return Point(pairs, norm, None)
@@ -112,8 +114,8 @@ class FramedOrbit:
         return self.orbit.symmetries
 
     @property
-    def weights(self) -> Weights:
-        return self.orbit.weights
+    def potential(self) -> Potential:
+        return self.orbit.potential
 
     def at(self, elements: Sequence[Tensor]) -> Point:
         return self.orbit.at(self.unframed(elements))
@@ -124,7 +126,7 @@ class FramedOrbit:
 
 
 def leg_pairs(
-    model: nn.Module, symmetries: Sequence[Symmetry], moments: GradientMoments, weights: Weights
+    model: nn.Module, symmetries: Sequence[Symmetry], moments: GradientMoments, potential: Potential
 ) -> list[list[LegPair]]:
     """`(K, M)` of every leg, by symmetry, where the moments were measured: nothing more is needed there.
 
@@ -133,7 +135,7 @@ def leg_pairs(
     tensors = tensors_of(model)
     return [
         [
-            _leg_pair(s, j, tensors[leg.parameter].detach().cpu(), moments, weights)
+            _leg_pair(s, j, tensors[leg.parameter].detach().cpu(), moments, potential)
             for j, leg in enumerate(s.weight_legs)
         ]
         for s in symmetries
@@ -149,7 +151,7 @@ def orbit_of(
     model: nn.Module,
     symmetries: Sequence[Symmetry],
     moments: GradientMoments,
-    weights: Weights,
+    potential: Potential,
     *,
     samples: Samples | None = None,
     remeasure: Remeasure | None = None,
@@ -159,18 +161,18 @@ def orbit_of(
     Raises MomentError as `measured_orbit` does.
     """
     try:
-        return measured_orbit(model, symmetries, moments, weights, samples)
+        return measured_orbit(model, symmetries, moments, potential, samples)
     except MomentError:
         if remeasure is None:
             raise
-        return RemeasuredOrbit(tuple(symmetries), weights, model, remeasure)
+        return RemeasuredOrbit(tuple(symmetries), potential, model, remeasure)
 
 
 def measured_orbit(
     model: nn.Module,
     symmetries: Sequence[Symmetry],
     moments: GradientMoments,
-    weights: Weights,
+    potential: Potential,
     samples: Samples | None = None,
 ) -> MeasuredOrbit:
     """The orbit from one measurement.
@@ -193,15 +195,15 @@ def measured_orbit(
             f"remeasure=lambda model: nf.gradient_moments(model, loss_fn, batches, syms), or joint=False to solve "
             f"every symmetry with the others held"
         )
-    terms = _terms(tensors, symmetries, coordinates, moments, weights, samples)
-    return MeasuredOrbit(tuple(symmetries), weights, tuple(terms))
+    terms = _terms(tensors, symmetries, coordinates, moments, potential, samples)
+    return MeasuredOrbit(tuple(symmetries), potential, tuple(terms))
 
 
 def separate_orbits(
     model: nn.Module,
     symmetries: Sequence[Symmetry],
     moments: GradientMoments,
-    weights: Weights,
+    potential: Potential,
     samples: Samples | None = None,
 ) -> MeasuredOrbit:
     """Every symmetry on its own orbit, the others held: each leg by its Grams alone, overlaps ignored.
@@ -211,7 +213,7 @@ def separate_orbits(
     """
     tensors, samples = tensors_of(model), samples or {}
     shapes = {n: tuple(t.shape) for n, t in tensors.items()}
-    terms: list[Term] = []
+    terms: list[OrbitTerm] = []
     for index, symmetry in enumerate(symmetries):
         alone = {
             name: tuple(replace(leg, symmetry=index) for leg in legs)
@@ -224,8 +226,8 @@ def separate_orbits(
                 f"moves entries of {lacking[:4]} along two axes; pass samples=nf.gradient_factors(model, loss_fn, "
                 f"batches, syms) of the same batches"
             )
-        terms += _terms(tensors, symmetries, alone, moments, weights, samples)
-    return MeasuredOrbit(tuple(symmetries), weights, tuple(terms))
+        terms += _terms(tensors, symmetries, alone, moments, potential, samples)
+    return MeasuredOrbit(tuple(symmetries), potential, tuple(terms))
 
 
 def _terms(
@@ -233,25 +235,25 @@ def _terms(
     symmetries: Sequence[Symmetry],
     coordinates: Mapping[str, tuple[LegCoordinates, ...]],
     moments: GradientMoments,
-    weights: Weights,
+    potential: Potential,
     samples: Samples,
-) -> list[Term]:
+) -> list[OrbitTerm]:
     """The terms of all parameters: Grams where no two legs meet, per-sample gradients where a general_linear leg meets
     another, else entries.
     """
     shared, mixed = overlapping_parameters(coordinates), mixed_parameters(coordinates, symmetries)
-    terms: list[Term] = []
+    terms: list[OrbitTerm] = []
     for name, legs in coordinates.items():
         theta = tensors[name].detach().cpu()
         if name in mixed:
             own = tuple((i, symmetries[i]) for i in dict.fromkeys(leg.symmetry for leg in legs))
-            term = _sample_term(name, own, theta, samples[name], moments.mean[name].cpu(), weights)
+            term = _sample_term(name, own, theta, samples[name], moments.mean[name].cpu(), potential)
             _refuse_other_data(term, symmetries, legs, theta, samples[name], moments)
             terms.append(term)
         elif name in shared:
-            terms.append(_entry_term(name, legs, theta, moments, weights))
+            terms.append(_entry_term(name, legs, theta, moments, potential))
         else:
-            terms += [_leg_term(symmetries, leg, theta, moments, weights) for leg in legs]
+            terms += [_leg_term(symmetries, leg, theta, moments, potential) for leg in legs]
     return terms
 
 
@@ -261,51 +263,51 @@ def _sample_term(
     theta: Tensor,
     gradients: Tensor | Factors,
     mean: Tensor,
-    weights: Weights,
+    potential: Potential,
 ) -> SampleTerm | FactorTerm:
     """Weights are copied: the model may move on before a forecast asks for them."""
     if isinstance(gradients, Factors):
         if fits_factors([s for _, s in own], name, tuple(theta.shape)):
-            return FactorTerm(name, own, theta.clone(), mean, weights, gradients)
+            return FactorTerm(name, own, theta.clone(), mean, potential, gradients)
         gradients = gradients.dense()
-    return SampleTerm(name, own, theta.double().clone(), mean.double(), weights, gradients.double().cpu())
+    return SampleTerm(name, own, theta.double().clone(), mean.double(), potential, gradients.double().cpu())
 
 
 def _entry_term(
-    name: str, legs: tuple[LegCoordinates, ...], theta: Tensor, moments: GradientMoments, weights: Weights
+    name: str, legs: tuple[LegCoordinates, ...], theta: Tensor, moments: GradientMoments, potential: Potential
 ) -> EntryTerm:
     if name not in moments.squares:
         raise MomentError(
             f"several symmetries move the same entries of {name!r}; measure with gradient_moments(..., entries=True)"
         )
-    return EntryTerm(legs, legs[0].reduce(theta.double().square(), legs), _entry_noise(name, legs, moments, weights))
+    return EntryTerm(legs, legs[0].reduce(theta.double().square(), legs), _entry_noise(name, legs, moments, potential))
 
 
-def _entry_noise(name: str, legs: Sequence[LegCoordinates], moments: GradientMoments, weights: Weights) -> Tensor:
-    noise = weights.drive(moments.squares[name].cpu(), moments.mean[name].double().cpu().square())
+def _entry_noise(name: str, legs: Sequence[LegCoordinates], moments: GradientMoments, potential: Potential) -> Tensor:
+    noise = potential.drive(moments.squares[name].cpu(), moments.mean[name].double().cpu().square())
     return legs[0].reduce(noise, legs)
 
 
 def _leg_term(
-    symmetries: Sequence[Symmetry], at: LegCoordinates, theta: Tensor, moments: GradientMoments, weights: Weights
+    symmetries: Sequence[Symmetry], at: LegCoordinates, theta: Tensor, moments: GradientMoments, potential: Potential
 ) -> LegTerm:
     symmetry = symmetries[at.symmetry]
-    weight, noise = _leg_pair(symmetry, at.leg, theta, moments, weights)
+    weight, noise = _leg_pair(symmetry, at.leg, theta, moments, potential)
     return LegTerm(at.symmetry, at.leg, at.exponent, symmetry.is_torus, weight, noise)
 
 
-def _leg_pair(symmetry: Symmetry, leg: int, theta: Tensor, moments: GradientMoments, weights: Weights) -> LegPair:
+def _leg_pair(symmetry: Symmetry, leg: int, theta: Tensor, moments: GradientMoments, potential: Potential) -> LegPair:
     """`(K, M)` of one leg from its parameter and the measured moments."""
     if symmetry.name not in moments.second:
         raise MomentError(f"no moments for symmetry {symmetry.name!r}; measured: {list(moments.second)[:8]}")
     at = symmetry.weight_legs[leg]
-    return symmetry.leg_gram(at, theta.double()), _leg_noise(symmetry, leg, moments, weights)
+    return symmetry.leg_gram(at, theta.double()), _leg_noise(symmetry, leg, moments, potential)
 
 
-def _leg_noise(symmetry: Symmetry, leg: int, moments: GradientMoments, weights: Weights) -> Tensor:
+def _leg_noise(symmetry: Symmetry, leg: int, moments: GradientMoments, potential: Potential) -> Tensor:
     at = symmetry.weight_legs[leg]
     mean = symmetry.leg_gram(at, moments.mean[at.parameter].double().cpu())
-    return weights.drive(moments.second[symmetry.name][leg].cpu(), mean)
+    return potential.drive(moments.second[symmetry.name][leg].cpu(), mean)
 
 
 def _refuse_other_data(
@@ -327,7 +329,7 @@ def _refuse_other_data(
     tolerance = max(torch.finfo(t).eps for t in (dtype, theta.dtype, torch.float32)) ** 0.5
     for leg in legs:
         found = out[leg.symmetry][leg.leg][1]
-        expected = _leg_pair(symmetries[leg.symmetry], leg.leg, theta, moments, term.weights)[1]
+        expected = _leg_pair(symmetries[leg.symmetry], leg.leg, theta, moments, term.potential)[1]
         off = float(torch.linalg.vector_norm(found - expected))
         size = float(torch.linalg.vector_norm(expected))
         if not off <= tolerance * size:

@@ -38,15 +38,15 @@ class Drift:
 
 
 @dataclass(frozen=True)
-class Weights:
-    """`Phi = 1/2 (weight ||theta||^2 + second Tr E[g g^T] + mean Tr gbar gbar^T)` on the measured moments."""
+class Potential:
+    """`Phi = 1/2 (norm ||theta||^2 + second Tr E[g g^T] + mean Tr gbar gbar^T)` on the measured moments."""
 
-    weight: float
+    norm: float
     second: float
     mean: float
 
     @classmethod
-    def of_drift(cls, drift: Drift, moments: GradientMoments, sgd: SGDConfig) -> Weights:
+    def of(cls, drift: Drift, moments: GradientMoments, sgd: SGDConfig) -> Potential:
         (a, b), (c, d) = moments.batch_weights(sgd)
         return cls(drift.decay, drift.noise * a + drift.mean * c, drift.noise * b + drift.mean * d)
 

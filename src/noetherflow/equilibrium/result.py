@@ -18,8 +18,9 @@ class Settled:
 
     `element` moves the model there (layout `symmetry.shape`; the identity on coordinates without a finite equilibrium;
     general_linear elements `G` are as good as `R G` for any rotation `R`). `classification`: `finite`; `one-sided`:
-    nothing holds the norm back (all legs scale the same way, no decay); `degenerate`: some coordinates (`coordinates`:
-    torus indices, or GL blocks) have no finite equilibrium, for `reason`. `charge_now`, `charge`: the charge today and
+    nothing holds the norm back (all legs scale the same way, no decay); `degenerate`: some coordinates have no finite
+    equilibrium, for `reason`. `finite`: true for the coordinates (torus) or blocks (general_linear) that have one,
+    `[blocks]`. `charge_now`, `charge`: the charge today and
     predicted at `element`; `weight_grams`, `noise_grams`: predicted leg Grams there. `imbalance`: relative Noether
     flow left, per coordinate or block. `log_error`: standard error of `1/2 log(G^T G)`, `log element` for a torus,
     entry by entry.
@@ -36,7 +37,7 @@ class Settled:
     noise_grams: tuple[Tensor, ...]
     imbalance_now: Tensor
     imbalance: Tensor
-    coordinates: tuple[int, ...] = ()
+    finite: Tensor
     reason: str = ""
     log_error: Tensor | None = None
 
@@ -58,7 +59,7 @@ class Settled:
             "largest_change": self.largest_change,
             "imbalance_now": float(self.imbalance_now.max()),
             "imbalance": float(self.imbalance.max()),
-            "coordinates": list(self.coordinates),
+            "not_finite": (~self.finite).nonzero().flatten().tolist(),
             "reason": self.reason,
         }
 

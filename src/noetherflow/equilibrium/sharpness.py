@@ -19,7 +19,7 @@ from noetherflow.core.inputs import LossFn
 from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.flow import Flow
 from noetherflow.equilibrium.orbit import orbit_of
-from noetherflow.equilibrium.potential import Weights
+from noetherflow.equilibrium.potential import Potential
 from noetherflow.equilibrium.result import Equilibrium
 from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.batch import refuse_renormalising
@@ -190,7 +190,7 @@ def trace_at(
     moved one: move a copy and measure there.
     """
     movers = [s for s in syms if s.name in elements]
-    orbit = orbit_of(model, movers, curvature, Weights(0.0, 1.0, 0.0))
+    orbit = orbit_of(model, movers, curvature, Potential(0.0, 1.0, 0.0))
     now = orbit.at([s.identity() for s in movers]).trace
     then = orbit.at([elements[s.name] for s in movers]).trace
     assert now is not None

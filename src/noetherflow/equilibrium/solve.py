@@ -17,19 +17,19 @@ from torch import Tensor
 from noetherflow.core import spd
 from noetherflow.equilibrium.blocks import GLClasses, TorusClasses, classify_gl, classify_torus
 from noetherflow.equilibrium.orbit import Orbit, Point
-from noetherflow.equilibrium.potential import Weights
+from noetherflow.equilibrium.potential import Potential
 from noetherflow.errors import MomentError
 from noetherflow.symmetry.symmetry import Symmetry
 
 Classes = TorusClasses | GLClasses
 
 
-def drives(symmetry: Symmetry, pairs: Sequence[tuple[Tensor, Tensor]], weights: Weights) -> tuple[Tensor, Tensor]:
-    """`X = 1/2 (weight K_plus + M_minus)`, `Y = 1/2 (weight K_minus + M_plus)`, legs weighted by `|exponent|`."""
+def drives(symmetry: Symmetry, pairs: Sequence[tuple[Tensor, Tensor]], potential: Potential) -> tuple[Tensor, Tensor]:
+    """`X = 1/2 (norm K_plus + M_minus)`, `Y = 1/2 (norm K_minus + M_plus)`, every leg counted `|exponent|` times."""
     x, y = torch.zeros(symmetry.shape, dtype=torch.float64), torch.zeros(symmetry.shape, dtype=torch.float64)
     for leg, (k, m) in zip(symmetry.weight_legs, pairs, strict=True):
         c = abs(leg.exponent) / 2
-        shrinking, growing = (weights.weight * k, m) if leg.exponent > 0 else (m, weights.weight * k)
+        shrinking, growing = (potential.norm * k, m) if leg.exponent > 0 else (m, potential.norm * k)
         x, y = x + c * shrinking, y + c * growing
     return (x, y) if symmetry.is_torus else (spd.symmetric(x), spd.symmetric(y))
 
@@ -53,7 +53,7 @@ def imbalance(symmetry: Symmetry, classes: Classes, x: Tensor, y: Tensor) -> Ten
 
 
 @dataclass(frozen=True, eq=False)
-class Solution:
+class Minimum:
     """Where the solver stopped: logs of the group elements, the last point and how it got there."""
 
     logs: list[Tensor]
@@ -88,7 +88,7 @@ def minimise(
     tolerance: float = 1e-11,
     max_iterations: int = 500,
     memory: int = 10,
-) -> Solution:
+) -> Minimum:
     """The joint minimiser of Phi over the finite coordinates, from `start` (logs; default the identity).
 
     Stops when the relative Noether flow of every symmetry is below `tolerance`, or when it no longer falls.
@@ -96,7 +96,7 @@ def minimise(
     symmetries = orbit.symmetries
     logs = [torch.zeros(s.shape, dtype=torch.float64) for s in symmetries] if start is None else list(start)
     history = _Anderson(memory)
-    best: Solution | None = None
+    best: Minimum | None = None
     stalled = evaluations = 0
     safe: Tensor | None = None
     merit = float("inf")
@@ -113,7 +113,7 @@ def minimise(
             continue
         if best is None or worst < best.imbalance:
             stalled = 0 if best is None or worst < 0.9 * best.imbalance else stalled + 1
-            best = Solution(logs, point, worst, iteration, evaluations, worst <= tolerance)
+            best = Minimum(logs, point, worst, iteration, evaluations, worst <= tolerance)
         else:
             stalled += 1
         if worst <= tolerance or stalled > 3 * memory:
@@ -124,10 +124,10 @@ def minimise(
         safe = None if proposal is plain else plain
         logs = _unflat(proposal, symmetries)
     assert best is not None
-    return Solution(best.logs, best.point, best.imbalance, iteration, evaluations, best.imbalance <= tolerance)
+    return Minimum(best.logs, best.point, best.imbalance, iteration, evaluations, best.imbalance <= tolerance)
 
 
-def _of(best: Solution | None) -> float:
+def _of(best: Minimum | None) -> float:
     return float("inf") if best is None else best.imbalance
 
 
@@ -135,14 +135,14 @@ def _merit(orbit: Orbit, point: Point) -> float:
     """Phi up to a constant, NaN where it is not known."""
     if point.trace is None:
         return float("nan")
-    return 0.5 * (orbit.weights.weight * point.norm + point.trace)
+    return 0.5 * (orbit.potential.norm * point.norm + point.trace)
 
 
 def _worst(orbit: Orbit, classes: Sequence[Classes], point: Point) -> float:
     """The largest imbalance, infinite where it is not a number."""
     worst = 0.0
     for s, c, pairs in zip(orbit.symmetries, classes, point.pairs, strict=True):
-        flow = imbalance(s, c, *drives(s, pairs, orbit.weights)).max()
+        flow = imbalance(s, c, *drives(s, pairs, orbit.potential)).max()
         worst = max(worst, float(flow.nan_to_num(nan=torch.inf)))
     return worst
 
@@ -156,7 +156,7 @@ def _sweep(
     """
     logs = []
     for s, c, k, g, pairs in zip(orbit.symmetries, classes, kappa, elements, point.pairs, strict=True):
-        x, y = drives(s, pairs, orbit.weights)
+        x, y = drives(s, pairs, orbit.potential)
         new = g.log() + _torus_step(c, x, y) / (4 * k) if isinstance(c, TorusClasses) else _gl_log(c, x, y, k, g)
         if not bool(torch.isfinite(new).all()):
             raise MomentError(

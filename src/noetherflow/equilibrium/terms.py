@@ -9,14 +9,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from noetherflow.equilibrium.potential import LegPair, Weights
+from noetherflow.equilibrium.potential import LegPair, Potential
 from noetherflow.moments.factors import Factors
 from noetherflow.symmetry.leg import Leg
 from noetherflow.symmetry.overlap import LegCoordinates
 from noetherflow.symmetry.symmetry import Symmetry
 
 
-class Term(Protocol):
+class OrbitTerm(Protocol):
     """A part of the model that knows its leg Grams, and how charges change, on the whole orbit."""
 
     def add(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
@@ -99,7 +99,7 @@ class _GradientTerm:
     symmetries: tuple[tuple[int, Symmetry], ...]
     theta: Tensor
     mean: Tensor
-    weights: Weights
+    potential: Potential
 
     def slope(self, elements: Sequence[Tensor], generators: Sequence[Tensor], out: list[Tensor]) -> None:
         theta = self._moved(self.theta, elements)
@@ -143,9 +143,9 @@ class SampleTerm(_GradientTerm):
         gradients = torch.stack([self._moved(g, duals) for g in self.gradients])
         for index, position, leg, symmetry in self._legs():
             second = torch.stack([symmetry.leg_gram(leg, g) for g in gradients]).mean(0)
-            drive = self.weights.drive(second, symmetry.leg_gram(leg, mean))
+            drive = self.potential.drive(second, symmetry.leg_gram(leg, mean))
             out[index][position] = (symmetry.leg_gram(leg, theta), drive)
-        trace = self.weights.drive(gradients.square().mean(0), mean.square()).sum()
+        trace = self.potential.drive(gradients.square().mean(0), mean.square()).sum()
         return float(theta.square().sum()), float(trace)
 
 
@@ -170,10 +170,10 @@ class FactorTerm(_GradientTerm):
             rows = replace(leg, axes=(0,))
             x, y = rows.unfold(sides[axis]), rows.unfold(partner[axis])
             second = (x * y).sum((1, 2)) if symmetry.is_torus else x @ y.mT
-            drive = self.weights.drive(second / n, symmetry.leg_gram(leg, mean))
+            drive = self.potential.drive(second / n, symmetry.leg_gram(leg, mean))
             out[index][position] = (symmetry.leg_gram(leg, theta), drive)
         trace = (inner[0] * inner[1]).sum() / n
-        return float(theta.square().sum()), float(self.weights.drive(trace, mean.square().sum()))
+        return float(theta.square().sum()), float(self.potential.drive(trace, mean.square().sum()))
 
     def _moved(self, values: Tensor, elements: Sequence[Tensor]) -> Tensor:
         return self._along(self._along(values, 0, elements).mT, 1, elements).mT

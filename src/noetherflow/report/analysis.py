@@ -100,8 +100,7 @@ def _forecast(analysis: Analysis) -> bytes:
 def _balance(analysis: Analysis) -> bytes:
     pairs = []
     for settled in analysis.equilibrium:
-        finite = np.ones(len(settled.imbalance), dtype=bool)
-        finite[list(settled.coordinates)] = False
+        finite = settled.finite.numpy()
         pairs.append((settled.imbalance_now.numpy()[finite], settled.imbalance.numpy()[finite]))
     now, after = (np.concatenate(values) for values in zip(*pairs, strict=True))
     return balance_figure({"now": now, "after the move, predicted": after})
