@@ -43,6 +43,26 @@ def test_general_linear_blocks():
     assert syms.n_charges() == 6
 
 
+class OffsetGain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain, self.out = nn.Parameter(0.1 * torch.randn(3)), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.out(nn.functional.rms_norm(x, (3,)) * (1 + self.gain))
+
+
+def test_a_declared_offset_gain_is_exact_and_a_plain_one_is_broken():
+    model, x = OffsetGain().double(), torch.randn(5, 3, dtype=torch.float64)
+    legs = {"plus": [("gain", 0)], "minus": [("out.weight", 1)]}
+    right = nf.declare(model, "diagonal", **legs, offsets={"gain": 1.0})
+    wrong = nf.declare(model, "diagonal", **legs)
+    assert nf.certify(model, right, x).rows[0].verdict == "exact"
+    assert nf.certify(model, wrong, x).rows[0].verdict == "broken"
+    with pytest.raises(DeclarationError, match=r"offsets name \['gian'\]"):
+        nf.declare(model, "diagonal", **legs, offsets={"gian": 1.0})
+
+
 @pytest.mark.parametrize(
     ("kind", "plus", "blocks", "message"),
     [

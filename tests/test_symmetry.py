@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -232,3 +234,48 @@ def test_matrix_functions_agree_with_torch(n, seed):
     assert torch.allclose(spd.logm(spd.expm(a)), a, atol=1e-10)
     assert torch.allclose(spd.sqrtm(spd.expm(a)) @ spd.sqrtm(spd.expm(a)), spd.expm(a))
     assert torch.allclose(spd.inv_sqrtm(spd.expm(a)), spd.expm(-a / 2))
+
+
+def offset_gain(offset: float = 1.0) -> tuple[Symmetry, dict[str, Tensor]]:
+    """`y = W ((offset + g) * x)`: what multiplies `offset + g` divides the columns of `W`."""
+    legs = (
+        Leg("g", np.arange(4).reshape(4, 1, 1), 1, offset=offset),
+        Leg("w", np.arange(4).reshape(4, 1, 1), -1, (1,)),
+    )
+    params = {"g": torch.randn(4, dtype=D, generator=rng(1)), "w": torch.randn(3, 4, dtype=D, generator=rng(2))}
+    return Symmetry("gain", "norm-gain", "diagonal", legs), params
+
+
+@pytest.mark.parametrize("offset", [1.0, -1.0, 0.25])
+def test_an_offset_leg_moves_the_weight_plus_its_offset(offset):
+    sym, params = offset_gain(offset)
+    element, x = sym.random_element(rng=rng(3)), torch.randn(4, dtype=D, generator=rng(4))
+    moved = sym.act(params, element)
+    assert torch.allclose(moved["g"], element * (params["g"] + offset) - offset)
+    assert torch.allclose(moved["w"] @ ((offset + moved["g"]) * x), params["w"] @ ((offset + params["g"]) * x))
+    assert torch.allclose(sym.act(moved, sym.inverse(element))["g"], params["g"])
+    assert torch.allclose(sym.move_weight("g", params["g"], element), moved["g"])
+
+
+def test_the_charge_of_an_offset_leg_and_its_tangent():
+    sym, params = offset_gain()
+    by_hand = (params["g"] + 1).square() - params["w"].square().sum(0)
+    assert torch.allclose(sym.charge(params), by_hand)
+    generator, step = torch.randn(4, dtype=D, generator=rng(5)), 1e-6
+    ahead, behind = (sym.act(params, sym.exp(h * generator)) for h in (step, -step))
+    for name, tangent in sym.tangent(params, generator).items():
+        assert torch.allclose(tangent, (ahead[name] - behind[name]) / (2 * step), atol=1e-8)
+    gradient = {n: torch.randn_like(p) for n, p in params.items()}
+    assert torch.allclose(sym.form(gradient), gradient["g"].square() - gradient["w"].square().sum(0))
+
+
+def test_an_offset_survives_json_and_low_precision():
+    sym, params = offset_gain()
+    again = Symmetry.from_dict(json.loads(json.dumps(sym.to_dict())))
+    assert again.offsets == {"g": 1.0}
+    low = {n: p.bfloat16() for n, p in params.items()}
+    element = torch.full((4,), 1 + 2**-9, dtype=D)
+    exact = element * (low["g"].double() + 1) - 1
+    assert torch.equal(sym.act(low, element)["g"], exact.bfloat16()), "rounded once, at the end"
+    with pytest.raises(ValueError, match=r"disagree on its offset: \[\('g', 0.0\), \('g', 1.0\)\]"):
+        Symmetry("two", "declared", "diagonal", (sym.legs[0], dataclasses.replace(sym.legs[0], offset=0.0)))

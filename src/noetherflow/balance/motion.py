@@ -41,7 +41,7 @@ class Motion:
 
     def weight(self, name: str, tensor: Tensor) -> Tensor:
         """`X -> G X` on `+` legs, `X -> G^-T X` on `-` legs."""
-        return self._each(name, tensor, lambda s, out: s.move(name, out, self.elements[s.name]))
+        return self._each(name, tensor, lambda s, out: s.move_weight(name, out, self.elements[s.name]))
 
     def gradient(self, name: str, tensor: Tensor) -> Tensor:
         """`dX -> G^-T dX` on `+` legs, `dX -> G dX` on `-` legs."""

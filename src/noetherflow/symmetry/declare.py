@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -24,15 +24,32 @@ def declare(
     blocks: int = 1,
     name: str | None = None,
     family: str = "declared",
+    offsets: Mapping[str, float] | None = None,
 ) -> SymmetrySet:
     """Declare one symmetry by parameter names: `X -> G X` on `plus`, `X -> G^-T X` on `minus`.
 
-    Each leg is `(parameter name, axis)`. For `diagonal` the axis length is the number of coordinates; for
-    `general_linear` it splits into `blocks` heads of equal size; for `scalar` any axis will do.
-    A longer axis whose length is a multiple of the smallest one is read as flattened channels (replicas last).
+    Args:
+        model: the model whose parameters are named.
+        kind: `diagonal` (one positive number per coordinate of the axis), `general_linear` (a matrix per block) or
+            `scalar` (one number for all; any axis will do).
+        plus: legs `(parameter name, axis)` that the group multiplies. A longer axis whose length is a multiple of the
+            smallest one is read as flattened channels (replicas last).
+        minus: legs that the inverse multiplies.
+        blocks: heads of equal size into which a `general_linear` axis splits.
+        name: of the symmetry; the parameters' names by default.
+        family: under which tables list it.
+        offsets: what is added to a parameter before the group acts: `{"norm.weight": 1.0}` for a gain `1 + weight`.
 
-    Raises DeclarationError for an unknown name, an axis out of range, sizes that do not match, or no leg.
-    Certify the result before trusting it: `nf.certify(model, syms, example_inputs)`.
+    Returns:
+        A set with this one symmetry. Certify it before trusting it: `nf.certify(model, syms, example_inputs)`.
+
+    Raises:
+        DeclarationError: an unknown name, an axis out of range, sizes that do not match, or no leg.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> declare(net, "diagonal", plus=[("0.weight", 0), ("0.bias", 0)], minus=[("2.weight", 1)]).n_charges()
+        4
     """
     tensors = tensors_of(model)
     wanted = [(*leg, 1) for leg in plus] + [(*leg, -1) for leg in minus]
@@ -42,6 +59,8 @@ def declare(
     n = 1 if kind == "scalar" else min(sizes)
     if kind == "general_linear" and n % blocks:
         raise DeclarationError(f"axis of length {n} does not split into {blocks} equal blocks")
+    if unknown := sorted(set(offsets or ()) - {parameter for parameter, _, _ in wanted}):
+        raise DeclarationError(f"offsets name {unknown}, on which no leg lies; legs: {[p for p, _, _ in wanted]}")
     if kind != "general_linear" and blocks != 1:
         raise DeclarationError(f"blocks={blocks} is for kind='general_linear', got kind={kind!r}")
     legs = []
@@ -53,7 +72,8 @@ def declare(
             )
         rows = np.arange(size, dtype=np.int64)
         shape = (blocks, n // blocks, size // n) if kind == "general_linear" else (n, 1, size // n)
-        legs.append(Leg(parameter, rows.reshape(shape), sign, (axis % tensors[parameter].ndim,)))
+        offset = (offsets or {}).get(parameter, 0.0)
+        legs.append(Leg(parameter, rows.reshape(shape), sign, (axis % tensors[parameter].ndim,), offset=offset))
     label = name or " -> ".join(dict.fromkeys(p for p, _, _ in wanted))
     symmetry = Symmetry(label, family, kind, tuple(legs))
     shapes = {n: tuple(t.shape) for n, t in tensors.items()}

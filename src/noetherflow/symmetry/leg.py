@@ -23,6 +23,10 @@ class Leg:
     `power` other than 1 (a running variance, a squared activation) and `buffer=True` (moved, but carries no charge) are
     used by diagonal and scalar groups only. The index may be any integers; a layout that is one regular stride is
     recognised and then no data is copied.
+
+    `offset`: the group acts on `parameter + offset` instead of the parameter, as for the gain `1 + weight` of Gemma's
+    norms (offset 1): `weight -> G^(sign * power) (weight + offset) - offset`. All methods here take what the group
+    multiplies, weights with their offset added (`Symmetry.positions`) or gradients, and know nothing of it.
     """
 
     parameter: str
@@ -32,6 +36,7 @@ class Leg:
     view: tuple[int, ...] | None = None
     power: float = 1.0
     buffer: bool = False
+    offset: float = 0.0
 
     @property
     def exponent(self) -> float:
@@ -151,6 +156,7 @@ class Leg:
             "view": None if self.view is None else list(self.view),
             "power": self.power,
             "buffer": self.buffer,
+            "offset": self.offset,
             "index": _encode_index(self.index),
         }
 
@@ -165,6 +171,7 @@ class Leg:
             None if view is None else tuple(view),
             float(data.get("power", 1.0)),
             bool(data.get("buffer", False)),
+            float(data.get("offset", 0.0)),
         )
 
 

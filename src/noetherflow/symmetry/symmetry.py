@@ -46,6 +46,9 @@ class Symmetry:
             raise ValueError(f"{self.kind} symmetry {self.name!r} must have dim 1, got {self.dim}")
         if self.kind == "general_linear" and any(leg.power != 1 for leg in self.legs):
             raise ValueError(f"general_linear symmetry {self.name!r} cannot have powers other than 1")
+        offsets = {(leg.parameter, leg.offset) for leg in self.legs}
+        if len(offsets) > len({leg.parameter for leg in self.legs}):
+            raise ValueError(f"legs of {self.name!r} on one parameter disagree on its offset: {sorted(offsets)}")
 
     @property
     def blocks(self) -> int:
@@ -73,6 +76,24 @@ class Symmetry:
     def parameters(self) -> tuple[str, ...]:
         """Names of the parameters that carry charge, each once."""
         return tuple(dict.fromkeys(leg.parameter for leg in self.weight_legs))
+
+    @cached_property
+    def offsets(self) -> dict[str, float]:
+        """What is added to a parameter before the group acts on it, by parameter; those with 0 are left out."""
+        return {leg.parameter: leg.offset for leg in self.legs if leg.offset}
+
+    def positions(self, params: Params) -> Params:
+        """The given weights as the group sees them: with the offsets of their legs added.
+
+        Args:
+            params: tensors by name, those of the legs among them.
+
+        Returns:
+            The same mapping where no leg has an offset; else a copy in which those parameters, in float64, have theirs.
+        """
+        if not self.offsets:
+            return params
+        return {n: t.double() + self.offsets[n] if n in self.offsets else t for n, t in params.items()}
 
     @property
     def one_sided(self) -> bool:
@@ -107,9 +128,11 @@ class Symmetry:
     def act(self, params: Params, element: Tensor) -> dict[str, Tensor]:
         """The moved tensors `G . theta` by name (only those with a leg); inputs are untouched.
 
-        `+` legs go `X -> G X`, `-` legs `X -> G^-T X`. Raises KeyError for a missing parameter.
+        `+` legs go `X -> G X`, `-` legs `X -> G^-T X`, `X` the parameter plus the leg's offset. Raises KeyError for a
+        missing parameter.
         """
-        return self._move(params, element, self.legs)
+        moved = self._move(self.positions(params), element, self.legs)
+        return {n: (t - self.offsets[n]).to(params[n].dtype) if n in self.offsets else t for n, t in moved.items()}
 
     def act_on_gradients(self, gradients: Params, element: Tensor) -> dict[str, Tensor]:
         """What gradients become at the moved point: `dX -> G^-T dX` on `+` legs, `G dX` on `-` legs."""
@@ -136,16 +159,26 @@ class Symmetry:
         return moved
 
     def move(self, parameter: str, tensor: Tensor, element: Tensor) -> Tensor:
-        """One parameter of `act`: `tensor` with the legs on `parameter` moved (itself where there is none)."""
+        """`tensor`, of the shape of a parameter, multiplied as the legs on that parameter say (itself where there is
+        none): a position (`positions`) moves by `element`, a gradient by its dual.
+        """
         legs = tuple(leg for leg in self.legs if leg.parameter == parameter)
         return self._move({parameter: tensor}, element, legs).get(parameter, tensor)
 
+    def move_weight(self, parameter: str, tensor: Tensor, element: Tensor) -> Tensor:
+        """One parameter of `act`: the weight itself, its offset taken into account."""
+        offset = self.offsets.get(parameter, 0.0)
+        if not offset:
+            return self.move(parameter, tensor, element)
+        return (self.move(parameter, tensor.double() + offset, element) - offset).to(tensor.dtype)
+
     def tangent(self, params: Params, generator: Tensor) -> dict[str, Tensor]:
         """`d/dlam exp(lam A) . theta` at 0, by parameter name (charge-carrying legs), `A` in the layout `shape`."""
-        return {n: self.tangent_of(n, params[n], generator) for n in self.parameters}
+        here = self.positions(params)
+        return {n: self.tangent_of(n, here[n], generator) for n in self.parameters}
 
     def tangent_of(self, parameter: str, tensor: Tensor, generator: Tensor) -> Tensor:
-        """One parameter of `tangent`, zero where no charge-carrying leg lies on it."""
+        """One parameter of `tangent` at the position `tensor`, zero where no charge-carrying leg lies on it."""
         out = torch.zeros_like(tensor)
         blocks = generator.to(tensor).reshape(self.blocks, self.dim, -1)
         for leg in self.weight_legs:
@@ -155,13 +188,19 @@ class Symmetry:
         return out
 
     def charge(self, params: Params) -> Tensor:
-        """The Noether charge `C = sum_legs exponent * X X^T`, layout `shape` (theory.md section 2)."""
-        return self.combine(self.grams(params))
+        """The Noether charge `C = sum_legs exponent * X X^T` of weights, layout `shape` (theory.md section 2)."""
+        return self.form(self.positions(params))
+
+    def form(self, tensors: Params) -> Tensor:
+        """`sum_legs exponent * X X^T` of tensors taken as they are, layout `shape`: of positions (`positions`) the
+        charge, of one gradient what a step along it adds.
+        """
+        return self.combine(self.grams(tensors))
 
     def grams(self, tensors: Params) -> tuple[Tensor, ...]:
         """Leg Grams `X X^T` of the given tensors, one per charge-carrying leg, layout `shape`.
 
-        With weights in `tensors` these are `K_leg`; with one gradient they are `dX dX^T`.
+        With positions (`positions`) in `tensors` these are `K_leg`; with one gradient they are `dX dX^T`.
         """
         return tuple(self.leg_gram(leg, tensors[leg.parameter]) for leg in self.weight_legs)
 
