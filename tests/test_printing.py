@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import noetherflow as nf
-from noetherflow.core.printing import MEANING, count, legend, show, table, transposed
+from noetherflow.core.printing import MEANING, Table, count, legend, show, table, transposed
 from noetherflow.report.analysis import analysis_sections
+from noetherflow.report.tables import rich_table
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -91,3 +92,32 @@ def test_no_symmetry_prints_how_to_ask_why() -> None:
     syms = nf.find_symmetries(model, torch.randn(2, 3))
     assert str(syms).startswith("no continuous symmetry found; nf.explain(model, example_inputs, '0.weight')")
     assert "passes softplus" in nf.explain(model, torch.randn(2, 3), "0.weight")
+
+
+ROWS = [{"family": "rescaling", "max_change": 1234.5, "note": None}, {"family": "a<b", "max_change": None, "new": 2}]
+
+
+def test_one_table_is_drawn_as_text_html_and_in_the_terminal() -> None:
+    """Columns of every row, a dash for what is missing, numbers to the right wherever the table is drawn."""
+    drawn = Table.of(ROWS)
+    assert drawn.names == ("family", "max_change", "note", "new")
+    assert drawn.numeric == (False, True, True, True)
+    assert drawn.rows == (("rescaling", "1,234", "–", "–"), ("a<b", "–", "–", "2"))
+    head, first, second = drawn.text().splitlines()
+    assert head == "family     max_change  note  new"
+    assert (first, second) == ("rescaling       1,234     –    –", "a<b                 –     –    2")
+    html = drawn.html()
+    assert "<th>family</th>" in html
+    assert '<th class="number">max_change</th>' in html
+    assert '<td>a&lt;b</td><td class="number">–</td>' in html
+    assert html.count("<tr>") == 3
+    in_terminal = rich_table(drawn, "1 more")
+    assert [column.header for column in in_terminal.columns] == ["family", "max change", "note", "new"]
+    assert [column.justify for column in in_terminal.columns] == ["left", "right", "right", "right"]
+    assert [str(cell) for cell in in_terminal.columns[0].cells] == ["rescaling", "a<b"]
+    assert in_terminal.caption == "1 more"
+
+
+def test_a_table_without_rows_is_empty() -> None:
+    assert Table.of([]).text() == ""
+    assert table([]).strip() == ""

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from noetherflow.core.printing import legend, show
+from noetherflow.core.printing import Table, legend
+from noetherflow.report.tables import rich_table
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 PIPED_WIDTH = 240
@@ -25,14 +24,9 @@ def out() -> Console:
 
 
 def of_rows(console: Console, rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    """The title on its own line, then a table with one column per key of the first row."""
+    """The title on its own line, then a table with one column per key of the rows."""
     console.print(title, style="italic", markup=False, soft_wrap=True)
-    table = Table(header_style="bold")
-    for name, value in rows[0].items() if rows else ():
-        table.add_column(name.replace("_", " "), justify="left" if isinstance(value, str) else "right")
-    for row in rows:
-        table.add_row(*(Text(show(v)) for v in row.values()))
-    console.print(table)
+    console.print(rich_table(Table.of(rows)))
 
 
 def symmetries(console: Console, syms: SymmetrySet, title: str) -> None:

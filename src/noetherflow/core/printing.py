@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 MEANING = {
@@ -33,20 +35,67 @@ def legend(*names: str) -> str:
     return "; ".join(f"{name}: {MEANING[name]}" for name in names)
 
 
-def table(rows: Sequence[Mapping[str, Any]], *explained: str) -> str:
-    """Aligned columns, one per key of the first row, text to the left and numbers to the right; below, the `legend` of
-    the columns `explained`, indented and broken at `WIDTH`.
+@dataclass(frozen=True)
+class Table:
+    """A table ready to be drawn: named columns of finished cells. `text` and `html` draw it; the terminal's coloured
+    drawing is `report.tables.rich_table`.
+
+    Attributes:
+        names: the heading of every column.
+        numeric: whether a column holds numbers; these stand to the right, text to the left.
+        rows: the cells of every row, as `show` writes them.
+
+    Example:
+        >>> print(Table.of([{"family": "rescaling", "charge": 1234.5}, {"family": "gated", "charge": None}]).text())
+        family     charge
+        rescaling   1,234
+        gated           –
     """
-    names = list(rows[0]) if rows else []
-    columns = [[name, *(show(row.get(name)) for row in rows)] for name in names]
-    text = [any(isinstance(row.get(name), str) for row in rows) for name in names]
-    padded = [
-        [cell.ljust(width) if left else cell.rjust(width) for cell in column]
-        for column, left in zip(columns, text, strict=True)
-        for width in [max(map(len, column))]
-    ]
-    lines = ["  ".join(cells).rstrip() for cells in zip(*padded, strict=True)]
-    return "\n".join([*lines, textwrap.fill(legend(*explained), WIDTH, initial_indent="  ", subsequent_indent="  ")])
+
+    names: tuple[str, ...]
+    numeric: tuple[bool, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, Any]]) -> Table:
+        """The table of rows given as `{column: value}`; a row without some column shows a dash there."""
+        names = tuple(dict.fromkeys(name for row in rows for name in row))
+        numeric = tuple(not any(isinstance(row.get(name), str) for row in rows) for name in names)
+        return cls(names, numeric, tuple(tuple(show(row.get(name)) for name in names) for row in rows))
+
+    def text(self) -> str:
+        """Aligned columns, two spaces apart, one line a row."""
+        columns = list(zip(self.names, *self.rows, strict=True))
+        padded = [
+            [cell.rjust(width) if number else cell.ljust(width) for cell in column]
+            for column, number in zip(columns, self.numeric, strict=True)
+            for width in [max(map(len, column))]
+        ]
+        return "\n".join("  ".join(cells).rstrip() for cells in zip(*padded, strict=True))
+
+    def html(self) -> str:
+        """A `<table>` element; cells of numbers have the class `number`."""
+        classes = [' class="number"' if number else "" for number in self.numeric]
+
+        def line(tag: str, cells: Sequence[str]) -> str:
+            return "".join(f"<{tag}{c}>{escape(cell)}</{tag}>" for c, cell in zip(classes, cells, strict=True))
+
+        body = "\n".join(f"<tr>{line('td', row)}</tr>" for row in self.rows)
+        return f"<table>\n<thead><tr>{line('th', self.names)}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
+
+
+def table(rows: Sequence[Mapping[str, Any]], *explained: str) -> str:
+    """The rows as an aligned text table, and below it, indented, what the columns `explained` mean.
+
+    Args:
+        rows: one mapping `{column: value}` a row.
+        explained: names out of `MEANING`.
+
+    Returns:
+        Several lines of text; the last ones are the legend, broken at `WIDTH` characters.
+    """
+    below = textwrap.fill(legend(*explained), WIDTH, initial_indent="  ", subsequent_indent="  ")
+    return "\n".join([*Table.of(rows).text().splitlines(), below])
 
 
 def transposed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from noetherflow.core.files import write_text
-from noetherflow.core.printing import show
+from noetherflow.core.printing import Table, show
 from noetherflow.errors import DataError, require
 
 
@@ -76,7 +76,7 @@ def _prepare(section: Section, position: int, safe: Any) -> dict[str, Any]:
         "anchor": f"s{position}-" + re.sub(r"[^a-z0-9]+", "-", section.heading.lower()).strip("-"),
         "paragraphs": [_paragraph(p, safe) for p in re.split(r"\n\s*\n", section.prose.strip()) if p],
         "facts": [(label, show(value)) for label, value in section.facts],
-        "table": _table(section.table),
+        "table": safe(Table.of(section.table).html()) if section.table else "",
         "figures": [_figure(f, f"plot-{position}-{j}", safe) for j, f in enumerate(section.figures)],
     }
 
@@ -85,18 +85,6 @@ def _paragraph(text: str, safe: Any) -> Any:
     pieces = re.split(r"`([^`]+)`", " ".join(text.split()))
     marked = [safe("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(pieces)]
     return safe("").join(marked)
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    if not rows:
-        return None
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    numeric = {name: all(isinstance(r.get(name), (int, float, type(None))) for r in rows) for name in names}
-    columns = [{"name": name, "number": numeric[name]} for name in names]
-    return {
-        "columns": columns,
-        "rows": [[(c, show(row.get(name))) for c, name in zip(columns, names, strict=True)] for row in rows],
-    }
 
 
 def _figure(figure: Figure, name: str, safe: Any) -> dict[str, Any]:

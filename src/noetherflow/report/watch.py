@@ -10,19 +10,29 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
-from noetherflow.core.printing import show
+from noetherflow.core.printing import Table, show
 from noetherflow.errors import DataError
 from noetherflow.monitor.log import LOG_NAME
 from noetherflow.monitor.rundata import RunData, RunReader
 from noetherflow.report.run import NAMES, finite_mean
+from noetherflow.report.tables import rich_table
 
 RECENT = 50
 KEPT = 4 * RECENT
 ROWS = 12
 BARS = "▁▂▃▄▅▆▇█"
+ESTIMATES = (
+    ("norm", "norm"),
+    ("distance", "|lam*|"),
+    ("steps", "steps to go"),
+    ("growth", "growth/step"),
+    ("angular", "angle/step"),
+    ("check", "violation"),
+)
+"""Estimates shown by symmetry, with the heading of each."""
 
 
 def watch(
@@ -66,7 +76,7 @@ def view(data: RunData | None, run_dir: str | os.PathLike[str]) -> Text | Group:
         path = Path(run_dir) / LOG_NAME
         lack = "holds no recorded step" if path.exists() else "does not exist"
         return Text(f"{path} {lack} yet; waiting for it (Ctrl-C stops) ...")
-    parts: list[Text | Table] = [Text(headline(data), style="bold"), *_families(data)]
+    parts: list[Text | RichTable] = [Text(headline(data), style="bold"), *_families(data)]
     if data.estimates:
         parts += _symmetries(data)
     recent = sorted([*data.events, *data.spikes()], key=lambda e: e["step"])[-5:]
@@ -93,41 +103,34 @@ def sparkline(values: np.ndarray, width: int = 32) -> str:
     return "".join(BARS[int((b - low) / span * (len(BARS) - 1))] for b in bins)
 
 
-def _families(data: RunData) -> list[Text | Table]:
-    table = _table("family", "charge", "per step", "main cause")
+def _families(data: RunData) -> list[Text | RichTable]:
+    """The charge of every family, its drift, and the main cause of the drift."""
     last = slice(-RECENT, None)
+    rows = []
     for i, family in enumerate(data.families):
         means = {name: finite_mean(data.family[name][last, i]) for name in NAMES}
         cause = max(means, key=lambda name: np.nan_to_num(abs(means[name])))
-        drift = finite_mean(data.family["change"][last, i])
-        moved = abs(means[cause]) > 0
-        cells = (show(float(data.family["charge"][-1, i])), show(drift), NAMES[cause] if moved else "none")
-        table.add_row(Text(family), *cells)
-    return [Text(f"charges (drift over the last {RECENT} recorded steps)", style="italic"), table]
+        rows.append(
+            {
+                "family": family,
+                "charge": float(data.family["charge"][-1, i]),
+                "per step": finite_mean(data.family["change"][last, i]),
+                "main cause": NAMES[cause] if abs(means[cause]) > 0 else "none",
+            }
+        )
+    heading = Text(f"charges (drift over the last {RECENT} recorded steps)", style="italic")
+    return [heading, rich_table(Table.of(rows))]
 
 
-def _symmetries(data: RunData) -> list[Text | Table]:
-    columns = [
-        ("norm", "norm"),
-        ("distance", "|lam*|"),
-        ("steps", "steps to go"),
-        ("growth", "growth/step"),
-        ("angular", "angle/step"),
-        ("check", "violation"),
-    ]
-    shown = [(k, title) for k, title in columns if k in data.estimates and np.isfinite(data.estimates[k][-1]).any()]
-    table = _table("symmetry", *(t for _, t in shown))
+def _symmetries(data: RunData) -> list[Text | RichTable]:
+    """The last estimates of the symmetries that are farthest from equilibrium (or grow fastest)."""
+    shown = [(k, title) for k, title in ESTIMATES if k in data.estimates and np.isfinite(data.estimates[k][-1]).any()]
     key = data.estimates.get("distance", data.estimates["growth"])[-1]
     order = np.argsort(-np.nan_to_num(np.abs(key)), kind="stable")
-    for i in order[:ROWS]:
-        table.add_row(Text(data.symmetries[i]), *(show(float(data.estimates[k][-1, i])) for k, _ in shown))
-    if len(order) > ROWS:
-        table.caption = f"{len(order) - ROWS} more"
-    return [Text(f"layers (estimates at step {int(data.estimate_steps[-1]):,})", style="italic"), table]
-
-
-def _table(*columns: str) -> Table:
-    table = Table()
-    for j, name in enumerate(columns):
-        table.add_column(name, justify="left" if j == 0 or name == "main cause" else "right", overflow="fold")
-    return table
+    rows = [
+        {"symmetry": data.symmetries[i], **{title: float(data.estimates[k][-1, i]) for k, title in shown}}
+        for i in order[:ROWS]
+    ]
+    more = f"{len(order) - ROWS} more" if len(order) > ROWS else None
+    heading = Text(f"layers (estimates at step {int(data.estimate_steps[-1]):,})", style="italic")
+    return [heading, rich_table(Table.of(rows), more)]
