@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from noetherflow.balance.model import BalanceReport, balance_values
 from noetherflow.balance.motion import Motion
-from noetherflow.balance.optimizer_state import MoveTally, held_in, is_saved_optimizer, moved_state, without_optimizer
+from noetherflow.balance.optimizer_state import RULES, MoveTally, moved_state, without_optimizer
 from noetherflow.core.files import check_writable, replacing
+from noetherflow.core.held import held_in, is_saved_optimizer
 from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.result import Equilibrium
 from noetherflow.errors import CheckpointError
@@ -245,7 +246,7 @@ class _Mover:
         new = copy.copy(saved)
         new["state"] = {index: dict(state) for index, state in saved["state"].items()}
         try:
-            held = held_in(new, self.model)
+            held = held_in(new, self.model, RULES)
         except CheckpointError as why:
             if any(t.numel() > 1 for t in tree_leaves(saved["state"]) if isinstance(t, Tensor)):
                 self.tally.unmoved.append(f"{path}: optimiser state, its parameters could not be identified: {why}")

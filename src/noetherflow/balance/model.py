@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow.balance.motion import Motion
-from noetherflow.balance.optimizer_state import MoveTally, held_by, moved_state, without_optimizer
+from noetherflow.balance.optimizer_state import MoveTally, moved_state, without_optimizer
+from noetherflow.core.held import held_by
 from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.result import Equilibrium
 from noetherflow.errors import CertificateError, DataError
