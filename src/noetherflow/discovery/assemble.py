@@ -12,7 +12,7 @@ from scipy.sparse.csgraph import connected_components
 
 from noetherflow.discovery.gauges import Array, Bundle, mix
 from noetherflow.discovery.infer import Inference
-from noetherflow.discovery.solve import Solution
+from noetherflow.discovery.solve import GaugeSolution
 from noetherflow.discovery.store import Store
 from noetherflow.symmetry.leg import Leg
 from noetherflow.symmetry.symmetry import Kind, Symmetry
@@ -29,7 +29,7 @@ class _Entries:
     cell: Array
 
 
-def assemble(inference: Inference, solution: Solution) -> list[Symmetry]:
+def assemble(inference: Inference, solution: GaugeSolution) -> list[Symmetry]:
     """Group coordinates with the same legs into symmetries; general_linear where no operator tells them apart."""
     store = inference.store
     buffers = {b.leaf for b in store.bundles if b.leaf not in inference.graph.parameters}
@@ -73,7 +73,7 @@ def _note(eps: float) -> str:
     return f"exact up to the normalisation's eps = {eps:g}" if eps else ""
 
 
-def _entries(store: Store, solution: Solution) -> _Entries:
+def _entries(store: Store, solution: GaugeSolution) -> _Entries:
     starts = np.array([b.start for b in store.bundles], dtype=np.int64)
     sizes = np.array([b.size for b in store.bundles], dtype=np.int64)
     bundle = np.searchsorted(starts, solution.atom, side="right") - 1
@@ -115,7 +115,7 @@ def _may_mix(entries: _Entries, starts: Array, store: Store) -> Array:
     return np.add.reduceat((bad | ~plain).astype(np.int64), starts) == 0
 
 
-def _facts(store: Store, solution: Solution, columns: Array) -> tuple[Array, Array]:
+def _facts(store: Store, solution: GaugeSolution, columns: Array) -> tuple[Array, Array]:
     """Per coordinate the tags of everything it moves, and whether any operator noticed it."""
     by_root_tags = np.zeros(store.size, dtype=np.uint8)
     touched = np.zeros(store.size, dtype=bool)
@@ -134,10 +134,10 @@ def _facts(store: Store, solution: Solution, columns: Array) -> tuple[Array, Arr
 def _idle(entries: _Entries, starts: Array, store: Store) -> Array:
     """Per coordinate whether it moves nothing: constants on axes of a parameter whose product is 1."""
     bundles = store.bundles
-    joint, size = (np.array([getattr(b, k) for b in bundles]) for k in ("joint", "size"))
+    slices, size = np.array([b.slices for b in bundles]), np.array([b.size for b in bundles])
     first = np.array([b.start for b in bundles])
     leaf = np.unique([b.leaf for b in bundles], return_inverse=True)[1]
-    width = (size // joint)[entries.bundle]
+    width = (size // slices)[entries.bundle]
     part = (entries.atom - first[entries.bundle]) // width
     order = np.lexsort((entries.bundle, part, leaf[entries.bundle], entries.column))
     keys = np.stack([entries.column, leaf[entries.bundle], part, entries.bundle])[:, order]
@@ -153,7 +153,7 @@ def _idle(entries: _Entries, starts: Array, store: Store) -> Array:
     return np.asarray(np.minimum.reduceat(still, np.flatnonzero(np.r_[True, np.diff(column) != 0])))
 
 
-def _eps(store: Store, solution: Solution, columns: Array) -> Array:
+def _eps(store: Store, solution: GaugeSolution, columns: Array) -> Array:
     """Per coordinate the largest constant that was added to something it scales, 0 if none."""
     out = np.zeros(solution.free)
     if not store.approximations:

@@ -15,7 +15,7 @@ from noetherflow.discovery.assemble import assemble
 from noetherflow.discovery.export import export
 from noetherflow.discovery.gauges import Array, Bundle
 from noetherflow.discovery.infer import Inference, infer
-from noetherflow.discovery.solve import Solution, solve
+from noetherflow.discovery.solve import GaugeSolution, solve
 from noetherflow.errors import DeclarationError
 from noetherflow.symmetry.symmetry import Symmetry
 
@@ -48,7 +48,9 @@ def explain(model: nn.Module, example_inputs: Any, parameter: str) -> str:
     return "\n".join(lines)
 
 
-def _explain_axis(inference: Inference, solution: Solution, symmetries: list[Symmetry], bundle: Bundle) -> list[str]:
+def _explain_axis(
+    inference: Inference, solution: GaugeSolution, symmetries: list[Symmetry], bundle: Bundle
+) -> list[str]:
     axes = "axis " + ", ".join(map(str, bundle.axes)) + (f" of view {list(bundle.view)}" if bundle.view else "")
     lines = []
     left = np.ones(bundle.size, dtype=bool)
@@ -74,7 +76,7 @@ def _approximate(s: Symmetry) -> str:
     return f", approximate (eps {s.eps:g})" if s.eps else ""
 
 
-def _met(inference: Inference, solution: Solution, atom: int) -> list[str]:
+def _met(inference: Inference, solution: GaugeSolution, atom: int) -> list[str]:
     """The operators that asked something of an atom, in graph order."""
     same = np.flatnonzero(solution.root == solution.root[atom])
     found: dict[tuple[int, str], None] = {}
@@ -88,7 +90,7 @@ def _met(inference: Inference, solution: Solution, atom: int) -> list[str]:
     return steps[:SHOWN] + ([f"    ... and {len(steps) - SHOWN} more"] if len(steps) > SHOWN else [])
 
 
-def _killed(inference: Inference, solution: Solution, atom: int) -> list[str]:
+def _killed(inference: Inference, solution: GaugeSolution, atom: int) -> list[str]:
     """The shortest chain of demands from an atom to the trivial gauge."""
     store = inference.store
     pairs = []

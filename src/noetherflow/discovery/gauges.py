@@ -47,8 +47,24 @@ class Gauge:
         return len(self.shape)
 
 
-Layout = list[tuple[tuple[int, ...] | None, tuple[int, ...], int]]
-"""Per bundle of a parameter: view (None: the parameter itself), axes of the view, number of joint slices."""
+@dataclass(frozen=True)
+class AxisAtoms:
+    """One axis of a parameter whose coordinates get atoms of their own.
+
+    A linear weight `[out, in]` has two: `AxisAtoms((0,))` and `AxisAtoms((1,))`. A stack of 4 matrices `[4, out, in]`
+    has `AxisAtoms((0, 1), slices=4)` and `AxisAtoms((0, 2), slices=4)`: 4 x out and 4 x in atoms. Where `view`
+    is given, `axes` count in the parameter reshaped to it.
+    """
+
+    axes: tuple[int, ...]
+    view: tuple[int, ...] | None = None
+    slices: int = 1
+    """Number of slices (matrices of a stack, groups of a convolution) with their own constants, 1 for a plain axis."""
+
+    def sizes(self, shape: tuple[int, ...]) -> list[int]:
+        """Lengths of the axes in a parameter of this shape."""
+        full = shape if self.view is None else self.view
+        return [full[a] for a in self.axes]
 
 
 @dataclass(eq=False)
@@ -61,8 +77,8 @@ class Bundle:
     start: int
     size: int
     exponent: float
-    joint: int
-    """Number of slices (matrices of a stack, groups of a convolution) with their own constants, 1 for a plain axis."""
+    slices: int
+    """See `AxisAtoms.slices`."""
     fixed: Array = field(default_factory=lambda: np.zeros(1, dtype=bool))
 
 

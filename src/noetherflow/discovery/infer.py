@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from noetherflow.discovery.export import Graph, module_path, operator_name
-from noetherflow.discovery.gauges import Gauge, Layout
+from noetherflow.discovery.gauges import AxisAtoms, Gauge
 from noetherflow.discovery.rules import Context, find_rule, gauges_in
 from noetherflow.discovery.store import Store
 from noetherflow.symmetry.symmetry_set import UnknownOperator
@@ -35,7 +35,7 @@ class Inference:
         return f"{path} ({operator_name(here)})" if path else operator_name(here)
 
 
-def layout(shape: tuple[int, ...], uses: Sequence[fx.Node], placeholder: fx.Node) -> Layout:
+def axis_atoms(shape: tuple[int, ...], uses: Sequence[fx.Node], placeholder: fx.Node) -> list[AxisAtoms]:
     """Which axes of a parameter carry coordinates of their own.
 
     Up to two axes longer than 1: each by itself; a number is seen as a vector of one entry. What becomes a convolution
@@ -43,14 +43,14 @@ def layout(shape: tuple[int, ...], uses: Sequence[fx.Node], placeholder: fx.Node
     matrices: the first axis jointly with each of the others.
     """
     if not shape:
-        return [((1,), (0,), 1)]
+        return [AxisAtoms((0,), view=(1,))]
     long = [a for a, n in enumerate(shape) if n > 1] or [0]
     convolution = _convolution(uses, placeholder)
     if convolution is not None:
-        return _conv_layout(shape, int(_argument(convolution, "groups", 1)))
+        return _convolution_atoms(shape, int(_argument(convolution, "groups", 1)))
     if len(long) <= 2:
-        return [(None, (a,), 1) for a in long]
-    return [(None, (long[0], a), shape[long[0]]) for a in long[1:]]
+        return [AxisAtoms((a,)) for a in long]
+    return [AxisAtoms((long[0], a), slices=shape[long[0]]) for a in long[1:]]
 
 
 def _convolution(uses: Sequence[fx.Node], placeholder: fx.Node) -> fx.Node | None:
@@ -66,11 +66,11 @@ def _convolution(uses: Sequence[fx.Node], placeholder: fx.Node) -> fx.Node | Non
     return None
 
 
-def _conv_layout(shape: tuple[int, ...], groups: int) -> Layout:
+def _convolution_atoms(shape: tuple[int, ...], groups: int) -> list[AxisAtoms]:
     if groups == 1:
-        return [(None, (0,), 1), (None, (1,), 1)]
+        return [AxisAtoms((0,)), AxisAtoms((1,))]
     view = (groups, shape[0] // groups, *shape[1:])
-    return [(None, (0,), groups), (view, (0, 2), groups)]
+    return [AxisAtoms((0,), slices=groups), AxisAtoms((0, 2), view, groups)]
 
 
 def _argument(node: fx.Node, name: str, default: Any) -> Any:
@@ -81,13 +81,13 @@ def _argument(node: fx.Node, name: str, default: Any) -> Any:
     return node.args[position] if position < len(node.args) else default
 
 
-def layouts(graph: Graph) -> dict[str, Layout]:
-    """The layout of every parameter the graph uses."""
-    out: dict[str, Layout] = {}
+def axis_atoms_of(graph: Graph) -> dict[str, list[AxisAtoms]]:
+    """For every parameter the graph uses, the axes that carry atoms."""
+    out: dict[str, list[AxisAtoms]] = {}
     for node in graph.nodes:
         name = graph.leaves.get(node.name, "") if node.op == "placeholder" else ""
         if name in graph.parameters and node.users:
-            out[name] = layout(graph.shapes[name], list(node.users), node)
+            out[name] = axis_atoms(graph.shapes[name], list(node.users), node)
     return out
 
 
@@ -106,7 +106,7 @@ def infer(graph: Graph) -> Inference:
     def leaf(name: str, node: fx.Node | None, exponent: float = 1.0) -> Gauge:
         if name not in leaves:
             shape = graph.shapes[name]
-            plan: Layout = [(None, (0,), 1)] if node is None else layout(shape, users.get(name, []), node)
+            plan = [AxisAtoms((0,))] if node is None else axis_atoms(shape, users.get(name, []), node)
             gauge = store.leaf(name, shape or (1,), plan, exponent)
             scalars = tuple(replace(f, ids=f.ids.reshape(shape)) for f in gauge.fields) if not shape else gauge.fields
             leaves[name] = replace(gauge, shape=shape, fields=scalars)
@@ -130,15 +130,15 @@ def infer(graph: Graph) -> Inference:
             return {k: value(v) for k, v in argument.items()}
         return argument
 
-    shift, shifted = 0, False
+    offset, asked = 0, False
 
     def stand_in(count: int, length: int) -> Tensor | None:
         """Positions that meet every entry of an axis of `length`; a second pass with other ones makes that sound."""
-        nonlocal shifted
+        nonlocal asked
         if count < length:
             return None
-        shifted = True
-        return (torch.arange(count) + shift) % length
+        asked = True
+        return (torch.arange(count) + offset) % length
 
     def run() -> None:
         env.clear()
@@ -161,8 +161,8 @@ def infer(graph: Graph) -> Inference:
             env[node] = _apply(store, node, value, (buffer, stand_in), unknown)
 
     run()
-    if shifted:
-        shift = 1
+    if asked:
+        offset = 1
         run()
     return Inference(graph, store, nodes, tuple(unknown.values()))
 

@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 
 from noetherflow.discovery.certify import EPS_NAMES, _cast, _copy, _floats, _run
 from noetherflow.discovery.export import export
-from noetherflow.discovery.gauges import Layout
-from noetherflow.discovery.infer import layouts
+from noetherflow.discovery.gauges import AxisAtoms
+from noetherflow.discovery.infer import axis_atoms_of
 from noetherflow.errors import DataError
 
 MAX_UNKNOWNS = 20_000
@@ -67,7 +67,7 @@ def count_symmetries(
 
     Raises DataError when there are more than 20,000 unknowns or the outputs are not finite.
     """
-    plan = layouts(export(model, example_inputs))
+    plan = axis_atoms_of(export(model, example_inputs))
     copied, tensors = _copy(model, torch.float64)
     copied.train(train)
     for module in copied.modules():
@@ -89,7 +89,7 @@ def count_symmetries(
     used = torch.zeros(unknowns, dtype=torch.bool)
     count = 0
     # A vector of n entries at one theta leaves matrices with B theta = 0: at least n different theta are needed.
-    longest = max((_sides(tuple(params[n].shape), v, a)[1] for n in params for v, a, _ in plan[n]), default=1)
+    longest = max((_sides(tuple(params[n].shape), axis)[1] for n in params for axis in plan[n]), default=1)
     per_draw = max(1, min(64, int((1.2 * unknowns + 32) / (longest + 8))))
     while count < 1.2 * unknowns + 32 or len(rows) < longest + 8:
         with torch.no_grad():
@@ -117,26 +117,25 @@ def _count(matrix: Tensor, relations: int) -> SymmetryCount:
     return SymmetryCount(null - relations, null, relations, matrix.shape[1], matrix.shape[0], zero, nonzero)
 
 
-def _sides(shape: tuple[int, ...], view: tuple[int, ...] | None, axes: tuple[int, ...]) -> tuple[int, int]:
-    """Number of separate matrices B of a bundle, and their size."""
-    full = shape if view is None else view
-    return (1, full[axes[0]] if full else 1) if len(axes) == 1 else (full[axes[0]], full[axes[1]])
+def _sides(shape: tuple[int, ...], axis: AxisAtoms) -> tuple[int, int]:
+    """Number of separate matrices B of an axis, and their size."""
+    sizes = axis.sizes(shape or (1,))
+    return (1, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
 
 
-def _unknowns(shape: tuple[int, ...], layout: Layout, symmetric: bool) -> int:
-    sizes = [_sides(shape, view, axes) for view, axes, _ in layout]
+def _unknowns(shape: tuple[int, ...], plan: list[AxisAtoms], symmetric: bool) -> int:
+    sizes = [_sides(shape, axis) for axis in plan]
     return sum(b * (n * (n + 1) // 2 if symmetric else n * n) for b, n in sizes)
 
 
-def _relations(layout: Layout) -> int:
-    joint = max(j for _, _, j in layout)
-    return joint * (len(layout) - 1)
+def _relations(plan: list[AxisAtoms]) -> int:
+    return max(axis.slices for axis in plan) * (len(plan) - 1)
 
 
 def _equations(
     model: nn.Module,
     params: dict[str, nn.Parameter],
-    plan: dict[str, Layout],
+    plan: dict[str, list[AxisAtoms]],
     inputs: Any,
     count: int,
     symmetric: bool,
@@ -151,9 +150,10 @@ def _equations(
     rows, seen = [], []
     for k, (name, p) in enumerate(params.items()):
         g = torch.stack([torch.zeros_like(p) if row[k] is None else row[k] for row in gradients])
-        for view, axes, _ in plan[name]:
-            blocks, n = _sides(tuple(p.shape), view, axes)
-            full = (tuple(p.shape) or (1,)) if view is None else view
+        for axis in plan[name]:
+            axes = axis.axes
+            blocks, n = _sides(tuple(p.shape), axis)
+            full = axis.view or tuple(p.shape) or (1,)
             theta = p.detach().reshape(full).movedim(axes, tuple(range(len(axes)))).reshape(blocks, n, -1)
             moved = g.reshape(count, *full).movedim([a + 1 for a in axes], list(range(1, 1 + len(axes))))
             moved = moved.reshape(count, blocks, n, -1)

@@ -15,43 +15,43 @@ from noetherflow.discovery.export import operator_name
 from noetherflow.discovery.gauges import narrow
 from noetherflow.discovery.rules.linear import LETTERS
 
-Family = str
+TranslationFamily = str
 
 
 @dataclass(frozen=True, eq=False)
-class Term:
+class ShiftTerm:
     label: Tensor
     value: Tensor
 
     def uniform(self, axes: Sequence[int]) -> bool:
         return all(self.value.shape[a] == 1 and self.label.shape[a] == 1 for a in axes)
 
-    def map(self, act: Callable[[Tensor], Tensor], shape: Sequence[int]) -> Term:
-        return Term(*(narrow(act(t.expand(*shape))) for t in (self.label, self.value)))
+    def map(self, act: Callable[[Tensor], Tensor], shape: Sequence[int]) -> ShiftTerm:
+        return ShiftTerm(*(narrow(act(t.expand(*shape))) for t in (self.label, self.value)))
 
-    def aligned(self, ndim: int) -> Term:
+    def aligned(self, ndim: int) -> ShiftTerm:
         lead = [1] * (ndim - self.label.ndim)
-        return Term(self.label.reshape(*lead, *self.label.shape), self.value.reshape(*lead, *self.value.shape))
+        return ShiftTerm(self.label.reshape(*lead, *self.label.shape), self.value.reshape(*lead, *self.value.shape))
 
 
-Terms = tuple[Term, ...]
+ShiftTerms = tuple[ShiftTerm, ...]
 
 
 @dataclass(eq=False)
-class Shifts:
+class ShiftStore:
     """Free shifts by number: what they move, whether something killed or absorbed them."""
 
     leaf: list[tuple[str, int, int]] = field(default_factory=lambda: [("", 0, 0)])
     members: list[tuple[int, ...]] = field(default_factory=lambda: [()])
     dead: set[int] = field(default_factory=set)
-    absorbed: dict[int, Family] = field(default_factory=dict)
+    absorbed: dict[int, TranslationFamily] = field(default_factory=dict)
 
     def new(self, leaf: str, axis: int, row: int, members: tuple[int, ...] = ()) -> int:
         self.leaf.append((leaf, axis, row))
         self.members.append(members)
         return len(self.leaf) - 1
 
-    def _all(self, terms: Sequence[Term]) -> set[int]:
+    def _all(self, terms: Sequence[ShiftTerm]) -> set[int]:
         found = {int(x) for t in terms for x in np.unique(t.label.numpy())} - {0}
         pending = list(found)
         while pending:
@@ -60,10 +60,10 @@ class Shifts:
             found.update(inner)
         return found
 
-    def kill(self, terms: Sequence[Term]) -> None:
+    def kill(self, terms: Sequence[ShiftTerm]) -> None:
         self.dead |= self._all(terms)
 
-    def absorb(self, terms: Sequence[Term], axes: Sequence[int], family: Family) -> None:
+    def absorb(self, terms: Sequence[ShiftTerm], axes: Sequence[int], family: TranslationFamily) -> None:
         for term in terms:
             if not term.uniform(axes):
                 self.kill([term])
@@ -72,12 +72,12 @@ class Shifts:
                 if self.absorbed.get(label) != "null":
                     self.absorbed[label] = family
 
-    def alive(self, term: Term) -> bool:
+    def alive(self, term: ShiftTerm) -> bool:
         return not self._all([term]) <= self.dead
 
 
-def terms_of(value: Any) -> list[Term]:
-    if isinstance(value, Term):
+def terms_of(value: Any) -> list[ShiftTerm]:
+    if isinstance(value, ShiftTerm):
         return [value]
     if isinstance(value, dict):
         return [t for v in value.values() for t in terms_of(v)]
@@ -101,7 +101,7 @@ HIDDEN = -1e30
 """A constant below this in front of a softmax hides an entry, whatever shift the others have."""
 
 
-def visit(shifts: Shifts, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+def visit(shifts: ShiftStore, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     every = terms_of([args, kwargs])
     if node.target is operator.getitem:
         return args[0][args[1]] if isinstance(args[0], list) and args[0] else ()
@@ -120,7 +120,7 @@ def visit(shifts: Shifts, node: fx.Node, args: list[Any], kwargs: dict[str, Any]
     return out if isinstance(out, list) else tuple(t for t in out if shifts.alive(t))
 
 
-def _move(shifts: Shifts, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Terms:
+def _move(shifts: ShiftStore, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> ShiftTerms:
     shape, target = _shape(node.args[0]), node.target
     if any(terms_of(a) for a in args[1:]):
         shifts.kill(terms_of(args))
@@ -131,43 +131,43 @@ def _move(shifts: Shifts, node: fx.Node, args: list[Any], kwargs: dict[str, Any]
     return tuple(t.map(lambda ids: target(ids, *args[1:], **kwargs), shape) for t in args[0])  # type: ignore[operator]
 
 
-def _split(shifts: Shifts, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> list[Terms]:
+def _split(shifts: ShiftStore, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> list[ShiftTerms]:
     shape, target = _shape(node.args[0]), node.target
-    pieces: list[list[Term]] = [[] for _ in node.meta["val"]]
+    pieces: list[list[ShiftTerm]] = [[] for _ in node.meta["val"]]
     for t in args[0]:
         labels, values = (target(x.expand(*shape), *args[1:], **kwargs) for x in (t.label, t.value))  # type: ignore[operator]
         for piece, a, b in zip(pieces, labels, values, strict=True):
-            piece.append(Term(narrow(a), narrow(b)))
+            piece.append(ShiftTerm(narrow(a), narrow(b)))
     return [tuple(p) for p in pieces]
 
 
-def _add(shifts: Shifts, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Terms:
+def _add(shifts: ShiftStore, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> ShiftTerms:
     n = len(_shape(node))
     return tuple(t.aligned(n) for a in args[:2] for t in terms_of(a))
 
 
-def _scale(shifts: Shifts, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Terms:
+def _scale(shifts: ShiftStore, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> ShiftTerms:
     if isinstance(args[1], (int, float)) or (_shape(node.args[1]) in ((), (1,)) and not terms_of(args[1])):
         return args[0]
     shifts.kill(terms_of(args))
     return ()
 
 
-def _masked_fill(shifts: Shifts, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Terms:
+def _masked_fill(shifts: ShiftStore, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> ShiftTerms:
     if isinstance(args[2], (int, float)) and args[2] < HIDDEN:
         return args[0]
     shifts.kill(terms_of(args))
     return ()
 
 
-def _where(shifts: Shifts, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Terms:
+def _where(shifts: ShiftStore, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> ShiftTerms:
     if isinstance(args[2], (int, float)) and args[2] < HIDDEN:
         return tuple(t.aligned(len(_shape(node))) for t in terms_of(args[1]))
     shifts.kill(terms_of(args))
     return ()
 
 
-def _cat(shifts: Shifts, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Terms:
+def _cat(shifts: ShiftStore, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> ShiftTerms:
     shape = _shape(node)
     axis = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % len(shape)
     sizes = [_shape(x)[axis] for x in node.args[0]]  # type: ignore[union-attr]
@@ -181,12 +181,12 @@ def _cat(shifts: Shifts, node: fx.Node, args: list[Any], kwargs: dict[str, Any])
                 ends = [[width if a == axis else n for a, n in enumerate(ids.shape)] for width in (before, after)]
                 first, last = (torch.full(end, blank) for end in ends)
                 pieces.append(narrow(torch.cat((first, own, last), axis)))
-            out.append(Term(*pieces))
+            out.append(ShiftTerm(*pieces))
     return tuple(out)
 
 
-def _product(shifts: Shifts, node: fx.Node, sides: Sequence[tuple[Any, Any]], spec: str) -> Terms:
-    """Shifts of either factor of `einsum(spec)`: uniform along own uniform axes that the other factor lacks."""
+def _product(shifts: ShiftStore, node: fx.Node, sides: Sequence[tuple[Any, Any]], spec: str) -> ShiftTerms:
+    """ShiftStore of either factor of `einsum(spec)`: uniform along own uniform axes that the other factor lacks."""
     inputs, output = spec.split("->")
     names = inputs.split(",")
     out = []
@@ -207,7 +207,7 @@ def _product(shifts: Shifts, node: fx.Node, sides: Sequence[tuple[Any, Any]], sp
             order = [kept.index(c) for c in output if c in kept]
             placed = iter(label.permute(order).shape)
             spread = label.permute(order).reshape([next(placed) if c in kept else 1 for c in output])
-            term = Term(spread, torch.arange(int(np.prod(sizes))).reshape(sizes))
+            term = ShiftTerm(spread, torch.arange(int(np.prod(sizes))).reshape(sizes))
             if all(n > 1 or full == 1 for n, full in zip(sizes, _shape(node), strict=True)):
                 shifts.kill([term])
             else:
@@ -215,8 +215,8 @@ def _product(shifts: Shifts, node: fx.Node, sides: Sequence[tuple[Any, Any]], sp
     return tuple(out)
 
 
-def _grouped(shifts: Shifts, label: Tensor, axes: Sequence[int]) -> Tensor:
-    """Shifts that a sum over `axes` ties together, as one new shift per remaining position."""
+def _grouped(shifts: ShiftStore, label: Tensor, axes: Sequence[int]) -> Tensor:
+    """ShiftStore that a sum over `axes` ties together, as one new shift per remaining position."""
     rest = [a for a in range(label.ndim) if a not in axes]
     flat = label.permute(*rest, *axes).reshape([label.shape[a] for a in rest] + [-1])
     rows = flat.reshape(-1, flat.shape[-1])
@@ -225,20 +225,20 @@ def _grouped(shifts: Shifts, label: Tensor, axes: Sequence[int]) -> Tensor:
     return torch.tensor(fresh).reshape([label.shape[a] for a in rest]).reshape(sizes)
 
 
-def _bias(shifts: Shifts, node: fx.Node, bias: Any, axis: int = -1) -> Terms:
+def _bias(shifts: ShiftStore, node: fx.Node, bias: Any, axis: int = -1) -> ShiftTerms:
     n = len(_shape(node))
     sizes = [-1 if a == axis % n else 1 for a in range(n)]
-    return tuple(Term(t.label.reshape(sizes), t.value.reshape(sizes)) for t in terms_of(bias))
+    return tuple(ShiftTerm(t.label.reshape(sizes), t.value.reshape(sizes)) for t in terms_of(bias))
 
 
-def _linear(shifts: Shifts, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Terms:
+def _linear(shifts: ShiftStore, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> ShiftTerms:
     lead = LETTERS[: len(_shape(node.args[0])) - 1]
     sides = [(node.args[0], args[0]), (node.args[1], args[1])]
     bias = args[2] if len(args) > 2 else kwargs.get("bias")
     return (*_product(shifts, node, sides, f"{lead}z,yz->{lead}y"), *_bias(shifts, node, bias))
 
 
-def _matmul(shifts: Shifts, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Terms:
+def _matmul(shifts: ShiftStore, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> ShiftTerms:
     x, y = node.args[0], node.args[1]
     lead = LETTERS[: len(_shape(node)) - 2]
     if len(_shape(x)) < 2 or len(_shape(y)) < 2:
@@ -248,12 +248,12 @@ def _matmul(shifts: Shifts, node: fx.Node, args: list[Any], kwargs: dict[str, An
     return _product(shifts, node, [(x, args[0]), (y, args[1])], f"{own}yz,{other}zx->{lead}yx")
 
 
-def _addmm(shifts: Shifts, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Terms:
+def _addmm(shifts: ShiftStore, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> ShiftTerms:
     sides = [(node.args[1], args[1]), (node.args[2], args[2])]
     return (*_product(shifts, node, sides, "yz,zx->yx"), *_bias(shifts, node, args[0]))
 
 
-def _convolution(shifts: Shifts, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Terms:
+def _convolution(shifts: ShiftStore, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> ShiftTerms:
     """Only the output channels of the weight and the bias survive a convolution."""
     shape = _shape(node)
     sizes = [1 if a == 1 else n for a, n in enumerate(shape)]
@@ -262,13 +262,13 @@ def _convolution(shifts: Shifts, node: fx.Node, args: list[Any], kwargs: dict[st
     shifts.kill(terms_of(args[0]))
     for t in terms_of(args[1]):
         if plain and t.uniform([0]):
-            out.append(Term(t.label.reshape([1] * len(shape)), torch.arange(int(np.prod(sizes))).reshape(sizes)))
+            out.append(ShiftTerm(t.label.reshape([1] * len(shape)), torch.arange(int(np.prod(sizes))).reshape(sizes)))
         else:
             shifts.kill([t])
     return (*out, *_bias(shifts, node, args[2] if len(args) > 2 else None, axis=1))
 
 
-def _embedding(shifts: Shifts, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Terms:
+def _embedding(shifts: ShiftStore, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> ShiftTerms:
     lead, width = _shape(node)[:-1], _shape(node)[-1]
     out = []
     for t in terms_of(args[0]):
@@ -277,18 +277,18 @@ def _embedding(shifts: Shifts, node: fx.Node, args: list[Any], kwargs: dict[str,
             continue
         over_rows = t.value.shape[0] == 1
         sizes = [*([1] * len(lead) if over_rows else lead), 1 if t.value.shape[1] == 1 else width]
-        out.append(Term(t.label.reshape([1] * len(sizes)), torch.arange(int(np.prod(sizes))).reshape(sizes)))
+        out.append(ShiftTerm(t.label.reshape([1] * len(sizes)), torch.arange(int(np.prod(sizes))).reshape(sizes)))
     return tuple(out)
 
 
-def _index(shifts: Shifts, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Terms:
+def _index(shifts: ShiftStore, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> ShiftTerms:
     if len(_shape(node.args[0])) == 2 and len(args[1]) == 1:
         return _embedding(shifts, node, args, kwargs)
     shifts.kill(terms_of(args))
     return ()
 
 
-def _layer_norm(shifts: Shifts, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+def _layer_norm(shifts: ShiftStore, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     count = len(args[1])
     shape = _shape(node)
     shifts.absorb(terms_of(args[0]), list(range(len(shape) - count, len(shape))), "null")
@@ -300,13 +300,13 @@ def _layer_norm(shifts: Shifts, node: fx.Node, args: list[Any], kwargs: dict[str
     return [out, (), ()] if isinstance(node.meta.get("val"), (list, tuple)) else out
 
 
-def _softmax(shifts: Shifts, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Terms:
+def _softmax(shifts: ShiftStore, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> ShiftTerms:
     axis = args[1] if len(args) > 1 else kwargs.get("dim", -1)
     shifts.absorb(terms_of(args[0]), [axis % len(_shape(node))], "translation")
     return ()
 
 
-def _attention(shifts: Shifts, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Terms:
+def _attention(shifts: ShiftStore, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> ShiftTerms:
     mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
     shifts.kill([*terms_of(args[0]), *terms_of(args[2])])
     rank = len(_shape(node))
@@ -316,7 +316,7 @@ def _attention(shifts: Shifts, node: fx.Node, args: list[Any], kwargs: dict[str,
     return ()
 
 
-RULES: dict[str, Callable[[Shifts, fx.Node, list[Any], dict[str, Any]], Any]] = {
+RULES: dict[str, Callable[[ShiftStore, fx.Node, list[Any], dict[str, Any]], Any]] = {
     "add": _add,
     "sub": _add,
     "mul": _scale,

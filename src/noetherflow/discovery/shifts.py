@@ -1,6 +1,10 @@
 """Translations: directions of a parameter that softmax or a normalisation ignores (theory.md section 2, last row).
 
-A second, additive pass over the graph. A *term* says which shifts a tensor carries: `label` numbers the free shift of
+Words: a *shift* is an additive motion `X -> X + u c^T` of one tensor that this pass follows; a *translation* is a shift
+of a parameter that something absorbs and nothing kills. Its family says what absorbed it: `translation` a softmax,
+`null` a normalisation.
+
+A second, additive pass over the graph. A *shift term* says which shifts a tensor carries: `label` numbers the free shift of
 every entry (0: none), and two entries with equal `value` are shifted by the same amount. A softmax absorbs a shift
 that is uniform along its axis, a layer norm one that is uniform over what it normalises; whatever else meets a shift
 kills it (`shift_rules.py`).
@@ -15,15 +19,15 @@ import torch
 from torch import fx
 
 from noetherflow.discovery.export import Graph
-from noetherflow.discovery.shift_rules import Shifts, Term, Terms, terms_of, visit
+from noetherflow.discovery.shift_rules import ShiftStore, ShiftTerm, ShiftTerms, terms_of, visit
 from noetherflow.symmetry.leg import Leg
 from noetherflow.symmetry.symmetry import Translation
 
 
 def find_translations(graph: Graph) -> list[Translation]:
     """Every translation `X -> X + u c^T` of one parameter that leaves the outputs as they are."""
-    shifts = Shifts()
-    leaves: dict[str, Terms] = {}
+    shifts = ShiftStore()
+    leaves: dict[str, ShiftTerms] = {}
     env: dict[fx.Node, Any] = {}
 
     def value(argument: Any) -> Any:
@@ -48,21 +52,21 @@ def find_translations(graph: Graph) -> list[Translation]:
     return _collect(shifts, graph)
 
 
-def _leaf_terms(shifts: Shifts, name: str, shape: tuple[int, ...]) -> Terms:
+def _leaf_terms(shifts: ShiftStore, name: str, shape: tuple[int, ...]) -> ShiftTerms:
     terms = []
     for axis, size in enumerate(shape):
         if size < 2:
             continue
         label = torch.full([1] * len(shape), shifts.new(name, axis, -1))
         others = [1 if a == axis else n for a, n in enumerate(shape)]
-        terms.append(Term(label, torch.arange(int(np.prod(others))).reshape(others)))
+        terms.append(ShiftTerm(label, torch.arange(int(np.prod(others))).reshape(others)))
     if len(shape) == 1:
         labels = torch.tensor([shifts.new(name, 0, row) for row in range(shape[0])])
-        terms.append(Term(labels, labels))
+        terms.append(ShiftTerm(labels, labels))
     return tuple(terms)
 
 
-def _collect(shifts: Shifts, graph: Graph) -> list[Translation]:
+def _collect(shifts: ShiftStore, graph: Graph) -> list[Translation]:
     """Surviving shifts as translations: whole axes, and rows of vectors that are free one by one."""
     rows: dict[tuple[str, str], list[int]] = {}
     whole: dict[tuple[str, int], str] = {}

@@ -19,7 +19,7 @@ TINY = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
-class Solution:
+class GaugeSolution:
     """`log p[atom] = sum_j coefficient * free_j`: one row per nonzero entry, sorted by column, then atom."""
 
     column: Array
@@ -29,7 +29,7 @@ class Solution:
     root: Array
 
 
-def solve(store: Store) -> Solution:
+def solve(store: Store) -> GaugeSolution:
     """The general solution of all equations in the store."""
     root, sign, rest = _components(store)
     roots, basis = _eliminate(rest, root, store)
@@ -42,7 +42,7 @@ def solve(store: Store) -> Solution:
     keep = np.abs(combos.data) > TINY
     column, atom, value = combos.col[keep], live[combos.row[keep]], combos.data[keep]
     order = np.lexsort((atom, column))
-    return Solution(column[order], atom[order], np.round(value[order], 9), basis.shape[1], root)
+    return GaugeSolution(column[order], atom[order], np.round(value[order], 9), basis.shape[1], root)
 
 
 def _components(store: Store) -> tuple[Array, Array, sp.csr_array]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from noetherflow.discovery.gauges import Array, Bundle, Equation, Field, Gauge, Layout, broadcast, mix, narrow, ranks
+from noetherflow.discovery.gauges import Array, AxisAtoms, Bundle, Equation, Field, Gauge, broadcast, mix, narrow, ranks
 
 
 class Store:
@@ -55,19 +55,19 @@ class Store:
         self,
         name: str,
         shape: tuple[int, ...],
-        layout: Layout,
+        plan: Sequence[AxisAtoms],
         exponent: float = 1.0,
     ) -> Gauge:
-        """The gauge of a parameter: one bundle of fresh atoms per entry of its layout."""
+        """The gauge of a parameter: one bundle of fresh atoms per axis of `plan`."""
         fields: list[Field] = []
-        for view, axes, joint in layout:
+        for axis in plan:
+            view, axes, slices = axis.view, axis.axes, axis.slices
             full = shape if view is None else view
-            sizes = [full[a] for a in axes]
-            count = int(np.prod(sizes))
-            if count == 1 and (fields or any(_entries(shape, v, a) > 1 for v, a, _ in layout)):
+            count = int(np.prod(axis.sizes(shape)))
+            if count == 1 and (fields or any(np.prod(other.sizes(shape)) > 1 for other in plan)):
                 continue  # a scalar on an axis of length 1 is a scalar on any other axis
             start = self.fresh(count)
-            bundle = Bundle(name, view, axes, start, count, exponent, joint, np.zeros(joint, dtype=bool))
+            bundle = Bundle(name, view, axes, start, count, exponent, slices, np.zeros(slices, dtype=bool))
             self.bundles.append(bundle)
             self.of_leaf.setdefault(name, []).append(bundle)
             ids = torch.arange(start, start + count).reshape([n if a in axes else 1 for a, n in enumerate(full)])
@@ -298,7 +298,7 @@ class Store:
         if k < 0 or high >= self.bundles[k].start + self.bundles[k].size or low < self.bundles[k].start:
             return None
         bundle = self.bundles[k]
-        return bundle, np.unique((f.ids.reshape(-1).numpy() - bundle.start) // (bundle.size // bundle.joint))
+        return bundle, np.unique((f.ids.reshape(-1).numpy() - bundle.start) // (bundle.size // bundle.slices))
 
     def _leaf_of(self, f: Field) -> str:
         found = self._slices(f)
@@ -309,9 +309,9 @@ class Store:
         if found is None:
             return False
         bundle, slices = found
-        siblings = [b for b in self.of_leaf[bundle.leaf] if b.joint == bundle.joint]
+        siblings = [b for b in self.of_leaf[bundle.leaf] if b.slices == bundle.slices]
         free = sum(~b.fixed[slices] for b in siblings)
-        return bool((~bundle.fixed[slices]).all() and (free >= 2).all() and (not f.spans(rest) or bundle.joint > 1))
+        return bool((~bundle.fixed[slices]).all() and (free >= 2).all() and (not f.spans(rest) or bundle.slices > 1))
 
     def fix(self, group: Sequence[Field], rest: Sequence[int]) -> bool:
         """True if a parameter in the group lets the group's constants be set to 1 without loss; uses that up."""
@@ -334,8 +334,3 @@ def _by_axes(fields: Sequence[Field]) -> list[list[Field]]:
         merged = (axes.union(*[g[0] for g in touching]), [x for g in touching for x in g[1]] + [f])
         groups = [g for g in groups if not any(g is t for t in touching)] + [merged]
     return [g[1] for g in groups]
-
-
-def _entries(shape: tuple[int, ...], view: tuple[int, ...] | None, axes: tuple[int, ...]) -> int:
-    full = shape if view is None else view
-    return int(np.prod([full[a] for a in axes]))

@@ -12,17 +12,17 @@ from torch import Tensor, fx
 from noetherflow.discovery.gauges import Field, Gauge, narrow
 from noetherflow.discovery.store import Store
 
-Rule = Callable[..., Any]
-RULES: dict[str, Rule] = {}
+GaugeRule = Callable[..., Any]
+RULES: dict[str, GaugeRule] = {}
 """Operator name (with or without overload) -> rule."""
 KEPT = frozenset({"softmax", "stack"})
 """Marks that survive re-indexing and casts."""
 
 
-def rule(*operators: str) -> Callable[[Rule], Rule]:
+def rule(*operators: str) -> Callable[[GaugeRule], GaugeRule]:
     """Register a rule under operator names, `aten.add` for every overload or `aten.add.Tensor` for one."""
 
-    def register(function: Rule) -> Rule:
+    def register(function: GaugeRule) -> GaugeRule:
         for name in operators:
             RULES[name] = function
         return function
@@ -30,7 +30,7 @@ def rule(*operators: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def find_rule(operator: str) -> Rule | None:
+def find_rule(operator: str) -> GaugeRule | None:
     """The rule of `aten.add.Tensor`, else that of `aten.add`."""
     return RULES.get(operator) or RULES.get(operator.rpartition(".")[0])
 
