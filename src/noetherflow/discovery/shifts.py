@@ -4,10 +4,10 @@ Words: a *shift* is an additive motion `X -> X + u c^T` of one tensor that this 
 of a parameter that something absorbs and nothing kills. Its family says what absorbed it: `translation` a softmax,
 `null` a normalisation.
 
-A second, additive pass over the graph. A *shift term* says which shifts a tensor carries: `label` numbers the free shift of
-every entry (0: none), and two entries with equal `value` are shifted by the same amount. A softmax absorbs a shift
-that is uniform along its axis, a layer norm one that is uniform over what it normalises; whatever else meets a shift
-kills it (`shift_rules.py`).
+A second, additive pass over the graph. A *shift term* says which shifts a tensor carries: `label` numbers the free
+shift of every entry (0: none), and two entries with equal `value` are shifted by the same amount. A softmax absorbs a
+shift that is uniform along its axis, a layer norm one that is uniform over what it normalises; whatever else meets a
+shift kills it (`shift_rules.py`).
 """
 
 from __future__ import annotations
