@@ -87,8 +87,10 @@ def _merge(root: Array, sign: Array, a: Array, b: Array, relation: Array, zeros:
     ra, rb = root[a], root[b]
     relation = relation * sign[a] * sign[b]
     # Node x is +x, node n + x is -x; atom 0 is its own negative.
-    start = np.concatenate([ra, ra + n, [0], root[zeros]])
-    end = np.concatenate([np.where(relation > 0, rb, rb + n), np.where(relation > 0, rb + n, rb), [n], 0 * zeros])
+    start = np.concatenate([ra, ra + n, [0], root[zeros], root[zeros] + n])
+    end = np.concatenate(
+        [np.where(relation > 0, rb, rb + n), np.where(relation > 0, rb + n, rb), [n], 0 * zeros, 0 * zeros]
+    )
     graph = sp.coo_array((np.ones(start.size, dtype=np.int8), (start, end)), shape=(2 * n, 2 * n))
     _, label = connected_components(graph, directed=False)
     plus, minus = label[:n], label[n:]
