@@ -3,25 +3,46 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+from torch.utils.data.distributed import DistributedSampler
 
 from noetherflow.errors import DataError
+
+Sampling = Literal["independent", "epoch"]
 
 
 @dataclass(frozen=True)
 class SGDConfig:
-    """`theta <- theta - lr * (g_B + weight_decay * theta)`, batches of `batch_size` (theory.md section 1).
+    """What SGD does in a step: `theta <- theta - lr * (g_B + weight_decay * theta)` on minibatches of `batch_size`.
 
-    `weight_decay` is PyTorch's `w` (the paper's `gamma ||theta||^2` is `w = 2 gamma`). `dataset_size=None` means
-    fresh data: an infinite population, of which the samples measured are a few. A number N means that the N samples are
-    all there is, and batches are drawn from them without replacement, or with it (`replacement=True`).
+    Args:
+        lr: Learning rate.
+        batch_size: Samples per minibatch, over all devices.
+        weight_decay: PyTorch's `w` (the paper's `gamma ||theta||^2` is `w = 2 gamma`).
+        momentum: PyTorch's momentum.
+        nesterov: Nesterov momentum.
+        dataset_size: None means fresh data: an infinite population, of which the samples measured are a few. A number N
+            means that the N samples are all there is.
+        replacement: Batches are drawn from the N samples with replacement; else no sample is twice in a batch.
+        sampling: `independent`: every batch is drawn anew. `epoch`: every pass over the data is cut into batches, in a
+            new order each time, as `DataLoader(shuffle=True)` does; with momentum this weakens the noise drift.
+        curvature: Of the loss in the directions of the gradient noise, Hessian eigenvalue or `Tr(H Sigma) / Tr(Sigma)`.
+            It enters with momentum and epochs only; 0 is the leading order in lr and a lower bound of the noise drift.
 
-    Raises DataError for a non-positive lr or batch size, momentum outside [0, 1), a batch larger than the data that it
-    is drawn from without replacement, replacement without a dataset_size, or `lr * weight_decay >= 2`, where decay
-    alone makes the weights grow.
+    Raises:
+        DataError: A setting outside its range, a batch larger than the data that it is drawn from without replacement,
+            replacement or epochs without a dataset_size, `lr * weight_decay >= 2`, where decay alone makes the weights
+            grow, or `lr * curvature` beyond the stability limit.
+
+    Example:
+        >>> SGDConfig(lr=0.1, batch_size=50, momentum=0.9, dataset_size=1000, sampling="epoch").batches_per_epoch
+        20
+
+    Source: theory.md sections 1 and 4.
     """
 
     lr: float
@@ -31,8 +52,14 @@ class SGDConfig:
     nesterov: bool = False
     dataset_size: int | None = None
     replacement: bool = False
+    sampling: Sampling = "independent"
+    curvature: float = 0.0
 
     def __post_init__(self) -> None:
+        self._check_step()
+        self._check_sampling()
+
+    def _check_step(self) -> None:
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise DataError(f"lr must be a positive finite number, got {self.lr!r}")
         if self.batch_size < 1:
@@ -46,6 +73,20 @@ class SGDConfig:
             )
         if not 0 <= self.momentum < 1:
             raise DataError(f"momentum must lie in [0, 1), got {self.momentum!r}")
+        if not 0 <= self.lr * self.curvature < self.stability_limit:
+            raise DataError(
+                f"curvature must be at least 0 and lr * curvature below the stability limit "
+                f"{self.stability_limit:.4g}, got curvature {self.curvature!r} at lr {self.lr:g}"
+            )
+
+    def _check_sampling(self) -> None:
+        if self.sampling not in get_args(Sampling):
+            raise DataError(f"sampling must be one of {', '.join(get_args(Sampling))}, got {self.sampling!r}")
+        if self.sampling == "epoch" and (self.replacement or self.dataset_size is None):
+            raise DataError(
+                "sampling='epoch' cuts a data set of dataset_size samples into batches without replacement; give "
+                "dataset_size=N and leave replacement False"
+            )
         if self.replacement and self.dataset_size is None:
             raise DataError("replacement=True needs the dataset_size that batches are drawn from; None is fresh data")
         if self.dataset_size is not None and self.batch_size > self.dataset_size and not self.replacement:
@@ -61,10 +102,28 @@ class SGDConfig:
         batch_size: int,
         dataset_size: int | None = None,
         replacement: bool = False,
+        loader: DataLoader[Any] | None = None,
     ) -> SGDConfig:
-        """Read lr, weight decay, momentum and Nesterov from a `torch.optim.SGD`.
+        """Read the settings of a `torch.optim.SGD`, and how batches are drawn from the loader of the training.
 
-        Raises DataError if the optimiser is not SGD, maximises, uses dampening, or has parameter groups that differ.
+        Args:
+            optimizer: The optimiser.
+            batch_size: Samples per minibatch, over all devices.
+            dataset_size: As in SGDConfig.
+            replacement: As in SGDConfig.
+            loader: The DataLoader of the training: its data set's size and its sampler (shuffled epochs, or with
+                replacement) are taken in place of `dataset_size` and `replacement`.
+
+        Raises:
+            DataError: The optimiser is not SGD, maximises, uses dampening, or has parameter groups that differ; the
+                loader goes through the data in the same order every epoch, or by a sampler whose law is unknown.
+
+        Example:
+            >>> model = torch.nn.Linear(3, 1)
+            >>> data = torch.utils.data.TensorDataset(torch.zeros(40, 3))
+            >>> loader = torch.utils.data.DataLoader(data, batch_size=8, shuffle=True)
+            >>> SGDConfig.from_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), 8, loader=loader).sampling
+            'epoch'
         """
         if not isinstance(optimizer, torch.optim.SGD):
             raise DataError(
@@ -83,7 +142,7 @@ class SGDConfig:
         if settings[0]["dampening"] or settings[0]["maximize"]:
             raise DataError("dampening and maximize are outside the theory; set them to 0 and False")
         s = settings[0]
-        return cls(
+        step = cls(
             float(s["lr"]),
             batch_size,
             float(s["weight_decay"]),
@@ -92,6 +151,7 @@ class SGDConfig:
             dataset_size,
             replacement,
         )
+        return step if loader is None else replace(step, **_sampling_of(loader, batch_size))
 
     @property
     def effective_lr(self) -> float:
@@ -112,5 +172,27 @@ class SGDConfig:
             return 1.0 / s
         return 0.0 if n == 1 else (n - s) / (n - 1) / s
 
+    @property
+    def batches_per_epoch(self) -> int | None:
+        """Minibatches in one pass over the data, the last one perhaps smaller; None for fresh data."""
+        return None if self.dataset_size is None else math.ceil(self.dataset_size / self.batch_size)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _sampling_of(loader: DataLoader[Any], batch_size: int) -> dict[str, Any]:
+    """`dataset_size`, `replacement` and `sampling` of an SGDConfig, as the loader draws its batches."""
+    if isinstance(loader.dataset, IterableDataset):
+        return {"dataset_size": None, "replacement": False, "sampling": "independent"}
+    sampler, size = loader.sampler, len(loader.dataset)  # type: ignore[arg-type]
+    if isinstance(sampler, RandomSampler) and sampler.replacement:
+        return {"dataset_size": size, "replacement": True, "sampling": "independent"}
+    shuffled = isinstance(sampler, RandomSampler) or (isinstance(sampler, DistributedSampler) and sampler.shuffle)
+    if not shuffled and batch_size < size:
+        raise DataError(
+            f"the loader draws by {type(sampler).__name__}: batches in one order, or by a law that is not known here, "
+            "repeat or weigh samples in a way the theory does not cover; use DataLoader(..., shuffle=True), or give "
+            "dataset_size=, replacement= and sampling= to SGDConfig(...) by hand"
+        )
+    return {"dataset_size": size, "replacement": False, "sampling": "epoch"}

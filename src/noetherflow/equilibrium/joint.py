@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -26,7 +25,7 @@ from noetherflow.equilibrium.orbit import (
     orbit_of,
     separate_orbits,
 )
-from noetherflow.equilibrium.potential import Drift, Potential
+from noetherflow.equilibrium.potential import Drift, Potential, samples_needed
 from noetherflow.equilibrium.result import Class, Equilibrium, Settled
 from noetherflow.equilibrium.solve import Classes, Minimum, classify, drives, elements_of, imbalance, logs_of, minimise
 from noetherflow.errors import DataError, MomentError
@@ -77,12 +76,8 @@ def _no_objective(objective: Any) -> str:
 
 
 def _too_few(moments: GradientMoments, sgd: SGDConfig) -> str:
-    """Why `second < 0`: the mean gradient, known to `v Sigma` with `v` about `1 / samples`, is credited with less than
-    nothing once `mean v > noise f`.
-    """
-    drift, ((a, _), (c, _)) = Drift.of(sgd), moments.batch_weights(sgd)
-    enough = -drift.mean * c / (drift.noise * a) * moments.samples if a else math.inf
-    need = math.ceil(min(enough, sgd.dataset_size or math.inf) * (1 - 1e-12))
+    """Why the coefficient of the measured second moment is negative, and how many samples mend that."""
+    need = samples_needed(moments, sgd)
     unit = "samples" if moments.replicates is None else "minibatches"
     return (
         f"moments of {moments.samples} {unit} cannot tell the mean gradient from noise at batch size {sgd.batch_size} "
