@@ -108,11 +108,8 @@ def test_the_state_identity_along_a_run_of_shuffled_epochs(nesterov: bool) -> No
         opt.step()
         b = {n: opt.state[tensors[n]]["momentum_buffer"].clone() for n in names}
         u = {n: (before[n] - tensors[n].detach()) / lr for n in names}
-        summed += (
-            state_drive(s.charge(u), cross(u, b), lr, m, float(nesterov)).numpy()
-            if False
-            else _drive(s, u, b, cross, lr, m, nesterov)
-        )
+        drive = state_drive(s.charge(u).numpy(), cross(u, b).numpy(), lr, m, float(nesterov))
+        summed += torch.as_tensor(drive)
         summed -= 2 * lr * w / (1 - m) * s.charge(before)
         ends.append(2 * lr / (1 - m) * cross(before, b).abs().max())
     change = s.charge(tensors).detach() - start
