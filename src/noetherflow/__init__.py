@@ -16,6 +16,8 @@ Verbs are imported on first use, so that `import noetherflow` costs little beyon
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from noetherflow.core.adaptive import AdamConfig, LionConfig
+from noetherflow.core.rates import GroupRates
 from noetherflow.core.settings import SGDConfig
 from noetherflow.core.tensors import tensors_of
 from noetherflow.symmetry.declare import declare
@@ -71,6 +73,7 @@ _LAZY = {
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
 __all__ = [
+    "AdamConfig",
     "Analysis",
     "BalanceReport",
     "BalanceSchedule",
@@ -78,8 +81,10 @@ __all__ = [
     "Equilibrium",
     "Flow",
     "GradientMoments",
+    "GroupRates",
     "Ledger",
     "Leg",
+    "LionConfig",
     "SGDConfig",
     "Symmetry",
     "SymmetrySet",
