@@ -37,7 +37,7 @@ def test_backward_does_not_wait_for_the_gpu(case: str, monkeypatch: pytest.Monke
     model = build().double()
     meter = Meter(model, squared_output, every_axis(model))
     meter.update(sample())
-    engine, runs = batch._engine_run_backward, []
+    engine, runs = batch.run_backward, []
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         runs.append(case)
@@ -49,7 +49,7 @@ def test_backward_does_not_wait_for_the_gpu(case: str, monkeypatch: pytest.Monke
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(batch, "_engine_run_backward", watched)
+    monkeypatch.setattr(batch, "run_backward", watched)
     meter.update(sample())
     assert runs == [case]
 

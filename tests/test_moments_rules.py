@@ -402,14 +402,14 @@ def test_backward_does_not_wait_for_the_device(case: str, monkeypatch: pytest.Mo
     meter = Meter(model, squared_output, every_axis(model), entries=case in ("mlp", "conv2d", "embedding"))
     meter.update(sample())
     runs = []
-    engine = batch._engine_run_backward
+    engine = batch.run_backward
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         runs.append(case)
         with NoSynchronisation():
             return engine(*args, **kwargs)
 
-    monkeypatch.setattr(batch, "_engine_run_backward", watched)
+    monkeypatch.setattr(batch, "run_backward", watched)
     meter.update(sample())
     assert runs == [case]
 

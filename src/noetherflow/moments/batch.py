@@ -2,43 +2,42 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import _engine_run_backward
 
 from noetherflow.core.inputs import LossFn
+from noetherflow.core.torch_internals import run_backward, unseen_by_modes
 from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.forms import Form
 from noetherflow.moments.layout import WHOLE_BATCH, SampleLayout
+from noetherflow.moments.origins import Origins, Source, distinct
 from noetherflow.moments.rules import Site
-from noetherflow.moments.taps import CallId, Recorder, Source, Trace, Use, distinct
+from noetherflow.moments.taps import CallId, Receiver, Recorder, Trace, Use
 from noetherflow.moments.target import Sums, Workspace
 
-Slices = Sequence[tuple[int, int, Sums]]
 CHUNK_ENTRIES = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """What is measured: the model, its per-sample loss, all trainable parameters, and the names measured."""
+    """What is measured: the model, its per-sample loss, all trainable parameters (`roots`), and the names `measured`.
+
+    `sample_axes`: axes of the losses whose every entry is a sample; 1 for `[batch]`, 2 for `[batch, tokens]`.
+    """
 
     model: nn.Module
     loss_fn: LossFn
     roots: dict[str, Tensor]
     measured: frozenset[str]
     sample_axes: int = 1
-
-    @cached_property
-    def names(self) -> dict[int, str]:
-        """The name of each parameter by its `id`."""
-        return {id(t): n for n, t in self.roots.items()}
 
     @cached_property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -118,43 +117,69 @@ def buffers_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
                     buffer.copy_(before)
 
 
-def forward_backward(
-    subject: Subject,
-    batch: Any,
-    shared: frozenset[CallId],
-    leaf: bool,
-    ready: Callable[[Tensor, Recorder], Tensor | None],
-    arrive: Callable[[Use, Tensor, tuple[Tensor, ...]], None],
-    asked: Sequence[str] = (),
-) -> tuple[Trace, tuple[Tensor | None, ...]] | None:
-    """Loss under a recorder; `ready` sees it and answers the weights of the losses, or None to stop before backward.
+class BatchPass(Receiver):
+    """What one forward and backward over a batch is for: `begin` sees the losses, `receive` each output gradient."""
 
-    Returns the trace and the gradients of the operands' leaves (with `leaf`), then of the parameters `asked`.
-    Raises MomentError for reentrant checkpointing.
+    leaf: bool = False
+    """Whether every operand gets a gradient of its own, for comparison with autograd."""
+
+    @abstractmethod
+    def begin(self, losses: Tensor, recorder: Recorder) -> Tensor | None:
+        """The weight of each loss in the backward, of the losses' shape; None to stop before the backward."""
+
+
+@dataclass(frozen=True, eq=False)
+class Backward:
+    """What a backward left: the uses traced, and the gradients that autograd itself found.
+
+    `leaves`: of every operand, in the order of the uses, where the pass asked for them. `missed`: of the parameters
+    asked for, None each where the taps took all of the gradient, as they should.
     """
-    recorder = Recorder(subject.model, subject.roots, subject.names, subject.measured, arrive, shared, leaf)
+
+    trace: Trace
+    leaves: tuple[Tensor | None, ...]
+    missed: dict[str, Tensor | None]
+
+
+def forward_backward(
+    subject: Subject, batch: Any, purpose: BatchPass, shared: frozenset[CallId], asked: Sequence[str] = ()
+) -> Backward | None:
+    """The loss of a batch under a recorder, and its backward.
+
+    Args:
+        subject: the model and its loss.
+        batch: as `loss_fn` takes it.
+        purpose: what the pass is for.
+        shared: calls known to give one output for all samples.
+        asked: parameters of which autograd is asked for what the taps left.
+
+    Returns:
+        What the backward left, None if `purpose.begin` stopped it.
+
+    Raises:
+        MomentError: reentrant checkpointing, which hides what it holds.
+    """
+    recorder = Recorder(Origins(subject.model, subject.roots), subject.measured, purpose, shared, purpose.leaf)
     with torch.autograd.set_multithreading_enabled(False), recorder:
         losses = subject.loss_fn(subject.model, batch)
         recorder.stop()
-        with torch._C.DisableTorchFunction():
-            weights = ready(subject.checked(losses), recorder)
+        with unseen_by_modes():
+            weights = purpose.begin(subject.checked(losses), recorder)
         if weights is None:
             return None
-        leaves = [t for u in recorder.trace.uses for t in u.leaves] if leaf else []
-        inputs = [recorder.anchor, *leaves, *(recorder.roots[n] for n in asked)]
-        # `autograd.grad` without its checks in Python, each of which the active mode would intercept
+        leaves = [t for u in recorder.trace.uses for t in u.leaves] if purpose.leaf else []
         try:
-            gradients = _engine_run_backward(
-                (losses,), (weights,), False, False, tuple(inputs), True, accumulate_grad=False
-            )
+            found = run_backward(losses, weights, [recorder.anchor, *leaves, *(recorder.roots[n] for n in asked)])
         except RuntimeError as cause:
             if "use_reentrant" not in str(cause):
                 raise
             raise MomentError("reentrant checkpoints hide what they hold; use use_reentrant=False") from cause
-    return recorder.trace, gradients[1:]
+    of_leaves, missed = found[1 : 1 + len(leaves)], found[1 + len(leaves) :]
+    return Backward(recorder.trace, of_leaves, dict(zip(asked, missed, strict=True)))
 
 
 def form_of(site: Site, layout: SampleLayout, samples: int, delta: Tensor, saved: tuple[Tensor, ...]) -> Form:
+    """Per-sample gradients of one operand, from the output gradient and the activations of its use."""
     return site.build(layout, *[layout.front(t, samples) for t in site.prepare(delta, *saved)])
 
 
@@ -164,13 +189,21 @@ def used_once(trace: Trace) -> frozenset[str]:
     return frozenset(n for n, k in counts.items() if k == 1)
 
 
+class Share(NamedTuple):
+    """Samples `lo .. hi - 1` of a batch, and the sums they are added to."""
+
+    lo: int
+    hi: int
+    sums: Sums
+
+
 class Contraction:
     """Receives the forms of one batch: contracts those used once, keeps those whose uses must be added first."""
 
     def __init__(
-        self, roots: dict[str, Tensor], measured: frozenset[str], once: frozenset[str], slices: Slices
+        self, roots: dict[str, Tensor], measured: frozenset[str], once: frozenset[str], shares: Sequence[Share]
     ) -> None:
-        self._roots, self._measured, self._once, self._slices = roots, measured, once, slices
+        self._roots, self._measured, self._once, self._shares = roots, measured, once, shares
         self._workspace = Workspace()
         self._pending: list[tuple[Source, Form]] = []
 
@@ -181,7 +214,7 @@ class Contraction:
 
     def receive(self, use: Use, layout: SampleLayout, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
         """Take the output gradient and the activations of one use."""
-        samples = self._slices[-1][1]
+        samples = self._shares[-1][1]
         for site, source in zip(use.sites, use.sources, strict=True):
             if not source.names.isdisjoint(self._measured):
                 self._add(source, form_of(site, layout, samples, delta, saved))
@@ -192,7 +225,7 @@ class Contraction:
         if name in self._once and name is not None:
             whole = _as_whole(source.operand, self._roots[name], form)
             if whole is not None:
-                for lo, hi, sums in self._slices:
+                for lo, hi, sums in self._shares:
                     whole.accumulate(sums.target(name, self._workspace), lo, hi)
                 return
         self._pending.append((source, form))
@@ -203,31 +236,33 @@ class Contraction:
             wanted = sorted(names & self._measured)
             entries = sum(self._roots[n].numel() for n in names)
             step = max(1, CHUNK_ENTRIES // entries)
-            for lo, hi, sums in self._slices:
+            for lo, hi, sums in self._shares:
                 for start in range(lo, hi, step):
                     self._add_chunk(wanted, items, start, min(start + step, hi), sums)
         self._pending.clear()
 
     def _add_chunk(self, wanted: list[str], items: list[tuple[Source, Form]], lo: int, hi: int, sums: Sums) -> None:
+        """Add samples `lo .. hi - 1` of parameters that share uses: explicit gradients, first added over their uses."""
         total: dict[str, Tensor] = {}
-        made: dict[int, tuple[Source, Tensor]] = {}
+        for name, g in self._by_parameter(items, lo, hi):
+            total[name] = total[name] + g if name in total else g
+        for name in wanted:
+            if name in total:
+                sums.target(name).add_dense(total[name])
+
+    def _by_parameter(self, items: list[tuple[Source, Form]], lo: int, hi: int) -> Iterator[tuple[str, Tensor]]:
+        """The gradient `[hi - lo, *shape]` that each use of a parameter contributes, by the parameter's name."""
+        made: dict[int, tuple[Source, Tensor]] = {}  # operands computed from parameters, each pulled back once
         for source, form in items:
             gradients = form.dense(lo, hi)
             if source.view_of is not None:
-                name = source.view_of
-                embedded = _embed(gradients, source.operand, self._roots[name])
-                total[name] = total[name] + embedded if name in total else embedded
+                yield source.view_of, _embed(gradients, source.operand, self._roots[source.view_of])
             else:
                 held = made.get(id(source.operand))
                 made[id(source.operand)] = (source, gradients if held is None else held[1] + gradients)
         for source, gradients in made.values():
             names = sorted(source.names & self._measured)
-            pulled = _pull_back(source.operand, [self._roots[n] for n in names], gradients)
-            for name, g in zip(names, pulled, strict=True):
-                total[name] = total[name] + g if name in total else g
-        for name in wanted:
-            if name in total:
-                sums.target(name).add_dense(total[name])
+            yield from zip(names, _pull_back(source.operand, [self._roots[n] for n in names], gradients), strict=True)
 
 
 def _as_whole(operand: Tensor, root: Tensor, form: Form) -> Form | None:

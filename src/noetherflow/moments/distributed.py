@@ -59,7 +59,9 @@ def in_step(batches: Iterable[Any], model: nn.Module, process_group: Any) -> Ite
 
 
 def all_ranks(flag: bool, model: nn.Module) -> bool:
-    """Whether `flag` holds on every rank."""
+    """Whether `flag` holds, of a sharded model on every rank, for ranks must go the same way."""
+    if not is_sharded(model):
+        return flag
     return _total(flag, model, None) == dist.get_world_size()
 
 

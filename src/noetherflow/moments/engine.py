@@ -3,45 +3,27 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from noetherflow.core.inputs import LossFn
 from noetherflow.core.tensors import tensors_of
 from noetherflow.core.unwrap import unwrap
 from noetherflow.errors import DataError, MomentError
-from noetherflow.moments.batch import (
-    Contraction,
-    LossFn,
-    Slices,
-    Subject,
-    buffers_kept,
-    check_finite,
-    forward_backward,
-    refuse_renormalising,
-    used_once,
-)
-from noetherflow.moments.distributed import (
-    added_over_ranks,
-    all_ranks,
-    in_step,
-    is_sharded,
-    over_ranks,
-    ranks_of,
-    refuse_sharded,
-)
+from noetherflow.moments.batch import Share, Subject, refuse_renormalising
+from noetherflow.moments.distributed import in_step, ranks_of, refuse_sharded
 from noetherflow.moments.fallback import Fallback
-from noetherflow.moments.layout import SampleLayout
+from noetherflow.moments.groups import GroupSums
+from noetherflow.moments.measuring import KnownWay, MeasuringPass, NewWay, Ways
 from noetherflow.moments.result import GradientMoments, merge_moments
-from noetherflow.moments.statistics import noise_error
-from noetherflow.moments.taps import CallId, Recorder, Trace, Use
+from noetherflow.moments.taps import CallId
 from noetherflow.moments.target import Sums, needs_of, trainable_parameters
-from noetherflow.moments.verify import WeightedPass, probe, signature
+from noetherflow.moments.verify import weigh
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 
@@ -106,16 +88,19 @@ def _splits(batches: Iterable[Any], groups: int) -> int:
 
 
 @dataclass(eq=False)
-class Verified:
-    """One kind of way through a model, `done` once verified: where samples lie in every use that a gradient reached."""
-
-    layouts: dict[CallId, SampleLayout] = field(default_factory=dict)
-    done: bool = False
-
-
-@dataclass(eq=False)
 class Meter:
-    """Accumulates moments batch by batch; `result()` at any time."""
+    """Accumulates moments batch by batch; `result()` at any time.
+
+    `uncovered`: parameters that no rule covers, with the reason; the fallback measures them.
+
+    Example:
+        >>> model, x = nn.Linear(3, 2), torch.ones(5, 3)
+        >>> syms = nf.SymmetrySet(())
+        >>> meter = Meter(model, lambda m, x: m(x).square().sum(1), syms, parameters=["weight"])
+        >>> meter.update(x)
+        >>> meter.result().mean["weight"].shape
+        torch.Size([2, 3])
+    """
 
     model: nn.Module
     loss_fn: LossFn
@@ -123,42 +108,37 @@ class Meter:
     entries: bool = False
     parameters: Iterable[str] = ()
     sample_axes: int = 1
-    groups: dict[int, Sums] = field(default_factory=dict, init=False)
     uncovered: dict[str, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        if not callable(self.loss_fn) or isinstance(self.loss_fn, nn.Module):
-            raise DataError(
-                f"loss_fn is called as loss_fn(model, batch) and returns one loss per sample, got a "
-                f"{type(self.loss_fn).__name__}; wrap a criterion with reduction='none': "
-                "lambda model, batch: criterion(model(batch[0]), batch[1])"
-            )
+        _refuse_other_losses(self.loss_fn)
         self.model = unwrap(self.model)
         self.syms.tensors_in(self.model)
         wanted = trainable_parameters(self.model, [*self.syms.parameters, *self.parameters])
         self._needs = needs_of(self.syms, wanted, self.entries)
-        self._roots = {n: t for n, t in tensors_of(self.model).items() if t.requires_grad}
-        self._subject = Subject(self.model, self.loss_fn, self._roots, frozenset(wanted), self.sample_axes)
+        roots = {n: t for n, t in tensors_of(self.model).items() if t.requires_grad}
+        self._subject = Subject(self.model, self.loss_fn, roots, frozenset(wanted), self.sample_axes)
         self._covered = self._subject  # what the rules measure: everything but the parameters left to the fallback
-        self._verified: dict[Any, Verified] = {}
-        # the same by exact shapes, and the parameters used once: a quick look-up
-        self._ways: dict[Any, tuple[Verified, frozenset[str]]] = {}
-        self._shared: frozenset[CallId] = frozenset()
+        self._ways = Ways()
+        self._sums = GroupSums(self.syms, self._needs)
         self._fallback: Fallback | None = None
-        self._sharded = is_sharded(self.model)
         self._modules = tuple(self.model.named_modules())
         refuse_renormalising(self._modules)
         self._used: set[str] = set()
-        self._half_added = False  # in the middle of a batch; stays set when an error ends it there
+
+    @property
+    def groups(self) -> dict[int, Sums]:
+        """The sums by group of samples."""
+        return self._sums.by_group
 
     @property
     def samples(self) -> int:
-        return sum(s.samples for s in self.groups.values())
+        return self._sums.samples
 
     @property
     def loss(self) -> float:
         """Mean loss so far."""
-        return sum(s.loss for s in self.groups.values()) / max(1, self.samples)
+        return self._sums.loss
 
     def resume(self, moments: GradientMoments) -> None:
         """Go on from moments of the same symmetries. Raises MomentError if they hold anything else."""
@@ -174,7 +154,7 @@ class Meter:
         if other:
             raise MomentError(f"cannot resume: earlier and present shapes differ: {other}")
         parts = moments.groups or (moments,)
-        self.groups = {k: Sums.of(part, self.syms, self._needs) for k, part in enumerate(parts)}
+        self._sums.by_group = {k: Sums.of(part, self.syms, self._needs) for k, part in enumerate(parts)}
         self._used.update(moments.mean)
         self.uncovered.update(dict.fromkeys(moments.fallback, "fallback in the moments resumed from"))
 
@@ -183,24 +163,28 @@ class Meter:
 
         Raises MomentError after an error that left the sums with half a batch.
         """
-        self._refuse_half_added()
+        self._sums.refuse_half_added()
         ids = list(dict.fromkeys(g % of for g in groups))
         _refuse_batch_statistics(self._modules)
         with _eager():
             self._update(batch, ids)
 
     def _update(self, batch: Any, ids: list[int]) -> None:
-        if self._verified and self._measure(batch, ids, None):
+        """Measure a batch by the way it went before, else by a new way, once that is verified."""
+        if self._ways.known and self._measured(KnownWay(self._covered, batch, self._ways, self._sums, ids)):
             return
         shared: frozenset[CallId] = frozenset()
         while True:
-            found = probe(self._covered, batch, shared)
-            shared = found.shared
-            if not self._leave_to_fallback(found.uncovered):
-                if self._measure(batch, ids, found):
-                    return
-                self._leave_to_fallback(found.scattered)
-                shared = shared | found.still_shared
+            weighted = weigh(self._covered, batch, shared)
+            shared = weighted.shared
+            if self._leave_to_fallback(weighted.uncovered):
+                continue
+            new = NewWay(self._covered, batch, self._ways, self._sums, ids, weighted)
+            if self._measured(new):
+                new.remember()
+                return
+            self._leave_to_fallback(new.locator.scattered)
+            shared = shared | new.locator.still_shared
 
     def _leave_to_fallback(self, uncovered: dict[str, str]) -> bool:
         """True if any of these was measured by rules until now."""
@@ -211,113 +195,26 @@ class Meter:
             self._covered = replace(self._subject, measured=self._subject.measured - set(self.uncovered))
         return bool(new)
 
-    def _way(self, shared: frozenset[CallId], trace: Trace, samples: int) -> tuple[Verified, frozenset[str]]:
-        """What is known of this way through the model, and the parameters used once."""
-        exact = (shared, samples, *((u.id, u.out_shape) for u in trace.uses))
-        if exact not in self._ways:
-            kind = shared, samples == 1, signature(trace, samples, self.sample_axes)
-            self._ways[exact] = self._verified.setdefault(kind, Verified()), used_once(trace)
-        return self._ways[exact]
-
-    def _measure(self, batch: Any, ids: list[int], found: WeightedPass | None) -> bool:
-        """The measuring pass. Without a probe, False if this way through the model is not verified yet, or a gradient
-        reaches a use that none reached when it was; with one, False if a call turned out to be shared by all samples.
-
-        Adds to the sums in place only where it cannot come out False.
-        """
-        subject = self._covered
-        shared = self._shared if found is None else found.shared
-        sums: dict[int, Sums] = {}
-        ways: list[Verified] = []
-        unplaced: list[Tensor] = []
-        contractions: list[Contraction] = []
-        slices: list[tuple[int, int, Sums]] = []
-        losses_of: list[float] = []
-
-        def ready(losses: Tensor, recorder: Recorder) -> Tensor | None:
-            trace, samples = recorder.trace, losses.numel()
-            way, once = self._way(shared, trace, samples)
-            known = way.done and subject.measured.isdisjoint(trace.uncovered)
-            if found is None and not (all_ranks(known, self.model) if self._sharded else known):
-                return None
-            ways.append(way)
-            afresh = found is not None or len(way.layouts) < len(trace.uses)
-            for g in ids:
-                before = None if afresh else self.groups.get(g)
-                sums[g] = before or Sums.zeros(self.syms, self._needs)
-            slices.extend(_slices(samples, sums))
-            losses_of.extend(_sums_over(losses.detach().flatten(), slices))
-            if not all(map(isfinite, losses_of)):
-                check_finite(losses, batch)
-            contractions.append(Contraction(recorder.roots, subject.measured, once, slices))
-            self._half_added = not afresh
-            return torch.ones_like(losses)
-
-        def arrive(use: Use, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
-            layout = ways[0].layouts.get(use.id) if found is None else found.locate(use, delta)
-            if layout is not None:
-                contractions[0].receive(use, layout, delta, saved)
-            elif found is None:
-                unplaced.append(delta.any())
-
-        names = sorted(subject.measured)
-        with buffers_kept(subject.modules):
-            done = forward_backward(subject, batch, shared, False, ready, arrive, names)
-            if done is None or not (self._placed(unplaced) if found is None else found.settled()):
-                return False
-            trace, residuals = done
-            _refuse_missed([n for n, r in zip(names, residuals, strict=True) if r is not None], trace)
-            if self._sharded:
-                self._refuse_uneven(contractions[0].pulled_back, slices[-1][1])
-            contractions[0].finish()
+    def _measured(self, attempt: MeasuringPass) -> bool:
+        """Measure a batch and count it; False if it must be verified (again) first."""
+        done = attempt.run()
+        if done is None:
+            return False
         if self.uncovered:
-            self._add_fallback(batch, slices)
-        for (lo, hi, s), loss in zip(slices, losses_of, strict=True):
-            s.samples += hi - lo
-            s.loss += loss
-        if found is not None:
-            ways[0].layouts.update(found.kept)
-            ways[0].done = True
-            self._shared = shared
-            self._used.update(n for u in trace.uses for s in u.sources for n in s.names)
-        for g in ids:
-            before = self.groups.get(g)
-            if sums[g].samples and sums[g] is not before:
-                self.groups[g] = sums[g] if before is None else before.plus(sums[g])
-        self._half_added = False
+            self._add_fallback(attempt.batch, attempt.shares)
+        attempt.count()
+        self._used.update(n for u in done.trace.uses for s in u.sources for n in s.names)
         return True
 
-    def _add_fallback(self, batch: Any, slices: Slices) -> None:
+    def _add_fallback(self, batch: Any, shares: Sequence[Share]) -> None:
         left = tuple(n for n in self._needs if n in self.uncovered)
-        refuse_sharded({n: self._roots[n] for n in left}, f"no rule covers them ({self.uncovered})")
+        refuse_sharded({n: self._subject.roots[n] for n in left}, f"no rule covers them ({self.uncovered})")
         self._fallback = self._fallback or Fallback(self._subject, left)
-        self._fallback.add(batch, slices)
-
-    def _placed(self, reached: list[Tensor]) -> bool:
-        """Whether no gradient reached the uses whose samples lie nobody knows where, on any rank."""
-        placed = not any(map(bool, reached))
-        return all_ranks(placed, self.model) if self._sharded else placed
-
-    def _refuse_uneven(self, names: frozenset[str], samples: int) -> None:
-        """Raises MomentError where ranks of a sharded model would go backward unequally often, sample by sample."""
-        counts = over_ranks([samples], self.model) if names else [samples]
-        if len(set(counts)) > 1:
-            raise MomentError(
-                f"ranks have {counts} samples in one batch, and {sorted(names)}, whose use all samples share, need "
-                "equal numbers under fully_shard: leave out a shorter last batch (drop_last=True)"
-            )
-
-    def _refuse_half_added(self) -> None:
-        if self._half_added:
-            raise MomentError(
-                "an earlier update ended in an error with its batch half added, so these sums are lost; "
-                "measure again with a new Meter"
-            )
+        self._fallback.add(batch, shares)
 
     def noise_error(self) -> float:
         """The largest relative standard error of any leg's `Tr E[g g^T]`, infinite with fewer than four groups."""
-        sums = list(self.groups.values())
-        return noise_error([s.samples for s in sums], torch.stack([s.traces() for s in sums]))
+        return self._sums.noise_error()
 
     def result(self, ranks: Any = None) -> GradientMoments:
         """The moments so far, of all `ranks` if a process group is given.
@@ -325,10 +222,8 @@ class Meter:
         Raises DataError without a sample, MomentError for a parameter the loss never used, or after an error that left
         the sums with half a batch.
         """
-        self._refuse_half_added()
-        groups = self.groups
-        if ranks is not None:
-            groups = added_over_ranks(groups, self.syms, self._needs, ranks)
+        self._sums.refuse_half_added()
+        groups = self._sums.over_ranks(ranks)
         if not groups:
             raise DataError("no batch to measure: the iterator of batches is empty")
         unused = [n for n in self._needs if n not in self._used and n not in self.uncovered] if self.groups else []
@@ -341,31 +236,20 @@ class Meter:
         return replace(merge_moments(parts), groups=tuple(parts) if len(parts) > 1 else ())
 
 
-def _slices(samples: int, sums: dict[int, Sums]) -> list[tuple[int, int, Sums]]:
-    """The batch divided evenly among groups."""
-    k = len(sums)
-    edges = [samples * i // k for i in range(k + 1)]
-    return [(lo, hi, s) for lo, hi, s in zip(edges, edges[1:], sums.values(), strict=False) if hi > lo]
-
-
-def _sums_over(losses: Tensor, slices: list[tuple[int, int, Sums]]) -> list[float]:
-    """Summed losses of each slice, in one synchronisation."""
-    if len(slices) == 1:
-        return [float(losses.sum(dtype=torch.float64))]
-    return torch.stack([losses[lo:hi].sum(dtype=torch.float64) for lo, hi, _ in slices]).tolist()
+def _refuse_other_losses(loss_fn: Any) -> None:
+    """Raises DataError for a loss that is a module (a criterion) or cannot be called."""
+    if not callable(loss_fn) or isinstance(loss_fn, nn.Module):
+        raise DataError(
+            f"loss_fn is called as loss_fn(model, batch) and returns one loss per sample, got a "
+            f"{type(loss_fn).__name__}; wrap a criterion with reduction='none': "
+            "lambda model, batch: criterion(model(batch[0]), batch[1])"
+        )
 
 
 def _eager() -> AbstractContextManager[Any]:
     """Compiled models and functions run as written, so that their operators can be seen."""
     compiled = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-
-
-def _refuse_missed(names: list[str], trace: Trace) -> None:
-    """Raises MomentError naming parameters that a gradient reached beside the taps."""
-    if names:
-        seen = [str(u) for u in trace.uses if any(s.names & set(names) for s in u.sources)]
-        raise MomentError(f"a use of {names} was seen by no rule; uses seen: {seen}")
 
 
 def _refuse_batch_statistics(modules: Iterable[tuple[str, nn.Module]]) -> None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
 from noetherflow.core.tensors import tensors_of
+from noetherflow.core.torch_internals import with_parameters
 from noetherflow.errors import MomentError
-from noetherflow.moments.batch import Slices, Subject, buffers_kept
+from noetherflow.moments.batch import Share, Subject, buffers_kept
 from noetherflow.moments.verify import independence
 
 CHUNK_ENTRIES = 1 << 24
@@ -37,15 +37,15 @@ class Fallback:
     def params(self) -> list[Tensor]:
         return [self.subject.roots[n] for n in self.names]
 
-    def add(self, batch: Any, slices: Slices) -> None:
+    def add(self, batch: Any, shares: Sequence[Share]) -> None:
         """Add one batch to the sums; buffers are left as they were.
 
         Raises MomentError naming the parameters when autograd itself fails, or when samples act on each other.
         """
         step = max(1, CHUNK_ENTRIES // sum(p.numel() for p in self.params))
         with buffers_kept(self.subject.modules):
-            gradients = self._gradients(batch, slices[-1][1])
-            for lo, hi, sums in slices:
+            gradients = self._gradients(batch, shares[-1][1])
+            for lo, hi, sums in shares:
                 for start in range(lo, hi, step):
                     for name, g in zip(self.names, gradients(start, min(start + step, hi)), strict=True):
                         sums.target(name).add_dense(g)
@@ -128,7 +128,7 @@ class Fallback:
 
         def loss(params: dict[str, Tensor], *parts: Any) -> Tensor:
             one = [p.unsqueeze(0) if s else p for p, s in zip(parts, split, strict=True)]
-            with _reparametrize_module(model, params, tie_weights=True):
+            with with_parameters(model, params):
                 return self.subject.loss_fn(model, pytree.tree_unflatten(one, structure)).sum()
 
         given = {n: p.detach() for n, p in zip(self.names, self.params, strict=True)}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Literal
 
@@ -12,10 +13,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SampleLayout:
-    """The sample axis of a tensor: axes `axis .. axis + span - 1` merged, which hold the samples.
+    """Where the samples lie in a tensor: on axes `axis .. axis + span - 1`, merged into one.
 
-    `whole`: one entry per sample. `major`/`minor`: samples folded with something else, sample index first or last.
-    `none`: everything is one sample.
+    `fold` says how that merged axis holds them. With 3 samples of 2 tokens each:
+    `whole`, one entry per sample (size 3); `major`, sample index first (`s0 s0 s1 s1 s2 s2`); `minor`, sample index
+    last (`s0 s1 s2 s0 s1 s2`). `none`: everything is one sample, whatever the axis.
+
+    Example:
+        >>> SampleLayout(1).front(torch.zeros(7, 3, 4), samples=3).shape
+        torch.Size([3, 7, 4])
+        >>> SampleLayout(0, 1, "minor").front(torch.arange(6), samples=3).tolist()
+        [[0, 3], [1, 4], [2, 5]]
     """
 
     axis: int = 0
@@ -45,12 +53,25 @@ class SampleLayout:
 WHOLE_BATCH = SampleLayout(fold="none")
 
 
-def candidates(shape: Sequence[int], axes: Sequence[int], samples: int, span: int) -> Iterator[SampleLayout]:
-    """Every way in which `samples` samples may lie on the eligible `axes` of a tensor, most usual first."""
+@lru_cache(maxsize=4096)
+def candidates(shape: tuple[int, ...], axes: tuple[int, ...], samples: int, span: int) -> tuple[SampleLayout, ...]:
+    """Every way in which samples may lie in a tensor, most usual first.
+
+    Args:
+        shape: the tensor's shape.
+        axes: the axes on which samples may lie.
+        samples: how many there are.
+        span: how many neighbouring axes hold them together (2 for one loss per token, `[batch, tokens]`).
+
+    Example:
+        >>> [(c.axis, c.fold) for c in candidates((5, 10, 3), (0, 1), 5, 1)]
+        [(0, 'whole'), (1, 'major'), (1, 'minor')]
+    """
     merged = [a for a in axes if span > 1 and all(a + k in axes for k in range(span))]
-    yield from (SampleLayout(a, span) for a in merged if prod(shape[a : a + span]) == samples)
-    yield from (SampleLayout(a) for a in axes if shape[a] == samples)
+    found = [SampleLayout(a, span) for a in merged if prod(shape[a : a + span]) == samples]
+    found += [SampleLayout(a) for a in axes if shape[a] == samples]
     folded = [a for a in axes if shape[a] != samples and shape[a] % samples == 0 and shape[a]]
-    yield from (SampleLayout(a, 1, "major") for a in folded)
+    found += [SampleLayout(a, 1, "major") for a in folded]
     if samples > 1:
-        yield from (SampleLayout(a, 1, "minor") for a in folded)
+        found += [SampleLayout(a, 1, "minor") for a in folded]
+    return tuple(found)

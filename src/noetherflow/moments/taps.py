@@ -7,43 +7,38 @@ a parameter comes from a use that no rule saw.
 
 from __future__ import annotations
 
-import types
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from noetherflow.core.tensors import named_tensors
+from noetherflow.core.torch_internals import (
+    is_attribute_access,
+    is_python_function_of_torch,
+    transparent,
+    under_functional_transform,
+    unseen_by_modes,
+    view_base,
+)
 from noetherflow.moments.layout import SampleLayout, candidates
+from noetherflow.moments.origins import Origins, Source
 from noetherflow.moments.rules import SPREADING, Call, Site, match, spread
 
-Arrive = Callable[["Use", Tensor, tuple[Tensor, ...]], None]
-
-
-@dataclass(eq=False, slots=True)
-class Source:
-    """An operand made from the parameters `names` alone; `view_of` is set when it is a parameter or a view of one."""
-
-    operand: Tensor
-    names: frozenset[str]
-    view_of: str | None
-
-
 CallId = tuple[str, tuple[str, ...], int]
+"""Operator, names of the parameters consumed, and how many such calls came before in the same forward."""
 
 
 @dataclass(eq=False, slots=True)
 class Use:
     """One covered call: what it consumed and where samples may lie in its output.
 
-    `id`: operator, parameters consumed, and how many such calls came before. `certain`: its input is known to depend on
-    the samples.
+    `axes`: the axes of the output on which samples may lie. `certain`: its input is known to depend on the samples.
     """
 
     id: CallId
@@ -60,7 +55,8 @@ class Use:
         return self.id[1]
 
     def layouts(self, samples: int, span: int) -> tuple[SampleLayout, ...]:
-        return tuple(candidates(self.out_shape, self.axes, samples, span))
+        """Every way in which the samples may lie in the output, most usual first."""
+        return candidates(self.out_shape, self.axes, samples, span)
 
     def key(self, samples: int, span: int) -> tuple[Any, ...]:
         """What must be the same for a layout found earlier to hold again."""
@@ -71,38 +67,46 @@ class Use:
         return f"{operator} of {', '.join(names)} (call {before + 1}, output {tuple(self.out_shape)})"
 
 
+class Receiver(ABC):
+    """Takes what the taps hand over in the backward."""
+
+    @abstractmethod
+    def receive(self, use: Use, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
+        """Take the output gradient of one use, and the activations that its rule asked to keep."""
+
+
+@dataclass(eq=False, slots=True)
+class Tapped:
+    """A use and the call as its rule reads it, with the recorder to hand its output gradient to."""
+
+    use: Use
+    call: Call
+    recorder: Recorder
+
+
 class Tap(torch.autograd.Function):
-    """Identity on `out`; in the backward the recorder receives the output gradient and the saved activations."""
+    """Identity on a call's output; in the backward the recorder gets the output gradient and the saved activations."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, anchor: Tensor, arrive: Callable[..., None], saved: list[Tensor]) -> Tensor:
-        ctx.arrive = arrive
+    def forward(ctx: Any, out: Tensor, anchor: Tensor, tapped: Tapped, saved: list[Tensor]) -> Tensor:
+        ctx.tapped = tapped
         ctx.save_for_backward(*saved)
-        if out._is_view():
-            return torch.ops.aten._unsafe_view(out, out.shape)
+        if view_base(out) is not None:
+            view: Tensor = torch.ops.aten._unsafe_view(out, out.shape)
+            return view
         ctx.mark_dirty(out)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         saved = ctx.saved_tensors
-        with torch._C.DisableTorchFunction():
-            ctx.arrive(gradients[0], saved)
+        with unseen_by_modes():
+            ctx.tapped.recorder.arrived(ctx.tapped, gradients[0], saved)
         return gradients[0], None, None, None
 
 
-@lru_cache(maxsize=256)
-def transparent(func: types.FunctionType) -> types.FunctionType:
-    """A Python function of torch that would hand itself to the active mode, made to run its body under it instead."""
-    never = {n: lambda *_: False for n in func.__globals__ if n.startswith("has_torch_function")}
-    copy = types.FunctionType(
-        func.__code__, {**func.__globals__, **never}, func.__name__, func.__defaults__, func.__closure__
-    )
-    copy.__kwdefaults__ = func.__kwdefaults__
-    return copy
-
-
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among arguments, those in lists and tuples included."""
     found: list[Tensor] = []
     for v in values:
         if isinstance(v, Tensor):
@@ -112,23 +116,51 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
     return found
 
 
-def distinct(tensor: Tensor) -> bool:
-    """No place in memory appears twice, as it would after `expand` or an overlapping `unfold`.
+@dataclass(eq=False, slots=True)
+class Operands:
+    """The tensors among the arguments of one call.
 
-    Each axis must step beyond all that the axes of smaller stride reach; True is certain, False is not.
+    `owned`: those made from parameters alone, as names by `id`. `others`: whether there is any other tensor;
+    `activations`: whether one of these needs a gradient, and so depends on parameters too.
     """
-    reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return False
-            reach += stride * (size - 1)
-    return True
+
+    tensors: list[Tensor]
+    owned: dict[int, frozenset[str]]
+    others: bool
+    activations: bool
+
+    @classmethod
+    def among(cls, args: Any, kwargs: dict[str, Any], origins: Origins) -> Operands:
+        tensors = _tensors((*args, *kwargs.values()) if kwargs else args)
+        owned: dict[int, frozenset[str]] = {}
+        others = activations = False
+        for t in tensors:
+            names = origins.names_of(t)
+            if names is not None:
+                owned[id(t)] = names
+            else:
+                others = True
+                activations = activations or t.requires_grad
+        return cls(tensors, owned, others, activations)
+
+    def owns(self, value: Any) -> bool:
+        return id(value) in self.owned
+
+    def names(self) -> frozenset[str]:
+        return frozenset[str]().union(*self.owned.values())
+
+    def within_rules(self) -> bool:
+        """Not so with complex tensors, nor under `torch.func.vmap`, which hides an axis."""
+        return not (under_functional_transform() or any(t.is_complex() for t in self.tensors))
 
 
-def _beyond_rules(tensors: list[Tensor]) -> bool:
-    """Complex tensors, and any under `torch.func.vmap`, which hides an axis."""
-    return torch._C._functorch.maybe_current_level() is not None or any(t.is_complex() for t in tensors)
+@dataclass(eq=False, slots=True)
+class Covered:
+    """A call as its rule reads it, and where its operands come from."""
+
+    id: CallId
+    call: Call
+    sources: tuple[Source, ...]
 
 
 @dataclass(eq=False)
@@ -139,129 +171,99 @@ class Trace:
     uncovered: dict[str, set[str]] = field(default_factory=dict)
 
     def leave(self, names: Iterable[str], why: str) -> None:
-        """No rule covers these parameters."""
+        """Note that no rule covers these parameters."""
         for n in names:
             self.uncovered.setdefault(n, set()).add(why)
 
 
 class Recorder(TorchFunctionMode):
-    """Intercepts consumption of the parameters in `roots` (`names` by `id`); those `measured` are tapped.
+    """Intercepts every call that consumes a parameter in `origins.roots`; those `measured` are tapped.
 
-    `shared`: calls known to give the same output for every sample, which run as they are and whose result
-    is an operand in turn. `leaf`: give every operand a gradient of its own, for comparison with autograd.
+    Args:
+        origins: which parameters a tensor comes from.
+        measured: names of the parameters whose gradients are wanted.
+        receiver: gets the output gradients in the backward.
+        shared: calls known to give the same output for every sample; they run as they are, and their result is an
+            operand in turn.
+        leaf: give every operand a gradient of its own, for comparison with autograd.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        roots: dict[str, Tensor],
-        names: dict[int, str],
-        measured: frozenset[str],
-        arrive: Arrive,
-        shared: frozenset[CallId],
-        leaf: bool,
+        self, origins: Origins, measured: frozenset[str], receiver: Receiver, shared: frozenset[CallId], leaf: bool
     ) -> None:
         super().__init__()
-        self._model, self._measured = model, measured
-        self.roots = dict(roots)
         self.trace = Trace()
         self.anchor = torch.zeros((), requires_grad=True)  # its gradient is asked for, so that every tap runs
-        self._names = dict(names)
-        self._made: dict[int, Tensor] = {}  # kept, so that no other tensor gets their id
-        self._origin: dict[int, frozenset[str]] = {}
-        self._arrive, self._shared, self._leaf = arrive, shared, leaf
+        self._origins, self._measured = origins, measured
+        self._receiver, self._shared, self._leaf = receiver, shared, leaf
         self._before: Counter[tuple[str, tuple[str, ...]]] = Counter()
         self._recording = True
+
+    @property
+    def roots(self) -> dict[str, Tensor]:
+        """The parameters by name, as they are during this forward (a sharded model gathers them)."""
+        return self._origins.roots
 
     def stop(self) -> None:
         """From now on (the backward, where checkpoints recompute) calls are tapped but not recorded."""
         self._recording = False
 
-    def _find(self, tensor: Tensor) -> frozenset[str] | None:
-        """Names of the parameters a tensor is made from, or None."""
-        key = id(tensor)
-        if key in self._names:
-            return frozenset((self._names[key],))
-        found = self._origin.get(key)
-        if found is not None or not tensor.requires_grad:
-            return found
-        if tensor.is_leaf:
-            return self._stand_in(tensor) if isinstance(tensor, nn.Parameter) else None
-        base = tensor._base
-        return None if base is None else self._find(base)
-
-    def _stand_in(self, tensor: Tensor) -> frozenset[str] | None:
-        """The name under which a sharded model holds this gathered parameter just now."""
-        for name, held in named_tensors(self._model):
-            if held is tensor and name in self.roots:
-                self._names[id(tensor)], self.roots[name] = name, tensor
-                return frozenset((name,))
-        return None
-
-    def _source(self, tensor: Tensor) -> Source:
-        names = self._find(tensor) or frozenset()
-        if id(tensor) in self._names:
-            return Source(tensor, names, self._names[id(tensor)])
-        base = tensor._base if tensor._is_view() else tensor
-        plain = distinct(tensor) and base is not None and tensor.dtype == base.dtype
-        return Source(tensor, names, self._names.get(id(base)) if plain else None)
-
-    def __torch_function__(self, func: Any, types_: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if type(func) is types.MethodWrapperType or not torch.is_grad_enabled():  # an attribute, at most a view
+        if is_attribute_access(func) or not torch.is_grad_enabled():  # at most a view
             return func(*args, **kwargs)
-        owned: dict[int, frozenset[str]] = {}
-        activations = others = False
-        given = _tensors((*args, *kwargs.values()) if kwargs else args)
-        for t in given:
-            names = self._find(t)
-            if names is not None:
-                owned[id(t)] = names
-            else:
-                others = True
-                activations = activations or t.requires_grad
-        if not owned:
+        operands = Operands.among(args, kwargs, self._origins)
+        if not operands.owned:
             return func(*args, **kwargs)
+        return self._consume(func, operands, args, kwargs)
+
+    def _consume(self, func: Any, operands: Operands, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run a call that has parameters among its arguments: tapped, opened, or followed to what it makes."""
         if func is F.scaled_dot_product_attention:
             with self:
                 spreaded = spread(args, kwargs)
             if spreaded is not None:
                 return func(**spreaded)
-        if (others or func in SPREADING) and not _beyond_rules(given):
-            call = match(lambda v: id(v) in owned, func, args, kwargs)
-            if call is not None:
-                sources = tuple(self._source(s.operand) for s in call.sites)
-                kind = (getattr(func, "__name__", str(func)), tuple(sorted(set().union(*(s.names for s in sources)))))
-                self._before[kind] += 1
-                call_id = (*kind, self._before[kind] - 1)
-                if call_id not in self._shared:
-                    return self._tapped(call_id, func, call, sources, args, kwargs, activations)
-        if isinstance(func, types.FunctionType) and func.__module__ == "torch.nn.functional":
+        covered = self._covered(func, operands, args, kwargs)
+        if covered is not None:
+            return self._run_tapped(covered, func, operands.activations, args, kwargs)
+        if is_python_function_of_torch(func):
             with self:
                 return transparent(func)(*args, **kwargs)
         out = func(*args, **kwargs)
-        made = [t for t in _tensors((out,)) if t.requires_grad]
-        if made:
-            names = frozenset().union(*owned.values())
-            if activations:
-                self.trace.leave(names, getattr(func, "__name__", str(func)))
-            else:
-                for t in made:
-                    self._made[id(t)], self._origin[id(t)] = t, names
+        self._follow(func, out, operands)
         return out
 
-    def _tapped(
-        self,
-        call_id: CallId,
-        func: Any,
-        call: Call,
-        sources: tuple[Source, ...],
-        args: Any,
-        kwargs: Any,
-        certain: bool,
-    ) -> Any:
-        if self._measured.isdisjoint(call_id[1]):
+    def _covered(self, func: Any, operands: Operands, args: Any, kwargs: dict[str, Any]) -> Covered | None:
+        """The call as its rule reads it; None where no rule covers it, or its output is shared by all samples."""
+        if not (operands.others or func in SPREADING) or not operands.within_rules():
+            return None
+        call = match(operands.owns, func, args, kwargs)
+        if call is None:
+            return None
+        sources = tuple(self._origins.source(s.operand) for s in call.sites)
+        kind = (getattr(func, "__name__", str(func)), tuple(sorted(set().union(*(s.names for s in sources)))))
+        self._before[kind] += 1
+        found = Covered((*kind, self._before[kind] - 1), call, sources)
+        return None if found.id in self._shared else found
+
+    def _follow(self, func: Any, out: Any, operands: Operands) -> None:
+        """Note what an operator without a rule makes of parameters."""
+        made = [t for t in _tensors((out,)) if t.requires_grad]
+        if not made:
+            return
+        names = operands.names()
+        if operands.activations:
+            self.trace.leave(names, getattr(func, "__name__", str(func)))
+            return
+        for t in made:
+            self._origins.note(t, names)
+
+    def _run_tapped(self, found: Covered, func: Any, certain: bool, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run a covered call on detached operands, with a tap on its output."""
+        if self._measured.isdisjoint(found.id[1]):
             return func(*args, **kwargs)
+        call = found.call
         leaves = tuple(s.operand.detach() for s in call.sites)
         if self._leaf:
             for leaf in leaves:
@@ -269,17 +271,15 @@ class Recorder(TorchFunctionMode):
         replaced = {id(s.operand): leaf for s, leaf in zip(call.sites, leaves, strict=True)}
         given = {k: replaced.get(id(a), a) for k, a in kwargs.items()} if kwargs else kwargs
         out = func(*[replaced.get(id(a), a) for a in args], **given)
-        view = call.seen
-        seen = view(out)
-        use = Use(call_id, call.sites, sources, leaves, seen.shape, tuple(call.sample_axes(seen)), certain)
+        seen = call.seen(out)
+        use = Use(found.id, call.sites, found.sources, leaves, seen.shape, tuple(call.sample_axes(seen)), certain)
         if self._recording:
             self.trace.uses.append(use)
-        saved = [t.detach() for t in call.saved]
-        return Tap.apply(out, self.anchor, lambda delta, kept: self._receive(use, view(delta), kept), saved)
+        return Tap.apply(out, self.anchor, Tapped(use, call, self), [t.detach() for t in call.saved])
 
-    def _receive(self, use: Use, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
-        """An output gradient; one that comes during the forward is of a derivative that is part of the loss."""
+    def arrived(self, tapped: Tapped, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
+        """Called by a tap; an output gradient during the forward is of a derivative that is part of the loss."""
         if self._recording:
-            self.trace.leave(use.names, "autograd.grad in the forward")
+            self.trace.leave(tapped.use.names, "autograd.grad in the forward")
         else:
-            self._arrive(use, delta, saved)
+            self._receiver.receive(tapped.use, tapped.call.seen(delta), saved)

@@ -19,9 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow.errors import MomentError
-from noetherflow.moments.batch import Subject, buffers_kept, check_finite, forward_backward, whole_batch_total
+from noetherflow.moments.batch import (
+    Backward,
+    BatchPass,
+    Subject,
+    buffers_kept,
+    check_finite,
+    forward_backward,
+    whole_batch_total,
+)
 from noetherflow.moments.distributed import over_ranks
 from noetherflow.moments.layout import SampleLayout
+from noetherflow.moments.origins import Source
 from noetherflow.moments.taps import CallId, Recorder, Trace, Use
 
 # Other samples' share of a sample's output gradient that passes for rounding; models that cast to float32 inside are
@@ -78,165 +87,183 @@ def rows_of(delta: Tensor) -> Tensor:
     return rows @ torch.sin(1.0 + 7.3 * torch.arange(rows.shape[1], dtype=rows.dtype, device=rows.device))
 
 
-@dataclass(eq=False)
-class WeightedPass:
-    """What the weighted pass found."""
+@dataclass(frozen=True, eq=False)
+class Total:
+    """The summed gradient of one operand by its rule, its size without cancellation, and the output gradient's dtype.
 
+    Under autocast autograd multiplies in that dtype.
+    """
+
+    total: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+    def agrees(self, expected: Tensor) -> bool:
+        """Whether autograd's gradient is the same up to rounding.
+
+        Where terms cancel, what is left may be no more than their roundings, `eps` times `scale` each.
+        """
+        error = (self.total.double() - expected.double()).norm()
+        rounding = max(1e-2 * tolerance(self.dtype), 2 * torch.finfo(self.dtype).eps)
+        return bool(error <= tolerance(self.dtype) * expected.double().norm() + rounding * self.scale.double())
+
+
+@dataclass(eq=False)
+class WeightedPass(BatchPass):
+    """The first pass: sample `i`'s loss is weighted by `c_i`, and autograd differentiates every operand as well.
+
+    `uncovered`: parameters left to the fallback, with the reason. `newly_shared`: calls in whose output no axis can
+    hold the samples, so that it must be one output for all of them. `projections`: by use, the weighted output gradient
+    of each sample on one direction, for every way in which samples may lie. `rows`: the same of every feature vector.
+    `totals`: by use and operand, the gradient summed by rule.
+    """
+
+    subject: Subject
+    batch: Any
     shared: frozenset[CallId]
-    uncovered: dict[str, str]
-    weights: Tensor
-    span: int
-    model: nn.Module
+    uncovered: dict[str, str] = field(default_factory=dict)
+    newly_shared: set[CallId] = field(default_factory=set)
+    weights: Tensor = field(default_factory=lambda: torch.empty(0))
     projections: dict[CallId, list[tuple[SampleLayout, Tensor]]] = field(default_factory=dict)
+    rows: dict[CallId, Tensor] = field(default_factory=dict)
+    totals: dict[tuple[CallId, int], Total] = field(default_factory=dict)
+    leaf: bool = field(default=True, init=False)
+
+    def begin(self, losses: Tensor, recorder: Recorder) -> Tensor | None:
+        check_finite(losses, self.batch)
+        self.uncovered.update({n: ", ".join(sorted(ops)) for n, ops in recorder.trace.uncovered.items()})
+        for use in recorder.trace.uses:
+            if use.layouts(losses.numel(), self.subject.sample_axes):
+                continue
+            if use.certain:
+                self.uncovered.update(dict.fromkeys(use.names, f"{use}: no sample axis"))
+            else:
+                self.newly_shared.add(use.id)
+        self.newly_shared.update(over_ranks(self.newly_shared, self.subject.model))
+        self.weights = random_weights(losses)
+        return None if self.newly_shared else self.weights
+
+    def receive(self, use: Use, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
+        if not use.leaves[0].requires_grad:
+            return
+        samples = self.weights.numel()
+        self.projections[use.id] = [
+            (layout, row_projection(layout, delta, samples)[0])
+            for layout in use.layouts(samples, self.subject.sample_axes)
+        ]
+        if use.certain and delta.ndim:
+            self.rows[use.id] = rows_of(delta)
+        for k, site in enumerate(use.sites):
+            self.totals[use.id, k] = Total(*whole_batch_total(site, delta, saved), delta.dtype)
+
+    def settle(self, done: Backward) -> None:
+        """Compare with autograd. Raises MomentError where a rule's summed gradient is another."""
+        for name, missed in done.missed.items():
+            if missed is not None:
+                self.uncovered.setdefault(name, "a use that no rule saw")
+        self.uncovered = dict(over_ranks(self.uncovered.items(), self.subject.model))
+        compared = self.subject.measured - set(self.uncovered)
+        operands = ((use, k, source) for use in done.trace.uses for k, source in enumerate(use.sources))
+        for (use, k, source), expected in zip(operands, done.leaves, strict=True):
+            if source.names & compared:
+                _compare(use, source, expected, self.totals.get((use.id, k)), done.trace)
+
+
+@dataclass(eq=False)
+class Locator:
+    """Finds where the samples lie in each use, in the second pass, from what the weighted one found.
+
+    `kept`: the layout of every use that a gradient reached. `still_shared`: calls found to have one output for all
+    samples. `scattered`: parameters whose use mixes rows of several samples, with the reason.
+    """
+
+    weighted: WeightedPass
     kept: dict[CallId, SampleLayout] = field(default_factory=dict)
     still_shared: set[CallId] = field(default_factory=set)
-    rows: dict[CallId, Tensor] = field(default_factory=dict)
     scattered: dict[str, str] = field(default_factory=dict)
 
     def locate(self, use: Use, delta: Tensor) -> SampleLayout | None:
-        """The layout under which sample i's rows scale with `c_i`; None if the output is shared by the samples.
+        """The layout under which sample `i`'s rows scale with `c_i`; None if the output is shared by the samples.
 
         It is kept for later batches unless the gradient is zero, which fits every layout.
-        Raises MomentError when no layout fits an output that depends on the samples: they act on each other.
+
+        Raises:
+            MomentError: no layout fits an output that depends on the samples, so they act on each other.
         """
-        if use.id not in self.projections:
+        projections = self.weighted.projections.get(use.id)
+        if projections is None:
             raise MomentError(
                 f"the loss takes another path when computed again on the same batch: {use} is new. Does the model "
                 "count its calls or draw from a generator of its own? Take that out while measuring"
             )
-        samples = self.weights.numel()
-        for layout, weighted in self.projections[use.id]:
-            plain, scale = row_projection(layout, delta, samples)
-            error = (weighted - self.weights.flatten().double() * plain).abs().max()
-            if error <= independence(self.model, delta.dtype) * scale:
+        weights, limit = self.weighted.weights.flatten().double(), self._limit(delta)
+        for layout, weighted in projections:
+            plain, scale = row_projection(layout, delta, weights.numel())
+            if (weighted - weights * plain).abs().max() <= limit * scale:
                 if bool(plain.any()):
                     self.kept[use.id] = layout
                 return layout
-        if use.certain and (self.span > 1 or self._gathered(use, delta)):
+        if not use.certain:
+            self.still_shared.add(use.id)
+        elif self.weighted.subject.sample_axes > 1 or self._gathered(use, delta):
             self.scattered.update(dict.fromkeys(use.names, f"{use}: rows of several samples"))
-            return None
-        if use.certain:
+        else:
             raise MomentError(
                 f"samples act on each other at {use}: sample i's loss has a gradient in other samples' rows. "
                 "Per-sample gradients do not describe SGD here (batch statistics, contrastive loss?); "
                 "use minibatch_moments"
             )
-        self.still_shared.add(use.id)
         return None
 
     def settled(self) -> bool:
         """After the measuring pass: whether every use was located, on all ranks."""
-        self.still_shared = set(over_ranks(self.still_shared, self.model))
-        self.scattered = dict(over_ranks(self.scattered.items(), self.model))
+        model = self.weighted.subject.model
+        self.still_shared = set(over_ranks(self.still_shared, model))
+        self.scattered = dict(over_ranks(self.scattered.items(), model))
         return not self.still_shared and not self.scattered
+
+    def _limit(self, delta: Tensor) -> float:
+        return independence(self.weighted.subject.model, delta.dtype)
 
     def _gathered(self, use: Use, delta: Tensor) -> bool:
         """Whether each row belongs to one sample, in an order of the model's own (experts): its ratio is some `c_i`."""
-        weighted, plain = self.rows[use.id], rows_of(delta)
+        weighted, plain = self.weighted.rows[use.id], rows_of(delta)
         live = plain.abs() > 1e-3 * plain.abs().max()
         ratio = (weighted / plain)[live]
-        distance = (ratio.unsqueeze(1) - self.weights.flatten().double()).abs().amin(1)
-        return bool((distance <= independence(self.model, delta.dtype)).all())
+        distance = (ratio.unsqueeze(1) - self.weighted.weights.flatten().double()).abs().amin(1)
+        return bool((distance <= self._limit(delta)).all())
 
 
-def probe(subject: Subject, batch: Any, shared: frozenset[CallId]) -> WeightedPass:
+def weigh(subject: Subject, batch: Any, shared: frozenset[CallId]) -> WeightedPass:
     """The weighted pass, repeated until it is settled which calls have an output that all samples share.
 
-    Raises MomentError naming the parameter and the uses seen where rules and autograd disagree, or a gradient is not
-    finite.
+    Raises:
+        MomentError: rules and autograd disagree, or a gradient is not finite; names the parameter and the uses seen.
     """
     while True:
-        found = _try_probe(subject, batch, shared)
-        if isinstance(found, WeightedPass):
+        found = WeightedPass(subject, batch, shared)
+        with same_random_numbers(), buffers_kept(subject.modules):
+            done = forward_backward(subject, batch, found, shared, sorted(subject.measured))
+        if done is not None:
+            found.settle(done)
             return found
-        shared = found
+        shared = shared | found.newly_shared
 
 
-def _try_probe(subject: Subject, batch: Any, shared: frozenset[CallId]) -> WeightedPass | frozenset[CallId]:
-    span = subject.sample_axes
-    state: list[WeightedPass] = []
-    more_shared: set[CallId] = set()
-    totals: dict[tuple[CallId, int], tuple[Tensor, Tensor, torch.dtype]] = {}
-
-    def ready(losses: Tensor, recorder: Recorder) -> Tensor | None:
-        trace = recorder.trace
-        check_finite(losses, batch)
-        uncovered = {n: ", ".join(sorted(ops)) for n, ops in trace.uncovered.items()}
-        for use in trace.uses:
-            if not use.layouts(losses.numel(), span):
-                if use.certain:
-                    uncovered.update(dict.fromkeys(use.names, f"{use}: no sample axis"))
-                else:
-                    more_shared.add(use.id)
-        more_shared.update(over_ranks(more_shared, subject.model))
-        weights = random_weights(losses)
-        state.append(WeightedPass(shared, uncovered, weights, span, subject.model))
-        return None if more_shared else weights
-
-    def arrive(use: Use, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
-        if use.leaves[0].requires_grad:
-            found = state[0]
-            samples = found.weights.numel()
-            found.projections[use.id] = [
-                (layout, row_projection(layout, delta, samples)[0]) for layout in use.layouts(samples, span)
-            ]
-            if use.certain and delta.ndim:
-                found.rows[use.id] = rows_of(delta)
-            for k, site in enumerate(use.sites):
-                totals[use.id, k] = (*whole_batch_total(site, delta, saved), delta.dtype)
-
-    names = sorted(subject.measured)
-    with same_random_numbers(), buffers_kept(subject.modules):
-        done = forward_backward(subject, batch, shared, True, ready, arrive, names)
-    if done is None:
-        return shared | more_shared
-    trace, gradients = done
-    found = state[0]
-    leaves = sum(len(u.leaves) for u in trace.uses)
-    for name, residual in zip(names, gradients[leaves:], strict=True):
-        if residual is not None:
-            found.uncovered.setdefault(name, "a use that no rule saw")
-    found.uncovered = dict(over_ranks(found.uncovered.items(), subject.model))
-    _compare(subject, trace, totals, gradients[:leaves], found)
-    return found
-
-
-def _compare(
-    subject: Subject,
-    trace: Trace,
-    totals: dict[tuple[CallId, int], tuple[Tensor, Tensor, torch.dtype]],
-    gradients: tuple[Tensor | None, ...],
-    found: WeightedPass,
-) -> None:
-    position = iter(gradients)
-    for use in trace.uses:
-        for k, source in enumerate(use.sources):
-            expected = next(position)
-            if not source.names & (subject.measured - set(found.uncovered)):
-                continue
-            total = totals.get((use.id, k))
-            if expected is None and total is None:
-                continue
-            if expected is not None:
-                expected = expected.to_dense()
-            if expected is not None and not bool(torch.isfinite(expected).all()):
-                raise MomentError(
-                    f"the gradient of {sorted(source.names)} at {use} is NaN or inf although the loss is finite; has "
-                    "training diverged, or does loss_fn differentiate sqrt, log or a norm at 0?"
-                )
-            if expected is None or total is None or not _close(expected, *total):
-                seen = [str(u) for u in trace.uses if any(s.names & source.names for s in u.sources)]
-                raise MomentError(
-                    f"the gradient of {sorted(source.names)} summed by rule differs from autograd's at {use}; "
-                    f"uses seen: {seen}. Please report this; meanwhile freeze the parameter or leave out its symmetries"
-                )
-
-
-def _close(expected: Tensor, total: Tensor, scale: Tensor, dtype: torch.dtype) -> bool:
-    """`dtype` is that of the output gradient: under autocast autograd multiplies in it.
-
-    Where terms cancel, what is left may be no more than their roundings, `eps` times `scale` each.
-    """
-    error = (total.double() - expected.double()).norm()
-    rounding = max(1e-2 * tolerance(dtype), 2 * torch.finfo(dtype).eps)
-    return bool(error <= tolerance(dtype) * expected.double().norm() + rounding * scale.double())
+def _compare(use: Use, source: Source, expected: Tensor | None, total: Total | None, trace: Trace) -> None:
+    """Raises MomentError unless an operand's gradient summed by rule (`total`) is autograd's (`expected`)."""
+    if expected is None and total is None:
+        return
+    if expected is not None:
+        expected = expected.to_dense()
+        if not bool(torch.isfinite(expected).all()):
+            raise MomentError(
+                f"the gradient of {sorted(source.names)} at {use} is NaN or inf although the loss is finite; has "
+                "training diverged, or does loss_fn differentiate sqrt, log or a norm at 0?"
+            )
+    if expected is None or total is None or not total.agrees(expected):
+        seen = [str(u) for u in trace.uses if any(s.names & source.names for s in u.sources)]
+        raise MomentError(
+            f"the gradient of {sorted(source.names)} summed by rule differs from autograd's at {use}; "
+            f"uses seen: {seen}. Please report this; meanwhile freeze the parameter or leave out its symmetries"
+        )

@@ -1,0 +1,95 @@
+"""Everything of torch that is not public and that measuring relies on, each behind one function of our own.
+
+`tests/test_torch_internals.py` has a test per function. When a new torch breaks one of them, its message says what the
+function must go on doing; nothing outside this module needs to change.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
+from torch.nn.utils.stateless import _reparametrize_module
+
+
+def run_backward(outputs: Tensor, weights: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad(outputs, inputs, weights, allow_unused=True)` without its checks in Python.
+
+    `autograd.grad` calls public functions on the tensors it is given, and an active `TorchFunctionMode` would intercept
+    each of them; that costs more than a small model's backward.
+
+    Args:
+        outputs: the tensor that is differentiated.
+        weights: the gradient with respect to `outputs`, of the same shape.
+        inputs: what to differentiate by.
+
+    Returns:
+        One gradient per input, None for an input that `outputs` does not depend on. The graph is freed.
+    """
+    found: tuple[Tensor | None, ...] = _engine_run_backward(
+        (outputs,), (weights,), False, False, tuple(inputs), True, accumulate_grad=False
+    )
+    return found
+
+
+def unseen_by_modes() -> AbstractContextManager[None]:
+    """A context in which an active `TorchFunctionMode` sees no call: for our own tensor work under our own mode."""
+    context: AbstractContextManager[None] = torch._C.DisableTorchFunction()
+    return context
+
+
+def under_functional_transform() -> bool:
+    """Whether this code runs inside `torch.func.vmap` or `grad`, where tensors hide an axis or a level."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+def view_base(tensor: Tensor) -> Tensor | None:
+    """The tensor that a view looks into; None for a tensor that is no view.
+
+    Example:
+        >>> whole = torch.zeros(4)
+        >>> view_base(whole[1:]) is whole, view_base(whole)
+        (True, None)
+    """
+    return tensor._base if tensor._is_view() else None
+
+
+def with_parameters(model: nn.Module, parameters: dict[str, Tensor]) -> AbstractContextManager[None]:
+    """A context in which the model's named parameters, and all tied to them, are these tensors.
+
+    `torch.func.functional_call` does this for one call of the model; a loss function calls the model itself.
+    """
+    context: AbstractContextManager[None] = _reparametrize_module(model, parameters, tie_weights=True)
+    return context
+
+
+@lru_cache(maxsize=256)
+def transparent(func: types.FunctionType) -> types.FunctionType:
+    """A copy of a Python function of torch that lets an active mode see the calls in its body.
+
+    A function such as `F.multi_head_attention_forward` starts by asking `has_torch_function(...)`, and, under an active
+    mode, hands itself over as one call. In the copy that question is always answered no, so that its body runs and the
+    mode meets the `linear` and `softmax` calls inside.
+    """
+    never = {n: lambda *_: False for n in func.__globals__ if n.startswith("has_torch_function")}
+    copy = types.FunctionType(
+        func.__code__, {**func.__globals__, **never}, func.__name__, func.__defaults__, func.__closure__
+    )
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy
+
+
+def is_python_function_of_torch(func: Any) -> bool:
+    """Whether `transparent` applies: a function of `torch.nn.functional` that is written in Python."""
+    return isinstance(func, types.FunctionType) and func.__module__ == "torch.nn.functional"
+
+
+def is_attribute_access(func: Any) -> bool:
+    """Whether a call that a mode intercepts only reads or sets an attribute, such as `tensor.shape` or `tensor.T`."""
+    return type(func) is types.MethodWrapperType

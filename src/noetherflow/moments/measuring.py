@@ -1,0 +1,213 @@
+"""The pass that measures: output gradients of single samples are contracted into sums as they arrive."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from noetherflow.errors import MomentError
+from noetherflow.moments.batch import (
+    Backward,
+    BatchPass,
+    Contraction,
+    Share,
+    Subject,
+    buffers_kept,
+    check_finite,
+    forward_backward,
+    used_once,
+)
+from noetherflow.moments.distributed import all_ranks, is_sharded, over_ranks
+from noetherflow.moments.groups import GroupSums, edges, sums_over
+from noetherflow.moments.layout import SampleLayout
+from noetherflow.moments.taps import CallId, Recorder, Trace, Use
+from noetherflow.moments.target import Sums
+from noetherflow.moments.verify import Locator, WeightedPass, signature
+
+
+@dataclass(eq=False)
+class Way:
+    """One way through a model, `done` once verified: where samples lie in every use that a gradient reached."""
+
+    layouts: dict[CallId, SampleLayout] = field(default_factory=dict)
+    done: bool = False
+
+
+@dataclass(eq=False)
+class Ways:
+    """The ways through a model met so far.
+
+    Two batches go the same way if they make the same calls, and if the same axes of each call's output may hold the
+    samples. `shared`: calls with one output for all samples, as the way verified last had them.
+    """
+
+    known: dict[Any, Way] = field(default_factory=dict)
+    shared: frozenset[CallId] = frozenset()
+
+    def of(self, shared: frozenset[CallId], trace: Trace, samples: int, span: int) -> Way:
+        """The way that this forward went."""
+        return self.known.setdefault((shared, samples == 1, signature(trace, samples, span)), Way())
+
+
+@dataclass(eq=False)
+class MeasuringPass(BatchPass):
+    """A measuring pass over one batch, whose samples are divided among `groups`."""
+
+    subject: Subject
+    batch: Any
+    ways: Ways
+    sums: GroupSums
+    groups: Sequence[int]
+    way: Way = field(init=False)
+    contraction: Contraction = field(init=False)
+    opened: dict[int, Sums] = field(init=False)
+    shares: list[Share] = field(init=False)
+    losses: list[float] = field(init=False)
+
+    @property
+    @abstractmethod
+    def shared(self) -> frozenset[CallId]:
+        """The calls taken to have one output for all samples."""
+
+    @abstractmethod
+    def admits(self, trace: Trace) -> bool:
+        """Whether to go backward at all; `way` is known by then."""
+
+    @abstractmethod
+    def certain(self, trace: Trace) -> bool:
+        """Whether nothing can show in the backward that this measurement must be thrown away."""
+
+    @abstractmethod
+    def place(self, use: Use, delta: Tensor) -> SampleLayout | None:
+        """Where the samples lie in a use's output; None if that is not known."""
+
+    @abstractmethod
+    def settled(self) -> bool:
+        """After the backward: whether every use that a gradient reached was placed."""
+
+    def begin(self, losses: Tensor, recorder: Recorder) -> Tensor | None:
+        trace, samples = recorder.trace, losses.numel()
+        self.way = self.ways.of(self.shared, trace, samples, self.subject.sample_axes)
+        if not self.admits(trace):
+            return None
+        parts = edges(samples, len(self.groups))
+        self.losses = sums_over(losses.detach().flatten(), parts)
+        if not all(map(isfinite, self.losses)):
+            check_finite(losses, self.batch)
+        self.opened = self.sums.open(self.groups, in_place=self.certain(trace))
+        self.shares = [Share(lo, hi, s) for (lo, hi), s in zip(parts, self.opened.values(), strict=True) if hi > lo]
+        self.contraction = Contraction(recorder.roots, self.subject.measured, used_once(trace), self.shares)
+        return torch.ones_like(losses)
+
+    def receive(self, use: Use, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
+        layout = self.place(use, delta)
+        if layout is not None:
+            self.contraction.receive(use, layout, delta, saved)
+
+    def run(self) -> Backward | None:
+        """Forward, backward and what is left to contract; None if the batch must be verified (again) first.
+
+        Raises:
+            MomentError: a gradient went past the taps, or ranks of a sharded model hold unequal numbers of samples.
+        """
+        with buffers_kept(self.subject.modules):
+            done = forward_backward(self.subject, self.batch, self, self.shared, sorted(self.subject.measured))
+            if done is None or not self.settled():
+                return None
+            _refuse_missed([n for n, g in done.missed.items() if g is not None], done.trace)
+            if is_sharded(self.subject.model):
+                self._refuse_uneven()
+            self.contraction.finish()
+        return done
+
+    def count(self) -> None:
+        """Count the batch in the sums."""
+        parts = edges(self.shares[-1].hi, len(self.groups))
+        for (lo, hi), sums, loss in zip(parts, self.opened.values(), self.losses, strict=True):
+            sums.samples += hi - lo
+            sums.loss += loss
+        self.sums.close(self.opened)
+
+    def _refuse_uneven(self) -> None:
+        """Raises MomentError where ranks of a sharded model would go backward unequally often, sample by sample."""
+        names, samples = self.contraction.pulled_back, self.shares[-1].hi
+        counts = over_ranks([samples], self.subject.model) if names else [samples]
+        if len(set(counts)) > 1:
+            raise MomentError(
+                f"ranks have {counts} samples in one batch, and {sorted(names)}, whose use all samples share, need "
+                "equal numbers under fully_shard: leave out a shorter last batch (drop_last=True)"
+            )
+
+
+@dataclass(eq=False)
+class KnownWay(MeasuringPass):
+    """Measures a batch that goes a way verified before, and stops where it does not."""
+
+    reached: list[Tensor] = field(default_factory=list, init=False)
+    """For each use without a known layout, whether a gradient reached it."""
+
+    @property
+    def shared(self) -> frozenset[CallId]:
+        return self.ways.shared
+
+    def admits(self, trace: Trace) -> bool:
+        known = self.way.done and self.subject.measured.isdisjoint(trace.uncovered)
+        return all_ranks(known, self.subject.model)
+
+    def certain(self, trace: Trace) -> bool:
+        return len(self.way.layouts) >= len(trace.uses)
+
+    def place(self, use: Use, delta: Tensor) -> SampleLayout | None:
+        layout = self.way.layouts.get(use.id)
+        if layout is None:
+            self.reached.append(delta.any())
+        return layout
+
+    def settled(self) -> bool:
+        return all_ranks(not any(map(bool, self.reached)), self.subject.model)
+
+
+@dataclass(eq=False)
+class NewWay(MeasuringPass):
+    """Measures a batch after its weighted pass, and finds on the way where the samples lie."""
+
+    weighted: WeightedPass
+    locator: Locator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.locator = Locator(self.weighted)
+
+    @property
+    def shared(self) -> frozenset[CallId]:
+        return self.weighted.shared
+
+    def admits(self, trace: Trace) -> bool:
+        return True
+
+    def certain(self, trace: Trace) -> bool:
+        return False
+
+    def place(self, use: Use, delta: Tensor) -> SampleLayout | None:
+        return self.locator.locate(use, delta)
+
+    def settled(self) -> bool:
+        return self.locator.settled()
+
+    def remember(self) -> None:
+        """Let later batches go this way without a weighted pass."""
+        self.way.layouts.update(self.locator.kept)
+        self.way.done = True
+        self.ways.shared = self.shared
+
+
+def _refuse_missed(names: list[str], trace: Trace) -> None:
+    """Raises MomentError naming parameters that a gradient reached beside the taps."""
+    if names:
+        seen = [str(u) for u in trace.uses if any(s.names & set(names) for s in u.sources)]
+        raise MomentError(f"a use of {names} was seen by no rule; uses seen: {seen}")

@@ -1,0 +1,129 @@
+"""Each private part of torch that the library uses still does what it is used for.
+
+A failure here after an update of torch means: rewrite the one function named in the test, in
+`src/noetherflow/core/torch_internals.py`, so that the test passes again. Nothing else relies on the private part.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from noetherflow.core import torch_internals as internals
+
+
+class Seen(TorchFunctionMode):
+    """Notes the name of every call it intercepts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(getattr(func, "__name__", str(func)))
+        return func(*args, **(kwargs or {}))
+
+
+class Opened(Seen):
+    """... and opens functions written in Python as the recorder of moments does."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.__name__)
+        if internals.is_python_function_of_torch(func):
+            with self:
+                return internals.transparent(func)(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def test_run_backward_is_autograd_grad_unseen_by_a_mode() -> None:
+    """Else: call `torch.autograd.grad(..., allow_unused=True)` inside `unseen_by_modes()`; taps must still be seen."""
+    x, unused = torch.tensor([1.0, 2.0], requires_grad=True), torch.ones(1, requires_grad=True)
+    weights = torch.tensor([1.0, 10.0])
+    expected = torch.autograd.grad(x.pow(3), x, weights)[0]
+    y = x.pow(3)
+    with Seen() as mode:
+        found, none = internals.run_backward(y, weights, [x, unused])
+    assert found is not None
+    assert torch.equal(found, expected)
+    assert none is None
+    assert mode.names == []
+    assert x.grad is None
+
+
+def test_unseen_by_modes_hides_calls_and_only_inside() -> None:
+    """Else: look in `torch.overrides` for what disables modes; without it every own call is taken for the model's."""
+    with Seen() as mode:
+        with internals.unseen_by_modes():
+            torch.ones(2).sum()
+        assert mode.names == []
+        torch.zeros(2)
+    assert mode.names == ["zeros"]
+
+
+def test_under_functional_transform_sees_vmap_and_grad() -> None:
+    """Else: the recorder would put taps on tensors with a hidden axis; find functorch's present test of its level."""
+    inside = []
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        inside.append(internals.under_functional_transform())
+        return x.sum()
+
+    torch.func.vmap(f)(torch.ones(2, 3))
+    torch.func.grad(f)(torch.ones(3))
+    assert inside == [True, True]
+    assert not internals.under_functional_transform()
+
+
+def test_view_base_is_the_tensor_looked_into() -> None:
+    """Else: uses of a slice of a parameter (packed query-key-value) would not be read as parts of it."""
+    whole = nn.Parameter(torch.zeros(4, 3))
+    assert internals.view_base(whole[1:].T) is whole
+    assert internals.view_base(whole) is None
+    assert internals.view_base(whole.clone()) is None
+
+
+def test_with_parameters_reaches_tied_ones_and_is_undone() -> None:
+    """Else: write the context with `torch.func.functional_call`, or by setting attributes, tied names included."""
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    model[1].weight = model[0].weight
+    before = model[0].weight
+    with internals.with_parameters(model, {"0.weight": 2 * torch.eye(2)}):
+        assert torch.equal(model(torch.ones(1, 2)), torch.full((1, 2), 4.0))
+    assert model[0].weight is before
+    assert model[1].weight is before
+
+
+def test_transparent_shows_the_calls_inside() -> None:
+    """Else: attention would be one opaque call; see how `torch.nn.functional` now hands itself to a mode."""
+    attention, x = nn.MultiheadAttention(4, 2, batch_first=True), torch.ones(3, 5, 4)
+    closed, opened = Seen(), Opened()
+    with closed:
+        plain = attention(x, x, x)[0]
+    with opened:
+        found = attention(x, x, x)[0]
+    assert "linear" not in closed.names
+    assert opened.names.count("linear") >= 2
+    assert torch.equal(plain, found)
+
+
+def test_kinds_of_intercepted_calls() -> None:
+    """Else: find what a mode is given now for `tensor.requires_grad` and for `F.relu`."""
+    kinds: dict[str, tuple[bool, bool]] = {}
+
+    class Kinds(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kinds[func.__name__] = internals.is_attribute_access(func), internals.is_python_function_of_torch(func)
+            return func(*args, **(kwargs or {}))
+
+    with Kinds():
+        x = torch.ones(2)
+        _ = x.requires_grad
+        F.relu(x)
+        F.linear(x, torch.ones(2, 2))
+    assert kinds["__get__"] == (True, False)
+    assert kinds["relu"] == (False, True)
+    assert kinds["linear"] == (False, False)
