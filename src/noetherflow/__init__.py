@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from noetherflow.balance.checkpoint import balance_checkpoint, load_checkpoint_, read_checkpoint
     from noetherflow.balance.model import BalanceReport, balance_
     from noetherflow.balance.schedule import BalanceSchedule
-    from noetherflow.discovery.certify import Certificate, certify
+    from noetherflow.discovery.certificate import Certificate
+    from noetherflow.discovery.certify import certify
     from noetherflow.discovery.explain import explain
     from noetherflow.discovery.find import find_symmetries
     from noetherflow.discovery.oracle import count_symmetries
@@ -54,7 +55,8 @@ _LAZY = {
     "balance.checkpoint": ("balance_checkpoint", "load_checkpoint_", "read_checkpoint"),
     "balance.model": ("BalanceReport", "balance_"),
     "balance.schedule": ("BalanceSchedule",),
-    "discovery.certify": ("Certificate", "certify"),
+    "discovery.certificate": ("Certificate",),
+    "discovery.certify": ("certify",),
     "discovery.explain": ("explain",),
     "discovery.find": ("find_symmetries",),
     "discovery.oracle": ("count_symmetries",),

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from noetherflow.core.inputs import LossFn
-from noetherflow.core.printing import table
-from noetherflow.core.tensors import tensors_of
+from noetherflow.core.copies import copy_of
+from noetherflow.core.inputs import LossFn, ModelInputs
 from noetherflow.core.unwrap import unwrap
-from noetherflow.discovery.export import export, first_line, own_failure, place, split_inputs, uncopyable
+from noetherflow.discovery.certificate import Certificate, CertificateRow, Verdict
+from noetherflow.discovery.copies import ModelCopy, eps_scaled, eps_settings, flat_outputs, floating_tensors, in_dtype
+from noetherflow.discovery.export import export, first_line, own_failure, place, stale
 from noetherflow.errors import DataError, ExportError
 from noetherflow.symmetry.symmetry import Symmetry, Translation
 from noetherflow.symmetry.symmetry_set import SymmetrySet
@@ -29,80 +28,7 @@ EXACT_WITH_CASTS = 1e-7
 """The same where the model itself casts to float32."""
 GRADIENT_SLACK = 1e2
 """Gradients may violate this much more than outputs: they pass the graph twice."""
-EPS_NAMES = ("eps", "epsilon", "variance_epsilon", "layer_norm_eps", "norm_eps")
 EPS_FACTORS = (1.0, 1e-2, 0.0)
-
-Verdict = Literal["exact", "approximate", "broken"]
-
-
-@dataclass(frozen=True)
-class CertificateRow:
-    """What was measured for one symmetry.
-
-    `outputs` is `|f(G theta) - f(theta)| / |f(theta)|` and `gradients` the relative difference between the per-sample
-    gradients at `G theta` and the ones the group predicts, both in float64 and the worst over trials. `eps_sizes` lists
-    `(eps, outputs)` for normalisations whose eps was varied, `dtypes` the output violation in narrower types.
-    """
-
-    name: str
-    family: str
-    verdict: Verdict
-    outputs: float
-    gradients: float
-    eps: float | None = None
-    eps_sizes: tuple[tuple[float, float], ...] = ()
-    dtypes: tuple[tuple[str, float], ...] = ()
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """One row per symmetry and translation; `casts` are the places where the model lowers its own precision."""
-
-    rows: tuple[CertificateRow, ...]
-    tolerance: float
-    casts: tuple[str, ...] = ()
-
-    def __iter__(self) -> Iterator[CertificateRow]:
-        return iter(self.rows)
-
-    def __getitem__(self, name: str) -> CertificateRow:
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise KeyError(f"no certificate for {name!r}; names: {[r.name for r in self.rows][:20]}")
-
-    @property
-    def broken(self) -> tuple[str, ...]:
-        """Names of the symmetries that do not hold."""
-        return tuple(r.name for r in self.rows if r.verdict == "broken")
-
-    def __str__(self) -> str:
-        noted = any(r.note for r in self.rows)
-        rows = [
-            {
-                "symmetry": r.name,
-                "family": r.family,
-                "verdict": r.verdict,
-                "outputs changed by": r.outputs,
-                "gradients off by": r.gradients,
-                **{f"in {dtype}": value for dtype, value in r.dtypes},
-                **({"note": r.note} if noted else {}),
-            }
-            for r in self.rows
-        ]
-        lines = [table(rows, "outputs changed by", "gradients off by")] if rows else ["(nothing to certify)"]
-        if self.casts:
-            lines.append(
-                f"the model itself casts to a lower precision in {len(self.casts)} places, so exact means below "
-                f"{self.tolerance:.0e}: {'; '.join(self.casts[:3])}{' ...' if len(self.casts) > 3 else ''}"
-            )
-        return "\n".join(lines)
-
-    __repr__ = __str__
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"rows": [asdict(r) for r in self.rows], "tolerance": self.tolerance, "casts": list(self.casts)}
 
 
 def certify(
@@ -184,14 +110,18 @@ class _Bench:
         seed: int,
     ) -> None:
         self.source = model
-        self.model, self.tensors = _copy(model, torch.float64)
+        copied = ModelCopy.of(model, torch.float64)
+        self.model, self.tensors = copied.model, copied.tensors
         self.rng = torch.Generator("cpu").manual_seed(seed)
-        self.inputs = [_cast(example_inputs, torch.float64)]
+        self.inputs = [in_dtype(ModelInputs.of(example_inputs), torch.float64)]
         self.inputs += [self._random_inputs(self.inputs[0]) for _ in range(trials - 1)]
+        self.example = _cast(example_inputs, torch.float64)
+        if (why := stale(unwrap(model), self.model, self.inputs[0])) is not None:
+            raise DataError(why)
         self.loss_fn, self.batch = loss_fn, _cast(batch, torch.float64)
         self.samples = samples
         self.trainable = {n: t for n, t in self.tensors.items() if isinstance(t, nn.Parameter) and t.requires_grad}
-        self.outputs = [self._given_outputs(), *(_outputs(self.model, x) for x in self.inputs[1:])]
+        self.outputs = [self._given_outputs(), *(flat_outputs(self.model, x) for x in self.inputs[1:])]
         if not all(bool(torch.isfinite(y).all()) for y in self.outputs):
             raise DataError("the model's outputs on the example inputs are not finite; certify needs finite outputs")
         self.projection = torch.randn(self.outputs[0].numel(), dtype=torch.float64, generator=self.rng, device="cpu")
@@ -200,9 +130,9 @@ class _Bench:
     def _given_outputs(self) -> Tensor:
         """Raises DataError where the float64 copy fails and one in the model's own precision does not."""
         try:
-            return _outputs(self.model, self.inputs[0])
+            return flat_outputs(self.model, self.inputs[0])
         except RuntimeError as cause:
-            if own_failure(copy.deepcopy(unwrap(self.source)).eval(), self.inputs[0]) is not None:
+            if own_failure(copy_of(self.source).eval(), self.inputs[0]) is not None:
                 raise
             raise DataError(
                 f"a certificate needs float64, in which {type(self.model).__name__} does not run. "
@@ -211,14 +141,14 @@ class _Bench:
                 "of experts of transformers: model.set_experts_implementation('batched_mm')"
             ) from cause
 
-    def _random_inputs(self, inputs: Any) -> Any:
-        def draw(x: Any) -> Any:
-            if not isinstance(x, Tensor) or not x.is_floating_point() or x.numel() < 2:
+    def _random_inputs(self, inputs: ModelInputs) -> ModelInputs:
+        def draw(x: Tensor) -> Tensor:
+            if not x.is_floating_point() or x.numel() < 2:
                 return x
             noise = torch.randn(x.shape, dtype=x.dtype, generator=self.rng, device="cpu")
             return x.mean() + x.std().clamp_min(1e-3) * noise
 
-        return pytree.tree_map(draw, inputs)
+        return inputs.map(draw)
 
     def _gradients(self) -> list[dict[str, Tensor]]:
         """Per-sample gradients of the first samples, by canonical name."""
@@ -238,7 +168,7 @@ class _Bench:
 
     def _losses(self) -> Tensor:
         if self.loss_fn is not None:
-            batch = self.inputs[0] if self.batch is None else self.batch
+            batch = self.example if self.batch is None else self.batch
             losses = self.loss_fn(self.model, batch)
             if losses.ndim != 1:
                 raise DataError(
@@ -246,7 +176,7 @@ class _Bench:
                     "use reduction='none'"
                 )
             return losses
-        tensors = _floats(_run(self.model, self.inputs[0]))
+        tensors = floating_tensors(self.inputs[0].call(self.model))
         size = tensors[0].shape[0] if tensors[0].ndim else 1
         total = tensors[0].new_zeros(size)
         offset = 0
@@ -273,18 +203,18 @@ class _Bench:
 
     def output_violation(self, values: dict[str, Tensor], base: Sequence[Tensor]) -> float:
         with self.moved(values):
-            return max(_relative(_outputs(self.model, x), y) for x, y in zip(self.inputs, base, strict=True))
+            return max(_relative(flat_outputs(self.model, x), y) for x, y in zip(self.inputs, base, strict=True))
 
     def in_dtype(self, item: Symmetry | Translation, spread: float, seed: int, dtype: torch.dtype) -> float:
         """Output violation when weights and inputs are rounded to `dtype`."""
-        model, tensors = _copy(self.source, dtype)
-        inputs = _cast(self.inputs[0], dtype)
-        base = _outputs(model, inputs)
-        wide = {n: t.detach().double() if t.is_floating_point() else t.detach() for n, t in tensors.items()}
+        copied = ModelCopy.of(self.source, dtype)
+        inputs = in_dtype(self.inputs[0], dtype)
+        base = flat_outputs(copied.model, inputs)
+        wide = {n: t.detach().double() if t.is_floating_point() else t.detach() for n, t in copied.tensors.items()}
         with torch.no_grad():
             for n, v in _act(item, wide, spread, seed)[0].items():
-                tensors[n].copy_(v)
-        return _relative(_outputs(model, inputs), base)
+                copied.tensors[n].copy_(v)
+        return _relative(flat_outputs(copied.model, inputs), base)
 
 
 def _failing(model: nn.Module, error: Exception) -> str:
@@ -294,51 +224,8 @@ def _failing(model: nn.Module, error: Exception) -> str:
     return next((paths[owner] for owner in reversed(owners) if owner in paths), paths[id(model)])
 
 
-def _copy(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A copy in evaluation mode with floating tensors in `dtype`, and its tensors by the original's canonical names.
-
-    Raises DataError for a model that cannot be copied.
-    """
-    inner = unwrap(model)
-    if (why := uncopyable(inner)) is not None:
-        raise DataError(why)
-    own = {id(t): n for n, t in tensors_of(inner).items()}
-    duplicate = copy.deepcopy(inner).to(dtype).eval()
-    copied = tensors_of(duplicate)
-    return duplicate, {name: copied[own[id(t)]] for name, t in tensors_of(model).items()}
-
-
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     return pytree.tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, value)
-
-
-def _run(model: nn.Module, inputs: Any) -> Any:
-    args, kwargs = split_inputs(inputs)
-    return model(*args, **kwargs)
-
-
-def _floats(value: Any) -> list[Tensor]:
-    """Every floating tensor in a model's output, in order."""
-    leaves = [t for t in pytree.tree_leaves(_plain(value)) if isinstance(t, Tensor) and t.is_floating_point()]
-    if not leaves:
-        raise DataError(f"the model returns no floating tensor (got {type(value).__name__}); nothing to certify")
-    return leaves
-
-
-def _plain(value: Any) -> Any:
-    """Output objects as plain containers; key/value caches are no part of the function."""
-    if isinstance(value, Tensor):
-        return value
-    if hasattr(value, "items"):
-        return {k: _plain(v) for k, v in value.items() if k != "past_key_values"}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return None
-
-
-def _outputs(model: nn.Module, inputs: Any) -> Tensor:
-    with torch.no_grad():
-        return torch.cat([y.double().reshape(-1) for y in _floats(_run(model, inputs))])
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
@@ -393,22 +280,12 @@ def _eps_sizes(
 ) -> tuple[tuple[float, float], ...]:
     """Output violation with the eps of every normalisation module scaled down."""
     values, _ = _act(item, bench.tensors, spread, seed)
-    knobs = [
-        (m, name, getattr(m, name))
-        for m in bench.model.modules()
-        for name in EPS_NAMES
-        if isinstance(getattr(m, name, None), float)
-    ]
+    settings = eps_settings(bench.model)
     sizes = []
-    try:
-        for factor in EPS_FACTORS:
-            for m, name, value in knobs:
-                setattr(m, name, factor * value)
-            base = [_outputs(bench.model, x) for x in bench.inputs]
+    for factor in EPS_FACTORS:
+        with eps_scaled(settings, factor):
+            base = [flat_outputs(bench.model, x) for x in bench.inputs]
             violation = bench.output_violation(values, base)
-            if math.isfinite(violation):
-                sizes.append((factor * eps, violation))
-    finally:
-        for m, name, value in knobs:
-            setattr(m, name, value)
+        if math.isfinite(violation):
+            sizes.append((factor * eps, violation))
     return tuple(sizes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import logging
 import traceback
@@ -19,8 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.utils import _pytree as pytree
 
+from noetherflow.core.copies import attributes_with_graph, copy_of
+from noetherflow.core.inputs import ModelInputs
 from noetherflow.core.tensors import named_tensors, tensors_of
 from noetherflow.core.unwrap import plain_name, unwrap
 from noetherflow.errors import ExportError
@@ -87,13 +87,6 @@ def module_path(node: fx.Node) -> str:
     return str(path)
 
 
-def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs as `(args, kwargs)`: a dict is kwargs, a tuple is args, anything else one argument."""
-    if isinstance(example_inputs, dict) or hasattr(example_inputs, "keys"):
-        return (), dict(example_inputs)
-    return (example_inputs, {}) if isinstance(example_inputs, tuple) else ((example_inputs,), {})
-
-
 def _prepare(model: nn.Module) -> nn.Module:
     """Settings of a transformers model copy that change how, not what, it computes: no caches, experts in one batch."""
     for module in model.modules():
@@ -106,19 +99,50 @@ def _prepare(model: nn.Module) -> nn.Module:
 
 
 def uncopyable(model: nn.Module) -> str | None:
-    """Why `copy.deepcopy` refuses the model (an attribute computed from parameters) and what to do, None if it need
-    not.
+    """Why no copy of the model can take its place, and what to do; None where one can.
+
+    A hook of the older kind (`torch.nn.utils.weight_norm`) puts a computed weight in a parameter's place before every
+    forward, and the graph of that weight belongs to the original's parameters.
     """
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                hooks = module._forward_pre_hooks.values()
-                known = [r.format(name=name) for kind, r in REMEDIES.items() if any(isinstance(h, kind) for h in hooks)]
-                remedy = known[0] if known else "compute it in forward, or use torch.nn.utils.parametrize"
-                return (
-                    f"{f'{path}.' if path else ''}{name} of {type(module).__name__} is an attribute computed from "
-                    f"parameters, and a model that holds one cannot be copied: {remedy}"
-                )
+    for module, name, _ in attributes_with_graph(model):
+        for hook in module._forward_pre_hooks.values():
+            remedy = next((text for kind, text in REMEDIES.items() if isinstance(hook, kind)), None)
+            if remedy is not None:
+                return _computed(model, module, name, remedy.format(name=name))
+    return None
+
+
+def _computed(model: nn.Module, module: nn.Module, name: str, remedy: str) -> str:
+    path = next(p for p, m in model.named_modules() if m is module)
+    return (
+        f"{f'{path}.' if path else ''}{name} of {type(module).__name__} is an attribute computed from parameters, and "
+        f"a model that holds one cannot be copied: {remedy}"
+    )
+
+
+def stale(model: nn.Module, duplicate: nn.Module, inputs: ModelInputs) -> str | None:
+    """What is wrong with an attribute that was computed from parameters once, None where there is no such attribute.
+
+    A feature map that every forward sets anew is harmless. One that the forward leaves alone is a constant in a copy,
+    while in the model it depends on the parameters: `self.scale = self.weight.sum()` in `__init__`.
+
+    Args:
+        model: the original.
+        duplicate: a copy of it by `copy_of`; its forward is run where the original holds such attributes.
+        inputs: what the copy is called with.
+    """
+    copied = dict(duplicate.named_modules())
+    paths = {module: path for path, module in model.named_modules()}
+    held = [
+        (module, name, copied[paths[module]], vars(copied[paths[module]])[name])
+        for module, name, tensor in attributes_with_graph(model)
+        if vars(module)[name] is tensor
+    ]
+    if held:
+        inputs.call(duplicate)
+    for module, name, twin, before in held:
+        if vars(twin).get(name) is before:
+            return _computed(model, module, name, "compute it in forward, or use torch.nn.utils.parametrize")
     return None
 
 
@@ -132,7 +156,7 @@ def weightless(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None
         memo[id(tensor)] = (
             nn.Parameter(blank, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank
         )
-    return copy.deepcopy(model, memo)
+    return copy_of(model, memo)
 
 
 def export(model: nn.Module, example_inputs: Any) -> Graph:
@@ -153,6 +177,8 @@ def export(model: nn.Module, example_inputs: Any) -> Graph:
         try:
             program = _trace(inner, example_inputs, dtype)
             break
+        except ExportError:
+            raise
         except Exception as error:
             failure = failure or error
     else:
@@ -163,18 +189,18 @@ def export(model: nn.Module, example_inputs: Any) -> Graph:
 def _trace(model: nn.Module, example_inputs: Any, dtype: torch.dtype | None) -> torch.export.ExportedProgram:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
-    def fake(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
+    def fake(value: Tensor) -> Tensor:
         kind = dtype if dtype is not None and value.is_floating_point() else value.dtype
         with mode:
             return torch.empty(value.shape, dtype=kind, device="cpu")
 
-    args, kwargs = pytree.tree_map(fake, split_inputs(example_inputs))
+    blank_inputs = ModelInputs.of(example_inputs).map(fake)
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
         blank = _prepare(weightless(model, mode, dtype))
-        return torch.export.export(blank, args, kwargs, strict=False).run_decompositions({})
+        if (why := stale(model, blank, blank_inputs)) is not None:
+            raise ExportError(why)
+        return torch.export.export(blank, blank_inputs.args, blank_inputs.kwargs, strict=False).run_decompositions({})
 
 
 def _graph(model: nn.Module, program: torch.export.ExportedProgram) -> Graph:
@@ -221,10 +247,10 @@ def _quiet() -> Iterator[None]:
 def _explain(model: nn.Module, example_inputs: Any, failure: Exception | None) -> str:
     name = type(model).__name__
     if (own := own_failure(model, example_inputs)) is not None:
-        shapes = pytree.tree_map(lambda x: tuple(x.shape) if isinstance(x, Tensor) else x, example_inputs)
         return (
             f"{name} itself fails on these example inputs, {own}\n"
-            f"Their shapes: {shapes}. Pass a tensor, a tuple of arguments or a dict of keyword arguments."
+            f"Their shapes: {ModelInputs.of(example_inputs).shapes()}. "
+            "Pass a tensor, a tuple of arguments or a dict of keyword arguments."
         )
     return (
         f"{name} could not be exported: {first_line(failure)}{place(failure)}\n"
@@ -247,13 +273,12 @@ def _foreign(file: Path) -> bool:
 def own_failure(model: nn.Module, example_inputs: Any) -> str | None:
     """The error of a plain forward, None if it runs."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    cast = lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
-    args, kwargs = pytree.tree_map(cast, split_inputs(example_inputs))
+    inputs = ModelInputs.of(example_inputs).map(lambda x: x.to(dtype) if x.is_floating_point() else x)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             buffers = {n: b.clone() for n, b in model.named_buffers()}
-            torch.func.functional_call(model, buffers, args, kwargs)
+            torch.func.functional_call(model, buffers, inputs.args, inputs.kwargs)
     except Exception as error:
         return f"{type(error).__name__}: {first_line(error)}"
     return None

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from noetherflow.discovery.certify import EPS_NAMES, _cast, _copy, _floats, _run
+from noetherflow.core.inputs import ModelInputs
+from noetherflow.discovery.copies import ModelCopy, eps_settings, floating_tensors, in_dtype
 from noetherflow.discovery.export import export
 from noetherflow.discovery.gauges import AxisAtoms
 from noetherflow.discovery.infer import axis_atoms_of
@@ -68,13 +68,11 @@ def count_symmetries(
     Raises DataError when there are more than 20,000 unknowns or the outputs are not finite.
     """
     plan = axis_atoms_of(export(model, example_inputs))
-    copied, tensors = _copy(model, torch.float64)
-    copied.train(train)
-    for module in copied.modules():
-        for name in EPS_NAMES:
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 1e-30)
-    params = {n: p for n, p in tensors.items() if isinstance(p, nn.Parameter) and n in plan}
+    copied = ModelCopy.of(model, torch.float64)
+    copied.model.train(train)
+    for setting in eps_settings(copied.model):
+        setattr(setting.module, setting.name, 1e-30)
+    params = {n: p for n, p in copied.tensors.items() if isinstance(p, nn.Parameter) and n in plan}
     unknowns = sum(_unknowns(tuple(p.shape), plan[n], symmetric) for n, p in params.items())
     if unknowns > MAX_UNKNOWNS:
         raise DataError(
@@ -84,7 +82,7 @@ def count_symmetries(
         p.requires_grad_(True)
     rng = torch.Generator("cpu").manual_seed(seed)
     base = {n: p.detach().clone() for n, p in params.items()}
-    inputs = _cast(example_inputs, torch.float64)
+    inputs = in_dtype(ModelInputs.of(example_inputs), torch.float64)
     rows: list[Tensor] = []
     used = torch.zeros(unknowns, dtype=torch.bool)
     count = 0
@@ -95,7 +93,7 @@ def count_symmetries(
         with torch.no_grad():
             for n, p in params.items():
                 p.copy_(base[n] + spread * torch.randn(p.shape, dtype=p.dtype, generator=rng, device="cpu"))
-        equations, seen = _equations(copied, params, plan, _redrawn(inputs, rng), per_draw, symmetric, rng)
+        equations, seen = _equations(copied.model, params, plan, _redrawn(inputs, rng), per_draw, symmetric, rng)
         rows.append(equations)
         used |= seen
         count += len(equations)
@@ -136,13 +134,13 @@ def _equations(
     model: nn.Module,
     params: dict[str, nn.Parameter],
     plan: dict[str, list[AxisAtoms]],
-    inputs: Any,
+    inputs: ModelInputs,
     count: int,
     symmetric: bool,
     rng: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """One row per random projection of the outputs: the coefficients of every unknown, and which unknowns matter."""
-    y = torch.cat([t.double().reshape(-1) for t in _floats(_run(model, inputs)) if t.requires_grad])
+    y = torch.cat([t.double().reshape(-1) for t in floating_tensors(inputs.call(model)) if t.requires_grad])
     count = min(count, y.numel())  # more projections of one draw would not be independent
     probes = torch.randn(count, y.numel(), dtype=torch.float64, generator=rng, device="cpu")
     gradients = [torch.autograd.grad(y, list(params.values()), p, retain_graph=True, allow_unused=True) for p in probes]
@@ -170,14 +168,14 @@ def _equations(
     return torch.cat(rows, dim=1), torch.cat(seen)
 
 
-def _redrawn(inputs: Any, rng: torch.Generator) -> Any:
+def _redrawn(inputs: ModelInputs, rng: torch.Generator) -> ModelInputs:
     """New floating inputs, permuted integer ones."""
 
-    def draw(x: Any) -> Any:
-        if not isinstance(x, Tensor) or x.numel() < 2:
+    def draw(x: Tensor) -> Tensor:
+        if x.numel() < 2:
             return x
         if x.is_floating_point():
             return torch.randn(x.shape, dtype=x.dtype, generator=rng, device="cpu")
         return x.reshape(-1)[torch.randperm(x.numel(), generator=rng, device="cpu")].reshape(x.shape)
 
-    return pytree.tree_map(draw, inputs)
+    return inputs.map(draw)
