@@ -11,7 +11,7 @@ from torch import nn
 import noetherflow as nf
 from noetherflow.equilibrium.flow import step_identity
 from noetherflow.monitor.ledger import Ledger
-from noetherflow.monitor.rules import ENTRIES
+from noetherflow.monitor.rule import ENTRIES
 
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {"lr": 0.1}),

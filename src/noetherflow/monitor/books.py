@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
 import scipy.sparse
 
 from noetherflow.monitor.charge_map import ChargeMap, apply
-from noetherflow.monitor.rules import ENTRIES, LedgerRule, decompose
+from noetherflow.monitor.measure import StepTable
+from noetherflow.monitor.rule import ENTRIES, AnyRule, StepSettings, decompose
 
 Level = Literal["family", "symmetry", "coordinate"]
 LEVELS: tuple[Level, ...] = ("family", "symmetry", "coordinate")
@@ -47,39 +48,34 @@ class Columns:
         return [{f: column[t] for f, column in zip(FIELDS, columns, strict=True)} for t in range(table.shape[1])]
 
 
-def coefficient_arrays(
-    rule: LedgerRule, layout: ChargeMap, settings: Sequence[list[dict[str, float]]]
-) -> dict[str, np.ndarray]:
-    """`c[name]` `[T, n_values]` from one dict per recorded step and parameter; equal dicts may be shared."""
-    place: dict[int, int] = {}
-    unique: list[list[float]] = []
-    picks = np.empty((len(settings), len(layout.parameters)), dtype=int)
-    for t, step in enumerate(settings):
-        for j, c in enumerate(step[: len(layout.parameters)]):
-            if id(c) not in place:
-                place[id(c)] = len(unique)
-                unique.append([c[k] for k in rule.coefficients])
-            picks[t, j] = place[id(c)]
-    table = np.array(unique, dtype=np.float64).reshape(-1, len(rule.coefficients))[picks[:, layout.parameter_of_value]]
-    return {k: table[..., j] for j, k in enumerate(rule.coefficients)}
+def settings_arrays(rule: AnyRule, layout: ChargeMap, tables: Sequence[StepTable]) -> StepSettings:
+    """The settings of some steps as one record of arrays `[T, n_values]`, one table per recorded step."""
+    names, n_parameters = rule.step_settings.names(), len(layout.parameters)
+    counts = np.array([len(table.distinct) for table in tables])
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    every = np.array([[getattr(c, name) for name in names] for table in tables for c in table.distinct], dtype=float)
+    picks = np.array([table.which[:n_parameters] for table in tables], dtype=int).reshape(len(tables), n_parameters)
+    chosen = every[(picks + starts[:, None])[:, layout.parameter_of_value]]
+    return rule.step_settings(**{name: chosen[..., k] for k, name in enumerate(names)})
 
 
 def close_books(
-    rule: LedgerRule, layout: ChargeMap, values: Mapping[str, np.ndarray], settings: Sequence[list[dict[str, float]]]
+    rule: AnyRule, layout: ChargeMap, values: Mapping[str, np.ndarray], tables: Sequence[StepTable]
 ) -> Columns:
     """All columns in the layout's outputs, `[T, n_out]`, from measured values `[T, n_values]` by name.
 
     `change = C(theta') - C(theta)` is measured; `residual = change - sum of entries` is rounding (theory.md section 3).
     """
-    c = coefficient_arrays(rule, layout, settings)
-    zero = np.zeros_like(values["tt"])
+    before, after = values["weight_square"], values["weight_square_after"]
+    zero = np.zeros_like(before)
+    products = rule.products(**{f.name: values.get(f.name, zero) for f in fields(rule.products)})
     with np.errstate(invalid="ignore", over="ignore"):
-        entries = decompose(rule, {q: values.get(q, zero) for q in rule.quantities}, c, layout.reference)
-        change = values["tt_after"] - values["tt"]
-        columns = {"charge": values["tt"], "change": change, **dict.fromkeys(ENTRIES, zero), **entries}
+        entries = decompose(rule, products, settings_arrays(rule, layout, tables), layout.reference)
+        change = after - before
+        columns = {"charge": before, "change": change, **dict.fromkeys(ENTRIES, zero), **entries}
         columns["residual"] = change - sum(entries.values())
     signed = Columns(np.stack([columns[f] for f in FIELDS[:-1]])).mapped(layout.matrix).table
-    norm = apply(layout.absolute, values["tt"])
+    norm = apply(layout.absolute, before)
     return Columns(np.concatenate([signed, norm[None]]))
 
 

@@ -1,25 +1,26 @@
-"""What one minibatch gradient per recorded step already tells: noise drive, distance to equilibrium, rotation."""
+"""What one minibatch gradient and the momentum buffer tell: noise drive, distance to equilibrium, rotation."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from noetherflow.monitor.charge_map import ChargeMap
-from noetherflow.monitor.rules import AdamRule, LedgerRule, SGDRule
+from noetherflow.monitor.measure import StepTable
+from noetherflow.monitor.rule import AnyRule, StepSettings
 
-Values = Mapping[str, np.ndarray]
 SETTLED = math.exp(-1)
 
 
 def orbit_forces(k_plus: np.ndarray, k_minus: np.ndarray, m_plus: np.ndarray, m_minus: np.ndarray) -> tuple[Any, Any]:
     """`(X, Y)` with `x = M_- + K_+`, `y = M_+ + K_-`: the pulls towards smaller and larger lam (theory.md section 5).
 
-    Arguments already carry their factors per step: `eta^2` on gradient Grams, `eta (2w - eta w^2)` on weights.
+    Arguments already carry their factors per step: noise and mean rate on gradient Grams, the decay rate on weights.
     """
     return m_minus + k_plus, m_plus + k_minus
 
@@ -57,95 +58,145 @@ def angle(theta_theta: np.ndarray, theta_u: np.ndarray, u_u: np.ndarray) -> np.n
     return np.arctan2(area, theta_theta - theta_u)
 
 
-def rotation_at_equilibrium(rule: LedgerRule, c: Mapping[str, float]) -> float:
-    """Predicted angular update per step of a scale-invariant weight once its norm is stationary, radians.
+@dataclass(frozen=True, eq=False)
+class LegSquares:
+    """Of one step, on the leg values `[n_values]`: products of weight `w`, gradient `g` and momentum buffer `b`.
 
-    Heavy ball with dampening tau: `sqrt(2 lr (1 - tau) w / (1 + mu))`; Nesterov: `sqrt(2 lr w (1 - mu) ((1 + mu)^2 +
-    mu^4 / (1 - mu^2)))`; AdamW: `sqrt(2 lr w (1 - beta1) / (1 + beta1))`; NaN for others. With uncorrelated gradients
-    of second moment `G`: `|u|^2` of the stationary update over `|W|^2 = lr (1 - tau) G / (2 w (1 - mu))`.
-    Source: Kosson, Messmer, Jaggi, *Rotational Equilibrium*, ICML 2024 (arXiv 2305.17212); for SGD also
-    Wan et al., *Spherical Motion Dynamics*, 2021 (arXiv 2006.08419).
+    The buffer is the one before the step; its products are zero while it is empty, and for optimisers without one.
     """
-    if isinstance(rule, SGDRule):
-        mu, size = c["memory"], 2 * c["lr"] * c["fresh"] * c["weight_decay"]
-        if c["heavy_ball"] or not mu:
-            return math.sqrt(size / (1 + mu))
-        return math.sqrt(size * (1 - mu) * ((1 + mu) ** 2 + mu**4 / (1 - mu**2)))
-    if isinstance(rule, AdamRule) and not c["coupled"]:
-        return math.sqrt(2 * c["lr"] * c["decoupled"] * (1 - c["beta1"]) / (1 + c["beta1"]))
-    return math.nan
+
+    weight_square: np.ndarray
+    weight_gradient: np.ndarray
+    gradient_square: np.ndarray
+    weight_memory: np.ndarray
+    memory_square: np.ndarray
+
+
+@dataclass
+class RunningMean:
+    """An exponential average per number, corrected for its start; numbers that are NaN are left out of it."""
+
+    total: np.ndarray | None = None
+    weight: np.ndarray | None = None
+
+    def update(self, values: np.ndarray, keep: float) -> np.ndarray:
+        """Fold in `[n]` numbers, of the old ones keep that share; the mean so far, NaN where none was known yet."""
+        if self.total is None or self.weight is None:
+            self.total, self.weight = np.zeros_like(values), np.zeros_like(values)
+        known = np.isfinite(values)
+        added = (1 - keep) * np.where(known, values, 0.0)
+        self.total = np.where(known, keep * self.total + added, self.total)
+        self.weight = np.where(known, keep * self.weight + 1 - keep, self.weight)
+        return np.divide(self.total, self.weight, out=np.full_like(values, np.nan), where=self.weight > 0)
 
 
 @dataclass
 class Estimator:
-    """Running noise drive (an exponential average of the minibatch gradients' leg Grams) and what follows from it.
+    """Running averages of the minibatch gradients' leg Grams, and what follows from them.
 
     `layout` has detail `block`: one value per coordinate of a torus and per block of a general_linear symmetry (there
-    the estimate is for the scalar subgroup). The average forgets as `memory^n` and is corrected for its start.
+    the estimate is for the scalar subgroup). `memory` is what the averages keep from one estimate to the next.
+
+    One minibatch gradient is noise and mean gradient together. Without momentum both move a charge alike. Momentum
+    counts the mean gradient more, since it is the same from step to step; how much of it there is shows in the momentum
+    buffer, in which noise adds up in squares and the mean gradient as it is. `mean_share` is NaN until two gradients
+    are in the buffer (and for optimisers without one): then all is taken as noise.
     """
 
     layout: ChargeMap
-    rule: LedgerRule
+    rule: AnyRule
     memory: float = 0.9
-    mean: np.ndarray | None = None
-    weight: float = 0.0
+    gradient: RunningMean = field(default_factory=RunningMean)
+    persistent: RunningMean = field(default_factory=RunningMean)
+    begun: np.ndarray = field(init=False)
 
-    def update(self, gradient_squares: np.ndarray) -> np.ndarray:
-        """Fold in `<g, g>` `[n_values]`; the running mean."""
-        old = np.zeros_like(gradient_squares) if self.mean is None else self.mean
-        self.mean = self.memory * old + (1 - self.memory) * gradient_squares
-        self.weight = self.memory * self.weight + (1 - self.memory)
-        return self.mean / self.weight
+    def __post_init__(self) -> None:
+        self.begun = np.full(self.layout.n_values, -np.inf)
 
-    def rows(self, values: Values, c: Values, step_size: np.ndarray) -> dict[str, np.ndarray]:
-        """Columns `[n_symmetries]` from one step's `tt`, `tg`, `gg` `[n_values]` and coefficients.
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The averages as tensors, for a checkpoint."""
+        arrays = {"begun": self.begun}
+        for name, mean in (("gradient", self.gradient), ("persistent", self.persistent)):
+            if mean.total is not None and mean.weight is not None:
+                arrays |= {f"{name}_total": mean.total, f"{name}_weight": mean.weight}
+        return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on with saved averages; without them they begin anew, and a momentum buffer is taken as filled."""
+        arrays = {name: tensor.numpy().copy() for name, tensor in state.items()}
+        self.begun = arrays.get("begun", np.full(self.layout.n_values, -np.inf))
+        self.gradient = RunningMean(arrays.get("gradient_total"), arrays.get("gradient_weight"))
+        self.persistent = RunningMean(arrays.get("persistent_total"), arrays.get("persistent_weight"))
+
+    def rows(self, step: int, q: LegSquares, c: StepSettings, step_size: np.ndarray) -> dict[str, np.ndarray]:
+        """Columns `[n_symmetries]` from one step's products and settings `[n_values]`.
 
         `drive`: `sum_legs sign M` (running); `check`: largest `|theta^T A g| / (|theta| |g|)`, zero for an exact
         symmetry; `distance`, `distance_max`: median and largest `|lam*|` over coordinates; `steps`: median relaxation
-        steps; `at_infinity`: share of coordinates without a finite equilibrium. `step_size` `[n_symmetries]` is
-        `u^T A u`, for one-sided symmetries the growth of the squared norm per step.
+        steps; `at_infinity`: share of coordinates without a finite equilibrium; `mean_share`: share of the mean
+        gradient in `E[g^2]`. `step_size` `[n_symmetries]` is `u^T A u`, for one-sided symmetries the growth of the
+        squared norm per step.
         """
         layout = self.layout
-        m = self.update(values["gg"])
-        tt = values["tt"]
+        second = self.gradient.update(q.gradient_square, self.memory)
+        mean = self.persistent.update(self._mean_square(step, q, c), self.memory)
+        norm = layout.totals_matrix @ (layout.absolute @ q.weight_square)
         out = {
-            "charge": layout.totals_matrix @ (layout.matrix @ tt),
-            "norm": layout.totals_matrix @ (layout.absolute @ tt),
-            "drive": layout.totals_matrix @ (layout.matrix @ m),
-            "check": self._largest(self._violation(values)),
+            "charge": layout.totals_matrix @ (layout.matrix @ q.weight_square),
+            "norm": norm,
+            "drive": layout.totals_matrix @ (layout.matrix @ second),
+            "check": self._largest(self._violation(q)),
+            "growth": np.divide(step_size, norm, out=np.full_like(step_size, np.nan), where=norm > 0),
         }
-        growth = np.divide(step_size, out["norm"], out=np.full_like(step_size, np.nan), where=out["norm"] > 0)
-        out["growth"] = growth
         if self.rule.has_equilibrium:
-            out |= self._equilibrium(tt, m, c)
+            out |= self._equilibrium(q.weight_square, second, mean, c)
         return out
 
-    def _violation(self, values: Values) -> np.ndarray:
-        broken = np.abs(self.layout.matrix @ values["tg"])
-        size = np.sqrt((self.layout.absolute @ values["tt"]) * (self.layout.absolute @ values["gg"]))
+    def _violation(self, q: LegSquares) -> np.ndarray:
+        broken = np.abs(self.layout.matrix @ q.weight_gradient)
+        size = np.sqrt((self.layout.absolute @ q.weight_square) * (self.layout.absolute @ q.gradient_square))
         return np.divide(broken, size, out=np.zeros_like(size), where=size > 0)
 
-    def _equilibrium(self, tt: np.ndarray, m: np.ndarray, c: Values) -> dict[str, np.ndarray]:
-        layout = self.layout
-        eta = c["lr"] * c["fresh"] / (1 - c["memory"])
-        decay = eta * c["weight_decay"] * (2 - c["lr"] * c["weight_decay"])
-        k_plus, k_minus = (side @ tt for side in (layout.plus, layout.minus))
-        pull = [side @ (decay * tt) for side in (layout.plus, layout.minus)]
-        push = [side @ (eta**2 * m) for side in (layout.plus, layout.minus)]
-        x, y = orbit_forces(*pull, *push)
+    def _mean_square(self, step: int, q: LegSquares, c: StepSettings) -> np.ndarray:
+        """The mean gradient's square: what the buffer holds beyond the noise, NaN where the two cannot be told apart.
+
+        A buffer that holds past gradients with weights of sum `s1` and sum of squares `s2` has the square
+        `s2 (noise) + s1^2 (mean)`, and one gradient has `noise + mean`. Weight decay's part `s1 w theta` is taken off.
+        """
+        self.begun = np.where(q.memory_square == 0, step, self.begun)
+        sums = self.rule.memory_sums(c, step - self.begun)
+        if sums is None:
+            return np.full_like(q.weight_square, np.nan)
+        decay = sums.total * sums.decay
+        own = q.memory_square - 2 * decay * q.weight_memory + decay**2 * q.weight_square
+        gap = sums.total**2 - sums.squares
+        known = gap > 1e-9 * sums.total**2
+        return np.divide(own - sums.squares * q.gradient_square, gap, out=np.full_like(own, np.nan), where=known)
+
+    def _equilibrium(
+        self, weight_square: np.ndarray, second: np.ndarray, mean: np.ndarray, c: StepSettings
+    ) -> dict[str, np.ndarray]:
+        layout, rates = self.layout, self.rule.drift(c)
+        assert rates is not None
+        k_plus, k_minus = (side @ weight_square for side in (layout.plus, layout.minus))
+        drive = rates.noise * second + (rates.mean - rates.noise) * np.nan_to_num(mean)
+        pull = [side @ (rates.decay * weight_square) for side in (layout.plus, layout.minus)]
+        push = [side @ drive for side in (layout.plus, layout.minus)]
+        x, y = orbit_forces(pull[0], pull[1], push[0], push[1])
         lam = np.abs(distance(x, y))
-        steps = relaxation_steps(k_plus, k_minus, x, y)
+        total, shared = (layout.totals_matrix @ (layout.absolute @ v) for v in (second, mean))
         return {
             "distance": self._median(lam),
             "distance_max": self._largest(lam),
-            "steps": self._median(steps),
+            "steps": self._median(relaxation_steps(k_plus, k_minus, x, y)),
             "at_infinity": self._over(np.isnan(lam).astype(float), np.mean),
+            "mean_share": np.divide(shared, total, out=np.full_like(total, np.nan), where=total > 0),
         }
 
-    def _over(self, outputs: np.ndarray, summary: Any) -> np.ndarray:
+    def _over(self, outputs: np.ndarray, summary: Callable[[np.ndarray], Any]) -> np.ndarray:
         return np.array([summary(outputs[start:stop]) for start, stop in self.layout.spans])
 
-    def _finite(self, outputs: np.ndarray, summary: Any) -> np.ndarray:
+    def _finite(self, outputs: np.ndarray, summary: Callable[[np.ndarray], Any]) -> np.ndarray:
         return self._over(outputs, lambda x: summary(x[np.isfinite(x)]) if np.isfinite(x).any() else np.nan)
 
     def _median(self, outputs: np.ndarray) -> np.ndarray:
@@ -156,9 +207,9 @@ class Estimator:
 
 
 def rotation_rows(
-    layout: ChargeMap, rule: LedgerRule, row: Mapping[str, np.ndarray], settings: list[dict[str, float]]
+    layout: ChargeMap, rule: AnyRule, row: Mapping[str, np.ndarray], settings: StepTable
 ) -> dict[str, np.ndarray]:
-    """`angular`, `angular_predicted` (radians), `effective_lr = lr / |W|^LedgerRule.lr_power`; NaN unless one-sided."""
+    """`angular`, `angular_predicted` (radians), `effective_lr = lr / |W|^lr_power`; NaN unless one-sided."""
     place = {name: i for i, name in enumerate(layout.parameters)}
     columns = ("angular", "angular_predicted", "effective_lr")
     out = {name: np.full(len(layout.symmetries), np.nan) for name in columns}
@@ -166,9 +217,9 @@ def rotation_rows(
     for i, s in enumerate(layout.symmetries):
         if not s.one_sided or row["norm"][i] <= 0:
             continue
-        c = settings[place[s.parameters[0]]]
+        c = settings.of(place[s.parameters[0]])
         sign = s.weight_legs[0].sign
         out["angular"][i] = angle(row["norm"][i], sign * theta_u[i], sign * row["second_order"][i])
-        out["angular_predicted"][i] = rotation_at_equilibrium(rule, c) if c["lr"] else np.nan
-        out["effective_lr"][i] = c["lr"] / row["norm"][i] ** (rule.lr_power / 2)
+        out["angular_predicted"][i] = rule.rotation(c) if c.lr else np.nan
+        out["effective_lr"][i] = c.lr / row["norm"][i] ** (rule.lr_power / 2)
     return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,14 +27,15 @@ from noetherflow.monitor.books import (
     Level,
     Page,
     close_books,
-    coefficient_arrays,
+    settings_arrays,
 )
 from noetherflow.monitor.charge_map import ChargeMap, Watched, WatchedTranslation
-from noetherflow.monitor.estimates import Estimator, rotation_rows
+from noetherflow.monitor.estimates import Estimator, LegSquares, rotation_rows
 from noetherflow.monitor.journal import Journal, Sink
 from noetherflow.monitor.log import FORMAT, plain
-from noetherflow.monitor.measure import Measurement, StepMeter, tabulate
-from noetherflow.monitor.rules import LedgerRule, rule_for
+from noetherflow.monitor.measure import Measurement, StepMeter, Value, tabulate
+from noetherflow.monitor.rule import AnyRule
+from noetherflow.monitor.rules import rule_for
 from noetherflow.monitor.watching import parameters_of, watch_closure
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
@@ -92,7 +93,7 @@ class Ledger:
             raise DataError(f"detail must be one of {LEVELS}, got {detail!r}")
         self.model, self.optimizer = model, unwrap_optimizer(optimizer)
         self.every, self.detail, self.estimate_every, self.flush_every = every, detail, estimate_every, flush_every
-        self.rule: LedgerRule = rule_for(self.optimizer)
+        self.rule: AnyRule = rule_for(self.optimizer)
         self.step = 0
         self._history = History(capacity)
         self._estimates: deque[dict[str, Any]] = deque(maxlen=capacity)
@@ -228,7 +229,7 @@ class Ledger:
             if journal.sinks:
                 row |= {level: table.row(t) for level, table in tables.items()}
             journal.emit(row, line)
-            if "gg" in m.blocks and finite[t]:
+            if "gradient_square" in m.blocks and finite[t]:
                 self._estimate(m, symmetry.row(t))
             if journal.begins("non-finite", not finite[t]):
                 journal.event("non-finite", m.step)
@@ -238,13 +239,14 @@ class Ledger:
 
     def _estimate(self, m: Measurement, row: dict[str, np.ndarray]) -> None:
         assert self.estimator is not None
-        sizes = list(self.estimator.layout.sizes.values())
-        values = dict(
-            zip(m.blocks, tabulate([[row[: len(sizes)]] for row in m.blocks.values()], sizes)[:, 0], strict=True)
-        )
-        c = {k: v[0] for k, v in coefficient_arrays(self.rule, self.estimator.layout, [m.settings]).items()}
-        n = len(self.estimator.layout.symmetries)
-        columns = self.estimator.rows(values, c, row["second_order"][:n])
+        blocks = self.estimator.layout
+        sizes = list(blocks.sizes.values())
+        nothing: list[Value] = [0.0] * len(sizes)
+        names = [f.name for f in fields(LegSquares)]
+        table = tabulate([[m.blocks.get(name, nothing)[: len(sizes)]] for name in names], sizes)[:, 0]
+        settings = settings_arrays(self.rule, blocks, [m.settings]).at(0)
+        n = len(blocks.symmetries)
+        columns = self.estimator.rows(m.step, LegSquares(*table), settings, row["second_order"][:n])
         shifts = np.full(len(self.layout.symmetries) - n, np.nan)
         columns = {k: np.concatenate([v, shifts]) for k, v in columns.items()}
         columns |= rotation_rows(self.layout, self.rule, row, m.settings)
@@ -269,6 +271,8 @@ class Ledger:
             "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
             "optimizer": type(self.optimizer).__name__,
             "rule": type(self.rule).__name__,
+            "equilibrium": self.rule.has_equilibrium,
+            "effective_lr": self.rule.effective_lr_words,
             "every": self.every,
             "detail": self.detail,
         }
@@ -310,10 +314,10 @@ class Ledger:
         Raises OSError when the log cannot be written.
         """
         self.flush()
-        mark, e = self._journal.mark(self.step), self.estimator
-        mean = None if e is None or e.mean is None else torch.from_numpy(e.mean.copy())
-        estimates = {"mean": mean, "weight": 0.0 if e is None else e.weight}
-        return {"format": FORMAT, "step": self.step, "mark": mark, "symmetries": self.index.symmetries, **estimates}
+        mark = self._journal.mark(self.step)
+        estimates = {} if self.estimator is None else self.estimator.state_dict()
+        own = {"format": FORMAT, "step": self.step, "mark": mark, "symmetries": self.index.symmetries}
+        return own | {"estimates": estimates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint. What was logged after it is dropped: these steps will be made again.
@@ -333,8 +337,7 @@ class Ledger:
         self._probe.forget()
         self.step = int(state["step"])
         if self.estimator is not None:
-            self.estimator.mean = None if state["mean"] is None else state["mean"].numpy().copy()
-            self.estimator.weight = float(state["weight"])
+            self.estimator.load_state_dict(state.get("estimates", {}))
         self._history.rewind(self.step)
         kept = [row for row in self._estimates if row["step"] < self.step]
         self._estimates.clear()

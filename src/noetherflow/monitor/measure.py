@@ -12,34 +12,47 @@ from torch import Tensor, nn
 
 from noetherflow.monitor import sharding
 from noetherflow.monitor.charge_map import ChargeMap
-from noetherflow.monitor.rules import LedgerRule
+from noetherflow.monitor.rule import AnyRule, Pairs, State, StepSettings, StepTensors
 from noetherflow.symmetry.leg import accumulation_dtype
 
 SLICE = 1 << 18
 PLAIN = (torch.float32, torch.float64)
 Value = float | Tensor
-Tensors = Mapping[str, Tensor]
+Rows = dict[str, list[Value]]
+"""Inner products by name, one value per watched parameter: a number, or a tensor of all its leg values."""
 Stamps = Mapping[str, tuple[Tensor, int, int]]
-Pairs = Mapping[str, tuple[Tensor, Tensor]]
-PairsOf = Callable[[Mapping[str, float], Tensors], Pairs]
+PairsOf = Callable[[Any, StepTensors], Mapping[str, tuple[Tensor, Tensor]]]
+
+
+@dataclass(frozen=True, eq=False)
+class StepTable:
+    """The settings of one step: the `distinct` ones, and for each watched parameter `which` of them it has."""
+
+    distinct: list[StepSettings]
+    which: list[int]
+
+    def of(self, parameter: int) -> StepSettings:
+        """The settings of one parameter, by its place among the watched ones."""
+        return self.distinct[self.which[parameter]]
 
 
 @dataclass
 class Measurement:
-    """One recorded step. `values[name][j]`: the inner products of parameter j (`tt`, `tt_after`: its charges).
+    """One recorded step. `values`: inner products; `weight_square` and `weight_square_after` are its charges.
 
     A value stays a tensor on the weights' device until the books are closed; on a CPU totals are plain numbers.
-    `settings`: the rule's coefficients per parameter. `blocks`: values for the estimates, empty where none are due.
+    `settings`: what the optimiser did with each parameter. `blocks`: values for the estimates, empty where none are
+    due. `edited`: somebody wrote to a watched weight since the step before.
     """
 
     step: int
     lr: float
-    values: dict[str, list[Value]]
-    settings: list[dict[str, float]]
+    settings: StepTable
+    values: Rows = field(default_factory=dict)
     loss: Any = None
-    blocks: dict[str, list[Value]] = field(default_factory=dict)
+    blocks: Rows = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
-    moving: set[int] = field(default_factory=set)
+    moving: frozenset[int] = frozenset()
     edited: bool = False
 
 
@@ -54,7 +67,7 @@ class ParameterMemory:
         self.known: dict[str, Value] = {}
         self._seen: Stamps = {}
         self._viewed: Stamps = {}
-        self._parts: list[Tensors] | None = None
+        self._parts: list[StepTensors] | None = None
 
     def touched(self, lasting: Stamps) -> list[str]:
         """Which of these are not the tensors of the last `settle`, or were written to since."""
@@ -64,7 +77,7 @@ class ParameterMemory:
         """Remember what was measured of these tensors as they are."""
         self._seen, self.known = lasting, known
 
-    def parts(self, lasting: Stamps, passing: Tensors) -> list[Tensors] | None:
+    def parts(self, lasting: Stamps, passing: StepTensors) -> list[StepTensors] | None:
         """All tensors as flat views, in slices on a CPU; None where that or single precision cannot be had.
 
         Views of `lasting` are made again only when these are other tensors, or lie elsewhere.
@@ -84,11 +97,12 @@ class StepMeter:
     """
 
     def __init__(
-        self, layout: ChargeMap, rule: LedgerRule, optimizer: torch.optim.Optimizer, watched: Mapping[str, nn.Parameter]
+        self, layout: ChargeMap, rule: AnyRule, optimizer: torch.optim.Optimizer, watched: Mapping[str, nn.Parameter]
     ) -> None:
         self.layout, self.rule, self.optimizer, self.watched = layout, rule, optimizer, watched
+        self._named = list(watched.items())
         self.sharded = any(sharding.is_sharded(p) for p in watched.values())
-        self.carried = {"tt": "tt_after", **rule.carried}
+        self.carried = {"weight_square": "weight_square_after", **rule.carried}
         self.forget()
 
     def forget(self) -> None:
@@ -97,70 +111,53 @@ class StepMeter:
 
     def before(self, step: int) -> Measurement:
         """The part of a measurement that needs the weights, gradients and state before the step."""
-        rule, optimizer = self.rule, self.optimizer
-        group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
-        settings = _Settings(rule, getattr(optimizer, "grad_scale", None))
-        steps = self._steps_made() if rule.counts_steps else {}
-        now = Measurement(step, float(optimizer.param_groups[0].get("lr", float("nan"))), {}, [])
         with torch.no_grad():
-            for j, (name, parameter) in enumerate(self.watched.items()):
-                group, gradient = group_of.get(parameter), parameter.grad
-                state = optimizer.state.get(parameter, {})
-                c, pairs_of = settings.idle, _charge_before
-                passing: Tensors = {}
-                if group is not None and (gradient is not None or rule.keeps_copy):
-                    c, pairs_of = settings.of(group, state, steps.get(name, 0.0)), self._charge_and_before
-                    passing = {"grad": _dense(gradient)} if gradient is not None and rule.reads_gradient(c) else {}
-                    now.moving.add(j)
-                now.settings.append(c)
-                lasting, memory = self._lasting(parameter, state), self._memories[name]
-                touched = memory.touched(lasting)
-                now.edited |= bool(memory.known) and "theta" in touched
-                known = {} if touched else memory.known
-                self._write(now.values, j, known)
-                if passing or len(known) < len(self.carried):
-                    missing = [q for q in pairs_of(c, {**_tensors(lasting), **passing}) if q not in known]
-                    found = self._inner(name, lasting, passing, pairs_of, c, missing) if missing else {}
-                    self._write(now.values, j, found)
-                if rule.keeps_copy and j in now.moving:
-                    now.kept[name] = sharding.local(parameter, name in self.layout.totals_only).clone()
+            group_of = self._groups()
+            moving = frozenset(j for j, p in enumerate(self.watched.values()) if self._moves(p, group_of))
+            lr = float(self.optimizer.param_groups[0].get("lr", float("nan")))
+            now = Measurement(step, lr, self._settings(moving, group_of), moving=moving)
+            for j in range(len(self.watched)):
+                self._measure_before(now, j)
         return now
 
     def after(self, now: Measurement) -> None:
         """Complete a measurement once the step is made; what the step wrote last comes first, still in the cache."""
         with torch.no_grad():
             for j, (name, parameter) in reversed(list(enumerate(self.watched.items()))):
-                c = now.settings[j]
                 lasting = self._lasting(parameter, self.optimizer.state.get(parameter, {}))
-                passing = {"kept": now.kept.pop(name)} if name in now.kept else {}
+                passing = {"weight_before": now.kept.pop(name)} if name in now.kept else {}
                 pairs_of = self._charge_and_after if j in now.moving else _charge_after
-                found = self._inner(name, lasting, passing, pairs_of, c)
+                found = self._inner(name, lasting, passing, pairs_of, now.settings.of(j))
                 self._write(now.values, j, found)
                 known = {q: found[r] for q, r in self.carried.items() if r in found}
                 self._memories[name].settle(lasting, known)
 
-    def gradients(self, layout: ChargeMap) -> dict[str, list[Value]]:
-        """`tt`, `tg`, `gg` on the legs of another layout, whose parameters are the first of this one's.
+    def gradients(self, layout: ChargeMap) -> Rows:
+        """Squares and product of weight, gradient and momentum on the legs of another layout.
 
-        Gradients that a fused optimiser has still to unscale (`grad_scale`) count unscaled.
+        Its parameters are the first ones of this layout. Gradients that a fused optimiser has still to unscale
+        (`grad_scale`) count unscaled.
         """
         scale = getattr(self.optimizer, "grad_scale", None)
-        values: dict[str, list[Value]] = {}
+        values: Rows = {}
         with torch.no_grad():
             for j, name in enumerate(layout.parameters):
                 parameter = self.watched[name]
-                tensors = {"theta": sharding.local(parameter, False)}
+                tensors: dict[str, Tensor] = {"weight": parameter}
                 if parameter.grad is not None:
-                    tensors["grad"] = sharding.local(_dense(parameter.grad), False)
-                whole = {k: accumulation_dtype(t) for k, t in tensors.items()}
-                if scale is not None and "grad" in whole:
-                    whole["grad"] = whole["grad"] / scale
+                    tensors["gradient"] = _dense(parameter.grad)
+                memory = self.optimizer.state.get(parameter, {}).get(self.rule.momentum_key)
+                if memory is not None:
+                    tensors["memory"] = memory
+                whole = {k: accumulation_dtype(sharding.local(t, False)) for k, t in tensors.items()}
+                if scale is not None and "gradient" in whole:
+                    whole["gradient"] = whole["gradient"] / scale
                 self._write(values, j, layout.inner(name, _squares(whole)))
         return values
 
     def gathered(self, values: Sequence[Mapping[str, list[Value]]]) -> dict[str, np.ndarray]:
         """All values of the given steps as float64 `[T, n_values]` by name: one transfer, summed over processes."""
-        names = list(dict.fromkeys(("tt", "tt_after", *(q for row in values for q in row))))
+        names = list(dict.fromkeys(("weight_square", "weight_square_after", *(q for row in values for q in row))))
         blank: list[Value] = [0.0] * len(self.watched)
         table = tabulate([[row.get(q, blank) for row in values] for q in names], list(self.layout.sizes.values()))
         if self.sharded:
@@ -171,9 +168,55 @@ class StepMeter:
             table = total.cpu().numpy()
         return dict(zip(names, table, strict=True))
 
-    def _lasting(self, parameter: Tensor, state: Mapping[str, Any]) -> Stamps:
+    def _groups(self) -> dict[Tensor, int]:
+        """The number of the parameter group of each parameter that the optimiser holds."""
+        return {p: i for i, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
+
+    def _moves(self, parameter: nn.Parameter, group_of: Mapping[Tensor, int]) -> bool:
+        return parameter in group_of and (parameter.grad is not None or self.rule.keeps_copy)
+
+    def _settings(self, moving: frozenset[int], group_of: Mapping[Tensor, int]) -> StepTable:
+        """The settings of all watched parameters, made once for those that share group, state and step count."""
+        distinct = [self.rule.step_settings.idle()]
+        which = [0] * len(self.watched)
+        place: dict[tuple[int, bool, float], int] = {}
+        steps = self._steps_made() if self.rule.counts_steps else {}
+        scale = getattr(self.optimizer, "grad_scale", None)
+        for j, (name, parameter) in enumerate(self.watched.items()):
+            if j not in moving:
+                continue
+            state = self.optimizer.state.get(parameter, {})
+            started = any(state.get(k) is not None for k in self.rule.state_keys)
+            key = (group_of[parameter], started, steps.get(name, 0.0))
+            if key not in place:
+                place[key] = len(distinct)
+                c = self.rule.settings(self.optimizer.param_groups[key[0]], state, key[2])
+                distinct.append(c if scale is None else self.rule.unscaled(c, float(scale)))
+            which[j] = place[key]
+        return StepTable(distinct, which)
+
+    def _measure_before(self, now: Measurement, j: int) -> None:
+        """One parameter before the step: what is still known of it, and what else the rule asks for."""
+        name, parameter = self._named[j]
+        rule, c, gradient, moves = self.rule, now.settings.of(j), parameter.grad, j in now.moving
+        reads = moves and gradient is not None and rule.reads_gradient(c)
+        passing: StepTensors = {"gradient": _dense(gradient)} if reads and gradient is not None else {}
+        lasting = self._lasting(parameter, self.optimizer.state.get(parameter, {}))
+        memory = self._memories[name]
+        touched = memory.touched(lasting)
+        now.edited |= bool(memory.known) and "weight" in touched
+        known = {} if touched else memory.known
+        self._write(now.values, j, known)
+        if passing or len(known) < len(self.carried):
+            pairs_of = self._charge_and_before if moves else _charge_before
+            missing = [q for q in pairs_of(c, {**_tensors(lasting), **passing}) if q not in known]
+            self._write(now.values, j, self._inner(name, lasting, passing, pairs_of, c, missing) if missing else {})
+        if rule.keeps_copy and moves:
+            now.kept[name] = sharding.local(parameter, name in self.layout.totals_only).clone()
+
+    def _lasting(self, parameter: Tensor, state: State) -> Stamps:
         """Weights and optimiser state of one parameter, as they are now."""
-        found = {"theta": _stamp(parameter)}
+        found = {"weight": _stamp(parameter)}
         for key in self.rule.state_keys:
             if (value := state.get(key)) is not None:
                 found[key] = _stamp(value)
@@ -183,14 +226,14 @@ class StepMeter:
         self,
         name: str,
         lasting: Stamps,
-        passing: Tensors,
+        passing: StepTensors,
         pairs_of: PairsOf,
-        c: Mapping[str, float],
+        c: StepSettings,
         only: Sequence[str] | None = None,
     ) -> Mapping[str, Value]:
         """`<a, b>` on the legs of one parameter for the pairs (`only` those) that `pairs_of(c, .)` makes of tensors."""
 
-        def chosen(t: Tensors) -> Pairs:
+        def chosen(t: StepTensors) -> Mapping[str, tuple[Tensor, Tensor]]:
             pairs = pairs_of(c, t)
             return pairs if only is None else {q: pairs[q] for q in only}
 
@@ -201,17 +244,17 @@ class StepMeter:
             return self.layout.inner(name, chosen({k: accumulation_dtype(t) for k, t in tensors.items()}))
         return totals(parts, chosen)
 
-    def _write(self, values: dict[str, list[Value]], j: int, found: Mapping[str, Value]) -> None:
+    def _write(self, values: Rows, j: int, found: Mapping[str, Value]) -> None:
         for q, value in found.items():
             row = values.get(q)
             if row is None:
                 values[q] = row = [0.0] * len(self.watched)
             row[j] = value
 
-    def _charge_and_before(self, c: Mapping[str, float], t: Tensors) -> Pairs:
+    def _charge_and_before(self, c: StepSettings, t: StepTensors) -> Pairs:
         return {**_charge_before(c, t), **self.rule.before(c, t)}
 
-    def _charge_and_after(self, c: Mapping[str, float], t: Tensors) -> Pairs:
+    def _charge_and_after(self, c: StepSettings, t: StepTensors) -> Pairs:
         return {**_charge_after(c, t), **self.rule.after(c, t)}
 
     def _steps_made(self) -> dict[str, float]:
@@ -224,7 +267,9 @@ class StepMeter:
         return dict(zip(found, torch.stack([s.to(device) for s in found.values()]).tolist(), strict=True))
 
 
-def totals(parts: Sequence[Tensors], pairs_of: Callable[[Tensors], Pairs]) -> dict[str, Value]:
+def totals(
+    parts: Sequence[StepTensors], pairs_of: Callable[[StepTensors], Mapping[str, tuple[Tensor, Tensor]]]
+) -> dict[str, Value]:
     """`<a, b>` for all pairs, summed over slices; on a CPU plain numbers, the slices added in double precision.
 
     Slices keep what `pairs_of` forms, and what several products read, in the cache and small.
@@ -238,7 +283,7 @@ def totals(parts: Sequence[Tensors], pairs_of: Callable[[Tensors], Pairs]) -> di
     return sums
 
 
-def slices(tensors: Tensors) -> list[Tensors] | None:
+def slices(tensors: StepTensors) -> list[StepTensors] | None:
     """Flat views of local tensors of one shape, in slices on a CPU; None if one is not contiguous or half precision."""
     tensors = {k: sharding.local(t, True) for k, t in tensors.items()}
     if any(t.dtype not in PLAIN or not t.is_contiguous() for t in tensors.values()):
@@ -272,36 +317,21 @@ def tabulate(rows: Sequence[Sequence[Sequence[Value]]], sizes: Sequence[int]) ->
     return table
 
 
-class _Settings:
-    """The coefficients of one step, made once for all parameters that share them."""
-
-    def __init__(self, rule: LedgerRule, scale: Any) -> None:
-        self.rule, self.scale = rule, scale
-        self.idle = dict.fromkeys(rule.coefficients, 0.0)
-        self._made: dict[tuple[Any, ...], dict[str, float]] = {}
-
-    def of(self, group: dict[str, Any], state: Mapping[str, Any], steps: float) -> dict[str, float]:
-        started = any(state.get(k) is not None for k in self.rule.state_keys)
-        key = (id(group), started, steps)
-        if key not in self._made:
-            c = self.rule.settings(group, state, steps)
-            if self.scale is not None and "sign" in c:
-                c["sign"] /= float(self.scale)
-            self._made[key] = c
-        return self._made[key]
+def _charge_before(c: StepSettings, t: StepTensors) -> Pairs:
+    return {"weight_square": (t["weight"], t["weight"])}
 
 
-def _charge_before(c: Mapping[str, float], t: Tensors) -> Pairs:
-    return {"tt": (t["theta"], t["theta"])}
+def _charge_after(c: StepSettings, t: StepTensors) -> Pairs:
+    return {"weight_square_after": (t["weight"], t["weight"])}
 
 
-def _charge_after(c: Mapping[str, float], t: Tensors) -> Pairs:
-    return {"tt_after": (t["theta"], t["theta"])}
-
-
-def _squares(t: Tensors) -> Pairs:
-    theta, g = t["theta"], t.get("grad")
-    return {"tt": (theta, theta)} if g is None else {"tt": (theta, theta), "tg": (theta, g), "gg": (g, g)}
+def _squares(t: StepTensors) -> Pairs:
+    """What the estimates need, of those tensors that there are."""
+    pairs: Pairs = {"weight_square": (t["weight"], t["weight"])}
+    for name in ("gradient", "memory"):
+        if name in t:
+            pairs |= {f"weight_{name}": (t["weight"], t[name]), f"{name}_square": (t[name], t[name])}
+    return pairs
 
 
 def _stamp(tensor: Tensor) -> tuple[Tensor, int, int]:
@@ -314,7 +344,7 @@ def _same(a: tuple[Tensor, int, int], b: tuple[Tensor, int, int] | None, fields:
     return b is not None and a[0] is b[0] and a[1:fields] == b[1:fields]
 
 
-def _tensors(lasting: Stamps) -> Tensors:
+def _tensors(lasting: Stamps) -> StepTensors:
     return {k: stamp[0] for k, stamp in lasting.items()}
 
 

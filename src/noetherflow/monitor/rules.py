@@ -1,259 +1,311 @@
-"""Exact split of an optimiser's update into gradient, momentum memory, decay and preconditioner (theory.md section 3).
-
-`theta' = theta - u`, `u = sum of parts`, so for every symmetry `C' - C = -2 sum_parts theta^T A u_part + u^T A u`.
-A rule names the inner products that determine all of these, so that no part of `u` has to be formed during training.
-"""
+"""The ledger's rules for torch's SGD, Adam and AdamW, and the one that serves any optimiser."""
 
 from __future__ import annotations
 
-import inspect
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
-Group = Mapping[str, Any]
-State = Mapping[str, Any]
-Pairs = dict[str, tuple[Tensor, Tensor]]
-Values = Mapping[str, np.ndarray]
-Settings = Mapping[str, float]
-Tensors = Mapping[str, Tensor]
+from noetherflow.equilibrium.potential import decay_rate, mean_rate, noise_rate
+from noetherflow.monitor.rule import (
+    AnyRule,
+    Array,
+    DriftRates,
+    Group,
+    LedgerRule,
+    MemorySums,
+    Number,
+    Pairs,
+    Parts,
+    Products,
+    State,
+    StepSettings,
+    StepTensors,
+    ledger_rule,
+    registered_rule,
+)
 
-FIRST_ORDER = ("gradient", "momentum", "decay", "preconditioner", "other")
-ENTRIES = (*FIRST_ORDER, "second_order")
+
+@dataclass(frozen=True, eq=False)
+class SGDProducts(Products):
+    """Inner products of weight, gradient and momentum buffer, before the step and after it."""
+
+    weight_gradient: Array
+    gradient_square: Array
+    weight_buffer: Array
+    gradient_buffer: Array
+    buffer_square: Array
+    weight_buffer_after: Array
+    buffer_square_after: Array
 
 
-class LedgerRule(ABC):
-    """How one optimiser's update splits. Subclasses are stateless; `c` holds one number per coefficient name.
+@dataclass(frozen=True)
+class SGDSettings(StepSettings):
+    """`update = lr (lead d + memory_lead b)` with `d = sign gradient + weight_decay weight`, b the buffer before.
 
-    `before` and `after` name the inner products to measure around a step, as pairs of tensors; `first_order` turns the
-    measured values into `<theta, u_part>`, `second_order` into `<u, u>`. Both are linear in the values, entry by entry,
-    so they hold for row sums, totals and (symmetrised) leg matrices alike. `carried[q]` is the name under which `after`
-    measures what `q` is before the next step, if nobody writes to weights and state in between. The effective learning
-    rate of a scale-invariant weight is `lr / |W|^lr_power`: gradients fall as `1 / |W|`, which Adam divides out.
+    `momentum` is mu, `kept` is 1 - dampening (1 without momentum). `sign` is -1 with `maximize`, over the scale of a
+    gradient scaler that the optimiser has still to divide by. `heavy_ball`: 1 for momentum that is not Nesterov's.
     """
 
-    quantities: ClassVar[tuple[str, ...]]
-    parts: ClassVar[tuple[str, ...]]
-    coefficients: ClassVar[tuple[str, ...]]
-    carried: ClassVar[Mapping[str, str]] = {}
-    state_keys: ClassVar[tuple[str, ...]] = ()
-    counts_steps: ClassVar[bool] = False
-    keeps_copy: ClassVar[bool] = False
-    has_equilibrium: ClassVar[bool] = False
-    lr_power: ClassVar[float] = math.nan
-
-    @abstractmethod
-    def settings(self, group: Group, state: State, steps: float) -> dict[str, float]:
-        """Coefficients of one parameter's next step; `steps` already made by the optimiser on it."""
-
-    def reads_gradient(self, c: Settings) -> bool:
-        """Whether `before` needs `grad`; without it, it gives nothing but what is `carried`."""
-        return False
-
-    def before(self, c: Settings, t: Tensors) -> Pairs:
-        """Pairs from `theta`, `grad` and the `state_keys` before the step; entry-wise, so slices of them will do."""
-        return {}
-
-    def after(self, c: Settings, t: Tensors) -> Pairs:
-        """Pairs from `theta`, the `state_keys` and (with `keeps_copy`) `kept`, theta before, after the step."""
-        return {}
-
-    @abstractmethod
-    def first_order(self, q: Values, c: Values, reference: np.ndarray | float) -> dict[str, np.ndarray]:
-        """`<theta, u_part>` per part."""
-
-    @abstractmethod
-    def second_order(self, q: Values, c: Values) -> np.ndarray:
-        """`<u, u>` of the whole update: with decay it includes the decay part's own square `(lr w)^2 <theta, theta>`,
-        which `flow.step_identity` counts under decay."""
-
-    def reference(self, q: Values, weights: np.ndarray) -> np.ndarray | float:
-        """The scalar that stands for the preconditioner in the parts without one, per recorded step: `[T, 1]`."""
-        return 1.0
+    sign: Number
+    weight_decay: Number
+    lead: Number
+    memory_lead: Number
+    heavy_ball: Number
+    momentum: Number
+    kept: Number
 
 
-class SGDRule(LedgerRule):
-    """`d = s g + w theta`, `b' = mu b + (1 - tau) d`, `u = lr (alpha d + beta b)` in the buffer `b` before the step.
+@ledger_rule(torch.optim.SGD)
+class SGDRule(LedgerRule[SGDProducts, SGDSettings]):
+    """SGD with momentum, dampening, Nesterov, maximize and coupled weight decay; exact.
 
-    No momentum: `alpha = 1, beta = 0`; heavy ball: `1 - tau, mu`; Nesterov: `1 + mu (1 - tau), mu^2`; the first step
-    starts with `b' = d`. `s = -1` with maximize. For heavy ball `u = lr b'`, so `<theta, u> = lr (<theta', b'> + lr
-    <b', b'>)` and the gradient's part is what momentum and decay leave of it: gradients need not be read at all.
+    The buffer becomes `b' = mu b + (1 - dampening) d`, in the first step `b' = d`. The update is `lr d` without
+    momentum, `lr b'` for heavy ball and `lr (d + mu b')` for Nesterov. For heavy ball all follows from weight and
+    buffer after the step, and the gradient's part is what momentum and decay leave of it: no gradient is read.
     """
 
-    quantities = ("tt", "tg", "tb", "gg", "gb", "bb", "tb_after", "bb_after")
-    carried: ClassVar[Mapping[str, str]] = {"tb": "tb_after"}
+    products = SGDProducts
+    step_settings = SGDSettings
+    carried: ClassVar[Mapping[str, str]] = {"weight_buffer": "weight_buffer_after"}
     state_keys = ("momentum_buffer",)
-    parts = ("gradient", "momentum", "decay")
-    coefficients = ("lr", "sign", "weight_decay", "alpha", "beta", "heavy_ball", "memory", "fresh")
+    momentum_key = "momentum_buffer"
     has_equilibrium = True
     lr_power = 2.0
+    effective_lr_words = "the effective learning rate goes as one over the squared norm"
 
-    def settings(self, group: Group, state: State, steps: float) -> dict[str, float]:
+    def settings(self, group: Group, state: State, steps: float) -> SGDSettings:
         mu, kept = float(group["momentum"]), 1 - float(group["dampening"])
         started = state.get("momentum_buffer") is not None
         fresh = kept if started else 1.0
         if mu == 0:
-            alpha, beta = 1.0, 0.0
+            lead, memory_lead = 1.0, 0.0
         elif group["nesterov"]:
-            alpha, beta = 1 + mu * fresh, mu * mu * started
+            lead, memory_lead = 1 + mu * fresh, mu * mu * started
         else:
-            alpha, beta = fresh, mu * started
-        return {
-            "lr": float(group["lr"]),
-            "sign": -1.0 if group["maximize"] else 1.0,
-            "weight_decay": float(group["weight_decay"]),
-            "alpha": alpha,
-            "beta": beta,
-            "heavy_ball": float(mu != 0 and not group["nesterov"]),
-            "memory": mu,
-            "fresh": kept if mu else 1.0,
-        }
+            lead, memory_lead = fresh, mu * started
+        return SGDSettings(
+            lr=float(group["lr"]),
+            sign=-1.0 if group["maximize"] else 1.0,
+            weight_decay=float(group["weight_decay"]),
+            lead=lead,
+            memory_lead=memory_lead,
+            heavy_ball=float(mu != 0 and not group["nesterov"]),
+            momentum=mu,
+            kept=kept if mu else 1.0,
+        )
 
-    def reads_gradient(self, c: Settings) -> bool:
-        return not c["heavy_ball"]
+    def reads_gradient(self, c: SGDSettings) -> bool:
+        return not c.heavy_ball
 
-    def before(self, c: Settings, t: Tensors) -> Pairs:
-        theta, g = t["theta"], t.get("grad")
-        pairs = {} if g is None else {"tg": (theta, g), "gg": (g, g)}
-        if "momentum_buffer" in t and c["beta"]:
+    def before(self, c: SGDSettings, t: StepTensors) -> Pairs:
+        weight, g = t["weight"], t.get("gradient")
+        pairs: Pairs = {} if g is None else {"weight_gradient": (weight, g), "gradient_square": (g, g)}
+        if "momentum_buffer" in t and c.memory_lead:
             b = t["momentum_buffer"]
-            pairs |= {"tb": (theta, b)} if g is None else {"tb": (theta, b), "gb": (g, b), "bb": (b, b)}
+            pairs["weight_buffer"] = (weight, b)
+            if g is not None:
+                pairs |= {"gradient_buffer": (g, b), "buffer_square": (b, b)}
         return pairs
 
-    def after(self, c: Settings, t: Tensors) -> Pairs:
-        if not c["heavy_ball"]:
+    def after(self, c: SGDSettings, t: StepTensors) -> Pairs:
+        if not c.heavy_ball:
             return {}
         b = t["momentum_buffer"]
-        return {"tb_after": (t["theta"], b), "bb_after": (b, b)}
+        return {"weight_buffer_after": (t["weight"], b), "buffer_square_after": (b, b)}
 
-    def first_order(self, q: Values, c: Values, reference: np.ndarray | float) -> dict[str, np.ndarray]:
-        lr, lead = c["lr"], c["lr"] * c["alpha"]
-        momentum = lr * c["beta"] * q["tb"]
-        decay = lead * c["weight_decay"] * q["tt"]
-        rest = lr * (q["tb_after"] + lr * q["bb_after"]) - momentum - decay
-        gradient = np.where(c["heavy_ball"] > 0, rest, lead * c["sign"] * q["tg"])
-        return {"gradient": gradient, "momentum": momentum, "decay": decay}
+    def first_order(self, q: SGDProducts, c: SGDSettings, reference: Number) -> Parts:
+        lead = c.lr * c.lead
+        momentum = c.lr * c.memory_lead * q.weight_buffer
+        decay = lead * c.weight_decay * q.weight_square
+        rest = c.lr * (q.weight_buffer_after + c.lr * q.buffer_square_after) - momentum - decay
+        gradient = np.where(np.asarray(c.heavy_ball) > 0, rest, lead * c.sign * q.weight_gradient)
+        return Parts(gradient=gradient, momentum=momentum, decay=decay)
 
-    def second_order(self, q: Values, c: Values) -> np.ndarray:
-        s, w, alpha, beta = c["sign"], c["weight_decay"], c["alpha"], c["beta"]
-        dd = s * s * q["gg"] + 2 * w * s * q["tg"] + w * w * q["tt"]
-        db = s * q["gb"] + w * q["tb"]
-        other = alpha**2 * dd + 2 * alpha * beta * db + beta**2 * q["bb"]
-        return c["lr"] ** 2 * np.where(c["heavy_ball"] > 0, q["bb_after"], other)
+    def second_order(self, q: SGDProducts, c: SGDSettings) -> Array:
+        s, w = c.sign, c.weight_decay
+        fresh = s * s * q.gradient_square + 2 * w * s * q.weight_gradient + w * w * q.weight_square
+        mixed = s * q.gradient_buffer + w * q.weight_buffer
+        other = c.lead**2 * fresh + 2 * c.lead * c.memory_lead * mixed + c.memory_lead**2 * q.buffer_square
+        return c.lr**2 * np.where(np.asarray(c.heavy_ball) > 0, q.buffer_square_after, other)
+
+    def unscaled(self, c: SGDSettings, scale: float) -> SGDSettings:
+        return replace(c, sign=c.sign / scale)
+
+    def drift(self, c: SGDSettings) -> DriftRates:
+        lr, w, mu = np.asarray(c.lr * c.kept), np.asarray(c.weight_decay), np.asarray(c.momentum)
+        nesterov = (mu > 0) * (1 - np.asarray(c.heavy_ball))
+        return DriftRates(decay_rate(lr, w, mu), noise_rate(lr, mu), mean_rate(lr, mu, nesterov))
+
+    def memory_sums(self, c: SGDSettings, gradients: Array) -> MemorySums:
+        """The first gradient enters the buffer with weight 1, all others with `kept`; each step multiplies by mu."""
+        mu, kept = np.asarray(c.momentum), np.asarray(c.kept)
+        with np.errstate(invalid="ignore"):
+            first = np.where(gradients > 0, mu ** np.maximum(gradients - 1, 0), 0.0)
+            later = np.where(gradients > 0, 1.0, 0.0)
+        total = first + kept * (later - first) / (1 - mu)
+        squares = first**2 + kept**2 * (later - first**2) / (1 - mu**2)
+        return MemorySums(total, squares, c.weight_decay)
+
+    def rotation(self, c: SGDSettings) -> float:
+        """`|u|^2 / |W|^2 = 2 lr (1 - dampening) w / (1 + mu)` for heavy ball; the square root is the angle.
+
+        Source: Kosson, Messmer, Jaggi, *Rotational Equilibrium*, ICML 2024 (arXiv 2305.17212), for SGD also Wan et al.,
+        *Spherical Motion Dynamics*, 2021 (arXiv 2006.08419). With Nesterov the factor `1 / (1 + mu)` becomes
+        `(1 - mu) ((1 + mu)^2 + mu^4 / (1 - mu^2))`, from `|W|^2 = lr (1 - dampening) E|g|^2 / (2 w (1 - mu))`.
+        """
+        mu, size = float(c.momentum), float(2 * c.lr * c.kept * c.weight_decay)
+        if c.heavy_ball or not mu:
+            return math.sqrt(size / (1 + mu))
+        return math.sqrt(size * (1 - mu) * ((1 + mu) ** 2 + mu**4 / (1 - mu**2)))
 
 
-class AdamRule(LedgerRule):
-    """`m' = b1 m + (1 - b1) d`, `p = m' / (sqrt(v') + h eps)`, `h = sqrt(1 - b2^k)`, `u = a p + lr w_dec theta`.
+@dataclass(frozen=True, eq=False)
+class AdamProducts(Products):
+    """Inner products of weight, average `m` (exp_avg) and direction `p = m / (sqrt(v) + root eps)`."""
 
-    `a = h lr/(1 - b1^k)`, `d = s g + w_L2 theta`. The gradient, momentum and coupled-decay parts are those of the same
-    step with the preconditioner replaced by one number `r = |p| / |m'|` over the watched weights (momentum SGD of the
-    same step length); the preconditioner part is the rest. For an exact symmetry the gradient part is then zero as in
-    SGD, and what Adam's coordinate-wise preconditioner adds stands by itself. Everything follows from weights and state
-    after the step and `<theta, m>` before it: `(1 - lr w_dec) theta = theta' + a p`, `(1 - b1) d = m' - b1 m`.
+    weight_average: Array
+    weight_average_after: Array
+    weight_direction_after: Array
+    direction_square_after: Array
+    direction_average_after: Array
+    average_square_after: Array
+
+
+@dataclass(frozen=True)
+class AdamSettings(StepSettings):
+    """`update = rate p + lr decoupled weight`, `root = sqrt(1 - b2^k)`, `rate = root lr / (1 - b1^k)` in step k.
+
+    `coupled` and `decoupled` are the weight decay that goes through the averages and that which does not.
     """
 
-    quantities = ("tt", "tm", "tm_after", "tp", "pp", "pm", "mm")
-    carried: ClassVar[Mapping[str, str]] = {"tm": "tm_after"}
+    coupled: Number
+    decoupled: Number
+    beta1: Number
+    rate: Number
+    root: Number
+    eps: Number
+    amsgrad: Number
+
+
+@ledger_rule(torch.optim.Adam)
+class AdamRule(LedgerRule[AdamProducts, AdamSettings]):
+    """Adam and AdamW, amsgrad included; exact.
+
+    What would the same step have been without the coordinate-wise preconditioner? Momentum SGD with one number, the
+    `reference` `|p| / |m|` over all watched weights, in place of the preconditioner, so that the step is as long. Its
+    gradient, momentum and coupled-decay parts are entered as such, and the preconditioner part is the rest. For an
+    exact symmetry the gradient part is then zero as in SGD. Everything follows from weight and state after the step
+    and `<weight, m>` before it: `(1 - lr decoupled) weight = weight' + rate p`, `(1 - b1) d = m' - b1 m`.
+    """
+
+    products = AdamProducts
+    step_settings = AdamSettings
+    carried: ClassVar[Mapping[str, str]] = {"weight_average": "weight_average_after"}
     state_keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     counts_steps = True
     lr_power = 1.0
-    parts = ("gradient", "momentum", "decay", "preconditioner")
-    coefficients = ("lr", "coupled", "decoupled", "beta1", "rate", "root", "eps", "amsgrad")
+    effective_lr_words = (
+        "the effective learning rate goes as one over the norm: Adam's step does not grow with the gradient"
+    )
 
-    def settings(self, group: Group, state: State, steps: float) -> dict[str, float]:
+    def settings(self, group: Group, state: State, steps: float) -> AdamSettings:
         beta1, beta2 = (float(b) for b in group["betas"])
         decoupled = bool(group.get("decoupled_weight_decay", False))
         w, lr, k = float(group["weight_decay"]), float(group["lr"]), steps + 1
         root = math.sqrt(1 - beta2**k)
-        return {
-            "lr": lr,
-            "coupled": 0.0 if decoupled else w,
-            "decoupled": w if decoupled else 0.0,
-            "beta1": beta1,
-            "rate": root * lr / (1 - beta1**k),
-            "root": root,
-            "eps": float(group["eps"]),
-            "amsgrad": float(group["amsgrad"]),
-        }
+        return AdamSettings(
+            lr=lr,
+            coupled=0.0 if decoupled else w,
+            decoupled=w if decoupled else 0.0,
+            beta1=beta1,
+            rate=root * lr / (1 - beta1**k),
+            root=root,
+            eps=float(group["eps"]),
+            amsgrad=float(group["amsgrad"]),
+        )
 
-    def before(self, c: Settings, t: Tensors) -> Pairs:
-        return {"tm": (t["theta"], t["exp_avg"])} if "exp_avg" in t else {}
+    def before(self, c: AdamSettings, t: StepTensors) -> Pairs:
+        return {"weight_average": (t["weight"], t["exp_avg"])} if "exp_avg" in t else {}
 
-    def after(self, c: Settings, t: Tensors) -> Pairs:
-        theta, m, v = t["theta"], t["exp_avg"], t["max_exp_avg_sq" if c["amsgrad"] else "exp_avg_sq"]
-        p = v.sqrt().add_(c["root"] * c["eps"])
+    def after(self, c: AdamSettings, t: StepTensors) -> Pairs:
+        weight, m, v = t["weight"], t["exp_avg"], t["max_exp_avg_sq" if c.amsgrad else "exp_avg_sq"]
+        p = v.sqrt().add_(float(c.root * c.eps))
         torch.div(m, p, out=p)
-        return {"tm_after": (theta, m), "tp": (theta, p), "pp": (p, p), "pm": (p, m), "mm": (m, m)}
-
-    def first_order(self, q: Values, c: Values, reference: np.ndarray | float) -> dict[str, np.ndarray]:
-        a, shrink = c["rate"], 1 - c["lr"] * c["decoupled"]
-        theta_p, theta_m = (q["tp"] + a * q["pp"]) / shrink, (q["tm_after"] + a * q["pm"]) / shrink
-        scalar = a * reference
-        coupled = scalar * (1 - c["beta1"]) * c["coupled"] * q["tt"]
-        momentum = scalar * c["beta1"] * q["tm"]
         return {
-            "gradient": scalar * theta_m - momentum - coupled,
-            "momentum": momentum,
-            "decay": coupled + c["lr"] * c["decoupled"] * q["tt"],
-            "preconditioner": a * theta_p - scalar * theta_m,
+            "weight_average_after": (weight, m),
+            "weight_direction_after": (weight, p),
+            "direction_square_after": (p, p),
+            "direction_average_after": (p, m),
+            "average_square_after": (m, m),
         }
 
-    def second_order(self, q: Values, c: Values) -> np.ndarray:
-        a, d = c["rate"], c["lr"] * c["decoupled"]
-        theta_p = (q["tp"] + a * q["pp"]) / (1 - d)
-        return a * a * q["pp"] + 2 * a * d * theta_p + d * d * q["tt"]
+    def first_order(self, q: AdamProducts, c: AdamSettings, reference: Number) -> Parts:
+        shrink, scalar = 1 - c.lr * c.decoupled, c.rate * reference
+        weight_direction = (q.weight_direction_after + c.rate * q.direction_square_after) / shrink
+        weight_new_average = (q.weight_average_after + c.rate * q.direction_average_after) / shrink
+        coupled = scalar * (1 - c.beta1) * c.coupled * q.weight_square
+        momentum = scalar * c.beta1 * q.weight_average
+        return Parts(
+            gradient=scalar * weight_new_average - momentum - coupled,
+            momentum=momentum,
+            decay=coupled + c.lr * c.decoupled * q.weight_square,
+            preconditioner=c.rate * weight_direction - scalar * weight_new_average,
+        )
 
-    def reference(self, q: Values, weights: np.ndarray) -> np.ndarray | float:
-        mine, plain = (q["pp"] * weights).sum(-1, keepdims=True), (q["mm"] * weights).sum(-1, keepdims=True)
+    def second_order(self, q: AdamProducts, c: AdamSettings) -> Array:
+        d = c.lr * c.decoupled
+        weight_direction = (q.weight_direction_after + c.rate * q.direction_square_after) / (1 - d)
+        return c.rate**2 * q.direction_square_after + 2 * c.rate * d * weight_direction + d * d * q.weight_square
+
+    def reference(self, q: AdamProducts, picked: Array) -> Number:
+        mine = (q.direction_square_after * picked).sum(-1, keepdims=True)
+        plain = (q.average_square_after * picked).sum(-1, keepdims=True)
         return np.sqrt(np.divide(mine, plain, out=np.zeros_like(mine), where=plain > 0))
 
+    def rotation(self, c: AdamSettings) -> float:
+        """`sqrt(2 lr w (1 - b1) / (1 + b1))` for AdamW; NaN for coupled decay.
 
-class RealisedRule(LedgerRule):
-    """Any optimiser: `u = theta - theta'` from a copy of theta; one first-order part and `u^T A u`."""
+        Source: Kosson, Messmer, Jaggi, *Rotational Equilibrium*, ICML 2024 (arXiv 2305.17212).
+        """
+        if c.coupled:
+            return math.nan
+        return math.sqrt(float(2 * c.lr * c.decoupled * (1 - c.beta1) / (1 + c.beta1)))
 
-    quantities = ("tt", "tu", "uu")
+
+@dataclass(frozen=True, eq=False)
+class RealisedProducts(Products):
+    """Inner products of the weight before the step and of the update."""
+
+    weight_update: Array
+    update_square: Array
+
+
+class RealisedRule(LedgerRule[RealisedProducts, StepSettings]):
+    """Any optimiser: the update is measured against a copy of the weights and is one part, `other`."""
+
+    products = RealisedProducts
+    step_settings = StepSettings
     keeps_copy = True
-    parts = ("other",)
-    coefficients = ("lr",)
 
-    def settings(self, group: Group, state: State, steps: float) -> dict[str, float]:
-        return {"lr": float(group.get("lr", float("nan")))}
+    def settings(self, group: Group, state: State, steps: float) -> StepSettings:
+        return StepSettings(float(group.get("lr", math.nan)))
 
-    def after(self, c: Settings, t: Tensors) -> Pairs:
-        u = t["kept"] - t["theta"]
-        return {"tu": (t["kept"], u), "uu": (u, u)}
+    def after(self, c: StepSettings, t: StepTensors) -> Pairs:
+        update = t["weight_before"] - t["weight"]
+        return {"weight_update": (t["weight_before"], update), "update_square": (update, update)}
 
-    def first_order(self, q: Values, c: Values, reference: np.ndarray | float) -> dict[str, np.ndarray]:
-        return {"other": q["tu"]}
+    def first_order(self, q: RealisedProducts, c: StepSettings, reference: Number) -> Parts:
+        return Parts(other=q.weight_update)
 
-    def second_order(self, q: Values, c: Values) -> np.ndarray:
-        return q["uu"]
+    def second_order(self, q: RealisedProducts, c: StepSettings) -> Array:
+        return q.update_square
 
 
-def rule_for(optimizer: torch.optim.Optimizer) -> LedgerRule:
-    """The exact rule for `torch.optim.SGD`, `Adam`, `AdamW` or subclasses keeping their step, else the realised."""
-    step = inspect.unwrap(type(optimizer).step)
-
-    def same(base: type[torch.optim.Optimizer]) -> bool:
-        return step is inspect.unwrap(base.step)
-
-    if isinstance(optimizer, torch.optim.SGD) and same(torch.optim.SGD):
-        return SGDRule()
-    if isinstance(optimizer, torch.optim.Adam) and same(torch.optim.Adam):
-        return AdamRule()
-    return RealisedRule()
-
-
-def decompose(rule: LedgerRule, q: Values, c: Values, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """Entries per leg value: `-2 <theta, u_part>` per part and `<u, u>`, summing to the change of `<theta, theta>`.
-
-    `q[name]`, `c[name]`: `[T, N]` over recorded steps and leg values; `weights` `[N]` picks each watched weight once
-    (for the reference scalar). Parts a rule does not have are absent.
-    """
-    first = rule.first_order(q, c, rule.reference(q, weights))
-    return {name: -2 * value for name, value in first.items()} | {"second_order": rule.second_order(q, c)}
+def rule_for(optimizer: torch.optim.Optimizer) -> AnyRule:
+    """The rule registered for the optimiser's class, or for a base class whose step it keeps; else the realised one."""
+    return registered_rule(optimizer) or RealisedRule()

@@ -15,7 +15,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from noetherflow.errors import DataError
 from noetherflow.monitor.books import FIELDS
 from noetherflow.monitor.log import LOG_NAME, parse_line, read_log
-from noetherflow.monitor.rules import ENTRIES
+from noetherflow.monitor.rule import ENTRIES
 
 SPIKE = 10.0
 USUAL = 0.9

@@ -38,10 +38,6 @@ COLOURS = {
     "other": "#E69F00",
 }
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#333333"]
-EFFECTIVE = {
-    "SGDRule": "; the effective learning rate goes as one over the squared norm",
-    "AdamRule": "; the effective learning rate goes as one over the norm: Adam's step does not grow with the gradient",
-}
 MAPS = {
     "distance": ("distance to equilibrium |λ*|", False),
     "steps": ("steps to equilibrium (log10)", True),
@@ -98,7 +94,7 @@ def summary(data: RunData, events: list[dict[str, Any]]) -> list[str]:
 
 
 def _equilibrium_words(data: RunData) -> list[str]:
-    if data.estimates and data.header["rule"] != "SGDRule":
+    if data.estimates and not data.header.get("equilibrium", "distance" in data.estimates):
         return ["The noise equilibrium is not predicted for this optimiser: the theory covers SGD with momentum."]
     if "distance" not in data.estimates:
         return []
@@ -134,7 +130,8 @@ def _norm_words(data: RunData) -> list[str]:
     if len(names) > 1:
         text += f", the most of {len(names)} scale-invariant weights (factors {show(float(ratio.min()))} to "
         text += f"{show(float(ratio.max()))})"
-    return [text + EFFECTIVE.get(data.header["rule"], "") + "."]
+    words = data.header.get("effective_lr", "")
+    return [text + (f"; {words}." if words else ".")]
 
 
 def _event_words(events: list[dict[str, Any]]) -> list[str]:
