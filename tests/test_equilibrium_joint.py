@@ -16,7 +16,7 @@ from noetherflow.equilibrium import noise_equilibrium
 from noetherflow.equilibrium.solve import classify
 from noetherflow.equilibrium.solve import imbalance as imbalance_of
 from noetherflow.errors import DataError, MomentError
-from noetherflow.moments import gradient_factors
+from noetherflow.moments import Factors, gradient_factors
 from noetherflow.moments.result import merge_moments
 from reference import moments_by_loop, per_sample_gradients
 
@@ -291,7 +291,7 @@ def test_shared_square_matrix_of_a_linear_recurrence() -> None:
 
 
 def test_factors_of_other_samples_are_refused() -> None:
-    """Sequence-first layers sum to autograd's gradient all the same; the second moments of the samples differ."""
+    """Factors are right in sequence-first layers too; those of anything else than samples are refused."""
     problem = linear((5, 3, 3, 4))
     rng = torch.Generator().manual_seed(1)
     x = torch.randn(6, 20, 5, dtype=torch.float64, generator=rng) * torch.rand(1, 20, 1, generator=rng).double()
@@ -301,12 +301,17 @@ def test_factors_of_other_samples_are_refused() -> None:
         return (model(batch[0]) - batch[1]).square().sum((0, 2))
 
     moments = nf.gradient_moments(problem.model, loss, [(x, y)], problem.syms)
-    factors = gradient_factors(problem.model, loss, [(x, y)], problem.syms)
-    with pytest.raises(DataError, match=r"samples of '1.weight' are not the gradients.*batch axis first"):
-        noise_equilibrium(problem.model, problem.syms, moments, SGD, samples=factors)
     gradients = [per_sample_gradients(problem.model, loss, (x[:, [i]], y[:, [i]]))[0] for i in range(20)]
     dense = {"1.weight": torch.stack([g["1.weight"] for g in gradients])}
     assert noise_equilibrium(problem.model, problem.syms, moments, SGD, samples=dense).converged
+    factors = gradient_factors(problem.model, loss, [(x, y)], problem.syms)
+    torch.testing.assert_close(factors["1.weight"].dense(), dense["1.weight"], rtol=1e-12, atol=1e-12)
+    other = {"1.weight": Factors(*(t.roll(1, 0) for t in (factors["1.weight"].left, factors["1.weight"].right)))}
+    assert noise_equilibrium(problem.model, problem.syms, moments, SGD, samples=other).converged, "in another order"
+    sides = (t.flatten(0, 1).unsqueeze(1) for t in (factors["1.weight"].left, factors["1.weight"].right))
+    by_token = {"1.weight": Factors(*sides)}
+    with pytest.raises(DataError, match=r"samples of '1.weight' are not the gradients.*batch axis first"):
+        noise_equilibrium(problem.model, problem.syms, moments, SGD, samples=by_token)
     with pytest.raises(DataError, match="not the gradients"):
         noise_equilibrium(problem.model, problem.syms, moments, SGD, samples={"1.weight": 1.01 * dense["1.weight"]})
     with pytest.raises(DataError, match="not the gradients"):

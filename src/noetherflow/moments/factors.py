@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,22 +11,36 @@ from torch import Tensor, nn
 
 from noetherflow.core.inputs import LossFn
 from noetherflow.core.tensors import tensors_of
+from noetherflow.core.unwrap import unwrap
 from noetherflow.errors import DataError, MomentError
+from noetherflow.moments.batch import BatchPass, Subject, buffers_kept, check_finite, form_of, forward_backward
+from noetherflow.moments.forms import OneToken, Outer
+from noetherflow.moments.origins import Source
+from noetherflow.moments.taps import Recorder, Use
+from noetherflow.moments.target import trainable_parameters
+from noetherflow.moments.verify import Locator, WeightedPass, weigh
 from noetherflow.symmetry.overlap import leg_coordinates, mixed_parameters
 from noetherflow.symmetry.symmetry_set import SymmetrySet
+
+REMEDY = "pass dense per-sample gradients as samples=, or remeasure="
 
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """Gradients `g_z = left_z^T right_z` of one matrix `[m, n]`: `left` `[N, T, m]`, `right` `[N, T, n]`, T uses per
-    sample.
+    """Gradients `g_z = left_z^T right_z` of one matrix `[m, n]`, for N samples that use it T times each.
+
+    `left` `[N, T, m]`, `right` `[N, T, n]`: for the weight of a linear layer, the output gradients and the inputs.
+
+    Example:
+        >>> Factors(torch.ones(5, 2, 3), torch.ones(5, 2, 4)).dense().shape
+        torch.Size([5, 3, 4])
     """
 
     left: Tensor
     right: Tensor
 
     def dense(self) -> Tensor:
-        """`[N, m, n]`."""
+        """The gradients themselves, `[N, m, n]`."""
         return self.left.mT @ self.right
 
 
@@ -35,75 +49,155 @@ def gradient_factors(
 ) -> dict[str, Factors]:
     """Factors of the per-sample gradients of every weight that general_linear and other symmetries move together.
 
-    Read off as inputs and output gradients of `nn.Linear` (and transformers' `Conv1D`) layers, in the parameters'
-    dtype; the first axis of what these layers are given must be the batch. Give the result to `noise_equilibrium(...,
-    samples=...)` with moments of the same samples, which checks it against them. Empty where no weight is so moved.
+    They are read off where the model multiplies by the weight, whichever way it is written: `nn.Linear`,
+    `F.linear(x, weight)`, `x @ weight`, `einsum`, `nn.MultiheadAttention`. Every batch is computed twice, to find where
+    its samples lie and to check the factors against autograd.
 
-    Raises MomentError for a weight that is used otherwise: pass dense per-sample gradients or `remeasure=` then;
-    DataError without batches.
+    Args:
+        model: the model, which is left as it was.
+        loss_fn: `loss_fn(model, batch)`, one loss per sample, `[batch]`.
+        batches: the batches; their factors are kept, so take as many as fit in memory.
+        syms: the symmetries; frozen parameters are left out.
+
+    Returns:
+        `Factors` by parameter, in the parameter's dtype; empty where no weight is so moved. Give them to
+        `noise_equilibrium(..., samples=...)` with moments of the same samples, which checks them against these.
+
+    Raises:
+        MomentError: a weight is used otherwise than as one matrix of a product, or in a product that all samples share.
+        DataError: no batches.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Linear(3, 3, bias=False), nn.Linear(3, 4, bias=False))
+        >>> x = torch.randn(8, 4)
+        >>> syms = nf.find_symmetries(model, x)
+        >>> factors = nf.gradient_factors(model, lambda m, b: m(b).square().sum(1), [x], syms)
+        >>> {name: tuple(f.dense().shape) for name, f in factors.items()}
+        {'1.weight': (8, 3, 3)}
     """
     tensors = tensors_of(model)
     symmetries = list(syms.trainable(model))
     coordinates = leg_coordinates(symmetries, {n: tuple(t.shape) for n, t in tensors.items()})
-    wanted = list(mixed_parameters(coordinates, symmetries))
+    wanted = trainable_parameters(model, names) if (names := list(mixed_parameters(coordinates, symmetries))) else {}
     if not wanted:
         return {}
-    found: dict[str, list[Factors]] = {n: [] for n in wanted}
-    measured = False
-    for batch in batches:
-        measured = True
-        for name, factors in _one_batch(model, loss_fn, batch, {n: tensors[n] for n in wanted}).items():
-            found[name].append(factors)
-    if not measured:
+    _refuse_tensors(wanted)
+    roots = {n: t for n, t in tensors.items() if t.requires_grad}
+    subject = Subject(unwrap(model), loss_fn, roots, frozenset(wanted))
+    found = [_one_batch(subject, batch) for batch in batches]
+    if not found:
         raise DataError("no batch to measure: the iterator of batches is empty")
-    return {n: Factors(torch.cat([f.left for f in fs]), torch.cat([f.right for f in fs])) for n, fs in found.items()}
+    return {n: _joined([of_batch[n] for of_batch in found], wanted[n].dtype) for n in wanted}
 
 
-def _one_batch(model: nn.Module, loss_fn: LossFn, batch: Any, wanted: dict[str, Tensor]) -> dict[str, Factors]:
-    uses: dict[str, list[tuple[Tensor, Tensor]]] = {n: [] for n in wanted}
-    names = {id(t): n for n, t in wanted.items()}
-    layers = {m: names[id(m.weight)] for m in model.modules() if id(getattr(m, "weight", None)) in names}
-
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        (given,) = (*args, *kwargs.values())
-        uses[layers[module]].append((given.detach(), output))
-
-    handles = [m.register_forward_hook(keep, with_kwargs=True) for m in layers if _is_matrix_product(m)]
-    try:
-        losses = loss_fn(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if losses.ndim != 1:
-        raise DataError(f"loss_fn must return per-sample losses [batch], got shape {tuple(losses.shape)}")
-    outputs = [y for n in wanted for _, y in uses[n]]
-    params = list(wanted.values())
-    gradients = torch.autograd.grad(losses.sum(), [*outputs, *params], materialize_grads=True)
-    deltas, sums = iter(gradients[: len(outputs)]), gradients[len(outputs) :]
-    result = {}
-    for name, total in zip(wanted, sums, strict=True):
-        pairs = [(_per_sample(x, len(losses)), _per_sample(next(deltas), len(losses))) for x, _ in uses[name]]
-        if not pairs:
-            raise MomentError(f"{name} is not the weight of a linear layer; pass dense samples= or remeasure=")
-        a, d = torch.cat([p[0] for p in pairs], 1), torch.cat([p[1] for p in pairs], 1)
-        rows_are_outputs = any(isinstance(m, nn.Linear) for m, n in layers.items() if n == name)
-        factors = Factors(d, a) if rows_are_outputs else Factors(a, d)
-        if not _accounts_for(factors, total):
-            raise MomentError(f"{name} is also used outside its layer; pass dense samples= or remeasure=")
-        result[name] = factors
-    return result
+def _refuse_tensors(wanted: dict[str, Tensor]) -> None:
+    """Raises MomentError for a parameter that is no matrix."""
+    for name, tensor in wanted.items():
+        if tensor.ndim != 2:
+            raise MomentError(
+                f"{name} {tuple(tensor.shape)} is no matrix, so its gradient has no two factors; {REMEDY}"
+            )
 
 
-def _is_matrix_product(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+@dataclass(eq=False)
+class FactorPass(BatchPass):
+    """Keeps the factors of every use of the measured parameters, by parameter, after a weighted pass."""
+
+    batch: Any
+    weighted: WeightedPass
+    uses: dict[str, list[Outer]] = field(default_factory=dict, init=False)
+    roots: dict[str, Tensor] = field(default_factory=dict, init=False)
+    locator: Locator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.locator = Locator(self.weighted)
+
+    def begin(self, losses: Tensor, recorder: Recorder) -> Tensor | None:
+        check_finite(losses, self.batch)
+        self.roots = recorder.roots
+        return torch.ones_like(losses)
+
+    def receive(self, use: Use, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
+        layout = self.locator.locate(use, delta)
+        if layout is None:
+            return
+        samples = self.weighted.weights.numel()
+        for site, source in zip(use.sites, use.sources, strict=True):
+            if source.names.isdisjoint(self.weighted.subject.measured):
+                continue
+            form = form_of(site, layout, samples, delta, saved)
+            if source.view_of is None or not isinstance(form, Outer):
+                raise MomentError(
+                    f"{', '.join(sorted(source.names))}: {use} is no product with it as one matrix; {REMEDY}"
+                )
+            self.uses.setdefault(source.view_of, []).append(_of_whole(source, self.roots[source.view_of], form, use))
 
 
-def _per_sample(x: Tensor, samples: int) -> Tensor:
-    return x.reshape(samples, -1, x.shape[-1])
+def _one_batch(subject: Subject, batch: Any) -> dict[str, Factors]:
+    """The factors of one batch, once it is known where its samples lie."""
+    weighted = weigh(subject, batch, frozenset())
+    if weighted.uncovered:
+        why = "; ".join(f"{n}: {ops}" for n, ops in weighted.uncovered.items())
+        raise MomentError(f"no rule covers a use of {sorted(weighted.uncovered)} ({why}); {REMEDY}")
+    found = FactorPass(batch, weighted)
+    with buffers_kept(subject.modules):
+        done = forward_backward(subject, batch, found, weighted.shared, sorted(subject.measured))
+    missed = [] if done is None else [n for n, g in done.missed.items() if g is not None]
+    apart = {*missed, *found.locator.scattered, *(subject.measured - found.uses.keys())}
+    if apart or not found.locator.settled():
+        raise MomentError(
+            f"{sorted(apart) or sorted(subject.measured)} is used in a product that all samples share, or by no sample "
+            f"alone; {REMEDY}"
+        )
+    return {n: _over_uses(uses) for n, uses in found.uses.items()}
 
 
-def _accounts_for(factors: Factors, total: Tensor) -> bool:
-    """True when the factors' summed gradient is autograd's."""
-    mine = factors.left.flatten(0, 1).mT @ factors.right.flatten(0, 1)
-    tolerance = 1e3 * torch.finfo(total.dtype).eps
-    return float(torch.linalg.vector_norm(mine - total)) <= tolerance * float(torch.linalg.vector_norm(total)) + 1e-30
+def _of_whole(source: Source, root: Tensor, form: Outer, use: Use) -> Outer:
+    """The factors with the operand, which may be a transposed or sliced view, read as the whole matrix.
+
+    Example: `weight[4:8]` of a packed query-key-value weight `[12, n]`: `left` gets zeros outside rows 4 to 7.
+    """
+    view = source.operand
+    if view is root:
+        return form
+    whole = torch.arange(root.numel(), device="cpu").view(root.shape)
+    offset = view.storage_offset() - root.storage_offset()
+    if root.is_contiguous() and view.ndim == 2:
+        entries = whole.as_strided(view.shape, view.stride(), offset)
+        rows, columns = entries // root.shape[1], entries % root.shape[1]
+        if _is_grid(rows, columns):
+            return _placed(form, rows[:, 0], columns[0], root.shape)
+        if _is_grid(rows.mT, columns.mT):
+            return _placed(form.transposed(), rows[0], columns[:, 0], root.shape)
+    raise MomentError(f"{source.view_of}: {use} reads it as another matrix, {tuple(view.shape)}; {REMEDY}")
+
+
+def _is_grid(rows: Tensor, columns: Tensor) -> bool:
+    """Whether entry `(i, j)` of a view is entry `(r_i, c_j)` of the whole."""
+    return bool((rows == rows[:, :1]).all()) and bool((columns == columns[:1]).all())
+
+
+def _placed(form: Outer, rows: Tensor, columns: Tensor, shape: Sequence[int]) -> Outer:
+    """The factors of a view's gradient, put at its rows and columns of the whole."""
+    left, right = (
+        t.new_zeros(*t.shape[:-1], size).index_copy_(-1, where.to(t.device), t)
+        for t, where, size in ((form.left, rows, shape[0]), (form.right, columns, shape[1]))
+    )
+    return type(form)(left, right)
+
+
+def _over_uses(uses: Sequence[Outer]) -> Factors:
+    """Several uses of one matrix by the same samples, one after the other along the axis of tokens."""
+    sides = [
+        tuple(t.unsqueeze(1) if isinstance(form, OneToken) else t for t in (form.left, form.right)) for form in uses
+    ]
+    return Factors(torch.cat([left for left, _ in sides], 1), torch.cat([right for _, right in sides], 1))
+
+
+def _joined(parts: Sequence[Factors], dtype: torch.dtype) -> Factors:
+    """The samples of all batches."""
+    if len({p.left.shape[1] for p in parts}) > 1:
+        tokens = max(p.left.shape[1] for p in parts)
+        pad = lambda t: torch.nn.functional.pad(t, (0, 0, 0, tokens - t.shape[1]))
+        parts = [Factors(pad(p.left), pad(p.right)) for p in parts]
+    return Factors(torch.cat([p.left for p in parts]).to(dtype), torch.cat([p.right for p in parts]).to(dtype))
