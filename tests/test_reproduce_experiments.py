@@ -1,5 +1,7 @@
 """What single experiments compute and judge, against direct calculations."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,9 @@ from noetherflow_paper import closed_form as cf
 from noetherflow_paper import generic
 from noetherflow_paper.alignment import at_norm_balance, correlation, matrices, noisy_share
 from noetherflow_paper.experiment import Results
-from noetherflow_paper.experiments import fig1, fig2, fig3, fig5, rates, repnorm, thm43, thm54
+from noetherflow_paper.experiments import fig1, fig2, fig3, fig5, fig5_runs, rates, repnorm, thm43, thm54
 from noetherflow_paper.experiments import repnorm_inputs as treated
+from noetherflow_paper.records import Point, changed
 from noetherflow_paper.theory import stretched
 
 F64 = torch.float64
@@ -36,12 +39,12 @@ def test_alignment_of_norm_balanced_and_of_noise_balanced_factors():
 
 
 def test_an_orbit_without_equilibrium_fails_its_claims_and_stops_nothing():
-    config = {**thm43.SCALES["quick"], "networks": 1, "generators": 1, "samples": 8, "grid": 3, "decay": 0.0}
-    lost = thm43.compute(config, {"name": "scale-invariant"})
+    config = replace(thm43.SCALES["quick"], networks=1, generators=1, samples=8, grid=3, decay=0.0)
+    lost = thm43.compute(config, Point(name="scale-invariant"))
     row = lost["rows"][0]
     assert row["root"] is None
     kept = {**lost, "rows": [{**row, "root": 0.5, "ends": [0.5, 0.51], "shifts": [1e-3, 2e-3]}]}
-    results = Results(config, (({"name": "kept"}, kept), ({"name": "lost"}, lost)))
+    results = Results(config, ((Point(name="kept"), kept), (Point(name="lost"), lost)))
     exists, attraction = thm43.verdicts(results)[2:4]
     assert not exists.holds
     assert exists.measured == 0.5
@@ -74,8 +77,8 @@ def test_thm54_norm_of_a_mean_drift_is_free_of_the_noise_and_has_an_error():
 
 def test_rates_loss_of_gd_is_the_sum_over_its_steps():
     config = rates.SCALES["quick"]
-    u, w, lr, loss = config["start"], config["gd_product"] / config["start"], 1e-4, 0.0
-    first = rates.imbalance(config, config["gd_product"])
+    u, w, lr, loss = config.start, config.gd_product / config.start, 1e-4, 0.0
+    first = rates.imbalance(config, config.gd_product)
     for _ in range(20_000):
         g = 2 * (u * w - 1)
         loss += lr**2 * g**2
@@ -86,32 +89,35 @@ def test_rates_loss_of_gd_is_the_sum_over_its_steps():
 
 def test_fig2_entries_are_judged_against_an_exponential_theory():
     steps = np.arange(0, 1001, 10)
-    config = {"gd_steps": 100}
+    config = replace(fig2.SCALES["quick"], gd_steps=100)
     theory, run = (np.exp(-rate * steps)[:, None, None, None] * np.arange(1, 10) for rate in (0.004, 0.0042))
     data = {n: {"steps": steps, "entries": e, "residual": e[..., 0]} for n, e in (("theory", theory), ("sgd", run))}
-    results = Results(config, tuple(({"name": name}, kept) for name, kept in data.items()))
+    results = Results(config, tuple((fig2.Fig2Point(name=name), kept) for name, kept in data.items()))
     assert fig2.entry_rates(results) == pytest.approx(1.05, abs=0.01)
     assert fig2.bend(results, "sgd") == pytest.approx(1, abs=1e-9)
     assert np.abs(fig2.entry_ends(results)).max() < 0.04
 
 
 def test_fig5_counts_learned_directions_and_compares_starts_at_one_rate():
-    points = {p["name"]: p for p in fig5.points(fig5.SCALES["quick"])}
+    points = {p.name: p for p in fig5_runs.points(fig5_runs.SCALES["quick"])}
     for name in ("sgd", "gaussian"):
-        near, half = points[name + fig5.NEAR], points[name + fig5.HALF]
-        assert near["start"] == half["start"]
-        assert near["lr"] == points[name]["lr"] == 2 * half["lr"]
-        assert near["lr"] * near["steps"] == half["lr"] * half["steps"]
+        near, half = points[name + fig5_runs.NEAR], points[name + fig5_runs.HALF]
+        assert near.section9 == half.section9
+        assert near.lr == points[name].lr == 2 * half.lr
+        assert near.lr * near.steps == half.lr * half.steps
     singular = np.broadcast_to([[2.0, 0.9, 0.1], [2.0, 1.1, 0.9]], (8, 2, 3)).tolist()
-    data = (({"name": "theory"}, {"singular": [2.0, 1.0, 0.5]}), ({"name": "sgd"}, {"singular": singular}))
-    assert fig5.learned(Results({}, data), "sgd") == 2.5
+    data = (
+        (fig5_runs.Fig5Point(name="theory"), {"singular": [2.0, 1.0, 0.5]}),
+        (fig5_runs.Fig5Point(name="sgd"), {"singular": singular}),
+    )
+    assert fig5.learned(Results(fig5_runs.SCALES["quick"], data), "sgd") == 2.5
 
 
 def test_fig1_orders_of_gd_growth():
-    config = {**fig1.SCALES["quick"], "lrs": [0.02, 0.01]}
-    found = fig1.compute(config, {"name": "orders", "method": "orders"})
+    config = replace(fig1.SCALES["quick"], lrs=(0.02, 0.01))
+    found = fig1.compute(config, fig1.Fig1Point(name="orders"))
     angle = torch.tensor(2.2, dtype=F64)
-    for rate, step, whole in zip(config["lrs"], found["step"], found["fixed_time"], strict=True):
+    for rate, step, whole in zip(config.lrs, found["step"], found["fixed_time"], strict=True):
         theta = torch.stack([angle.cos(), angle.sin()])
         first = None
         for _ in range(round(fig1.TIME / rate)):
@@ -123,8 +129,8 @@ def test_fig1_orders_of_gd_growth():
 
 
 def test_fig3_shifts_of_order_eta_over_s_against_simulation():
-    config = {**fig3.SCALES["quick"], "d": 6, "phi": 0.4, "seeds": 100, "lrs": [[0.02, 4, 3000]]}
-    found = fig3.compute(config, next(p for p in fig3.points(config) if p["name"] == "lr0"))
+    config = changed(fig3.SCALES["quick"], {"d": 6, "phi": 0.4, "seeds": 100, "lrs": [[0.02, 4, 3000]]})
+    found = fig3.compute(config, next(p for p in fig3.points(config) if p.name == "lr0"))
     ratio, trace = fig3.fluctuation_shifts(0.4, 6, 0.02 / 4)
     first_order = found["first_order"] / cf.identity_norm_ratio(0.4)
     for values, expected in (
@@ -150,7 +156,7 @@ def test_smallest_trace_over_the_orbit_is_that_of_the_equilibrium_only_with_isot
         assert found > 1.1 if sharper else found == pytest.approx(1, rel=1e-8)
 
 
-SIGMA = treated.covariance({"scale": 2.0, "spread": 6.0}, 5)
+SIGMA = treated.covariance(treated.Dataset(scale=2.0, spread=6.0), 5)
 
 
 def direct(treatment: str, minibatches: int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -208,7 +214,7 @@ def test_repnorm_starts_are_far_from_the_predictions_they_are_judged_against():
     for treatment in treated.TREATMENTS:
         at = treated.minima(config, treatment)
         predicted = cf.two_layer(at.product, at.gam_u, at.gam_w)
-        for factor in (config["stretch"], 1 / config["stretch"]):
+        for factor in (config.stretch, 1 / config.stretch):
             start = stretched(at.product, factor)
             ratio = norm_ratio(*start) / norm_ratio(*predicted)
             trace = cf.two_layer_hessian_trace(*start, at.sigma) / cf.two_layer_hessian_trace(*predicted, at.sigma)
@@ -252,9 +258,9 @@ def test_repnorm_small_run_is_judged_and_drawn():
         "relu_steps": 8,
         "hidden_steps": 8,
         "seeds": 2,
-        "widths": dict.fromkeys(repnorm.WIDTHS, 4),
+        "widths": dict.fromkeys(treated.WIDTHS, 4),
     }
-    config = {**repnorm.SCALES["quick"], **small, "hidden": {**repnorm.HIDDEN, "early": [2, 6]}}
+    config = changed(repnorm.SCALES["quick"], {**small, "hidden": {"early": [2, 6]}})
     results = Results(config, tuple((p, repnorm.compute(config, p)) for p in repnorm.points(config)))
     claims = [v.claim for v in repnorm.verdicts(results)]
     assert len(set(claims)) == len(claims)

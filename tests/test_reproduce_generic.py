@@ -1,5 +1,7 @@
 """Theory twice: closed forms against find_symmetries -> gradient_moments -> noise_equilibrium."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from noetherflow import SGDConfig
 from noetherflow_paper import closed_form as cf
 from noetherflow_paper.experiments import rates
+from noetherflow_paper.experiments.rates import RatesSetting
 from noetherflow_paper.generic import (
     LinearChain,
     chain_charges,
@@ -89,15 +92,17 @@ def test_chain_with_relu_between():
     assert torch.equal(LinearChain([w, u], relu=True)(x), torch.relu(x @ w.T) @ u.T)
 
 
-@pytest.mark.parametrize("setting", [{"lr": 0.02, "batch": 8, "noise": 1.0}, {"lr": 0.01, "batch": 32, "noise": 2.0}])
+@pytest.mark.parametrize(
+    "setting", [RatesSetting(lr=0.02, batch=8, noise=1.0), RatesSetting(lr=0.01, batch=32, noise=2.0)]
+)
 def test_scalar_rate_is_the_one_dimensional_case_of_the_matrix_flow(setting):
     one = torch.ones(1, 1, dtype=F64)
-    sgd = SGDConfig(setting["lr"], setting["batch"])
+    sgd = SGDConfig(setting.lr, setting.batch)
     at = np.array([0, 500, 2000])
-    gammas = finite_step_gammas(one, setting["noise"] ** 2 * one, sgd)
+    gammas = finite_step_gammas(one, setting.noise**2 * one, sgd)
     us, ws = orbit_flow(1.5 * one, one / 1.5, gammas, sgd, at.tolist())
     matrix = [float(u**2 - w**2) for u, w in zip(us, ws, strict=True)]
-    assert np.allclose(rates.predicted_curve({"start": 1.5}, setting, at), matrix, rtol=1e-3)
+    assert np.allclose(rates.predicted_curve(replace(rates.SCALES["quick"], start=1.5), setting, at), matrix, rtol=1e-3)
 
 
 @pytest.mark.parametrize("step", [1.0, 0.25])
@@ -115,7 +120,7 @@ def test_scalar_rate_against_sampled_steps(step):
         e = e - k * applied
         if i >= 200:
             squares.append(substeps * (applied**2).mean())
-    expected = rates.rate({"lr": lr, "batch": batch, "noise": noise}, 1.5, step)
+    expected = rates.rate(RatesSetting(lr=lr, batch=batch, noise=noise), 1.5, step)
     assert 4 * lr**2 * np.mean(squares) == pytest.approx(expected, rel=0.01)
 
 

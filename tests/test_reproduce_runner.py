@@ -7,7 +7,6 @@ import json
 import math
 import re
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -31,25 +30,37 @@ from noetherflow_paper.experiment import (
     from_resampling,
     from_seeds,
     plain,
+    register,
 )
-from noetherflow_paper.experiments import fig5
+from noetherflow_paper.experiments import fig5_runs
 from noetherflow_paper.gallery import _explained
 from noetherflow_paper.outcome import finished_in
 from noetherflow_paper.provenance import library_digest, merged, reached, source_of
+from noetherflow_paper.records import Config, Point, as_json, changed, from_json
 from noetherflow_paper.runner import compute_point
 
 CALLS: list[str] = []
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToyConfig(Config):
+    seeds: int = 4
+    shift: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToyPoint(Point):
+    offset: int
+
+
 def toy_compute(config, point):
-    CALLS.append(point["name"])
-    rng = torch.Generator().manual_seed(point["offset"])
-    shift = config.get("shift", 0)
-    return plain({"values": point["offset"] + shift + 0.01 * torch.randn(config["seeds"], generator=rng)})
+    CALLS.append(point.name)
+    rng = torch.Generator().manual_seed(point.offset)
+    return plain({"values": point.offset + config.shift + 0.01 * torch.randn(config.seeds, generator=rng)})
 
 
 def seedless(config, point):
-    return toy_compute({"seeds": 4}, point)
+    return toy_compute(ToyConfig(), point)
 
 
 def toy_plot(results):
@@ -57,7 +68,7 @@ def toy_plot(results):
 
     fig, (ax,) = style.figure(1)
     for point, data in results.points:
-        style.dots(ax, [0.0], [data["values"]], style.SGD, point["name"])
+        style.dots(ax, [0.0], [data["values"]], style.SGD, point.name)
     style.band(ax, [0, 1], [results["a"]["values"]] * 2, style.SGD)
     return fig
 
@@ -70,15 +81,15 @@ def toy_verdicts(results):
 
 
 def WORK(config):
-    return 1e6 * config["seeds"]
+    return 1e6 * config.seeds
 
 
 TOY = Experiment(
     id="toy",
     title="A toy",
     setup="Numbers.",
-    scales={"quick": {"seeds": 4}, "paper": {"seeds": 8}},
-    points=lambda config: [{"name": "a", "offset": 1}, {"name": "b", "offset": 2}],
+    scales={"quick": ToyConfig(), "paper": ToyConfig(seeds=8)},
+    points=lambda config: [ToyPoint(name="a", offset=1), ToyPoint(name="b", offset=2)],
     compute=toy_compute,
     plot=toy_plot,
     verdicts=toy_verdicts,
@@ -91,10 +102,8 @@ TOY = Experiment(
 
 @pytest.fixture
 def toy(monkeypatch):
-    module = types.ModuleType("noetherflow_paper.experiments.toy")
-    module.EXPERIMENT = TOY
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(registry, "REGISTRY", (*REGISTRY, "toy"))
+    monkeypatch.setattr(registry, "_REGISTERED", {})
+    register(TOY)
     CALLS.clear()
     return TOY
 
@@ -167,7 +176,7 @@ def test_run_writes_everything_and_resumes(toy, tmp_path):
     names = {p.name for p in tmp_path.iterdir()}
     assert names == {"toy.png", "toy.svg", "toy.json", "index.html", "points"}
     stored = json.loads((tmp_path / "toy.json").read_text())
-    assert stored["config"] == {"seeds": 4}
+    assert stored["config"] == {"seeds": 4, "shift": 0}
     assert stored["versions"]["torch"] == torch.__version__
     assert stored["verdicts"][1]["holds"] is False
     page = (tmp_path / "index.html").read_text()
@@ -196,11 +205,12 @@ def test_killed_run_continues_and_changed_settings_recompute(toy, tmp_path):
 
 
 def test_fingerprint_depends_on_config_point_and_code(toy):
-    a, b = toy.points({})
-    assert toy.fingerprint({"seeds": 4}, a) == toy.fingerprint({"seeds": 4}, dict(a))
-    assert toy.fingerprint({"seeds": 4}, a) != toy.fingerprint({"seeds": 5}, a)
-    assert toy.fingerprint({"seeds": 4}, a) != toy.fingerprint({"seeds": 4}, b)
-    assert toy.fingerprint({"seeds": 4}, a) != find_experiment("fig2").fingerprint({"seeds": 4}, a)
+    four, five = ToyConfig(seeds=4), ToyConfig(seeds=5)
+    a, b = toy.points(four)
+    assert toy.fingerprint(four, a) == toy.fingerprint(ToyConfig(seeds=4), dataclasses.replace(a))
+    assert toy.fingerprint(four, a) != toy.fingerprint(five, a)
+    assert toy.fingerprint(four, a) != toy.fingerprint(four, b)
+    assert toy.fingerprint(four, a) != find_experiment("fig2").fingerprint(four, a)
 
 
 def test_only_what_compute_reaches_counts_as_code():
@@ -229,10 +239,12 @@ def test_every_module_below_the_faces_counts_as_code(tmp_path):
 
 
 def test_fingerprint_depends_on_torch_device_and_modules_used_indirectly(toy, monkeypatch):
-    (a, _), before = toy.points({}), toy.fingerprint({}, toy.points({})[0])
-    assert toy.fingerprint({}, a, "cuda") != before
+    config = ToyConfig()
+    (a, _) = toy.points(config)
+    before = toy.fingerprint(config, a)
+    assert toy.fingerprint(config, a, "cuda") != before
     monkeypatch.setattr(torch, "__version__", "1.0")
-    assert toy.fingerprint({}, a) != before
+    assert toy.fingerprint(config, a) != before
     used = provenance._used(sys.modules[find_experiment("fig6").compute.__module__])
     assert {"noetherflow_paper.simulate", "noetherflow_paper.experiment"} <= used
     assert "class LinearNet" in source_of(find_experiment("fig5").compute)
@@ -267,10 +279,7 @@ def test_points_that_are_not_of_this_form_are_computed_again(toy, tmp_path, chan
 
 def test_gallery_shows_all_experiments_of_the_folder(toy, monkeypatch, tmp_path):
     other = dataclasses.replace(TOY, id="other", title="Another toy")
-    module = types.ModuleType("noetherflow_paper.experiments.other")
-    module.EXPERIMENT = other
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(registry, "REGISTRY", (*registry.REGISTRY, "other"))
+    register(other)
     first = run(["toy"], out=tmp_path, vary=True, progress=None)
     second = run(["other"], out=tmp_path, progress=None)
     assert [f.experiment.id for f in second.finished] == ["other"]
@@ -322,9 +331,11 @@ def test_report_estimates_what_was_not_run_and_says_how_to_write_it_again(toy, m
     monkeypatch.setattr(registry, "REGISTRY", ("rates", "toy"))
     summary = run(["toy"], out=tmp_path / "quick", progress=None)
     summary = dataclasses.replace(summary, finished=(dataclasses.replace(summary.finished[0], seconds=200.0),))
-    monkeypatch.setitem(TOY.scales, "paper", {"seeds": 16})
+    monkeypatch.setitem(TOY.scales, "paper", ToyConfig(seeds=16))
     paper = tmp_path / "paper"
     paper.mkdir()
+    twin = dataclasses.replace(TOY, id="rates")
+    monkeypatch.setitem(registry._REGISTERED, "rates", twin)
     fixed = {**summary.finished[0].to_dict(), "id": "rates", "scale": "paper"}
     (paper / "rates.json").write_text(json.dumps(fixed))
     page = write_markdown(summary, tmp_path / "report.md", paper).read_text()
@@ -341,6 +352,7 @@ def test_report_estimates_what_was_not_run_and_says_how_to_write_it_again(toy, m
     full = write_markdown(dataclasses.replace(summary, finished=finished_in(paper)), tmp_path / "full.md", paper)
     assert "(other settings) |" in full.read_text()
     monkeypatch.setattr(registry, "REGISTRY", ("toy",))
+    monkeypatch.delitem(registry._REGISTERED, "rates")
     assert "Generated from a full `quick` run" in write_markdown(summary, tmp_path / "report.md").read_text()
     few = write_markdown(run(["toy"], out=tmp_path / "quick", seeds=3, progress=None), tmp_path / "few.md").read_text()
     assert "Generated from a `quick` run" in few
@@ -356,9 +368,8 @@ def test_failing_claims_with_one_analysis_are_told_together():
 
 def test_settings_replace_those_of_the_scale_and_the_report_says_so(toy, monkeypatch, tmp_path):
     monkeypatch.setattr(registry, "REGISTRY", ("toy",))
-    monkeypatch.setitem(TOY.scales, "quick", {"seeds": 4, "shift": 0})
     moved = run(["toy"], out=tmp_path, settings={"shift": 1}, progress=None)
-    assert moved.finished[0].results.config == {"seeds": 4, "shift": 1}
+    assert moved.finished[0].results.config == ToyConfig(shift=1)
     assert "--out reproduction --set shift=1 --markdown" in write_markdown(moved, tmp_path / "report.md").read_text()
     assert run(["toy"], out=tmp_path, progress=None).computed == 2, "other settings, other points"
     with pytest.raises(DataError, match="no setting 'width' in toy; settings: seeds, shift"):
@@ -370,11 +381,11 @@ def test_settings_replace_those_of_the_scale_and_the_report_says_so(toy, monkeyp
 def test_images_of_fig5_can_be_another_file(tmp_path):
     images = np.random.default_rng(0).integers(0, 255, (50, 6, 6))
     np.save(tmp_path / "images.npy", images)
-    found = fig5.images({**fig5.SCALES["quick"], "data": str(tmp_path / "images.npy")})
+    found = fig5_runs.images(dataclasses.replace(fig5_runs.SCALES["quick"], data=str(tmp_path / "images.npy")))
     assert found.shape == (50, 36)
     assert float(found.max()) == 1
     with pytest.raises(DataError, match="no image data at"):
-        fig5.images({**fig5.SCALES["quick"], "data": str(tmp_path / "missing.npy")})
+        fig5_runs.images(dataclasses.replace(fig5_runs.SCALES["quick"], data=str(tmp_path / "missing.npy")))
 
 
 def test_command_takes_settings_as_json_or_text():
@@ -412,8 +423,7 @@ def test_variations_change_known_settings():
     for name in REGISTRY:
         e = find_experiment(name)
         for label, change in e.variations.items():
-            assert set(change) <= set(e.config("quick")), (name, label)
-            assert {**e.config("quick"), **change} != e.config("quick"), (name, label)
+            assert changed(e.config("quick"), change) != e.config("quick"), (name, label)
 
 
 def test_declared_work_grows_with_the_scale():
@@ -452,7 +462,7 @@ def test_bad_input_is_named(toy, tmp_path):
         run(["toy"], out=tmp_path)
     assert CALLS == ["a", "b"], "all of it is said before anything is computed"
     with pytest.raises(KeyError, match="no point 'c'"):
-        Results({}, (({"name": "a"}, {}),))["c"]
+        Results(Config(), ((Point(name="a"), {}),))["c"]
 
 
 def test_bad_input_of_the_report_is_named_before_anything_is_computed(toy, tmp_path, capsys):
@@ -475,9 +485,8 @@ def test_bad_input_of_the_report_is_named_before_anything_is_computed(toy, tmp_p
 
 
 def test_seeds_that_do_not_apply_are_told(toy, monkeypatch, tmp_path):
-    module = sys.modules["noetherflow_paper.experiments.toy"]
-    plain_toy = dataclasses.replace(TOY, compute=seedless, scales={"quick": {}})
-    monkeypatch.setattr(module, "EXPERIMENT", plain_toy)
+    plain_toy = dataclasses.replace(TOY, compute=seedless, scales={"quick": Config()})
+    monkeypatch.setitem(registry._REGISTERED, "toy", plain_toy)
     said = []
     run(["toy"], out=tmp_path, seeds=5, progress=said.append)
     assert said[0] == "the number of seeds does not apply to toy"
@@ -489,12 +498,53 @@ def test_tensors_are_made_on_the_device_which_is_kept_with_the_results(toy, monk
     assert (here.versions["device"], there.versions["device"]) == ("cpu", "cpu:0")
     assert CALLS == ["a", "b"] * 2, "a point of another device is another point"
     assert there.results.points == here.results.points
-    where = dataclasses.replace(TOY, compute=lambda config, point: {"device": torch.zeros(1).device.type})
-    monkeypatch.setattr(sys.modules["noetherflow_paper.experiments.toy"], "EXPERIMENT", where)
-    assert compute_point("toy", {}, {}, "meta").data == {"device": "meta"}
+    where = lambda config, point: {"device": torch.zeros(1).device.type}
+    assert compute_point(where, Config(), Point(name="a"), "meta").data == {"device": "meta"}
 
 
 def test_plain_is_json():
     data = plain({"t": torch.tensor([1.0, math.nan]), 3: [1.23456789012, None, True]})
     assert data == {"t": [1.0, None], "3": [1.234568, None, True]}
     json.dumps(data, allow_nan=False)
+
+
+def test_records_go_to_json_and_back():
+    for name in REGISTRY:
+        e = find_experiment(name)
+        for config in e.scales.values():
+            assert from_json(type(config), as_json(config)) == config, name
+            names = [p.name for p in e.points(config)]
+            assert len({*names}) == len(names), name
+
+
+@pytest.mark.parametrize(
+    ("experiment", "setting", "value", "told"),
+    [
+        ("fig2", "steps", "many", "setting 'steps' takes int, got 'many'"),
+        ("fig2", "steps", 1.5, "setting 'steps' takes int, got 1.5"),
+        ("fig2", "steps", True, "setting 'steps' takes int, got True"),
+        ("fig2", "phis", 0.5, "setting 'phis' takes tuple"),
+        ("fig3", "main", [0.1, 10], "setting 'main' takes"),
+        ("rates", "settings", [{"lr": 0.1, "size": 3}], "no setting 'size' in RatesSetting"),
+        ("fig5", "data", 3, "setting 'data' takes str, got 3"),
+    ],
+)
+def test_settings_of_another_type_are_refused_before_anything_runs(experiment, setting, value, told):
+    with pytest.raises(DataError, match=re.escape(told)):
+        changed(find_experiment(experiment).config("quick"), {setting: value})
+
+
+def test_settings_out_of_json_have_the_declared_types():
+    fig3 = changed(find_experiment("fig3").config("quick"), {"main": [0.1, 10, 200], "lrs": [[0.1, 1, 2]]})
+    assert (fig3.main.batch, fig3.lrs[0].steps) == (10, 2)
+    rates = changed(find_experiment("rates").config("quick"), {"settings": [{"lr": 1, "batch": 2, "noise": 0.5}]})
+    assert rates.settings[0].noise == 0.5
+    assert changed(find_experiment("fig5").config("quick"), {"data": None}).data is None
+
+
+def test_an_id_belongs_to_one_experiment(toy):
+    assert register(toy) is toy
+    with pytest.raises(DataError, match="there is an experiment 'toy' already"):
+        register(dataclasses.replace(toy, title="Another"))
+    with pytest.raises(DataError, match="there is an experiment 'fig2' already"):
+        register(dataclasses.replace(toy, id="fig2"))

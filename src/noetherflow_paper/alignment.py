@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,6 @@ from torch import Tensor
 
 from noetherflow.report import style
 from noetherflow_paper.experiment import (
-    Config,
-    Point,
     Results,
     Setting,
     Verdict,
@@ -22,7 +21,8 @@ from noetherflow_paper.experiment import (
     generator,
     plain,
 )
-from noetherflow_paper.simulate import Network, Params, checkpoints, normal, simulate, squared_distance
+from noetherflow_paper.records import Config, Point
+from noetherflow_paper.simulate import METHODS, Method, Network, Params, checkpoints, normal, simulate, squared_distance
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -32,10 +32,36 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def points(config: Config) -> list[Point]:
+@dataclass(frozen=True, kw_only=True)
+class AlignmentConfig(Config):
+    """The net and its activations, the variance of the first output's noise, GD's `population`, and the training."""
+
+    d: int = 40
+    width: int = 80
+    first_variance: float = 5.0
+    population: int = 2000
+    activations: tuple[str, ...]
+    lr: float
+    batch: int
+    steps: int
+    seeds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentPoint(Point):
+    """One activation under one method."""
+
+    method: Method
+    activation: str
+
+
+AlignmentResults = Results[AlignmentConfig, AlignmentPoint]
+
+
+def points(config: AlignmentConfig) -> list[AlignmentPoint]:
     """SGD and GD for every activation."""
-    acts = config["activations"]
-    return [{"name": f"{m} {a}", "method": m, "activation": a} for a in acts for m in ("sgd", "gd")]
+    acts = config.activations
+    return [AlignmentPoint(name=f"{m} {a}", method=m, activation=a) for a in acts for m in METHODS]
 
 
 def matrices(params: Params, variances: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,24 +93,22 @@ def at_norm_balance(d: int, variance: float) -> tuple[float, float]:
     return total / math.sqrt(d * (d - 1 + variance**2)), total / (d * variance)
 
 
-def compute(config: Config, point: Point) -> dict[str, Any]:
+def compute(config: AlignmentConfig, point: AlignmentPoint) -> dict[str, Any]:
     """Matrix correlations (whole, off the diagonal) and noisy shares `[T, seeds]`; the first seed's last matrices."""
-    d, width, act = config["d"], config["width"], ACTIVATIONS[point["activation"]]
+    d, width, act = config.d, config.width, ACTIVATIONS[point.activation]
     variances = torch.ones(d, dtype=torch.float64)
-    variances[0] = config["first_variance"]
+    variances[0] = config.first_variance
     rng = generator(6)
-    gd = point["method"] == "gd"
-    seeds = min(2, config["seeds"]) if gd else config["seeds"]
+    gd = point.method == "gd"
+    seeds = min(2, config.seeds) if gd else config.seeds
 
     def draw(replicas: int, samples: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         x = normal((replicas, samples, d), rng)
         return x, torch.addcmul(x, variances.sqrt(), normal((replicas, samples, d), rng))
 
     # Label noise has mean zero, so the population gradient is that of y = x.
-    inputs = normal((1, config["population"], d), rng)
-    network = Network(
-        lambda p, x: act(x @ p[0].mT) @ p[1].mT, squared_distance, draw, (inputs, inputs), config["batch"]
-    )
+    inputs = normal((1, config.population, d), rng)
+    network = Network(lambda p, x: act(x @ p[0].mT) @ p[1].mT, squared_distance, draw, (inputs, inputs), config.batch)
     start = [normal((seeds, width, d), rng) / d**0.5, normal((seeds, d, width), rng) / width**0.5]
     off = 1 - torch.eye(width, dtype=torch.float64)
 
@@ -92,16 +116,16 @@ def compute(config: Config, point: Point) -> dict[str, Any]:
         a, b = matrices(params, variances)
         return {"whole": correlation(a, b), "off": correlation(a * off, b * off), "share": noisy_share(params, a, b)}
 
-    steps = config["steps"]
-    run = simulate(network, start, steps, config["lr"], rng, record, at=checkpoints(steps, 50), method=point["method"])
+    steps = config.steps
+    run = simulate(network, start, steps, config.lr, rng, record, at=checkpoints(steps, 50), method=point.method)
     a, b = matrices(run.params, variances)
     corner = 24
     return plain({"steps": run.steps, **run.records, "a": a[0, :corner, :corner], "b": b[0, :corner, :corner]})
 
 
-def plot(results: Results) -> Any:
+def plot(results: AlignmentResults) -> Any:
     """Correlation against steps, and the two matrices after SGD and GD for the first activation."""
-    acts = results.config["activations"]
+    acts = results.config.activations
     fig, axes = style.figure(3, width=4.6)
     colors, widths = (style.SGD, style.ACCENT, style.SDE, style.OTHER), (3.2, 1.3, 1.3, 1.3)
     for act, color, width in zip(acts, colors, widths, strict=False):
@@ -109,7 +133,7 @@ def plot(results: Results) -> Any:
             name = f"{method} {act}"
             values, steps = results.array(name, "whole"), results.array(name, "steps")
             style.band(axes[0], steps, values, color, f"{method.upper()}, {act}", ls=line, lw=width)
-    balanced = at_norm_balance(results.config["d"], results.config["first_variance"])[0]
+    balanced = at_norm_balance(results.config.d, results.config.first_variance)[0]
     axes[0].axhline(balanced, color=style.THEORY, lw=0.8, ls="--", label="norm-balanced, no noise")
     axes[0].set(
         xlabel="step",
@@ -136,18 +160,18 @@ def plot(results: Results) -> Any:
     return fig
 
 
-def settled(results: Results, name: str, key: str) -> np.ndarray:
+def settled(results: AlignmentResults, name: str, key: str) -> np.ndarray:
     """A recorded quantity averaged over the last fifth of the run, per seed."""
     values = results.array(name, key)
     return values[-(len(values) // 5) :].mean(0)
 
 
-def verdicts(results: Results) -> list[Verdict]:
+def verdicts(results: AlignmentResults) -> list[Verdict]:
     """Correlations and the noisy output's share at the end, for every activation."""
     out = []
-    threshold = math.sqrt(at_norm_balance(results.config["d"], results.config["first_variance"])[1])
+    threshold = math.sqrt(at_norm_balance(results.config.d, results.config.first_variance)[1])
     share = "share of the noisy output's direction, W's matrix / U's (1 aligned)"
-    for act in results.config["activations"]:
+    for act in results.config.activations:
         sgd, gd = ({k: settled(results, f"{m} {act}", k) for k in ("whole", "off", "share")} for m in ("sgd", "gd"))
         why = analysis(results, sgd, gd)
         out += [
@@ -165,9 +189,9 @@ def verdicts(results: Results) -> list[Verdict]:
     return out
 
 
-def analysis(results: Results, sgd: dict[str, np.ndarray], gd: dict[str, np.ndarray]) -> str:
+def analysis(results: AlignmentResults, sgd: dict[str, np.ndarray], gd: dict[str, np.ndarray]) -> str:
     """Why the correlation under GD is high: what it is at norm balance, and where the two methods do differ."""
-    d, variance = results.config["d"], results.config["first_variance"]
+    d, variance = results.config.d, results.config.first_variance
     correlation_there, share_there = at_norm_balance(d, variance)
     return (
         f"The correlation hardly tells the two apart: the noise differs in one direction of {d} only, and a "
@@ -210,7 +234,7 @@ EXPLORATORY = (
     "0.9), and batch 100 (with twice the eta/S ReLU's correlation off the diagonal is 0.828 +- 0.004, failing against "
     "0.85); 1,750 steps at batch 200 are the relaxation times of the earlier 7,000 at 0.02 and 50."
 )
-VARIATIONS: dict[str, Config] = {
+VARIATIONS: Mapping[str, Mapping[str, Any]] = {
     "hidden width 40": {"width": 40},
     "learning rate 0.056, batch 100": {"lr": 0.056, "batch": 100},
     "GD on 400 inputs": {"population": 400},

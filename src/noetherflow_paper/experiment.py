@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from importlib.metadata import entry_points
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor
 from noetherflow.errors import DataError
 from noetherflow.report import style
 from noetherflow_paper import provenance
+from noetherflow_paper.records import Config, Point, as_json, changed, setting_names
 
-Config = Mapping[str, Any]
-Point = Mapping[str, Any]
+C = TypeVar("C", bound=Config)
+P = TypeVar("P", bound=Point)
 Relation = Literal["equals", "above", "below"]
 
 REGISTRY: tuple[str, ...] = (
@@ -41,7 +43,10 @@ REGISTRY: tuple[str, ...] = (
     "neurons",
     "warmup",
 )
-"""Ids of all experiments, in the order of the gallery; each is a module of `noetherflow_paper.experiments`."""
+"""Ids of the paper's experiments, in the order of the gallery; each is a module of `noetherflow_paper.experiments`."""
+
+GROUP = "noetherflow.experiments"
+"""The entry point group by which an installed package adds experiments."""
 
 
 @dataclass(frozen=True)
@@ -186,18 +191,18 @@ def from_resampling(
 
 
 @dataclass(frozen=True)
-class Results:
+class Results(Generic[C, P]):
     """An experiment's configuration and, per point, what `compute` returned (plain JSON data)."""
 
-    config: Config
-    points: tuple[tuple[Point, Mapping[str, Any]], ...]
+    config: C
+    points: tuple[tuple[P, Mapping[str, Any]], ...]
 
     def __getitem__(self, name: str) -> Mapping[str, Any]:
         """The data of the point called `name`."""
         for point, data in self.points:
-            if point["name"] == name:
+            if point.name == name:
                 return data
-        raise KeyError(f"no point {name!r}; points: {[p['name'] for p, _ in self.points]}")
+        raise KeyError(f"no point {name!r}; points: {[p.name for p, _ in self.points]}")
 
     def array(self, name: str, key: str) -> np.ndarray:
         """One recorded quantity of one point as a float array (null becomes nan)."""
@@ -214,63 +219,113 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """`compute(config, point) -> data`, `plot(results) -> Figure`, `verdicts(results) -> [Verdict]`, and the words.
+class Experiment(Generic[C, P]):
+    """One experiment: what it computes, the figure, the claims judged, and the words about them.
 
-    `scales` maps `quick` and `paper` to configurations; `points(config)` lists independent pieces of work, each a
-    dictionary with a unique `name`. `settings` lists what the paper leaves unsaid, `exploratory` what was settled only
-    after looking at runs (so that those claims are not predictions made blindly). `variations` are changes to the quick
-    configuration under which all claims are judged again. `work(config)` grows in proportion to the processor time (in
-    any unit: replicas times steps, say); with it the time at another scale is estimated.
+    Attributes:
+        id: the name on the command line and of all files.
+        title: one line for the gallery.
+        setup: what is trained and measured, in sentences.
+        scales: `quick` and `paper`, each a record of settings (a subclass of `Config`).
+        points: the independent pieces of work of a configuration, each a record with a unique `name`.
+        compute: the data of one point, as JSON takes it (`plain` makes tensors ready).
+        plot: a matplotlib Figure of all data.
+        verdicts: every claim, judged from the data.
+        settings: what the paper leaves unsaid, and the choice made here.
+        exploratory: what was settled only after looking at runs, so that those claims are no blind predictions.
+        variations: by label, other values of some settings of the quick scale, under which all claims are judged again.
+        beyond: whether it goes beyond the paper.
+        work: a number in proportion to the processor time (replicas times steps, say), from which the time at another
+            scale is estimated.
     """
 
     id: str
     title: str
     setup: str
-    scales: Mapping[str, Config]
-    points: Callable[[Config], list[Point]]
-    compute: Callable[[Config, Point], dict[str, Any]]
-    plot: Callable[[Results], Any]
-    verdicts: Callable[[Results], list[Verdict]]
+    scales: Mapping[str, C]
+    points: Callable[[C], Sequence[P]]
+    compute: Callable[[C, P], dict[str, Any]]
+    plot: Callable[[Results[C, P]], Any]
+    verdicts: Callable[[Results[C, P]], list[Verdict]]
     settings: tuple[Setting, ...] = ()
     exploratory: str = ""
-    variations: Mapping[str, Config] = field(default_factory=dict)
+    variations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     beyond: bool = False
-    work: Callable[[Config], float] | None = None
+    work: Callable[[C], float] | None = None
 
-    def config(self, scale: str, seeds: int | None = None) -> dict[str, Any]:
+    def config(self, scale: str, seeds: int | None = None) -> C:
         """The configuration of a scale, with the number of seeds replaced when given.
 
-        Raises DataError for an unknown scale or fewer than two seeds (no error bar).
+        Raises:
+            DataError: for an unknown scale or fewer than two seeds (no error bar).
         """
         if scale not in self.scales:
             raise DataError(f"unknown scale {scale!r}; {self.id} has {sorted(self.scales)}")
         if seeds is not None and seeds < 2:
             raise DataError(f"an error bar needs at least 2 seeds, got {seeds}")
-        chosen = dict(self.scales[scale])
-        return {**chosen, "seeds": seeds} if seeds is not None and "seeds" in chosen else chosen
+        chosen = self.scales[scale]
+        return changed(chosen, {"seeds": seeds}) if seeds is not None and "seeds" in setting_names(chosen) else chosen
 
-    def figure(self, results: Results) -> Any:
+    def figure(self, results: Results[C, P]) -> Any:
         """`plot(results)` in the common style: a matplotlib Figure."""
         with style.context():
             fig = self.plot(results)
             style.tidy(fig)
             return fig
 
-    def fingerprint(self, config: Config, point: Point, device: str = "cpu") -> str:
+    def fingerprint(self, config: C, point: P, device: str = "cpu") -> str:
         """Changes whenever a recomputation could give another answer (`provenance.fingerprint`)."""
-        return provenance.fingerprint(self.compute, self.id, config, point, device)
+        return provenance.fingerprint(self.compute, self.id, as_json(config), as_json(point), device)
 
 
-def find_experiment(name: str) -> Experiment:
+AnyExperiment = Experiment[Any, Any]
+
+_REGISTERED: dict[str, AnyExperiment] = {}
+
+
+def register(experiment: AnyExperiment) -> AnyExperiment:
+    """Make an experiment known to `run` and `noetherflow reproduce` in this process.
+
+    An installed package does the same for every process with an entry point of the group `noetherflow.experiments`,
+    `id = "package.module:EXPERIMENT"`.
+
+    Args:
+        experiment: its `id` must be new; registering the same experiment again changes nothing.
+
+    Returns:
+        The experiment, so that a module can write `EXPERIMENT = register(Experiment(...))`.
+
+    Raises:
+        DataError: for the id of another experiment.
+    """
+    known = find_experiment(experiment.id) if experiment.id in experiment_ids() else experiment
+    if known != experiment:
+        raise DataError(f"there is an experiment {experiment.id!r} already ({known.title}); choose another id")
+    _REGISTERED[experiment.id] = experiment
+    return experiment
+
+
+def experiment_ids() -> tuple[str, ...]:
+    """All ids in the order of the gallery: the paper's, those of installed packages, those registered here."""
+    return tuple(dict.fromkeys([*REGISTRY, *entry_points(group=GROUP).names, *_REGISTERED]))
+
+
+def find_experiment(name: str) -> AnyExperiment:
     """The experiment called `name`.
 
-    Raises DataError for an unknown id, listing the known ones.
+    Raises:
+        DataError: for an unknown id, listing the known ones; for an entry point that leads to something else.
     """
-    if name not in REGISTRY:
-        raise DataError(f"unknown experiment {name!r}; known: {', '.join(REGISTRY)}, or 'all'")
-    found = pkgutil.resolve_name(f"noetherflow_paper.experiments.{name}:EXPERIMENT")
-    assert isinstance(found, Experiment)
+    if name not in experiment_ids():
+        raise DataError(f"unknown experiment {name!r}; known: {', '.join(experiment_ids())}, or 'all'")
+    if name in _REGISTERED:
+        return _REGISTERED[name]
+    if name in REGISTRY:
+        found = pkgutil.resolve_name(f"noetherflow_paper.experiments.{name}:EXPERIMENT")
+    else:
+        found = entry_points(group=GROUP)[name].load()
+    if not isinstance(found, Experiment) or found.id != name:
+        raise DataError(f"the entry point {name!r} of {GROUP} is {found!r}; it must be an Experiment with that id")
     return found
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from noetherflow.core.files import write_text
 from noetherflow.errors import DataError, require
-from noetherflow_paper import experiment as registry
 from noetherflow_paper.differences import DIFFERENCES
-from noetherflow_paper.experiment import Verdict
+from noetherflow_paper.experiment import Verdict, experiment_ids
 from noetherflow_paper.outcome import Finished, Summary, finished_in
 from noetherflow_paper.provenance import merged
+from noetherflow_paper.records import as_json
 
 
 def write_gallery(summary: Summary) -> Path:
@@ -85,7 +85,7 @@ def _embedded(path: Path) -> str:
 def _command(summary: Summary, paper: bool) -> str:
     """The command that writes this page again."""
     ids = [f.experiment.id for f in summary.finished]
-    words = ["noetherflow reproduce", *(["all"] if ids == list(registry.REGISTRY) else ids)]
+    words = ["noetherflow reproduce", *(["all"] if ids == list(experiment_ids()) else ids)]
     words += ["--scale", "/".join(sorted({f.scale for f in summary.finished})), "--out reproduction"]
     words += dict.fromkeys(word for f in summary.finished for word in _replaced(f))
     words += ["--vary"] if any(f.varied for f in summary.finished) else []
@@ -94,25 +94,20 @@ def _command(summary: Summary, paper: bool) -> str:
 
 def _complete(summary: Summary) -> bool:
     """Whether all experiments are there with the settings of their scale."""
-    return [f.experiment.id for f in summary.finished] == list(registry.REGISTRY) and not any(
+    return [f.experiment.id for f in summary.finished] == list(experiment_ids()) and not any(
         _changed(f) for f in summary.finished
     )
 
 
-def _declared(f: Finished) -> dict[str, Any]:
-    """The settings of its scale as they are declared now, as JSON keeps them."""
-    return dict(json.loads(json.dumps(f.experiment.config(f.scale))))
-
-
 def _changed(f: Finished) -> bool:
     """Whether the settings are other than those of the scale as it is declared now."""
-    return bool(_declared(f) != f.results.config)
+    return bool(as_json(f.experiment.config(f.scale)) != as_json(f.results.config))
 
 
 def _replaced(f: Finished) -> list[str]:
     """The options that make the settings of `f` out of those of its scale."""
-    declared = _declared(f)
-    other = {key: value for key, value in f.results.config.items() if declared.get(key) != value}
+    declared, used = as_json(f.experiment.config(f.scale)), as_json(f.results.config)
+    other = {key: value for key, value in used.items() if declared.get(key) != value}
     seeds = [f"--seeds {other.pop('seeds')}"] if "seeds" in other else []
     return seeds + [f"--set {shlex.quote(f'{key}={json.dumps(value)}')}" for key, value in other.items()]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from noetherflow.errors import DataError
-from noetherflow_paper import experiment as registry
-from noetherflow_paper.experiment import Experiment, Results, Verdict, find_experiment
+from noetherflow_paper.experiment import AnyExperiment, Results, Verdict, experiment_ids, find_experiment
+from noetherflow_paper.records import as_json, from_json
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Varied:
 class Finished:
     """One experiment's outcome: results, verdicts, processor seconds (all points, one thread each), versions."""
 
-    experiment: Experiment
+    experiment: AnyExperiment
     scale: str
-    results: Results
+    results: Results[Any, Any]
     verdicts: tuple[Verdict, ...]
     seconds: float
     varied: tuple[Varied, ...] = ()
@@ -61,23 +61,26 @@ class Finished:
             "id": self.experiment.id,
             "title": self.experiment.title,
             "scale": self.scale,
-            "config": dict(self.results.config),
+            "config": as_json(self.results.config),
             "versions": dict(self.versions),
             "seconds": round(self.seconds, 2),
             "verdicts": [v.to_dict() for v in self.verdicts],
             "varied": {v.label: [w.to_dict() for w in v.verdicts] for v in self.varied},
-            "points": [{"point": dict(p), "data": d} for p, d in self.results.points],
+            "points": [{"point": as_json(p), "data": d} for p, d in self.results.points],
         }
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Finished:
         """The inverse of `to_dict`, with the experiment's words and drawing as they are now."""
+        e = find_experiment(stored["id"])
+        config = from_json(type(e.config(stored["scale"])), stored["config"])
+        data = {p["point"]["name"]: p["data"] for p in stored["points"]}
         verdicts = tuple(Verdict.from_dict(v) for v in stored["verdicts"])
         varied = {label: tuple(Verdict.from_dict(v) for v in found) for label, found in stored["varied"].items()}
         return cls(
-            experiment=find_experiment(stored["id"]),
+            experiment=e,
             scale=stored["scale"],
-            results=Results(stored["config"], tuple((p["point"], p["data"]) for p in stored["points"])),
+            results=Results(config, tuple((p, data[p.name]) for p in e.points(config))),
             verdicts=verdicts,
             seconds=stored["seconds"],
             varied=tuple(Varied(label, found, verdicts) for label, found in varied.items()),
@@ -135,14 +138,14 @@ def finished_in(folder: Path) -> tuple[Finished, ...]:
 
     Raises DataError for a file of another version of noetherflow.
     """
-    paths = [folder / f"{name}.json" for name in registry.REGISTRY]
+    paths = [folder / f"{name}.json" for name in experiment_ids()]
     return tuple(_stored(path) for path in paths if path.exists())
 
 
 def _stored(path: Path) -> Finished:
     try:
         return Finished.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, DataError) as cause:
         raise DataError(
             f"{path} cannot be read as a result of this version ({cause!r}); delete it, then run {path.stem} again"
         ) from cause

@@ -16,10 +16,11 @@ import torch
 from noetherflow.core.files import replacing, write_text
 from noetherflow.errors import DataError, require
 from noetherflow.report import style
-from noetherflow_paper.experiment import REGISTRY, Experiment, Point, Results, find_experiment
+from noetherflow_paper.experiment import AnyExperiment, Results, experiment_ids, find_experiment
 from noetherflow_paper.gallery import write_gallery
 from noetherflow_paper.outcome import Finished, Summary, Varied, finished_in
 from noetherflow_paper.provenance import merged, versions
+from noetherflow_paper.records import Config, Point, as_json, changed, setting_names
 
 Progress = Callable[[str], None]
 
@@ -35,6 +36,8 @@ class Computed:
 
 @dataclass
 class _Job:
+    """One point to compute, the file that keeps it, and what it gave (None until then)."""
+
     point: Point
     path: Path
     computed: Computed | None = None
@@ -44,9 +47,9 @@ class _Job:
 class _Batch:
     """All points of one experiment at one configuration; `label` names the variation, empty for none."""
 
-    experiment: Experiment
+    experiment: AnyExperiment
     label: str
-    config: dict[str, Any]
+    config: Config
     jobs: list[_Job]
 
     @property
@@ -57,7 +60,7 @@ class _Batch:
     def computed(self) -> list[Computed]:
         return [job.computed for job in self.jobs if job.computed is not None]
 
-    def results(self) -> Results:
+    def results(self) -> Results[Any, Any]:
         return Results(self.config, tuple((j.point, j.computed.data) for j in self.jobs if j.computed is not None))
 
 
@@ -75,67 +78,91 @@ def run(
 ) -> Summary:
     """Compute, judge and draw experiments; write `<id>.png`, `.svg`, `.json`, `points/` and `index.html` to `out`.
 
-    `ids`: experiment ids or `all`. `scale`: `quick` or `paper`. `seeds` replaces the number of seeds, `settings` other
-    entries of the configurations that have them (fig5: `{"data": "mnist.npz"}`). `jobs` processes
-    on this machine (joblib; -1: one per processor), or a dask cluster at address `dask`, whose workers have one thread
-    each. `vary`: judge every claim again under each of the experiment's variations (quick scale). `device`: where the
-    tensors live. Points whose fingerprint (configuration, point, device, code) is already in `out` are not computed
-    again, so a killed run continues. Files are replaced atomically. `index.html` shows all experiments found in `out`.
+    Points whose fingerprint (configuration, point, device, code) is already in `out` are not computed again, so a
+    killed run continues. Files are replaced atomically. `index.html` shows all experiments found in `out`. It has ten
+    parameters because it is the whole of `noetherflow reproduce` in one call.
 
-    Raises DataError for an unknown id, scale, setting or device, for 0 jobs, for `vary` at another scale than quick,
-    for a folder that cannot be written or holds results of another scale, for an unreachable cluster or one whose
-    workers have several threads; MissingExtraError without joblib, matplotlib or jinja2.
+    Args:
+        ids: experiment ids, or `all`.
+        scale: `quick` (minutes) or `paper` (the paper's sizes).
+        out: the folder to write to and to continue from.
+        seeds: number of seeds in place of each experiment's own.
+        jobs: processes on this machine (joblib; -1: one per processor).
+        dask: address of a dask cluster to run on instead; its workers must have one thread each.
+        vary: judge every claim again under each of the experiment's variations (quick scale).
+        progress: hears what is computed and how claims are judged; None for silence.
+        device: where the tensors live, `cpu` or `cuda`.
+        settings: other values of settings, for the experiments that have them (fig5: `{"data": "mnist.npz"}`).
+
+    Returns:
+        The finished experiments with their verdicts.
+
+    Raises:
+        DataError: for an unknown id, scale, setting or device, for 0 jobs, for `vary` at another scale than quick, for
+            a folder that cannot be written or holds results of another scale, for an unreachable cluster or one whose
+            workers have several threads.
+        MissingExtraError: without joblib, matplotlib or jinja2.
     """
     began = time.perf_counter()
     names = [ids] if isinstance(ids, str) else list(ids)
-    chosen = [find_experiment(n) for n in (REGISTRY if "all" in names else dict.fromkeys(names))]
+    chosen = [find_experiment(n) for n in (experiment_ids() if "all" in names else dict.fromkeys(names))]
     _check(scale, jobs, vary, device if dask is None else "cpu")
     require("matplotlib", "report")
     configs = _configs(chosen, scale, seeds, settings or {})
     folder = _writable(Path(out), scale)
     say = progress or (lambda text: None)
-    without = [name for name, config in configs.items() if seeds is not None and "seeds" not in config]
+    without = [name for name, config in configs.items() if seeds is not None and "seeds" not in setting_names(config)]
     if without:
         say(f"the number of seeds does not apply to {', '.join(without)}")
     batches = {e.id: _batches_of(e, configs[e.id], vary, folder, device) for e in chosen}
-    todo = [(b, job) for group in batches.values() for b in group for job in b.jobs if job.computed is None]
-    skipped = sum(len(b.jobs) for group in batches.values() for b in group) - len(todo)
-    if skipped:
-        say(f"{skipped} finished points found in {folder}")
-    finished: dict[str, Finished] = {}
-
-    def close(name: str) -> None:
-        if all(batch.done for batch in batches[name]):
-            finished[name] = _conclude(batches[name], scale, folder)
-            say(finished[name].headline())
-
-    for name in batches:
-        close(name)
-    for number, ((batch, job), computed) in enumerate(_computed(todo, jobs, dask, device), start=1):
-        job.computed = computed
-        write_text(job.path, json.dumps({"point": dict(job.point), **vars(computed)}))
-        label = f" ({batch.label})" if batch.label else ""
-        say(f"[{number}/{len(todo)}] {batch.experiment.id} {job.point['name']}{label}: {computed.seconds:.1f} s")
-        close(batch.experiment.id)
+    every = [job for group in batches.values() for b in group for job in b.jobs]
+    todo = sum(job.computed is None for job in every)
+    if todo < len(every):
+        say(f"{len(every) - todo} finished points found in {folder}")
+    finished = {f.experiment.id: f for f in _finished(batches, scale, folder, _Machines(jobs, dask, device), say)}
     write_gallery(Summary(finished_in(folder), folder))
-    return Summary(tuple(finished[e.id] for e in chosen), folder, time.perf_counter() - began, len(todo), skipped)
+    seconds = time.perf_counter() - began
+    return Summary(tuple(finished[e.id] for e in chosen), folder, seconds, todo, len(every) - todo)
+
+
+def _finished(
+    batches: Mapping[str, list[_Batch]], scale: str, folder: Path, machines: _Machines, say: Progress
+) -> Iterator[Finished]:
+    """Every experiment as soon as its last point is there; computes and stores the points that are missing."""
+    for group in batches.values():
+        yield from _concluded(group, scale, folder, say)
+    todo = [(b, job) for group in batches.values() for b in group for job in b.jobs if job.computed is None]
+    for number, ((batch, job), computed) in enumerate(_computed(todo, machines), start=1):
+        job.computed = computed
+        write_text(job.path, json.dumps({"point": as_json(job.point), **vars(computed)}))
+        label = f" ({batch.label})" if batch.label else ""
+        say(f"[{number}/{len(todo)}] {batch.experiment.id} {job.point.name}{label}: {computed.seconds:.1f} s")
+        yield from _concluded(batches[batch.experiment.id], scale, folder, say)
+
+
+def _concluded(group: list[_Batch], scale: str, folder: Path, say: Progress) -> Iterator[Finished]:
+    """The experiment of these batches, judged, drawn and stored, if all its points are there."""
+    if all(batch.done for batch in group):
+        finished = _conclude(group, scale, folder)
+        say(finished.headline())
+        yield finished
 
 
 def _configs(
-    chosen: Sequence[Experiment], scale: str, seeds: int | None, settings: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
+    chosen: Sequence[AnyExperiment], scale: str, seeds: int | None, settings: Mapping[str, Any]
+) -> dict[str, Config]:
     """Per id the configuration of the scale, with those of `settings` that it has replaced."""
-    configs = {e.id: e.config(scale, seeds) for e in chosen}
+    configs: dict[str, Config] = {e.id: e.config(scale, seeds) for e in chosen}
     if "seeds" in settings:
         raise DataError("the number of seeds has an option of its own, seeds (--seeds); leave it out of the settings")
-    for name, value in settings.items():
-        having = [config for config in configs.values() if name in config]
-        if not having:
-            known = sorted({key for config in configs.values() for key in config})
-            raise DataError(f"no setting {name!r} in {', '.join(configs)}; settings: {', '.join(known)}")
-        for config in having:
-            config[name] = value
-    return configs
+    known = {name for config in configs.values() for name in setting_names(config)}
+    for name in settings:
+        if name not in known:
+            raise DataError(f"no setting {name!r} in {', '.join(configs)}; settings: {', '.join(sorted(known))}")
+    return {
+        key: changed(config, {n: v for n, v in settings.items() if n in setting_names(config)})
+        for key, config in configs.items()
+    }
 
 
 def _check(scale: str, jobs: int, vary: bool, device: str) -> None:
@@ -166,18 +193,15 @@ def _writable(folder: Path, scale: str) -> Path:
     return folder
 
 
-def _batches_of(e: Experiment, config: dict[str, Any], vary: bool, folder: Path, device: str) -> list[_Batch]:
+def _batches_of(e: AnyExperiment, config: Config, vary: bool, folder: Path, device: str) -> list[_Batch]:
+    """The unchanged configuration, then the variations where they are asked for."""
     changes = {"": {}, **(e.variations if vary else {})}
-    configs = {label: _plain({**config, **change}) for label, change in changes.items()}
+    configs = {label: changed(config, change) for label, change in changes.items()}
     return [_Batch(e, label, c, list(_jobs_of(e, c, folder, device))) for label, c in configs.items()]
 
 
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value))
-
-
-def _jobs_of(e: Experiment, config: dict[str, Any], folder: Path, device: str) -> Iterator[_Job]:
-    for point in _plain(e.points(config)):
+def _jobs_of(e: AnyExperiment, config: Config, folder: Path, device: str) -> Iterator[_Job]:
+    for point in e.points(config):
         path = folder / "points" / f"{e.id}-{e.fingerprint(config, point, device)}.json"
         yield _Job(point, path, _read(path))
 
@@ -192,12 +216,14 @@ def _read(path: Path) -> Computed | None:
         return None
 
 
-def compute_point(name: str, config: dict[str, Any], point: dict[str, Any], device: str = "cpu") -> Computed:
+def compute_point(
+    compute: Callable[[Any, Any], dict[str, Any]], config: Config, point: Point, device: str = "cpu"
+) -> Computed:
     """One point on one thread: what a worker process runs. Tensors and generators are made on `device`."""
     began = time.process_time()
     with _one_thread(), contextlib.nullcontext() if device == "cpu" else torch.device(device):
-        data = find_experiment(name).compute(config, point)
-    return Computed(_plain(data), time.process_time() - began, versions(device))
+        data = compute(config, point)
+    return Computed(json.loads(json.dumps(data)), time.process_time() - began, versions(device))
 
 
 @contextlib.contextmanager
@@ -211,27 +237,37 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _indexed(index: int, name: str, config: dict[str, Any], point: dict[str, Any], device: str) -> tuple[int, Computed]:
-    return index, compute_point(name, config, point, device)
+@dataclass(frozen=True)
+class _Machines:
+    """Where points are computed: processes here, or a dask cluster at an address, with tensors on a device."""
+
+    jobs: int
+    dask: str | None
+    device: str
 
 
-def _computed(
-    todo: list[tuple[_Batch, _Job]], jobs: int, dask: str | None, device: str
-) -> Iterable[tuple[tuple[_Batch, _Job], Computed]]:
-    arguments = [(i, b.experiment.id, b.config, dict(job.point), device) for i, (b, job) in enumerate(todo)]
-    if dask is None and (jobs == 1 or len(todo) < 2):
+def _indexed(
+    index: int, compute: Callable[[Any, Any], dict[str, Any]], config: Config, point: Point, device: str
+) -> tuple[int, Computed]:
+    return index, compute_point(compute, config, point, device)
+
+
+def _computed(todo: list[tuple[_Batch, _Job]], machines: _Machines) -> Iterable[tuple[tuple[_Batch, _Job], Computed]]:
+    """What every job gave, in the order in which they end."""
+    device = machines.device
+    arguments = [(i, b.experiment.compute, b.config, job.point, device) for i, (b, job) in enumerate(todo)]
+    if machines.dask is None and (machines.jobs == 1 or len(todo) < 2):
         for a in arguments:
             index, computed = _indexed(*a)
             yield todo[index], computed
         return
     joblib: Any = require("joblib", "sweep")
     with contextlib.ExitStack() as stack:
-        if dask is not None:
-            stack.enter_context(_cluster(dask))
+        if machines.dask is not None:
+            stack.enter_context(_cluster(machines.dask))
             stack.enter_context(joblib.parallel_config(backend="dask", n_jobs=-1))
-            parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1)
-        else:
-            parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)
+        count = {} if machines.dask is not None else {"n_jobs": machines.jobs}
+        parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1, **count)
         for index, computed in parallel(joblib.delayed(_indexed)(*a) for a in arguments):
             yield todo[index], computed
 
@@ -259,6 +295,7 @@ def _cluster(address: str) -> Iterator[None]:
 
 
 def _conclude(batches: list[_Batch], scale: str, folder: Path) -> Finished:
+    """Judge, draw and store an experiment whose points are all there."""
     own, *others = batches
     e, results = own.experiment, own.results()
     verdicts = tuple(e.verdicts(results))

@@ -15,10 +15,14 @@ from torch import Tensor
 
 from noetherflow.errors import DataError
 from noetherflow_paper.closed_form import prefix_products
+from noetherflow_paper.records import Point
 
 Params = list[Tensor]
 Record = Callable[[Params], dict[str, Tensor]]
+OnStep = Callable[[int, Params, Params], Any]
 Method = Literal["sgd", "gd", "sde"]
+METHODS: tuple[Method, ...] = ("sgd", "gd")
+"""The two that most experiments compare."""
 
 
 class Problem(Protocol):
@@ -161,6 +165,13 @@ def from_data(x: Tensor, y: Tensor) -> Callable[[int, int, torch.Generator], tup
     return draw
 
 
+@dataclass(frozen=True, kw_only=True)
+class MethodPoint(Point):
+    """A point that trains by one method and needs to know nothing else."""
+
+    method: Method
+
+
 @dataclass(frozen=True, eq=False)
 class Trajectory:
     """`records[name]` `[T, R, ...]` at `steps` `[T]`; the last parameters; which replicas left the finite numbers."""
@@ -182,6 +193,7 @@ class _Optimiser:
     count: int = 0
 
     def direction(self, params: Params, grads: Params) -> Params:
+        """What a step subtracts, over the learning rate; keeps the momentum or Adam's moments."""
         decay = self.weight_decay
         if isinstance(decay, Tensor) or decay:
             grads = [g + _per_replica(decay, p) * p for g, p in zip(grads, params, strict=True)]
@@ -213,6 +225,37 @@ def checkpoints(steps: int, count: int) -> list[int]:
     return sorted({*range(0, steps + 1, stride), steps})
 
 
+@dataclass(frozen=True, eq=False)
+class _Stepper:
+    """One training step of all replicas: directions from the problem and the method, updates applied in place."""
+
+    problem: Problem
+    method: Method
+    optimiser: _Optimiser
+    substeps: int
+    on_step: OnStep | None
+
+    def step(self, step: int, params: Params, rate: float | Tensor, rng: torch.Generator) -> None:
+        """Move `params` by one step of SGD or GD, or by `substeps` of Euler-Maruyama that take the same time."""
+        if self.method != "sde":
+            sgd = self.method == "sgd"
+            grads = self.problem.minibatch_gradient(params, rng) if sgd else self.problem.mean_gradient(params)
+            self._apply(step, params, self.optimiser.direction(params, grads), rate)
+            return
+        for _ in range(self.substeps):
+            drift = self.optimiser.direction(params, self.problem.mean_gradient(params))
+            noise = self.problem.gaussian_noise(params, rng)
+            mixed = [d + math.sqrt(self.substeps) * n for d, n in zip(drift, noise, strict=True)]
+            self._apply(step, params, mixed, rate / self.substeps)
+
+    def _apply(self, step: int, params: Params, direction: Params, rate: float | Tensor) -> None:
+        updates = [_per_replica(rate, p) * d for p, d in zip(params, direction, strict=True)]
+        if self.on_step is not None:
+            self.on_step(step, params, updates)
+        for p, u in zip(params, updates, strict=True):
+            p.sub_(u)
+
+
 def simulate(
     problem: Problem,
     start: Sequence[Tensor],
@@ -227,16 +270,35 @@ def simulate(
     momentum: float = 0.0,
     adam: tuple[float, float] | None = None,
     substeps: int = 4,
-    on_step: Callable[[int, Params, Params], Any] | None = None,
+    on_step: OnStep | None = None,
 ) -> Trajectory:
-    """Train all replicas for `steps` steps, `theta <- theta - lr (g + weight_decay theta)` (theory.md section 1).
+    """Train all replicas for `steps` steps, `theta <- theta - lr (g + weight_decay theta)`.
 
-    `start`: parameters `[R, ...]`, not modified. `lr`: a number, one per replica `[R]`, or a function of the step.
-    `at`: steps at which `record` is called, or how many. `method`: `sgd` (fresh minibatches), `gd` (mean gradient),
-    `sde` (Euler-Maruyama of `d theta = -gbar dt + sqrt(lr) Cov[g_B]^1/2 dB`, `substeps` per step).
-    `on_step(step, params, update)` sees every applied update before it is applied.
+    It has many parameters because it stands for a whole training script; those after `record` have defaults.
 
-    Raises DataError for an unknown method, or for momentum or Adam with `sde`.
+    Args:
+        problem: hands out gradients.
+        start: parameters `[R, ...]`, not modified.
+        steps: how many.
+        lr: a number, one per replica `[R]`, or a function of the step.
+        rng: draws the minibatches and the noise.
+        record: what to keep of the parameters, by name.
+        at: steps at which `record` is called, or how many.
+        method: `sgd` (fresh minibatches), `gd` (mean gradient), `sde` (Euler-Maruyama of
+            `d theta = -gbar dt + sqrt(lr) Cov[g_B]^1/2 dB`).
+        weight_decay: a number, or one per replica `[R]`.
+        momentum: heavy ball's.
+        adam: the betas of Adam in place of SGD.
+        substeps: of the SDE in one step.
+        on_step: sees `(step, params, update)` of every update before it is applied.
+
+    Returns:
+        What was recorded, `[T, R, ...]` by name, and the last parameters.
+
+    Raises:
+        DataError: for an unknown method, or for momentum or Adam with `sde`.
+
+    Source: theory.md section 1.
     """
     if method not in ("sgd", "gd", "sde"):
         raise DataError(f"method must be 'sgd', 'gd' or 'sde', got {method!r}")
@@ -244,34 +306,15 @@ def simulate(
         raise DataError("the SDE comparison is for plain SGD; leave momentum and adam out")
     params = [p.detach().clone() for p in start]
     marks = set(checkpoints(steps, at) if at else []) if isinstance(at, int) else {t for t in at if 0 <= t <= steps}
-    optimiser = _Optimiser(weight_decay, momentum, adam)
+    stepper = _Stepper(problem, method, _Optimiser(weight_decay, momentum, adam), substeps, on_step)
     seen: list[int] = []
     rows: list[dict[str, Tensor]] = []
-
-    def apply(direction: Params, rate: float | Tensor, step: int) -> None:
-        updates = [_per_replica(rate, p) * d for p, d in zip(params, direction, strict=True)]
-        if on_step is not None:
-            on_step(step, params, updates)
-        for p, u in zip(params, updates, strict=True):
-            p.sub_(u)
-
     for step in range(steps + 1):
         if step in marks:
             seen.append(step)
             rows.append({name: value.detach().clone() for name, value in record(params).items()})
-        if step == steps:
-            break
-        rate = lr(step) if callable(lr) else lr
-        if method == "sde":
-            for _ in range(substeps):
-                drift = optimiser.direction(params, problem.mean_gradient(params))
-                noise = problem.gaussian_noise(params, rng)
-                mixed = [d + math.sqrt(substeps) * n for d, n in zip(drift, noise, strict=True)]
-                apply(mixed, rate / substeps, step)
-        else:
-            sgd = method == "sgd"
-            grads = problem.minibatch_gradient(params, rng) if sgd else problem.mean_gradient(params)
-            apply(optimiser.direction(params, grads), rate, step)
+        if step < steps:
+            stepper.step(step, params, lr(step) if callable(lr) else lr, rng)
     finite = torch.stack([p.isfinite().flatten(1).all(1) for p in params]).all(0)
     records = {name: torch.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
     return Trajectory(seen, records, params, ~finite)

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from noetherflow.report import style
 from noetherflow_paper.experiment import (
-    Config,
     Experiment,
-    Point,
     Results,
     Setting,
     Verdict,
@@ -23,20 +21,25 @@ from noetherflow_paper.experiment import (
     generator,
     plain,
 )
-from noetherflow_paper.simulate import LinearNet, Params, checkpoints, simulate
+from noetherflow_paper.records import Config
+from noetherflow_paper.simulate import METHODS, LinearNet, MethodPoint, Params, checkpoints, simulate
 
-COMMON = {
-    "d": 8,
-    "lr": 0.02,
-    "batch": 16,
-    "preferred": 2.5,
-    "starts": [0.6, 4.0],
-    "log10_zetas": [-6, -5, -4, -3.5, -3, -2.5, -2, -1],
-}
-SCALES = {
-    "quick": {**COMMON, "steps": 6000, "seeds": 6},
-    "paper": {**COMMON, "lr": 0.005, "steps": 200_000, "seeds": 16},
-}
+
+@dataclass(frozen=True, kw_only=True)
+class ApproxConfig(Config):
+    """The net, the `preferred` size of U, the sizes it starts from, and the strengths of the asymmetric term."""
+
+    d: int = 8
+    lr: float = 0.02
+    batch: int = 16
+    preferred: float = 2.5
+    starts: tuple[float, ...] = (0.6, 4.0)
+    log10_zetas: tuple[float, ...] = (-6, -5, -4, -3.5, -3, -2.5, -2, -1)
+    steps: int
+    seeds: int
+
+
+SCALES = {"quick": ApproxConfig(steps=6000, seeds=6), "paper": ApproxConfig(lr=0.005, steps=200_000, seeds=16)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,58 +66,58 @@ class Broken:
         return self.net.gaussian_noise(params, rng)
 
 
-def predicted(zeta: float, config: Config) -> float:
+def predicted(zeta: float, config: ApproxConfig) -> float:
     """`p = ||U||^2 / d` where the Noether flow and the preference balance.
 
     `zeta (p - preferred) p = (eta / S) d (1/p - p)` for unit covariances and `U U^T = p I`, `W W^T = I / p`.
     """
-    strength = config["lr"] * config["d"] / config["batch"]
-    balance = lambda p: strength * (1 / p - p) - zeta * (p - config["preferred"]) * p
+    strength = config.lr * config.d / config.batch
+    balance = lambda p: strength * (1 / p - p) - zeta * (p - config.preferred) * p
     return float(brentq(balance, 0.01, 100))
 
 
-def points(config: Config) -> list[Point]:
+def points(config: ApproxConfig) -> list[MethodPoint]:
     """SGD and GD; all zetas and starts are replicas of one run."""
-    return [{"name": "sgd"}, {"name": "gd"}]
+    return [MethodPoint(name=m, method=m) for m in METHODS]
 
 
-def compute(config: Config, point: Point) -> dict[str, Any]:
+def compute(config: ApproxConfig, point: MethodPoint) -> dict[str, Any]:
     """`||U||^2 / d` averaged over the last third, `[zeta, start, seeds]`."""
-    zetas, starts, d = 10.0 ** np.asarray(config["log10_zetas"], dtype=float), config["starts"], config["d"]
-    seeds = config["seeds"] if point["name"] == "sgd" else 1
+    zetas, starts, d = 10.0 ** np.asarray(config.log10_zetas, dtype=float), config.starts, config.d
+    seeds = config.seeds if point.name == "sgd" else 1
     eye = torch.eye(d, dtype=torch.float64)
     zeta = torch.as_tensor(zetas).repeat_interleave(len(starts) * seeds)
     p = torch.tensor(starts, dtype=torch.float64).repeat_interleave(seeds).repeat(len(zetas))[:, None, None]
-    problem = Broken(LinearNet.of(eye, eye, eye, config["batch"]), zeta, config["preferred"])
+    problem = Broken(LinearNet.of(eye, eye, eye, config.batch), zeta, config.preferred)
     record = lambda params: {"p": params[1].square().sum((1, 2)) / d}
     run = simulate(
         problem,
         [eye / p.sqrt(), p.sqrt() * eye],
-        config["steps"],
-        config["lr"],
+        config.steps,
+        config.lr,
         generator(8),
         record,
-        at=checkpoints(config["steps"], 90),
-        method=point["name"],
+        at=checkpoints(config.steps, 90),
+        method=point.method,
     )
     values = run.records["p"]
     return plain({"p": values[-30:].mean(0).reshape(len(zetas), len(starts), seeds)})
 
 
-def plot(results: Results) -> Any:
+def plot(results: Results[ApproxConfig, MethodPoint]) -> Any:
     """End point against zeta."""
     fig, (ax,) = style.figure(1, width=8.0, height=3.8)
     c = results.config
-    zetas = 10.0 ** np.asarray(c["log10_zetas"], dtype=float)
+    zetas = 10.0 ** np.asarray(c.log10_zetas, dtype=float)
     fine = np.logspace(np.log10(zetas[0]), np.log10(zetas[-1]), 200)
     ax.plot(fine, [predicted(z, c) for z in fine], color=style.THEORY, ls="--", label="theory: flow against preference")
     ax.axhline(1, color=style.MUTED, ls=":", label="noise equilibrium")
-    ax.axhline(c["preferred"], color=style.ACCENT, ls=":", label="minimum of the asymmetric term")
-    for i, (start, marker) in enumerate(zip(c["starts"], "o^", strict=True)):
+    ax.axhline(c.preferred, color=style.ACCENT, ls=":", label="minimum of the asymmetric term")
+    for i, (start, marker) in enumerate(zip(c.starts, "o^", strict=True)):
         style.dots(ax, zetas, results.array("sgd", "p")[:, i], style.SGD, f"SGD from {start}", marker)
         style.dots(ax, zetas, results.array("gd", "p")[:, i], style.GD, f"GD from {start}", marker, mfc="none")
-    ax.axvline(c["lr"] * c["d"] / c["batch"], color=style.MUTED, lw=0.8)
-    ax.text(c["lr"] * c["d"] / c["batch"] * 1.15, 3.6, r"$\zeta=\eta d/S$", color=style.MUTED, fontsize=8)
+    ax.axvline(c.lr * c.d / c.batch, color=style.MUTED, lw=0.8)
+    ax.text(c.lr * c.d / c.batch * 1.15, 3.6, r"$\zeta=\eta d/S$", color=style.MUTED, fontsize=8)
     ax.set(
         xscale="log",
         xlabel=r"strength of the asymmetric term $\zeta$",
@@ -125,21 +128,21 @@ def plot(results: Results) -> Any:
     return fig
 
 
-def verdicts(results: Results) -> list[Verdict]:
+def verdicts(results: Results[ApproxConfig, MethodPoint]) -> list[Verdict]:
     """The two limits, the crossover, and GD."""
     c, sgd, gd = results.config, results.array("sgd", "p"), results.array("gd", "p")
-    zetas = 10.0 ** np.asarray(c["log10_zetas"], dtype=float)
+    zetas = 10.0 ** np.asarray(c.log10_zetas, dtype=float)
 
     def judged(i: int, target: float, claim: str, tolerance: float) -> Verdict:
         off = np.abs(sgd[i].mean(-1) - target).argmax()
-        label = f"zeta = {zetas[i]:.1e}: {claim} (the start farther off, {c['starts'][off]:g})"
+        label = f"zeta = {zetas[i]:.1e}: {claim} (the start farther off, {c.starts[off]:g})"
         return from_seeds(label, target, sgd[i, off], tolerance)
 
     last = len(zetas) - 1
     out = [
         judged(0, 1, "SGD ends at the noise equilibrium", 0.05),
         *(judged(i, predicted(zetas[i], c), "balance of flow and preference", 0.06) for i in range(1, last)),
-        judged(last, c["preferred"], "SGD ends where the asymmetric term is minimal", 0.05),
+        judged(last, c.preferred, "SGD ends where the asymmetric term is minimal", 0.05),
     ]
     logs = np.log(sgd)
     worst = logs[np.abs(np.diff(logs.mean(-1))).argmax()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,7 @@ from torch import Tensor
 
 from noetherflow.report import style
 from noetherflow_paper.experiment import (
-    Config,
     Experiment,
-    Point,
     Results,
     Setting,
     Verdict,
@@ -21,19 +20,48 @@ from noetherflow_paper.experiment import (
     generator,
     plain,
 )
-from noetherflow_paper.simulate import Network, Params, checkpoints, normal, simulate, squared_distance
+from noetherflow_paper.records import Config, Point
+from noetherflow_paper.simulate import (
+    METHODS,
+    Method,
+    Network,
+    Params,
+    checkpoints,
+    normal,
+    simulate,
+    squared_distance,
+)
 
-SCALES = {
-    "quick": {"lr": 0.05, "batch": 2, "noise": 1.0, "steps": 3000, "seeds": 64, "lrs": [0.2, 0.1, 0.05, 0.025]},
-    "paper": {"lr": 0.05, "batch": 2, "noise": 1.0, "steps": 30_000, "seeds": 512, "lrs": [0.2, 0.1, 0.05, 0.025]},
-}
+
+@dataclass(frozen=True, kw_only=True)
+class Fig1Config(Config):
+    """One learning rate for SGD against GD, and several (`lrs`) for the orders of GD's growth."""
+
+    lr: float = 0.05
+    batch: int = 2
+    noise: float = 1.0
+    steps: int
+    seeds: int
+    lrs: tuple[float, ...] = (0.2, 0.1, 0.05, 0.025)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fig1Point(Point):
+    """Training by one method; `orders` train by none."""
+
+    method: Method | None = None
+
+
+SCALES = {"quick": Fig1Config(steps=3000, seeds=64), "paper": Fig1Config(steps=30_000, seeds=512)}
+
+
 TARGET = (1.0, 0.0)
 TIME = 10.0
 
 
-def points(config: Config) -> list[Point]:
+def points(config: Fig1Config) -> list[Fig1Point]:
     """SGD, GD, and GD at several learning rates: its first step, and `eta k = 10`."""
-    return [{"name": n, "method": n} for n in ("sgd", "gd", "orders")]
+    return [*(Fig1Point(name=m, method=m) for m in METHODS), Fig1Point(name="orders")]
 
 
 def direction(params: Params, x: Tensor) -> Tensor:
@@ -42,16 +70,16 @@ def direction(params: Params, x: Tensor) -> Tensor:
     return (theta / theta.norm(dim=-1, keepdim=True)).unsqueeze(1).expand(-1, x.shape[1], -1)
 
 
-def problem(config: Config) -> Network:
+def problem(config: Fig1Config) -> Network:
     """`l = |theta/|theta| - z|^2`, `z ~ N((1, 0), noise^2 I)`."""
     target = torch.tensor(TARGET, dtype=torch.float64)
 
     def draw(replicas: int, samples: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        z = target + config["noise"] * normal((replicas, samples, 2), rng)
+        z = target + config.noise * normal((replicas, samples, 2), rng)
         return z, z
 
     mean = target.reshape(1, 1, 2)
-    return Network(direction, squared_distance, draw, (mean, mean), config["batch"])
+    return Network(direction, squared_distance, draw, (mean, mean), config.batch)
 
 
 def expected_growth(theta: Tensor, lr: float, noise_over_batch: float) -> Tensor:
@@ -61,22 +89,22 @@ def expected_growth(theta: Tensor, lr: float, noise_over_batch: float) -> Tensor
     return 4 * lr**2 * (tangential + noise_over_batch) / squared
 
 
-def compute(config: Config, point: Point) -> dict[str, Any]:
+def compute(config: Fig1Config, point: Fig1Point) -> dict[str, Any]:
     """Squared norms, paths, and per replica the sums of measured and expected growth."""
-    net, lr = problem(config), config["lr"]
+    net, lr = problem(config), config.lr
     angle = torch.tensor(2.2, dtype=torch.float64)
     begin = torch.stack([angle.cos(), angle.sin()])[None]
-    if point["method"] == "orders":
+    if point.method is None:
 
         def growth(rate: float, steps: int) -> float:
             moved = simulate(net, [begin], steps, rate, generator(0), method="gd").params[0]
             return float(moved.square().sum() - begin.square().sum())
 
-        rates = config["lrs"]
+        rates = config.lrs
         return plain({"step": [growth(r, 1) for r in rates], "fixed_time": [growth(r, round(TIME / r)) for r in rates]})
-    sgd = point["method"] == "sgd"
-    noise = config["noise"] ** 2 / config["batch"] if sgd else 0.0
-    start = begin.expand(config["seeds"] if sgd else 1, -1)
+    sgd = point.method == "sgd"
+    noise = config.noise**2 / config.batch if sgd else 0.0
+    start = begin.expand(config.seeds if sgd else 1, -1)
     expected, smallest = torch.zeros(len(start), dtype=torch.float64), torch.full((len(start),), torch.inf).double()
 
     def watch(step: int, params: Params, update: Params) -> None:
@@ -89,20 +117,18 @@ def compute(config: Config, point: Point) -> dict[str, Any]:
         theta = params[0]
         return {"norm2": theta.square().sum(-1), "path": theta[:3], "expected": expected}
 
-    marks = sorted({*checkpoints(config["steps"], 60), *range(0, 200, 4)})
-    run = simulate(
-        net, [start], config["steps"], lr, generator(1), record, at=marks, method=point["method"], on_step=watch
-    )
+    marks = sorted({*checkpoints(config.steps, 60), *range(0, 200, 4)})
+    run = simulate(net, [start], config.steps, lr, generator(1), record, at=marks, method=point.method, on_step=watch)
     return plain({"steps": run.steps, **run.records, "smallest": smallest})
 
 
-def quartic_law(results: Results, steps: np.ndarray) -> np.ndarray:
+def quartic_law(results: Results[Fig1Config, Fig1Point], steps: np.ndarray) -> np.ndarray:
     """`|theta|^2` from `|theta|^4 = 1 + 8 eta^2 noise^2 k / S`, the continuous-time law at a settled direction."""
     c = results.config
-    return np.sqrt(1 + 8 * c["lr"] ** 2 * c["noise"] ** 2 / c["batch"] * steps)
+    return np.sqrt(1 + 8 * c.lr**2 * c.noise**2 / c.batch * steps)
 
 
-def plot(results: Results) -> Any:
+def plot(results: Results[Fig1Config, Fig1Point]) -> Any:
     """Paths in the plane, norm against steps, growth per step of GD against the learning rate."""
     fig, (plane, norm, orders) = style.figure(3)
     turn = np.linspace(0, 2 * np.pi, 200)
@@ -123,7 +149,7 @@ def plot(results: Results) -> Any:
     norm.plot(steps, results.array("gd", "norm2"), color=style.GD, label="GD")
     norm.set(xlabel="step", ylabel=r"$|\theta|^2$", title="the norm grows under SGD")
     norm.legend()
-    rates = np.asarray(results.config["lrs"])
+    rates = np.asarray(results.config.lrs)
     for key, power, label, marker in (
         ("step", 2, "in one step", "s"),
         ("fixed_time", 1, rf"at $\eta k={TIME:g}$", "o"),
@@ -143,11 +169,11 @@ def plot(results: Results) -> Any:
     return fig
 
 
-def verdicts(results: Results) -> list[Verdict]:
+def verdicts(results: Results[Fig1Config, Fig1Point]) -> list[Verdict]:
     """Orders of growth, monotonicity, and the sum of eta^2 Tr R_B."""
     norm2, expected = results.array("sgd", "norm2"), results.array("sgd", "expected")
     growth, gd = norm2[-1] - norm2[0], results.array("gd", "norm2")[:, 0]
-    rates = np.log(results.config["lrs"])
+    rates = np.log(results.config.lrs)
     slope = lambda key: float(np.polyfit(rates, np.log(results.array("orders", key)), 1)[0])
     law = quartic_law(results, results.array("sgd", "steps"))[-1] - 1
     return [

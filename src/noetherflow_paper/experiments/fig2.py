@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,7 @@ from noetherflow.core.settings import SGDConfig
 from noetherflow.report import style
 from noetherflow_paper import closed_form as cf
 from noetherflow_paper.experiment import (
-    Config,
     Experiment,
-    Point,
     Results,
     Setting,
     Verdict,
@@ -24,31 +23,57 @@ from noetherflow_paper.experiment import (
     plain,
 )
 from noetherflow_paper.generic import agreement, chain_charges, generic_charges, largest_gap, product_design
-from noetherflow_paper.simulate import LinearNet, Params, checkpoints, normal, simulate
+from noetherflow_paper.records import Config, Point
+from noetherflow_paper.simulate import METHODS, LinearNet, Method, Params, checkpoints, normal, simulate
 from noetherflow_paper.theory import finite_step_gammas, orbit_flow
 
-PHIS = (1.0, 0.6, 0.3, 0.2)
-BASE = {"d": 30, "width": 40, "phis": PHIS, "scale_u": 0.3, "scale_w": 0.1, "gd_steps": 400}
+
+@dataclass(frozen=True, kw_only=True)
+class Fig2Config(Config):
+    """The net, the label noises, the scales of the start, and the training."""
+
+    d: int = 30
+    width: int = 40
+    phis: tuple[float, ...] = (1.0, 0.6, 0.3, 0.2)
+    scale_u: float = 0.3
+    scale_w: float = 0.1
+    gd_steps: int = 400
+    lr: float
+    batch: int = 100
+    steps: int
+    seeds: int
+    marks: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fig2Point(Point):
+    """Training by one method; `theory` and `generic` train by none."""
+
+    method: Method | None = None
+
+
 SCALES = {
-    "quick": {**BASE, "lr": 0.03, "batch": 100, "steps": 9000, "seeds": 4, "marks": 90},
-    "paper": {**BASE, "lr": 0.01, "batch": 100, "steps": 100_000, "seeds": 16, "marks": 200},
+    "quick": Fig2Config(lr=0.03, steps=9000, seeds=4, marks=90),
+    "paper": Fig2Config(lr=0.01, steps=100_000, seeds=16, marks=200),
 }
 
+Fig2Results = Results[Fig2Config, Fig2Point]
 
-def points(config: Config) -> list[Point]:
+
+def points(config: Fig2Config) -> list[Fig2Point]:
     """One point for each method, one for each theory."""
-    return [{"name": name, "method": name} for name in ("sgd", "gd", "theory", "generic")]
+    return [*(Fig2Point(name=m, method=m) for m in METHODS), Fig2Point(name="theory"), Fig2Point(name="generic")]
 
 
-def covariances(config: Config) -> torch.Tensor:
+def covariances(config: Fig2Config) -> torch.Tensor:
     """Label-noise covariances of the right panel, `[P, d, d]`; the first is the identity."""
-    return torch.stack([cf.identity_covariance(phi, config["d"]) for phi in config["phis"]])
+    return torch.stack([cf.identity_covariance(phi, config.d) for phi in config.phis])
 
 
-def start(config: Config) -> Params:
+def start(config: Fig2Config) -> Params:
     """One initialisation `[1, ...]` shared by all runs."""
-    d, width, rng = config["d"], config["width"], generator(1)
-    return [config["scale_w"] * normal((1, width, d), rng), config["scale_u"] * normal((1, d, width), rng)]
+    d, width, rng = config.d, config.width, generator(1)
+    return [config.scale_w * normal((1, width, d), rng), config.scale_u * normal((1, d, width), rng)]
 
 
 def measures(w: torch.Tensor, u: torch.Tensor, sigma_eps: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -63,61 +88,61 @@ def measures(w: torch.Tensor, u: torch.Tensor, sigma_eps: torch.Tensor) -> dict[
     }
 
 
-def compute(config: Config, point: Point) -> dict[str, Any]:
+def compute(config: Fig2Config, point: Fig2Point) -> dict[str, Any]:
     """Norms and residuals at checkpoints, `[T, P, seeds]`; for `generic` the charge's trace `[T, P]`."""
-    if point["method"] == "generic":
+    if point.name == "generic":
         return plain(generic(config))
-    d, eps = config["d"], covariances(config)
+    d, eps = config.d, covariances(config)
     eye = torch.eye(d, dtype=torch.float64)
-    count, seeds = len(eps), 1 if point["method"] != "sgd" else config["seeds"]
+    count, seeds = len(eps), 1 if point.name != "sgd" else config.seeds
     sigma_eps = eps.repeat_interleave(seeds, 0)
-    marks = checkpoints(config["steps"], config["marks"])
-    if point["method"] == "theory":
+    marks = checkpoints(config.steps, config.marks)
+    if point.method is None:
         w, u = learned(config)
-        sgd = SGDConfig(config["lr"], config["batch"])
+        sgd = SGDConfig(config.lr, config.batch)
         us, ws = orbit_flow(u, w, finite_step_gammas(eye, sigma_eps, sgd), sgd, marks)
         rows = [measures(wi, ui, sigma_eps) for ui, wi in zip(us, ws, strict=True)]
         end = cf.two_layer(eye.expand(count, -1, -1), *cf.noise_matrices(eye, sigma_eps))
         records = {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
         extra = {"end_u": end[0].norm(dim=(1, 2)), "end_w": end[1].norm(dim=(1, 2))}
     else:
-        net = LinearNet.of(eye, eye, sigma_eps, config["batch"])
+        net = LinearNet.of(eye, eye, sigma_eps, config.batch)
         run = simulate(
             net,
             [p.expand(count * seeds, -1, -1) for p in start(config)],
-            config["steps"],
-            config["lr"],
+            config.steps,
+            config.lr,
             generator(2),
             lambda p: measures(p[0], p[1], sigma_eps),
             at=marks,
-            method=point["method"],
+            method=point.method,
         )
         records, extra = run.records, {}
     shaped = {k: v.reshape(len(marks), count, seeds, *v.shape[2:]) for k, v in records.items()}
     return plain({"steps": marks, **shaped, **extra})
 
 
-def learned(config: Config) -> Params:
+def learned(config: Fig2Config) -> Params:
     """Where gradient descent ends from `start`, for each label noise, `[P, ...]`: the start of both theories."""
-    eye, eps = torch.eye(config["d"], dtype=torch.float64), covariances(config)
-    net = LinearNet.of(eye, eye, eps, config["batch"])
+    eye, eps = torch.eye(config.d, dtype=torch.float64), covariances(config)
+    net = LinearNet.of(eye, eye, eps, config.batch)
     first = [p.expand(len(eps), -1, -1) for p in start(config)]
-    return simulate(net, first, config["gd_steps"], config["lr"], generator(0), at=0, method="gd").params
+    return simulate(net, first, config.gd_steps, config.lr, generator(0), at=0, method="gd").params
 
 
-def generic(config: Config) -> dict[str, Any]:
+def generic(config: Fig2Config) -> dict[str, Any]:
     """`||W||^2 - ||U||^2` by the generic machinery, `[T, P]`, and how far its charges are from leading-order theory."""
     (w, u), eps = learned(config), covariances(config)
-    eye = torch.eye(config["d"], dtype=torch.float64)
-    sgd = SGDConfig(config["lr"], config["batch"])
-    marks = checkpoints(config["steps"], config["marks"])
+    eye = torch.eye(config.d, dtype=torch.float64)
+    sgd = SGDConfig(config.lr, config.batch)
+    marks = checkpoints(config.steps, config.marks)
     closed = chain_charges(*orbit_flow(u, w, cf.noise_matrices(eye, eps), sgd, marks))
     found = [generic_charges([w[i], u[i]], *product_design(eye, eye, e), sgd, marks) for i, e in enumerate(eps)]
     gaps = [largest_gap(charges, closed[:, i]) for i, charges in enumerate(found)]
     return {"steps": marks, "charge": cf.trace(torch.stack(found, 1)), "gaps": gaps}
 
 
-def settled(results: Results, name: str, key: str, fraction: float = 0.1) -> np.ndarray:
+def settled(results: Fig2Results, name: str, key: str, fraction: float = 0.1) -> np.ndarray:
     """Average over the last part of the run, `[P, seeds]`."""
     values = results.array(name, key)
     return values[-max(1, int(fraction * len(values))) :].mean(0)
@@ -127,7 +152,7 @@ HIGH, MIDDLE, LOW = 0.6, (0.6 * 0.05) ** 0.5, 0.05
 """Between these parts of its first value the residual's decay is measured; MIDDLE halves the way in the logarithm."""
 
 
-def decay_rates(results: Results, name: str, high: float = HIGH, low: float = LOW) -> np.ndarray:
+def decay_rates(results: Fig2Results, name: str, high: float = HIGH, low: float = LOW) -> np.ndarray:
     """Slope of `-log residual` per step between `high` and `low` of its first value, unit noise, per seed."""
     steps = results.array(name, "steps")
     first = results.array("theory", "residual")[0, 0]
@@ -138,22 +163,22 @@ def decay_rates(results: Results, name: str, high: float = HIGH, low: float = LO
     return np.asarray(rates)
 
 
-def bend(results: Results, name: str) -> np.ndarray:
+def bend(results: Fig2Results, name: str) -> np.ndarray:
     """The decay rate between MIDDLE and LOW over that between HIGH and MIDDLE, per seed; 1 for an exponential."""
     return decay_rates(results, name, MIDDLE, LOW) / decay_rates(results, name, HIGH, MIDDLE)
 
 
-def learned_by(results: Results) -> np.ndarray:
+def learned_by(results: Fig2Results) -> np.ndarray:
     """Which checkpoints come after learning: GD is at the minimum after `gd_steps`."""
-    return results.array("sgd", "steps") >= results.config["gd_steps"]
+    return results.array("sgd", "steps") >= results.config.gd_steps
 
 
-def entries(results: Results, name: str) -> np.ndarray:
+def entries(results: Fig2Results, name: str) -> np.ndarray:
     """The plotted entries of the residual after learning, unit noise, `[T, seeds, 9]`."""
     return results.array(name, "entries")[learned_by(results), 0]
 
 
-def entry_rates(results: Results) -> np.ndarray:
+def entry_rates(results: Fig2Results) -> np.ndarray:
     """The plotted entries' decay rate over theory's, per seed: `1 + r` of the least squares `E - T = r k dT/dk`."""
     steps, theory = results.array("sgd", "steps")[learned_by(results)], entries(results, "theory")
     slope = steps[:, None, None] * np.gradient(theory, steps, axis=0)
@@ -161,38 +186,39 @@ def entry_rates(results: Results) -> np.ndarray:
     return np.asarray(1 + (gaps * slope).sum((0, 2)) / np.square(slope).sum())
 
 
-def entry_ends(results: Results) -> np.ndarray:
+def entry_ends(results: Fig2Results) -> np.ndarray:
     """The plotted entries averaged over the last tenth of the run, over their first root mean square, `[seeds, 9]`."""
     first = results.array("theory", "entries")[0, 0]
     return np.asarray(settled(results, "sgd", "entries")[0] / np.sqrt(np.square(first).mean()))
 
 
-def charge_gap(results: Results, name: str) -> np.ndarray:
+def charge_gap(results: Fig2Results, name: str) -> np.ndarray:
     """Largest `|C - generic| / |C_0|` over steps and noises, `C = ||W||^2 - ||U||^2` of a run, per seed."""
     charge = results.array(name, "norm_w") ** 2 - results.array(name, "norm_u") ** 2
     generic = results.array("generic", "charge")[..., None]
     return np.abs((charge - generic) / generic[0])[learned_by(results)].max((0, 1))
 
 
-def plot(results: Results) -> Any:
-    """Left: entries of the stationarity residual. Right: norms against steps for several label noises."""
+def plot(results: Fig2Results) -> Any:
+    """The stationarity residual and its entries; norms for several label noises; the norms' ratio at the end."""
     fig, (left, right, ratio) = style.figure(3)
+    _plot_residual(left, results)
+    _plot_norms(right, results)
+    _plot_ratio(ratio, results)
+    return fig
+
+
+def _plot_residual(ax: Any, results: Fig2Results) -> None:
+    """The residual and nine of its entries against steps, unit noise, under SGD and GD and by theory."""
     steps = results.array("sgd", "steps")
     for name, color in (("gd", style.GD), ("sgd", style.SGD)):
-        entries = np.abs(results.array(name, "entries")[:, 0, 0])
-        left.plot(steps, entries, color=color, lw=0.7, alpha=0.5)
-        left.plot(
-            steps,
-            results.array(name, "residual")[:, 0].mean(-1),
-            color=color,
-            lw=2.2,
-            label=f"{name.upper()}: Frobenius norm",
-        )
-    left.plot(
-        steps, results.array("theory", "residual")[:, 0, 0], color=style.THEORY, ls="--", label="theory (orbit flow)"
-    )
-    left.plot([], [], color=style.MUTED, lw=0.7, label="nine entries, one seed")
-    left.set(
+        ax.plot(steps, np.abs(results.array(name, "entries")[:, 0, 0]), color=color, lw=0.7, alpha=0.5)
+        norm = results.array(name, "residual")[:, 0].mean(-1)
+        ax.plot(steps, norm, color=color, lw=2.2, label=f"{name.upper()}: Frobenius norm")
+    theory = results.array("theory", "residual")[:, 0, 0]
+    ax.plot(steps, theory, color=style.THEORY, ls="--", label="theory (orbit flow)")
+    ax.plot([], [], color=style.MUTED, lw=0.7, label="nine entries, one seed")
+    ax.set(
         yscale="log",
         xlabel="step",
         ylabel=r"$|U^T\Gamma_U U - W\Gamma_W W^T|$",
@@ -200,41 +226,47 @@ def plot(results: Results) -> Any:
         ylim=(1e-4, None),
     )
     floor = results.array("sgd", "residual")[-1, 0].mean()
-    left.text(steps[-1], 1.4 * floor, "floor: noise of the weights", color=style.SGD, fontsize=8, ha="right")
-    left.legend()
+    ax.text(steps[-1], 1.4 * floor, "floor: noise of the weights", color=style.SGD, fontsize=8, ha="right")
+    ax.legend()
+
+
+def _plot_norms(ax: Any, results: Fig2Results) -> None:
+    """`||U||` against steps from one start under four label noises, with theory and the equilibria."""
+    steps, end_u = results.array("sgd", "steps"), results.array("theory", "end_u")
     shades = (style.SGD, style.SDE, style.ACCENT, style.OTHER)
-    end_u = results.array("theory", "end_u")
-    for i, phi in enumerate(results.config["phis"]):
+    for i, phi in enumerate(results.config.phis):
         color = shades[i % len(shades)]
-        style.band(right, steps, results.array("sgd", "norm_u")[:, i], color, rf"$\varphi_\epsilon={phi}$")
-        right.plot(steps, results.array("theory", "norm_u")[:, i, 0], color=style.THEORY, ls="--", lw=1)
-        right.axhline(end_u[i], color=color, ls=":", lw=1)
-    right.plot(steps, results.array("gd", "norm_u")[:, 0, 0], color=style.GD, label="GD")
-    right.plot([], [], color=style.THEORY, ls="--", lw=1, label="theory (orbit flow)")
-    right.plot([], [], color=style.MUTED, ls=":", lw=1, label="equilibrium, section 8")
-    right.set(xlabel="step", ylabel=r"$\|U\|_F$", title="same start, four label noises")
-    right.legend(ncols=2)
-    phis = np.asarray(results.config["phis"])
+        style.band(ax, steps, results.array("sgd", "norm_u")[:, i], color, rf"$\varphi_\epsilon={phi}$")
+        ax.plot(steps, results.array("theory", "norm_u")[:, i, 0], color=style.THEORY, ls="--", lw=1)
+        ax.axhline(end_u[i], color=color, ls=":", lw=1)
+    ax.plot(steps, results.array("gd", "norm_u")[:, 0, 0], color=style.GD, label="GD")
+    ax.plot([], [], color=style.THEORY, ls="--", lw=1, label="theory (orbit flow)")
+    ax.plot([], [], color=style.MUTED, ls=":", lw=1, label="equilibrium, section 8")
+    ax.set(xlabel="step", ylabel=r"$\|U\|_F$", title="same start, four label noises")
+    ax.legend(ncols=2)
+
+
+def _plot_ratio(ax: Any, results: Fig2Results) -> None:
+    """`||U|| / ||W||` at the end of SGD and GD against the anisotropy of the label noise."""
+    phis = np.asarray(results.config.phis)
     fine = np.linspace(min(phis) * 0.8, 1, 60)
-    ratio.plot(fine, [_ratio(p) for p in fine], color=style.THEORY, label="theory, section 8")
-    style.dots(ratio, phis, settled(results, "sgd", "norm_u") / settled(results, "sgd", "norm_w"), style.SGD, "SGD")
-    style.dots(
-        ratio, phis, settled(results, "gd", "norm_u") / settled(results, "gd", "norm_w"), style.GD, "GD", marker="s"
-    )
-    ratio.set(
+    ax.plot(fine, [_ratio(p) for p in fine], color=style.THEORY, label="theory, section 8")
+    for name, color, marker in (("sgd", style.SGD, "o"), ("gd", style.GD, "s")):
+        ends = settled(results, name, "norm_u") / settled(results, name, "norm_w")
+        style.dots(ax, phis, ends, color, name.upper(), marker=marker)
+    ax.set(
         xlabel=r"$\varphi_\epsilon$ (noise variances $\varphi_\epsilon$, $2-\varphi_\epsilon$)",
         ylabel=r"$\|U\|_F/\|W\|_F$ at the end",
         title="GD keeps its initial imbalance",
     )
-    ratio.legend()
-    return fig
+    ax.legend()
 
 
 def _ratio(phi: float) -> float:
     return float((phi * (2 - phi)) ** -0.25)
 
 
-def verdicts(results: Results) -> list[Verdict]:
+def verdicts(results: Fig2Results) -> list[Verdict]:
     """Decay of the residual and of its entries, final norms for every noise, and the comparison with GD."""
     c = results.config
     (rate,) = decay_rates(results, "theory")
@@ -260,7 +292,7 @@ def verdicts(results: Results) -> list[Verdict]:
     for key, label in (("u", "||U||"), ("w", "||W||")):
         end = results.array("theory", f"end_{key}")
         final = settled(results, "sgd", f"norm_{key}")
-        for i, phi in enumerate(c["phis"]):
+        for i, phi in enumerate(c.phis):
             out.append(from_seeds(f"final {label} under SGD, phi_eps = {phi}", end[i], final[i], 0.03))
         for name, found in errors.items():
             found.append(np.abs(settled(results, name, f"norm_{key}") / end[:, None] - 1))
@@ -286,7 +318,7 @@ NOISE = (
 )
 
 
-def _entry_verdicts(results: Results) -> list[Verdict]:
+def _entry_verdicts(results: Fig2Results) -> list[Verdict]:
     (predicted,), theory = bend(results, "theory"), entries(results, "theory")
     gap = np.abs(entries(results, "sgd") - theory).max((0, 2)) / np.abs(theory).max()
     largest = lambda ends: float(np.abs(ends.mean(0)).max())

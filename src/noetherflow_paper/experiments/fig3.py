@@ -11,7 +11,6 @@ from noetherflow.core.settings import SGDConfig
 from noetherflow.report import style
 from noetherflow_paper import closed_form as cf
 from noetherflow_paper.experiment import (
-    Config,
     Experiment,
     Results,
     Setting,
@@ -21,51 +20,59 @@ from noetherflow_paper.experiment import (
     from_seeds,
     generator,
 )
-from noetherflow_paper.experiments.fig3_runs import SCALES, compute, points, replica_steps
+from noetherflow_paper.experiments.fig3_runs import (
+    SCALES,
+    Fig3Config,
+    Fig3Point,
+    Schedule,
+    compute,
+    points,
+    replica_steps,
+)
 from noetherflow_paper.generic import agreement
 from noetherflow_paper.simulate import normal
 
+Fig3Results = Results[Fig3Config, Fig3Point]
 
-def plot(results: Results) -> Any:
+
+def plot(results: Fig3Results) -> Any:
     """Ratio and trace against phi; error against the learning rate."""
     fig, (ratio, trace, error) = style.figure(3)
-    c, phis = results.config, np.asarray(results.config["phis"])
+    c, phis = results.config, np.asarray(results.config.phis)
     fine = np.linspace(0.02, 1, 80)
     ratio.plot(
         fine, [cf.identity_norm_ratio(p) for p in fine], color=style.THEORY, label=r"$\sqrt{\varphi(2-\varphi)}$"
     )
-    decayed = [decayed_ratio(c, p, c["decay"]) for p in fine]
-    ratio.plot(fine, decayed, "--", color=style.SDE, lw=1, label=f"theory, decay {c['decay']:g}")
+    decayed = [decayed_ratio(c, p, c.decay) for p in fine]
+    ratio.plot(fine, decayed, "--", color=style.SDE, lw=1, label=f"theory, decay {c.decay:g}")
     ratio.axhline(1, color=style.THEORY, ls=":", lw=1)
-    trace.plot(
-        fine, [cf.identity_hessian_trace(p, c["d"]) for p in fine], color=style.THEORY, label="noise equilibrium"
-    )
-    trace.axhline(2 * c["d"] ** 2, color=style.THEORY, ls=":", label="norm-balanced")
+    trace.plot(fine, [cf.identity_hessian_trace(p, c.d) for p in fine], color=style.THEORY, label="noise equilibrium")
+    trace.axhline(2 * c.d**2, color=style.THEORY, ls=":", label="norm-balanced")
     named = (
         ("sgd", "SGD", style.SGD, "o"),
-        ("sgd decay", f"SGD, decay {c['decay']:g}", style.SDE, "^"),
-        ("gd", f"GD, decay {c['gd_decay']:g}", style.GD, "s"),
+        ("sgd decay", f"SGD, decay {c.decay:g}", style.SDE, "^"),
+        ("gd", f"GD, decay {c.gd_decay:g}", style.GD, "s"),
     )
     for name, label, color, marker in named:
         style.dots(ratio, phis, results.array(name, "ratio"), color, label, marker)
         style.dots(trace, phis, results.array(name, "trace"), color, label, marker)
-    fine_labels = [_label_trace(p, c["d"]) for p in fine[fine > 0.1]]
+    fine_labels = [_label_trace(p, c.d) for p in fine[fine > 0.1]]
     trace.plot(fine[fine > 0.1], fine_labels, "--", color=style.OTHER, label="equilibrium, anisotropic labels")
-    style.dots(trace, c["label_phis"], results.array("labels", "trace"), style.OTHER, "SGD, anisotropic labels", "D")
+    style.dots(trace, c.label_phis, results.array("labels", "trace"), style.OTHER, "SGD, anisotropic labels", "D")
     ratio.set(xlabel=r"$\varphi$", ylabel=r"$\|U\|^2/\|W\|^2$", title="norm ratio")
     trace.set(xlabel=r"$\varphi$", ylabel=r"Tr $H$ (halved loss)", title="sharpness")
-    rates = np.array([run[0] for run in c["lrs"]])
+    rates = np.array([run[0] for run in c.lrs])
     style.dots(error, rates, np.stack([_deviation(results, i) for i in range(len(rates))]), style.SGD, "SGD")
     first_order = [_predicted_deviation(results, i) for i in range(len(rates))]
     error.plot(
         rates, first_order, "_", color=style.THEORY, ms=16, mew=2, label=r"theory, first order in $\eta$, $\eta/S$"
     )
-    for rate, (_, batch, _) in zip(rates, c["lrs"], strict=True):
+    for rate, (_, batch, _) in zip(rates, c.lrs, strict=True):
         error.annotate(f"S = {batch}", (rate, 0.002), ha="center", fontsize=8, color=style.MUTED)
     error.set(
         xlabel=r"learning rate $\eta$ (and batch $S$)",
         ylabel=r"1 - measured / $\sqrt{\varphi(2-\varphi)}$",
-        title=rf"systematic error of the ratio ($\varphi={c['phi']}$)",
+        title=rf"systematic error of the ratio ($\varphi={c.phi}$)",
         ylim=(min(0.0, 1.1 * min(float(_deviation(results, i).mean()) for i in range(len(rates)))), None),
         xlim=(0, 1.12 * rates.max()),
     )
@@ -81,18 +88,18 @@ def _label_trace(phi: float, d: int) -> float:
     return float(cf.two_layer_hessian_trace(u, w, eye, 0.5))
 
 
-def _deviation(results: Results, index: int, key: str = "ratio") -> np.ndarray:
+def _deviation(results: Fig3Results, index: int, key: str = "ratio") -> np.ndarray:
     """`1 - measured / predicted` of the `ratio` or the `trace`, per seed at the index-th learning rate."""
     c = results.config
-    predicted = cf.identity_norm_ratio(c["phi"]) if key == "ratio" else cf.identity_hessian_trace(c["phi"], c["d"])
+    predicted = cf.identity_norm_ratio(c.phi) if key == "ratio" else cf.identity_hessian_trace(c.phi, c.d)
     return 1 - results.array(f"lr{index}", key)[0] / predicted
 
 
-def _predicted_deviation(results: Results, index: int) -> float:
+def _predicted_deviation(results: Fig3Results, index: int) -> float:
     """Of the ratio: first order in eta (recorded) and in eta / S."""
-    c, (lr, batch, _) = results.config, results.config["lrs"][index]
-    first = float(results.array(f"lr{index}", "first_order")) / cf.identity_norm_ratio(c["phi"])
-    return 1 - first - fluctuation_shifts(c["phi"], c["d"], c["loss_scale"] * lr / batch)[0]
+    c, (lr, batch, _) = results.config, results.config.lrs[index]
+    first = float(results.array(f"lr{index}", "first_order")) / cf.identity_norm_ratio(c.phi)
+    return 1 - first - fluctuation_shifts(c.phi, c.d, c.loss_scale * lr / batch)[0]
 
 
 def fluctuation_shifts(phi: float, d: int, kick: float) -> tuple[float, float]:
@@ -114,102 +121,96 @@ def fluctuation_shifts(phi: float, d: int, kick: float) -> tuple[float, float]:
     return float(ratio), float((of_u + of_w).sum() / (2 * a.sum()))
 
 
-def decayed_ratio(config: Config, phi: float, decay: float, printed: bool = False) -> float:
+def decayed_ratio(config: Fig3Config, phi: float, decay: float, printed: bool = False) -> float:
     """`||U||^2/||W||^2` with decay: `w S / (2 c^2 eta)`, or the `printed` w, on the diagonal of both noise matrices."""
-    lr, batch, _ = config["main"]
-    sigma_x, eye = cf.identity_covariance(phi, config["d"]), torch.eye(config["d"], dtype=torch.float64)
+    lr, batch, _ = config.main
+    sigma_x, eye = cf.identity_covariance(phi, config.d), torch.eye(config.d, dtype=torch.float64)
     gammas = cf.noise_matrices(sigma_x, eye)
-    right = cf.with_decay(gammas, SGDConfig(lr, batch, decay), config["loss_scale"])
+    right = cf.with_decay(gammas, SGDConfig(lr, batch, decay), config.loss_scale)
     u, w = cf.two_layer(eye, *((g + decay * eye for g in gammas) if printed else right))
     return float(u.square().sum() / w.square().sum())
 
 
-def _ratio_verdicts(results: Results) -> list[Verdict]:
+def _ratio_verdicts(results: Fig3Results) -> list[Verdict]:
     """The norm ratio for every phi without and with the given decay, and the print's formula for both."""
     c, out = results.config, []
     plain_ratios, ratios = results.array("sgd", "ratio"), results.array("sgd decay", "ratio")
-    formula = np.array([cf.identity_norm_ratio(phi) for phi in c["phis"]])
-    for i, phi in enumerate(c["phis"]):
+    formula = np.array([cf.identity_norm_ratio(phi) for phi in c.phis])
+    for i, phi in enumerate(c.phis):
         named = f"||U||^2/||W||^2 under SGD, phi = {phi}"
         out.append(from_seeds(f"{named}, no decay", formula[i], plain_ratios[i], 0.05))
-        predicted = decayed_ratio(c, phi, c["decay"])
-        out.append(from_seeds(f"{named}, decay {c['decay']:g}: theory with the decay", predicted, ratios[i], 0.05))
+        predicted = decayed_ratio(c, phi, c.decay)
+        out.append(from_seeds(f"{named}, decay {c.decay:g}: theory with the decay", predicted, ratios[i], 0.05))
     far = np.abs(ratios / formula[:, None] - 1)
-    shift = cf.decay_shift(SGDConfig(c["main"][0], c["main"][1], c["decay"]), c["loss_scale"])
+    shift = cf.decay_shift(SGDConfig(c.main[0], c.main[1], c.decay), c.loss_scale)
     analysis = (
         f"Decay adds w S / (2 c^2 eta) = {shift:.3g} to the diagonals of both noise matrices (theory 8), which are "
-        f"{c['d']} for U and {c['d']} phi to {c['d']} (2 - phi) for W without it. With the mean over outputs, c = 1/d, "
+        f"{c.d} for U and {c.d} phi to {c.d} (2 - phi) for W without it. With the mean over outputs, c = 1/d, "
         "the given decay outweighs the noise and balances the layers; the print's statement needs the noise to win, "
         "as it does for the un-normalised loss of the quick scale. The claims above hold with the decay in the theory."
     )
     worst = far[far.mean(1).argmax()]
-    label = f"decay {c['decay']:g}: largest relative distance from sqrt(phi (2 - phi)) over phi"
+    label = f"decay {c.decay:g}: largest relative distance from sqrt(phi (2 - phi)) over phi"
     out.append(from_seeds(label, 0, worst, 0.05, relative=False, analysis=analysis))
     return out
 
 
-def verdicts(results: Results) -> list[Verdict]:
+def verdicts(results: Fig3Results) -> list[Verdict]:
     """Ratios, traces, order of the error, divergence of the un-normalised loss at the given rate."""
-    c, out = results.config, _ratio_verdicts(results)
-    far = np.abs(results.array("gd", "ratio") - 1)
-    out.append(
-        from_seeds(
-            "||U||^2/||W||^2 under GD with decay: largest distance from 1 over phi",
-            0,
-            far[far.mean(1).argmax()],
-            0.03,
-            relative=False,
-        )
-    )
-    for i, phi in enumerate(c["phis"]):
-        out.append(
-            from_seeds(
-                f"Tr H under SGD, phi = {phi}",
-                cf.identity_hessian_trace(phi, c["d"]),
-                results.array("sgd", "trace")[i],
-                0.06,
-            )
-        )
-    out += _sharpness_verdicts(results)
-    correct, wrong = (decayed_ratio(c, c["phi"], c["strong_decay"], printed) for printed in (False, True))
-    strong = results.array("strong decay", "ratio")[0]
-    label = f"decay {c['strong_decay']:g}, phi = {c['phi']}"
-    out.append(
-        from_seeds(
-            f"||U||^2/||W||^2 under SGD, {label}: w S / (2 eta) in both noise matrices",
-            correct,
-            strong,
-            0.05,
-            difference=2,
-        )
-    )
-    gap = np.abs(strong / wrong - 1)
-    out.append(
-        from_seeds(
-            f"the same: relative distance from the printed form, 2 gamma = w ({wrong:.3g})",
-            0.2,
-            gap,
-            relation="above",
-            difference=2,
-        )
-    )
-    out += _rate_verdicts(results) + _balance_verdicts(results)
-    for key, label in (("ratio", "||U||^2/||W||^2"), ("trace", "Tr H")):
-        out.append(
-            agreement(f"{label} for inputs, labels and the strong decay", np.abs(results.array("generic", key)), 1e-6)
-        )
+    generic = [
+        agreement(f"{label} for inputs, labels and the strong decay", np.abs(results.array("generic", key)), 1e-6)
+        for key, label in (("ratio", "||U||^2/||W||^2"), ("trace", "Tr H"))
+    ]
     diverged = results.array("given", "diverged")[0]
     label = "given rate 0.1 with the un-normalised loss: fraction of runs that diverge"
-    out.append(from_counts(label, 0.25, int(diverged.sum()), len(diverged)))
-    return out
+    return [
+        *_ratio_verdicts(results),
+        *_sweep_verdicts(results),
+        *_sharpness_verdicts(results),
+        *_strong_decay_verdicts(results),
+        *_rate_verdicts(results),
+        *_balance_verdicts(results),
+        *generic,
+        from_counts(label, 0.25, int(diverged.sum()), len(diverged)),
+    ]
 
 
-def _rate_verdicts(results: Results) -> list[Verdict]:
+def _sweep_verdicts(results: Fig3Results) -> list[Verdict]:
+    """GD with decay ends at norm balance for every phi; Tr H under SGD is as predicted for every phi."""
+    c = results.config
+    far, traces = np.abs(results.array("gd", "ratio") - 1), results.array("sgd", "trace")
+    label = "||U||^2/||W||^2 under GD with decay: largest distance from 1 over phi"
+    predicted = [cf.identity_hessian_trace(phi, c.d) for phi in c.phis]
+    return [
+        from_seeds(label, 0, far[far.mean(1).argmax()], 0.03, relative=False),
+        *(
+            from_seeds(f"Tr H under SGD, phi = {phi}", theory, measured, 0.06)
+            for phi, theory, measured in zip(c.phis, predicted, traces, strict=True)
+        ),
+    ]
+
+
+def _strong_decay_verdicts(results: Fig3Results) -> list[Verdict]:
+    """With a decay as strong as the noise the ratio is the corrected formula's, not the print's."""
+    c = results.config
+    correct, wrong = (decayed_ratio(c, c.phi, c.strong_decay, printed) for printed in (False, True))
+    strong = results.array("strong decay", "ratio")[0]
+    label = f"decay {c.strong_decay:g}, phi = {c.phi}"
+    claim = f"||U||^2/||W||^2 under SGD, {label}: w S / (2 eta) in both noise matrices"
+    print_ = f"the same: relative distance from the printed form, 2 gamma = w ({wrong:.3g})"
+    gap = np.abs(strong / wrong - 1)
+    return [
+        from_seeds(claim, correct, strong, 0.05, difference=2),
+        from_seeds(print_, 0.2, gap, relation="above", difference=2),
+    ]
+
+
+def _rate_verdicts(results: Fig3Results) -> list[Verdict]:
     """Systematic errors of the ratio and of Tr H at three rates: whether they shrink, and against theory."""
     c, out = results.config, []
-    rates = range(len(c["lrs"]))
-    kick = c["loss_scale"] * c["lrs"][0][0] / c["lrs"][0][1]
-    by_ratio, by_trace = fluctuation_shifts(c["phi"], c["d"], kick)
+    rates = range(len(c.lrs))
+    kick = c.loss_scale * c.lrs[0][0] / c.lrs[0][1]
+    by_ratio, by_trace = fluctuation_shifts(c.phi, c.d, kick)
     why = {
         "ratio": f"Of the error {-by_ratio:+.4f} is of order eta / S, which is the same at all three rates. Where it "
         "is as large as the part of order eta, the sum does not shrink in proportion to eta.",
@@ -217,12 +218,12 @@ def _rate_verdicts(results: Results) -> list[Verdict]:
         f"no part of order eta. What is left, {-by_trace:+.4f} by theory, is of order eta / S, the same at all three "
         "rates: it shrinks with eta at a fixed S, which these runs do not test.",
     }
-    factor = c["lrs"][0][0] / c["lrs"][-1][0]
+    factor = c.lrs[0][0] / c.lrs[-1][0]
     for key, named in (("ratio", "the ratio"), ("trace", "Tr H")):
         label = f"systematic error of {named} at {factor:g} times the learning rate / at the smallest"
         ends = _deviation(results, 0, key), _deviation(results, rates[-1], key)
         out.append(from_ratio(label, 2, *ends, relation="above", analysis=why[key]))
-    for i, (lr, batch, _) in enumerate(c["lrs"]):
+    for i, (lr, batch, _) in enumerate(c.lrs):
         label = f"systematic error of the ratio at eta = {lr:g}, S = {batch}, theory at first order in eta and eta / S"
         out.append(from_seeds(label, _predicted_deviation(results, i), _deviation(results, i), 0.01, relative=False))
     mean = np.mean([_deviation(results, i, "trace") for i in rates], axis=0)
@@ -231,16 +232,16 @@ def _rate_verdicts(results: Results) -> list[Verdict]:
     return out
 
 
-def _balance_verdicts(results: Results) -> list[Verdict]:
+def _balance_verdicts(results: Fig3Results) -> list[Verdict]:
     """How far from the norm-balanced start, for phi whose prediction is close to it."""
     c, out = results.config, []
-    lr, batch, _ = c["main"]
-    for phi in (phi for phi in (0.5, 0.7) if phi in c["phis"]):
-        i = c["phis"].index(phi)
-        shift = fluctuation_shifts(phi, c["d"], c["loss_scale"] * lr / batch)
+    lr, batch, _ = c.main
+    for phi in (phi for phi in (0.5, 0.7) if phi in c.phis):
+        i = c.phis.index(phi)
+        shift = fluctuation_shifts(phi, c.d, c.loss_scale * lr / batch)
         cases = (
             ("||U||^2/||W||^2", "ratio", 1, cf.identity_norm_ratio(phi) * (1 + shift[0])),
-            ("Tr H", "trace", 2 * c["d"] ** 2, cf.identity_hessian_trace(phi, c["d"]) * (1 + shift[1])),
+            ("Tr H", "trace", 2 * c.d**2, cf.identity_hessian_trace(phi, c.d) * (1 + shift[1])),
         )
         for name, key, start, predicted in cases:
             label = f"{name} under SGD, phi = {phi}: relative distance from norm balance, first order in eta / S"
@@ -278,14 +279,14 @@ def _minimum_verdict() -> Verdict:
     return Verdict(claim, 1, found, tolerance=1e-6, difference=6)
 
 
-def _sharpness_verdicts(results: Results) -> list[Verdict]:
+def _sharpness_verdicts(results: Fig3Results) -> list[Verdict]:
     """Anisotropic labels against theory; which noise sharpens; the printed formula against autograd."""
     c, hessian, out = results.config, results["hessian"], []
-    balanced = 2 * c["d"] ** 2
+    balanced = 2 * c.d**2
     labels, predicted = results.array("labels", "trace"), results.array("labels", "predicted_trace")
-    for phi, trace, theory in zip(c["label_phis"], labels, predicted, strict=True):
+    for phi, trace, theory in zip(c.label_phis, labels, predicted, strict=True):
         out.append(from_seeds(f"Tr H under SGD, label-noise phi = {phi}, isotropic inputs", theory, trace, 0.06))
-    isotropic = results.array("sgd", "trace")[np.asarray(c["phis"]) < 1].max(0) / balanced
+    isotropic = results.array("sgd", "trace")[np.asarray(c.phis) < 1].max(0) / balanced
     sharpened = "largest Tr H over phi < 1 / norm-balanced", "smallest Tr H over phi / norm-balanced"
     out += [
         _minimum_verdict(),
@@ -309,7 +310,7 @@ EXPERIMENT = Experiment(
         "batches S in proportion, started at the predicted equilibrium of eta -> 0."
     ),
     scales=SCALES,
-    work=lambda c: c["seeds"] * c["d"] ** 2 * sum(replica_steps(p) for p in points(c) if "run" in p),
+    work=lambda c: c.seeds * c.d**2 * sum(replica_steps(p) for p in points(c)),
     points=points,
     compute=compute,
     plot=plot,
@@ -371,7 +372,7 @@ EXPERIMENT = Experiment(
         "more (bound 0.29)."
     ),
     variations={
-        "batch 50": {"main": [0.04, 50, 11_000]},
-        "learning rate 0.06": {"main": [0.06, 100, 6000]},
+        "batch 50": {"main": Schedule(0.04, 50, 11_000)},
+        "learning rate 0.06": {"main": Schedule(0.06, 100, 6000)},
     },
 )

@@ -2,78 +2,138 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from noetherflow.core.settings import SGDConfig
 from noetherflow_paper import closed_form as cf
-from noetherflow_paper.experiment import Config, Point, generator, plain
+from noetherflow_paper.experiment import generator, plain
 from noetherflow_paper.generic import closed_form_gaps
-from noetherflow_paper.simulate import LinearNet, Params, normal, reduced_width, simulate
+from noetherflow_paper.records import Config, Point
+from noetherflow_paper.simulate import LinearNet, Method, Params, normal, reduced_width, simulate
 from noetherflow_paper.theory import first_order_equilibrium
 
-GIVEN = {"d": 100, "width": 2000, "lr": 0.1, "batch": 100}
-COMMON = {"width": 2000, "phi": 0.2, "decay": 1e-4, "given": GIVEN}
+
+class Schedule(NamedTuple):
+    """A learning rate, a batch size and a number of steps."""
+
+    lr: float
+    batch: int
+    steps: int
+
+
+class Phase(NamedTuple):
+    """Steps with learning rate and decay times a factor, before those that are measured."""
+
+    factor: float
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenRun:
+    """The paper's own sizes, at which the un-normalised loss diverges."""
+
+    d: int = 100
+    width: int = 2000
+    lr: float = 0.1
+    batch: int = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fig3Config(Config):
+    """The loss, the anisotropies and decays, and the schedules of all runs.
+
+    `before_noise` and `before_decay` are the phases in front of the runs without and with decay; `gd` has batch 1,
+    which GD does not use.
+    """
+
+    d: int
+    width: int = 2000
+    loss_scale: float
+    phi: float = 0.2
+    phis: tuple[float, ...]
+    label_phis: tuple[float, ...] = (0.15, 0.3, 0.5)
+    decay: float = 1e-4
+    strong_decay: float
+    gd_decay: float
+    gd: Schedule
+    before_noise: tuple[Phase, ...] = ()
+    before_decay: tuple[Phase, ...] = ()
+    main: Schedule
+    lrs: tuple[Schedule, ...]
+    given: GivenRun = GivenRun()
+    seeds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fig3Point(Point):
+    """Runs over `phis` with one schedule and decay; those without `run` (`hessian`, `generic`) train nothing."""
+
+    method: Method = "sgd"
+    run: Schedule | None = None
+    before: tuple[Phase, ...] = ()
+    decay: float = 0.0
+    scale: float = 1.0
+    phis: tuple[float, ...] = ()
+    start: str = ""
+    d: int = 0
+
+
 SCALES = {
-    "quick": {
-        **COMMON,
-        "d": 20,
-        "loss_scale": 1.0,
-        "phis": [0.15, 0.3, 0.5, 0.7, 1.0],
-        "label_phis": [0.15, 0.3, 0.5],
-        "strong_decay": 0.01,
-        "gd_decay": 0.016,
-        "gd": [0.03, 8000],
-        "before": {"noise": [], "decay": []},
-        "main": [0.04, 100, 11_000],
-        "lrs": [[0.08, 200, 4500], [0.04, 100, 9000], [0.02, 50, 18_000]],
-        "seeds": 5,
-    },
-    "paper": {
-        **COMMON,
-        "d": 100,
-        "loss_scale": 0.01,
-        "phis": [0.15, 0.2, 0.3, 0.5, 0.7, 1.0],
-        "label_phis": [0.15, 0.3, 0.5],
-        "strong_decay": 1e-5,
-        "gd_decay": 1e-4,
-        "gd": [0.5, 50_000],
-        "before": {"noise": [[16, 40_000], [8, 60_000], [4, 60_000]], "decay": [[16, 10_000]]},
-        "main": [0.1, 100, 40_000],
-        "lrs": [[1.6, 200, 40_000], [0.8, 100, 80_000], [0.4, 50, 160_000]],
-        "seeds": 3,
-    },
+    "quick": Fig3Config(
+        d=20,
+        loss_scale=1.0,
+        phis=(0.15, 0.3, 0.5, 0.7, 1.0),
+        strong_decay=0.01,
+        gd_decay=0.016,
+        gd=Schedule(0.03, 1, 8000),
+        main=Schedule(0.04, 100, 11_000),
+        lrs=(Schedule(0.08, 200, 4500), Schedule(0.04, 100, 9000), Schedule(0.02, 50, 18_000)),
+        seeds=5,
+    ),
+    "paper": Fig3Config(
+        d=100,
+        loss_scale=0.01,
+        phis=(0.15, 0.2, 0.3, 0.5, 0.7, 1.0),
+        strong_decay=1e-5,
+        gd_decay=1e-4,
+        gd=Schedule(0.5, 1, 50_000),
+        before_noise=(Phase(16, 40_000), Phase(8, 60_000), Phase(4, 60_000)),
+        before_decay=(Phase(16, 10_000),),
+        main=Schedule(0.1, 100, 40_000),
+        lrs=(Schedule(1.6, 200, 40_000), Schedule(0.8, 100, 80_000), Schedule(0.4, 50, 160_000)),
+        seeds=3,
+    ),
 }
 
 
-def points(config: Config) -> list[Point]:
+def points(config: Fig3Config) -> list[Fig3Point]:
     """Sweeps of the inputs' and the labels' phi, GD with decay, three rates, strong decay, the given rate, Hessians."""
-    scale, one = config["loss_scale"], [config["phi"]]
-    once = {"method": "sgd", "run": config["main"], "before": [], "decay": 0.0, "scale": scale, "phis": one}
-    by_noise, by_decay = ({"before": config["before"][k]} for k in ("noise", "decay"))
-    sweep, local = {**once, "start": "balanced", "phis": config["phis"]}, {**once, "start": "equilibrium"}
-    given = {**once, "start": "kaiming", "scale": 1.0, "d": config["given"]["d"]}
-    gd = {"method": "gd", "run": [config["gd"][0], 1, config["gd"][1]], "decay": config["gd_decay"], "start": "kaiming"}
+    c = config
+    once = Fig3Point(name="", run=c.main, scale=c.loss_scale, phis=(c.phi,), d=c.d)
+    sweep, local = replace(once, start="balanced", phis=c.phis), replace(once, start="equilibrium")
+    given = Schedule(c.given.lr, c.given.batch, 40)
     return [
-        {"name": "sgd", **sweep, **by_noise},
-        {"name": "sgd decay", **sweep, **by_decay, "decay": config["decay"]},
-        {"name": "labels", **sweep, **by_noise, "phis": config["label_phis"]},
-        {"name": "gd", **sweep, **gd},
-        *({"name": f"lr{i}", **local, "run": r} for i, r in enumerate(config["lrs"])),
-        {"name": "strong decay", **local, **by_decay, "decay": config["strong_decay"]},
-        {"name": "given", **given, "run": [config["given"]["lr"], config["given"]["batch"], 40]},
-        {"name": "hessian"},
-        {"name": "generic"},
+        replace(sweep, name="sgd", before=c.before_noise),
+        replace(sweep, name="sgd decay", before=c.before_decay, decay=c.decay),
+        replace(sweep, name="labels", before=c.before_noise, phis=c.label_phis),
+        replace(sweep, name="gd", method="gd", run=c.gd, decay=c.gd_decay, start="kaiming"),
+        *(replace(local, name=f"lr{i}", run=schedule) for i, schedule in enumerate(c.lrs)),
+        replace(local, name="strong decay", before=c.before_decay, decay=c.strong_decay),
+        replace(once, name="given", start="kaiming", scale=1.0, d=c.given.d, run=given),
+        Fig3Point(name="hessian"),
+        Fig3Point(name="generic"),
     ]
 
 
-def covariances(point: Point, d: int) -> tuple[Tensor, Tensor]:
+def covariances(point: Fig3Point, d: int) -> tuple[Tensor, Tensor]:
     """`(Sig_x, Sig_eps)`, `[phis, d, d]`: the point's variances (phi, 2 - phi) for the inputs, or for the labels."""
-    varied = torch.stack([cf.identity_covariance(phi, d) for phi in point["phis"]])
+    varied = torch.stack([cf.identity_covariance(phi, d) for phi in point.phis])
     eye = torch.eye(d, dtype=torch.float64).expand_as(varied)
-    return (eye, varied) if point["name"] == "labels" else (varied, eye)
+    return (eye, varied) if point.name == "labels" else (varied, eye)
 
 
 def start(kind: str, sigma_x: Tensor, width: int, rng: torch.Generator) -> Params:
@@ -88,24 +148,24 @@ def start(kind: str, sigma_x: Tensor, width: int, rng: torch.Generator) -> Param
     return [w, u]
 
 
-def compute(config: Config, point: Point) -> dict[str, Any]:
+def compute(config: Fig3Config, point: Fig3Point) -> dict[str, Any]:
     """Norm ratio and Hessian trace (halved loss), averaged over the last quarter, `[phis, seeds]`, and predicted.
 
     The phases of `before`, `[factor, steps]`, go first: learning rate and decay times a factor, which makes the flow
     `factor^2` times faster and leaves its end (for eta -> 0) where it is.
     """
-    if point["name"] == "hessian":
+    if point.name == "hessian":
         return plain(hessian_traces())
-    if point["name"] == "generic":
+    if point.run is None:
         return plain(generic_gaps(config))
-    d, (lr, batch, steps), decay = point.get("d", config["d"]), point["run"], point["decay"]
-    seeds = config["seeds"] if point["method"] == "sgd" else 2
+    d, (lr, batch, steps), decay = point.d, point.run, point.decay
+    seeds = config.seeds if point.method == "sgd" else 2
     sigma_x, sigma_eps = covariances(point, d)
     eye = torch.eye(d, dtype=torch.float64)
     best_u, best_w = cf.two_layer(eye.expand_as(sigma_x), *cf.noise_matrices(sigma_x, sigma_eps))
     predicted = cf.two_layer_hessian_trace(best_u, best_w, sigma_x, 0.5)
     sigma_x, sigma_eps = (m.repeat_interleave(seeds, 0) for m in (sigma_x, sigma_eps))
-    net = LinearNet.of(eye, sigma_x, sigma_eps, batch, point["scale"])
+    net = LinearNet.of(eye, sigma_x, sigma_eps, batch, point.scale)
 
     def record(params: Params) -> dict[str, Tensor]:
         w, u = params
@@ -113,36 +173,36 @@ def compute(config: Config, point: Point) -> dict[str, Any]:
         return {"ratio": ratio, "trace": cf.two_layer_hessian_trace(u, w, sigma_x, 0.5)}
 
     marks = range(3 * steps // 4, steps + 1, max(1, steps // 80))
-    width = config["width"] if point["name"] == "given" else 2 * d
-    now, rng = start(point["start"], sigma_x, width, generator(1)), generator(2)
-    for factor, count in point["before"]:
+    width = config.width if point.name == "given" else 2 * d
+    now, rng = start(point.start, sigma_x, width, generator(1)), generator(2)
+    for factor, count in point.before:
         now = simulate(net, now, count, factor * lr, rng, at=0, weight_decay=factor * decay).params
-    run = simulate(net, now, steps, lr, rng, record, at=marks, method=point["method"], weight_decay=decay)
-    shaped: dict[str, Any] = {k: v.mean(0).reshape(len(point["phis"]), seeds) for k, v in run.records.items()}
+    run = simulate(net, now, steps, lr, rng, record, at=marks, method=point.method, weight_decay=decay)
+    shaped: dict[str, Any] = {k: v.mean(0).reshape(len(point.phis), seeds) for k, v in run.records.items()}
     shaped |= {"diverged": run.diverged.double().reshape(-1, seeds), "predicted_trace": predicted}
-    if point["name"].startswith("lr"):
+    if point.name.startswith("lr"):
         shaped["first_order"] = first_order_ratio(config, lr, batch)
     return plain(shaped)
 
 
-def generic_gaps(config: Config) -> dict[str, Any]:
+def generic_gaps(config: Fig3Config) -> dict[str, Any]:
     """How far the generic machinery's norm ratios and Hessian traces are from the closed forms, relative.
 
     With d at most 20: every second phi of the inputs, the first of the labels, and inputs with the strong decay.
     """
-    d, scale, (lr, batch, _) = min(config["d"], 20), config["loss_scale"], config["main"]
+    d, scale, (lr, batch, _) = min(config.d, 20), config.loss_scale, config.main
     of, eye = (lambda phi: cf.identity_covariance(phi, d)), torch.eye(d, dtype=torch.float64)
-    cases = [*((of(phi), eye, 0.0) for phi in config["phis"][::2]), (eye, of(config["label_phis"][0]), 0.0)]
-    cases.append((of(config["phi"]), eye, config["strong_decay"]))
+    cases = [*((of(phi), eye, 0.0) for phi in config.phis[::2]), (eye, of(config.label_phis[0]), 0.0)]
+    cases.append((of(config.phi), eye, config.strong_decay))
     gaps = [closed_form_gaps(eye, sx, se, SGDConfig(lr, batch, decay), scale) for sx, se, decay in cases]
     return dict(zip(("ratio", "trace"), zip(*gaps, strict=True), strict=True))
 
 
-def first_order_ratio(config: Config, lr: float, batch: int) -> float:
+def first_order_ratio(config: Fig3Config, lr: float, batch: int) -> float:
     """`||U||^2/||W||^2` at `phi` where the Noether flow with R_B at first order in eta ends."""
-    sigma_x, eye = cf.identity_covariance(config["phi"], config["d"]), torch.eye(config["d"], dtype=torch.float64)
-    scale = config["loss_scale"]
-    long = int(10 * batch / (4 * (scale * lr) ** 2 * config["d"] * config["phi"]))
+    sigma_x, eye = cf.identity_covariance(config.phi, config.d), torch.eye(config.d, dtype=torch.float64)
+    scale = config.loss_scale
+    long = int(10 * batch / (4 * (scale * lr) ** 2 * config.d * config.phi))
     u, w = first_order_equilibrium(eye, sigma_x, eye, SGDConfig(lr, batch), long, scale)
     return float(u.square().sum() / w.square().sum())
 
@@ -163,6 +223,8 @@ def hessian_traces() -> dict[str, float]:
     return {"whole": float(hessian.trace() / printed), "halved": float(hessian.trace() / 2 / printed)}
 
 
-def replica_steps(point: Point) -> int:
+def replica_steps(point: Fig3Point) -> int:
     """Steps of all runs of a point together, without seeds."""
-    return len(point["phis"]) * (point["run"][2] + sum(steps for _, steps in point["before"]))
+    if point.run is None:
+        return 0
+    return len(point.phis) * (point.run.steps + sum(phase.steps for phase in point.before))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,7 @@ from torch import Tensor
 from noetherflow.report import style
 from noetherflow_paper import closed_form as cf
 from noetherflow_paper.experiment import (
-    Config,
     Experiment,
-    Point,
     Results,
     Setting,
     Verdict,
@@ -25,16 +24,42 @@ from noetherflow_paper.experiment import (
     plain,
 )
 from noetherflow_paper.rank_one import RankOneNet
-from noetherflow_paper.simulate import Params, checkpoints, normal, simulate
+from noetherflow_paper.records import Config, Point
+from noetherflow_paper.simulate import METHODS, Method, Params, checkpoints, normal, simulate
 
-COMMON = {"d": 128, "batch": 128, "noise": 8.0, "size": 40.0, "low": 0.001, "high": 0.008, "warmup": 5000}
-SCALES = {"quick": {**COMMON, "after": 2000, "seeds": 16}, "paper": {**COMMON, "after": 5000, "seeds": 32}}
+
+@dataclass(frozen=True, kw_only=True)
+class Fig4Config(Config):
+    """The factorisation, the rates before (`low`) and after (`high`) a `warmup`, and the steps after it."""
+
+    d: int = 128
+    batch: int = 128
+    noise: float = 8.0
+    size: float = 40.0
+    low: float = 0.001
+    high: float = 0.008
+    warmup: int = 5000
+    after: int
+    seeds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fig4Point(Point):
+    """One method under one schedule of the learning rate (`direct` or `warmup`)."""
+
+    method: Method
+    schedule: str
+
+
+SCALES = {"quick": Fig4Config(after=2000, seeds=16), "paper": Fig4Config(after=5000, seeds=32)}
+
+
 INITS = ("kaiming", "xavier")
 
 
-def points(config: Config) -> list[Point]:
+def points(config: Fig4Config) -> list[Fig4Point]:
     """Direct and warmed-up training by SGD and GD; both initialisations are replicas of one run."""
-    return [{"name": f"{m} {s}", "method": m, "schedule": s} for m in ("sgd", "gd") for s in ("direct", "warmup")]
+    return [Fig4Point(name=f"{m} {s}", method=m, schedule=s) for m in METHODS for s in ("direct", "warmup")]
 
 
 def variances(init: str, d: int) -> tuple[float, float]:
@@ -42,46 +67,46 @@ def variances(init: str, d: int) -> tuple[float, float]:
     return (2 / d, 2.0) if init == "kaiming" else (2 / (d + 1), 2 / (d + 1))
 
 
-def problem(config: Config) -> RankOneNet:
+def problem(config: Fig4Config) -> RankOneNet:
     """`V = size a b^T` with random unit vectors a and b."""
-    a, b = (v / v.norm() for v in normal((2, config["d"]), generator(1)))
-    return RankOneNet(a, b, config["size"], config["noise"], config["batch"])
+    a, b = (v / v.norm() for v in normal((2, config.d), generator(1)))
+    return RankOneNet(a, b, config.size, config.noise, config.batch)
 
 
-def compute(config: Config, point: Point) -> dict[str, Any]:
+def compute(config: Fig4Config, point: Fig4Point) -> dict[str, Any]:
     """Sharpness Tr H at checkpoints, `[T, init, seeds]`, null once diverged."""
-    d, seeds, rng = config["d"], config["seeds"], generator(2)
+    d, seeds, rng = config.d, config.seeds, generator(2)
     w0 = torch.cat([math.sqrt(variances(i, d)[0]) * normal((seeds, 1, d), rng) for i in INITS])
     u0 = torch.cat([math.sqrt(variances(i, d)[1]) * normal((seeds, d, 1), rng) for i in INITS])
     start = [w0, u0]
     eye = torch.eye(d, dtype=torch.float64)
-    warm = point["schedule"] == "warmup"
+    warm = point.schedule == "warmup"
 
     def rate(step: int) -> float:
-        return float(config["low"] if warm and step < config["warmup"] else config["high"])
+        return float(config.low if warm and step < config.warmup else config.high)
 
     def record(params: Params) -> dict[str, Tensor]:
         return {"sharpness": cf.two_layer_hessian_trace(params[1], params[0], eye)}
 
-    steps = config["after"] + (config["warmup"] if warm else 0)
+    steps = config.after + (config.warmup if warm else 0)
     marks = sorted({*range(20), *np.geomspace(20, steps, 60).astype(int).tolist(), *checkpoints(steps, 100)})
-    run = simulate(problem(config), start, steps, rate, generator(3), record, at=marks, method=point["method"])
+    run = simulate(problem(config), start, steps, rate, generator(3), record, at=marks, method=point.method)
     shaped = run.records["sharpness"].reshape(-1, 2, seeds)
     return plain({"steps": run.steps, "sharpness": shaped, "diverged": run.diverged.double().reshape(2, seeds)})
 
 
-def final_sharpness(config: Config) -> float:
+def final_sharpness(config: Fig4Config) -> float:
     """`2 size S_end` of theory.md 10 at hidden width 1: un-halved loss, `||U||^2 = ||W||^2 = size` in place of 1."""
-    return float(2 * config["size"] * cf.equilibrium_sharpness(config["d"], 1, config["d"]))
+    return float(2 * config.size * cf.equilibrium_sharpness(config.d, 1, config.d))
 
 
-def initial_sharpness(config: Config, init: str) -> float:
+def initial_sharpness(config: Fig4Config, init: str) -> float:
     """`2 S_init` of theory.md 10: un-halved loss, `Tr Sig_x = d`, hidden width 1."""
-    d, (var_w, var_u) = config["d"], variances(init, config["d"])
+    d, (var_w, var_u) = config.d, variances(init, config.d)
     return 2 * cf.initial_sharpness(d, 1, var_u, var_w, d)
 
 
-def plot(results: Results) -> Any:
+def plot(results: Results[Fig4Config, Fig4Point]) -> Any:
     """Sharpness against steps, up to where the first seed diverges."""
     fig, axes = style.figure(2, width=5.4)
     colors = {"kaiming": style.ACCENT, "xavier": style.SGD}
@@ -96,25 +121,25 @@ def plot(results: Results) -> Any:
                     ax.plot(1 + steps[ok][-1], curve[ok][-1], "x", color=style.GD, ms=9, mew=2.5)
         ax.plot([], [], "x", color=style.GD, ms=9, mew=2.5, ls="none", label="diverges")
         ax.axhline(final_sharpness(results.config), color=style.THEORY, ls="--", lw=1, label="equilibrium (theory)")
-        ax.axvline(results.config["warmup"], color=style.MUTED, lw=0.8)
+        ax.axvline(results.config.warmup, color=style.MUTED, lw=0.8)
         ax.set(
             xscale="log",
             yscale="log",
             ylim=(600, 2e6),
             xlabel="1 + step",
             ylabel="sharpness Tr $H$",
-            title=f"{method.upper()}: rate {results.config['low']} before, {results.config['high']} after the line",
+            title=f"{method.upper()}: rate {results.config.low} before, {results.config.high} after the line",
         )
         ax.legend(ncols=2, fontsize=8)
     return fig
 
 
-def verdicts(results: Results) -> list[Verdict]:
+def verdicts(results: Results[Fig4Config, Fig4Point]) -> list[Verdict]:
     """Who diverges, and where the sharpness starts and ends."""
     return [*_divergence_verdicts(results), *_sharpness_verdicts(results)]
 
 
-def _divergence_verdicts(results: Results) -> list[Verdict]:
+def _divergence_verdicts(results: Results[Fig4Config, Fig4Point]) -> list[Verdict]:
     """From Kaiming's starts: the warmup keeps SGD from diverging, not GD."""
     direct, warm, gd_direct, gd_warm = (
         results.array(f"{m} {s}", "diverged")[INITS.index("kaiming")] > 0
@@ -132,7 +157,7 @@ def _divergence_verdicts(results: Results) -> list[Verdict]:
     ]
 
 
-def _sharpness_verdicts(results: Results) -> list[Verdict]:
+def _sharpness_verdicts(results: Results[Fig4Config, Fig4Point]) -> list[Verdict]:
     """At the start, after the warmup and at the end."""
     c = results.config
 
@@ -140,9 +165,9 @@ def _sharpness_verdicts(results: Results) -> list[Verdict]:
         steps = results.array(name, "steps")
         return results.array(name, "sharpness")[(steps >= first) & (steps <= last)]
 
-    whole = c["warmup"] + c["after"]
-    sgd = between("sgd warmup", whole - c["after"] / 2, whole).mean(0)
-    gd, early = between("gd warmup", 0, c["warmup"])[-1], between("gd warmup", c["warmup"] / 5, whole)[0]
+    whole = c.warmup + c.after
+    sgd = between("sgd warmup", whole - c.after / 2, whole).mean(0)
+    gd, early = between("gd warmup", 0, c.warmup)[-1], between("gd warmup", c.warmup / 5, whole)[0]
     start = results.array("sgd direct", "sharpness")[0]
     return [
         *(

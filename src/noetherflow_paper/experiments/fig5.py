@@ -2,187 +2,37 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from noetherflow.core.settings import SGDConfig
-from noetherflow.errors import DataError
 from noetherflow.report import style
-from noetherflow.workloads import digits
-from noetherflow_paper import closed_form as cf
 from noetherflow_paper.experiment import (
-    Config,
     Experiment,
-    Point,
     Results,
     Setting,
     Verdict,
     from_difference,
     from_ratio,
     from_seeds,
-    generator,
-    plain,
 )
-from noetherflow_paper.generic import generic_equilibrium, product_design
-from noetherflow_paper.simulate import (
-    LinearNet,
-    Network,
-    Params,
-    checkpoints,
-    from_data,
-    normal,
-    simulate,
-    squared_distance,
-)
+from noetherflow_paper.experiments.fig5_runs import HALF, NEAR, SCALES, Fig5Config, Fig5Point, compute, points
 
-BASE = {"components": 3, "depth": 4, "target_scale": 2.0, "data": None, "scales": [2.0, 0.6, 1.2, 0.8]}
-SCALES = {
-    "quick": {**BASE, "lr": 0.02, "batch": 16, "steps": 16_000, "seeds": 4},
-    "paper": {**BASE, "components": 10, "lr": 0.01, "batch": 16, "steps": 100_000, "seeds": 8},
-}
+Fig5Results = Results[Fig5Config, Fig5Point]
 
 
-NEAR, HALF = ", from section 9", ", half rate"
-
-
-def points(config: Config) -> list[Point]:
-    """Predictions; SGD on the images and on Gaussian data of the same covariances; GD; two rates from section 9.
-
-    At half the rate twice the steps; from section 9, where there is nothing to learn, half as many on the images.
-    """
-    lr, steps = config["lr"], config["steps"]
-    full = {"start": "random", "lr": lr, "steps": steps}
-
-    def near(share: float, length: float) -> Point:
-        return {"start": "section 9", "lr": share * lr, "steps": round(length * steps / share)}
-
-    images, surrogate = {"method": "sgd", "gaussian": False}, {"method": "sgd", "gaussian": True}
-    return [
-        {"name": "theory"},
-        {"name": "sgd", **images, **full},
-        {"name": "gaussian", **surrogate, **full},
-        {"name": "gd", "method": "gd", "gaussian": True, **full},
-        {"name": f"sgd{NEAR}", **images, **near(1, 0.5)},
-        {"name": f"gaussian{NEAR}", **surrogate, **near(1, 1)},
-        {"name": f"sgd{HALF}", **images, **near(0.5, 0.5)},
-        {"name": f"gaussian{HALF}", **surrogate, **near(0.5, 1)},
-    ]
-
-
-def images(config: Config) -> Tensor:
-    """Flattened images `[N, pixels]`: scikit-learn's digits, or an `.npz`/`.npy` array of MNIST named by `data`."""
-    if config["data"] is None:
-        return digits()[0]
-    path = Path(config["data"])
-    if not path.exists():
-        raise DataError(f"no image data at {path}; set data to an .npy or .npz file of images, or leave it out")
-    loaded = np.load(path)
-    array = loaded[loaded.files[0]] if hasattr(loaded, "files") else loaded
-    return torch.as_tensor(array.reshape(len(array), -1) / array.max(), dtype=torch.float64)
-
-
-def halves(config: Config) -> tuple[Tensor, Tensor]:
-    """Principal components of the upper half (inputs) and of the lower half (targets), `[N, k]` each."""
-    flat = images(config)
-    half = flat.shape[1] // 2
-    out = []
-    for part, scale in ((flat[:, :half], 1.0), (flat[:, half:], config["target_scale"])):
-        centred = part - part.mean(0)
-        axes = torch.linalg.eigh(centred.mT @ centred).eigenvectors[:, -config["components"] :].flip(-1)
-        z = centred @ axes
-        out.append(scale * z / z.square().mean().sqrt())
-    return out[0], out[1]
-
-
-def statistics(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Least-squares map V, `Sig_x`, and the covariance of its residuals."""
-    sigma_x = x.mT @ x / len(x)
-    v = torch.linalg.solve(sigma_x, x.mT @ y / len(x)).mT
-    r = y - x @ v.mT
-    return v, sigma_x, r.mT @ r / len(x)
-
-
-def forward(params: Params, x: Tensor) -> Tensor:
-    """`W_D ... W_1 x`."""
-    for w in params:
-        x = x @ w.mT
-    return x
-
-
-def compute(config: Config, point: Point) -> dict[str, Any]:
-    """Layer norms `[T, 2 seeds, D]` (random start: first half equal norms, second half unequal) and singular values of
-    the product `[T, 2 seeds, k]`; or the predictions."""
-    x, y = halves(config)
-    v, sigma_x, sigma_eps = statistics(x, y)
-    closed = cf.deep_linear(v, sigma_x, sigma_eps, config["depth"])
-    if point["name"] == "theory":
-        return predictions(config, closed, x, y)
-    many = (2 * config["seeds"], -1, -1)
-    start = [w.expand(many) for w in closed] if point["start"] == "section 9" else starts(config, generator(4))
-    network = Network(forward, squared_distance, from_data(x, y), (x[None], y[None]), config["batch"])
-    surrogate = LinearNet.of(v, sigma_x, sigma_eps, config["batch"])
-
-    def record(params: Params) -> dict[str, Tensor]:
-        eye = torch.eye(config["components"], dtype=torch.float64)
-        return {
-            "norms": torch.stack([w.norm(dim=(1, 2)) for w in params], -1),
-            "singular": torch.linalg.svdvals(forward(params, eye)),
-        }
-
-    marks = checkpoints(point["steps"], 80)
-    run = simulate(
-        surrogate if point["gaussian"] else network,
-        start,
-        point["steps"],
-        point["lr"],
-        generator(5),
-        record,
-        at=marks,
-        method=point["method"],
-    )
-    return plain({"steps": marks, **run.records})
-
-
-def starts(config: Config, rng: torch.Generator) -> Params:
-    """Gaussian layers `[2 seeds, k, k]`: of equal norms, then with norms in the ratio `scales`."""
-    depth, k, seeds = config["depth"], config["components"], config["seeds"]
-    sizes = torch.stack([torch.ones(depth), torch.tensor(config["scales"])]).double().repeat_interleave(seeds, 0)
-    layers = [normal((2 * seeds, k, k), rng) for _ in range(depth)]
-    return [1.7 * sizes[:, i, None, None] * w / w.norm(dim=(1, 2), keepdim=True) for i, w in enumerate(layers)]
-
-
-def predictions(config: Config, closed: Params, x: Tensor, y: Tensor) -> dict[str, Any]:
-    """Norms by section 9, by the generic machinery on the images, and by it on data with independent residuals; V's
-    singular values."""
-    v, sigma_x, sigma_eps = statistics(x, y)
-    sgd, eye = SGDConfig(config["lr"], config["batch"]), torch.eye(len(v), dtype=torch.float64)
-    isotropic = cf.deep_linear(v, eye, eye, config["depth"])
-    design = product_design(v, sigma_x, sigma_eps)
-    found = {
-        "closed": closed,
-        "generic": generic_equilibrium(closed, x, y, sgd),
-        "generic_independent": generic_equilibrium(isotropic, *design, sgd),
-    }
-    norms = {name: [float(w.norm()) for w in layers] for name, layers in found.items()}
-    return plain({**norms, "singular": torch.linalg.svdvals(v)})
-
-
-def final(results: Results, name: str, key: str = "norms") -> np.ndarray:
+def final(results: Fig5Results, name: str, key: str = "norms") -> np.ndarray:
     """Norms (or singular values) averaged over the last quarter (from section 9: the last half), `[2 seeds, D]`."""
     values = results.array(name, key)
     return values[-len(values) // (2 if name.endswith((NEAR, HALF)) else 4) :].mean(0)
 
 
-def learned(results: Results, name: str) -> float:
+def learned(results: Fig5Results, name: str) -> float:
     """Mean number of directions whose singular value in the product is above half of V's."""
     return float((final(results, name, "singular") > results.array("theory", "singular") / 2).sum(-1).mean())
 
 
-def plot(results: Results) -> Any:
+def plot(results: Fig5Results) -> Any:
     """Norms against steps on images and on Gaussian data, SGD and GD; deviations from the theory against the rate."""
     fig, axes = style.figure(2, 2, width=5.4, height=3.6)
     colors = (style.SGD, style.SDE, style.ACCENT, style.OTHER)
@@ -212,9 +62,9 @@ def plot(results: Results) -> Any:
     return fig
 
 
-def _plot_rates(ax: Any, results: Results) -> None:
+def _plot_rates(ax: Any, results: Fig5Results) -> None:
     """Relative deviation of the last layer's norm against the learning rate, from section 9 and from random starts."""
-    lr = results.config["lr"]
+    lr = results.config.lr
     rates = np.array([lr / 2, lr])
     cases = (("sgd", "generic", "images, measured moments", "^"), ("gaussian", "closed", "Gaussian, section 9", "o"))
     for (name, theory, label, marker), color in zip(cases, (style.ACCENT, style.SGD), strict=True):
@@ -241,87 +91,84 @@ def _largest(claim: str, first: np.ndarray, second: np.ndarray, tolerance: float
     return from_ratio(claim, 1, first[:, worst], second[:, worst], tolerance, **judged)
 
 
-def verdicts(results: Results) -> list[Verdict]:
+def verdicts(results: Fig5Results) -> list[Verdict]:
     """Agreement of starts, middle layers, predictions; the two theories; GD; the limit of small learning rates."""
-    closed, measured = results.array("theory", "closed"), results.array("theory", "generic")
-    sgd, gaussian, gd, near = (final(results, n) for n in ("sgd", "gaussian", "gd", f"sgd{NEAR}"))
-    last, uneven = len(closed) - 1, slice(len(sgd) // 2, None)
-    independent = np.abs(results.array("theory", "generic_independent") / closed - 1).max()
-    ends = (0, 1, last)
-    middle = range(1, last - 1)
-    norm = lambda layer: f"||W_{layer + 1}||"
-    ratio = lambda layer: f"{norm(layer)} / {norm(layer + 1)}"
-    off = [final(results, f"gaussian{which}")[:, last] - closed[last] for which in (NEAR, HALF)]
-    section9, moments = "section 9 with the data's covariances", "from the measured moments"
     why = analysis(results)
-    limit = lambda name, i: (2 * final(results, name + HALF)[:, i], final(results, name + NEAR)[:, i])
     return [
-        Verdict(
-            "generic machinery / section 9 for independent noise: largest deviation",
-            0,
-            float(independent),
-            tolerance=1e-6,
-            relative=False,
-        ),
+        *_start_verdicts(results, why),
+        *_full_rate_verdicts(results, why),
+        *_limit_verdicts(results, why),
+    ]
+
+
+def _norm(layer: int) -> str:
+    return f"||W_{layer + 1}||"
+
+
+def _ends(results: Fig5Results) -> tuple[int, int, int]:
+    """The layers whose norms differ by section 9: the first, one of the equal middle ones, the last."""
+    return 0, 1, len(results.array("theory", "closed")) - 1
+
+
+def _start_verdicts(results: Fig5Results, why: str) -> list[Verdict]:
+    """The two theories agree, middle layers are equal, starts do not matter for SGD; for GD they do."""
+    sgd, gd, near = (final(results, n) for n in ("sgd", "gd", f"sgd{NEAR}"))
+    uneven, equal = slice(len(sgd) // 2, None), sgd[: len(sgd) // 2]
+    middle = range(1, _ends(results)[-1] - 1)
+    ratio = lambda layer: f"{_norm(layer)} / {_norm(layer + 1)}"
+    independent = results.array("theory", "generic_independent") / results.array("theory", "closed")
+    claim = "generic machinery / section 9 for independent noise: largest deviation"
+    starts = "images: start with equal / unequal norms, layer that differs most"
+    far = "images: random start / start at section 9, layer that differs most"
+    return [
+        Verdict(claim, 0, float(np.abs(independent - 1).max()), tolerance=1e-6, relative=False),
         *(
             from_seeds(f"images: {ratio(i)}, random start", 1, sgd[uneven, i] / sgd[uneven, i + 1], 0.06)
             for i in middle
         ),
-        _largest(
-            "images: start with equal / unequal norms, layer that differs most",
-            sgd[: len(sgd) // 2],
-            sgd[uneven],
-            0.03,
-        ),
-        _largest("images: random start / start at section 9, layer that differs most", sgd, near, 0.03, analysis=why),
+        _largest(starts, equal, sgd[uneven], 0.03),
+        _largest(far, sgd, near, 0.03, analysis=why),
         *(
             from_seeds(f"GD, random start: {ratio(i)}", 0.85, gd[uneven, i] / gd[uneven, i + 1], relation="below")
             for i in middle
         ),
-        *(
-            from_seeds(f"images: {norm(i)} {moments}", measured[i], sgd[:, i], 0.05, analysis=why)
-            for i in range(last + 1)
-        ),
-        *(
-            from_seeds(f"Gaussian data: {norm(i)}, section 9", closed[i], gaussian[:, i], 0.05, analysis=why)
-            for i in ends
-        ),
-        *(
-            from_seeds(
-                f"images: {norm(i)}, {section9}",
-                closed[i],
-                sgd[:, i],
-                0.05,
-                analysis=why,
-            )
-            for i in ends
-        ),
-        *(
-            from_difference(f"images, eta -> 0: {norm(i)} {moments}", measured[i], *limit("sgd", i), 0.02, analysis=why)
-            for i in range(last + 1)
-        ),
-        *(
-            from_difference(
-                f"Gaussian data, eta -> 0: {norm(i)}, section 9",
-                closed[i],
-                *limit("gaussian", i),
-                0.02,
-                analysis=why,
-            )
-            for i in ends
-        ),
-        from_ratio(
-            f"Gaussian data: deviation of {norm(last)} at eta / at eta/2",
-            2,
-            off[0],
-            off[1],
-            0.3,
-            analysis=why,
-        ),
     ]
 
 
-def analysis(results: Results) -> str:
+SECTION9, MOMENTS = "section 9 with the data's covariances", "from the measured moments"
+
+
+def _full_rate_verdicts(results: Fig5Results, why: str) -> list[Verdict]:
+    """Norms from random starts against the measured moments' equilibrium, and against section 9."""
+    closed, measured = results.array("theory", "closed"), results.array("theory", "generic")
+    sgd, gaussian = final(results, "sgd"), final(results, "gaussian")
+    judged = lambda claim, target, norms: from_seeds(claim, target, norms, 0.05, analysis=why)
+    return [
+        *(judged(f"images: {_norm(i)} {MOMENTS}", measured[i], sgd[:, i]) for i in range(len(closed))),
+        *(judged(f"Gaussian data: {_norm(i)}, section 9", closed[i], gaussian[:, i]) for i in _ends(results)),
+        *(judged(f"images: {_norm(i)}, {SECTION9}", closed[i], sgd[:, i]) for i in _ends(results)),
+    ]
+
+
+def _limit_verdicts(results: Fig5Results, why: str) -> list[Verdict]:
+    """The same as eta -> 0, from the two rates that start at section 9, and the order of the deviation."""
+    closed, measured = results.array("theory", "closed"), results.array("theory", "generic")
+    last = len(closed) - 1
+
+    def judged(claim: str, target: float, name: str, i: int) -> Verdict:
+        half, full = final(results, name + HALF)[:, i], final(results, name + NEAR)[:, i]
+        return from_difference(claim, target, 2 * half, full, 0.02, analysis=why)
+
+    off = [final(results, f"gaussian{which}")[:, last] - closed[last] for which in (NEAR, HALF)]
+    claim = f"Gaussian data: deviation of {_norm(last)} at eta / at eta/2"
+    return [
+        *(judged(f"images, eta -> 0: {_norm(i)} {MOMENTS}", measured[i], "sgd", i) for i in range(last + 1)),
+        *(judged(f"Gaussian data, eta -> 0: {_norm(i)}, section 9", closed[i], "gaussian", i) for i in _ends(results)),
+        from_ratio(claim, 2, off[0], off[1], 0.3, analysis=why),
+    ]
+
+
+def analysis(results: Fig5Results) -> str:
     """Deviations of all layers by start and learning rate, directions learned, and what still moves."""
     listed = lambda values: ", ".join(f"{v:+.1%}" for v in values)
     singular, closed = results.array("theory", "singular"), results.array("theory", "closed")

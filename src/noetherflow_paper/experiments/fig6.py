@@ -1,12 +1,13 @@
 """Figure 6: a tanh net aligns its two layers under SGD though it has no exact rotation symmetry."""
 
 from noetherflow_paper import alignment
+from noetherflow_paper.alignment import AlignmentConfig
 from noetherflow_paper.experiment import Experiment
 
-COMMON = {"d": 40, "width": 80, "first_variance": 5.0, "population": 2000, "activations": ["tanh"]}
+ACTIVATIONS = ("tanh",)
 SCALES = {
-    "quick": {**COMMON, "lr": 0.08, "batch": 200, "steps": 1000, "seeds": 4},
-    "paper": {**COMMON, "lr": 0.02, "batch": 50, "steps": 10_000, "seeds": 16},
+    "quick": AlignmentConfig(activations=ACTIVATIONS, lr=0.08, batch=200, steps=1000, seeds=4),
+    "paper": AlignmentConfig(activations=ACTIVATIONS, lr=0.02, batch=50, steps=10_000, seeds=16),
 }
 
 EXPERIMENT = Experiment(

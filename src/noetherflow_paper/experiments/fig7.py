@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,7 @@ from torch import Tensor
 
 from noetherflow.report import style
 from noetherflow_paper.experiment import (
-    Config,
     Experiment,
-    Point,
     Results,
     Setting,
     Verdict,
@@ -21,24 +20,50 @@ from noetherflow_paper.experiment import (
     generator,
     plain,
 )
-from noetherflow_paper.simulate import Network, Params, checkpoints, normal, simulate, squared_distance
+from noetherflow_paper.records import Config, Point
+from noetherflow_paper.simulate import METHODS, Method, Network, Params, checkpoints, normal, simulate, squared_distance
 
-COMMON = {"d": 10, "width": 16, "noise": 1.0, "lr": 0.01, "batch": 4, "population": 600}
+
+@dataclass(frozen=True, kw_only=True)
+class Fig7Config(Config):
+    """Sizes, noise and training; GD's mean gradient is over `population` inputs."""
+
+    d: int = 10
+    width: int = 16
+    noise: float = 1.0
+    lr: float = 0.01
+    batch: int = 4
+    population: int = 600
+    steps: int
+    gd_steps: int
+    seeds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fig7Point(Point):
+    """One net under one method."""
+
+    method: Method
+    net: str
+
+
 SCALES = {
-    "quick": {**COMMON, "steps": 6000, "gd_steps": 6000, "seeds": 8},
-    "paper": {**COMMON, "steps": 100_000, "gd_steps": 100_000, "seeds": 64},
+    "quick": Fig7Config(steps=6000, gd_steps=6000, seeds=8),
+    "paper": Fig7Config(steps=100_000, gd_steps=100_000, seeds=64),
 }
+
+
 NETS = ("A", "B")
 
 
-def points(config: Config) -> list[Point]:
+def points(config: Fig7Config) -> list[Fig7Point]:
     """Both nets under SGD and GD."""
-    return [{"name": f"{m} {n}", "method": m, "net": n} for n in NETS for m in ("sgd", "gd")]
+    return [Fig7Point(name=f"{m} {n}", method=m, net=n) for n in NETS for m in METHODS]
 
 
-def network(config: Config, net: str, rng: torch.Generator) -> Network:
+def network(config: Fig7Config, net: str, rng: torch.Generator) -> Network:
     """A: `sum_j u_j/|w| tanh(w_j . x/|u|)`; B: `sum_j u_j/|u| tanh(w_j . x/|w|)`; data `y = v . x + eps`."""
-    d = config["d"]
+    d = config.d
     v = normal((d,), rng) / d**0.5
 
     def forward(params: Params, x: Tensor) -> Tensor:
@@ -50,21 +75,21 @@ def network(config: Config, net: str, rng: torch.Generator) -> Network:
 
     def draw(replicas: int, samples: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         x = normal((replicas, samples, d), rng)
-        return x, (x @ v)[..., None] + config["noise"] * normal((replicas, samples, 1), rng)
+        return x, (x @ v)[..., None] + config.noise * normal((replicas, samples, 1), rng)
 
-    inputs = normal((1, config["population"], d), rng)
-    return Network(forward, squared_distance, draw, (inputs, (inputs @ v)[..., None]), config["batch"])
+    inputs = normal((1, config.population, d), rng)
+    return Network(forward, squared_distance, draw, (inputs, (inputs @ v)[..., None]), config.batch)
 
 
-def compute(config: Config, point: Point) -> dict[str, Any]:
+def compute(config: Fig7Config, point: Fig7Point) -> dict[str, Any]:
     """Squared norms of both layers `[T, seeds]`, and the ledger's running sum of `eta^2 |g_B|^2`."""
     rng = generator(7)
-    problem = network(config, point["net"], rng)
-    gd = point["method"] == "gd"
-    seeds = 2 if gd else config["seeds"]
+    problem = network(config, point.net, rng)
+    gd = point.method == "gd"
+    seeds = 2 if gd else config.seeds
     start = [
-        normal((seeds, config["width"], config["d"]), rng) / config["d"] ** 0.5,
-        normal((seeds, config["width"]), rng),
+        normal((seeds, config.width, config.d), rng) / config.d**0.5,
+        normal((seeds, config.width), rng),
     ]
     ledger = torch.zeros(seeds, dtype=torch.float64)
 
@@ -75,26 +100,26 @@ def compute(config: Config, point: Point) -> dict[str, Any]:
         w, u = params
         return {"w2": w.square().sum((1, 2)), "u2": u.square().sum(1), "ledger": ledger}
 
-    steps = config["gd_steps"] if gd else config["steps"]
+    steps = config.gd_steps if gd else config.steps
     run = simulate(
-        problem, start, steps, config["lr"], rng, record, at=checkpoints(steps, 60), method=point["method"], on_step=add
+        problem, start, steps, config.lr, rng, record, at=checkpoints(steps, 60), method=point.method, on_step=add
     )
     total = run.records["w2"] + run.records["u2"]
     unclosed = (total[-1] - total[0] - ledger) / total[0]
     return plain({"steps": run.steps, **run.records, "unclosed": unclosed})
 
 
-def growth(results: Results, name: str, key: str = "total") -> np.ndarray:
+def growth(results: Results[Fig7Config, Fig7Point], name: str, key: str = "total") -> np.ndarray:
     """Change of a squared norm over the run, per seed."""
     values = _total(results, name) if key == "total" else results.array(name, key)
     return values[-1] - values[0]
 
 
-def _total(results: Results, name: str) -> np.ndarray:
+def _total(results: Results[Fig7Config, Fig7Point], name: str) -> np.ndarray:
     return results.array(name, "w2") + results.array(name, "u2")
 
 
-def plot(results: Results) -> Any:
+def plot(results: Results[Fig7Config, Fig7Point]) -> Any:
     """Total norms above, norms of the layers below, for both nets."""
     fig, axes = style.figure(2, 2, width=5.2, height=3.2)
     for net, total_ax, layers in zip(NETS, axes[:2], axes[2:], strict=True):
@@ -115,7 +140,7 @@ def plot(results: Results) -> Any:
     return fig
 
 
-def verdicts(results: Results) -> list[Verdict]:
+def verdicts(results: Results[Fig7Config, Fig7Point]) -> list[Verdict]:
     """Growth, the ledger, GD, and the layers."""
     out = []
     for net in NETS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,7 @@ from noetherflow.core.settings import SGDConfig
 from noetherflow.report import style
 from noetherflow_paper import closed_form as cf
 from noetherflow_paper.experiment import (
-    Config,
     Experiment,
-    Point,
     Results,
     Setting,
     Verdict,
@@ -23,58 +22,93 @@ from noetherflow_paper.experiment import (
     plain,
 )
 from noetherflow_paper.generic import agreement, chain_charges, generic_charges, largest_gap, product_design
+from noetherflow_paper.records import Config, Point
 from noetherflow_paper.simulate import LinearNet, checkpoints, simulate
 from noetherflow_paper.theory import balance, fall_time, finite_step_gammas, orbit_flow, stretched
 
-BASE = {"lr": 0.03, "d": 20, "batch": 100}
-SWEEPS = {"lr": [0.02, 0.03, 0.045], "d": [10, 20, 40], "batch": [50, 100, 200]}
+
+@dataclass(frozen=True, kw_only=True)
+class Fig8Base:
+    """A learning rate, a dimension and a batch size."""
+
+    lr: float = 0.03
+    d: int = 20
+    batch: int = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fig8Sweeps:
+    """The values that replace those of the base, one setting at a time."""
+
+    lr: tuple[float, ...] = (0.02, 0.03, 0.045)
+    d: tuple[int, ...] = (10, 20, 40)
+    batch: tuple[int, ...] = (50, 100, 200)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fig8Config(Config):
+    """The base and the sweeps around it, the anisotropy, the stretch of the start, and the length of runs."""
+
+    base: Fig8Base = Fig8Base()
+    sweeps: Fig8Sweeps = Fig8Sweeps()
+    phi: float = 0.4
+    imbalance: float = 1.6
+    seeds: int = 8
+    folds: float = 1.6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fig8Point(Point):
+    """One learning rate, dimension and batch size."""
+
+    lr: float
+    d: int
+    batch: int
+
+
 SCALES = {
-    "quick": {"base": BASE, "sweeps": SWEEPS, "phi": 0.4, "imbalance": 1.6, "seeds": 8, "folds": 1.6},
-    "paper": {
-        "base": {**BASE, "d": 100, "lr": 0.008, "batch": 100},
-        "sweeps": {"lr": [0.004, 0.008, 0.012], "d": [50, 100, 200], "batch": [100, 200, 400]},
-        "phi": 0.4,
-        "imbalance": 1.6,
-        "seeds": 8,
-        "folds": 4.0,
-    },
+    "quick": Fig8Config(),
+    "paper": Fig8Config(
+        base=Fig8Base(lr=0.008, d=100),
+        sweeps=Fig8Sweeps(lr=(0.004, 0.008, 0.012), d=(50, 100, 200), batch=(100, 200, 400)),
+        folds=4.0,
+    ),
 }
+KEYS = ("lr", "d", "batch")
 
 
-def points(config: Config) -> list[Point]:
+def points(config: Fig8Config) -> list[Fig8Point]:
     """Each parameter swept around the base setting."""
-    found: dict[str, Point] = {}
-    for key, values in config["sweeps"].items():
-        for name, value in zip(swept(config, key), values, strict=True):
-            found.setdefault(name, {"name": name, **config["base"], key: value})
-    return list(found.values())
+    found = (point for key in KEYS for point in swept(config, key))
+    return list({point.name: point for point in found}.values())
 
 
-def swept(config: Config, key: str) -> list[str]:
-    """Names of the points of one sweep."""
-    return ["lr {lr} d {d} S {batch}".format(**{**config["base"], key: v}) for v in config["sweeps"][key]]
+def swept(config: Fig8Config, key: str) -> list[Fig8Point]:
+    """The points of one sweep: those of the base with each value of the setting `key`."""
+    bases = [replace(config.base, **{key: value}) for value in getattr(config.sweeps, key)]
+    return [Fig8Point(name=f"lr {b.lr} d {b.d} S {b.batch}", lr=b.lr, d=b.d, batch=b.batch) for b in bases]
 
 
-def scale_time(point: Point) -> float:
+def scale_time(point: Fig8Point) -> float:
     """`S / (4 eta^2 d)`: the relaxation time of isotropic data in steps."""
-    return float(point["batch"] / (4 * point["lr"] ** 2 * point["d"]))
+    return float(point.batch / (4 * point.lr**2 * point.d))
 
 
 def _covariances(phi: float, d: int) -> tuple[Tensor, Tensor]:
     return cf.identity_covariance(phi, d), torch.eye(d, dtype=torch.float64)
 
 
-def compute(config: Config, point: Point) -> dict[str, Any]:
+def compute(config: Fig8Config, point: Fig8Point) -> dict[str, Any]:
     """`log(||U||^2/||W||^2)` in training and along the integrated Noether flow; the charge's trace by leading order.
 
     `charge` `[T, seeds]` in training, `leading` `[T]` by the generic machinery from the starting point, `gap` its
     distance from the closed form.
     """
-    d, lr, batch = point["d"], point["lr"], point["batch"]
-    sigma_x, eye = _covariances(config["phi"], d)
-    u, w = stretched(eye, config["imbalance"])
-    marks = checkpoints(int(config["folds"] * scale_time(point)), 60)
-    seeds = config["seeds"]
+    d, lr, batch = point.d, point.lr, point.batch
+    sigma_x, eye = _covariances(config.phi, d)
+    u, w = stretched(eye, config.imbalance)
+    marks = checkpoints(int(config.folds * scale_time(point)), 60)
+    seeds = config.seeds
     start = [w.expand(seeds, -1, -1), u.expand(seeds, -1, -1)]
     net = LinearNet.of(eye, sigma_x, eye, batch)
     run = simulate(net, start, marks[-1], lr, generator(5), balance, at=marks)
@@ -87,19 +121,17 @@ def compute(config: Config, point: Point) -> dict[str, Any]:
     return plain({"steps": marks, **run.records, "theory": theory, **leading})
 
 
-def distance(results: Results, name: str, key: str) -> np.ndarray:
+def distance(results: Results[Fig8Config, Fig8Point], name: str, key: str) -> np.ndarray:
     """`log ratio - log ratio*`, `[T, ...]`."""
-    return results.array(name, key) - np.log(cf.identity_norm_ratio(results.config["phi"]))
+    return results.array(name, key) - np.log(cf.identity_norm_ratio(results.config.phi))
 
 
-def leading_over_measured(results: Results) -> np.ndarray:
+def leading_over_measured(results: Results[Fig8Config, Fig8Point]) -> np.ndarray:
     """Relaxation time of `||W||^2 - ||U||^2` by the generic machinery over SGD's, `[lr, seeds]`."""
     rows = []
-    for name in swept(results.config, "lr"):
-        d = next(point["d"] for point, _ in results.points if point["name"] == name)
-        u, w = cf.two_layer(
-            torch.eye(d, dtype=torch.float64), *cf.noise_matrices(*_covariances(results.config["phi"], d))
-        )
+    for point in swept(results.config, "lr"):
+        name, d = point.name, point.d
+        u, w = cf.two_layer(torch.eye(d, dtype=torch.float64), *cf.noise_matrices(*_covariances(results.config.phi, d)))
         steps, end = results.array(name, "steps"), float(w.square().sum() - u.square().sum())
         measured = [relaxation(steps, c - end) for c in results.array(name, "charge").T]
         rows.append(relaxation(steps, results.array(name, "leading") - end) / np.asarray(measured))
@@ -111,19 +143,20 @@ def relaxation(steps: np.ndarray, curve: np.ndarray) -> float:
     return fall_time(steps, curve, float(np.exp(-1)))
 
 
-def times(results: Results, name: str) -> tuple[np.ndarray, float]:
+def times(results: Results[Fig8Config, Fig8Point], name: str) -> tuple[np.ndarray, float]:
     """Measured relaxation steps per seed, and predicted."""
     steps = results.array(name, "steps")
     measured = np.array([relaxation(steps, c) for c in distance(results, name, "ratio").T])
     return measured, relaxation(steps, distance(results, name, "theory"))
 
 
-def plot(results: Results) -> Any:
+def plot(results: Results[Fig8Config, Fig8Point]) -> Any:
     """Distances for each sweep, and predicted against measured times."""
     fig, axes = style.figure(2, 2, width=5.4, height=3.6)
     colors, labels = (style.SGD, style.ACCENT, style.SDE), {"lr": r"$\eta$", "d": "$d$", "batch": "$S$"}
-    for ax, (key, values) in zip(axes, results.config["sweeps"].items(), strict=False):
-        for name, value, color in zip(swept(results.config, key), values, colors, strict=True):
+    for ax, key in zip(axes, KEYS, strict=False):
+        for point, color in zip(swept(results.config, key), colors, strict=True):
+            name, value = point.name, getattr(point, key)
             steps = results.array(name, "steps")
             style.band(ax, steps, distance(results, name, "ratio"), color, f"{labels[key]} = {value}")
             ax.plot(steps, distance(results, name, "theory"), "--", color=style.THEORY, lw=1)
@@ -137,7 +170,7 @@ def plot(results: Results) -> Any:
         ax.legend()
     line = []
     for point, _ in results.points:
-        measured, predicted = times(results, point["name"])
+        measured, predicted = times(results, point.name)
         style.dots(axes[3], [predicted], measured[None], style.SGD)
         line.append(predicted)
     axes[3].loglog(sorted(line), sorted(line), "--", color=style.THEORY, label="measured = predicted (first order)")
@@ -150,15 +183,15 @@ def plot(results: Results) -> Any:
     return fig
 
 
-def verdicts(results: Results) -> list[Verdict]:
+def verdicts(results: Results[Fig8Config, Fig8Point]) -> list[Verdict]:
     """Each relaxation time, and the exponents of the sweeps."""
     out = []
     for point, _ in results.points:
-        measured, predicted = times(results, point["name"])
-        out.append(from_seeds(f"relaxation steps at {point['name']}", predicted, measured, 0.02))
+        measured, predicted = times(results, point.name)
+        out.append(from_seeds(f"relaxation steps at {point.name}", predicted, measured, 0.02))
     for key, power in (("lr", -2), ("d", -1), ("batch", 1)):
-        logs = [[np.log(t) for t in times(results, name)] for name in swept(results.config, key)]
-        at = np.log(results.config["sweeps"][key])
+        logs = [[np.log(t) for t in times(results, p.name)] for p in swept(results.config, key)]
+        at = np.log(getattr(results.config.sweeps, key))
         measured, predicted = (np.polyfit(at, np.stack(values), 1)[0] for values in zip(*logs, strict=True))
         label = f"relaxation time ~ {key}^p, p (leading order {power})"
         difference = 4 if key == "batch" else 0
@@ -166,7 +199,7 @@ def verdicts(results: Results) -> list[Verdict]:
     out.append(agreement("charges along the flow, leading order", [d["gap"] for _, d in results.points], 1e-3))
     ratio = leading_over_measured(results)
     label = "relaxation time of ||W||^2 - ||U||^2, eta -> 0: generic machinery (leading order) / SGD"
-    limit = np.polyfit(results.config["sweeps"]["lr"], ratio, 1)[1]
+    limit = np.polyfit(results.config.sweeps.lr, ratio, 1)[1]
     out.append(from_seeds(label, 1, limit, 0.05))
     return out
 
@@ -180,7 +213,7 @@ EXPERIMENT = Experiment(
         "the start (leading order)."
     ),
     scales=SCALES,
-    work=lambda c: c["seeds"] * c["folds"] * sum(p["d"] ** 2 * scale_time(p) for p in points(c)),
+    work=lambda c: c.seeds * c.folds * sum(p.d**2 * scale_time(p) for p in points(c)),
     points=points,
     compute=compute,
     plot=plot,
@@ -203,6 +236,6 @@ EXPERIMENT = Experiment(
     variations={
         "U too small instead (1/1.6)": {"imbalance": 0.625},
         "phi 0.8": {"phi": 0.8},
-        "base learning rate 0.02": {"base": {**BASE, "lr": 0.02}, "sweeps": {**SWEEPS, "lr": [0.01, 0.02, 0.03]}},
+        "base learning rate 0.02": {"base": Fig8Base(lr=0.02), "sweeps": Fig8Sweeps(lr=(0.01, 0.02, 0.03))},
     },
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,7 @@ from noetherflow.report import style
 from noetherflow_paper import closed_form as cf
 from noetherflow_paper import generic
 from noetherflow_paper.experiment import (
-    Config,
     Experiment,
-    Point,
     Results,
     Setting,
     Verdict,
@@ -25,29 +24,47 @@ from noetherflow_paper.experiment import (
     generator,
     plain,
 )
-from noetherflow_paper.simulate import LinearNet, Params, normal, simulate
+from noetherflow_paper.records import Config
+from noetherflow_paper.simulate import METHODS, LinearNet, MethodPoint, Params, normal, simulate
 from noetherflow_paper.theory import first_order_equilibrium
 
-COMMON = {"d": 8, "width": 12, "phi_x": 0.4, "phi_eps": 0.15, "lr": 0.04, "batch": 60}
+
+@dataclass(frozen=True, kw_only=True)
+class HeroConfig(Config):
+    """Sizes, anisotropies, and how many starts and copies of each are trained for how long."""
+
+    d: int = 8
+    width: int = 12
+    phi_x: float = 0.4
+    phi_eps: float = 0.15
+    lr: float = 0.04
+    batch: int = 60
+    starts: int
+    steps: int
+    copies: int
+
+
 SCALES = {
-    "quick": {**COMMON, "starts": 48, "steps": 25_000, "copies": 2},
-    "paper": {**COMMON, "lr": 0.01, "starts": 200, "steps": 500_000, "copies": 4},
+    "quick": HeroConfig(starts=48, steps=25_000, copies=2),
+    "paper": HeroConfig(lr=0.01, starts=200, steps=500_000, copies=4),
 }
 
+HeroResults = Results[HeroConfig, MethodPoint]
 
-def points(config: Config) -> list[Point]:
+
+def points(config: HeroConfig) -> list[MethodPoint]:
     """The same starts under SGD and GD."""
-    return [{"name": "sgd"}, {"name": "gd"}]
+    return [MethodPoint(name=m, method=m) for m in METHODS]
 
 
-def covariances(config: Config) -> tuple[Tensor, Tensor]:
+def covariances(config: HeroConfig) -> tuple[Tensor, Tensor]:
     """Input and label-noise covariances, both anisotropic."""
-    return cf.identity_covariance(config["phi_x"], config["d"]), cf.identity_covariance(config["phi_eps"], config["d"])
+    return cf.identity_covariance(config.phi_x, config.d), cf.identity_covariance(config.phi_eps, config.d)
 
 
-def starts(config: Config) -> Params:
+def starts(config: HeroConfig) -> Params:
     """Gaussian factors whose sizes run around an ellipse in the plane of log norms."""
-    count, d, width, rng = config["starts"], config["d"], config["width"], generator(21)
+    count, d, width, rng = config.starts, config.d, config.width, generator(21)
     angle = torch.linspace(0, 2 * torch.pi, count + 1, dtype=torch.float64)[:-1]
     # In the plane (log |W|, log |U|): long axis along the orbit direction (1, -1), short axis along (1, 1).
     along, across = 1.15 * angle.cos(), -0.35 + 0.75 * angle.sin()
@@ -57,24 +74,24 @@ def starts(config: Config) -> Params:
     return [w, u / u.norm(dim=(1, 2), keepdim=True) * (size * (across + along).exp())[:, None, None]]
 
 
-def equilibrium(config: Config) -> tuple[Tensor, Tensor]:
+def equilibrium(config: HeroConfig) -> tuple[Tensor, Tensor]:
     """`(U, W)` of theory.md section 8, as eta -> 0."""
     sx, se = covariances(config)
-    return cf.two_layer(torch.eye(config["d"], dtype=torch.float64), *cf.noise_matrices(sx, se))
+    return cf.two_layer(torch.eye(config.d, dtype=torch.float64), *cf.noise_matrices(sx, se))
 
 
-def first_order(config: Config) -> tuple[Tensor, Tensor]:
+def first_order(config: HeroConfig) -> tuple[Tensor, Tensor]:
     """`(U, W)` where the Noether flow with R_B at first order in eta ends."""
     sx, se = covariances(config)
-    sgd = SGDConfig(config["lr"], config["batch"])
-    eye = torch.eye(config["d"], dtype=torch.float64)
+    sgd = SGDConfig(config.lr, config.batch)
+    eye = torch.eye(config.d, dtype=torch.float64)
     return first_order_equilibrium(eye, sx, se, sgd, int(100 / sgd.lr**2))
 
 
-def generic_agreement(config: Config) -> Verdict:
+def generic_agreement(config: HeroConfig) -> Verdict:
     """The generic machinery on data with these moments finds the equilibrium and its `Tr H` of theory.md section 8."""
-    sgd = SGDConfig(config["lr"], config["batch"])
-    gaps = generic.closed_form_gaps(torch.eye(config["d"], dtype=torch.float64), *covariances(config), sgd)
+    sgd = SGDConfig(config.lr, config.batch)
+    gaps = generic.closed_form_gaps(torch.eye(config.d, dtype=torch.float64), *covariances(config), sgd)
     return generic.agreement("||U||^2/||W||^2 and Tr H at the equilibrium", np.abs(gaps), 1e-6)
 
 
@@ -83,13 +100,13 @@ def log_ratio(u: Tensor, w: Tensor) -> float:
     return float((u.norm() / w.norm()).log())
 
 
-def compute(config: Config, point: Point) -> dict[str, Any]:
+def compute(config: HeroConfig, point: MethodPoint) -> dict[str, Any]:
     """`log ||W||`, `log ||U||` along the way, `[T, starts]`, and whole-matrix distances to the equilibrium."""
     sx, se = covariances(config)
-    eye = torch.eye(config["d"], dtype=torch.float64)
-    copies = config["copies"] if point["name"] == "sgd" else 1
+    eye = torch.eye(config.d, dtype=torch.float64)
+    copies = config.copies if point.name == "sgd" else 1
     start = [p.repeat(copies, 1, 1) for p in starts(config)]
-    net = LinearNet.of(eye, sx, se, config["batch"])
+    net = LinearNet.of(eye, sx, se, config.batch)
     best = equilibrium(config)[1]
     gram = best.mT @ best
 
@@ -97,10 +114,10 @@ def compute(config: Config, point: Point) -> dict[str, Any]:
         w, u = params
         mean = (w.mT @ w).reshape(copies, -1, *gram.shape).mean(0)
         distance = (mean - gram).norm(dim=(1, 2)) / gram.norm()
-        first = config["starts"]
+        first = config.starts
         return {"w": w.norm(dim=(1, 2)).log()[:first], "u": u.norm(dim=(1, 2)).log()[:first], "distance": distance}
 
-    steps = config["steps"] if point["name"] == "sgd" else 4000
+    steps = config.steps if point.name == "sgd" else 4000
     marks = sorted(
         {
             0,
@@ -110,69 +127,55 @@ def compute(config: Config, point: Point) -> dict[str, Any]:
     )
     # Large starts need a small rate until the loss has fallen; every run gets the same short ramp.
     ramp = 400
-    rate = lambda step: config["lr"] * min(1.0, 0.02 + step / ramp)
-    run = simulate(net, start, steps, rate, generator(22), record, at=marks, method=point["name"])
+    rate = lambda step: config.lr * min(1.0, 0.02 + step / ramp)
+    run = simulate(net, start, steps, rate, generator(22), record, at=marks, method=point.method)
     return plain({"steps": run.steps, **run.records, "diverged": int(run.diverged.sum())})
 
 
-def plot(results: Results) -> Any:
+def plot(results: HeroResults) -> Any:
     """The plane of log norms under GD and SGD, and the distance to the fixed point."""
     mpl: Any = require("matplotlib", "report")
     fig, (gd, sgd, distance) = style.figure(3, width=4.5, height=4.2)
-    colors = mpl.colormaps["turbo"](np.linspace(0.03, 0.97, results.config["starts"]))
-    u, w = equilibrium(results.config)
-    nearby, moved = first_order(results.config), w.mT @ w
-    floor = float((nearby[1].mT @ nearby[1] - moved).norm() / moved.norm())
+    colors = mpl.colormaps["turbo"](np.linspace(0.03, 0.97, results.config.starts))
     for ax, name, title in ((gd, "gd", "gradient descent: memory"), (sgd, "sgd", "SGD: one fixed point")):
-        x, y = results.array(name, "w") / np.log(10), results.array(name, "u") / np.log(10)
-        for i, color in enumerate(colors):
-            ax.plot(x[:, i], y[:, i], color=color, lw=1.1, alpha=0.9)
-        ax.scatter(
-            x[0],
-            y[0],
-            c=colors,
-            s=16,
-            marker="o",
-            edgecolors="white",
-            linewidths=0.5,
-            zorder=3,
-            label="initialisations",
-        )
-        ax.plot(
-            float(w.norm().log10()),
-            float(u.norm().log10()),
-            "*",
-            ms=24,
-            mfc="#ffd23f",
-            mec=style.THEORY,
-            zorder=4 if name == "sgd" else 2,
-            label="predicted equilibrium",
-        )
-        ax.scatter(x[-1], y[-1], c=style.THEORY, s=9, marker="o", zorder=6, label="end of training")
-        ax.set(
-            xlabel=r"$\log_{10}\|W\|$",
-            ylabel=r"$\log_{10}\|U\|$",
-            title=title,
-            xlim=(-0.4, 1.1),
-            ylim=(-0.4, 1.1),
-            aspect="equal",
-        )
+        _plot_plane(ax, results, name, colors)
+        ax.set(title=title)
     gd.legend(loc="upper right", fontsize=8)
-    for name in ("gd", "sgd"):
+    _plot_distance(distance, results, colors)
+    return fig
+
+
+def _plot_plane(ax: Any, results: HeroResults, name: str, colors: Any) -> None:
+    """Paths of all starts in the plane of log norms under one method, and the predicted equilibrium."""
+    u, w = equilibrium(results.config)
+    x, y = results.array(name, "w") / np.log(10), results.array(name, "u") / np.log(10)
+    for i, color in enumerate(colors):
+        ax.plot(x[:, i], y[:, i], color=color, lw=1.1, alpha=0.9)
+    dots = {"marker": "o", "edgecolors": "white", "linewidths": 0.5, "zorder": 3, "label": "initialisations"}
+    ax.scatter(x[0], y[0], c=colors, s=16, **dots)
+    above = {"zorder": 4 if name == "sgd" else 2, "label": "predicted equilibrium"}
+    star = float(w.norm().log10()), float(u.norm().log10())
+    ax.plot(*star, "*", ms=24, mfc="#ffd23f", mec=style.THEORY, **above)
+    ax.scatter(x[-1], y[-1], c=style.THEORY, s=9, marker="o", zorder=6, label="end of training")
+    labels = {"xlabel": r"$\log_{10}\|W\|$", "ylabel": r"$\log_{10}\|U\|$"}
+    ax.set(**labels, xlim=(-0.4, 1.1), ylim=(-0.4, 1.1), aspect="equal")
+
+
+def _plot_distance(ax: Any, results: HeroResults, colors: Any) -> None:
+    """Distances of `W^T W` to its prediction against steps, and the shift of order eta that theory predicts."""
+    w, nearby = equilibrium(results.config)[1], first_order(results.config)[1]
+    moved = w.mT @ w
+    floor = float((nearby.mT @ nearby - moved).norm() / moved.norm())
+    for name, width in (("gd", 0.6), ("sgd", 1)):
         steps, values = results.array(name, "steps"), results.array(name, "distance")
         for i, color in enumerate(colors):
-            distance.plot(
-                np.maximum(steps, 1),
-                values[:, i],
-                color=color if name == "sgd" else style.MUTED,
-                lw=1 if name == "sgd" else 0.6,
-                alpha=0.8,
-            )
-    distance.plot([], [], color=colors[len(colors) // 3], label="SGD")
-    distance.plot([], [], color=style.MUTED, label="GD")
-    distance.axhline(floor, color=style.THEORY, ls="--", lw=1)
-    distance.text(1, 1.12 * floor, r"theory: shift of the mean, of order $\eta$", fontsize=8)
-    distance.set(
+            shown = color if name == "sgd" else style.MUTED
+            ax.plot(np.maximum(steps, 1), values[:, i], color=shown, lw=width, alpha=0.8)
+    ax.plot([], [], color=colors[len(colors) // 3], label="SGD")
+    ax.plot([], [], color=style.MUTED, label="GD")
+    ax.axhline(floor, color=style.THEORY, ls="--", lw=1)
+    ax.text(1, 1.12 * floor, r"theory: shift of the mean, of order $\eta$", fontsize=8)
+    ax.set(
         xscale="log",
         yscale="log",
         xlabel="step",
@@ -180,17 +183,16 @@ def plot(results: Results) -> Any:
         title="distance to the predicted point",
         ylim=(0.3 * floor, None),
     )
-    distance.legend(loc="lower left", ncols=2)
-    return fig
+    ax.legend(loc="lower left", ncols=2)
 
 
-def _late(results: Results, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _late(results: HeroResults, name: str) -> tuple[np.ndarray, np.ndarray]:
     """`log(|U|/|W|)` and the distance, averaged over the last twenty records, per start."""
     ratio = results.array(name, "u") - results.array(name, "w")
     return ratio[-20:].mean(0), results.array(name, "distance")[-20:].mean(0)
 
 
-def verdicts(results: Results) -> list[Verdict]:
+def verdicts(results: HeroResults) -> list[Verdict]:
     """Spread of the end points over the starts, place of the common end point."""
     (sgd, near), (gd, far) = _late(results, "sgd"), _late(results, "gd")
     begin = (results.array("sgd", "u") - results.array("sgd", "w"))[0]
@@ -220,7 +222,7 @@ EXPERIMENT = Experiment(
         "noise_equilibrium from the norm-balanced solution."
     ),
     scales=SCALES,
-    work=lambda c: c["starts"] * c["copies"] * c["steps"],
+    work=lambda c: c.starts * c.copies * c.steps,
     points=points,
     compute=compute,
     plot=plot,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,7 @@ from noetherflow.core.settings import SGDConfig
 from noetherflow.report import style
 from noetherflow_paper import closed_form as cf
 from noetherflow_paper.experiment import (
-    Config,
     Experiment,
-    Point,
     Results,
     Setting,
     Verdict,
@@ -22,44 +21,71 @@ from noetherflow_paper.experiment import (
     plain,
 )
 from noetherflow_paper.generic import agreement, chain_charges, generic_charges, largest_gap, product_design
+from noetherflow_paper.records import Config, Point
 from noetherflow_paper.simulate import LinearNet, checkpoints, simulate
 from noetherflow_paper.theory import balance, fall_time, orbit_flow, stretched
 
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateRule:
+    """SGD with momentum, or Adam where its betas are given; `imbalance` in place of the configuration's."""
+
+    lr: float
+    momentum: float = 0.0
+    adam: tuple[float, float] | None = None
+    imbalance: float | None = None
+
+
 RULES = {
-    "SGD": {"lr": 0.03},
-    "momentum 0.9": {"lr": 0.003, "momentum": 0.9},
-    "momentum 0.9, larger lr": {"lr": 0.005, "momentum": 0.9},
-    "Adam": {"lr": 0.02, "adam": [0.9, 0.999]},
-    "Adam, start below": {"lr": 0.02, "adam": [0.9, 0.999], "imbalance": 0.8},
+    "SGD": UpdateRule(lr=0.03),
+    "momentum 0.9": UpdateRule(lr=0.003, momentum=0.9),
+    "momentum 0.9, larger lr": UpdateRule(lr=0.005, momentum=0.9),
+    "Adam": UpdateRule(lr=0.02, adam=(0.9, 0.999)),
+    "Adam, start below": UpdateRule(lr=0.02, adam=(0.9, 0.999), imbalance=0.8),
 }
-COMMON = {"d": 16, "phi_eps": 0.2, "batch": 60, "imbalance": 1.6, "rules": RULES}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MomentumConfig(Config):
+    """The net, its label noise, how far U and W are stretched apart at the start, and the update rules by name."""
+
+    d: int = 16
+    phi_eps: float = 0.2
+    batch: int = 60
+    imbalance: float = 1.6
+    rules: dict[str, UpdateRule] = field(default_factory=lambda: dict(RULES))
+    steps: int
+    seeds: int
+
+
 SCALES = {
-    "quick": {**COMMON, "steps": 7000, "seeds": 4},
-    "paper": {**COMMON, "d": 30, "batch": 100, "steps": 100_000, "seeds": 16},
+    "quick": MomentumConfig(steps=7000, seeds=4),
+    "paper": MomentumConfig(d=30, batch=100, steps=100_000, seeds=16),
 }
 
 
-def points(config: Config) -> list[Point]:
+def points(config: MomentumConfig) -> list[Point]:
     """One point per update rule."""
-    return [{"name": name} for name in config["rules"]]
+    return [Point(name=name) for name in config.rules]
 
 
-def compute(config: Config, point: Point) -> dict[str, Any]:
+def compute(config: MomentumConfig, point: Point) -> dict[str, Any]:
     """`log(||U||^2/||W||^2)` and `||W||^2 - ||U||^2` `[T, seeds]`; theory for (momentum) SGD.
 
     `theory`, `leading`: the same by closed form and by the generic machinery, `gap` between the two.
     """
-    rule, d, seeds = config["rules"][point["name"]], config["d"], config["seeds"]
-    eye, sigma_eps = torch.eye(d, dtype=torch.float64), cf.identity_covariance(config["phi_eps"], d)
-    u, w = stretched(eye, rule.get("imbalance", config["imbalance"]))
-    net = LinearNet.of(eye, eye, sigma_eps, config["batch"])
-    marks = checkpoints(config["steps"], 80)
-    options = {"momentum": rule.get("momentum", 0.0), "adam": tuple(rule["adam"]) if "adam" in rule else None}
+    rule, d, seeds = config.rules[point.name], config.d, config.seeds
+    eye, sigma_eps = torch.eye(d, dtype=torch.float64), cf.identity_covariance(config.phi_eps, d)
+    u, w = stretched(eye, rule.imbalance or config.imbalance)
+    net = LinearNet.of(eye, eye, sigma_eps, config.batch)
+    marks = checkpoints(config.steps, 80)
     start = [w.expand(seeds, -1, -1), u.expand(seeds, -1, -1)]
-    run = simulate(net, start, config["steps"], rule["lr"], generator(31), balance, at=marks, **options)
+    run = simulate(
+        net, start, config.steps, rule.lr, generator(31), balance, at=marks, momentum=rule.momentum, adam=rule.adam
+    )
     out: dict[str, Any] = {"steps": marks, **run.records}
-    if "adam" not in rule:
-        sgd = SGDConfig(rule["lr"], config["batch"], momentum=options["momentum"])
+    if rule.adam is None:
+        sgd = SGDConfig(rule.lr, config.batch, momentum=rule.momentum)
         us, ws = orbit_flow(u, w, cf.noise_matrices(eye, sigma_eps), sgd, marks)
         out["theory"] = [float(balance([b, a])["ratio"]) for a, b in zip(us, ws, strict=True)]
         charges = generic_charges([w, u], *product_design(eye, eye, sigma_eps), sgd, marks)
@@ -68,21 +94,21 @@ def compute(config: Config, point: Point) -> dict[str, Any]:
     return plain(out)
 
 
-def equilibrium(config: Config) -> float:
+def equilibrium(config: MomentumConfig) -> float:
     """`log(||U||^2/||W||^2) = -log(phi (2 - phi)) / 2` of theory.md section 8."""
-    return -float(np.log(cf.identity_norm_ratio(config["phi_eps"])))
+    return -float(np.log(cf.identity_norm_ratio(config.phi_eps)))
 
 
-def plot(results: Results) -> Any:
+def plot(results: Results[MomentumConfig, Point]) -> Any:
     """Log ratio against steps for every rule."""
     fig, (ax,) = style.figure(1, width=7.0, height=4.0)
     for name, color in zip(
-        results.config["rules"], (style.SGD, style.SDE, style.ACCENT, style.GD, style.OTHER), strict=True
+        results.config.rules, (style.SGD, style.SDE, style.ACCENT, style.GD, style.OTHER), strict=True
     ):
-        rule = results.config["rules"][name]
+        rule = results.config.rules[name]
         steps = results.array(name, "steps")
-        style.band(ax, steps, results.array(name, "ratio"), color, f"{name} (lr {rule['lr']:g})")
-        if "adam" not in rule:
+        style.band(ax, steps, results.array(name, "ratio"), color, f"{name} (lr {rule.lr:g})")
+        if rule.adam is None:
             ax.plot(steps, results.array(name, "theory"), "--", color=style.THEORY, lw=1)
     ax.plot([], [], "--", color=style.THEORY, lw=1, label=r"theory: $\eta/(1-\mu)$")
     ax.axhline(equilibrium(results.config), color=style.MUTED, ls=":", label="equilibrium of (momentum) SGD")
@@ -91,20 +117,20 @@ def plot(results: Results) -> Any:
     return fig
 
 
-def _time(results: Results, name: str, key: str) -> np.ndarray:
+def _time(results: Results[MomentumConfig, Point], name: str, key: str) -> np.ndarray:
     """Steps until the distance to the equilibrium has halved, per column."""
     steps = results.array(name, "steps")
     values = results.array(name, key).reshape(len(steps), -1) - equilibrium(results.config)
     return np.array([fall_time(steps, c, 0.5) for c in values.T])
 
 
-def verdicts(results: Results) -> list[Verdict]:
+def verdicts(results: Results[MomentumConfig, Point]) -> list[Verdict]:
     """End points, speeds, and Adam."""
     c, out = results.config, []
     end = lambda name: results.array(name, "ratio")[-8:].mean(0)
     target = equilibrium(c)
-    for name, rule in c["rules"].items():
-        if "adam" in rule:
+    for name, rule in c.rules.items():
+        if rule.adam is not None:
             continue
         out.append(from_seeds(f"{name}: log(|U|^2/|W|^2) at the end", target, end(name), 0.05, relative=False))
         out.append(
@@ -119,7 +145,7 @@ def verdicts(results: Results) -> list[Verdict]:
         label = f"{name}: |W|^2 - |U|^2 at the end minus the generic machinery's forecast, over the start's"
         gap = (charge[-8:].mean(0) - leading[-8:].mean()) / leading[0]
         out.append(from_seeds(label, 0, gap, 0.05, relative=False))
-    gaps = [results[name]["gap"] for name, rule in c["rules"].items() if "adam" not in rule]
+    gaps = [results[name]["gap"] for name, rule in c.rules.items() if rule.adam is None]
     out.append(agreement("charges along the flow", gaps, 1e-3))
     both = [end("Adam"), end("Adam, start below")]
     out.append(from_seeds("Adam: end from above minus end from below", 0, both[0] - both[1], 0.1, relative=False))

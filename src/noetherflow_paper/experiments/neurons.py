@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -16,9 +18,7 @@ from noetherflow.core.settings import SGDConfig
 from noetherflow.report import style
 from noetherflow.workloads import digits
 from noetherflow_paper.experiment import (
-    Config,
     Experiment,
-    Point,
     Results,
     Setting,
     Verdict,
@@ -26,19 +26,51 @@ from noetherflow_paper.experiment import (
     generator,
     plain,
 )
+from noetherflow_paper.records import Config, Point
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeuronsCase:
+    """Training of one model: rate, batch, steps before and after the measurement, and samples measured."""
+
+    lr: float
+    batch: int = 8
+    before: int
+    steps: int
+    measured: int
+
 
 CASES = {
-    "language model": {"lr": 0.3, "batch": 8, "before": 250, "steps": 250, "measured": 768},
-    "CNN": {"lr": 0.15, "batch": 8, "before": 300, "steps": 400, "measured": 1797},
+    "language model": NeuronsCase(lr=0.3, before=250, steps=250, measured=768),
+    "CNN": NeuronsCase(lr=0.15, before=300, steps=400, measured=1797),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeuronsConfig(Config):
+    """The models by name, the context of the language model, and how often the charges are looked at."""
+
+    cases: dict[str, NeuronsCase] = field(default_factory=lambda: dict(CASES))
+    seeds: int
+    context: int
+    marks: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeuronsPoint(Point):
+    """One of the cases."""
+
+    case: NeuronsCase
+
+
 SCALES = {
-    "quick": {"cases": CASES, "seeds": 5, "context": 24, "marks": 16},
-    "paper": {
-        "cases": {k: {**v, "lr": v["lr"] / 3, "steps": 20_000, "before": 3000} for k, v in CASES.items()},
-        "seeds": 8,
-        "context": 64,
-        "marks": 40,
-    },
+    "quick": NeuronsConfig(seeds=5, context=24, marks=16),
+    "paper": NeuronsConfig(
+        cases={k: replace(case, lr=case.lr / 3, steps=20_000, before=3000) for k, case in CASES.items()},
+        seeds=8,
+        context=64,
+        marks=40,
+    ),
 }
 
 
@@ -69,8 +101,31 @@ def text_windows(context: int) -> tuple[Tensor, int]:
     return codes.unfold(0, context + 1, context).contiguous(), len(letters)
 
 
-def problem(name: str, config: Config) -> tuple[nn.Module, Any, Tensor, Tensor]:
-    """`(model, per-sample loss, inputs, targets)`, float64."""
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A model in float64, its per-sample loss, and all inputs and targets."""
+
+    model: nn.Module
+    loss: Any
+    x: Tensor
+    y: Tensor
+
+    def train(self, case: NeuronsCase, steps: int, rng: torch.Generator) -> Iterator[int]:
+        """Plain SGD on batches drawn with replacement; yields every step from 0 to `steps` before it is taken."""
+        params = list(self.model.parameters())
+        for step in range(steps + 1):
+            yield step
+            if step == steps:
+                return
+            index = torch.randint(len(self.x), (case.batch,), generator=rng)
+            grads = torch.autograd.grad(self.loss(self.model, (self.x[index], self.y[index])).mean(), params)
+            with torch.no_grad():
+                for p, g in zip(params, grads, strict=True):
+                    p.sub_(g, alpha=case.lr)
+
+
+def problem(name: str, config: NeuronsConfig) -> Task:
+    """The model called `name` with its data."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if name == "CNN":
@@ -86,42 +141,17 @@ def problem(name: str, config: Config) -> tuple[nn.Module, Any, Tensor, Tensor]:
                 nn.Linear(48, 10),
             )
             loss = lambda m, batch: F.cross_entropy(m(batch[0]), batch[1], reduction="none")
-            return cnn.double(), loss, images, labels
-        windows, vocabulary = text_windows(config["context"])
+            return Task(cnn.double(), loss, images, labels)
+        windows, vocabulary = text_windows(config.context)
         windows = windows[torch.randperm(len(windows))]
-        lm = CharacterModel(vocabulary, config["context"]).double()
+        lm = CharacterModel(vocabulary, config.context).double()
         per_window = lambda m, batch: F.cross_entropy(m(batch[0]).mT, batch[1], reduction="none").mean(1)
-        return lm, per_window, windows[:, :-1], windows[:, 1:]
+        return Task(lm, per_window, windows[:, :-1], windows[:, 1:])
 
 
-def points(config: Config) -> list[Point]:
+def points(config: NeuronsConfig) -> list[NeuronsPoint]:
     """One point per model."""
-    return [{"name": name, **case} for name, case in config["cases"].items()]
-
-
-def train(
-    model: nn.Module,
-    loss: Any,
-    x: Tensor,
-    y: Tensor,
-    point: Point,
-    steps: int,
-    rng: torch.Generator,
-    see: Any = None,
-    marks: tuple[int, ...] = (),
-) -> None:
-    """Plain SGD with replacement."""
-    params = list(model.parameters())
-    for step in range(steps + 1):
-        if step in marks:
-            see()
-        if step == steps:
-            return
-        index = torch.randint(len(x), (point["batch"],), generator=rng)
-        grads = torch.autograd.grad(loss(model, (x[index], y[index])).mean(), params)
-        with torch.no_grad():
-            for p, g in zip(params, grads, strict=True):
-                p.sub_(g, alpha=point["lr"])
+    return [NeuronsPoint(name=name, case=case) for name, case in config.cases.items()]
 
 
 def neurons_of(model: nn.Module, example: Tensor) -> Any:
@@ -131,40 +161,40 @@ def neurons_of(model: nn.Module, example: Tensor) -> Any:
     return syms.without({s.name: "not a hidden neuron" for s in syms if other(s)})
 
 
-def compute(config: Config, point: Point) -> dict[str, Any]:
+def compute(config: NeuronsConfig, point: NeuronsPoint) -> dict[str, Any]:
     """Charges of every neuron `[T, seeds, neurons]` after the measurement, and their forecasts `[T, neurons]`.
 
     Also, along each run, the drift `E[C' - C]` and the loss measured again at every mark.
     """
-    model, loss, x, y = problem(point["name"], config)
-    train(model, loss, x, y, point, point["before"], generator(61))
-    syms, sgd = neurons_of(model, x[:2]), SGDConfig(point["lr"], point["batch"])
-    sample = [(x[: point["measured"]], y[: point["measured"]])]
-    marks = tuple(round(point["steps"] * k / config["marks"]) for k in range(config["marks"] + 1))
-    moments = nf.gradient_moments(model, loss, sample, syms, entries=True, groups=1)
+    task, case = problem(point.name, config), point.case
+    model = task.model
+    for _ in task.train(case, case.before, generator(61)):
+        pass
+    syms, sgd = neurons_of(model, task.x[:2]), SGDConfig(case.lr, case.batch)
+    sample = [(task.x[: case.measured], task.y[: case.measured])]
+    marks = tuple(round(case.steps * k / config.marks) for k in range(config.marks + 1))
+    moments = nf.gradient_moments(model, task.loss, sample, syms, entries=True, groups=1)
     predicted = nf.noether_flow(model, syms, moments, sgd).forecast(list(marks))
     saved = {n: t.clone() for n, t in model.state_dict().items()}
 
     def state() -> dict[str, Tensor]:
         params = {n: p.detach() for n, p in model.named_parameters()}
-        now = nf.gradient_moments(model, loss, sample, syms, groups=1)
+        now = nf.gradient_moments(model, task.loss, sample, syms, groups=1)
         drift = [sgd.lr**2 * s.combine(now.batch_grams(s, sgd)) for s in syms]
         charges = torch.cat([s.charge(params) for s in syms])
         return {"charges": charges, "drift": torch.cat(drift), "loss": torch.tensor(now.loss)}
 
     runs = []
-    for seed in range(config["seeds"]):
+    for seed in range(config.seeds):
         model.load_state_dict(saved)
-        rows: list[dict[str, Tensor]] = []
-        see = lambda rows=rows: rows.append(state())
-        train(model, loss, x, y, point, point["steps"], generator(62 + seed), see, marks)
+        rows = [state() for step in task.train(case, case.steps, generator(62 + seed)) if step in marks]
         runs.append({k: torch.stack([row[k] for row in rows]) for k in rows[0]})
     along = {k: torch.stack([run[k] for run in runs], 1) for k in runs[0]}
     forecasts = torch.cat([predicted.charges[s.name] for s in syms], dim=1)
     return plain({"steps": marks, **along, "forecasts": forecasts})
 
 
-def changes(results: Results, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def changes(results: Results[NeuronsConfig, NeuronsPoint], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Change of every charge over the run: measured, summed from the drift along it (both by seed), and forecast."""
     charges, forecasts = results.array(name, "charges"), results.array(name, "forecasts")
     drift, steps = (torch.from_numpy(results.array(name, key)) for key in ("drift", "steps"))
@@ -179,13 +209,13 @@ def correlation_and_slope(measured: np.ndarray, predicted: np.ndarray) -> tuple[
     return np.array([np.corrcoef(m, p)[0, 1] for m, p in pairs]), np.array([m @ p / (p @ p) for m, p in pairs])
 
 
-def plot(results: Results) -> Any:
+def plot(results: Results[NeuronsConfig, NeuronsPoint]) -> Any:
     """Measured against predicted change of every neuron's balance, and the drift along the runs."""
     fig, axes = style.figure(2, 2, width=5.4, height=3.9)
     for (ax, drift), (point, _), color in zip(
         axes.reshape(2, 2), results.points, (style.SGD, style.ACCENT), strict=True
     ):
-        name = point["name"]
+        name = point.name
         measured, _, predicted = changes(results, name)
         mean, error = measured.mean(0), measured.std(0, ddof=1) / math.sqrt(len(measured))
         ax.errorbar(predicted, mean, 2 * error, fmt="o", color=color, ms=4, lw=0.8, label="one neuron, mean over seeds")
@@ -193,7 +223,7 @@ def plot(results: Results) -> Any:
         ax.plot(ends, ends, "--", color=style.THEORY, label="measured = predicted")
         ax.axhline(0, color=style.MUTED, lw=0.6)
         ax.set(
-            xlabel=f"change of the charge in {point['steps']} steps,\npredicted at step 0",
+            xlabel=f"change of the charge in {point.case.steps} steps,\npredicted at step 0",
             ylabel="measured change",
             title=f"{name}: {len(predicted)} neurons",
         )
@@ -207,7 +237,7 @@ def plot(results: Results) -> Any:
     return fig
 
 
-def analysis(results: Results, name: str) -> str:
+def analysis(results: Results[NeuronsConfig, NeuronsPoint], name: str) -> str:
     """Why a forecast's slope is off, in numbers."""
     measured, summed, _ = changes(results, name)
     size, losses = np.linalg.norm(results.array(name, "drift"), axis=-1), results.array(name, "loss")
@@ -221,11 +251,11 @@ def analysis(results: Results, name: str) -> str:
     )
 
 
-def verdicts(results: Results) -> list[Verdict]:
+def verdicts(results: Results[NeuronsConfig, NeuronsPoint]) -> list[Verdict]:
     """Correlation and slope over neurons, from one measurement and from measurements along the run."""
     out = []
     for point, _ in results.points:
-        name = point["name"]
+        name = point.name
         why = analysis(results, name)
         measured, summed, predicted = changes(results, name)
         for source, change, least, off in (
@@ -249,7 +279,7 @@ EXPERIMENT = Experiment(
         "measured once, trained on with five different data orders."
     ),
     scales=SCALES,
-    work=lambda c: sum(case["before"] + c["seeds"] * case["steps"] for case in c["cases"].values()),
+    work=lambda c: sum(case.before + c.seeds * case.steps for case in c.cases.values()),
     points=points,
     compute=compute,
     plot=plot,

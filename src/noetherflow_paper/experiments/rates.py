@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,7 @@ from noetherflow.core.settings import SGDConfig
 from noetherflow.report import style
 from noetherflow_paper import closed_form as cf
 from noetherflow_paper.experiment import (
-    Config,
     Experiment,
-    Point,
     Results,
     Setting,
     Verdict,
@@ -24,50 +23,79 @@ from noetherflow_paper.experiment import (
     plain,
 )
 from noetherflow_paper.generic import agreement, generic_charges, largest_gap, product_design
-from noetherflow_paper.simulate import LinearNet, Params, checkpoints, simulate
-
-SETTINGS = [
-    {"lr": 0.02, "batch": 8, "noise": 1.0},
-    {"lr": 0.02, "batch": 8, "noise": 0.5},
-    {"lr": 0.02, "batch": 32, "noise": 1.0},
-    {"lr": 0.01, "batch": 8, "noise": 1.0},
-    {"lr": 0.01, "batch": 2, "noise": 2.0},
-    {"lr": 0.005, "batch": 2, "noise": 1.0},
-]
-COMMON = {"settings": SETTINGS, "start": 1.5, "substeps": 4, "gd_product": 0.5}
-SCALES = {
-    "quick": {**COMMON, "seeds": 48, "folds": 0.8},
-    "paper": {**COMMON, "seeds": 512, "folds": 3.0},
-}
+from noetherflow_paper.records import Config, Point
+from noetherflow_paper.simulate import LinearNet, Method, Params, checkpoints, simulate
 
 
-def points(config: Config) -> list[Point]:
+@dataclass(frozen=True, kw_only=True)
+class RatesSetting:
+    """A learning rate, a batch size and the standard deviation of the label noise."""
+
+    lr: float
+    batch: int
+    noise: float
+
+
+SETTINGS = (
+    RatesSetting(lr=0.02, batch=8, noise=1.0),
+    RatesSetting(lr=0.02, batch=8, noise=0.5),
+    RatesSetting(lr=0.02, batch=32, noise=1.0),
+    RatesSetting(lr=0.01, batch=8, noise=1.0),
+    RatesSetting(lr=0.01, batch=2, noise=2.0),
+    RatesSetting(lr=0.005, batch=2, noise=1.0),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatesConfig(Config):
+    """The settings compared, the start (`u = start`), the SDE's substeps, GD's first `u w`, and the length of runs."""
+
+    settings: tuple[RatesSetting, ...] = SETTINGS
+    start: float = 1.5
+    substeps: int = 4
+    gd_product: float = 0.5
+    seeds: int
+    folds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatesPoint(Point):
+    """One method at one of the settings (its position); `generic` trains nothing."""
+
+    method: Method | None = None
+    setting: int = 0
+
+
+SCALES = {"quick": RatesConfig(seeds=48, folds=0.8), "paper": RatesConfig(seeds=512, folds=3.0)}
+
+
+def points(config: RatesConfig) -> list[RatesPoint]:
     """One point per setting; GD and the SDE for the first; the generic machinery for all."""
-    runs = [{"name": f"sgd{i}", "method": "sgd", "setting": i} for i in range(len(config["settings"]))]
-    others = [{"name": method, "method": method, "setting": 0} for method in ("gd", "sde")]
-    return [*runs, *others, {"name": "generic", "method": "generic"}]
+    runs = [RatesPoint(name=f"sgd{i}", method="sgd", setting=i) for i in range(len(config.settings))]
+    others = [RatesPoint(name="gd", method="gd"), RatesPoint(name="sde", method="sde")]
+    return [*runs, *others, RatesPoint(name="generic")]
 
 
-def leading(setting: Config) -> float:
+def leading(setting: RatesSetting) -> float:
     """`eta^2 Var[dl/d(uw)] / S` per step."""
-    return cf.scalar_decay_rate(setting["lr"], setting["batch"], 1.0, setting["noise"] ** 2)
+    return cf.scalar_decay_rate(setting.lr, setting.batch, 1.0, setting.noise**2)
 
 
-def rate(setting: Config, imbalance: float, step: float) -> float:
+def rate(setting: RatesSetting, imbalance: float, step: float) -> float:
     """`4 eta^2 (noise^2 / S + v (step + 2 / S))` per step at `u w = 1`, at first order in eta: R_B of `dl/d(uw)`.
 
     `v = k noise^2 / S / (2 - k (step + 2 / S))`, `k = 2 eta (u^2 + w^2)`, is the stationary variance of `u w - 1`.
     `step` is the length of a step in units of eta: 1 for SGD, 1 / substeps for the SDE, whose exact solution (0) does
     not feel the square of the mean gradient.
     """
-    lr, batch, noise2 = setting["lr"], setting["batch"], setting["noise"] ** 2
+    lr, batch, noise2 = setting.lr, setting.batch, setting.noise**2
     feels = step + 2 / batch
     k = 2 * lr * float(np.hypot(2, imbalance))
     variance = k * noise2 / batch / (2 - k * feels)
     return 4 * lr**2 * (noise2 / batch + variance * feels)
 
 
-def predicted_curve(config: Config, setting: Config, steps: np.ndarray, step: float = 1.0) -> np.ndarray:
+def predicted_curve(config: RatesConfig, setting: RatesSetting, steps: np.ndarray, step: float = 1.0) -> np.ndarray:
     """`|u^2 - w^2|` at the steps: `dC/dk = -rate(C) C` from the start."""
     first = [imbalance(config)]
     run = solve_ivp(lambda _, c: -rate(setting, c[0], step) * c, (0, steps[-1]), first, t_eval=steps, rtol=1e-8)
@@ -79,39 +107,39 @@ def mean_rate(curve: np.ndarray, steps: np.ndarray) -> np.ndarray:
     return np.asarray(np.log(curve[0] / curve[-1]) / steps[-1])
 
 
-def gd_loss(config: Config) -> float:
+def gd_loss(config: RatesConfig) -> float:
     """What GD loses of `|u^2 - w^2|` before it stops, relative to it and divided by eta, as eta -> 0.
 
     A step loses `eta^2 g^2`, `g = 2 e` with `e = u w - 1`; along the gradient flow `de/dt = -2 e (u^2 + w^2)`, so that
     the sum is `eta int_0^|e_0| 2 e / (u^2 + w^2) de`, `u^2 + w^2 = sqrt(C^2 + 4 (u w)^2)`.
     """
-    first, e0 = imbalance(config, config["gd_product"]), config["gd_product"] - 1
+    first, e0 = imbalance(config, config.gd_product), config.gd_product - 1
     along = lambda e: 2 * e / float(np.hypot(first, 2 * (1 + np.sign(e0) * e)))
     return float(quad(along, 0, abs(e0))[0])
 
 
-def imbalance(config: Config, product: float = 1.0) -> float:
+def imbalance(config: RatesConfig, product: float = 1.0) -> float:
     """`u^2 - w^2` at `u = start`, `w = product / start`."""
-    return float(config["start"] ** 2 - (product / config["start"]) ** 2)
+    return float(config.start**2 - (product / config.start) ** 2)
 
 
-def length(config: Config, index: int) -> int:
+def length(config: RatesConfig, index: int) -> int:
     """Steps in which the imbalance falls by `exp(-folds)`, at leading order."""
-    return int(config["folds"] / leading(config["settings"][index]))
+    return int(config.folds / leading(config.settings[index]))
 
 
-def compute(config: Config, point: Point) -> dict[str, Any]:
+def compute(config: RatesConfig, point: RatesPoint) -> dict[str, Any]:
     """`|u^2 - w^2|` at checkpoints, `[T, seeds]`, from `u = 1.5`, `w = 2/3` at the minimum `u w = 1`.
 
     GD starts at `u w = gd_product` instead, with the full and half the learning rate, `[T, 2]`.
     """
-    if point["method"] == "generic":
-        return plain({"gaps": [generic_gap(config, i) for i in range(len(config["settings"]))]})
-    s, gd = config["settings"][point["setting"]], point["method"] == "gd"
-    one = torch.ones(2 if gd else config["seeds"], 1, 1, dtype=torch.float64)
-    product = config["gd_product"] if gd else 1.0
-    net = LinearNet.of(one[:1], one[:1], s["noise"] ** 2 * one[:1], s["batch"])
-    steps = length(config, point["setting"])
+    if point.method is None:
+        return plain({"gaps": [generic_gap(config, i) for i in range(len(config.settings))]})
+    s, gd = config.settings[point.setting], point.method == "gd"
+    one = torch.ones(2 if gd else config.seeds, 1, 1, dtype=torch.float64)
+    product = config.gd_product if gd else 1.0
+    net = LinearNet.of(one[:1], one[:1], s.noise**2 * one[:1], s.batch)
+    steps = length(config, point.setting)
 
     def record(params: Params) -> dict[str, torch.Tensor]:
         w, u = params
@@ -119,52 +147,52 @@ def compute(config: Config, point: Point) -> dict[str, Any]:
 
     run = simulate(
         net,
-        [product / config["start"] * one, config["start"] * one],
+        [product / config.start * one, config.start * one],
         steps,
-        torch.tensor([1, 0.5], dtype=torch.float64) * s["lr"] if gd else s["lr"],
-        generator(10 + point["setting"]),
+        torch.tensor([1, 0.5], dtype=torch.float64) * s.lr if gd else s.lr,
+        generator(10 + point.setting),
         record,
         at=checkpoints(steps, 50),
-        method=point["method"],
-        substeps=config["substeps"],
+        method=point.method,
+        substeps=config.substeps,
     )
     return plain({"steps": run.steps, **run.records})
 
 
-def generic_gap(config: Config, index: int) -> float:
+def generic_gap(config: RatesConfig, index: int) -> float:
     """How far the generic machinery's `w^2 - u^2` is from `C_0 exp(-leading k)` along the run, relative to `C_0`."""
-    s, one = config["settings"][index], torch.ones(1, 1, dtype=torch.float64)
+    s, one = config.settings[index], torch.ones(1, 1, dtype=torch.float64)
     marks = checkpoints(length(config, index), 10)
-    weights = [one / config["start"], config["start"] * one]
-    data = product_design(one, one, s["noise"] ** 2 * one)
-    found = generic_charges(weights, *data, SGDConfig(s["lr"], s["batch"]), marks).flatten()
+    weights = [one / config.start, config.start * one]
+    data = product_design(one, one, s.noise**2 * one)
+    found = generic_charges(weights, *data, SGDConfig(s.lr, s.batch), marks).flatten()
     closed = -imbalance(config) * torch.exp(-leading(s) * torch.tensor(marks, dtype=torch.float64))
     return largest_gap(found, closed)
 
 
-def measured(results: Results, name: str) -> np.ndarray:
+def measured(results: Results[RatesConfig, RatesPoint], name: str) -> np.ndarray:
     """The mean rate over the run per seed."""
     return mean_rate(results.array(name, "imbalance"), results.array(name, "steps"))
 
 
-def predicted(results: Results, index: int, name: str, step: float = 1.0) -> float:
+def predicted(results: Results[RatesConfig, RatesPoint], index: int, name: str, step: float = 1.0) -> float:
     """The mean rate over the same steps at first order in eta."""
     c, steps = results.config, results.array(name, "steps")
-    return float(mean_rate(predicted_curve(c, c["settings"][index], steps, step), steps))
+    return float(mean_rate(predicted_curve(c, c.settings[index], steps, step), steps))
 
 
-def plot(results: Results) -> Any:
+def plot(results: Results[RatesConfig, RatesPoint]) -> Any:
     """Decay curves, measured over predicted rates by setting, and SGD against the SDE."""
     fig, (curves, rates) = style.figure(2, width=5.4)
     colors = (style.SGD, "#74b3e0", style.ACCENT, style.OTHER, "#5b8c5a", "#a05a2c")
-    settings = results.config["settings"]
-    names = [rf"$\eta$={s['lr']}, S={s['batch']}, $\sigma_\epsilon$={s['noise']}" for s in settings]
+    settings = results.config.settings
+    names = [rf"$\eta$={s.lr}, S={s.batch}, $\sigma_\epsilon$={s.noise}" for s in settings]
     for i, s in enumerate(settings):
         steps = results.array(f"sgd{i}", "steps")
         time = leading(s)
         style.band(curves, time * steps, results.array(f"sgd{i}", "imbalance"), colors[i], names[i])
         curves.plot(time * steps, predicted_curve(results.config, s, steps), "--", color=style.THEORY, lw=0.8)
-    gd_label = f"GD from u w = {results.config['gd_product']}"
+    gd_label = f"GD from u w = {results.config.gd_product}"
     gd_time = leading(settings[0]) * results.array("gd", "steps")
     curves.plot(gd_time, results.array("gd", "imbalance")[:, 0], color=style.GD, label=gd_label)
     curves.plot([], [], "--", color=style.THEORY, lw=0.8, label="theory, first order")
@@ -176,7 +204,7 @@ def plot(results: Results) -> Any:
     )
     curves.legend(fontsize=7.5)
     rows = [*((f"sgd{i}", i, 1.0, names[i], colors[i]) for i in range(len(settings)))]
-    rows.append(("sde", 0, 1 / results.config["substeps"], "SDE, first setting", style.SDE))
+    rows.append(("sde", 0, 1 / results.config.substeps, "SDE, first setting", style.SDE))
     for place, (name, i, step, _, color) in enumerate(rows):
         base = leading(settings[i])
         rates.plot(predicted(results, i, name, step) / base, place, "|", color=style.THEORY, ms=16, mew=2)
@@ -191,27 +219,27 @@ def plot(results: Results) -> Any:
     return fig
 
 
-def verdicts(results: Results) -> list[Verdict]:
+def verdicts(results: Results[RatesConfig, RatesPoint]) -> list[Verdict]:
     """One rate per setting, the SDE's, what little GD loses, and theory twice."""
     out = []
     c = results.config
-    for i, s in enumerate(c["settings"]):
-        label = f"decay rate per step at lr {s['lr']}, S {s['batch']}, noise {s['noise']}"
+    for i, s in enumerate(c.settings):
+        label = f"decay rate per step at lr {s.lr}, S {s.batch}, noise {s.noise}"
         rates = predicted(results, i, f"sgd{i}"), measured(results, f"sgd{i}")
         out.append(from_seeds(label, *rates, 0.03, difference=1 if i == 0 else 0))
-    sde, sgd = predicted(results, 0, "sde", 1 / c["substeps"]), predicted(results, 0, "sgd0")
-    label = f"SDE by Euler-Maruyama ({c['substeps']} substeps), first setting: decay rate per step"
+    sde, sgd = predicted(results, 0, "sde", 1 / c.substeps), predicted(results, 0, "sgd0")
+    label = f"SDE by Euler-Maruyama ({c.substeps} substeps), first setting: decay rate per step"
     out.append(from_seeds(label, sde, measured(results, "sde"), 0.03))
     label = "the SDE's rate / SGD's: the SDE hardly feels the squared mean gradient"
     out.append(from_ratio(label, sde / sgd, measured(results, "sde"), measured(results, "sgd0"), 0.03))
     gd = results.array("gd", "imbalance")
     full, half = 1 - gd[-1] / gd[0]
-    start = f"GD from u w = {c['gd_product']}"
+    start = f"GD from u w = {c.gd_product}"
     out += [
         Verdict(
             f"{start}: relative loss of |u^2 - w^2| over eta (eta g^2 per step), eta -> 0 from two rates",
             gd_loss(c),
-            float(4 * half - full) / c["settings"][0]["lr"],
+            float(4 * half - full) / c.settings[0].lr,
             tolerance=0.05,
         ),
         Verdict(f"{start}: the loss at half the rate / at the full rate", 0.5, float(half / full), tolerance=0.05),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,7 @@ from torch import Tensor
 from noetherflow.core import spd
 from noetherflow.report import style
 from noetherflow_paper.experiment import (
-    Config,
     Experiment,
-    Point,
     Results,
     Setting,
     Verdict,
@@ -23,102 +22,97 @@ from noetherflow_paper.experiment import (
     generator,
     plain,
 )
-from noetherflow_paper.experiments.repnorm_inputs import TREATMENTS, covariance, linear_nets, relu_nets
+from noetherflow_paper.experiments.repnorm_inputs import (
+    TREATMENTS,
+    RepnormConfig,
+    RepnormPoint,
+    covariance,
+    linear_nets,
+    relu_nets,
+)
 from noetherflow_paper.generic import agreement
 from noetherflow_paper.simulate import Network, Params, checkpoints, normal, simulate, squared_distance
 
-DATASETS = [
-    {"scale": 0.5, "spread": 6.0},
-    {"scale": 1.0, "spread": 1.0},
-    {"scale": 1.0, "spread": 6.0},
-    {"scale": 2.0, "spread": 6.0},
-]
-HIDDEN = {"lr": 0.02, "batch": 16, "decay": 0.02, "early": [400, 700]}
-WIDTHS = {"batch": 16, "layer": 16, "standardised": 16, "whitened": 8}
-COMMON = {"d": 12, "stretch": 1.6, "datasets": DATASETS, "batch": 30, "hidden": HIDDEN, "widths": WIDTHS}
 SCALES = {
-    "quick": {**COMMON, "lr": 0.03, "steps": 6500, "relu_steps": 4500, "hidden_steps": 6000, "seeds": 5},
-    "paper": {**COMMON, "lr": 0.02, "steps": 100_000, "relu_steps": 100_000, "hidden_steps": 100_000, "seeds": 16},
+    "quick": RepnormConfig(lr=0.03, steps=6500, relu_steps=4500, hidden_steps=6000, seeds=5),
+    "paper": RepnormConfig(lr=0.02, steps=100_000, relu_steps=100_000, hidden_steps=100_000, seeds=16),
 }
 
 
-def points(config: Config) -> list[Point]:
+def points(config: RepnormConfig) -> list[RepnormPoint]:
     """Linear and ReLU nets on inputs of every treatment, and nets with a normalised hidden layer."""
-    nets = [("linear", TREATMENTS), ("ReLU", TREATMENTS), ("hidden", config["widths"])]
-    return [{"name": f"{net} {t}", "net": net, "treatment": t} for net, treatments in nets for t in treatments]
+    nets = [("linear", TREATMENTS), ("ReLU", TREATMENTS), ("hidden", config.widths)]
+    return [RepnormPoint(name=f"{net} {t}", net=net, treatment=t) for net, treatments in nets for t in treatments]
 
 
-def compute(config: Config, point: Point) -> dict[str, Any]:
+def compute(config: RepnormConfig, point: RepnormPoint) -> dict[str, Any]:
     """Norm ratios and sharpness or noise balance with predictions, or norms of a one-sided layer."""
     nets = {"linear": linear_nets, "ReLU": relu_nets, "hidden": _hidden}
-    return nets[point["net"]](config, point["treatment"])
+    return nets[point.net](config, point.treatment)
 
 
-def _hidden(config: Config, kind: str) -> dict[str, Any]:
-    """`y = V x + eps`, hidden layer normalised: `||W||^2`, `|dW|^2` over time `[T, seeds]` without and with decay.
+def _normalised(kind: str, sigma: Tensor) -> Callable[[Params, Tensor], Tensor]:
+    """The forward pass `U relu(normalised W x)` with a hidden layer normalised in one way.
 
     Over the `batch`, over the units (`layer`), or by the population's covariance `W Sig W^T`: `standardised` per unit,
     `whitened` by its Cholesky factor.
     """
-    h, d = config["hidden"], config["d"]
-    sigma = covariance(config["datasets"][2], d)
-    v = spd.inv_sqrtm(sigma)[:4]
-    seeds, root = config["seeds"], torch.linalg.cholesky(sigma)
+
+    def normed(w: Tensor, hidden: Tensor) -> Tensor:
+        if kind == "standardised":
+            return hidden * (w @ sigma @ w.mT).diagonal(dim1=1, dim2=2).rsqrt().unsqueeze(1)
+        if kind == "whitened":
+            factor = torch.linalg.cholesky(w @ sigma @ w.mT)
+            return torch.linalg.solve_triangular(factor, hidden.mT, upper=False).mT
+        axis = 1 if kind == "batch" else 2
+        centred = hidden - hidden.mean(axis, keepdim=True)
+        return centred / centred.square().mean(axis, keepdim=True).sqrt()
+
+    return lambda params, x: torch.relu(normed(params[0], x @ params[0].mT)) @ params[1].mT
+
+
+def _hidden(config: RepnormConfig, kind: str) -> dict[str, Any]:
+    """`y = V x + eps`, hidden layer normalised: `||W||^2`, `|dW|^2` over time `[T, seeds]` without and with decay."""
+    h, d, seeds = config.hidden, config.d, config.seeds
+    sigma = covariance(config.datasets[2], d)
+    v, root = spd.inv_sqrtm(sigma)[:4], torch.linalg.cholesky(sigma)
 
     def draw(replicas: int, samples: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         x = normal((replicas, samples, d), rng) @ root.mT
         return x, x @ v.mT + normal((replicas, samples, 4), rng)
 
-    def forward(params: Params, x: Tensor) -> Tensor:
-        hidden = x @ params[0].mT
-        if kind in ("standardised", "whitened"):
-            covariance = params[0] @ sigma @ params[0].mT
-            if kind == "standardised":
-                normed = hidden * covariance.diagonal(dim1=1, dim2=2).rsqrt().unsqueeze(1)
-            else:
-                factor = torch.linalg.cholesky(covariance)
-                normed = torch.linalg.solve_triangular(factor, hidden.mT, upper=False).mT
-            return torch.relu(normed) @ params[1].mT
-        axis = 1 if kind == "batch" else 2
-        centred = hidden - hidden.mean(axis, keepdim=True)
-        normed = centred / centred.square().mean(axis, keepdim=True).sqrt()
-        return torch.relu(normed) @ params[1].mT
-
-    problem = Network(forward, squared_distance, draw, draw(1, 200, generator(15)), h["batch"])
+    problem = Network(_normalised(kind, sigma), squared_distance, draw, draw(1, 200, generator(15)), h.batch)
     rng = generator(16)
-    width, replicas = config["widths"][kind], 2 * seeds
+    width, replicas = config.widths[kind], 2 * seeds
     start = [0.2 * normal((replicas, width, d), rng), 0.3 * normal((replicas, 4, width), rng)]
-    squares = torch.zeros(replicas, dtype=torch.float64)
-    invariant = torch.zeros(replicas, dtype=torch.float64)
-    weight_decay = torch.tensor([0.0, h["decay"]], dtype=torch.float64).repeat_interleave(seeds)
+    squares, invariant = (torch.zeros(replicas, dtype=torch.float64) for _ in range(2))
+    weight_decay = torch.tensor([0.0, h.decay], dtype=torch.float64).repeat_interleave(seeds)
 
     def watch(step: int, params: Params, updates: Params) -> None:
-        gradient = updates[0] / h["lr"] - weight_decay[:, None, None] * params[0]
+        gradient = updates[0] / h.lr - weight_decay[:, None, None] * params[0]
         size = gradient.square().sum((1, 2))
-        squares.add_(h["lr"] ** 2 * size)
+        squares.add_(h.lr**2 * size)
         invariant.add_(size * params[0].square().sum((1, 2)))
 
     record = lambda params: {"norm2": params[0].square().sum((1, 2)), "squares": squares, "invariant": invariant}
-    steps = config["hidden_steps"]
-    marks = sorted({*checkpoints(steps, 60), *h["early"]})
-    run = simulate(
-        problem, start, steps, h["lr"], generator(17), record, at=marks, weight_decay=weight_decay, on_step=watch
-    )
-    a, b = (marks.index(t) for t in h["early"])
+    steps, rng = config.hidden_steps, generator(17)
+    marks = sorted({*checkpoints(steps, 60), *h.early})
+    run = simulate(problem, start, steps, h.lr, rng, record, at=marks, weight_decay=weight_decay, on_step=watch)
+    a, b = (marks.index(t) for t in h.early)
     norm2, squared, scaled = (run.records[k].reshape(-1, 2, seeds) for k in ("norm2", "squares", "invariant"))
-    drive = (scaled[b, 1] - scaled[a, 1]) / (h["early"][1] - h["early"][0])
-    shrink = h["decay"] * (1 - h["lr"] * h["decay"] / 2)
-    predicted = (h["lr"] / (2 * shrink) * drive).sqrt()
+    drive = (scaled[b, 1] - scaled[a, 1]) / (h.early[1] - h.early[0])
+    shrink = h.decay * (1 - h.lr * h.decay / 2)
+    predicted = (h.lr / (2 * shrink) * drive).sqrt()
     return plain({"steps": marks, "norm2": norm2, "squares": squared, "predicted": predicted})
 
 
 COLORS = dict(zip(TREATMENTS, (style.GD, style.ACCENT, style.SGD, style.SDE, style.OTHER), strict=True))
 
 
-def plot(results: Results) -> Any:
+def plot(results: Results[RepnormConfig, RepnormPoint]) -> Any:
     """Norm ratio and sharpness by treatment and data set; one-sided norms."""
     fig, (ratio, trace, norms) = style.figure(3, width=5.0, height=4.6)
-    sets = np.arange(len(results.config["datasets"]))
+    sets = np.arange(len(results.config.datasets))
     for i, (t, color) in enumerate(COLORS.items()):
         linear, x = f"linear {t}", sets + 0.16 * (i - 2)
         for ax, key in ((ratio, "ratio"), (trace, "trace")):
@@ -127,7 +121,7 @@ def plot(results: Results) -> Any:
             style.dots(ax, x, measured.reshape(len(sets), -1), color, _label(t))
         style.dots(ratio, x, results.array(f"ReLU {t}", "ratio"), color, None, "^", mfc="none")
     ratio.plot([], [], "^", color=style.MUTED, mfc="none", label="ReLU net")
-    ticks = [f"scale {s['scale']:g}\nspread {s['spread']:g}" for s in results.config["datasets"]]
+    ticks = [f"scale {s.scale:g}\nspread {s.spread:g}" for s in results.config.datasets]
     for ax in (ratio, trace):
         ax.plot([], [], "_", color=style.THEORY, ms=11, mew=1.6, label="theory, linear")
         ax.set_xticks(sets, ticks, fontsize=8)
@@ -139,7 +133,7 @@ def plot(results: Results) -> Any:
         ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
     ratio.set(ylabel=r"$\|U\|^2/\|W\|^2$", title="norm balance, by treatment of the inputs")
     trace.set(ylabel="Tr $H$", title="sharpness (linear nets)")
-    for kind in results.config["widths"]:
+    for kind in results.config.widths:
         name, color = f"hidden {kind}", COLORS[kind]
         for i, (label, line) in enumerate(((None, ":"), (_label(kind), "-"))):
             norm2 = results.array(name, "norm2")[:, i]
@@ -158,7 +152,7 @@ def _label(treatment: str) -> str:
     return f"{treatment} norm" if treatment in ("batch", "layer") else treatment
 
 
-def verdicts(results: Results) -> list[Verdict]:
+def verdicts(results: Results[RepnormConfig, RepnormPoint]) -> list[Verdict]:
     """Balance and sharpness against theory; independence of the data; one-sided growth and equilibrium."""
     return [*_linear_verdicts(results), *_relu_verdicts(results), *_hidden_verdicts(results)]
 
@@ -170,16 +164,16 @@ THEORY = {
 }
 
 
-def _linear_verdicts(results: Results) -> list[Verdict]:
+def _linear_verdicts(results: Results[RepnormConfig, RepnormPoint]) -> list[Verdict]:
     c, out = results.config, []
     get = lambda t, key: results.array(f"linear {t}", key)
-    scaled = [k for k, spec in enumerate(c["datasets"]) if spec["spread"] != 1]
+    scaled = [k for k, spec in enumerate(c.datasets) if spec.spread != 1]
     for key, label in (("ratio", "||U||^2/||W||^2"), ("trace", "Tr H")):
         for t in TREATMENTS:
             measured, predicted = get(t, key), get(t, f"predicted_{key}")
-            for k, spec in enumerate(c["datasets"]):
+            for k, spec in enumerate(c.datasets):
                 side = _worse(measured[k], predicted[k])
-                claim = f"linear, {_label(t)}, scale {spec['scale']:g}, spread {spec['spread']:g}: {label}"
+                claim = f"linear, {_label(t)}, scale {spec.scale:g}, spread {spec.spread:g}: {label}"
                 claim += f" ({SIDES[side]}{THEORY.get(t, '')})"
                 out.append(from_seeds(claim, predicted[k], measured[k, side], 0.07))
         claim = f"linear, whitened: largest / smallest {label} over the data sets"
@@ -208,7 +202,7 @@ def _linear_verdicts(results: Results) -> list[Verdict]:
     return out
 
 
-def _relu_verdicts(results: Results) -> list[Verdict]:
+def _relu_verdicts(results: Results[RepnormConfig, RepnormPoint]) -> list[Verdict]:
     out = []
     ratio = {t: results.array(f"ReLU {t}", "ratio") for t in TREATMENTS}
     for t in TREATMENTS:
@@ -220,7 +214,7 @@ def _relu_verdicts(results: Results) -> list[Verdict]:
     claim = "ReLU, whitened: ||U||^2/||W||^2, mean over data sets"
     out.append(from_seeds(claim, 1, ratio["whitened"].mean(0), 0.1))
     out.append(_extremes("ReLU, whitened" + OVER, 1, ratio["whitened"], 0.2))
-    scaled = [k for k, spec in enumerate(results.config["datasets"]) if spec["spread"] != 1]
+    scaled = [k for k, spec in enumerate(results.config.datasets) if spec.spread != 1]
     for t in ("batch", "layer"):
         claim = f"ReLU, {_label(t)}: largest / smallest ||U||^2/||W||^2 over the scales"
         out.append(_extremes(claim, 1, ratio[t][scaled], 0.2))
@@ -233,10 +227,10 @@ def _relu_verdicts(results: Results) -> list[Verdict]:
 OVER = ": largest / smallest ||U||^2/||W||^2 over the data sets"
 
 
-def _hidden_verdicts(results: Results) -> list[Verdict]:
+def _hidden_verdicts(results: Results[RepnormConfig, RepnormPoint]) -> list[Verdict]:
     out = []
-    first, last = results.config["hidden"]["early"]
-    for kind in results.config["widths"]:
+    first, last = results.config.hidden.early
+    for kind in results.config.widths:
         (free, shrunk), (squares, _) = (results.array(f"hidden {kind}", k).swapaxes(0, 1) for k in ("norm2", "squares"))
         claim = f"hidden layer, {_label(kind)}, no decay (exact check): growth of ||W||^2 / sum of eta^2 |g_B|^2"
         out.append(from_seeds(claim, 1, (free[-1] - free[0]) / squares[-1], 1e-4))
@@ -250,7 +244,7 @@ def _worse(measured: np.ndarray, predicted: float) -> int:
     return int(np.abs(measured.mean(-1) - predicted).argmax())
 
 
-def _batch_analysis(results: Results) -> str:
+def _batch_analysis(results: Results[RepnormConfig, RepnormPoint]) -> str:
     extra_u, extra_w, balance = (
         results.array("ReLU batch", k).mean() for k in ("extra_u", "extra_w", "balance_common")
     )
@@ -262,7 +256,7 @@ def _batch_analysis(results: Results) -> str:
     )
 
 
-def _standardised_analysis(results: Results) -> str:
+def _standardised_analysis(results: Results[RepnormConfig, RepnormPoint]) -> str:
     theory = (results.array(f"linear {t}", "predicted_ratio") for t in ("raw", "standardised"))
     raw, standardised = (t.max() / t.min() for t in theory)
     means = results.array("ReLU standardised", "ratio").mean(-1)
@@ -290,7 +284,7 @@ EXPERIMENT = Experiment(
         "by its population covariance (standardised per unit, whitened), with and without weight decay 0.02."
     ),
     scales=SCALES,
-    work=lambda c: c["seeds"] * (c["steps"] + c["relu_steps"] + c["hidden_steps"]),
+    work=lambda c: c.seeds * (c.steps + c.relu_steps + c.hidden_steps),
     points=points,
     compute=compute,
     plot=plot,

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -17,8 +17,9 @@ from torch import Tensor
 from noetherflow.core import spd
 from noetherflow.core.settings import SGDConfig
 from noetherflow_paper import closed_form as cf
-from noetherflow_paper.experiment import Config, generator, plain
+from noetherflow_paper.experiment import generator, plain
 from noetherflow_paper.generic import closed_form_gaps
+from noetherflow_paper.records import Config, Point
 from noetherflow_paper.simulate import (
     Network,
     Params,
@@ -34,11 +35,63 @@ POPULATION = ("raw", "standardised", "whitened")
 TREATMENTS = (*POPULATION, "batch", "layer")
 
 
-def covariance(spec: Config, d: int) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """Inputs whose covariance has eigenvalues of mean `scale`, the largest `spread` times the smallest."""
+
+    scale: float
+    spread: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenTraining:
+    """Training of the nets with a normalised hidden layer; the steps `early` measure what predicts the final norm."""
+
+    lr: float = 0.02
+    batch: int = 16
+    decay: float = 0.02
+    early: tuple[int, int] = (400, 700)
+
+
+DATASETS = (
+    Dataset(scale=0.5, spread=6.0),
+    Dataset(scale=1.0, spread=1.0),
+    Dataset(scale=1.0, spread=6.0),
+    Dataset(scale=2.0, spread=6.0),
+)
+WIDTHS = {"batch": 16, "layer": 16, "standardised": 16, "whitened": 8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepnormConfig(Config):
+    """Data sets, trainings of the three kinds of nets, and the widths of normalised hidden layers by kind."""
+
+    d: int = 12
+    stretch: float = 1.6
+    datasets: tuple[Dataset, ...] = DATASETS
+    batch: int = 30
+    hidden: HiddenTraining = HiddenTraining()
+    widths: dict[str, int] = field(default_factory=lambda: dict(WIDTHS))
+    lr: float
+    steps: int
+    relu_steps: int
+    hidden_steps: int
+    seeds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepnormPoint(Point):
+    """A kind of net (`linear`, `ReLU`, `hidden`) and a treatment of its inputs or hidden layer."""
+
+    net: str
+    treatment: str
+
+
+def covariance(spec: Dataset, d: int) -> Tensor:
     """Rotated, with eigenvalues spread geometrically by `spread` and mean `scale`."""
     q = torch.linalg.qr(normal((d, d), generator(11))).Q
-    eigenvalues = torch.logspace(0, float(np.log10(spec["spread"])), d, dtype=torch.float64)
-    return q @ (spec["scale"] * eigenvalues / eigenvalues.mean()).diag() @ q.mT
+    eigenvalues = torch.logspace(0, float(np.log10(spec.spread)), d, dtype=torch.float64)
+    return q @ (spec.scale * eigenvalues / eigenvalues.mean()).diag() @ q.mT
 
 
 def sum_free_basis(d: int) -> Tensor:
@@ -147,14 +200,14 @@ def minimum(inputs: Inputs, minibatches: int = 2000) -> Minimum:
     return Minimum(product, sigma, gam_u + s * (m @ m.mT).mean(0), gam_w + s * (m.mT @ m).mean(0))
 
 
-def covariances(config: Config) -> Tensor:
+def covariances(config: RepnormConfig) -> Tensor:
     """Of the raw inputs of every data set, `[sets, d, d]`."""
-    return torch.stack([covariance(spec, config["d"]) for spec in config["datasets"]])
+    return torch.stack([covariance(spec, config.d) for spec in config.datasets])
 
 
-def minima(config: Config, treatment: str) -> Minimum:
+def minima(config: RepnormConfig, treatment: str) -> Minimum:
     """`minimum` of every data set, stacked `[sets, ...]`."""
-    found = [minimum(Inputs(treatment, sigma, config["batch"])) for sigma in covariances(config)]
+    found = [minimum(Inputs(treatment, sigma, config.batch)) for sigma in covariances(config)]
     return Minimum(*(torch.stack(m) for m in zip(*found, strict=True)))
 
 
@@ -162,20 +215,20 @@ def _stream(treatment: str) -> torch.Generator:
     return generator(20 + TREATMENTS.index(treatment))
 
 
-def _inputs(config: Config, treatment: str, copies: int) -> Inputs:
+def _inputs(config: RepnormConfig, treatment: str, copies: int) -> Inputs:
     """The data sets, each for `copies` replicas in a row."""
-    return Inputs(treatment, covariances(config).repeat_interleave(copies, 0), config["batch"])
+    return Inputs(treatment, covariances(config).repeat_interleave(copies, 0), config.batch)
 
 
 def _norm_ratio(u: Tensor, w: Tensor) -> Tensor:
     return u.square().sum((-2, -1)) / w.square().sum((-2, -1))
 
 
-def linear_nets(config: Config, treatment: str) -> dict[str, Any]:
+def linear_nets(config: RepnormConfig, treatment: str) -> dict[str, Any]:
     """Norm ratio and `Tr H` over the last quarter: `[sets, 2 starts, seeds]`, and predicted `[sets]`."""
-    at, seeds = minima(config, treatment), config["seeds"]
+    at, seeds = minima(config, treatment), config.seeds
     predicted = cf.two_layer(at.product, at.gam_u, at.gam_w)
-    starts = stretched(at.product, config["stretch"]), stretched(at.product, 1 / config["stretch"])
+    starts = stretched(at.product, config.stretch), stretched(at.product, 1 / config.stretch)
     u, w = (torch.stack(m, 1).repeat_interleave(seeds, 1).flatten(0, 1) for m in zip(*starts, strict=True))
     inputs = _inputs(config, treatment, 2 * seeds)
     sigma = at.sigma.repeat_interleave(2 * seeds, 0)
@@ -184,10 +237,10 @@ def linear_nets(config: Config, treatment: str) -> dict[str, Any]:
         w, u = params
         return {"ratio": _norm_ratio(u, w), "trace": cf.two_layer_hessian_trace(u, w, sigma)}
 
-    rates, steps = learning_rates(config, treatment).repeat_interleave(2 * seeds), config["steps"]
+    rates, steps = learning_rates(config, treatment).repeat_interleave(2 * seeds), config.steps
     problem: Any = TreatedLinearNet(inputs)
     run = simulate(problem, [w, u], steps, rates, _stream(treatment), record, at=checkpoints(steps, 80))
-    independent = cf.two_layer(at.product, *cf.noise_matrices(at.sigma, torch.eye(config["d"]).to(sigma)))
+    independent = cf.two_layer(at.product, *cf.noise_matrices(at.sigma, torch.eye(config.d).to(sigma)))
     return plain(
         {
             **{k: r[-20:].mean(0).reshape(-1, 2, seeds) for k, r in run.records.items()},
@@ -199,15 +252,15 @@ def linear_nets(config: Config, treatment: str) -> dict[str, Any]:
     )
 
 
-def learning_rates(config: Config, treatment: str) -> Tensor:
+def learning_rates(config: RepnormConfig, treatment: str) -> Tensor:
     """The rate for every set; raw inputs of scale s get `lr s^(-1/4)`, which relax as fast as those of scale 1."""
-    scales = [spec["scale"] if treatment == "raw" else 1.0 for spec in config["datasets"]]
-    return config["lr"] * torch.tensor(scales, dtype=torch.float64) ** -0.25
+    scales = [spec.scale if treatment == "raw" else 1.0 for spec in config.datasets]
+    return config.lr * torch.tensor(scales, dtype=torch.float64) ** -0.25
 
 
-def generic_gaps(at: Minimum, config: Config) -> list[list[float]]:
+def generic_gaps(at: Minimum, config: RepnormConfig) -> list[list[float]]:
     """`||U||^2/||W||^2` and `Tr H` by the generic machinery over the closed form's, less 1, for every set."""
-    eye, sgd = torch.eye(config["d"], dtype=torch.float64), SGDConfig(config["lr"], config["batch"])
+    eye, sgd = torch.eye(config.d, dtype=torch.float64), SGDConfig(config.lr, config.batch)
     return [list(closed_form_gaps(v, sigma, eye, sgd)) for v, sigma in zip(at.product, at.sigma, strict=True)]
 
 
@@ -224,16 +277,16 @@ def common_noise(u: Tensor, w: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     return extra_w, u.shape[-2] * power.sum(-1) / torch.pi
 
 
-def relu_nets(config: Config, treatment: str) -> dict[str, Any]:
+def relu_nets(config: RepnormConfig, treatment: str) -> dict[str, Any]:
     """Norm ratio and `Tr U^T Gam_U U / Tr W Gam_W W^T` over the last quarter, `[sets, seeds]`.
 
     For `batch` also that with the two terms of `common_noise`, and these, relative: `balance_common`, `extra_u`,
     `extra_w`.
     """
-    at, seeds, d = minima(config, treatment), config["seeds"], config["d"]
+    at, seeds, d = minima(config, treatment), config.seeds, config.d
     inputs = _inputs(config, treatment, seeds)
     sigma, gam_u, gam_w = (m.repeat_interleave(seeds, 0) for m in (at.sigma, at.gam_u, at.gam_w))
-    rng, steps = generator(13), config["relu_steps"]
+    rng, steps = generator(13), config.relu_steps
     start = [0.4 * normal((len(gam_w), 3 * d, gam_w.shape[-1]), rng), 0.4 * normal((len(gam_u), d, 3 * d), rng)]
 
     def record(params: Params) -> dict[str, Tensor]:

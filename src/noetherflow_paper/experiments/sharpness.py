@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,7 @@ from noetherflow.core.settings import SGDConfig
 from noetherflow.report import style
 from noetherflow_paper import closed_form as cf
 from noetherflow_paper.experiment import (
-    Config,
     Experiment,
-    Point,
     Results,
     Setting,
     Verdict,
@@ -23,19 +23,55 @@ from noetherflow_paper.experiment import (
     plain,
 )
 from noetherflow_paper.generic import measured
+from noetherflow_paper.records import Config, Point
 from noetherflow_paper.simulate import Network, Params, checkpoints, normal, simulate, squared_distance
 
-COMMON = {"d": 8, "width": 8, "phi_x": 0.5, "phi_eps": 0.3, "imbalances": [0.5, 1.0, 2.0], "batch": 40, "data": 2000}
-CASES = {"linear": {"lr": 0.02, "activation": False}, "relu": {"lr": 0.02, "activation": True}}
+
+@dataclass(frozen=True, kw_only=True)
+class SharpnessCase:
+    """A learning rate, and whether the net has ReLUs."""
+
+    lr: float = 0.02
+    activation: bool
+
+
+CASES = {"linear": SharpnessCase(activation=False), "relu": SharpnessCase(activation=True)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharpnessConfig(Config):
+    """The nets, the covariances, how far U and W are stretched apart at the start, and the training."""
+
+    d: int = 8
+    width: int = 8
+    phi_x: float = 0.5
+    phi_eps: float = 0.3
+    imbalances: tuple[float, ...] = (0.5, 1.0, 2.0)
+    batch: int = 40
+    data: int = 2000
+    cases: dict[str, SharpnessCase] = field(default_factory=lambda: dict(CASES))
+    steps: int
+    fit: int
+    seeds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharpnessPoint(Point):
+    """One of the cases."""
+
+    lr: float
+    activation: bool
+
+
 SCALES = {
-    "quick": {**COMMON, "cases": CASES, "steps": 18_000, "fit": 3000, "seeds": 5},
-    "paper": {**COMMON, "cases": CASES, "steps": 100_000, "fit": 20_000, "seeds": 16},
+    "quick": SharpnessConfig(steps=18_000, fit=3000, seeds=5),
+    "paper": SharpnessConfig(steps=100_000, fit=20_000, seeds=16),
 }
 
 
-def points(config: Config) -> list[Point]:
+def points(config: SharpnessConfig) -> list[SharpnessPoint]:
     """A linear and a ReLU net."""
-    return [{"name": name, **case} for name, case in config["cases"].items()]
+    return [SharpnessPoint(name=name, lr=c.lr, activation=c.activation) for name, c in config.cases.items()]
 
 
 def curvature(activation: bool, params: Params, x: Tensor) -> Tensor:
@@ -54,11 +90,11 @@ def forecast(params: Params, activation: bool, x: Tensor, y: Tensor, sgd: SGDCon
     return found.traces(found.equilibrium(sgd), x, y)
 
 
-def compute(config: Config, point: Point) -> dict[str, Any]:
+def compute(config: SharpnessConfig, point: SharpnessPoint) -> dict[str, Any]:
     """`Tr H` in training from several imbalances, `[T, imbalance, seeds]`, and its forecasts `[imbalance, 2]`."""
-    d, width, seeds, count = config["d"], config["width"], config["seeds"], len(config["imbalances"])
-    sx, se = (cf.identity_covariance(config[k], d) for k in ("phi_x", "phi_eps"))
-    act = torch.relu if point["activation"] else (lambda h: h)
+    d, width, seeds, count = config.d, config.width, config.seeds, len(config.imbalances)
+    sx, se = (cf.identity_covariance(phi, d) for phi in (config.phi_x, config.phi_eps))
+    act = torch.relu if point.activation else (lambda h: h)
     forward = lambda p, x: act(x @ p[0].mT) @ p[1].mT
     rng = generator(51)
 
@@ -66,31 +102,31 @@ def compute(config: Config, point: Point) -> dict[str, Any]:
         x = normal((replicas, samples, d), rng) @ sx.sqrt()
         return x, x + normal((replicas, samples, d), rng) @ se.sqrt()
 
-    x, y = (t[0] for t in draw(1, config["data"], rng))
-    problem = Network(forward, squared_distance, draw, (x[None], x[None]), config["batch"])
+    x, y = (t[0] for t in draw(1, config.data, rng))
+    problem = Network(forward, squared_distance, draw, (x[None], x[None]), config.batch)
     start = [normal((1, width, d), rng) / d**0.5, normal((1, d, width), rng) / width**0.5]
-    fitted = simulate(problem, start, config["fit"], 2 * point["lr"], rng, method="gd").params
-    factors = torch.tensor(config["imbalances"], dtype=torch.float64)[:, None, None]
+    fitted = simulate(problem, start, config.fit, 2 * point.lr, rng, method="gd").params
+    factors = torch.tensor(config.imbalances, dtype=torch.float64)[:, None, None]
     moved = [fitted[0] / factors, fitted[1] * factors]
-    sgd = SGDConfig(point["lr"], config["batch"])
-    forecasts = [forecast([moved[0][i], moved[1][i]], point["activation"], x, y, sgd) for i in range(count)]
-    record = lambda params: {"trace": curvature(point["activation"], params, x)}
+    sgd = SGDConfig(point.lr, config.batch)
+    forecasts = [forecast([moved[0][i], moved[1][i]], point.activation, x, y, sgd) for i in range(count)]
+    record = lambda params: {"trace": curvature(point.activation, params, x)}
     many = [p.repeat_interleave(seeds, 0) for p in moved]
-    marks = checkpoints(config["steps"], 40)
-    run = simulate(problem, many, config["steps"], point["lr"], generator(52), record, at=marks)
+    marks = checkpoints(config.steps, 40)
+    run = simulate(problem, many, config.steps, point.lr, generator(52), record, at=marks)
     return plain(
         {"steps": marks, "trace": run.records["trace"].reshape(len(marks), count, seeds), "forecasts": forecasts}
     )
 
 
-def plot(results: Results) -> Any:
+def plot(results: Results[SharpnessConfig, SharpnessPoint]) -> Any:
     """`Tr H` against steps with the forecasts made at step 0."""
     fig, axes = style.figure(2, width=5.2)
     colors = (style.SGD, style.SDE, style.ACCENT)
     for ax, (point, _) in zip(axes, results.points, strict=True):
-        steps, trace = results.array(point["name"], "steps"), results.array(point["name"], "trace")
-        forecasts = results.array(point["name"], "forecasts")
-        for i, (factor, color) in enumerate(zip(results.config["imbalances"], colors, strict=True)):
+        steps, trace = results.array(point.name, "steps"), results.array(point.name, "trace")
+        forecasts = results.array(point.name, "forecasts")
+        for i, (factor, color) in enumerate(zip(results.config.imbalances, colors, strict=True)):
             style.band(ax, steps, trace[:, i], color, rf"start: U $\times$ {factor:g}, W $/$ {factor:g}")
             ax.plot([1.03 * steps[-1]], [forecasts[i, 1]], "<", color=color, ms=8, mec=style.THEORY)
             ax.plot([0], [forecasts[i, 0]], "o", color=color, ms=6, mec=style.THEORY)
@@ -100,7 +136,7 @@ def plot(results: Results) -> Any:
             xlabel="SGD step",
             ylabel="sharpness Tr $H$",
             yscale="log",
-            title=f"{point['name']} net, from one minimum of the loss",
+            title=f"{point.name} net, from one minimum of the loss",
         )
         ax.legend(fontsize=8)
     return fig
@@ -115,25 +151,23 @@ ANALYSIS = {
 }
 
 
-def verdicts(results: Results) -> list[Verdict]:
+def verdicts(results: Results[SharpnessConfig, SharpnessPoint]) -> list[Verdict]:
     """Final sharpness against the forecast, for every start."""
     out = []
     for point, _ in results.points:
-        trace, forecasts = results.array(point["name"], "trace"), results.array(point["name"], "forecasts")
-        for i, factor in enumerate(results.config["imbalances"]):
-            label = f"{point['name']}, U times {factor:g}: Tr H at the end / at the start"
+        trace, forecasts = results.array(point.name, "trace"), results.array(point.name, "forecasts")
+        for i, factor in enumerate(results.config.imbalances):
+            label = f"{point.name}, U times {factor:g}: Tr H at the end / at the start"
             ratio = trace[-6:, i].mean(0) / trace[0, i]
-            out.append(
-                from_seeds(label, forecasts[i, 1] / forecasts[i, 0], ratio, 0.12, analysis=ANALYSIS[point["name"]])
-            )
+            out.append(from_seeds(label, forecasts[i, 1] / forecasts[i, 0], ratio, 0.12, analysis=ANALYSIS[point.name]))
         spread = trace[-6:].mean(0)
-        claim = f"{point['name']}: largest / smallest final Tr H over the starts"
-        analysis = _arrival(results.config["imbalances"], trace.mean(-1), forecasts[:, 1])
+        claim = f"{point.name}: largest / smallest final Tr H over the starts"
+        analysis = _arrival(results.config.imbalances, trace.mean(-1), forecasts[:, 1])
         out.append(from_seeds(claim, 1, spread.max(0) / spread.min(0), 0.1, analysis=analysis))
     return out
 
 
-def _arrival(factors: list[float], trace: np.ndarray, forecast: np.ndarray) -> str:
+def _arrival(factors: Sequence[float], trace: np.ndarray, forecast: np.ndarray) -> str:
     """How far the start farthest from its forecast is, `trace` `[checkpoints, starts]`, and how it still moves."""
     late, before = trace[-6:].mean(0), trace[-12:-6].mean(0)
     i = int(np.abs(np.log(late / forecast)).argmax())
@@ -171,7 +205,7 @@ EXPERIMENT = Experiment(
     ),
     variations={
         "learning rate 0.028, half the steps": {
-            "cases": {k: {**v, "lr": 0.028} for k, v in CASES.items()},
+            "cases": {k: replace(case, lr=0.028) for k, case in CASES.items()},
             "steps": 9000,
         },
         "weaker anisotropy (0.8 and 0.7)": {"phi_x": 0.8, "phi_eps": 0.7},

@@ -18,29 +18,27 @@ from noetherflow.core.settings import SGDConfig
 from noetherflow.report import style
 from noetherflow.symmetry.symmetry import Symmetry
 from noetherflow.workloads import squared_error
-from noetherflow_paper.experiment import Config, Experiment, Point, Results, Setting, Verdict, generator, plain
+from noetherflow_paper.experiment import Experiment, Results, Setting, Verdict, generator, plain
+from noetherflow_paper.records import Config, Point
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thm43Config(Config):
+    """How many networks, generators and samples, and the grid of lambda along every orbit."""
+
+    networks: int
+    generators: int
+    samples: int
+    reach: float
+    grid: int
+    lr: float = 0.02
+    batch: int = 8
+    decay: float = 0.01
+
 
 SCALES = {
-    "quick": {
-        "networks": 3,
-        "generators": 2,
-        "samples": 24,
-        "reach": 2.5,
-        "grid": 21,
-        "lr": 0.02,
-        "batch": 8,
-        "decay": 0.01,
-    },
-    "paper": {
-        "networks": 20,
-        "generators": 10,
-        "samples": 64,
-        "reach": 4.0,
-        "grid": 61,
-        "lr": 0.02,
-        "batch": 8,
-        "decay": 0.01,
-    },
+    "quick": Thm43Config(networks=3, generators=2, samples=24, reach=2.5, grid=21),
+    "paper": Thm43Config(networks=20, generators=10, samples=64, reach=4.0, grid=61),
 }
 
 
@@ -118,9 +116,9 @@ BUILDERS: dict[str, Any] = {
 }
 
 
-def points(config: Config) -> list[Point]:
+def points(config: Thm43Config) -> list[Point]:
     """One point per architecture."""
-    return [{"name": name} for name in BUILDERS]
+    return [Point(name=name) for name in BUILDERS]
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,24 +143,24 @@ class Line:
         return -eta * (2 * w - eta * w**2) * charge + eta**2 * float((self.a * drive).sum()), charge
 
 
-def compute(config: Config, point: Point) -> dict[str, Any]:
+def compute(config: Thm43Config, point: Point) -> dict[str, Any]:
     """For random networks, symmetries and generators: drift and charge on a grid of lambda, root, attraction."""
     rows = []
-    lams = np.linspace(-config["reach"], config["reach"], config["grid"])
-    for seed in range(config["networks"]):
+    lams = np.linspace(-config.reach, config.reach, config.grid)
+    for seed in range(config.networks):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = BUILDERS[point["name"]]().double()
+            model = BUILDERS[point.name]().double()
         rng = generator(seed)
-        data = tuple(torch.randn(config["samples"], n, dtype=torch.float64, generator=rng) for n in (12, 2))
+        data = tuple(torch.randn(config.samples, n, dtype=torch.float64, generator=rng) for n in (12, 2))
         params = {n: p.detach().clone() for n, p in model.named_parameters()}
         for symmetry in (syms := nf.find_symmetries(model, (data[0][:2],))):
-            decay = config["decay"] if symmetry.one_sided or seed % 2 else 0.0
-            sgd = SGDConfig(config["lr"], config["batch"], decay, dataset_size=config["samples"])
+            decay = config.decay if symmetry.one_sided or seed % 2 else 0.0
+            sgd = SGDConfig(config.lr, config.batch, decay, dataset_size=config.samples)
             only = syms.filter(parameter=symmetry.parameters[0]).without(
                 {s.name: "not asked for" for s in syms if s.name != symmetry.name}
             )
-            for _ in range(config["generators"]):
+            for _ in range(config.generators):
                 line = Line(model, only, symmetry, _generator(symmetry, rng), data, sgd)  # type: ignore[arg-type]
                 rows.append(_row(line, params, lams, rng))
     return plain({"lams": lams, "rows": rows})
@@ -223,16 +221,16 @@ def _followed(line: Line, params: dict[str, Tensor], root: float) -> list[float]
     return [float(solve_ivp(flow, (0, 10 / rate), [root + side], method="LSODA").y[0, -1]) for side in (-1.0, 1.0)]
 
 
-def _all_rows(results: Results) -> list[dict[str, Any]]:
+def _all_rows(results: Results[Thm43Config, Point]) -> list[dict[str, Any]]:
     return [row for _, data in results.points for row in data["rows"]]
 
 
-def plot(results: Results) -> Any:
+def plot(results: Results[Thm43Config, Point]) -> Any:
     """Drift and charge against the distance to the equilibrium, one example per family."""
     fig, (drifts, charges) = style.figure(2, width=5.2)
     colors = (style.SGD, style.GD, style.SDE, style.ACCENT, style.OTHER, "#5b8c5a", "#a05a2c", "#7a5195", "#bc8f00")
     shown: dict[str, str] = {}
-    for name, data in ((p["name"], d) for p, d in results.points):
+    for name, data in ((p.name, d) for p, d in results.points):
         for row in data["rows"]:
             label = row["family"]
             if row["root"] is None or list(shown.values()).count(label) >= 3:
@@ -265,7 +263,7 @@ def plot(results: Results) -> Any:
     return fig
 
 
-def verdicts(results: Results) -> list[Verdict]:
+def verdicts(results: Results[Thm43Config, Point]) -> list[Verdict]:
     """Fractions of all (network, symmetry, generator) triples for which each statement holds."""
     rows = _all_rows(results)
     fraction = lambda key: float(np.mean([bool(r[key]) for r in rows]))
@@ -313,7 +311,7 @@ EXPERIMENT = Experiment(
         "by formula. One-sided symmetries have decay 0.01; the others have it in every second network."
     ),
     scales=SCALES,
-    work=lambda c: c["networks"] * c["generators"] * c["grid"],
+    work=lambda c: c.networks * c.generators * c.grid,
     points=points,
     compute=compute,
     plot=plot,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -14,9 +15,7 @@ from noetherflow.core import spd
 from noetherflow.report import style
 from noetherflow_paper import closed_form as cf
 from noetherflow_paper.experiment import (
-    Config,
     Experiment,
-    Point,
     Results,
     Setting,
     Verdict,
@@ -24,29 +23,36 @@ from noetherflow_paper.experiment import (
     generator,
     plain,
 )
+from noetherflow_paper.records import Config, Point
 from noetherflow_paper.simulate import LinearNet, normal, simulate
 
+
+@dataclass(frozen=True, kw_only=True)
+class Thm54Config(Config):
+    """Depths, random tasks, and the training that measures drifts (`copies` replicas a seed)."""
+
+    d: int = 4
+    depths: tuple[int, ...] = (2, 3, 4, 5)
+    trials: int
+    lr: float
+    batch: int = 4
+    steps: int
+    seeds: int
+    copies: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thm54Point(Point):
+    """Training from the solution of a `formula`, at the rate divided by `slower`; `residuals` trains nothing."""
+
+    formula: str = ""
+    depth: int = 0
+    slower: int = 1
+
+
 SCALES = {
-    "quick": {
-        "d": 4,
-        "depths": [2, 3, 4, 5],
-        "trials": 24,
-        "lr": 0.002,
-        "batch": 4,
-        "steps": 150,
-        "seeds": 8,
-        "copies": 160,
-    },
-    "paper": {
-        "d": 4,
-        "depths": [2, 3, 4, 5],
-        "trials": 200,
-        "lr": 0.001,
-        "batch": 4,
-        "steps": 400,
-        "seeds": 16,
-        "copies": 1000,
-    },
+    "quick": Thm54Config(trials=24, lr=0.002, steps=150, seeds=8, copies=160),
+    "paper": Thm54Config(trials=200, lr=0.001, steps=400, seeds=16, copies=1000),
 }
 
 
@@ -73,15 +79,15 @@ def task(d: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     return normal((d, d), rng) / math.sqrt(d), covariance(1.0), covariance(0.3)
 
 
-def points(config: Config) -> list[Point]:
+def points(config: Thm54Config) -> list[Thm54Point]:
     """Residuals of the formulas, then simulations from each one's solution, the corrected one's at two rates."""
     kinds = [("corrected", "corrected", 1), ("half", "corrected", 2), ("printed", "printed", 1)]
     runs = [
-        {"name": f"{name}{d}", "formula": formula, "depth": d, "slower": slower}
-        for d in config["depths"]
+        Thm54Point(name=f"{name}{d}", formula=formula, depth=d, slower=slower)
+        for d in config.depths
         for name, formula, slower in kinds
     ]
-    return [{"name": "residuals"}, *runs]
+    return [Thm54Point(name="residuals"), *runs]
 
 
 def violation(layers: list[Tensor], sigma_x: Tensor, sigma_eps: Tensor) -> float:
@@ -98,34 +104,34 @@ def charges(layers: list[Tensor]) -> Tensor:
     return torch.cat([(a @ a.mT - b.mT @ b).flatten(-2) for a, b in pairs], dim=-1)
 
 
-def compute(config: Config, point: Point) -> dict[str, Any]:
+def compute(config: Thm54Config, point: Thm54Point) -> dict[str, Any]:
     """Relative violations over random tasks; or the mean drift of the charges from one solution per seed, `[seeds, n]`.
 
     In units of the norm of the drift predicted at the printed solution, `projected` on that drift. A run that is
     `slower` takes as many more steps: `eta k` is the same.
     """
-    if point["name"] == "residuals":
+    if point.name == "residuals":
         rng = generator(3)
-        tasks = [task(config["d"], rng) for _ in range(config["trials"])]
+        tasks = [task(config.d, rng) for _ in range(config.trials)]
         formulas = {"corrected": cf.deep_linear, "printed": printed}
         return plain(
             {
-                f: [[violation(make(*t, depth), *t[1:]) for t in tasks] for depth in config["depths"]]
+                f: [[violation(make(*t, depth), *t[1:]) for t in tasks] for depth in config.depths]
                 for f, make in formulas.items()
             }
         )
-    depth, s = point["depth"], config["batch"]
-    lr, steps = config["lr"] / point["slower"], config["steps"] * point["slower"]
-    v, sx, se = task(config["d"], generator(100 + depth))
+    depth, s = point.depth, config.batch
+    lr, steps = config.lr / point.slower, config.steps * point.slower
+    v, sx, se = task(config.d, generator(100 + depth))
     wrong = printed(v, sx, se, depth)
     residuals = cf.deep_linear_residuals(wrong, sx, se)
     drift = torch.cat([(4 * lr**2 / s * steps * r).flatten() for r in residuals])
-    layers = wrong if point["formula"] == "printed" else cf.deep_linear(v, sx, se, depth)
-    count = config["seeds"] * config["copies"]
+    layers = wrong if point.formula == "printed" else cf.deep_linear(v, sx, se, depth)
+    count = config.seeds * config.copies
     start = [w.expand(count, -1, -1) for w in layers]
-    run = simulate(LinearNet.of(v, sx, se, s), start, steps, lr, generator(200 + depth + 100 * (point["slower"] - 1)))
+    run = simulate(LinearNet.of(v, sx, se, s), start, steps, lr, generator(200 + depth + 100 * (point.slower - 1)))
     change = (charges(run.params) - charges([w[None] for w in layers])) / drift.norm()
-    means = change.reshape(config["seeds"], config["copies"], -1).mean(1)
+    means = change.reshape(config.seeds, config.copies, -1).mean(1)
     projected = means @ (drift / drift.norm())
     return plain({"drift": means, "projected": projected, "diverged": int(run.diverged.sum())})
 
@@ -143,15 +149,15 @@ def norm(drifts: np.ndarray) -> tuple[float, float]:
     return math.sqrt(square), math.sqrt(square + math.sqrt((n - 1) * without.var())) - math.sqrt(square)
 
 
-def limit(results: Results, depth: int) -> np.ndarray:
+def limit(results: Results[Thm54Config, Thm54Point], depth: int) -> np.ndarray:
     """The corrected solution's drifts extrapolated to eta -> 0, `2 m(eta / 2) - m(eta)` per seed, `[seeds, n]`."""
     return 2 * results.array(f"half{depth}", "drift") - results.array(f"corrected{depth}", "drift")
 
 
-def plot(results: Results) -> Any:
+def plot(results: Results[Thm54Config, Thm54Point]) -> Any:
     """Violations by depth; measured drifts by depth."""
     fig, (residuals, drifts) = style.figure(2)
-    depths = np.asarray(results.config["depths"])
+    depths = np.asarray(results.config.depths)
     for formula, color, marker in (("corrected", style.SGD, "o"), ("printed", style.GD, "s")):
         values = np.maximum(results.array("residuals", formula), 1e-17)
         for shift, column in zip(np.linspace(-0.15, 0.15, values.shape[1]), values.T, strict=True):
@@ -187,7 +193,7 @@ def plot(results: Results) -> Any:
 FLUCTUATIONS = "of first order in eta: the weights fluctuate about the solution, where section 9 takes its moments"
 
 
-def verdicts(results: Results) -> list[Verdict]:
+def verdicts(results: Results[Thm54Config, Thm54Point]) -> list[Verdict]:
     """Stationarity of the formulas, and what SGD does from each."""
     worst = results.array("residuals", "corrected").max()
     typical = np.median(results.array("residuals", "printed"), axis=1)
@@ -201,7 +207,7 @@ def verdicts(results: Results) -> list[Verdict]:
             difference=3,
         ),
     ]
-    for d in results.config["depths"]:
+    for d in results.config.depths:
         name = f"D = {d}: norm of the mean drift from the corrected solution / the printed one's"
         out += [
             _below(name, 0.15, results.array(f"corrected{d}", "drift"), FLUCTUATIONS),

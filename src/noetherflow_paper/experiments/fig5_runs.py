@@ -1,0 +1,189 @@
+"""The runs behind figure 5: settings, points, simulations on image data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from noetherflow.core.settings import SGDConfig
+from noetherflow.errors import DataError
+from noetherflow.workloads import digits
+from noetherflow_paper import closed_form as cf
+from noetherflow_paper.experiment import generator, plain
+from noetherflow_paper.generic import generic_equilibrium, product_design
+from noetherflow_paper.records import Config, Point
+from noetherflow_paper.simulate import (
+    LinearNet,
+    Method,
+    Network,
+    Params,
+    checkpoints,
+    from_data,
+    normal,
+    simulate,
+    squared_distance,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fig5Config(Config):
+    """The images (`data`: a file in place of scikit-learn's digits), the net, the start's norms and the training."""
+
+    components: int = 3
+    depth: int = 4
+    target_scale: float = 2.0
+    data: str | None = None
+    scales: tuple[float, ...] = (2.0, 0.6, 1.2, 0.8)
+    lr: float
+    batch: int = 16
+    steps: int
+    seeds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fig5Point(Point):
+    """One training: on images or Gaussian data, from random layers or from section 9; `theory` trains nothing."""
+
+    method: Method = "sgd"
+    gaussian: bool = False
+    section9: bool = False
+    lr: float = 0.0
+    steps: int = 0
+
+
+SCALES = {
+    "quick": Fig5Config(lr=0.02, steps=16_000, seeds=4),
+    "paper": Fig5Config(components=10, lr=0.01, steps=100_000, seeds=8),
+}
+
+
+NEAR, HALF = ", from section 9", ", half rate"
+
+
+def points(config: Fig5Config) -> list[Fig5Point]:
+    """Predictions; SGD on the images and on Gaussian data of the same covariances; GD; two rates from section 9.
+
+    At half the rate twice the steps; from section 9, where there is nothing to learn, half as many on the images.
+    """
+    lr, steps = config.lr, config.steps
+
+    def random(name: str, method: Method, gaussian: bool) -> Fig5Point:
+        return Fig5Point(name=name, method=method, gaussian=gaussian, lr=lr, steps=steps)
+
+    def near(name: str, gaussian: bool, share: float, length: float) -> Fig5Point:
+        count = round(length * steps / share)
+        return Fig5Point(name=name, gaussian=gaussian, section9=True, lr=share * lr, steps=count)
+
+    return [
+        Fig5Point(name="theory"),
+        random("sgd", "sgd", False),
+        random("gaussian", "sgd", True),
+        random("gd", "gd", True),
+        near(f"sgd{NEAR}", False, 1, 0.5),
+        near(f"gaussian{NEAR}", True, 1, 1),
+        near(f"sgd{HALF}", False, 0.5, 0.5),
+        near(f"gaussian{HALF}", True, 0.5, 1),
+    ]
+
+
+def images(config: Fig5Config) -> Tensor:
+    """Flattened images `[N, pixels]`: scikit-learn's digits, or an `.npz`/`.npy` array of MNIST named by `data`."""
+    if config.data is None:
+        return digits()[0]
+    path = Path(config.data)
+    if not path.exists():
+        raise DataError(f"no image data at {path}; set data to an .npy or .npz file of images, or leave it out")
+    loaded = np.load(path)
+    array = loaded[loaded.files[0]] if hasattr(loaded, "files") else loaded
+    return torch.as_tensor(array.reshape(len(array), -1) / array.max(), dtype=torch.float64)
+
+
+def halves(config: Fig5Config) -> tuple[Tensor, Tensor]:
+    """Principal components of the upper half (inputs) and of the lower half (targets), `[N, k]` each."""
+    flat = images(config)
+    half = flat.shape[1] // 2
+    out = []
+    for part, scale in ((flat[:, :half], 1.0), (flat[:, half:], config.target_scale)):
+        centred = part - part.mean(0)
+        axes = torch.linalg.eigh(centred.mT @ centred).eigenvectors[:, -config.components :].flip(-1)
+        z = centred @ axes
+        out.append(scale * z / z.square().mean().sqrt())
+    return out[0], out[1]
+
+
+def statistics(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Least-squares map V, `Sig_x`, and the covariance of its residuals."""
+    sigma_x = x.mT @ x / len(x)
+    v = torch.linalg.solve(sigma_x, x.mT @ y / len(x)).mT
+    r = y - x @ v.mT
+    return v, sigma_x, r.mT @ r / len(x)
+
+
+def forward(params: Params, x: Tensor) -> Tensor:
+    """`W_D ... W_1 x`."""
+    for w in params:
+        x = x @ w.mT
+    return x
+
+
+def compute(config: Fig5Config, point: Fig5Point) -> dict[str, Any]:
+    """Layer norms `[T, 2 seeds, D]` (random start: first half equal norms, second half unequal) and singular values of
+    the product `[T, 2 seeds, k]`; or the predictions."""
+    x, y = halves(config)
+    v, sigma_x, sigma_eps = statistics(x, y)
+    closed = cf.deep_linear(v, sigma_x, sigma_eps, config.depth)
+    if point.name == "theory":
+        return predictions(config, closed, x, y)
+    many = (2 * config.seeds, -1, -1)
+    start = [w.expand(many) for w in closed] if point.section9 else starts(config, generator(4))
+    network = Network(forward, squared_distance, from_data(x, y), (x[None], y[None]), config.batch)
+    surrogate = LinearNet.of(v, sigma_x, sigma_eps, config.batch)
+
+    def record(params: Params) -> dict[str, Tensor]:
+        eye = torch.eye(config.components, dtype=torch.float64)
+        return {
+            "norms": torch.stack([w.norm(dim=(1, 2)) for w in params], -1),
+            "singular": torch.linalg.svdvals(forward(params, eye)),
+        }
+
+    marks = checkpoints(point.steps, 80)
+    run = simulate(
+        surrogate if point.gaussian else network,
+        start,
+        point.steps,
+        point.lr,
+        generator(5),
+        record,
+        at=marks,
+        method=point.method,
+    )
+    return plain({"steps": marks, **run.records})
+
+
+def starts(config: Fig5Config, rng: torch.Generator) -> Params:
+    """Gaussian layers `[2 seeds, k, k]`: of equal norms, then with norms in the ratio `scales`."""
+    depth, k, seeds = config.depth, config.components, config.seeds
+    sizes = torch.stack([torch.ones(depth), torch.tensor(config.scales)]).double().repeat_interleave(seeds, 0)
+    layers = [normal((2 * seeds, k, k), rng) for _ in range(depth)]
+    return [1.7 * sizes[:, i, None, None] * w / w.norm(dim=(1, 2), keepdim=True) for i, w in enumerate(layers)]
+
+
+def predictions(config: Fig5Config, closed: Params, x: Tensor, y: Tensor) -> dict[str, Any]:
+    """Norms by section 9, by the generic machinery on the images, and by it on data with independent residuals; V's
+    singular values."""
+    v, sigma_x, sigma_eps = statistics(x, y)
+    sgd, eye = SGDConfig(config.lr, config.batch), torch.eye(len(v), dtype=torch.float64)
+    isotropic = cf.deep_linear(v, eye, eye, config.depth)
+    design = product_design(v, sigma_x, sigma_eps)
+    found = {
+        "closed": closed,
+        "generic": generic_equilibrium(closed, x, y, sgd),
+        "generic_independent": generic_equilibrium(isotropic, *design, sgd),
+    }
+    norms = {name: [float(w.norm()) for w in layers] for name, layers in found.items()}
+    return plain({**norms, "singular": torch.linalg.svdvals(v)})
