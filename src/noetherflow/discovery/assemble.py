@@ -92,7 +92,7 @@ def _entries(store: Store, solution: GaugeSolution) -> _Entries:
 
 def _cells(store: Store) -> Array:
     """The cell of every atom, told apart also by what was asked of the atoms it always equals."""
-    cell = store.cell[: store.size]
+    cell = store.cells.first(store.size)
     same = [e.ids for e in store.equations if len(e.coefficients) == 2 and e.coefficients[0] == -e.coefficients[1]]
     if not same:
         return cell

@@ -35,7 +35,7 @@ def explain(model: nn.Module, example_inputs: Any, parameter: str) -> str:
     inference = infer(graph)
     solution = solve(inference.store)
     symmetries = assemble(inference, solution)
-    bundles = inference.store.of_leaf.get(parameter, [])
+    bundles = inference.store.redundancy.of_leaf.get(parameter, [])
     lines = [f"{parameter} {list(graph.shapes[parameter])}"]
     if not bundles:
         lines.append("  no operator uses it")

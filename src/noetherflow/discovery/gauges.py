@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -17,12 +19,32 @@ from torch import Tensor
 Array = np.ndarray
 
 
+@lru_cache(maxsize=4096)
+def rational(x: float) -> float:
+    """The fraction with a denominator up to 10,000 that `x` is but for rounding, else `x` to twelve digits.
+
+    Exponents are rational numbers (a cube root's is 1/3), and sums and products of floats drift off them: `rational`
+    brings `0.1 + 0.2` back to 0.3, so that equal exponents are equal and a third is the float nearest to 1/3.
+    """
+    near = float(Fraction(x).limit_denominator(10_000))
+    return near if abs(near - x) <= 1e-12 * max(1.0, abs(x)) else round(x, 12)
+
+
+def rationals(values: Array) -> Array:
+    """`rational` of every entry."""
+    unique, inverse = np.unique(values, return_inverse=True)
+    return np.array([rational(float(x)) for x in unique])[inverse].reshape(values.shape)
+
+
 @dataclass(frozen=True, eq=False)
 class Field:
     """Atoms `ids` with one exponent. `ids` broadcasts to the tensor: size 1 along every axis it does not depend on."""
 
     ids: Tensor
     exponent: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "exponent", rational(float(self.exponent)))
 
     def spans(self, axes: Iterable[int]) -> tuple[int, ...]:
         return tuple(a for a in axes if self.ids.shape[a] > 1)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from noetherflow.discovery.axes import axis_atoms, output_shapes
 from noetherflow.discovery.export import Graph, module_path, operator_name
 from noetherflow.discovery.gauges import AxisAtoms, Gauge
 from noetherflow.discovery.rules import Context, find_rule, gauges_in
@@ -35,175 +35,154 @@ class Inference:
         return f"{path} ({operator_name(here)})" if path else operator_name(here)
 
 
-def axis_atoms(shape: tuple[int, ...], uses: Sequence[fx.Node], placeholder: fx.Node) -> list[AxisAtoms]:
-    """Which axes of a parameter carry coordinates of their own.
-
-    Up to two axes longer than 1: each by itself; a number is seen as a vector of one entry. What becomes a convolution
-    weight: output and input channels (grouped: the view `[groups, out / groups, in / groups, ...]`). A stack of
-    matrices: the first axis jointly with each of the others.
-    """
-    if not shape:
-        return [AxisAtoms((0,), view=(1,))]
-    long = [a for a, n in enumerate(shape) if n > 1] or [0]
-    convolution = _convolution(uses, placeholder)
-    if convolution is not None:
-        return _convolution_atoms(shape, int(_argument(convolution, "groups", 1)))
-    if len(long) <= 2:
-        return [AxisAtoms((a,)) for a in long]
-    return [AxisAtoms((long[0], a), slices=shape[long[0]]) for a in long[1:]]
-
-
-def _convolution(uses: Sequence[fx.Node], placeholder: fx.Node) -> fx.Node | None:
-    """The convolution whose weight a parameter is, or becomes through tensors of its own shape."""
-    shape, seen, left = _shapes(placeholder)[0], {placeholder}, [(placeholder, node) for node in uses]
-    while left:
-        source, node = left.pop()
-        if "conv" in operator_name(node) and len(node.args) > 1 and node.args[1] is source:
-            return node
-        if node not in seen and shape in _shapes(node)[:1]:
-            seen.add(node)
-            left += [(node, user) for user in node.users]
-    return None
-
-
-def _convolution_atoms(shape: tuple[int, ...], groups: int) -> list[AxisAtoms]:
-    if groups == 1:
-        return [AxisAtoms((0,)), AxisAtoms((1,))]
-    view = (groups, shape[0] // groups, *shape[1:])
-    return [AxisAtoms((0,), slices=groups), AxisAtoms((0, 2), view, groups)]
-
-
-def _argument(node: fx.Node, name: str, default: Any) -> Any:
-    if name in node.kwargs:
-        return node.kwargs[name]
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    position = names.index(name) if name in names else len(node.args)
-    return node.args[position] if position < len(node.args) else default
-
-
-def axis_atoms_of(graph: Graph) -> dict[str, list[AxisAtoms]]:
-    """For every parameter the graph uses, the axes that carry atoms."""
-    out: dict[str, list[AxisAtoms]] = {}
-    for node in graph.nodes:
-        name = graph.leaves.get(node.name, "") if node.op == "placeholder" else ""
-        if name in graph.parameters and node.users:
-            out[name] = axis_atoms(graph.shapes[name], list(node.users), node)
-    return out
-
-
 def infer(graph: Graph) -> Inference:
     """Run every rule once, in graph order (twice if stacks of matrices are indexed by data)."""
-    store = Store()
+    store, leaves, unknown = Store(), Leaves(graph), UnknownOperators()
     nodes = tuple(graph.nodes)
-    env: dict[fx.Node, Any] = {}
-    leaves: dict[str, Gauge] = {}
-    unknown: dict[tuple[str, str], UnknownOperator] = {}
-    users: dict[str, list[fx.Node]] = {}
-    for node in nodes:
-        if node.op == "placeholder" and node.name in graph.leaves:
-            users.setdefault(graph.leaves[node.name], []).extend(node.users)
+    first = _Pass(graph, store, leaves, unknown, offset=0)
+    first.run(nodes)
+    if first.stood_in:
+        _Pass(graph, store, leaves, unknown, offset=1).run(nodes)
+    store.end_decoys()
+    return Inference(graph, store, nodes, unknown.listed())
 
-    def leaf(name: str, node: fx.Node | None, exponent: float = 1.0) -> Gauge:
-        if name not in leaves:
-            shape = graph.shapes[name]
-            plan = [AxisAtoms((0,))] if node is None else axis_atoms(shape, users.get(name, []), node)
-            gauge = store.leaf(name, shape or (1,), plan, exponent)
-            scalars = tuple(replace(f, ids=f.ids.reshape(shape)) for f in gauge.fields) if not shape else gauge.fields
-            leaves[name] = replace(gauge, shape=shape, fields=scalars)
-        return leaves[name]
 
-    def buffer(gauge: Gauge, exponent: float) -> Gauge:
-        return leaf(gauge.leaf, None, exponent) if gauge.leaf else Gauge(gauge.shape)
+class Leaves:
+    """The gauges of parameters and moving buffers, each made at its first use and the same at every later one."""
 
-    def value(argument: Any) -> Any:
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._gauges: dict[str, Gauge] = {}
+        self._users: dict[str, list[fx.Node]] = {}
+        for node in graph.nodes:
+            if node.op == "placeholder" and node.name in graph.leaves:
+                self._users.setdefault(graph.leaves[node.name], []).extend(node.users)
+
+    def parameter(self, store: Store, name: str, node: fx.Node) -> Gauge:
+        """The gauge of a parameter that enters the graph at `node`."""
+        if name not in self._gauges:
+            plan = axis_atoms(self._graph.shapes[name], self._users.get(name, []), node)
+            self._gauges[name] = self._new(store, name, plan, 1.0)
+        return self._gauges[name]
+
+    def buffer(self, store: Store, name: str, exponent: float) -> Gauge:
+        """The gauge of a buffer of one axis that moves with the weights, as `exponent` times their scale."""
+        if name not in self._gauges:
+            self._gauges[name] = self._new(store, name, [AxisAtoms((0,))], exponent)
+        return self._gauges[name]
+
+    def _new(self, store: Store, name: str, plan: list[AxisAtoms], exponent: float) -> Gauge:
+        shape = self._graph.shapes[name]
+        gauge = store.leaf(name, shape or (1,), plan, exponent)
+        if shape:
+            return gauge
+        return replace(gauge, shape=(), fields=tuple(replace(f, ids=f.ids.reshape(())) for f in gauge.fields))
+
+
+class UnknownOperators:
+    """Operators without a rule that something scalable met, with how often and where."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str], UnknownOperator] = {}
+
+    def note(self, node: fx.Node) -> None:
+        """Count one meeting at a node."""
+        name, path = operator_name(node), module_path(node)
+        before = self._found.get((name, path))
+        count = 1 if before is None else before.count + 1
+        self._found[(name, path)] = UnknownOperator(name, node.name, path, count)
+
+    def listed(self) -> tuple[UnknownOperator, ...]:
+        return tuple(self._found.values())
+
+
+@dataclass(eq=False)
+class _Pass:
+    """One walk over the graph: the gauge of every node, and what rules may ask for besides."""
+
+    graph: Graph
+    store: Store
+    leaves: Leaves
+    unknown: UnknownOperators
+    offset: int
+    """Where stand-ins for unknown positions begin; a second walk with another one makes them sound."""
+    stood_in: bool = False
+    gauges: dict[fx.Node, Any] = field(default_factory=dict)
+
+    def run(self, nodes: tuple[fx.Node, ...]) -> None:
+        for number, node in enumerate(nodes):
+            with self.store.visiting(number):
+                self._visit(node)
+
+    def _visit(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            name = self.graph.leaves.get(node.name, "")
+            marks = frozenset() if name or node.name in self.graph.constants else frozenset({"data"})
+            self.gauges[node] = Gauge(output_shapes(node)[0] or (), leaf=name, marks=marks)
+        elif node.op == "get_attr":
+            self.gauges[node] = Gauge(output_shapes(node)[0] or ())
+        elif node.op == "output":
+            for gauge in gauges_in(self._value(node.args)):
+                self.store.vanish(gauge.fields, "is an output")
+        elif node.op == "call_function":
+            self.gauges[node] = self._call(node)
+
+    def _value(self, argument: Any) -> Any:
+        """An argument of a node with gauges in the place of tensors."""
         if isinstance(argument, fx.Node):
-            if argument.op == "placeholder" and graph.leaves.get(argument.name) in graph.parameters:
-                gauge = leaf(graph.leaves[argument.name], argument)
-                return replace(gauge, fields=store.simplify(gauge.fields))
-            found = env[argument]
-            if isinstance(found, Gauge):
-                return replace(found, fields=store.simplify(found.fields))
-            return found
+            name = self.graph.leaves.get(argument.name) if argument.op == "placeholder" else None
+            if name in self.graph.parameters:
+                found: Any = self.leaves.parameter(self.store, name, argument)
+            else:
+                found = self.gauges[argument]
+            return replace(found, fields=self.store.simplify(found.fields)) if isinstance(found, Gauge) else found
         if isinstance(argument, (list, tuple)):
-            return [value(a) for a in argument]
+            return [self._value(a) for a in argument]
         if isinstance(argument, dict):
-            return {k: value(v) for k, v in argument.items()}
+            return {k: self._value(v) for k, v in argument.items()}
         return argument
 
-    offset, asked = 0, False
+    def _call(self, node: fx.Node) -> Any:
+        """The gauges of an operator's results."""
+        args, kwargs = self._value(node.args), self._value(node.kwargs)
+        if node.target is operator.getitem:
+            return args[0][args[1]] if isinstance(args[0], list) else args[0]
+        shapes = output_shapes(node)
+        if not any(shape is not None for shape in shapes):
+            return node.meta.get("val")
+        inputs = gauges_in([args, kwargs])
+        rule = find_rule(operator_name(node))
+        if rule is None:
+            out = self._without_rule(node, inputs)
+        else:
+            out = rule(Context(self.store, node, shapes, self._buffer, self._stand_in), *args, **kwargs)
+        return _with_data(out) if any("data" in g.marks for g in inputs) else out
 
-    def stand_in(count: int, length: int) -> Tensor | None:
+    def _without_rule(self, node: fx.Node, inputs: list[Gauge]) -> Any:
+        """Nothing that goes in may scale (the safe answer); what comes out carries a decoy."""
+        why = f"passes {operator_name(node)}, which has no rule"
+        met = any(g.fields for g in inputs)
+        if met:
+            self.unknown.note(node)
+        for gauge in inputs:
+            self.store.vanish(gauge.fields, why)
+        shapes = [shape or () for shape in output_shapes(node)]
+        out = [Gauge(shape, (self.store.decoy(len(shape), why),) if met else ()) for shape in shapes]
+        return out if isinstance(node.meta.get("val"), (list, tuple)) else out[0]
+
+    def _buffer(self, gauge: Gauge, exponent: float) -> Gauge:
+        return self.leaves.buffer(self.store, gauge.leaf, exponent) if gauge.leaf else Gauge(gauge.shape)
+
+    def _stand_in(self, count: int, length: int) -> Tensor | None:
         """Positions that meet every entry of an axis of `length`; a second pass with other ones makes that sound."""
-        nonlocal asked
         if count < length:
             return None
-        asked = True
-        return (torch.arange(count) + offset) % length
-
-    def run() -> None:
-        env.clear()
-        for number, node in enumerate(nodes):
-            store.node = number
-            visit(node)
-
-    def visit(node: fx.Node) -> None:
-        if node.op == "placeholder":
-            shape = _shapes(node)[0]
-            name = graph.leaves.get(node.name, "")
-            marks = frozenset() if name or node.name in graph.constants else frozenset({"data"})
-            env[node] = Gauge(shape or (), leaf=name, marks=marks)
-        elif node.op == "get_attr":
-            env[node] = Gauge(_shapes(node)[0] or ())
-        elif node.op == "output":
-            for gauge in gauges_in(value(node.args)):
-                store.vanish(gauge.fields, "is an output")
-        elif node.op == "call_function":
-            env[node] = _apply(store, node, value, (buffer, stand_in), unknown)
-
-    run()
-    if asked:
-        offset = 1
-        run()
-    return Inference(graph, store, nodes, tuple(unknown.values()))
+        self.stood_in = True
+        return (torch.arange(count) + self.offset) % length
 
 
-def _apply(store: Store, node: fx.Node, value: Any, services: tuple, unknown: dict) -> Any:
-    args, kwargs = value(node.args), value(node.kwargs)
-    if node.target is operator.getitem:
-        container = args[0]
-        return container[args[1]] if isinstance(container, list) else container
-    shapes = _shapes(node)
-    if not any(shape is not None for shape in shapes):
-        return node.meta.get("val")
-    name = operator_name(node)
-    inputs = gauges_in([args, kwargs])
-    rule = find_rule(name)
-    if rule is None:
-        if any(g.fields for g in inputs):
-            key = (name, module_path(node))
-            seen = unknown.get(key)
-            unknown[key] = UnknownOperator(name, node.name, module_path(node), 1 if seen is None else seen.count + 1)
-        for gauge in inputs:
-            store.vanish(gauge.fields, f"passes {name}, which has no rule")
-        out: Any = [Gauge(shape or ()) for shape in shapes]
-        out = out if isinstance(node.meta.get("val"), (list, tuple)) else out[0]
-    else:
-        out = rule(Context(store, node, shapes, *services), *args, **kwargs)
-    if any("data" in g.marks for g in inputs):
-        out = _marked(out)
-    return out
-
-
-def _marked(out: Any) -> Any:
+def _with_data(out: Any) -> Any:
+    """The same gauges, marked as depending on the input."""
     if isinstance(out, list):
-        return [_marked(g) for g in out]
-    if "stack" in out.marks:
-        return out
-    return replace(out, marks=out.marks | {"data"})
-
-
-def _shapes(node: fx.Node) -> tuple[tuple[int, ...] | None, ...]:
-    """Output shapes; None for outputs that are no tensors."""
-    out = node.meta.get("val")
-    listed = out if isinstance(out, (list, tuple)) else [out]
-    return tuple(tuple(int(n) for n in v.shape) if isinstance(v, Tensor) else None for v in listed)
+        return [_with_data(g) for g in out]
+    return out if "stack" in out.marks else replace(out, marks=out.marks | {"data"})

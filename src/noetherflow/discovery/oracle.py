@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow.core.inputs import ModelInputs
+from noetherflow.discovery.axes import axis_atoms_of
 from noetherflow.discovery.copies import ModelCopy, eps_settings, floating_tensors, in_dtype
 from noetherflow.discovery.export import export
 from noetherflow.discovery.gauges import AxisAtoms
-from noetherflow.discovery.infer import axis_atoms_of
 from noetherflow.errors import DataError
 
 MAX_UNKNOWNS = 20_000

@@ -1,83 +1,92 @@
 """The store of everything operators demand of gauges (docs/architecture.md, 'Gauge inference').
 
-An equation `sum_k c_k log p[a_k] = 0` is a row of atoms with coefficients. Permission to mix (GL) is kept as one *cell*
-per atom: two atoms of a parameter axis may mix as long as no operator has told their cells apart.
+An equation `sum_k c_k log p[a_k] = 0` is a row of atoms with coefficients. What may mix is kept in `mixing.Cells`, what
+a parameter's axes have in common in `redundancy.Redundancy`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from noetherflow.discovery.gauges import Array, AxisAtoms, Bundle, Equation, Field, Gauge, broadcast, mix, narrow, ranks
+from noetherflow.discovery.gauges import Array, AxisAtoms, Bundle, Equation, Field, Gauge, broadcast, narrow
+from noetherflow.discovery.mixing import Cells
+from noetherflow.discovery.redundancy import Redundancy
 
 
 class Store:
-    """Atoms, their cells and tags, and the equations collected in one pass over the graph."""
+    """Atoms, their cells and tags, and the equations collected in one pass over the graph.
+
+    `canon`, `tags`, `touched` and `wild` have one entry per atom (with room for more): an earlier atom known to be
+    equal, facts that name the family, whether any operator noticed it, whether it stands for an entry of a tensor of
+    zeros.
+    """
 
     TAGS = ("relu", "gate", "gain", "score", "value")
 
     def __init__(self) -> None:
         self.size = 1
         self.canon = np.zeros(1024, dtype=np.int64)
-        self.cell = np.zeros(1024, dtype=np.uint64)
         self.tags = np.zeros(1024, dtype=np.uint8)
         self.touched = np.zeros(1024, dtype=bool)
         self.wild = np.zeros(1024, dtype=bool)
-        self.bundles: list[Bundle] = []
-        self.of_leaf: dict[str, list[Bundle]] = {}
+        self.cells = Cells()
+        self.redundancy = Redundancy()
         self.equations: list[Equation] = []
         self.approximations: list[tuple[Equation, float]] = []
         self.events: list[tuple[int, str, Array]] = []
-        self.node = 0
+        self._decoys: list[tuple[int, Field, str]] = []
+        self._node = 0
+
+    @property
+    def bundles(self) -> list[Bundle]:
+        """The atoms of every parameter axis, in order."""
+        return self.redundancy.bundles
+
+    @contextmanager
+    def visiting(self, node: int) -> Iterator[None]:
+        """Demands made inside the block are noted as made by this node: the one place that keeps where the pass is."""
+        before, self._node = self._node, node
+        try:
+            yield
+        finally:
+            self._node = before
 
     # --- atoms ---
 
     def fresh(self, count: int) -> int:
-        """The first of `count` new atoms."""
+        """The first of `count` new atoms, which may mix with each other."""
         start, self.size = self.size, self.size + count
         if self.size > len(self.canon):
             room = max(self.size, 2 * len(self.canon))
-            for name in ("canon", "cell", "tags", "touched", "wild"):
+            for name in ("canon", "tags", "touched", "wild"):
                 old = getattr(self, name)
                 new = np.zeros(room, dtype=old.dtype)
                 new[:start] = old[:start]
                 setattr(self, name, new)
         self.canon[start : self.size] = np.arange(start, self.size)
-        self.cell[start : self.size] = mix(np.full(count, 2**40 + start))
+        self.cells.together(start, count)
         return start
 
-    def leaf(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        plan: Sequence[AxisAtoms],
-        exponent: float = 1.0,
-    ) -> Gauge:
-        """The gauge of a parameter: one bundle of fresh atoms per axis of `plan`."""
+    def leaf(self, name: str, shape: tuple[int, ...], plan: Sequence[AxisAtoms], exponent: float = 1.0) -> Gauge:
+        """The gauge of a parameter: one bundle of fresh atoms per axis of `plan`.
+
+        A linear weight `[5, 3]` gets atoms 1-5 along axis 0 and 6-8 along axis 1: fields of shapes `[5, 1]`, `[1, 3]`.
+        """
         fields: list[Field] = []
         for axis in plan:
-            view, axes, slices = axis.view, axis.axes, axis.slices
-            full = shape if view is None else view
             count = int(np.prod(axis.sizes(shape)))
             if count == 1 and (fields or any(np.prod(other.sizes(shape)) > 1 for other in plan)):
                 continue  # a scalar on an axis of length 1 is a scalar on any other axis
             start = self.fresh(count)
-            bundle = Bundle(name, view, axes, start, count, exponent, slices, np.zeros(slices, dtype=bool))
-            self.bundles.append(bundle)
-            self.of_leaf.setdefault(name, []).append(bundle)
-            ids = torch.arange(start, start + count).reshape([n if a in axes else 1 for a, n in enumerate(full)])
-            if view is not None:
-                same = 0  # trailing axes of length 1 that view and shape share
-                while same < len(shape) - 1 and ids.shape[-1 - same] == 1 and view[-1 - same] == shape[-1 - same]:
-                    same += 1
-                ones = [1] * same
-                ids = ids.expand(*view[: len(view) - same], *ones).reshape(*shape[: len(shape) - same], *ones)
-            fields.append(Field(narrow(ids), exponent))
+            fixed = np.zeros(axis.slices, dtype=bool)
+            self.redundancy.add(Bundle(name, axis.view, axis.axes, start, count, exponent, axis.slices, fixed))
+            fields.append(Field(narrow(_placed(axis, shape, start)), exponent))
         return Gauge(shape, tuple(fields), leaf=name)
 
     def wildcard(self, shape: tuple[int, ...]) -> Field:
@@ -86,6 +95,23 @@ class Store:
         start = self.fresh(count)
         self.wild[start : start + count] = True
         return Field(torch.arange(start, start + count).reshape(shape), 1.0)
+
+    def decoy(self, ndim: int, why: str) -> Field:
+        """A scale that stands for what an operator without a rule would pass on; `end_decoys` sets it to 1.
+
+        Until then it travels on like any scale, so that operators without a rule further down the path meet it too and
+        are listed.
+        """
+        field = Field(torch.full([1] * ndim, self.fresh(1)), 1.0)
+        self._decoys.append((self._node, field, why))
+        return field
+
+    def end_decoys(self) -> None:
+        """Demand that every decoy is 1, once the whole graph was seen."""
+        for node, field, why in self._decoys:
+            with self.visiting(node):
+                self.demand([field], why)
+        self._decoys = []
 
     def canonical(self, ids: Array) -> Array:
         """Atoms with all equalities applied that are already known for certain."""
@@ -107,7 +133,7 @@ class Store:
             same = next((k for k, g in enumerate(out) if torch.equal(g.ids, ids)), None)
             if same is None:
                 out.append(Field(ids, f.exponent))
-            elif out[same].exponent + f.exponent == 0:
+            elif abs(out[same].exponent + f.exponent) < 1e-12:
                 self.touched[ids.reshape(-1).numpy()] = True
                 del out[same]
             else:
@@ -115,67 +141,47 @@ class Store:
         return tuple(out)
 
     def tag(self, fields: Iterable[Field], name: str) -> None:
+        """Note a fact that names the family of whatever moves these atoms, one of `TAGS`."""
         for f in fields:
             self.tags[f.ids.reshape(-1).numpy()] |= 1 << self.TAGS.index(name)
 
     # --- permission to mix ---
 
     def refine(self, f: Field, labels: Tensor) -> None:
-        """Atoms seen with different multisets of labels may no longer mix."""
-        ids, marks = broadcast(f.ids, labels)
-        hashes = mix(marks)
-        if ids.size > 1 and not bool((np.diff(ids) > 0).all()):
-            order = np.argsort(ids, kind="stable")
-            ordered = ids[order]
-            start = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-            ids, hashes = ordered[start], np.add.reduceat(hashes[order], start)
-        self.cell[ids] = mix(self.cell[ids] ^ mix(hashes))
-        self.cell[0] = 0
-
-    def singletons(self, fields: Iterable[Field]) -> None:
-        """No two atoms of these fields may mix."""
-        for f in fields:
-            ids = f.ids.reshape(-1).numpy()
-            self.events.append((self.node, "acts entry by entry (no mixing)", ids))
-            ids = np.unique(ids)
-            self.cell[ids] = mix(self.cell[ids] ^ mix(ids + 2**50))
+        """Atoms seen with different collections of labels may no longer mix (see `Cells.refine`)."""
+        self.cells.refine(f, labels)
 
     def separate(self, f: Field, axes: Sequence[int]) -> None:
-        """Atoms may mix only within one position along `axes`."""
-        spanned = f.spans(axes)
-        if spanned:
-            sizes = [f.ids.shape[a] if a in spanned else 1 for a in range(f.ids.ndim)]
-            self.refine(f, torch.arange(int(np.prod(sizes))).reshape(sizes))
+        """Atoms may mix only with those at the same position along `axes`."""
+        self.cells.separate(f, axes)
+
+    def singletons(self, fields: Iterable[Field]) -> None:
+        """No two atoms of these fields may mix: an operator acts on every coordinate by itself."""
+        for f in fields:
+            ids = f.ids.reshape(-1).numpy()
+            self.events.append((self._node, "acts entry by entry (no mixing)", ids))
+            self.cells.alone(ids)
 
     def varies(self, fields: Iterable[Field], shape: Sequence[int]) -> None:
-        """The fields' tensor is multiplied by an ungauged tensor of this shape: separate along its long axes."""
+        """The fields' tensor is multiplied by a tensor of this shape: coordinates along its long axes may not mix."""
         for f in fields:
             axes = [a for a in range(-1, -1 - min(f.ids.ndim, len(shape)), -1) if shape[a] > 1]
             self.separate(f, [a % f.ids.ndim for a in axes])
 
-    def _match(self, fields: Sequence[Field]) -> None:
-        """Before two fields are paired position by position: keep mixing only where it commutes with the pairing."""
-        if len(fields) != 2 or any(abs(f.exponent) != 1 for f in fields):
-            self.singletons(fields)
-            return
-        a, b = torch.broadcast_tensors(fields[0].ids, fields[1].ids)
-        ra, rb = ranks(a.reshape(-1).numpy()), ranks(b.reshape(-1).numpy())
-        if ra is None and rb is not None:
-            self.refine(Field(a, 1.0), torch.from_numpy(rb).reshape(a.shape))
-        elif rb is None and ra is not None:
-            self.refine(Field(b, 1.0), torch.from_numpy(ra).reshape(b.shape))
-        elif ra is not None and rb is not None and not np.array_equal(ra, rb):
-            self.singletons(fields)
+    def _pair(self, group: Sequence[Field]) -> None:
+        """The fields of a product are paired position by position: only what commutes with that may mix."""
+        if len(group) > 1 and not self.cells.pairable(group):
+            self.singletons(group)
 
     # --- equations ---
 
     def demand(self, fields: Sequence[Field], why: str) -> None:
-        """`sum of fields = 0` at every position; all fields have one number of axes."""
+        """The product of the fields is 1 at every position; all fields have one number of axes."""
         columns = broadcast(*[f.ids for f in fields])
         coefficients = tuple(f.exponent for f in fields)
         rows = np.stack(columns, axis=1)
         self.touched[rows.reshape(-1)] = True
-        self.equations.append(Equation(rows, coefficients, self.node, why))
+        self.equations.append(Equation(rows, coefficients, self._node, why))
         if len(fields) == 1:
             self.canon[self.canonical(columns[0])] = 0
         elif len(fields) == 2 and coefficients[0] == -coefficients[1]:
@@ -185,58 +191,28 @@ class Store:
                 self.canon[high] = low
 
     def vanish(self, fields: Iterable[Field], why: str) -> None:
-        """The whole product of the fields is trivial at every position."""
+        """The whole product of the fields is 1 at every position.
+
+        Factors that depend on different axes are constants: `r_i c_j s = 1` for all `i, j` means `r_i = k`, `c_j = m`
+        and `k m s = 1`. A constant that a parameter's redundancy sets to 1 drops out.
+        """
         fields = self.simplify(fields)
-        scalars = [f for f in fields if f.ids.numel() == 1]
+        constants = [f for f in fields if f.ids.numel() == 1]
         groups = _by_axes([f for f in fields if f.ids.numel() > 1])
         if not groups:
-            if scalars:
-                self.demand(scalars, why)
+            if constants:
+                self.demand(constants, why)
             return
-        # What depends on different axes is constant along each; one group can absorb all the constants.
-        groups.sort(key=lambda g: not any(self.fixable(f, ()) for f in g))
+        groups.sort(key=lambda group: not any(self.redundancy.fixable(f, ()) for f in group))
         for group in groups[:-1]:
-            scalars += self._constants(group, (), why)
-        last = [*groups[-1], *scalars]
-        for f in groups[-1]:
-            # Two axes of one parameter in one product: their common constant is the parameter's redundancy.
-            if any(g is not f and self._leaf_of(g) == self._leaf_of(f) != "" for g in last) and self.fix([f], ()):
-                self.demand([Field(f.ids.reshape(-1)[:1], 1.0)], why)
-        self._match_if_bilinear(groups[-1])
-        self.demand(last, why)
+            constants += self._reduce(group, (), why)
+        self._fix_parameters_met_twice(groups[-1], constants, why)
+        self._pair(groups[-1])
+        self.demand([*groups[-1], *constants], why)
 
-    def _match_if_bilinear(self, group: Sequence[Field]) -> None:
-        if len(group) > 1:
-            self._match(group)
-
-    def _constants(self, group: Sequence[Field], rest: tuple[int, ...], why: str) -> list[Field]:
-        """Demand that a product of fields depends on the `rest` axes only; the fields that remain."""
-        if self.fix(group, rest):
-            self._match_if_bilinear(group)
-            self.demand(group, why)
-            return []
-        if len(group) == 1:
-            return [self.flatten(group[0], rest, why)]
-        spanned = {a for f in group for a in f.spans(rest)}
-        ndim = group[0].ids.ndim
-        sizes = [max(f.ids.shape[a] for f in group) if a in spanned else 1 for a in range(ndim)]
-        start = self.fresh(int(np.prod(sizes)))
-        constant = Field(torch.arange(start, self.size).reshape(sizes), 1.0)
-        if any(self.fix([f], ()) for f in group if not f.spans(rest)):
-            self.demand([Field(constant.ids.reshape(-1)[:1], 1.0)], why)
-        self._match_if_bilinear(group)
-        self.demand([*group, replace(constant, exponent=-1.0)], why)
-        return [constant]
-
-    def flatten(self, f: Field, rest: tuple[int, ...], why: str) -> Field:
-        """Make one field constant along every axis but `rest`."""
-        axes = [a for a in range(f.ids.ndim) if a not in rest]
-        first = f.ids
-        for a in f.spans(axes):
-            first = first.narrow(a, 0, 1)
-        self.separate(f, f.spans(axes))
-        self.demand([Field(f.ids, 1.0), Field(first.expand_as(f.ids), -1.0)], why)
-        return Field(first, f.exponent)
+    def equal(self, a: Sequence[Field], b: Sequence[Field], why: str) -> None:
+        """Two tensors must transform alike."""
+        self.vanish([*a, *(replace(f, exponent=-f.exponent) for f in b)], why)
 
     def constant_along(self, fields: Iterable[Field], axes: Sequence[int], why: str) -> tuple[Field, ...]:
         """Demand that the product does not depend on `axes`; what remains, with size 1 there."""
@@ -245,7 +221,7 @@ class Store:
         out = [f for f in fields if not f.spans(axes)]
         for group in _by_axes(moving):
             rest = tuple(a for a in range(group[0].ids.ndim) if a not in axes)
-            out += self._constants(group, rest, why)
+            out += self._reduce(group, rest, why)
         return self.simplify(out)
 
     def contract(self, left: Gauge, right: Gauge, axes: Sequence[int], why: str) -> tuple[Field, ...]:
@@ -263,22 +239,8 @@ class Store:
             inner += summed
             outer += [f for f in side if not f.spans(axes)]
         if all(left.shape[a] == right.shape[a] == 1 for a in axes):
-            outer = self._depthwise(outer, kept, why)
+            outer = self._pair_depthwise(outer, kept, why)
         return self.simplify([*outer, *self.constant_along(inner, axes, why)])
-
-    def _depthwise(self, fields: list[Field], kept: Sequence[int], why: str) -> list[Field]:
-        """A sum over one term per slice: the parameter's input axis still answers to the tensor it meets."""
-        for f in reversed(fields):
-            spanned, leaf = f.spans(kept), self._leaf_of(f)
-            partners = [g for g in fields if g.spans(kept) == spanned and self._leaf_of(g) != leaf]
-            if spanned and partners and leaf and self.fix([f], kept):
-                self.vanish([*partners, f], why)
-                return [g for g in fields if g is not f and g not in partners]
-        return fields
-
-    def equal(self, a: Sequence[Field], b: Sequence[Field], why: str) -> None:
-        """Two tensors must transform alike."""
-        self.vanish([*a, *(replace(f, exponent=-f.exponent) for f in b)], why)
 
     def approximately(self, fields: Sequence[Field], eps: float) -> None:
         """A constant `eps` was added to a tensor with these fields: whoever scales it is only approximate."""
@@ -286,43 +248,76 @@ class Store:
         if fields:
             rows = np.stack(broadcast(*[f.ids for f in fields]), axis=1)
             rows = np.unique(rows, axis=0) if rows.shape[0] > 1 else rows
-            equation = Equation(rows, tuple(f.exponent for f in fields), self.node, "eps")
+            equation = Equation(rows, tuple(f.exponent for f in fields), self._node, "eps")
             self.approximations.append((equation, eps))
 
-    # --- redundancy: a constant on one axis of a parameter against its inverse on another acts as nothing ---
+    def _reduce(self, group: Sequence[Field], rest: tuple[int, ...], why: str) -> list[Field]:
+        """Demand that a product of fields depends on the `rest` axes only; what is left of it.
 
-    def _slices(self, f: Field) -> tuple[Bundle, Array] | None:
-        """The bundle that a field's atoms all belong to, and the slices of it that they touch."""
-        low, high = int(f.ids.min()), int(f.ids.max())
-        k = int(np.searchsorted([b.start for b in self.bundles], low, side="right")) - 1
-        if k < 0 or high >= self.bundles[k].start + self.bundles[k].size or low < self.bundles[k].start:
-            return None
-        bundle = self.bundles[k]
-        return bundle, np.unique((f.ids.reshape(-1).numpy() - bundle.start) // (bundle.size // bundle.slices))
-
-    def _leaf_of(self, f: Field) -> str:
-        found = self._slices(f)
-        return found[0].leaf if found else ""
-
-    def fixable(self, f: Field, rest: Sequence[int]) -> bool:
-        found = self._slices(f)
-        if found is None:
-            return False
-        bundle, slices = found
-        siblings = [b for b in self.of_leaf[bundle.leaf] if b.slices == bundle.slices]
-        free = sum(~b.fixed[slices] for b in siblings)
-        return bool((~bundle.fixed[slices]).all() and (free >= 2).all() and (not f.spans(rest) or bundle.slices > 1))
-
-    def fix(self, group: Sequence[Field], rest: Sequence[int]) -> bool:
-        """True if a parameter in the group lets the group's constants be set to 1 without loss; uses that up."""
+        Nothing is left where a parameter's redundancy sets it to 1, one field becomes its own first entry, and several
+        fields a new constant `k`: `a_i b_i = k` for all `i`.
+        """
+        if self.redundancy.fix(group, rest):
+            self._pair(group)
+            self.demand(group, why)
+            return []
+        if len(group) == 1:
+            return [self._flattened(group[0], rest, why)]
         spanned = {a for f in group for a in f.spans(rest)}
-        for f in group:
-            if set(f.spans(rest)) == spanned and self.fixable(f, rest):
-                found = self._slices(f)
-                assert found is not None
-                found[0].fixed[found[1]] = True
-                return True
-        return False
+        ndim = group[0].ids.ndim
+        sizes = [max(f.ids.shape[a] for f in group) if a in spanned else 1 for a in range(ndim)]
+        start = self.fresh(int(np.prod(sizes)))
+        constant = Field(torch.arange(start, self.size).reshape(sizes), 1.0)
+        if any(self.redundancy.fix([f], ()) for f in group if not f.spans(rest)):
+            self.demand([Field(constant.ids.reshape(-1)[:1], 1.0)], why)
+        self._pair(group)
+        self.demand([*group, replace(constant, exponent=-1.0)], why)
+        return [constant]
+
+    def _flattened(self, f: Field, rest: tuple[int, ...], why: str) -> Field:
+        """Make one field constant along every axis but `rest`."""
+        axes = [a for a in range(f.ids.ndim) if a not in rest]
+        first = f.ids
+        for a in f.spans(axes):
+            first = first.narrow(a, 0, 1)
+        self.separate(f, f.spans(axes))
+        self.demand([Field(f.ids, 1.0), Field(first.expand_as(f.ids), -1.0)], why)
+        return Field(first, f.exponent)
+
+    def _fix_parameters_met_twice(self, group: Sequence[Field], constants: Sequence[Field], why: str) -> None:
+        """Where two axes of one parameter meet in a product, their common constant is its redundancy: set it to 1."""
+        leaves = [self.redundancy.leaf_of(f) for f in [*group, *constants]]
+        for f, leaf in zip(group, leaves, strict=False):
+            if leaf and leaves.count(leaf) > 1 and self.redundancy.fix([f], ()):
+                self.demand([Field(f.ids.reshape(-1)[:1], 1.0)], why)
+
+    def _pair_depthwise(self, fields: list[Field], kept: Sequence[int], why: str) -> list[Field]:
+        """In a sum with one term (a depthwise convolution) let the input axis of the weight undo the input's scale.
+
+        The product `x_g w_g` scales like both. The redundancy of the weight (its input and output axis are one and the
+        same) allows to say `x_g win_g = 1`, and the output scales like the output axis of the weight alone.
+        """
+        for f in reversed(fields):
+            spanned, leaf = f.spans(kept), self.redundancy.leaf_of(f)
+            partners = [g for g in fields if g.spans(kept) == spanned and self.redundancy.leaf_of(g) != leaf]
+            if spanned and partners and leaf and self.redundancy.fix([f], kept):
+                self.vanish([*partners, f], why)
+                return [g for g in fields if g is not f and g not in partners]
+        return fields
+
+
+def _placed(axis: AxisAtoms, shape: tuple[int, ...], start: int) -> Tensor:
+    """The atoms of one axis laid out on the parameter's own axes, size 1 where they do not depend on an axis."""
+    full = shape if axis.view is None else axis.view
+    count = int(np.prod(axis.sizes(shape)))
+    ids = torch.arange(start, start + count).reshape([n if a in axis.axes else 1 for a, n in enumerate(full)])
+    if axis.view is None:
+        return ids
+    same = 0  # trailing axes of length 1 that view and shape share
+    while same < len(shape) - 1 and ids.shape[-1 - same] == 1 and full[-1 - same] == shape[-1 - same]:
+        same += 1
+    ones = [1] * same
+    return ids.expand(*full[: len(full) - same], *ones).reshape(*shape[: len(shape) - same], *ones)
 
 
 def _by_axes(fields: Sequence[Field]) -> list[list[Field]]:

@@ -1,0 +1,79 @@
+"""Which atoms may mix (GL), kept as one *cell* per atom: atoms of one parameter axis may mix while they share a cell.
+
+Every atom of an axis starts in the axis' cell. An operator that treats coordinates differently tells them apart: after
+`relu` every unit is in a cell of its own (only scales are left), after a split into two heads the coordinates of each
+head share a cell (one GL per head).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from noetherflow.discovery.gauges import Array, Field, broadcast, mix, ranks
+
+
+class Cells:
+    """The cell of every atom, as a hash of everything that told it apart from others."""
+
+    def __init__(self) -> None:
+        self._of = np.zeros(1024, dtype=np.uint64)
+
+    def together(self, start: int, count: int) -> None:
+        """New atoms `start .. start + count` in one new cell."""
+        if start + count > self._of.size:
+            grown = np.zeros(max(start + count, 2 * self._of.size), dtype=np.uint64)
+            grown[:start] = self._of[:start]
+            self._of = grown
+        self._of[start : start + count] = mix(np.full(count, 2**40 + start))
+
+    def first(self, count: int) -> Array:
+        """The cells of the atoms `0 .. count`."""
+        return self._of[:count]
+
+    def alone(self, atoms: Array) -> None:
+        """Every one of these atoms in a cell of its own."""
+        atoms = np.unique(atoms)
+        self._of[atoms] = mix(self._of[atoms] ^ mix(atoms + 2**50))
+
+    def refine(self, f: Field, labels: Tensor) -> None:
+        """Atoms that occur with different collections of labels may no longer mix.
+
+        `ids` (1, 1, 2, 2) with labels (0, 1, 0, 1) keeps 1 and 2 together, labels (0, 0, 1, 1) tells them apart.
+        """
+        ids, marks = broadcast(f.ids, labels)
+        hashes = mix(marks)
+        if ids.size > 1 and not bool((np.diff(ids) > 0).all()):
+            order = np.argsort(ids, kind="stable")
+            ordered = ids[order]
+            start = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+            ids, hashes = ordered[start], np.add.reduceat(hashes[order], start)
+        self._of[ids] = mix(self._of[ids] ^ mix(hashes))
+        self._of[0] = 0
+
+    def separate(self, f: Field, axes: Sequence[int]) -> None:
+        """Atoms may mix only with those at the same position along `axes`."""
+        spanned = f.spans(axes)
+        if spanned:
+            sizes = [f.ids.shape[a] if a in spanned else 1 for a in range(f.ids.ndim)]
+            self.refine(f, torch.arange(int(np.prod(sizes))).reshape(sizes))
+
+    def pairable(self, fields: Sequence[Field]) -> bool:
+        """Tell atoms apart as far as two fields that are paired position by position demand it.
+
+        The rows of `W2` and the columns of `W1` in `W1 W2` are paired one to one and mix together. Where an atom meets
+        several partners (query heads that share a key head), those with equal order of occurrence correspond. False
+        if there is no such correspondence: then nothing may mix.
+        """
+        if len(fields) != 2 or any(abs(f.exponent) != 1 for f in fields):
+            return False
+        a, b = torch.broadcast_tensors(fields[0].ids, fields[1].ids)
+        ra, rb = ranks(a.reshape(-1).numpy()), ranks(b.reshape(-1).numpy())
+        if ra is None and rb is not None:
+            self.refine(Field(a, 1.0), torch.from_numpy(rb).reshape(a.shape))
+        elif rb is None and ra is not None:
+            self.refine(Field(b, 1.0), torch.from_numpy(ra).reshape(b.shape))
+        return ra is None or rb is None or np.array_equal(ra, rb)
