@@ -21,7 +21,7 @@ from noetherflow.moments.layout import WHOLE_BATCH, SampleLayout
 from noetherflow.moments.origins import Origins, Source, distinct
 from noetherflow.moments.rules import Site
 from noetherflow.moments.taps import CallId, Receiver, Recorder, Trace, Use
-from noetherflow.moments.target import Sums, Workspace
+from noetherflow.moments.target import Scratch, Sums, Workspace
 
 CHUNK_ENTRIES = 1 << 22
 
@@ -215,18 +215,19 @@ class Contraction:
     def receive(self, use: Use, layout: SampleLayout, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
         """Take the output gradient and the activations of one use."""
         samples = self._shares[-1][1]
+        scratch = Scratch(self._workspace)
         for site, source in zip(use.sites, use.sources, strict=True):
             if not source.names.isdisjoint(self._measured):
-                self._add(source, form_of(site, layout, samples, delta, saved))
-        self._workspace.forget()
+                self._add(source, form_of(site, layout, samples, delta, saved), scratch)
 
-    def _add(self, source: Source, form: Form) -> None:
+    def _add(self, source: Source, form: Form, scratch: Scratch) -> None:
+        """Contract the form of a parameter used once; keep any other until the batch is complete."""
         name = source.view_of
         if name in self._once and name is not None:
             whole = _as_whole(source.operand, self._roots[name], form)
             if whole is not None:
                 for lo, hi, sums in self._shares:
-                    whole.accumulate(sums.target(name, self._workspace), lo, hi)
+                    whole.accumulate(sums.target(name, scratch), lo, hi)
                 return
         self._pending.append((source, form))
 

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from noetherflow.moments.target import Target, gram, wide
+from noetherflow.moments.target import SideLeg, Target, gram, wide
 
 # Explicit gradients are made this many entries at a time: on a CPU they should stay in cache.
 CHUNK_ENTRIES, CHUNK_ENTRIES_CPU = 1 << 24, 1 << 20
@@ -83,7 +83,7 @@ class Dense(Form):
         return self.g.sum(0)
 
     def accumulate(self, target: Target, lo: int, hi: int) -> None:
-        target.add_dense(self.g if hi - lo == self.samples else self.g[lo:hi], target.workspace.square)
+        target.add_dense(self.g if hi - lo == self.samples else self.g[lo:hi], target.scratch.square)
 
     def scale(self) -> Tensor:
         terms = self.g if self.summands is None else self.summands
@@ -127,7 +127,7 @@ class Outer(Form):
             _add_token_grams(target, left, right)
             return
         for i, j in _chunks(target, m * n, 0, hi - lo):
-            out = target.workspace.empty((j - i, m, n), left)
+            out = target.scratch.workspace.empty((j - i, m, n), left)
             target.add_dense(torch.bmm(left[i:j].mT, right[i:j], out=out), Tensor.square_)
 
 
@@ -152,23 +152,33 @@ class OneToken(Outer):
     def accumulate(self, target: Target, lo: int, hi: int) -> None:
         left, right = self._slice(lo, hi)
         target.add_product(left, right)
+        self._add_squares(target, left, right)
         split = target.need.split(left.shape[1])
-        if target.squares is not None:
-            target.squares.view(left.shape[1], -1).addmm_(target.workspace.square(left).mT, right.square())
-        elif any(leg.torus for leg in split.mixed):
-            target.add_torus_legs(target.workspace.square(left).mT @ right.square())
-        else:
-            target.add_side(split.columns, lambda: _weighted(right.square(), left))
-            target.add_side(split.rows, lambda: _weighted(target.workspace.square(left), right))
-        for legs, own, other in ((split.rows, left, right), (split.columns, right, left)):
-            for leg in legs:
-                if not leg.torus:
-                    norms = torch.linalg.vector_norm(other, dim=1, keepdim=True)
-                    target.add_leg(leg, gram(leg.unfold(own * norms)))
+        _add_weighted_grams(target, split.rows, left, right)
+        _add_weighted_grams(target, split.columns, right, left)
         for leg in split.mixed:
             if not leg.torus:
                 for i in range(lo, hi):
                     target.add_leg(leg, gram(leg.unfold(self.dense(i, i + 1).view(1, -1))))
+
+    def _add_squares(self, target: Target, left: Tensor, right: Tensor) -> None:
+        """Entry-wise squares `(left^2)^T right^2`, or else the torus legs, without making them where sums suffice."""
+        split, square = target.need.split(left.shape[1]), target.scratch.square
+        if target.squares is not None:
+            target.squares.view(left.shape[1], -1).addmm_(square(left).mT, right.square())
+        elif any(leg.torus for leg in split.mixed):
+            target.add_torus_legs(square(left).mT @ right.square())
+        else:
+            target.add_side(split.columns, lambda: _weighted(right.square(), left))
+            target.add_side(split.rows, lambda: _weighted(square(left), right))
+
+
+def _add_weighted_grams(target: Target, legs: tuple[SideLeg, ...], own: Tensor, other: Tensor) -> None:
+    """General-linear legs on one side of `G_i = own_i other_i^T`: `G_i G_i^T = |other_i|^2 own_i own_i^T`."""
+    for leg in legs:
+        if not leg.torus:
+            norms = torch.linalg.vector_norm(other, dim=1, keepdim=True)
+            target.add_leg(leg, gram(leg.unfold(own * norms)))
 
 
 def _weighted(squares: Tensor, other: Tensor) -> Tensor:

@@ -102,6 +102,7 @@ def _side(leg: Leg, shape: torch.Size, rows: int) -> tuple[str, np.ndarray]:
 
 
 def _order(index: np.ndarray, view: tuple[int, ...], axes: tuple[int, ...]) -> np.ndarray:
+    """The entries of a tensor of shape `view` that carry each coordinate of a leg: `[blocks, dim, entries]`."""
     entries = np.moveaxis(np.arange(prod(view)).reshape(view), axes, range(len(axes)))
     picked = entries.reshape(prod(view[a] for a in axes), -1)[index.reshape(-1)]
     return picked.reshape(*index.shape[:2], -1)
@@ -156,7 +157,6 @@ class Workspace:
     """Memory that the contractions of one batch use one after the other."""
 
     _memory: Tensor | None = None
-    _squared: tuple[Tensor, Tensor] | None = None
 
     def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """An uninitialised tensor, which the next call overwrites."""
@@ -165,18 +165,26 @@ class Workspace:
             held = self._memory = like.new_empty(entries)
         return held[:entries].view(shape)
 
-    def square(self, t: Tensor) -> Tensor:
-        """`t^2`, remembered until `forget`: the weight and the bias of a layer ask for that of the same tensor."""
-        if not t.is_contiguous():
-            return t.square()
-        held = self._squared
-        if held is None or held[0].data_ptr() != t.data_ptr() or held[0].numel() != t.numel():
-            held = self._squared = t, t.square()
-        return held[1].view(t.shape)
 
-    def forget(self) -> None:
-        """To be called when a use is done: its tensors may change after that."""
-        self._squared = None
+@dataclass(eq=False, slots=True)
+class Scratch:
+    """What the contractions of one use share: the workspace, and squares that more than one of them asks for.
+
+    The weight and the bias of a linear layer both want the square of the same output gradient. Made anew for every use,
+    and gone with it: the use's tensors may change after that.
+    """
+
+    workspace: Workspace = field(default_factory=Workspace)
+    _squares: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def square(self, t: Tensor) -> Tensor:
+        """`t^2`, computed once for each tensor object."""
+        for held, squared in self._squares:
+            if held is t:
+                return squared
+        squared = t.square()
+        self._squares.append((t, squared))
+        return squared
 
 
 @dataclass(eq=False)
@@ -204,11 +212,12 @@ class Sums:
             ]
         return sums
 
-    def target(self, name: str, workspace: Workspace | None = None) -> Target:
-        return Target(self.needs[name], self, workspace or Workspace())
+    def target(self, name: str, scratch: Scratch | None = None) -> Target:
+        """Where the gradients of one parameter accumulate."""
+        return Target(self.needs[name], self, scratch or Scratch())
 
     def plus(self, other: Sums) -> Sums:
-        """Both together."""
+        """These sums, with the others added in place."""
         for mine, theirs in ((self.gradient, other.gradient), (self.squares, other.squares)):
             for name, tensor in theirs.items():
                 mine[name].add_(tensor)
@@ -276,7 +285,7 @@ class Target:
 
     need: Need
     sums: Sums
-    workspace: Workspace
+    scratch: Scratch
 
     @property
     def gradient(self) -> Tensor:
@@ -314,27 +323,40 @@ class Target:
                 self.add_leg(leg, leg.sums(values))
 
     def add_dense(self, gradients: Tensor, square: Callable[[Tensor], Tensor] = torch.square) -> None:
-        """Everything from explicit per-sample gradients `[samples, *parameter shape]`, or of any view of that shape.
+        """Add everything from explicit per-sample gradients.
 
-        `square` is called last and may overwrite them (`Tensor.square_`) where nobody else needs them.
+        Args:
+            gradients: `[samples, *parameter shape]`, or of any view of that shape.
+            square: how to square them; called last, so that it may overwrite them (`Tensor.square_`) where nobody else
+                needs them.
         """
         g = gradients.to(self.need.dtype)
         if len(self.need.shape) == 1:
             self._add_vectors(g if g.ndim == 2 else g.flatten(1), square)
             return
         g = g.reshape(g.shape[0], self.need.rows, -1)
+        ones = g.new_ones(g.shape[0] * g.shape[1])  # in cache, a product with ones takes half the time of sum(0)
+        self.gradient.view(-1).addmv_(g.reshape(len(g), -1).mT, ones[: len(g)])
+        self._add_linear_legs(g)
+        self._add_squares(g, square, ones)
+
+    def _add_linear_legs(self, g: Tensor) -> None:
+        """General-linear legs of matrices `[samples, rows, columns]`."""
+        split = self.need.split(g.shape[1])
+        for leg in split.rows:
+            if not leg.torus:
+                self.add_leg(leg, leg.row_gram(g))
+        for leg in split.columns:
+            if not leg.torus:
+                self.add_leg(leg, gram(leg.unfold(g.reshape(-1, g.shape[2]))))
+        for leg in split.mixed:
+            if not leg.torus:
+                self.add_leg(leg, gram(leg.unfold(g.reshape(len(g), -1))))
+
+    def _add_squares(self, g: Tensor, square: Callable[[Tensor], Tensor], ones: Tensor) -> None:
+        """Entry-wise squares, or else the torus legs of matrices `[samples, rows, columns]`."""
         k, m, n = g.shape
-        ones = g.new_ones(k * m)  # in cache, a product with ones takes half the time of sum(0)
-        self.gradient.view(-1).addmv_(g.reshape(k, m * n).mT, ones[:k])
         split = self.need.split(m)
-        for legs, gram_of in (
-            (split.rows, lambda leg: leg.row_gram(g)),
-            (split.columns, lambda leg: gram(leg.unfold(g.reshape(k * m, n)))),
-            (split.mixed, lambda leg: gram(leg.unfold(g.reshape(k, m * n)))),
-        ):
-            for leg in legs:
-                if not leg.torus:
-                    self.add_leg(leg, gram_of(leg))
         if self.squares is not None:
             self.squares.view(m, n).add_(square(g).sum(0))
         elif any(leg.torus for leg in split.mixed):
@@ -344,6 +366,7 @@ class Target:
             self.add_side(split.columns, lambda: torch.mv(square(g).reshape(k * m, n).mT, ones))
 
     def _add_vectors(self, g: Tensor, square: Callable[[Tensor], Tensor]) -> None:
+        """Everything of a parameter with one axis, from `[samples, entries]`."""
         self.gradient.add_(g.sum(0))
         legs = self.need.split(1).columns
         for leg in legs:
