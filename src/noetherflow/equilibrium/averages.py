@@ -1,0 +1,213 @@
+"""What an optimiser's state says about the gradients: running means of them and of their squares, by parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from noetherflow.core.held import Held, held_by, held_in, is_saved_optimizer
+from noetherflow.core.rates import Rates
+from noetherflow.core.tensors import tensors_of
+from noetherflow.core.unwrap import unwrap_optimizer
+from noetherflow.errors import DataError
+from noetherflow.symmetry.leg import accumulation_dtype
+
+Kind = Literal["sgd", "adam", "rmsprop"]
+SHAPED = ("momentum_buffer", "exp_avg", "exp_avg_sq", "square_avg", "max_exp_avg_sq")
+"""Keys of the state with one number per entry of the parameter."""
+STATE_KEYS: Mapping[Kind, frozenset[str]] = {
+    "sgd": frozenset({"momentum_buffer"}),
+    "adam": frozenset({"step", "exp_avg", "exp_avg_sq"}),
+    "rmsprop": frozenset({"step", "square_avg", "momentum_buffer"}),
+}
+"""The keys that each kind of optimiser keeps; other ones mean another optimiser."""
+INSTEAD = "the Ledger measures its drift while it trains: nf.Ledger(model, optimizer, syms)"
+
+
+@dataclass(frozen=True)
+class AveragingLaw:
+    """How one optimiser turns its averages into steps; the same for all its parameters.
+
+    Attributes:
+        kind: torch's SGD with momentum, Adam and AdamW, or RMSprop.
+        memory: the rate `b1` of the average of gradients (SGD: momentum).
+        square_memory: the rate `b2` of the average of squares, None for SGD.
+        eps: what is added to the root of that average; None for SGD, which divides by nothing.
+        decoupled: decay acts on the weights and not on the gradients.
+        nesterov: SGD with Nesterov's momentum.
+    """
+
+    kind: Kind
+    memory: float
+    square_memory: float | None
+    eps: float | None
+    decoupled: bool
+    nesterov: bool
+
+    @property
+    def persistence(self) -> float:
+        """`(1 + b1) / (1 - b1)`: what the squared average must be multiplied by to give the drift of a charge.
+
+        Summed over a run that is exact, however the gradients are correlated (theory.md section 13).
+        """
+        return (1 + self.memory) / (1 - self.memory)
+
+    def decay_per_step(self, rates: Rates) -> float:
+        """The share of a squared weight that decay takes per step, in units of the learning rate `rates.lr`."""
+        if self.kind == "sgd":
+            return 2 * rates.weight_decay / (1 - self.memory)
+        return rates.weight_decay * (2 - rates.lr * rates.weight_decay if self.decoupled else 2.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Averages:
+    """One parameter with what its optimiser remembers of its gradients, as stored: `read` scales them.
+
+    Attributes:
+        name: canonical name.
+        theta: the parameter, after the step that wrote the state.
+        square: running mean of squared minibatch gradients, None for SGD.
+        mean: running mean of minibatch gradients; None where the optimiser keeps none.
+        square_total: total weight of `square`, `1 - b2^t`.
+        mean_total: total weight of `mean`, `1 - b1^t` (SGD: 1, the buffer is used as it is).
+        rates: learning rate and weight decay.
+        steps: optimiser steps made; None where the state does not say.
+    """
+
+    name: str
+    theta: Tensor
+    square: Tensor | None
+    mean: Tensor | None
+    square_total: float
+    mean_total: float
+    rates: Rates
+    steps: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class OptimizerAverages:
+    """The averages of every parameter that one optimiser steps, and the law that it steps by."""
+
+    law: AveragingLaw
+    by_name: Mapping[str, Averages]
+    left_out: Mapping[str, str]
+
+    @property
+    def steps(self) -> int | None:
+        """The largest number of steps of any parameter."""
+        return max((a.steps for a in self.by_name.values() if a.steps is not None), default=None)
+
+
+def read_averages(model: nn.Module, optimizer: Any, lr: float | None = None) -> OptimizerAverages:
+    """Read an optimiser, or its `state_dict()`, as averages of gradients.
+
+    Args:
+        model: the model that it trains.
+        optimizer: SGD with momentum, Adam, AdamW or RMSprop of torch, maybe wrapped by accelerate; or what its
+            `state_dict()` gave.
+        lr: learning rate to use in place of the stored ones, which a schedule may have taken to 0.
+
+    Returns:
+        The averages by canonical parameter name; parameters without state are in `left_out`, with the reason.
+
+    Raises:
+        DataError: another optimiser, options outside the theory, no state yet, or a learning rate of 0.
+        CheckpointError: a saved state whose parameters cannot be identified.
+    """
+    if is_saved_optimizer(optimizer):
+        held = held_in(optimizer, model, SHAPED)
+    elif isinstance(optimizer, Mapping):
+        raise DataError(
+            f"expected an optimiser's state_dict() with 'state' and 'param_groups', got keys {list(optimizer)[:6]}"
+        )
+    else:
+        held = held_by(unwrap_optimizer(optimizer), tensors_of(model))
+    return averages_of(held, lr)
+
+
+def averages_of(held: list[Held], lr: float | None = None) -> OptimizerAverages:
+    """`read_averages` of parameters that are identified already."""
+    with_state = [h for h in held if any(isinstance(v, Tensor) and v.numel() > 1 for v in h.state.values())]
+    left_out = {h.name: "no optimiser state: it has not been stepped" for h in held if h not in with_state}
+    if not with_state:
+        raise DataError(
+            "the optimiser holds no averages of gradients: it has made no step yet, or it is SGD without momentum; "
+            "measure with nf.gradient_moments(...), or watch with nf.Ledger(...)"
+        )
+    laws = {_law_of(h) for h in with_state}
+    if len(laws) > 1:
+        raise DataError(f"parameter groups differ in more than lr and weight_decay: {sorted(map(str, laws))[:3]}")
+    (law,) = laws
+    found = {}
+    for h in with_state:
+        averages = _averages(h, law, lr)
+        if averages.rates.lr == 0:
+            left_out[h.name] = "learning rate 0 in its parameter group"
+        else:
+            found[h.name] = averages
+    if not found:
+        initial = [h.settings["initial_lr"] for h in with_state if "initial_lr" in h.settings]
+        hint = f" (the schedule began at {float(initial[0]):g})" if initial else ""
+        raise DataError(f"every learning rate in the optimiser is 0: its schedule has ended{hint}; pass lr=...")
+    return OptimizerAverages(law, found, left_out)
+
+
+def _law_of(held: Held) -> AveragingLaw:
+    """The law of one parameter's state and group.
+
+    Raises:
+        DataError: a state or an option that no supported optimiser has.
+    """
+    s, keys = held.settings, {k for k, v in held.state.items() if v is not None}
+    for option in ("amsgrad", "maximize", "dampening", "centered"):
+        if s.get(option):
+            raise DataError(f"{option}={s[option]!r} is outside the theory of averages; {INSTEAD}")
+    if keys <= STATE_KEYS["sgd"] and "momentum" in s and "betas" not in s:
+        return AveragingLaw("sgd", float(s["momentum"]), None, None, False, bool(s.get("nesterov")))
+    if keys <= STATE_KEYS["rmsprop"] and "alpha" in s:
+        return AveragingLaw("rmsprop", float(s.get("momentum", 0.0)), float(s["alpha"]), float(s["eps"]), False, False)
+    if keys == STATE_KEYS["adam"] and "betas" in s and "amsgrad" in s:
+        b1, b2 = s["betas"]
+        return AveragingLaw("adam", float(b1), float(b2), float(s["eps"]), _decoupled(s), False)
+    raise DataError(
+        f"the state of {held.name} ({', '.join(sorted(keys))}) is not that of torch's SGD, Adam, AdamW or RMSprop: no "
+        f"flow is derived for its optimiser; {INSTEAD}"
+    )
+
+
+def _decoupled(settings: Mapping[str, Any]) -> bool:
+    """Whether decay acts on the weights; states of old torch do not say, which matters where there is decay.
+
+    Raises:
+        DataError: it matters and is not known.
+    """
+    if "decoupled_weight_decay" in settings:
+        return bool(settings["decoupled_weight_decay"])
+    if not settings.get("weight_decay"):
+        return True
+    raise DataError(
+        "the saved state does not say whether it is Adam or AdamW, whose weight decay differs; set "
+        "group['decoupled_weight_decay'] = True for AdamW (False for Adam) in its param_groups"
+    )
+
+
+def _averages(held: Held, law: AveragingLaw, lr: float | None) -> Averages:
+    """The averages of one parameter; RMSprop's momentum of preconditioned gradients is brought to Adam's form."""
+    state, settings = held.state, held.settings
+    rates = Rates(float(settings["lr"]) if lr is None else lr, float(settings.get("weight_decay", 0.0)))
+    steps = int(state["step"]) if "step" in state else None
+    if law.kind == "sgd":
+        return Averages(held.name, held.parameter, None, state["momentum_buffer"], 1.0, 1.0, rates, steps)
+    t, b1, b2 = steps or 0, law.memory, law.square_memory or 0.0
+    if law.kind == "adam":
+        square, mean = state["exp_avg_sq"], state["exp_avg"]
+        return Averages(held.name, held.parameter, square, mean, 1 - b2**t, 1 - b1**t, rates, steps)
+    square, mean = state["square_avg"], None
+    slower = Rates(rates.lr / (1 - b1), rates.weight_decay)
+    if b1:
+        mean = accumulation_dtype(state["momentum_buffer"]) * (accumulation_dtype(square).sqrt() + (law.eps or 0.0))
+        return Averages(held.name, held.parameter, square, mean, 1.0, 1 / (1 - b1), slower, steps)
+    return Averages(held.name, held.parameter, square, None, 1.0, 1.0, slower, steps)

@@ -1,0 +1,177 @@
+"""Sums of an optimiser's averages over the entries of each leg: all that the flow of a torus symmetry needs.
+
+A step `theta' = theta - lr d m` with `d = 1 / (s + eps)` (SGD: `d = 1`) leaves, at first order, the preconditioned
+charge `sum_i a_i theta_i^2 / d_i` unchanged; what moves it are `lr^2 sum_i a_i d_i m_i^2` and weight decay. With
+learning rates that differ between legs the charge is `sum_i a_i (lr / lr_i) theta_i^2 / d_i`, `lr` the largest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from noetherflow.equilibrium.averages import Averages, AveragingLaw
+from noetherflow.symmetry.leg import Leg, accumulation_dtype
+from noetherflow.symmetry.symmetry import Symmetry
+
+ROWS = 64
+"""Rows of a leg that are compared to find how many of its entries are independent."""
+
+
+@dataclass(frozen=True, eq=False)
+class LegSums:
+    """One leg of a torus symmetry, summed over its entries: float64 `[blocks]` each, changes per step.
+
+    Attributes:
+        exponent: of the group element on this leg's weights, `a`.
+        weight: `(lr / lr_i) theta^2 / d`, the leg's part of the preconditioned charge.
+        decay: what weight decay takes of it.
+        white: `lr lr_i s^2 d` of the average of squares: its growth if gradients were uncorrelated; None for SGD.
+        held: `lr lr_i d m^2 (1 + b1) / (1 - b1)` of the average of gradients; None where the optimiser keeps none.
+        eps_share: the part of `weight` that is due to `eps`.
+    """
+
+    exponent: float
+    weight: Tensor
+    decay: Tensor
+    white: Tensor | None
+    held: Tensor | None
+    eps_share: Tensor
+
+    def noise(self, source: str) -> Tensor | None:
+        """`white` for the source `squares`, `held` for `momentum`."""
+        return self.white if source == "squares" else self.held
+
+
+def leg_sums(
+    symmetry: Symmetry,
+    averages: Mapping[str, Averages],
+    law: AveragingLaw,
+    lr: float,
+    element: Tensor | None = None,
+) -> tuple[LegSums, ...]:
+    """The sums of every charge-carrying leg, at the present point or moved by a group element.
+
+    Args:
+        symmetry: a torus symmetry (scalar or diagonal).
+        averages: by parameter name, of all its parameters.
+        law: how the optimiser steps.
+        lr: the learning rate that the charge is scaled by.
+        element: `[blocks]`, moves the weights; gradients and their averages move the opposite way, `eps` does not.
+
+    Returns:
+        One record per leg of `symmetry.weight_legs`.
+    """
+    entries = {n: _entries(_moved(symmetry, averages[n], element), law, lr) for n in symmetry.parameters}
+    return tuple(_summed(leg, entries[leg.parameter]) for leg in symmetry.weight_legs)
+
+
+@dataclass(frozen=True, eq=False)
+class _Entries:
+    """The summands of `LegSums`, of the parameter's shape."""
+
+    weight: Tensor
+    decay: Tensor
+    white: Tensor | None
+    held: Tensor | None
+    eps: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Moved:
+    """One parameter, its root mean square gradient and its mean gradient at one point of the orbit."""
+
+    averages: Averages
+    theta: Tensor
+    root: Tensor | None
+    mean: Tensor | None
+
+
+def _moved(symmetry: Symmetry, averages: Averages, element: Tensor | None) -> _Moved:
+    """Averages with total weight 1, moved along the orbit as gradients are."""
+    theta = accumulation_dtype(averages.theta.detach())
+    root = None if averages.square is None else (accumulation_dtype(averages.square) / averages.square_total).sqrt()
+    mean = None if averages.mean is None else accumulation_dtype(averages.mean) / averages.mean_total
+    if element is None:
+        return _Moved(averages, theta, root, mean)
+
+    def move(values: Tensor | None, by: Tensor) -> Tensor | None:
+        return None if values is None else symmetry.move(averages.name, values, by)
+
+    back = element.reciprocal()
+    return _Moved(averages, symmetry.move(averages.name, theta, element), move(root, back), move(mean, back))
+
+
+def _entries(at: _Moved, law: AveragingLaw, lr: float) -> _Entries:
+    """What each entry adds to its leg's sums."""
+    rates, square = at.averages.rates, at.theta.square()
+    scale, step = lr / rates.lr, lr * rates.lr
+    over = torch.ones_like(square) if at.root is None else at.root + (law.eps or 0.0)
+    weight = scale * square * over
+    decayed = weight if law.decoupled or law.kind == "sgd" else scale * square
+    return _Entries(
+        weight,
+        rates.lr * law.decay_per_step(rates) * decayed,
+        None if at.root is None else step * _quotient(at.root.square(), over),
+        None if at.mean is None else step * law.persistence * _quotient(at.mean.square(), over),
+        scale * square * (law.eps or 0.0),
+    )
+
+
+def _quotient(a: Tensor, b: Tensor) -> Tensor:
+    """`a / b`, 0 where the gradient has always been 0."""
+    return torch.where(b > 0, a / b, torch.zeros_like(a))
+
+
+def _summed(leg: Leg, entries: _Entries) -> LegSums:
+    def total(values: Tensor) -> Tensor:
+        return leg.row_sums(values).double().cpu()
+
+    weight, eps = total(entries.weight), total(entries.eps)
+    return LegSums(
+        leg.exponent,
+        weight,
+        total(entries.decay),
+        None if entries.white is None else total(entries.white),
+        None if entries.held is None else total(entries.held),
+        _quotient(eps, weight),
+    )
+
+
+def independent_entries(leg: Leg, averages: Averages) -> Tensor:
+    """How many independent numbers the average of gradients holds in each coordinate of a leg: `[blocks]`, at least 1.
+
+    The entries of one row move together where few samples or few input directions carry the gradient. For rows that
+    share a covariance `R` the squared cosine between two of them is `Tr R^2 / (Tr R)^2` in the mean, one over their
+    effective number; it is measured on at most `ROWS` of them. A few large entries lower the number further.
+
+    Source: theory.md section 13.
+    """
+    assert averages.mean is not None
+    mean = accumulation_dtype(averages.mean)
+    squares = mean.square()
+    sums, fourth = leg.row_sums(squares).double().cpu(), leg.row_sums(squares.square()).double().cpu()
+    by_size = torch.where(fourth > 0, 3 * sums.square() / fourth, torch.ones_like(sums))
+    by_direction = _directions(leg.unfold(mean).flatten(1)) if leg.blocks > 1 else _of_whole(mean)
+    return by_size.clamp(max=by_direction).clamp_min(1.0)
+
+
+def _directions(rows: Tensor) -> float:
+    """One over the mean squared cosine between rows; infinite where there is but one that is not 0."""
+    chosen = rows[:: max(1, len(rows) // ROWS)][:ROWS].double()
+    norms = torch.linalg.vector_norm(chosen, dim=1)
+    unit = chosen[norms > 0] / norms[norms > 0][:, None]
+    pairs = len(unit) * (len(unit) - 1)
+    cosines = float((unit @ unit.mT).square().sum()) - len(unit)
+    return pairs / cosines if pairs and cosines > 0 else torch.inf
+
+
+def _of_whole(mean: Tensor) -> float:
+    """The same for a leg of one coordinate, a whole parameter: independent rows times independent columns."""
+    if mean.ndim < 2:
+        return torch.inf
+    matrix = mean.flatten(1)
+    return _directions(matrix) * _directions(matrix.mT)
