@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -43,7 +44,7 @@ class _AveragingConfig:
         rates_by_name(self.groups)
 
     @cached_property
-    def _by_name(self) -> Any:
+    def _by_name(self) -> Mapping[str, Rates]:
         return rates_by_name(self.groups)
 
     def rates(self, parameter: str) -> Rates:

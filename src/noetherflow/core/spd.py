@@ -16,7 +16,7 @@ def symmetric(a: Tensor) -> Tensor:
 def spectral(a: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """`V f(w) V^T` for symmetric `A = V diag(w) V^T`, shape `[..., n, n]`."""
     w, v = torch.linalg.eigh(symmetric(a))
-    return (v * function(w).unsqueeze(-2)) @ v.mT
+    return torch.matmul(v * function(w).unsqueeze(-2), v.mT)
 
 
 def sqrtm(a: Tensor) -> Tensor:

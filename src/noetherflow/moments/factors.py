@@ -198,6 +198,10 @@ def _joined(parts: Sequence[Factors], dtype: torch.dtype) -> Factors:
     """The samples of all batches."""
     if len({p.left.shape[1] for p in parts}) > 1:
         tokens = max(p.left.shape[1] for p in parts)
-        pad = lambda t: torch.nn.functional.pad(t, (0, 0, 0, tokens - t.shape[1]))
-        parts = [Factors(pad(p.left), pad(p.right)) for p in parts]
+        parts = [Factors(_padded(p.left, tokens), _padded(p.right, tokens)) for p in parts]
     return Factors(torch.cat([p.left for p in parts]).to(dtype), torch.cat([p.right for p in parts]).to(dtype))
+
+
+def _padded(side: Tensor, tokens: int) -> Tensor:
+    """`[N, T, ..]` with zeros for the tokens that shorter sequences lack."""
+    return torch.nn.functional.pad(side, (0, 0, 0, tokens - side.shape[1]))

@@ -8,6 +8,7 @@ from functools import lru_cache
 from math import prod
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 
@@ -39,8 +40,8 @@ class SampleLayout:
         if self.fold == "whole":
             return tensor.movedim(self.axis, 0) if self.axis else tensor
         if self.fold == "major":
-            return tensor.unflatten(self.axis, (samples, -1)).movedim(self.axis, 0)
-        return tensor.unflatten(self.axis, (-1, samples)).movedim(self.axis + 1, 0)
+            return torch.unflatten(tensor, self.axis, (samples, -1)).movedim(self.axis, 0)
+        return torch.unflatten(tensor, self.axis, (-1, samples)).movedim(self.axis + 1, 0)
 
     def rest(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape, without samples, of an operand that broadcasts along the sample axis (size 1 there)."""

@@ -275,7 +275,9 @@ class Recorder(TorchFunctionMode):
         use = Use(found.id, call.sites, found.sources, leaves, seen.shape, tuple(call.sample_axes(seen)), certain)
         if self._recording:
             self.trace.uses.append(use)
-        return Tap.apply(out, self.anchor, Tapped(use, call, self), [t.detach() for t in call.saved])
+        return Tap.apply(  # type: ignore[no-untyped-call]
+            out, self.anchor, Tapped(use, call, self), [t.detach() for t in call.saved]
+        )
 
     def arrived(self, tapped: Tapped, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
         """Called by a tap; an output gradient during the forward is of a derivative that is part of the loss."""

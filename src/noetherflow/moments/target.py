@@ -104,7 +104,7 @@ def _side(leg: Leg, shape: torch.Size, rows: int) -> tuple[str, np.ndarray]:
 def _order(index: np.ndarray, view: tuple[int, ...], axes: tuple[int, ...]) -> np.ndarray:
     """The entries of a tensor of shape `view` that carry each coordinate of a leg: `[blocks, dim, entries]`."""
     entries = np.moveaxis(np.arange(prod(view)).reshape(view), axes, range(len(axes)))
-    picked = entries.reshape(prod(view[a] for a in axes), -1)[index.reshape(-1)]
+    picked: np.ndarray = entries.reshape(prod(view[a] for a in axes), -1)[index.reshape(-1)]
     return picked.reshape(*index.shape[:2], -1)
 
 

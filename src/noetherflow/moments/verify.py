@@ -64,7 +64,7 @@ def random_weights(losses: Tensor) -> Tensor:
 @contextmanager
 def same_random_numbers() -> Iterator[None]:
     """Leave the random states (torch, NumPy, Python) as found, so that a second forward draws the same numbers."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         with torch.random.fork_rng(devices=devices):
