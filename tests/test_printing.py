@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import noetherflow as nf
 from noetherflow.core.printing import MEANING, Table, count, legend, show, table, transposed
+from noetherflow.core.terminal import rich_table
 from noetherflow.report.analysis import analysis_sections
-from noetherflow.report.tables import rich_table
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

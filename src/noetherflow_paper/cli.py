@@ -33,7 +33,11 @@ def reproduce(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Run experiments of the paper; finished points are kept, so a killed run continues. Exit 3 if a claim fails."""
+    """Run experiments of the paper; finished points are kept, so a killed run continues. Exit 3 if a claim fails.
+
+    \f
+    Its parameters are many because each is an option of the command line.
+    """
     from noetherflow_paper import check_report, run, write_markdown
 
     if markdown is not None:

@@ -256,6 +256,13 @@ class _Stepper:
             p.sub_(u)
 
 
+def _check(method: str, momentum: float, adam: tuple[float, float] | None) -> None:
+    if method not in ("sgd", "gd", "sde"):
+        raise DataError(f"method must be 'sgd', 'gd' or 'sde', got {method!r}")
+    if method == "sde" and (momentum or adam):
+        raise DataError("the SDE comparison is for plain SGD; leave momentum and adam out")
+
+
 def simulate(
     problem: Problem,
     start: Sequence[Tensor],
@@ -300,10 +307,7 @@ def simulate(
 
     Source: theory.md section 1.
     """
-    if method not in ("sgd", "gd", "sde"):
-        raise DataError(f"method must be 'sgd', 'gd' or 'sde', got {method!r}")
-    if method == "sde" and (momentum or adam):
-        raise DataError("the SDE comparison is for plain SGD; leave momentum and adam out")
+    _check(method, momentum, adam)
     params = [p.detach().clone() for p in start]
     marks = set(checkpoints(steps, at) if at else []) if isinstance(at, int) else {t for t in at if 0 <= t <= steps}
     stepper = _Stepper(problem, method, _Optimiser(weight_decay, momentum, adam), substeps, on_step)

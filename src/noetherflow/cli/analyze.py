@@ -28,7 +28,11 @@ def analyze(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure MODEL once and say what SGD's gradient noise does along its symmetries."""
+    """Measure MODEL once and say what SGD's gradient noise does along its symmetries.
+
+    \f
+    Its parameters are many because each is an option of the command line.
+    """
     from noetherflow.analysis import analyze as run
     from noetherflow.equilibrium.flow import EXPLAINED
     from noetherflow.report.analysis import write_analysis

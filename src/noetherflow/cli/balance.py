@@ -60,6 +60,9 @@ def balance(
     """Write SOURCE, moved to the noise equilibrium, to OUT; symmetries that an eps makes approximate stay in place.
 
     The file is replaced whole or not at all.
+
+    \f
+    Its parameters are many because each is an option of the command line.
     """
     from noetherflow.analysis import measure
     from noetherflow.balance.checkpoint import balance_checkpoint, check_target, load_checkpoint_
@@ -72,9 +75,8 @@ def balance(
     sgd = SGDConfig(lr, batch_size, weight_decay, momentum, nesterov, dataset_size)
     workload = load_workload(model, data)
     load_checkpoint_(workload.model, source)
-    inputs = workload.example_inputs
     say = announce(f"{source}: seconds for tracing, then a few gradient passes over {workload.samples:,} samples", 5)
-    measured = measure(workload.model, workload.loss_fn, workload.batches, inputs, progress=say)
+    measured = measure(workload.model, workload.loss_fn, workload.batches, workload.example_inputs, progress=say)
     say("solving for the equilibrium")
     eq = measured.equilibrium(workload.model, sgd, objective=objective.value, approximate=False)
     say("moving the checkpoint")
@@ -83,7 +85,7 @@ def balance(
         out or source,
         workload.model,
         eq,
-        example_inputs=inputs,
+        example_inputs=workload.example_inputs,
         certificate=measured.certificate,
         tolerance=tolerance,
         dry_run=dry_run,

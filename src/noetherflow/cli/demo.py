@@ -29,6 +29,9 @@ from noetherflow.workloads import Workload, digits, digits_cnn, digits_mlp, mini
 
 if TYPE_CHECKING:
     from noetherflow.analysis import Analysis
+    from noetherflow.balance.model import BalanceReport
+    from noetherflow.equilibrium import Equilibrium
+    from noetherflow.equilibrium.forecast import Forecast
     from noetherflow.report.page import Section
 
 FLIPPED = 0.1
@@ -134,15 +137,33 @@ def summary(told: Sequence[Told], added: Sequence[str]) -> Section:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Followed:
+    """What one measurement foretold, and what training on did: charges by symmetry `[len(steps), *shape]`."""
+
+    steps: list[int]
+    forecast: Forecast
+    measured: dict[str, Tensor]
+
+    def change_and_error(self) -> tuple[float, float]:
+        """`|C - C_0| / |C_0|` and `|F - C| / |C|` at the last step, over all charges."""
+        start, end = (torch.cat([c[k].flatten() for c in self.measured.values()]) for k in (0, -1))
+        foretold = torch.cat([self.forecast.charges[n][-1].flatten() for n in self.measured])
+        return float((end - start).norm() / start.norm()), float((foretold - end).norm() / end.norm())
+
+
+@dataclass(frozen=True, eq=False)
+class Moved:
+    """The move to the noise equilibrium, and the equilibrium measured again from there."""
+
+    report: BalanceReport
+    again: Equilibrium
+
+
 def _analyse(run: Run, printed: Any, say: Callable[[str], None]) -> tuple[Told, list[Section]]:
     """Train, measure once, follow the forecast on a twin, balance, measure again; the page's sections."""
     from noetherflow.analysis import analyze
-    from noetherflow.balance.model import balance_
-    from noetherflow.equilibrium import noise_equilibrium
-    from noetherflow.moments import gradient_moments
     from noetherflow.report.analysis import analysis_sections
-    from noetherflow.report.figures import balance_figure, forecast_figure
-    from noetherflow.report.page import Figure, Section
 
     name, model, sgd = run.workload.name, run.workload.model, run.sgd
     stream = noisy_minibatches(run, seed=1)
@@ -150,68 +171,95 @@ def _analyse(run: Run, printed: Any, say: Callable[[str], None]) -> tuple[Told, 
     loss = train(model, run.workload.loss_fn, stream, sgd, run.warm, f"{name}: training")
     printed.print(f"\n{name}: {run.warm:,} SGD steps, loss {loss:.3f}", markup=False)
     batches = noisy_population(run, seed=2)
-    workload = replace(run.workload, batches=batches)
-    inputs = workload.example_inputs
     say(f"{name}: symmetries, gradient noise and equilibrium")
-    analysis = analyze(model, workload.loss_fn, batches, sgd, inputs)
-    tables.of_rows(
-        printed, transposed(analysis.rows()), f"{name}: Noether flow at lr {sgd.lr:g}, batch size {sgd.batch_size}"
-    )
+    analysis = analyze(model, run.workload.loss_fn, batches, sgd, run.workload.example_inputs)
+    title = f"{name}: Noether flow at lr {sgd.lr:g}, batch size {sgd.batch_size}"
+    tables.of_rows(printed, transposed(analysis.rows()), title)
     printed.print(str(analysis.equilibrium), markup=False)
 
     say(f"{name}: a twin trains on for {run.follow:,} steps")
     steps = [int(k) for k in np.linspace(0, run.follow, 11)]
-    forecast = analysis.flow.forecast(steps)
     measured = follow(copy.deepcopy(model), run, analysis.symmetries, stream, steps)
+    followed = Followed(steps, analysis.flow.forecast(steps), measured)
     say(f"{name}: sharpness along the orbit")
     sharpness = _orbit(model, run, analysis)
     say(f"{name}: moving to the noise equilibrium and measuring again")
-    moved = balance_(model, analysis.equilibrium, example_inputs=inputs, certificate=analysis.certificate)
-    printed.print(f"balanced: {moved}", markup=False)
-    again = gradient_moments(model, workload.loss_fn, batches, analysis.symmetries, entries=True)
-    check = noise_equilibrium(model, analysis.symmetries, again, sgd)
-    printed.print(f"imbalance measured again after the move: {check.imbalance_now:.1e}", markup=False)
-    histograms = {
-        "before": np.concatenate([s.imbalance_now.numpy() for s in analysis.equilibrium]),
-        "after, predicted": np.concatenate([s.imbalance.numpy() for s in analysis.equilibrium]),
-        "after, measured again": np.concatenate([s.imbalance_now.numpy() for s in check]),
-    }
-    trained = Section(
-        f"{name}: forecast against training",
+    moved = _move(run, analysis, batches)
+    printed.print(f"balanced: {moved.report}", markup=False)
+    printed.print(f"imbalance measured again after the move: {moved.again.imbalance_now:.1e}", markup=False)
+    found = [replace(s, heading=f"{name}: {s.heading.lower()}", figures=()) for s in analysis_sections(analysis)]
+    sections = [*found, _forecast_section(run, followed), _balance_section(run, analysis, moved, sharpness)]
+    return _told(run, analysis, followed, moved), sections
+
+
+def _move(run: Run, analysis: Analysis, batches: Sequence[Any]) -> Moved:
+    """Move the model to the joint equilibrium in place, and measure the noise there."""
+    from noetherflow.balance.model import balance_
+    from noetherflow.equilibrium import noise_equilibrium
+    from noetherflow.moments import gradient_moments
+
+    model, syms, inputs = run.workload.model, analysis.symmetries, run.workload.example_inputs
+    report = balance_(model, analysis.equilibrium, example_inputs=inputs, certificate=analysis.certificate)
+    moments = gradient_moments(model, run.workload.loss_fn, batches, syms, entries=True)
+    return Moved(report, noise_equilibrium(model, syms, moments, run.sgd))
+
+
+def _told(run: Run, analysis: Analysis, followed: Followed, moved: Moved) -> Told:
+    """The numbers of this classifier for the page's summary."""
+    change, error = followed.change_and_error()
+    return Told(
+        run.workload.name,
+        charges=analysis.symmetries.n_charges(),
+        verdicts=tuple(row.verdict for row in analysis.certificate.rows),
+        steps=run.follow,
+        change=change,
+        error=error,
+        outputs=float(moved.report.output_change or 0),
+        before=analysis.equilibrium.imbalance_now,
+        after=moved.again.imbalance_now,
+    )
+
+
+def _forecast_section(run: Run, followed: Followed) -> Section:
+    """Forecast charges as lines, those of the trained twin as dots."""
+    from noetherflow.report.figures import forecast_figure
+    from noetherflow.report.page import Figure, Section
+
+    forecast = followed.forecast
+    figure = forecast_figure(followed.steps, forecast.charges, forecast.errors, followed.measured)
+    return Section(
+        f"{run.workload.name}: forecast against training",
         f"After {run.warm:,} SGD steps the gradient noise was measured once. Lines: the charges this one measurement "
         f"forecasts. Dots: a twin that trained on for {run.follow:,} steps. The band is the statistical error of the "
         "measurement; what lies beyond it is the drift of the loss itself in training, which one measurement cannot "
         f"know. {FLIPPED:.0%} of the labels are redrawn in every batch, so that gradient noise does not die out.",
-        figures=[Figure(forecast_figure(steps, forecast.charges, forecast.errors, measured), "Forecast and training.")],
+        figures=[Figure(figure, "Forecast and training.")],
     )
-    balanced = Section(
-        f"{name}: moved to the noise equilibrium",
+
+
+def _balance_section(run: Run, analysis: Analysis, moved: Moved, sharpness: bytes) -> Section:
+    """The imbalance before, as predicted and as measured again, and the sharpness along the orbit."""
+    from noetherflow.report.figures import balance_figure
+    from noetherflow.report.page import Figure, Section
+
+    histograms = {
+        "before": np.concatenate([s.imbalance_now.numpy() for s in analysis.equilibrium]),
+        "after, predicted": np.concatenate([s.imbalance.numpy() for s in analysis.equilibrium]),
+        "after, measured again": np.concatenate([s.imbalance_now.numpy() for s in moved.again]),
+    }
+    return Section(
+        f"{run.workload.name}: moved to the noise equilibrium",
         "The model was moved along its symmetries to the joint equilibrium and the noise measured again.",
         facts=[
             ("imbalance before", analysis.equilibrium.imbalance_now),
-            ("after, measured again", check.imbalance_now),
-            ("relative change of outputs", moved.output_change),
+            ("after, measured again", moved.again.imbalance_now),
+            ("relative change of outputs", moved.report.output_change),
         ],
         figures=[
             Figure(balance_figure(histograms), "Noise balance before and after."),
             Figure(sharpness, "Trace of the Hessian along the orbit."),
         ],
     )
-    found = [replace(s, heading=f"{name}: {s.heading.lower()}", figures=()) for s in analysis_sections(analysis)]
-    start, end = (torch.cat([c[k].flatten() for c in measured.values()]) for k in (0, -1))
-    foretold = torch.cat([forecast.charges[n][-1].flatten() for n in measured])
-    told = Told(
-        name,
-        charges=analysis.symmetries.n_charges(),
-        verdicts=tuple(row.verdict for row in analysis.certificate.rows),
-        steps=run.follow,
-        change=float((end - start).norm() / start.norm()),
-        error=float((foretold - end).norm() / end.norm()),
-        outputs=float(moved.output_change or 0),
-        before=analysis.equilibrium.imbalance_now,
-        after=check.imbalance_now,
-    )
-    return told, [*found, trained, balanced]
 
 
 def _orbit(model: nn.Module, run: Run, analysis: Analysis, probes: int = 24) -> bytes:

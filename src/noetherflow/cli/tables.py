@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from noetherflow.core.printing import Table, legend
-from noetherflow.report.tables import rich_table
+from noetherflow.core.terminal import rich_table
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 PIPED_WIDTH = 240

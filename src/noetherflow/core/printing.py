@@ -41,7 +41,7 @@ def legend(*names: str) -> str:
 @dataclass(frozen=True)
 class Table:
     """A table ready to be drawn: named columns of finished cells. `text` and `html` draw it; the terminal's coloured
-    drawing is `report.tables.rich_table`.
+    drawing is `core.terminal.rich_table`.
 
     Attributes:
         names: the heading of every column.

@@ -14,11 +14,11 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from noetherflow.core.printing import Table, show
+from noetherflow.core.terminal import rich_table
 from noetherflow.errors import DataError
 from noetherflow.monitor.log import LOG_NAME
 from noetherflow.monitor.rundata import RunData, RunReader
 from noetherflow.report.run import NAMES, finite_mean
-from noetherflow.report.tables import rich_table
 
 RECENT = 50
 KEPT = 4 * RECENT
