@@ -4,3 +4,85 @@ Each function here registers one thing for the running process; call it before t
 """
 
 from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from noetherflow.errors import MomentError
+from noetherflow.moments.forms import Dense, Form, OneToken, Outer
+from noetherflow.moments.rules import registry
+from noetherflow.moments.rules.registry import Call, MomentRule, Site
+from noetherflow.moments.rules.sites import channel_axis, features_last, first_axis, last_axes, outer, summed
+
+__all__ = [
+    "Call",
+    "Dense",
+    "Form",
+    "OneToken",
+    "Outer",
+    "Site",
+    "channel_axis",
+    "features_last",
+    "first_axis",
+    "last_axes",
+    "moment_rule",
+    "outer",
+    "summed",
+]
+
+
+def moment_rule(
+    *functions: Callable[..., Any], signature: Callable[..., Any] | None = None, replace: bool = False
+) -> Callable[[MomentRule], MomentRule]:
+    """Register a rule by which `gradient_moments` reads per-sample gradients off a call of one of these functions.
+
+    The rule decorated is called as `rule(owned, function, arguments)` whenever a model calls such a function with a
+    trainable parameter among its arguments. `owned(value)` tells the arguments that are parameters (or made from
+    parameters alone); `arguments` are the call's, by name, defaults included. It answers with a `Call`, or None for a
+    use that it does not cover; what no rule covers is measured by `vmap(grad)`. On the first batch each rule's summed
+    gradient is compared with autograd's, so that a wrong rule ends in an error and not in wrong moments.
+
+    Args:
+        functions: as torch passes them to a `torch.overrides.TorchFunctionMode`: functions of `torch`, methods of
+            `Tensor`, custom operators, or functions of your own that hand themselves over with
+            `torch.overrides.handle_torch_function`.
+        signature: any function with their parameters and defaults, where theirs cannot be inspected (built-in ones).
+        replace: take the place of a rule that is there already.
+
+    Returns:
+        A decorator that returns the rule as it is.
+
+    Raises:
+        MomentError: no function, one that has a rule already, or one whose signature cannot be inspected.
+
+    Example:
+        >>> @nf.extend.moment_rule(torch.addcmul, signature=lambda input, tensor1, tensor2, value=1: None)
+        ... def shift_of_addcmul(owned, function, a):
+        ...     if not owned(a["input"]) or owned(a["tensor1"]) or owned(a["tensor2"]):
+        ...         return None
+        ...     site = nf.extend.summed(a["input"], nf.extend.last_axes(a["input"]))
+        ...     return nf.extend.Call((), nf.extend.features_last, (site,))
+
+    Source: docs/extend/moment_rule.md.
+    """
+    taken = [getattr(f, "__name__", str(f)) for f in functions if f in registry.RULES and not replace]
+    if taken or not functions:
+        why = f"{taken} have a rule already; pass replace=True to take its place" if taken else "no function given"
+        raise MomentError(f"moment_rule: {why}")
+    return registry.rule(signature or _inspectable(functions[0]), *functions)
+
+
+def _inspectable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, whose own signature is that of its calls. Raises MomentError if Python does not know it."""
+    try:
+        kinds = {p.kind for p in inspect.signature(function).parameters.values()}
+    except (TypeError, ValueError):
+        kinds = {inspect.Parameter.VAR_KEYWORD}
+    if inspect.Parameter.VAR_KEYWORD in kinds:
+        name = getattr(function, "__name__", str(function))
+        raise MomentError(
+            f"the signature of {name} cannot be inspected; pass one: "
+            f"moment_rule({name}, signature=lambda input, weight: None)"
+        )
+    return function

@@ -22,10 +22,12 @@ Build = Callable[..., Form]
 
 @dataclass(eq=False, slots=True)
 class Site:
-    """One consumed operand.
+    """One consumed operand, and how its per-sample gradients follow.
 
-    `prepare(delta, *saved)` gives tensors that carry samples on the output's axes; `build(layout, *tensors)` gets them
-    with samples in front.
+    `operand`: the parameter, or a tensor made from parameters alone. `prepare(delta, *saved)` runs in the backward, on
+    the output gradient and the activations saved, and gives tensors that carry the samples on the same axes as the
+    output. `build(layout, *tensors)` gets those tensors with the samples on axis 0, and gives the form of the
+    gradients. For `y = x @ W`: `prepare` gives `(delta, x)`, `build` gives `Outer(x, delta)`, as `G_i = x_i^T delta_i`.
     """
 
     operand: Tensor
@@ -35,9 +37,10 @@ class Site:
 
 @dataclass(eq=False, slots=True)
 class Call:
-    """A covered call: what to keep for the backward, where samples may lie in the output, the consumed operands.
+    """A covered call, as a rule reads it.
 
-    `seen`: the output as the rule speaks of it, its axes permuted.
+    `saved`: activations to keep for the backward. `sample_axes(out)`: the axes of the output on which samples may lie.
+    `sites`: the consumed operands. `seen(out)`: the output as the rule speaks of it, where its axes are permuted.
     """
 
     saved: tuple[Tensor, ...]
@@ -47,7 +50,9 @@ class Call:
 
 
 Owned = Callable[[Any], bool]
+"""Whether an argument is a parameter, or made from parameters alone."""
 MomentRule = Callable[[Owned, Callable[..., Any], dict[str, Any]], Call | None]
+"""`rule(owned, function, arguments)`, arguments by name; None for a use that the rule does not cover."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,12 @@ RULES: dict[Callable[..., Any], tuple[Signature, MomentRule]] = {}
 
 
 def rule(signature: Callable[..., Any], *functions: Callable[..., Any]) -> Callable[[MomentRule], MomentRule]:
-    """Register a rule for functions that share one call signature, given as that of a function."""
+    """Register the decorated rule.
+
+    Args:
+        signature: any function with the parameters and defaults of those covered; its body is never run.
+        functions: the functions as torch passes them to a `TorchFunctionMode`; they share the signature.
+    """
     parsed = Signature.of(signature)
 
     def register(function: MomentRule) -> MomentRule:

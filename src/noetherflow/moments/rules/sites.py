@@ -14,27 +14,40 @@ from noetherflow.moments.target import wide
 
 
 def features_last(out: Tensor) -> range:
+    """Samples may lie on every axis but the last, as in the output of a linear layer."""
     return range(out.ndim - 1)
 
 
 def first_axis(out: Tensor) -> range:
+    """Samples lie on axis 0, as in images `[samples, channels, height, width]`."""
     return range(1)
 
 
 def raised(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in the type that sums are kept in."""
     return [t.to(wide(t.dtype)) for t in tensors]
 
 
 def as_given(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The output gradient and all that was saved."""
     return tensors
 
 
 def delta_alone(delta: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+    """The output gradient."""
     return (delta,)
 
 
 def outer(operand: Tensor, out_first: bool, prepare: Prepare = as_given) -> Site:
-    """`[.., features]` tensors: a weight `[out, in]` if `out_first`, else `[in, out]`."""
+    """A weight matrix that multiplies the last axis of an activation.
+
+    `prepare` gives the output gradient `[.., out]` and the activation `[.., in]`.
+
+    Args:
+        operand: the weight, `[out, in]` if `out_first` (`y = x @ W.T`), else `[in, out]` (`y = x @ W`).
+        out_first: which.
+        prepare: from output gradient and saved tensors; as they are, if the rule saves the activation alone.
+    """
 
     def build(_: SampleLayout, delta: Tensor, x: Tensor) -> Form:
         left, right = (delta, x) if out_first else (x, delta)
@@ -46,7 +59,14 @@ def outer(operand: Tensor, out_first: bool, prepare: Prepare = as_given) -> Site
 
 
 def summed(operand: Tensor, aligned: Callable[[int], Sequence[int]], prepare: Prepare = delta_alone) -> Site:
-    """An operand that was broadcast: its gradient is `prepare(..)` summed over the axes where `aligned` is 1."""
+    """An operand that was broadcast along the samples: biases, gains, masks.
+
+    Args:
+        operand: for example a bias `[features]`.
+        aligned: its shape as it is broadcast against an output of so many axes, 1 where it is repeated: `last_axes` for
+            `[features]` against `[.., features]`, `channel_axis` for `[channels]` against `[samples, channels, ..]`.
+        prepare: from output gradient and saved tensors, the gradient of the broadcast copy, of the output's shape.
+    """
 
     def build(layout: SampleLayout, product: Tensor) -> Form:
         if product.shape[1:] == operand_shape and layout.fold != "none":
