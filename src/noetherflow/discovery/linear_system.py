@@ -69,9 +69,10 @@ class Roots:
 
 @dataclass(frozen=True, eq=False)
 class GeneralSolution:
-    """All solutions: `x[i] = sum_j combinations[i, j] * free_j`, and the roots found on the way."""
+    """All solutions: `x[i] = sum_j combinations[i, j] * x[free[j]]`, and the roots found on the way."""
 
     roots: Roots
+    free: Array
     combinations: sp.csr_array
 
 
@@ -88,12 +89,12 @@ def solve_system(roots: Roots, rows: sp.csr_array, late: Array) -> GeneralSoluti
     """
     roots, rows = _merged(roots, rows)
     live = roots.distinct()
-    basis = _eliminated(rows[:, live], late[live])
+    free, basis = _eliminated(rows[:, live], late[live])
     bound = np.flatnonzero(roots.root != 0)
     place = np.searchsorted(live, roots.root[bound])
     signed = sp.diags_array(roots.sign[bound].astype(np.float64)) @ basis[place]
     spread = sp.csr_array((np.ones(bound.size), (bound, np.arange(bound.size))), shape=(roots.root.size, bound.size))
-    return GeneralSolution(roots, sp.csr_array(spread @ signed))
+    return GeneralSolution(roots, live[free], sp.csr_array(spread @ signed))
 
 
 def stacked(blocks: list[tuple[Array, tuple[float, ...]]], count: int) -> sp.csr_array:
@@ -155,8 +156,8 @@ def _distinct(rows: sp.csr_array) -> sp.csr_array:
     return rows[np.sort(first)]
 
 
-def _eliminated(rows: sp.csr_array, late: Array) -> sp.csr_array:
-    """Every unknown as a combination of the free ones, `[unknowns, free]`: elimination with many pivots at a time."""
+def _eliminated(rows: sp.csr_array, late: Array) -> tuple[Array, sp.csr_array]:
+    """The free unknowns, and every one as a combination of them `[unknowns, free]`; many pivots are taken at a time."""
     n = rows.shape[1]
     steps: list[tuple[Array, sp.csr_array]] = []
     while rows.shape[0]:
@@ -176,7 +177,7 @@ def _eliminated(rows: sp.csr_array, late: Array) -> sp.csr_array:
     for pivots, expression in reversed(steps):
         placed = sp.csr_array((np.ones(pivots.size), (pivots, np.arange(pivots.size))), shape=(n, pivots.size))
         basis = sp.csr_array(basis + placed @ (expression @ basis))
-    return basis
+    return free, basis
 
 
 def _pivots(rows: sp.csr_array, late: Array) -> tuple[Array, Array]:
