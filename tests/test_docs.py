@@ -53,7 +53,7 @@ def test_python_blocks_run_and_print_what_is_shown(page, tmp_path, monkeypatch, 
     namespace: dict[str, object] = {"__name__": "docs"}
     for body, shown in outputs(page):
         capsys.readouterr()
-        exec(compile(body, f"{page.name}", "exec"), namespace)
+        exec(compile(body, f"{page.name}", "exec", dont_inherit=True), namespace)
         if shown is not None:
             assert_prints(capsys.readouterr().out, shown)
 

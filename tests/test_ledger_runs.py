@@ -204,7 +204,7 @@ def test_capacity_replacement_of_symmetries_and_refusals() -> None:
     train(model, optimizer, 1)
     assert ledger.step == 9
     other = nn.Linear(2, 2)
-    with pytest.raises(DeclarationError, match=r"no parameters \['0.weight'"):
+    with pytest.raises(DeclarationError, match=r"belong to another model \(0.weight: missing"):
         Ledger(other, torch.optim.SGD(other.parameters(), lr=0.1), syms)
     for bad in ({"every": 0}, {"detail": "fine"}, {"flush_every": 0}):
         with pytest.raises(DataError):

@@ -14,18 +14,24 @@ from noetherflow.moments.forms import Dense, Form, OneToken, Outer
 from noetherflow.moments.rules import registry
 from noetherflow.moments.rules.registry import Call, MomentRule, Site
 from noetherflow.moments.rules.sites import channel_axis, features_last, first_axis, last_axes, outer, summed
+from noetherflow.monitor.rule import LedgerRule, Parts, Products, StepSettings, ledger_rule
 
 __all__ = [
     "Call",
     "Dense",
     "Form",
+    "LedgerRule",
     "OneToken",
     "Outer",
+    "Parts",
+    "Products",
     "Site",
+    "StepSettings",
     "channel_axis",
     "features_last",
     "first_axis",
     "last_axes",
+    "ledger_rule",
     "moment_rule",
     "outer",
     "summed",

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from noetherflow.balance.motion import Motion
 from noetherflow.balance.optimizer_state import MoveTally, moved_state, without_optimizer
 from noetherflow.core.held import held_by
-from noetherflow.core.tensors import tensors_of
+from noetherflow.core.tensors import check_same_model, tensors_of
 from noetherflow.equilibrium.result import Equilibrium
 from noetherflow.errors import CertificateError, DataError
 from noetherflow.symmetry.symmetry import Symmetry
 
 APPROXIMATE = 1e-3
 """Default tolerance on outputs when a moved symmetry is only approximate (a normalisation's eps)."""
+REMEDY = "pass the model it was solved for, without wrappers that rename parameters"
 SHOWN = 20
 """Lines of each kind in a printed report; its fields hold all."""
 
@@ -149,7 +150,7 @@ def balance_values(
     motion = Motion.of(eq)
     tensors = tensors_of(model)
     _refuse_broken(certificate, motion.symmetries)
-    _refuse_other_model(eq, motion, tensors)
+    check_same_model(tensors, motion.by_parameter, eq.symmetries.shapes, "the equilibrium belongs", REMEDY, DataError)
     before = _outputs(model, example_inputs)
     source = {**tensors, **(stored or {})}
     new, rounding = moved_tensors(source, motion)
@@ -220,20 +221,6 @@ def _refuse_broken(certificate: Any, symmetries: Sequence[Symmetry]) -> None:
     broken = [c.name for c in certificate if c.name in wanted and c.verdict == "broken"]
     if broken:
         raise CertificateError(f"certificate calls {broken[:5]} broken; drop them (syms.without) before solving")
-
-
-def _refuse_other_model(eq: Equilibrium, motion: Motion, tensors: Mapping[str, Tensor]) -> None:
-    shapes = eq.symmetries.shapes
-    found = [
-        f"{n}: {tuple(tensors[n].shape)} instead of {shapes[n]}" if n in tensors else f"{n}: missing"
-        for n in motion.by_parameter
-        if n not in tensors or tuple(tensors[n].shape) != shapes.get(n, tuple(tensors[n].shape))
-    ]
-    if found:
-        raise DataError(
-            f"the equilibrium belongs to another model ({'; '.join(found[:3])}, {len(found)} in all); pass the model "
-            f"it was solved for, without wrappers that rename parameters (of DistributedDataParallel: model.module)"
-        )
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
 from noetherflow.core.unwrap import plain_name, unwrap
+from noetherflow.errors import NoetherflowError
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -37,3 +38,39 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
             seen.add(id(tensor))
             out[name] = tensor
     return out
+
+
+def check_same_model(
+    tensors: Mapping[str, Tensor],
+    names: Iterable[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    subject: str,
+    remedy: str,
+    error: type[NoetherflowError],
+) -> None:
+    """Refuse what was found, measured or solved on another model: tensors that are missing or of another shape.
+
+    Args:
+        tensors: the tensors of the model at hand (`tensors_of`).
+        names: the tensors needed.
+        shapes: their shapes as they were; a name without one is checked for being there.
+        subject: what belongs to another model, with its verb: "the symmetries belong".
+        remedy: what to do, as the end of the sentence.
+        error: the class of what is raised.
+
+    Raises:
+        error: names the tensors, their shapes, and the remedy.
+
+    Example:
+        >>> from noetherflow.errors import DataError
+        >>> check_same_model({}, ["w"], {}, "the symmetries belong", "find them again", DataError)
+        Traceback (most recent call last):
+        noetherflow.errors.DataError: the symmetries belong to another model (w: missing, 1 in all); find them again
+    """
+    other = [
+        f"{n}: {tuple(tensors[n].shape)} instead of {shapes[n]}" if n in tensors else f"{n}: missing"
+        for n in names
+        if n not in tensors or tuple(tensors[n].shape) != tuple(shapes.get(n, tensors[n].shape))
+    ]
+    if other:
+        raise error(f"{subject} to another model ({'; '.join(other[:3])}, {len(other)} in all); {remedy}")

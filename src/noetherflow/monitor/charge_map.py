@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -163,60 +164,39 @@ class ChargeMap:
     reference: np.ndarray
 
     @classmethod
-    def of(cls, symmetries: Sequence[Watched], shapes: dict[str, tuple[int, ...]], detail: Detail) -> ChargeMap:
-        total, matrix = detail in ("family", "symmetry"), detail == "coordinate"
-        wanted = [
-            (i, leg.exponent, Slot(leg, shapes[leg.parameter], total, matrix and not s.is_torus, _shift_of(s)))
-            for i, s in enumerate(symmetries)
-            for leg in s.weight_legs
-        ]
-        parameters = tuple(dict.fromkeys(slot.leg.parameter for _, _, slot in wanted))
-        unique: dict[tuple[object, ...], Slot] = {}
-        for name in parameters:
-            for _, _, slot in wanted:
-                if slot.leg.parameter == name:
-                    unique.setdefault(slot.key, slot)
-        starts, n_values = {}, 0
-        standing = _standing(unique.values())
-        order = {name: k for k, name in enumerate(parameters)}
-        owner: list[np.ndarray] = []
-        reference: list[np.ndarray] = []
-        for key, slot in unique.items():
-            starts[key] = n_values
-            n_values += slot.size
-            owner.append(np.full(slot.size, order[slot.leg.parameter], dtype=np.int32))
-            reference.append(_diagonal(slot) * (key in standing))
-        spans, trace, n_out = [], [], 0
-        sizes = {i: slot.size for i, _, slot in wanted}
-        diagonals = {i: _diagonal(slot) for i, _, slot in wanted}
-        for i in range(len(symmetries)):
-            spans.append((n_out, n_out + sizes[i]))
-            trace.append(diagonals[i])
-            n_out += sizes[i]
-        rows, columns, weights = [], [], []
-        for i, exponent, slot in wanted:
-            rows.append(np.arange(*spans[i], dtype=np.int32))
-            columns.append(starts[slot.key] + np.arange(slot.size, dtype=np.int32))
-            weights.append(np.full(slot.size, exponent, dtype=np.float32))
-        row, column, weight = (np.concatenate(x) if x else np.zeros(0) for x in (rows, columns, weights))
+    def of(cls, symmetries: Sequence[Watched], shapes: Mapping[str, tuple[int, ...]], detail: Detail) -> ChargeMap:
+        """Lay out the leg values of some symmetries.
 
-        def sparse(values: np.ndarray) -> scipy.sparse.csr_array:
-            matrix = scipy.sparse.csr_array((values, (row, column)), shape=(n_out, n_values))
-            matrix.eliminate_zeros()
-            return matrix
-
+        Args:
+            symmetries: what is watched, translations included.
+            shapes: the shapes of all parameters by name.
+            detail: `family` or `symmetry`: one total per leg; `block`: one number per coordinate of a torus or block of
+                a general_linear symmetry; `coordinate`: those, and matrices for general_linear.
+        """
+        terms = _terms(symmetries, shapes, detail)
+        parameters = tuple(dict.fromkeys(term.slot.leg.parameter for term in terms))
+        slots = _unique_slots(terms, parameters)
+        sizes = [slot.size for slot in slots]
+        ends = np.cumsum([0, *sizes]).astype(int)
+        starts = {slot.key: int(start) for slot, start in zip(slots, ends, strict=False)}
+        first = {term.symmetry: term.slot for term in reversed(terms)}
+        stops = np.cumsum([0, *(first[i].size for i in range(len(symmetries)))]).astype(int)
+        spans = tuple((int(a), int(b)) for a, b in pairwise(stops))
+        standing, order = _standing(slots), {name: k for k, name in enumerate(parameters)}
+        shape = (int(stops[-1]), int(ends[-1]))
+        sums = partial(_matrix, terms, spans, starts, shape)
         return cls(
-            tuple(symmetries),
-            tuple(unique.values()),
-            parameters,
-            np.concatenate(owner) if owner else np.zeros(0, dtype=np.int32),
-            sparse(weight),
-            sparse(np.abs(weight)),
-            sparse((weight > 0).astype(np.float32)),
-            sparse((weight < 0).astype(np.float32)),
-            tuple(spans),
-            np.concatenate(trace) if trace else np.zeros(0),
-            np.concatenate(reference) if reference else np.zeros(0),
+            symmetries=tuple(symmetries),
+            slots=slots,
+            parameters=parameters,
+            parameter_of_value=np.repeat([order[s.leg.parameter] for s in slots], sizes).astype(np.int32),
+            matrix=sums(lambda exponent: exponent),
+            absolute=sums(abs),
+            plus=sums(lambda exponent: float(exponent > 0)),
+            minus=sums(lambda exponent: float(exponent < 0)),
+            spans=spans,
+            trace=_joined([_diagonal(first[i]) for i in range(len(symmetries))]),
+            reference=_joined([_diagonal(slot) * (slot.key in standing) for slot in slots]),
         )
 
     @property
@@ -255,6 +235,53 @@ class ChargeMap:
 def apply(matrix: scipy.sparse.csr_array, values: np.ndarray) -> np.ndarray:
     """`matrix @ values` over the last axis of `values` `[T, n_values]`."""
     return np.ascontiguousarray((matrix @ values.T).T)
+
+
+@dataclass(frozen=True, eq=False)
+class _Term:
+    """One leg's part in the charge of the symmetry with that number: its exponent times the values of its slot."""
+
+    symmetry: int
+    exponent: float
+    slot: Slot
+
+
+def _terms(symmetries: Sequence[Watched], shapes: Mapping[str, tuple[int, ...]], detail: Detail) -> list[_Term]:
+    total, matrix = detail in ("family", "symmetry"), detail == "coordinate"
+    return [
+        _Term(i, leg.exponent, Slot(leg, shapes[leg.parameter], total, matrix and not s.is_torus, _shift_of(s)))
+        for i, s in enumerate(symmetries)
+        for leg in s.weight_legs
+    ]
+
+
+def _unique_slots(terms: Sequence[_Term], parameters: Sequence[str]) -> tuple[Slot, ...]:
+    """Each slot once, grouped by parameter."""
+    unique = {term.slot.key: term.slot for term in reversed(terms)}
+    first = {term.slot.key: unique[term.slot.key] for term in terms}
+    order = {name: k for k, name in enumerate(parameters)}
+    return tuple(sorted(first.values(), key=lambda slot: order[slot.leg.parameter]))
+
+
+def _matrix(
+    terms: Sequence[_Term],
+    spans: Sequence[tuple[int, int]],
+    starts: Mapping[tuple[object, ...], int],
+    shape: tuple[int, int],
+    weigh: Callable[[float], float],
+) -> scipy.sparse.csr_array:
+    """A sparse map from leg values to charges: every term adds its slot's values, weighed by its exponent."""
+    rows = _joined([np.arange(*spans[term.symmetry]) for term in terms])
+    columns = _joined([starts[term.slot.key] + np.arange(term.slot.size) for term in terms])
+    weights = _joined([np.full(term.slot.size, weigh(term.exponent)) for term in terms]).astype(np.float32)
+    places = (rows.astype(np.int32), columns.astype(np.int32))
+    matrix = scipy.sparse.csr_array((weights, places), shape=shape)
+    matrix.eliminate_zeros()
+    return matrix
+
+
+def _joined(pieces: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(pieces) if pieces else np.zeros(0)
 
 
 def _diagonal(slot: Slot) -> np.ndarray:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,28 +16,20 @@ from noetherflow.core.tensors import named_tensors
 from noetherflow.core.unwrap import unwrap_optimizer
 from noetherflow.errors import DataError
 from noetherflow.monitor import sharding
+from noetherflow.monitor.bookkeeper import Bookkeeper
 from noetherflow.monitor.books import (
-    FIELDS,
     LEVELS,
-    Columns,
-    History,
-    Index,
     Level,
-    Page,
-    close_books,
-    settings_arrays,
 )
 from noetherflow.monitor.charge_map import ChargeMap, Watched, WatchedTranslation
-from noetherflow.monitor.estimates import Estimator, LegSquares, rotation_rows
+from noetherflow.monitor.estimates import Estimator
 from noetherflow.monitor.journal import Journal, Sink
-from noetherflow.monitor.log import FORMAT, plain
-from noetherflow.monitor.measure import Measurement, StepMeter, Value, tabulate
-from noetherflow.monitor.rule import AnyRule
+from noetherflow.monitor.log import FORMAT
+from noetherflow.monitor.measure import Measurement, StepMeter
+from noetherflow.monitor.rule import AnyRule, LedgerRule
 from noetherflow.monitor.rules import rule_for
 from noetherflow.monitor.watching import parameters_of, watch_closure
 from noetherflow.symmetry.symmetry_set import SymmetrySet
-
-UNEXPLAINED = 1e-3
 
 
 @dataclass
@@ -57,17 +47,41 @@ class Ledger:
     Call `before_step()` when the gradients are final (unscaled, clipped) and `after_step()` after `optimizer.step()`;
     or let `attach()` (also `with ledger:`) do so through the optimiser's step hooks.
 
-    - `every=k` records every k-th step; steps in between cost nothing.
-    - `detail`: what is computed and stored. `family` and `symmetry` need totals only, one dot product per parameter
-      and term; `coordinate` keeps every charge (matrices for general_linear).
-    - `estimate_every`: recorded steps between the live estimates (`estimates()`), 0 for none.
-    - `run_dir`: append-only log `ledger.jsonl`, written every `flush_every` recorded steps; resumes after a crash.
-    - `translations`: watch these too, each by the square of its linear charge; one projection per tensor read.
-    - `capacity`: recorded steps kept in memory for `records()`; the log keeps all.
-    - `sinks`: called with every logged row (TensorBoard, W&B, MLflow, CSV: see `monitor.sinks`).
+    `docs/ledger.md` explains the entries, and what costs how much.
 
-    Raises DeclarationError when a symmetry names a parameter that the model does not have, DataError for bad settings
-    and for an optimiser of another model.
+    Args:
+        model: the model, wrapped or not.
+        optimizer: the optimiser of its parameters; accelerate's and Lightning's are looked into.
+        syms: the symmetries to watch.
+        every: every how manieth step is recorded; steps in between cost nothing.
+        detail: `family` and `symmetry` need totals only, one dot product per parameter and term; `coordinate` keeps
+            every charge (matrices for general_linear).
+        run_dir: where the append-only log `ledger.jsonl` is kept; None for none.
+        capacity: recorded steps kept in memory for `records()`; the log keeps all.
+        translations: watch these too, each by the square of its linear charge; one projection per tensor read.
+        estimate_every: recorded steps between the live estimates (`estimates()`), 0 for none.
+        flush_every: recorded steps between writes to the log.
+        sinks: called with every logged row (TensorBoard, W&B, MLflow, CSV: see `monitor.sinks`).
+        rule: how the optimiser's update splits into causes; None takes the one registered for its class
+            (`noetherflow.extend.ledger_rule`). There are many arguments because each is one line of a training script;
+            all but the first three can be left out.
+
+    Raises:
+        DeclarationError: a symmetry names a parameter that the model does not have.
+        DataError: bad settings, an optimiser of another model, or another ledger writing to `run_dir`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> syms = nf.find_symmetries(model, torch.randn(2, 3))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with nf.Ledger(model, optimizer, syms) as ledger:
+        ...     model(torch.randn(8, 3)).square().mean().backward()
+        ...     optimizer.step()
+        >>> row = ledger.records()[0]
+        >>> row["family"], abs(row["residual"]) < 1e-5
+        ('rescaling', True)
+
+    Source: theory.md section 3.
     """
 
     def __init__(
@@ -84,6 +98,7 @@ class Ledger:
         estimate_every: int = 50,
         flush_every: int = 50,
         sinks: Iterable[Sink] = (),
+        rule: AnyRule | None = None,
     ) -> None:
         if every < 1 or flush_every < 1 or estimate_every < 0:
             raise DataError(
@@ -91,39 +106,46 @@ class Ledger:
             )
         if detail not in LEVELS:
             raise DataError(f"detail must be one of {LEVELS}, got {detail!r}")
+        if not (rule is None or isinstance(rule, LedgerRule)):
+            raise DataError(f"rule must be an instance of noetherflow.extend.LedgerRule, got {rule!r}")
         self.model, self.optimizer = model, unwrap_optimizer(optimizer)
         self.every, self.detail, self.estimate_every, self.flush_every = every, detail, estimate_every, flush_every
-        self.rule: AnyRule = rule_for(self.optimizer)
-        self.step = 0
-        self._history = History(capacity)
-        self._estimates: deque[dict[str, Any]] = deque(maxlen=capacity)
+        self.rule: AnyRule = rule or rule_for(self.optimizer)
+        self._translations, self._capacity = translations, capacity
         self._pending: list[Measurement] = []
         self._open: _Open | None = None
-        self._handles: list[Any] = [self.optimizer.register_step_post_hook(self._stepped)]
         self._loss: Any = None
         self._closed = False
-        self._translations = translations
         self._set_symmetries(syms)
         self._journal = Journal(run_dir, sinks)
-        if self._journal.log is not None and (last := self._journal.log.last_step()) is not None:
-            self.step = last + 1
-        if self._probe.sharded:
-            self.step = sharding.from_first_rank(self.step)
+        self.step = self._first_step()
+        self._handles: list[Any] = [self.optimizer.register_step_post_hook(self._stepped)]
         self._write_header()
 
     def __repr__(self) -> str:
-        made, rule = f"{self.step} steps", type(self.optimizer).__name__
-        return f"Ledger({made} of {rule}, families {', '.join(self.index.families) or 'none'}, every={self.every})"
+        made, families = f"{self.step} steps of {type(self.optimizer).__name__}", ", ".join(self._books.index.families)
+        return f"Ledger({made}, families {families or 'none'}, every={self.every})"
+
+    def _first_step(self) -> int:
+        """The number of the step to come: one after the last in the log."""
+        last = None if self._journal.log is None else self._journal.log.last_step()
+        step = 0 if last is None else last + 1
+        return sharding.from_first_rank(step) if self._meter.sharded else step
 
     def _set_symmetries(self, syms: SymmetrySet) -> None:
         watched: list[Watched] = [*syms, *(WatchedTranslation(t) for t in syms.translations if self._translations)]
-        named = parameters_of(self.model, self.optimizer, [n for item in watched for n in item.parameters])
+        named = parameters_of(self.model, self.optimizer, [n for item in watched for n in item.parameters], syms.shapes)
         shapes = {n: tuple(t.shape) for n, t in named.items()}
-        self.layout = ChargeMap.of(watched, shapes, self.detail)
-        self.index = Index.of(self.layout)
-        self._probe = StepMeter(self.layout, self.rule, self.optimizer, {n: named[n] for n in self.layout.parameters})
+        layout = ChargeMap.of(watched, shapes, self.detail)
+        self._meter = StepMeter(layout, self.rule, self.optimizer, {n: named[n] for n in layout.parameters})
         blocks = ChargeMap.of(tuple(syms), shapes, "block")
-        self.estimator = Estimator(blocks, self.rule) if self.estimate_every else None
+        estimator = Estimator(blocks, self.rule) if self.estimate_every else None
+        self._books = Bookkeeper(self.rule, layout, estimator, self.detail, self._capacity)
+
+    @property
+    def estimator(self) -> Estimator | None:
+        """The live estimates' running averages; None with `estimate_every=0`."""
+        return self._books.estimator
 
     def replace_symmetries(self, syms: SymmetrySet) -> None:
         """Go on with another set of symmetries, after layers were added or removed. Earlier rows stay in the log.
@@ -133,11 +155,9 @@ class Ledger:
         if self._open is not None:
             raise DataError("replace_symmetries() in the middle of a step; call it after after_step()")
         self.flush()
-        self._history.pages.clear()
-        self._estimates.clear()
         self._set_symmetries(syms)
         self._write_header()
-        self._event("symmetries replaced", parameters=len(self.layout.parameters))
+        self._event("symmetries replaced", parameters=len(self._books.layout.parameters))
 
     # -- measuring ----------------------------------------------------------------------------------------------------
 
@@ -154,14 +174,14 @@ class Ledger:
             self._event("skipped")
         self._open = _Open()
         if self.step % self.every == 0:
-            self._open.measurement = m = self._probe.before(self.step)
+            self._open.measurement = m = self._meter.before(self.step)
             if self.every == 1 and self._journal.begins("edited", m.edited):
                 self._event("edited", note="parameters changed between steps, outside the optimiser")
 
     def _read_gradients(self) -> None:
         due = self.estimator is not None and (self.step // self.every) % self.estimate_every == 0
         if due and self.estimator is not None and self._open is not None and self._open.measurement is not None:
-            self._open.measurement.blocks = self._probe.gradients(self.estimator.layout)
+            self._open.measurement.blocks = self._meter.gradients(self.estimator.layout)
 
     def after_step(self, loss: Any = None) -> None:
         """Measure the charges after the step and enter it in the books. `loss` (a number or tensor) is logged along.
@@ -178,9 +198,9 @@ class Ledger:
             self._event("skipped")
             return
         if now.measurement is not None:
-            self._probe.after(now.measurement)
+            self._meter.after(now.measurement)
             if self.every > 1:
-                self._probe.forget()
+                self._meter.forget()
             if loss is not None:
                 self.note(loss)
             now.measurement.loss = self._loss
@@ -203,56 +223,13 @@ class Ledger:
         """
         pending, self._pending = self._pending, []
         if pending:
-            self._close_books(pending)
+            self._books.enter(pending, self._meter.gathered([m.values for m in pending]), self._journal)
         now = dict(named_tensors(self.model))
-        replaced = [n for n, p in self._probe.watched.items() if now.get(n) is not p]
+        replaced = [n for n, p in self._meter.watched.items() if now.get(n) is not p]
         if self._journal.begins("replaced", bool(replaced)):
             note = "the model has other parameters of these names; replace_symmetries() watches them"
             self._journal.event("replaced", self.step, parameters=replaced[:8], note=note)
         self._journal.write()
-
-    def _close_books(self, pending: list[Measurement]) -> None:
-        values = self._probe.gathered([m.values for m in pending])
-        books = close_books(self.rule, self.layout, values, [m.settings for m in pending])
-        symmetry = books.mapped(self.index.to_symmetry)
-        levels: dict[Level, Columns] = {"family": books.mapped(self.index.to_family), "symmetry": symmetry}
-        levels["coordinate"] = books
-        tables = {level: levels[level] for level in LEVELS[: LEVELS.index(self.detail) + 1]}
-        self._history.add(Page(np.array([m.step for m in pending]), np.array([m.lr for m in pending]), tables))
-        finite = np.isfinite(books.table).all(axis=(0, 2))
-        unexplained = levels["family"].unexplained() > UNEXPLAINED
-        journal = self._journal
-        listed = {level: columns.listed() for level, columns in tables.items()} if journal.log is not None else {}
-        for t, m in enumerate(pending):
-            row = _row_of(m)
-            line = plain(row) | {level: rows[t] for level, rows in listed.items()}
-            if journal.sinks:
-                row |= {level: table.row(t) for level, table in tables.items()}
-            journal.emit(row, line)
-            if "gradient_square" in m.blocks and finite[t]:
-                self._estimate(m, symmetry.row(t))
-            if journal.begins("non-finite", not finite[t]):
-                journal.event("non-finite", m.step)
-            if journal.begins("unexplained", bool(unexplained[t])):
-                note = "the entries do not add up to the change: something else wrote to the weights within the step"
-                journal.event("unexplained", m.step, note=note)
-
-    def _estimate(self, m: Measurement, row: dict[str, np.ndarray]) -> None:
-        assert self.estimator is not None
-        blocks = self.estimator.layout
-        sizes = list(blocks.sizes.values())
-        nothing: list[Value] = [0.0] * len(sizes)
-        names = [f.name for f in fields(LegSquares)]
-        table = tabulate([[m.blocks.get(name, nothing)[: len(sizes)]] for name in names], sizes)[:, 0]
-        settings = settings_arrays(self.rule, blocks, [m.settings]).at(0)
-        n = len(blocks.symmetries)
-        columns = self.estimator.rows(m.step, LegSquares(*table), settings, row["second_order"][:n])
-        shifts = np.full(len(self.layout.symmetries) - n, np.nan)
-        columns = {k: np.concatenate([v, shifts]) for k, v in columns.items()}
-        columns |= rotation_rows(self.layout, self.rule, row, m.settings)
-        out = {"kind": "estimates", "step": m.step, "symmetry": columns}
-        self._estimates.append(out)
-        self._journal.emit(out)
 
     @property
     def events(self) -> list[dict[str, Any]]:
@@ -276,8 +253,8 @@ class Ledger:
             "every": self.every,
             "detail": self.detail,
         }
-        names = {"families": self.index.families, "symmetries": self.index.symmetries}
-        self._journal.header(header | self.index.header(self.layout), names)
+        names = {"families": self._books.index.families, "symmetries": self._books.index.symmetries}
+        self._journal.header(header | self._books.index.header(self._books.layout), names)
         self._journal.write()
 
     def records(self, by: Level = "family") -> list[dict[str, Any]]:
@@ -286,25 +263,13 @@ class Ledger:
         `charge` is before the step, `change` the measured change, `residual = change - sum of entries`, `norm` is
         `theta^T |A| theta`. Raises DataError when `by` is finer than the ledger's `detail`.
         """
-        if LEVELS.index(by) > LEVELS.index(self.detail):
-            raise DataError(f"this ledger keeps detail={self.detail!r}; rows by {by!r} need Ledger(..., detail={by!r})")
         self.flush()
-        labels = self.index.labels(self.layout, by)
-        return [
-            {"step": step, **label, "lr": lr} | {f: float(row[f][i]) for f in FIELDS}
-            for step, lr, row in self._history.rows(by)
-            for i, label in enumerate(labels)
-        ]
+        return self._books.records(by)
 
     def estimates(self) -> list[dict[str, Any]]:
-        """One row per estimated step and symmetry: see `Estimator.rows` and `rotation_rows`."""
+        """One row per estimated step and symmetry; `docs/ledger.md` explains the columns."""
         self.flush()
-        labels = self.index.labels(self.layout, "symmetry")
-        return [
-            {"step": e["step"], **label} | {k: float(v[i]) for k, v in e["symmetry"].items()}
-            for e in self._estimates
-            for i, label in enumerate(labels)
-        ]
+        return self._books.estimates()
 
     # -- state and hooks ----------------------------------------------------------------------------------------------
 
@@ -316,7 +281,7 @@ class Ledger:
         self.flush()
         mark = self._journal.mark(self.step)
         estimates = {} if self.estimator is None else self.estimator.state_dict()
-        own = {"format": FORMAT, "step": self.step, "mark": mark, "symmetries": self.index.symmetries}
+        own = {"format": FORMAT, "step": self.step, "mark": mark, "symmetries": self._books.index.symmetries}
         return own | {"estimates": estimates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -327,21 +292,18 @@ class Ledger:
         """
         if state.get("format") != FORMAT:
             raise DataError(f"ledger state has format {state.get('format')!r}, this version reads {FORMAT}")
-        if tuple(state["symmetries"]) != self.index.symmetries:
+        if tuple(state["symmetries"]) != self._books.index.symmetries:
             raise DataError(
                 f"the ledger state is of {len(state['symmetries'])} symmetries {list(state['symmetries'])[:3]}, this "
-                f"ledger watches {len(self.index.symmetries)} {list(self.index.symmetries)[:3]}"
+                f"ledger watches {len(self._books.index.symmetries)} {list(self._books.index.symmetries)[:3]}"
             )
         dropped = self._journal.rewind(state["mark"], int(state["step"]))
         self._pending, self._open = [], None
-        self._probe.forget()
+        self._meter.forget()
         self.step = int(state["step"])
         if self.estimator is not None:
             self.estimator.load_state_dict(state.get("estimates", {}))
-        self._history.rewind(self.step)
-        kept = [row for row in self._estimates if row["step"] < self.step]
-        self._estimates.clear()
-        self._estimates.extend(kept)
+        self._books.rewind(self.step)
         if self._journal.log is not None:
             self._write_header()
             self._event("resumed", dropped=dropped)
@@ -381,7 +343,7 @@ class Ledger:
         for handle in self._handles[1:]:
             handle.remove()
         del self._handles[1:]
-        self._probe.forget()
+        self._meter.forget()
 
     def close(self) -> None:
         """Detach, flush and close the log and the sinks; `records()` and `estimates()` stay readable.
@@ -402,11 +364,6 @@ class Ledger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and self._probe.sharded:
+        if kind is not None and self._meter.sharded:
             self._pending = []  # the other processes may not come here, and the books are closed together
         self.close()
-
-
-def _row_of(m: Measurement) -> dict[str, Any]:
-    row: dict[str, Any] = {"kind": "step", "step": m.step, "lr": m.lr}
-    return row if m.loss is None else {**row, "loss": float(m.loss)}

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from noetherflow.core.tensors import tensors_of
+from noetherflow.core.tensors import check_same_model, tensors_of
 from noetherflow.core.unwrap import unwrap
 from noetherflow.errors import DataError, DeclarationError
 
 
 def parameters_of(
-    model: nn.Module, optimizer: torch.optim.Optimizer, watched: Sequence[str]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    watched: Sequence[str],
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, nn.Parameter]:
     """All parameters of the model by their canonical names.
 
-    Raises DeclarationError when one of those `watched` is not among them or complex, DataError when the optimiser holds
-    none of the trainable ones.
+    Args:
+        model: the model, wrapped or not.
+        optimizer: the optimiser that should train it.
+        watched: the names of the parameters that symmetries act on.
+        shapes: the shapes that the symmetries were found with.
+
+    Raises:
+        DeclarationError: one of those `watched` is not in the model, has another shape, or is complex.
+        DataError: the optimiser holds none of the trainable ones.
     """
     named = {n: t for n, t in tensors_of(unwrap(model)).items() if isinstance(t, nn.Parameter)}
-    if missing := [n for n in watched if n not in named]:
-        raise DeclarationError(f"the model has no parameters {missing[:5]}; it has {sorted(named)[:8]}")
+    remedy = f"find them again with find_symmetries(model, example_inputs). The model has {sorted(named)[:8]}"
+    check_same_model(named, watched, shapes, "the symmetries belong", remedy, DeclarationError)
     if unreal := [n for n in watched if named[n].is_complex()]:
         raise DeclarationError(f"complex parameters cannot be watched: {unreal[:5]}; filter their symmetries out")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from noetherflow.core.printing import table
-from noetherflow.core.tensors import tensors_of
+from noetherflow.core.tensors import check_same_model, tensors_of
 from noetherflow.errors import DeclarationError
 from noetherflow.symmetry.symmetry import Symmetry, Translation
 
@@ -100,16 +100,8 @@ class SymmetrySet:
         Raises DeclarationError when the model has no such parameters, or of other shapes.
         """
         tensors = tensors_of(model)
-        other = [
-            f"{n}: {tuple(tensors[n].shape)} instead of {self.shapes[n]}" if n in tensors else f"{n}: missing"
-            for n in self.parameters
-            if n not in tensors or tuple(tensors[n].shape) != self.shapes.get(n, tuple(tensors[n].shape))
-        ]
-        if other:
-            raise DeclarationError(
-                f"the symmetries belong to another model ({'; '.join(other[:3])}, {len(other)} in all); find them "
-                "again with find_symmetries(model, example_inputs)"
-            )
+        remedy = "find them again with find_symmetries(model, example_inputs)"
+        check_same_model(tensors, self.parameters, self.shapes, "the symmetries belong", remedy, DeclarationError)
         return tensors
 
     def trainable(self, model: nn.Module) -> SymmetrySet:

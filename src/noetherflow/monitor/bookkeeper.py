@@ -1,0 +1,123 @@
+"""Closes a ledger's books on the steps measured so far: rows in memory, estimates, and lines for the journal."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from noetherflow.errors import DataError
+from noetherflow.monitor.books import FIELDS, LEVELS, Columns, History, Index, Level, Page, close_books, settings_arrays
+from noetherflow.monitor.charge_map import ChargeMap
+from noetherflow.monitor.estimates import Estimator, LegSquares, rotation_rows
+from noetherflow.monitor.journal import Journal
+from noetherflow.monitor.log import plain
+from noetherflow.monitor.measure import Measurement, Value, tabulate
+from noetherflow.monitor.rule import AnyRule
+
+UNEXPLAINED = 1e-3
+"""A residual above this share of the norm says that something else wrote to the weights within the step."""
+
+
+@dataclass(frozen=True, eq=False)
+class EstimateRow:
+    """The estimates of one recorded step: a column `[symmetries]` per key."""
+
+    step: int
+    columns: Mapping[str, np.ndarray]
+
+
+class Bookkeeper:
+    """What a ledger keeps in memory about one set of symmetries.
+
+    Args:
+        rule: the optimiser's rule.
+        layout: the charges that are watched.
+        estimator: the live estimates, None for none.
+        detail: the finest level that is kept.
+        capacity: recorded steps and estimates kept.
+    """
+
+    def __init__(
+        self, rule: AnyRule, layout: ChargeMap, estimator: Estimator | None, detail: Level, capacity: int
+    ) -> None:
+        self.rule, self.layout, self.estimator, self.detail = rule, layout, estimator, detail
+        self.index = Index.of(layout)
+        self._history = History(capacity)
+        self._estimates: deque[EstimateRow] = deque(maxlen=capacity)
+
+    def enter(self, pending: Sequence[Measurement], values: Mapping[str, np.ndarray], journal: Journal) -> None:
+        """Close the books on some steps, given all their inner products `[steps, leg values]` by name."""
+        books = close_books(self.rule, self.layout, values, [m.settings for m in pending])
+        symmetry, family = books.mapped(self.index.to_symmetry), books.mapped(self.index.to_family)
+        levels: dict[Level, Columns] = {"family": family, "symmetry": symmetry, "coordinate": books}
+        tables = {level: levels[level] for level in LEVELS[: LEVELS.index(self.detail) + 1]}
+        self._history.add(Page(np.array([m.step for m in pending]), np.array([m.lr for m in pending]), tables))
+        finite = np.isfinite(books.table).all(axis=(0, 2))
+        unexplained = family.unexplained() > UNEXPLAINED
+        listed = {level: columns.listed() for level, columns in tables.items()} if journal.log is not None else {}
+        for t, m in enumerate(pending):
+            row = _row_of(m)
+            line = plain(row) | {level: rows[t] for level, rows in listed.items()}
+            if journal.sinks:
+                row |= {level: table.row(t) for level, table in tables.items()}
+            journal.emit(row, line)
+            if "gradient_square" in m.blocks and finite[t]:
+                self._estimate(m, symmetry.row(t), journal)
+            self._warn(m.step, bool(finite[t]), bool(unexplained[t]), journal)
+
+    def _warn(self, step: int, finite: bool, unexplained: bool, journal: Journal) -> None:
+        if journal.begins("non-finite", not finite):
+            journal.event("non-finite", step)
+        if journal.begins("unexplained", unexplained):
+            note = "the entries do not add up to the change: something else wrote to the weights within the step"
+            journal.event("unexplained", step, note=note)
+
+    def _estimate(self, m: Measurement, row: Mapping[str, np.ndarray], journal: Journal) -> None:
+        assert self.estimator is not None
+        blocks = self.estimator.layout
+        sizes = list(blocks.sizes.values())
+        nothing: list[Value] = [0.0] * len(sizes)
+        names = [f.name for f in fields(LegSquares)]
+        table = tabulate([[m.blocks.get(name, nothing)[: len(sizes)]] for name in names], sizes)[:, 0]
+        settings = settings_arrays(self.rule, blocks, [m.settings]).at(0)
+        n = len(blocks.symmetries)
+        columns = self.estimator.rows(m.step, LegSquares(*table), settings, row["second_order"][:n])
+        shifts = np.full(len(self.layout.symmetries) - n, np.nan)
+        columns = {k: np.concatenate([v, shifts]) for k, v in columns.items()}
+        columns |= rotation_rows(self.layout, self.rule, row, m.settings)
+        self._estimates.append(EstimateRow(m.step, columns))
+        journal.emit({"kind": "estimates", "step": m.step, "symmetry": columns})
+
+    def records(self, by: Level) -> list[dict[str, Any]]:
+        """See `Ledger.records`."""
+        if LEVELS.index(by) > LEVELS.index(self.detail):
+            raise DataError(f"this ledger keeps detail={self.detail!r}; rows by {by!r} need Ledger(..., detail={by!r})")
+        labels = self.index.labels(self.layout, by)
+        return [
+            {"step": step, **label, "lr": lr} | {f: float(row[f][i]) for f in FIELDS}
+            for step, lr, row in self._history.rows(by)
+            for i, label in enumerate(labels)
+        ]
+
+    def estimates(self) -> list[dict[str, Any]]:
+        """See `Ledger.estimates`."""
+        labels = self.index.labels(self.layout, "symmetry")
+        return [
+            {"step": e.step, **label} | {k: float(v[i]) for k, v in e.columns.items()}
+            for e in self._estimates
+            for i, label in enumerate(labels)
+        ]
+
+    def rewind(self, step: int) -> None:
+        """Forget everything from `step` on."""
+        self._history.rewind(step)
+        self._estimates = deque((e for e in self._estimates if e.step < step), maxlen=self._estimates.maxlen)
+
+
+def _row_of(m: Measurement) -> dict[str, Any]:
+    row: dict[str, Any] = {"kind": "step", "step": m.step, "lr": m.lr}
+    return row if m.loss is None else {**row, "loss": float(m.loss)}
