@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import linecache
 import re
 import shlex
 from itertools import pairwise
@@ -48,12 +49,14 @@ def assert_prints(printed: str, shown: str) -> None:
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: str(p.relative_to(ROOT)))
 @pytest.mark.filterwarnings("default")
 def test_python_blocks_run_and_print_what_is_shown(page, tmp_path, monkeypatch, capsys):
-    """One namespace a page, in reading order."""
+    """One namespace a page, in reading order; the source of its functions can be read, as in a notebook."""
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "docs"}
-    for body, shown in outputs(page):
+    for number, (body, shown) in enumerate(outputs(page)):
         capsys.readouterr()
-        exec(compile(body, f"{page.name}", "exec", dont_inherit=True), namespace)
+        name = f"<{page.stem} {number}>"
+        monkeypatch.setitem(linecache.cache, name, (len(body), None, body.splitlines(keepends=True), name))
+        exec(compile(body, name, "exec", dont_inherit=True), namespace)
         if shown is not None:
             assert_prints(capsys.readouterr().out, shown)
 

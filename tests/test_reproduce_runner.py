@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -548,3 +549,43 @@ def test_an_id_belongs_to_one_experiment(toy):
         register(dataclasses.replace(toy, title="Another"))
     with pytest.raises(DataError, match="there is an experiment 'fig2' already"):
         register(dataclasses.replace(toy, id="fig2"))
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """The example of the docs as an installed package with an entry point."""
+    page = (Path(__file__).parent.parent / "docs" / "extend" / "experiment.md").read_text()
+    module = re.search(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1]
+    entry = re.search(r'^walk = "(.*)"$', page, re.MULTILINE)[1]
+    site = tmp_path / "site"
+    (site / "walk-1.0.dist-info").mkdir(parents=True)
+    (site / "walk.py").write_text(module)
+    (site / "walk-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: walk\nVersion: 1.0\n")
+    entries = f"[noetherflow.experiments]\nwalk = {entry}\nwrong = walk:points\n"
+    (site / "walk-1.0.dist-info" / "entry_points.txt").write_text(entries)
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.delitem(sys.modules, "walk", raising=False)
+    monkeypatch.setattr(registry, "_REGISTERED", {})
+    yield tmp_path
+    sys.modules.pop("walk", None)
+
+
+def test_an_installed_package_adds_an_experiment(installed):
+    assert registry.experiment_ids()[: len(REGISTRY)] == REGISTRY
+    assert "walk" in registry.experiment_ids()
+    done = run(["walk"], out=installed / "out", vary=True, settings={"steps": 300}, progress=None)
+    (finished,) = done.finished
+    assert [v.holds for v in finished.verdicts] == [True, True]
+    assert finished.results.array("drift 0.1", "place").shape == (300, 50)
+    assert [v.label for v in finished.varied] == ["half as many steps"]
+    (stored,) = finished_in(installed / "out")
+    assert stored.to_dict() == finished.to_dict()
+    with pytest.raises(DataError, match=r"the entry point 'wrong' of noetherflow\.experiments is"):
+        find_experiment("wrong")
+
+
+def test_code_that_cannot_be_read_is_refused(toy):
+    namespace = {"__name__": "nowhere"}
+    exec("def compute(config, point): return {}", namespace)
+    with pytest.raises(DataError, match="put the experiment into a module file"):
+        dataclasses.replace(toy, compute=namespace["compute"]).fingerprint(ToyConfig(), ToyPoint(name="a", offset=1))

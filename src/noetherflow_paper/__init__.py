@@ -1,19 +1,48 @@
 """The paper's experiments, each with a figure and a verdict for every claim."""
 
-from noetherflow_paper.experiment import REGISTRY, Experiment, Results, Verdict, find_experiment
+from noetherflow_paper.experiment import (
+    REGISTRY,
+    Experiment,
+    Results,
+    Setting,
+    Verdict,
+    experiment_ids,
+    find_experiment,
+    from_counts,
+    from_difference,
+    from_ratio,
+    from_resampling,
+    from_seeds,
+    generator,
+    plain,
+    register,
+)
 from noetherflow_paper.gallery import check_report, write_markdown
 from noetherflow_paper.outcome import Finished, Summary
+from noetherflow_paper.records import Config, Point
 from noetherflow_paper.runner import run
 
 __all__ = [
     "REGISTRY",
+    "Config",
     "Experiment",
     "Finished",
+    "Point",
     "Results",
+    "Setting",
     "Summary",
     "Verdict",
     "check_report",
+    "experiment_ids",
     "find_experiment",
+    "from_counts",
+    "from_difference",
+    "from_ratio",
+    "from_resampling",
+    "from_seeds",
+    "generator",
+    "plain",
+    "register",
     "run",
     "write_markdown",
 ]

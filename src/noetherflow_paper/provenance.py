@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import noetherflow
+from noetherflow.errors import DataError
 
 ROOT = Path(noetherflow.__file__).parent
 FACES = frozenset({"cli", "report"})
@@ -70,7 +71,14 @@ def source_of(compute: Callable[..., Any]) -> str:
     own = inspect.getmodule(compute)
     others = sorted(_used(own) - DRAWING - {compute.__module__}) if own is not None else []
     texts = [_normal(ast.parse(inspect.getsource(sys.modules[name]))) for name in others]
-    return "".join([reached("".join(inspect.findsource(compute)[0]), compute.__name__), *texts])
+    try:
+        lines, _ = inspect.findsource(compute)
+    except OSError as cause:
+        raise DataError(
+            f"the code of {compute.__qualname__} cannot be read, so it is not known when its results are outdated; "
+            "put the experiment into a module file"
+        ) from cause
+    return "".join([reached("".join(lines), compute.__name__), *texts])
 
 
 def _used(module: ModuleType) -> set[str]:
