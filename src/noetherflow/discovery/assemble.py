@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -50,7 +50,8 @@ def assemble(inference: Inference, solution: GaugeSolution) -> list[Symmetry]:
             family = family_of(part.kind, legs, {t for i, t in enumerate(store.TAGS) if tag >> i & 1})
             kind: Kind = "scalar" if part.kind == "diagonal" and len(part.blocks) == 1 else part.kind
             size = float(coordinates.eps[first])
-            found.append(Symmetry(name_of(legs), family, kind, tuple(legs), size or None, _note(size)))
+            placed = tuple(replace(leg, offset=inference.offsets.of.get(leg.parameter, 0.0)) for leg in legs)
+            found.append(Symmetry(name_of(legs), family, kind, placed, size or None, _note(size)))
     return unique_names(found)
 
 

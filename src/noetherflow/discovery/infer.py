@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from noetherflow.discovery.axes import axis_atoms, output_shapes
 from noetherflow.discovery.export import Graph, module_path, operator_name
 from noetherflow.discovery.gauges import AxisAtoms, Gauge
+from noetherflow.discovery.offsets import Offsets, offsets_of
 from noetherflow.discovery.rules import Context, find_rule, gauges_in
 from noetherflow.discovery.store import Store
 from noetherflow.symmetry.symmetry_set import UnknownOperator
@@ -19,12 +20,15 @@ from noetherflow.symmetry.symmetry_set import UnknownOperator
 
 @dataclass(frozen=True, eq=False)
 class Inference:
-    """What one pass collected: the store of demands, the nodes by number, the operators without a rule."""
+    """What one pass collected: the store of demands, the nodes by number, the operators without a rule, and the
+    constants that the model adds to parameters before it uses them.
+    """
 
     graph: Graph
     store: Store
     nodes: tuple[fx.Node, ...]
     unknown: tuple[UnknownOperator, ...]
+    offsets: Offsets
 
     def place(self, node: int) -> str:
         """`module path (operator)` of a node."""
@@ -37,14 +41,14 @@ class Inference:
 
 def infer(graph: Graph) -> Inference:
     """Run every rule once, in graph order (twice if stacks of matrices are indexed by data)."""
-    store, leaves, unknown = Store(), Leaves(graph), UnknownOperators()
+    store, leaves, unknown, offsets = Store(), Leaves(graph), UnknownOperators(), offsets_of(graph)
     nodes = tuple(graph.nodes)
-    first = _Pass(graph, store, leaves, unknown, offset=0)
+    first = _Pass(graph, store, leaves, unknown, offsets.sums, start=0)
     first.run(nodes)
     if first.stood_in:
-        _Pass(graph, store, leaves, unknown, offset=1).run(nodes)
+        _Pass(graph, store, leaves, unknown, offsets.sums, start=1).run(nodes)
     store.end_decoys()
-    return Inference(graph, store, nodes, unknown.listed())
+    return Inference(graph, store, nodes, unknown.listed(), offsets)
 
 
 class Leaves:
@@ -104,7 +108,9 @@ class _Pass:
     store: Store
     leaves: Leaves
     unknown: UnknownOperators
-    offset: int
+    sums: dict[fx.Node, str]
+    """Nodes that add a constant to a parameter which then transforms as the sum (`offsets.py`)."""
+    start: int
     """Where stand-ins for unknown positions begin; a second walk with another one makes them sound."""
     stood_in: bool = False
     gauges: dict[fx.Node, Any] = field(default_factory=dict)
@@ -151,6 +157,9 @@ class _Pass:
         if not any(shape is not None for shape in shapes):
             return node.meta.get("val")
         inputs = gauges_in([args, kwargs])
+        if node in self.sums:
+            (summed,) = [g for g in inputs if g.fields] or inputs[:1]
+            return replace(summed, shape=shapes[0], leaf=self.sums[node])
         rule = find_rule(operator_name(node))
         if rule is None:
             out = self._without_rule(node, inputs)
@@ -178,7 +187,7 @@ class _Pass:
         if count < length:
             return None
         self.stood_in = True
-        return (torch.arange(count) + self.offset) % length
+        return (torch.arange(count) + self.start) % length
 
 
 def _with_data(out: Any) -> Any:
