@@ -159,7 +159,7 @@ class _Pass:
         inputs = gauges_in([args, kwargs])
         if node in self.sums:
             (summed,) = [g for g in inputs if g.fields] or inputs[:1]
-            return replace(summed, shape=shapes[0], leaf=self.sums[node])
+            return replace(summed, shape=shapes[0] or (), leaf=self.sums[node])
         rule = find_rule(operator_name(node))
         if rule is None:
             out = self._without_rule(node, inputs)
