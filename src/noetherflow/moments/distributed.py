@@ -75,6 +75,7 @@ def over_ranks(found: Iterable[T], model: nn.Module) -> list[T]:
 
 
 def _total(flag: bool, model: nn.Module, process_group: Any) -> int:
+    """On how many ranks `flag` holds."""
     total = torch.tensor(int(flag), device=next(model.parameters()).device)
     dist.all_reduce(total, dist.ReduceOp.SUM, process_group)
     return int(total)

@@ -42,23 +42,46 @@ def gradient_moments(
     process_group: Any = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> GradientMoments:
-    """`E_z[dX dX^T]` on every leg of `syms`, `gbar`, and with `entries` also `E_z[g^2]` (theory.md sections 1 and 2).
+    """Measure how the gradients of single samples scatter, as far as the symmetries need it.
 
-    `loss_fn(model, batch)` returns per-sample losses `[batch]`, not reduced; with `sample_axes=2`, losses
-    `[batch, tokens]` whose every entry is a sample. `parameters`: names measured beside those of `syms`.
-    `groups`: samples are split into up to that many groups (whole batches, if there are enough) for jackknife errors;
-    each group holds one copy of the mean gradient. `until`: stop when the relative standard error of each leg's
-    `Tr E[g g^T]` is below; that takes at least 4 groups. `resume`: go on from moments measured before; give the
-    batches not seen yet.
-    Under DistributedDataParallel or `fully_shard`, or with `process_group`, ranks measure their own batches and all
-    get the moments of their union; under `fully_shard` every rank must have the same number of batches, and every
-    measured parameter a rule. `progress(samples, loss)` is called after each batch.
-    The model, its buffers and `.grad` are left as they were.
+    For every leg of every symmetry the second moment `E[dX dX^T]` over samples, and the mean gradient of every
+    parameter concerned; each batch costs about one ordinary forward and backward. The model, its buffers and `.grad`
+    are left as they were.
 
-    Raises DeclarationError for another model's symmetries; DataError for a scalar or wrongly shaped loss, NaN or inf,
-    an embedding with `max_norm` (its forward changes its weights), no batch, or fewer batches on some rank than on
-    others under `fully_shard`; MomentError for a symmetry on a frozen or unused parameter, for samples that act on each
-    other, for a sharded parameter without a rule, and where rules and autograd disagree.
+    Args:
+        model: the model, in the mode it is to be measured in. Under DistributedDataParallel or `fully_shard` ranks
+            measure their own batches, and all get the moments of their union; under `fully_shard` every rank must have
+            the same number of batches, and every measured parameter a rule.
+        loss_fn: `loss_fn(model, batch)` returns one loss per sample, `[batch]`, not reduced.
+        batches: the batches, for example a DataLoader.
+        syms: the symmetries whose legs are measured.
+        entries: measure also `E[g^2]` of every entry.
+        until: stop when the relative standard error of each leg's `Tr E[g g^T]` is below; takes at least 4 groups.
+        groups: samples are split into up to that many groups (whole batches, if there are enough) for jackknife errors.
+        parameters: names of parameters measured beside those of `syms`.
+        sample_axes: 2 if losses are `[batch, tokens]` and every entry is a sample.
+        resume: go on from moments measured before; give the batches not seen yet.
+        process_group: ranks that measure together, where the model does not tell.
+        progress: `progress(samples, mean_loss)` is called after each batch.
+
+    Returns:
+        The moments over all samples; `.fallback` names parameters that no rule covers, which are measured more slowly.
+
+    Raises:
+        DeclarationError: the symmetries are another model's.
+        DataError: a scalar or wrongly shaped loss, NaN or inf, an embedding with `max_norm` (its forward changes its
+            weights), no batch, or fewer batches on some rank than on others under `fully_shard`.
+        MomentError: a symmetry on a frozen or unused parameter, samples that act on each other, a sharded parameter
+            without a rule, rules and autograd that disagree.
+
+    Example:
+        >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(32, 4)
+        >>> syms = nf.find_symmetries(model, x)
+        >>> moments = nf.gradient_moments(model, lambda m, b: m(b).square().sum(1), [x[:16], x[16:]], syms)
+        >>> moments.samples, len(moments.groups)
+        (32, 16)
+
+    Source: theory.md sections 1 and 2.
     """
     ranks = ranks_of(model, process_group)
     if isinstance(batches, tuple) and all(isinstance(b, Tensor) for b in batches):
@@ -159,9 +182,15 @@ class Meter:
         self.uncovered.update(dict.fromkeys(moments.fallback, "fallback in the moments resumed from"))
 
     def update(self, batch: Any, groups: Iterable[int] = (0,), of: int = 1) -> None:
-        """Measure one batch; its samples are divided among the given groups (taken modulo `of`).
+        """Measure one batch.
 
-        Raises MomentError after an error that left the sums with half a batch.
+        Args:
+            batch: as `loss_fn` takes it.
+            groups: the batch's samples are divided evenly among these groups.
+            of: group numbers are taken modulo this, so that later batches fall into the groups of earlier ones.
+
+        Raises:
+            MomentError: an earlier error left the sums with half a batch.
         """
         self._sums.refuse_half_added()
         ids = list(dict.fromkeys(g % of for g in groups))
@@ -219,8 +248,9 @@ class Meter:
     def result(self, ranks: Any = None) -> GradientMoments:
         """The moments so far, of all `ranks` if a process group is given.
 
-        Raises DataError without a sample, MomentError for a parameter the loss never used, or after an error that left
-        the sums with half a batch.
+        Raises:
+            DataError: no sample was measured.
+            MomentError: the loss never used a parameter, or an error left the sums with half a batch.
         """
         self._sums.refuse_half_added()
         groups = self._sums.over_ranks(ranks)

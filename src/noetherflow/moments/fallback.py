@@ -24,9 +24,10 @@ CHECKED = 2
 
 @dataclass(eq=False)
 class Fallback:
-    """Chooses the way once, on the first samples it meets: `vmap(grad)` where it equals autograd, else a loop.
+    """Measures parameters that no rule covers, from explicit gradients of every sample.
 
-    `split`: which leaves of a batch `vmap` divides into samples; none for the loop; None before the choice.
+    The way is chosen once, on the first samples met: `vmap(grad)` where it equals autograd, else a loop of backwards.
+    `split` says which tensors of a batch `vmap` divides into samples: () for the loop, None before the choice.
     """
 
     subject: Subject
@@ -60,12 +61,14 @@ class Fallback:
         return partial(self._vmapped, batch, self.split) if fits else partial(self._loop, self._losses(batch))
 
     def _losses(self, batch: Any) -> Tensor:
+        """The losses of a batch, `[samples]`."""
         try:
             return self.subject.checked(self.subject.loss_fn(self.subject.model, batch)).flatten()
         except RuntimeError as cause:
             raise MomentError(f"no rule and no fallback for {list(self.names)}: {cause}") from cause
 
     def _loop(self, losses: Tensor, lo: int, hi: int) -> list[Tensor]:
+        """Gradients of samples `lo .. hi - 1`, one backward each."""
         try:
             rows = [
                 torch.autograd.grad(losses[i], self.params, retain_graph=True, materialize_grads=True)
@@ -123,6 +126,7 @@ class Fallback:
             return None
 
     def _vmapped(self, batch: Any, split: tuple[bool, ...], lo: int, hi: int) -> list[Tensor]:
+        """Gradients of samples `lo .. hi - 1` by `vmap(grad)`."""
         structure = pytree.tree_structure(batch)
         model = self.subject.model
 
@@ -145,5 +149,6 @@ def _part(batch: Any, split: tuple[bool, ...], lo: int, hi: int) -> Any:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal up to rounding."""
     rtol = 1e-9 if a.dtype == torch.float64 else 1e-4
     return a.shape == b.shape and bool((a - b).norm() <= rtol * b.norm() + torch.finfo(a.dtype).tiny)

@@ -33,17 +33,19 @@ def norm(t: Tensor) -> Tensor:
 
 
 def _chunks(target: Target, entries: int, lo: int, hi: int) -> Iterator[tuple[int, int]]:
+    """Samples `lo .. hi - 1` in runs whose explicit gradients, of so many `entries` each, are held at once."""
     limit = CHUNK_ENTRIES_CPU if target.need.device.type == "cpu" else CHUNK_ENTRIES
     step = max(1, limit // max(1, entries))
     return ((i, min(i + step, hi)) for i in range(lo, hi, step))
 
 
 def _wide(a: Tensor, b: Tensor) -> torch.dtype:
+    """The type in which products of the two are accumulated."""
     return wide(a.dtype if a.dtype == b.dtype else torch.promote_types(a.dtype, b.dtype))
 
 
 class Form(ABC):
-    """`G_0 .. G_{samples - 1}`."""
+    """The gradients `G_0 .. G_{samples - 1}` of all samples with respect to one operand."""
 
     samples: int
 
@@ -74,7 +76,10 @@ class Form(ABC):
 
 @dataclass(eq=False)
 class Dense(Form):
-    """Explicit gradients `g`, `[samples, *operand shape]`, sums of `summands`: biases, gains, other small operands."""
+    """Explicit gradients `g`, `[samples, *operand shape]`: of biases, gains and other small operands.
+
+    `summands`: what `g` was summed from, where it was (over tokens), to tell how large rounding errors may be.
+    """
 
     g: Tensor
     summands: Tensor | None = None
@@ -99,7 +104,10 @@ class Dense(Form):
 
 @dataclass(eq=False)
 class Outer(Form):
-    """`G_i = sum_t left[i, t] right[i, t]^T`, an `m x n` operand; `left` `[samples, tokens, m]`, `right` `[.., n]`."""
+    """`G_i = sum_t left[i, t] right[i, t]^T` of an `m x n` operand, the sum over the tokens of a sample.
+
+    `left` is `[samples, tokens, m]`, `right` `[samples, tokens, n]`: for a linear layer, output gradients and inputs.
+    """
 
     left: Tensor
     right: Tensor
@@ -109,6 +117,7 @@ class Outer(Form):
         self.dtype = _wide(self.left, self.right)
 
     def _slice(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+        """Both factors of samples `lo .. hi - 1`, in the type of accumulation."""
         left, right = (t if hi - lo == self.samples else t[lo:hi] for t in (self.left, self.right))
         return left.to(self.dtype), right.to(self.dtype)
 
@@ -225,12 +234,17 @@ def _add_token_grams(target: Target, left: Tensor, right: Tensor) -> None:
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """The diagonal of `a^T b`, summed over samples and tokens."""
     return (a * b).sum((0, 1))
 
 
 @dataclass(eq=False)
 class Lookup(Form):
-    """Embedding: `G_i = sum_t onehot(index[i, t]) delta[i, t]^T`, `rows x d`; repeated indices of a sample add up."""
+    """Rows looked up by index, as in an embedding of `rows x d`.
+
+    `G_i` has `delta[i, t]` in row `index[i, t]`; gradients of a row that a sample looks up several times add up.
+    `index` is `[samples, tokens]`, `delta` `[samples, tokens, d]`.
+    """
 
     index: Tensor
     delta: Tensor
@@ -285,7 +299,12 @@ class Lookup(Form):
 
 @dataclass(eq=False)
 class Convolution(Form):
-    """N-d convolution, also grouped, dilated or transposed; `x`, `delta` `[samples, fold, channels, ...]`."""
+    """Convolution in one to three dimensions, also grouped, dilated or transposed.
+
+    `x` (inputs) and `delta` (output gradients) are `[samples, fold, channels, *positions]`, with `fold` images per
+    sample. `settings`: stride, padding, dilation, transposed, output padding, groups, as `convolution_backward` takes
+    them.
+    """
 
     x: Tensor
     delta: Tensor
@@ -298,6 +317,7 @@ class Convolution(Form):
         self.x, self.delta, self.weight = (t.to(dtype) for t in (self.x, self.delta, self.weight))
 
     def _gradient(self, lo: int, hi: int) -> Tensor:
+        """The gradient summed over samples `lo .. hi - 1`, by torch's own backward."""
         x, delta = self.x[lo:hi].flatten(0, 1), self.delta[lo:hi].flatten(0, 1)
         wanted = (False, True, False)
         found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
@@ -351,7 +371,7 @@ class Convolution(Form):
                 target.add_dense(self._gradients(i, j), Tensor.square_)
 
     def _patches(self, x: Tensor, positions: Sequence[int]) -> Tensor:
-        """`[images, *positions, channels, *kernel]`."""
+        """What the kernel sees at every position: `[images, *positions, channels, *kernel]`."""
         stride, padding, dilation = self.settings[:3]
         x = torch.nn.functional.pad(x, [p for size in reversed(padding) for p in (size, size)])
         nd = x.ndim - 2

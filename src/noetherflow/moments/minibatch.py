@@ -34,19 +34,46 @@ def minibatch_moments(
     process_group: Any = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> GradientMoments:
-    """Leg Grams `E[g_B g_B^T]` of minibatch gradients, each batch one replicate (theory.md section 1).
+    """Measure gradient noise from the scatter of minibatch gradients, each batch one replicate.
 
-    `loss_fn(model, batch)` may return the batch's mean loss or per-sample losses. The model runs in the mode it is in,
-    batch statistics included; buffers and `.grad` are left as they were. The result's `batch_grams(symmetry, sgd)` are
-    unbiased for every `sgd`, also of another batch size, from `K >= 2` replicates:
-    `Sigma ~ (E[g_B g_B^T] - m) / (v_1 - v_K)`, `gbar gbar^T ~ m - v_K Sigma`, `m` of the mean gradient, with `v_K` by
-    how batches were drawn (`Replicates`): `replacement` or fresh data, `independent` draws without replacement inside a
-    batch, or `epoch`: batches that partition the data. Default: `epoch` if `dataset_size` is given.
-    Where samples act on each other, Sigma depends on S: then keep `sgd.batch_size` at `batch_size`.
+    This is the way where samples act on each other (batch statistics, contrastive losses), so that a sample has no
+    gradient of its own. The model runs in the mode it is in, batch statistics included; buffers and `.grad` are left as
+    they were. The result's `batch_grams(symmetry, sgd)` are unbiased from two replicates on, for every `sgd`, also of
+    another batch size: `Sigma ~ (E[g_B g_B^T] - m) / (v_1 - v_K)` and `gbar gbar^T ~ m - v_K Sigma`, with `m` of the
+    mean gradient and `v_K` by how batches were drawn (`Replicates`). Where samples act on each other, Sigma depends on
+    the batch size: then keep `sgd.batch_size` at `batch_size`.
 
-    Ranks of torch.distributed are further replicates at no cost. Raises DataError for NaN, inf, no batch, batches of
-    another size than `batch_size`, more samples than the data hold, or an embedding with `max_norm`; MomentError for an
-    unknown, frozen, unused or sharded parameter.
+    Args:
+        model: the model, in the mode it is trained in.
+        loss_fn: `loss_fn(model, batch)` returns the batch's mean loss, or per-sample losses.
+        batches: minibatches, all of `batch_size` samples; ranks of torch.distributed give further ones.
+        syms: the symmetries whose legs are measured.
+        batch_size: samples per batch.
+        dataset_size: samples in the data set; None for fresh data.
+        sampling: `replacement` (or fresh data); `independent` draws without replacement inside each batch; `epoch`,
+            batches that partition the data. By default `epoch` if `dataset_size` is given.
+        entries: measure also `E[g_B^2]` of every entry.
+        groups: replicates are split into up to that many groups for jackknife errors.
+        process_group: ranks that measure together, where the model does not tell.
+        progress: `progress(replicates, mean_loss)` is called after each batch.
+
+    Returns:
+        Moments whose "samples" are minibatches; `.replicates` says how they were drawn.
+
+    Raises:
+        DataError: NaN or inf, no batch, batches of another size than `batch_size`, more samples than the data hold, or
+            an embedding with `max_norm`.
+        MomentError: an unknown, frozen, unused or sharded parameter.
+
+    Example:
+        >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(64, 4)
+        >>> syms = nf.find_symmetries(model, x)
+        >>> mean_loss = lambda m, b: m(b).square().mean()
+        >>> moments = nf.minibatch_moments(model, mean_loss, x.split(16), syms, batch_size=16)
+        >>> moments.samples, moments.replicates.batch_size
+        (4, 16)
+
+    Source: theory.md section 1.
     """
     meter = MinibatchMeter(model, syms, batch_size, dataset_size, sampling, entries, groups)
     refuse_renormalising(meter.model.named_modules())
@@ -78,7 +105,19 @@ def _mean_loss(losses: Any, batch: Any, batch_size: int) -> Tensor:
 
 @dataclass(eq=False)
 class MinibatchMeter:
-    """Accumulates minibatch gradients; in training call `observe(loss)` after `backward()`, before `step()`."""
+    """Accumulates the minibatch gradients of a training run at no cost.
+
+    Call `observe(loss)` after `loss.backward()` and before `optimizer.step()`.
+
+    Example:
+        >>> model, x = nn.Linear(3, 1), torch.randn(8, 3)
+        >>> meter = MinibatchMeter(model, nf.declare(model, "diagonal", [("weight", 0)]), batch_size=8)
+        >>> loss = model(x).square().mean()
+        >>> loss.backward()
+        >>> meter.observe(float(loss.detach()))
+        >>> meter.result().samples
+        1
+    """
 
     model: nn.Module
     syms: SymmetrySet

@@ -22,8 +22,14 @@ Kind = Literal["gradient", "hessian"]
 class Replicates:
     """How minibatches of `batch_size` (S) were drawn from `dataset_size` (N) samples.
 
-    `replacement` (or fresh data), `independent` batches without replacement inside each, or `epoch`: batches that share
-    no sample.
+    `sampling` is `replacement` (or fresh data), `independent` for batches without replacement inside each, or `epoch`
+    for batches that share no sample.
+
+    Example:
+        >>> Replicates(8, None, "replacement").of_mean(4)  # the mean of 4 batches of 8 is that of 32 samples
+        0.03125
+        >>> Replicates(8, 32, "epoch").of_mean(4)  # all the data: no noise left
+        0.0
     """
 
     batch_size: int
@@ -31,8 +37,11 @@ class Replicates:
     sampling: Sampling
 
     def of_mean(self, replicates: int) -> float:
-        """`v`: the mean of K replicates has covariance `v Sigma`; the factor `(N - n) / (N - 1) / n` of `n` samples
-        drawn without replacement holds inside a batch, and for `epoch` over all batches."""
+        """`v`, where the mean of K replicates has covariance `v Sigma`, Sigma that of one sample.
+
+        The factor `(N - n) / (N - 1) / n` of `n` samples drawn without replacement holds inside a batch, and for
+        `epoch` over all batches.
+        """
         s, n, drawn = self.batch_size, self.dataset_size, replicates * self.batch_size
         if n is None or self.sampling == "replacement":
             return 1 / drawn
@@ -64,9 +73,15 @@ class GradientMoments:
     kind: Kind = "gradient"
 
     def batch_grams(self, symmetry: Symmetry, sgd: SGDConfig) -> tuple[Tensor, ...]:
-        """`M_leg`: leg Grams of `R_B = Cov[g_B] + gbar gbar^T`, one per charge-carrying leg (theory.md section 1).
+        """Leg Grams of `R_B = Cov[g_B] + gbar gbar^T`, the second moment of a minibatch gradient of `sgd`.
 
-        Raises MomentError when the symmetry was not among those measured.
+        Returns:
+            One tensor per charge-carrying leg, `symmetry.shape`, float64.
+
+        Raises:
+            MomentError: the symmetry was not among those measured.
+
+        Source: theory.md section 1.
         """
         if symmetry.name not in self.second:
             raise MomentError(f"no moments for symmetry {symmetry.name!r}; measured: {list(self.second)[:8]}")
@@ -79,13 +94,18 @@ class GradientMoments:
         return (noise[0] + mean[0]) * second + (noise[1] + mean[1]) * mean_square
 
     def batch_weights(self, sgd: SGDConfig) -> tuple[tuple[float, float], tuple[float, float]]:
-        """`(a, b), (c, d)`: `f Sigma = a E[g g^T] + b m` and the true `gbar gbar^T = c E[g g^T] + d m`, `m` measured.
+        """Numbers that turn what was measured into noise and mean gradient of a minibatch, free of bias.
 
+        With `m` the measured `gbar gbar^T`: `f Sigma = a E[g g^T] + b m` and the true `gbar gbar^T = c E[g g^T] + d m`.
         `E[g g^T] - m` has mean `(v_1 - v_n) Sigma`, `v_n` of `Replicates.of_mean`, and `m` has mean `gbar gbar^T + v_n
         Sigma`; `n` of `sgd.dataset_size` samples count as minibatches of one in an epoch. Unbiased for every `n`, exact
         for a data set measured whole.
 
-        Raises MomentError for a single replicate, and for minibatches that hold all samples.
+        Returns:
+            `(a, b), (c, d)`.
+
+        Raises:
+            MomentError: a single replicate, or minibatches that hold all samples.
         """
         drawn = self.replicates or Replicates(1, sgd.dataset_size, "epoch")
         one, v = drawn.of_mean(1), drawn.of_mean(self.samples)
@@ -136,6 +156,7 @@ class GradientMoments:
 
 
 def trace(leg: Tensor) -> Tensor:
+    """`Tr` of a leg Gram, summed over its blocks; a torus leg holds the diagonal only."""
     return leg.sum() if leg.ndim == 1 else leg.diagonal(dim1=-2, dim2=-1).sum()
 
 
@@ -150,9 +171,16 @@ def _without_each(groups: Sequence[GradientMoments], others: tuple[GradientMomen
 
 
 def merge_moments(parts: list[GradientMoments]) -> GradientMoments:
-    """Sample-weighted mean of moments measured on disjoint samples.
+    """Join moments that were measured on disjoint samples: their sample-weighted mean.
 
-    Raises MomentError for no parts, parts that measured different things, and moments that hold NaN or inf.
+    Args:
+        parts: moments of the same symmetries and parameters.
+
+    Returns:
+        The moments of all samples, with the groups of all parts.
+
+    Raises:
+        MomentError: no parts, parts that measured different things, or moments that hold NaN or inf.
     """
     if not parts:
         raise MomentError("nothing to merge: no moments given")

@@ -52,11 +52,30 @@ class Estimate:
 
 
 def standard_error(moments: GradientMoments, statistic: Statistic, *, dataset_size: int | None = None) -> Estimate:
-    """Value and jackknife error of `statistic(moments)`: a drift, an equilibrium, any smooth function.
+    """Value and jackknife error of anything computed from moments: a drift, an equilibrium, any smooth function.
 
-    The error is that of sampling the data, not of SGD's own noise; `jackknife` has the formula and `dataset_size`.
+    The error is that of sampling the data, not of SGD's own noise.
 
-    Raises MomentError with fewer than two groups, DataError if `statistic` returns neither a tensor nor a number.
+    Args:
+        moments: measured with `groups` of at least 2.
+        statistic: `statistic(moments)` returns a tensor or a number; it is called once per group.
+        dataset_size: samples in the data set, if the moments are of some of them; a data set measured whole has no
+            error.
+
+    Returns:
+        The value with its standard error and bias, float64.
+
+    Raises:
+        MomentError: fewer than two groups.
+        DataError: `statistic` returns neither a tensor nor a number.
+
+    Example:
+        >>> model, x = nn.Linear(3, 2), torch.randn(64, 3)
+        >>> syms = nf.declare(model, "diagonal", [("weight", 0)])
+        >>> moments = nf.gradient_moments(model, lambda m, b: m(b).square().sum(1), list(x.split(4)), syms)
+        >>> estimate = nf.standard_error(moments, lambda m: sum(leg.sum() for leg in m.second[syms[0].name]))
+        >>> bool(estimate.error < estimate.value)
+        True
     """
 
     def one(m: GradientMoments) -> dict[str, Tensor]:
@@ -73,13 +92,20 @@ def jackknife(
 ) -> dict[str, Estimate]:
     """Errors of `values = statistics(moments)`, from `statistics` of the moments without each group of samples.
 
+    Args:
+        moments: in groups of samples.
+        values: `statistics(moments)`, which is at hand.
+        statistics: a function of moments that gives tensors by name.
+        dataset_size: samples in the data set, if the moments are of some of them.
+
     With groups of `m_j` of `n` samples, `h_j = n / m_j`, estimates `T` from all and `T_j` without group j:
     pseudo-values `P_j = h_j T - (h_j - 1) T_j`, jackknife mean `J = sum_j P_j / h_j`, variance
     `(1/G) sum_j (P_j - J)^2 / (h_j - 1)`, bias `T - J` (Busing, Meijer, van der Leeden 1999). For groups of one size
     this is the usual delete-a-group jackknife. Both shrink by `1 - n / N` for `n` of the `N = dataset_size` samples:
     a data set measured whole has no error.
 
-    Raises MomentError with fewer than two groups, and for groups that hold a part of the samples only.
+    Raises:
+        MomentError: fewer than two groups, or groups that hold a part of the samples only.
     """
     count, n = len(moments.groups), sum(g.samples for g in moments.groups)
     if count < 2:

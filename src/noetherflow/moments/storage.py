@@ -17,7 +17,12 @@ FORMAT = 1
 
 
 def save_moments(moments: GradientMoments, path: str | Path) -> None:
-    """Write moments and their groups; a reader never sees half a file."""
+    """Write moments and their groups to one safetensors file; a reader never sees half a file.
+
+    Args:
+        moments: what to write.
+        path: where; an existing file is replaced.
+    """
     from safetensors.torch import save
 
     tensors: dict[str, Tensor] = {}
@@ -29,7 +34,21 @@ def save_moments(moments: GradientMoments, path: str | Path) -> None:
 
 
 def load_moments(path: str | Path) -> GradientMoments:
-    """Read what `save_moments` wrote. Raises CheckpointError for another or a damaged file."""
+    """Read what `save_moments` wrote.
+
+    Raises:
+        CheckpointError: another or a damaged file.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "moments.safetensors"
+        >>> model = nn.Linear(3, 2)
+        >>> syms = nf.declare(model, "diagonal", [("weight", 0)])
+        >>> moments = nf.gradient_moments(model, lambda m, b: m(b).square().sum(1), [torch.ones(4, 3)], syms)
+        >>> nf.save_moments(moments, path)
+        >>> nf.load_moments(path).samples
+        4
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
