@@ -15,7 +15,7 @@ from noetherflow_paper.alignment import at_norm_balance, correlation, matrices, 
 from noetherflow_paper.experiment import Results
 from noetherflow_paper.experiments import fig1, fig2, fig3, fig5, fig5_runs, rates, repnorm, thm43, thm54
 from noetherflow_paper.experiments import repnorm_inputs as treated
-from noetherflow_paper.records import Point, changed
+from noetherflow_paper.records import ExperimentPoint, changed
 from noetherflow_paper.theory import stretched
 
 F64 = torch.float64
@@ -40,11 +40,11 @@ def test_alignment_of_norm_balanced_and_of_noise_balanced_factors():
 
 def test_an_orbit_without_equilibrium_fails_its_claims_and_stops_nothing():
     config = replace(thm43.SCALES["quick"], networks=1, generators=1, samples=8, grid=3, decay=0.0)
-    lost = thm43.compute(config, Point(name="scale-invariant"))
+    lost = thm43.compute(config, ExperimentPoint(name="scale-invariant"))
     row = lost["rows"][0]
     assert row["root"] is None
     kept = {**lost, "rows": [{**row, "root": 0.5, "ends": [0.5, 0.51], "shifts": [1e-3, 2e-3]}]}
-    results = Results(config, ((Point(name="kept"), kept), (Point(name="lost"), lost)))
+    results = Results(config, ((ExperimentPoint(name="kept"), kept), (ExperimentPoint(name="lost"), lost)))
     exists, attraction = thm43.verdicts(results)[2:4]
     assert not exists.holds
     assert exists.measured == 0.5

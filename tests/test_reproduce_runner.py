@@ -37,7 +37,7 @@ from noetherflow_paper.experiments import fig5_runs
 from noetherflow_paper.gallery import _explained
 from noetherflow_paper.outcome import finished_in
 from noetherflow_paper.provenance import library_digest, merged, reached, source_of
-from noetherflow_paper.records import Config, Point, as_json, changed, from_json
+from noetherflow_paper.records import Config, ExperimentPoint, as_json, changed, from_json
 from noetherflow_paper.runner import compute_point
 
 CALLS: list[str] = []
@@ -50,7 +50,7 @@ class ToyConfig(Config):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ToyPoint(Point):
+class ToyPoint(ExperimentPoint):
     offset: int
 
 
@@ -463,7 +463,7 @@ def test_bad_input_is_named(toy, tmp_path):
         run(["toy"], out=tmp_path)
     assert CALLS == ["a", "b"], "all of it is said before anything is computed"
     with pytest.raises(KeyError, match="no point 'c'"):
-        Results(Config(), ((Point(name="a"), {}),))["c"]
+        Results(Config(), ((ExperimentPoint(name="a"), {}),))["c"]
 
 
 def test_bad_input_of_the_report_is_named_before_anything_is_computed(toy, tmp_path, capsys):
@@ -500,7 +500,7 @@ def test_tensors_are_made_on_the_device_which_is_kept_with_the_results(toy, monk
     assert CALLS == ["a", "b"] * 2, "a point of another device is another point"
     assert there.results.points == here.results.points
     where = lambda config, point: {"device": torch.zeros(1).device.type}
-    assert compute_point(where, Config(), Point(name="a"), "meta").data == {"device": "meta"}
+    assert compute_point(where, Config(), ExperimentPoint(name="a"), "meta").data == {"device": "meta"}
 
 
 def test_plain_is_json():

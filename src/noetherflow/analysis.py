@@ -87,7 +87,7 @@ def analyze(
 
 
 @dataclass(frozen=True, eq=False)
-class Measurement:
+class MeasuredModel:
     """Symmetries, their certificate and one measurement; `again` measures at another point."""
 
     symmetries: SymmetrySet
@@ -107,7 +107,7 @@ def measure(
     example_inputs: Any,
     *,
     progress: Callable[[str], None] = lambda stage: None,
-) -> Measurement:
+) -> MeasuredModel:
     """The first stages of `analyze`: find and certify the symmetries, measure the gradient noise along them."""
     progress("tracing the model")
     syms = find_symmetries(model, example_inputs).trainable(model)
@@ -119,4 +119,4 @@ def measure(
     def again(at: nn.Module) -> GradientMoments:
         return gradient_moments(at, loss_fn, batches, syms, entries=True)
 
-    return Measurement(syms, certificate, again(model), again)
+    return MeasuredModel(syms, certificate, again(model), again)

@@ -19,15 +19,15 @@ from noetherflow_paper.experiment import (
 )
 from noetherflow_paper.gallery import check_report, write_markdown
 from noetherflow_paper.outcome import Finished, Summary
-from noetherflow_paper.records import Config, Point
+from noetherflow_paper.records import Config, ExperimentPoint
 from noetherflow_paper.runner import run
 
 __all__ = [
     "REGISTRY",
     "Config",
     "Experiment",
+    "ExperimentPoint",
     "Finished",
-    "Point",
     "Results",
     "Setting",
     "Summary",

@@ -21,7 +21,7 @@ from noetherflow_paper.experiment import (
     generator,
     plain,
 )
-from noetherflow_paper.records import Config, Point
+from noetherflow_paper.records import Config, ExperimentPoint
 from noetherflow_paper.simulate import METHODS, Method, Network, Params, checkpoints, normal, simulate, squared_distance
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -48,7 +48,7 @@ class AlignmentConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlignmentPoint(Point):
+class AlignmentPoint(ExperimentPoint):
     """One activation under one method."""
 
     method: Method

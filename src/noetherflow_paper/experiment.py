@@ -16,10 +16,10 @@ from torch import Tensor
 from noetherflow.errors import DataError
 from noetherflow.report import style
 from noetherflow_paper import provenance
-from noetherflow_paper.records import Config, Point, as_json, changed, setting_names
+from noetherflow_paper.records import Config, ExperimentPoint, as_json, changed, setting_names
 
 C = TypeVar("C", bound=Config)
-P = TypeVar("P", bound=Point)
+P = TypeVar("P", bound=ExperimentPoint)
 Relation = Literal["equals", "above", "below"]
 
 REGISTRY: tuple[str, ...] = (

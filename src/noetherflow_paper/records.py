@@ -29,7 +29,7 @@ class Config:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class ExperimentPoint:
     """One independent piece of an experiment's work; `name` is unique within the experiment."""
 
     name: str
@@ -38,7 +38,7 @@ class Point:
 R = TypeVar("R")
 
 
-def as_json(record: Config | Point) -> dict[str, Any]:
+def as_json(record: Config | ExperimentPoint) -> dict[str, Any]:
     """The record as JSON keeps it: dictionaries, lists, numbers, texts and None."""
     return dict(json.loads(json.dumps(asdict(record))))
 

@@ -20,7 +20,7 @@ from noetherflow_paper.experiment import AnyExperiment, Results, experiment_ids,
 from noetherflow_paper.gallery import write_gallery
 from noetherflow_paper.outcome import Finished, Summary, Varied, finished_in
 from noetherflow_paper.provenance import merged, versions
-from noetherflow_paper.records import Config, Point, as_json, changed, setting_names
+from noetherflow_paper.records import Config, ExperimentPoint, as_json, changed, setting_names
 
 Progress = Callable[[str], None]
 
@@ -38,7 +38,7 @@ class Computed:
 class _Job:
     """One point to compute, the file that keeps it, and what it gave (None until then)."""
 
-    point: Point
+    point: ExperimentPoint
     path: Path
     computed: Computed | None = None
 
@@ -217,7 +217,7 @@ def _read(path: Path) -> Computed | None:
 
 
 def compute_point(
-    compute: Callable[[Any, Any], dict[str, Any]], config: Config, point: Point, device: str = "cpu"
+    compute: Callable[[Any, Any], dict[str, Any]], config: Config, point: ExperimentPoint, device: str = "cpu"
 ) -> Computed:
     """One point on one thread: what a worker process runs. Tensors and generators are made on `device`."""
     began = time.process_time()
@@ -247,7 +247,7 @@ class _Machines:
 
 
 def _indexed(
-    index: int, compute: Callable[[Any, Any], dict[str, Any]], config: Config, point: Point, device: str
+    index: int, compute: Callable[[Any, Any], dict[str, Any]], config: Config, point: ExperimentPoint, device: str
 ) -> tuple[int, Computed]:
     return index, compute_point(compute, config, point, device)
 

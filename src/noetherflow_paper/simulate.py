@@ -15,7 +15,7 @@ from torch import Tensor
 
 from noetherflow.errors import DataError
 from noetherflow_paper.closed_form import prefix_products
-from noetherflow_paper.records import Point
+from noetherflow_paper.records import ExperimentPoint
 
 Params = list[Tensor]
 Record = Callable[[Params], dict[str, Tensor]]
@@ -166,7 +166,7 @@ def from_data(x: Tensor, y: Tensor) -> Callable[[int, int, torch.Generator], tup
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodPoint(Point):
+class MethodPoint(ExperimentPoint):
     """A point that trains by one method and needs to know nothing else."""
 
     method: Method

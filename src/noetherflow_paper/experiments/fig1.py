@@ -20,7 +20,7 @@ from noetherflow_paper.experiment import (
     generator,
     plain,
 )
-from noetherflow_paper.records import Config, Point
+from noetherflow_paper.records import Config, ExperimentPoint
 from noetherflow_paper.simulate import (
     METHODS,
     Method,
@@ -46,7 +46,7 @@ class Fig1Config(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fig1Point(Point):
+class Fig1Point(ExperimentPoint):
     """Training by one method; `orders` train by none."""
 
     method: Method | None = None

@@ -23,7 +23,7 @@ from noetherflow_paper.experiment import (
     plain,
 )
 from noetherflow_paper.generic import agreement, chain_charges, generic_charges, largest_gap, product_design
-from noetherflow_paper.records import Config, Point
+from noetherflow_paper.records import Config, ExperimentPoint
 from noetherflow_paper.simulate import METHODS, LinearNet, Method, Params, checkpoints, normal, simulate
 from noetherflow_paper.theory import finite_step_gammas, orbit_flow
 
@@ -46,7 +46,7 @@ class Fig2Config(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fig2Point(Point):
+class Fig2Point(ExperimentPoint):
     """Training by one method; `theory` and `generic` train by none."""
 
     method: Method | None = None

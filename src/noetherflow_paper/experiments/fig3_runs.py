@@ -12,7 +12,7 @@ from noetherflow.core.settings import SGDConfig
 from noetherflow_paper import closed_form as cf
 from noetherflow_paper.experiment import generator, plain
 from noetherflow_paper.generic import closed_form_gaps
-from noetherflow_paper.records import Config, Point
+from noetherflow_paper.records import Config, ExperimentPoint
 from noetherflow_paper.simulate import LinearNet, Method, Params, normal, reduced_width, simulate
 from noetherflow_paper.theory import first_order_equilibrium
 
@@ -69,7 +69,7 @@ class Fig3Config(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fig3Point(Point):
+class Fig3Point(ExperimentPoint):
     """Runs over `phis` with one schedule and decay; those without `run` (`hessian`, `generic`) train nothing."""
 
     method: Method = "sgd"

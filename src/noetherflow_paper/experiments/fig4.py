@@ -24,7 +24,7 @@ from noetherflow_paper.experiment import (
     plain,
 )
 from noetherflow_paper.rank_one import RankOneNet
-from noetherflow_paper.records import Config, Point
+from noetherflow_paper.records import Config, ExperimentPoint
 from noetherflow_paper.simulate import METHODS, Method, Params, checkpoints, normal, simulate
 
 
@@ -44,7 +44,7 @@ class Fig4Config(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fig4Point(Point):
+class Fig4Point(ExperimentPoint):
     """One method under one schedule of the learning rate (`direct` or `warmup`)."""
 
     method: Method

@@ -16,7 +16,7 @@ from noetherflow.workloads import digits
 from noetherflow_paper import closed_form as cf
 from noetherflow_paper.experiment import generator, plain
 from noetherflow_paper.generic import generic_equilibrium, product_design
-from noetherflow_paper.records import Config, Point
+from noetherflow_paper.records import Config, ExperimentPoint
 from noetherflow_paper.simulate import (
     LinearNet,
     Method,
@@ -46,7 +46,7 @@ class Fig5Config(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fig5Point(Point):
+class Fig5Point(ExperimentPoint):
     """One training: on images or Gaussian data, from random layers or from section 9; `theory` trains nothing."""
 
     method: Method = "sgd"

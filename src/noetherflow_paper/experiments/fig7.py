@@ -20,7 +20,7 @@ from noetherflow_paper.experiment import (
     generator,
     plain,
 )
-from noetherflow_paper.records import Config, Point
+from noetherflow_paper.records import Config, ExperimentPoint
 from noetherflow_paper.simulate import METHODS, Method, Network, Params, checkpoints, normal, simulate, squared_distance
 
 
@@ -40,7 +40,7 @@ class Fig7Config(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fig7Point(Point):
+class Fig7Point(ExperimentPoint):
     """One net under one method."""
 
     method: Method

@@ -22,7 +22,7 @@ from noetherflow_paper.experiment import (
     plain,
 )
 from noetherflow_paper.generic import agreement, chain_charges, generic_charges, largest_gap, product_design
-from noetherflow_paper.records import Config, Point
+from noetherflow_paper.records import Config, ExperimentPoint
 from noetherflow_paper.simulate import LinearNet, checkpoints, simulate
 from noetherflow_paper.theory import balance, fall_time, finite_step_gammas, orbit_flow, stretched
 
@@ -58,7 +58,7 @@ class Fig8Config(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fig8Point(Point):
+class Fig8Point(ExperimentPoint):
     """One learning rate, dimension and batch size."""
 
     lr: float

@@ -21,7 +21,7 @@ from noetherflow_paper.experiment import (
     plain,
 )
 from noetherflow_paper.generic import agreement, chain_charges, generic_charges, largest_gap, product_design
-from noetherflow_paper.records import Config, Point
+from noetherflow_paper.records import Config, ExperimentPoint
 from noetherflow_paper.simulate import LinearNet, checkpoints, simulate
 from noetherflow_paper.theory import balance, fall_time, orbit_flow, stretched
 
@@ -64,12 +64,12 @@ SCALES = {
 }
 
 
-def points(config: MomentumConfig) -> list[Point]:
+def points(config: MomentumConfig) -> list[ExperimentPoint]:
     """One point per update rule."""
-    return [Point(name=name) for name in config.rules]
+    return [ExperimentPoint(name=name) for name in config.rules]
 
 
-def compute(config: MomentumConfig, point: Point) -> dict[str, Any]:
+def compute(config: MomentumConfig, point: ExperimentPoint) -> dict[str, Any]:
     """`log(||U||^2/||W||^2)` and `||W||^2 - ||U||^2` `[T, seeds]`; theory for (momentum) SGD.
 
     `theory`, `leading`: the same by closed form and by the generic machinery, `gap` between the two.
@@ -99,7 +99,7 @@ def equilibrium(config: MomentumConfig) -> float:
     return -float(np.log(cf.identity_norm_ratio(config.phi_eps)))
 
 
-def plot(results: Results[MomentumConfig, Point]) -> Any:
+def plot(results: Results[MomentumConfig, ExperimentPoint]) -> Any:
     """Log ratio against steps for every rule."""
     fig, (ax,) = style.figure(1, width=7.0, height=4.0)
     for name, color in zip(
@@ -117,14 +117,14 @@ def plot(results: Results[MomentumConfig, Point]) -> Any:
     return fig
 
 
-def _time(results: Results[MomentumConfig, Point], name: str, key: str) -> np.ndarray:
+def _time(results: Results[MomentumConfig, ExperimentPoint], name: str, key: str) -> np.ndarray:
     """Steps until the distance to the equilibrium has halved, per column."""
     steps = results.array(name, "steps")
     values = results.array(name, key).reshape(len(steps), -1) - equilibrium(results.config)
     return np.array([fall_time(steps, c, 0.5) for c in values.T])
 
 
-def verdicts(results: Results[MomentumConfig, Point]) -> list[Verdict]:
+def verdicts(results: Results[MomentumConfig, ExperimentPoint]) -> list[Verdict]:
     """End points, speeds, and Adam."""
     c, out = results.config, []
     end = lambda name: results.array(name, "ratio")[-8:].mean(0)

@@ -26,7 +26,7 @@ from noetherflow_paper.experiment import (
     generator,
     plain,
 )
-from noetherflow_paper.records import Config, Point
+from noetherflow_paper.records import Config, ExperimentPoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class NeuronsConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NeuronsPoint(Point):
+class NeuronsPoint(ExperimentPoint):
     """One of the cases."""
 
     case: NeuronsCase

@@ -23,7 +23,7 @@ from noetherflow_paper.experiment import (
     plain,
 )
 from noetherflow_paper.generic import agreement, generic_charges, largest_gap, product_design
-from noetherflow_paper.records import Config, Point
+from noetherflow_paper.records import Config, ExperimentPoint
 from noetherflow_paper.simulate import LinearNet, Method, Params, checkpoints, simulate
 
 
@@ -59,7 +59,7 @@ class RatesConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RatesPoint(Point):
+class RatesPoint(ExperimentPoint):
     """One method at one of the settings (its position); `generic` trains nothing."""
 
     method: Method | None = None

@@ -19,7 +19,7 @@ from noetherflow.core.settings import SGDConfig
 from noetherflow_paper import closed_form as cf
 from noetherflow_paper.experiment import generator, plain
 from noetherflow_paper.generic import closed_form_gaps
-from noetherflow_paper.records import Config, Point
+from noetherflow_paper.records import Config, ExperimentPoint
 from noetherflow_paper.simulate import (
     Network,
     Params,
@@ -80,7 +80,7 @@ class RepnormConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RepnormPoint(Point):
+class RepnormPoint(ExperimentPoint):
     """A kind of net (`linear`, `ReLU`, `hidden`) and a treatment of its inputs or hidden layer."""
 
     net: str
@@ -172,7 +172,7 @@ def relu_net(inputs: Inputs) -> Network:
     return Network(forward, squared_distance, draw, draw(len(inputs.sigma), size, generator(12)), size)
 
 
-class Minimum(NamedTuple):
+class BestProduct(NamedTuple):
     """The best product V, `E[x~ x~^T]`, and `Gam_U = S E[G G^T] / 4`, `Gam_W = S E[G^T G] / 4` there."""
 
     product: Tensor
@@ -181,7 +181,7 @@ class Minimum(NamedTuple):
     gam_w: Tensor
 
 
-def minimum(inputs: Inputs, minibatches: int = 2000) -> Minimum:
+def minimum(inputs: Inputs, minibatches: int = 2000) -> BestProduct:
     """Where SGD on `inputs` (`sigma` `[d, d]`) fluctuates, and its noise.
 
     `M = (V x~ - z) x~^T / S`, what the treatment takes from y, adds `S E[M M^T]` and `S E[M^T M]` to the noise matrices
@@ -191,13 +191,13 @@ def minimum(inputs: Inputs, minibatches: int = 2000) -> Minimum:
     eye = torch.eye(inputs.sigma.shape[-1]).to(inputs.sigma)
     if inputs.treatment in POPULATION:
         sigma = spd.symmetric(inputs.map @ inputs.map.mT)
-        return Minimum(torch.linalg.inv(inputs.map), sigma, *cf.noise_matrices(sigma, eye))
+        return BestProduct(torch.linalg.inv(inputs.map), sigma, *cf.noise_matrices(sigma, eye))
     z, seen = inputs.columns(minibatches, generator(18))
     sigma = spd.symmetric((seen @ seen.mT).mean(0) / s)
     product = torch.linalg.solve(sigma, (z @ seen.mT).mean(0) / s, left=False)
     m = (product @ seen - z) @ seen.mT / s
     gam_u, gam_w = cf.noise_matrices(sigma, eye)
-    return Minimum(product, sigma, gam_u + s * (m @ m.mT).mean(0), gam_w + s * (m.mT @ m).mean(0))
+    return BestProduct(product, sigma, gam_u + s * (m @ m.mT).mean(0), gam_w + s * (m.mT @ m).mean(0))
 
 
 def covariances(config: RepnormConfig) -> Tensor:
@@ -205,10 +205,10 @@ def covariances(config: RepnormConfig) -> Tensor:
     return torch.stack([covariance(spec, config.d) for spec in config.datasets])
 
 
-def minima(config: RepnormConfig, treatment: str) -> Minimum:
+def minima(config: RepnormConfig, treatment: str) -> BestProduct:
     """`minimum` of every data set, stacked `[sets, ...]`."""
     found = [minimum(Inputs(treatment, sigma, config.batch)) for sigma in covariances(config)]
-    return Minimum(*(torch.stack(m) for m in zip(*found, strict=True)))
+    return BestProduct(*(torch.stack(m) for m in zip(*found, strict=True)))
 
 
 def _stream(treatment: str) -> torch.Generator:
@@ -258,7 +258,7 @@ def learning_rates(config: RepnormConfig, treatment: str) -> Tensor:
     return config.lr * torch.tensor(scales, dtype=torch.float64) ** -0.25
 
 
-def generic_gaps(at: Minimum, config: RepnormConfig) -> list[list[float]]:
+def generic_gaps(at: BestProduct, config: RepnormConfig) -> list[list[float]]:
     """`||U||^2/||W||^2` and `Tr H` by the generic machinery over the closed form's, less 1, for every set."""
     eye, sgd = torch.eye(config.d, dtype=torch.float64), SGDConfig(config.lr, config.batch)
     return [list(closed_form_gaps(v, sigma, eye, sgd)) for v, sigma in zip(at.product, at.sigma, strict=True)]

@@ -23,7 +23,7 @@ from noetherflow_paper.experiment import (
     plain,
 )
 from noetherflow_paper.generic import measured
-from noetherflow_paper.records import Config, Point
+from noetherflow_paper.records import Config, ExperimentPoint
 from noetherflow_paper.simulate import Network, Params, checkpoints, normal, simulate, squared_distance
 
 
@@ -56,7 +56,7 @@ class SharpnessConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharpnessPoint(Point):
+class SharpnessPoint(ExperimentPoint):
     """One of the cases."""
 
     lr: float

@@ -19,7 +19,7 @@ from noetherflow.report import style
 from noetherflow.symmetry.symmetry import Symmetry
 from noetherflow.workloads import squared_error
 from noetherflow_paper.experiment import Experiment, Results, Setting, Verdict, generator, plain
-from noetherflow_paper.records import Config, Point
+from noetherflow_paper.records import Config, ExperimentPoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,9 +116,9 @@ BUILDERS: dict[str, Any] = {
 }
 
 
-def points(config: Thm43Config) -> list[Point]:
+def points(config: Thm43Config) -> list[ExperimentPoint]:
     """One point per architecture."""
-    return [Point(name=name) for name in BUILDERS]
+    return [ExperimentPoint(name=name) for name in BUILDERS]
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +143,7 @@ class Line:
         return -eta * (2 * w - eta * w**2) * charge + eta**2 * float((self.a * drive).sum()), charge
 
 
-def compute(config: Thm43Config, point: Point) -> dict[str, Any]:
+def compute(config: Thm43Config, point: ExperimentPoint) -> dict[str, Any]:
     """For random networks, symmetries and generators: drift and charge on a grid of lambda, root, attraction."""
     rows = []
     lams = np.linspace(-config.reach, config.reach, config.grid)
@@ -221,11 +221,11 @@ def _followed(line: Line, params: dict[str, Tensor], root: float) -> list[float]
     return [float(solve_ivp(flow, (0, 10 / rate), [root + side], method="LSODA").y[0, -1]) for side in (-1.0, 1.0)]
 
 
-def _all_rows(results: Results[Thm43Config, Point]) -> list[dict[str, Any]]:
+def _all_rows(results: Results[Thm43Config, ExperimentPoint]) -> list[dict[str, Any]]:
     return [row for _, data in results.points for row in data["rows"]]
 
 
-def plot(results: Results[Thm43Config, Point]) -> Any:
+def plot(results: Results[Thm43Config, ExperimentPoint]) -> Any:
     """Drift and charge against the distance to the equilibrium, one example per family."""
     fig, (drifts, charges) = style.figure(2, width=5.2)
     colors = (style.SGD, style.GD, style.SDE, style.ACCENT, style.OTHER, "#5b8c5a", "#a05a2c", "#7a5195", "#bc8f00")
@@ -263,7 +263,7 @@ def plot(results: Results[Thm43Config, Point]) -> Any:
     return fig
 
 
-def verdicts(results: Results[Thm43Config, Point]) -> list[Verdict]:
+def verdicts(results: Results[Thm43Config, ExperimentPoint]) -> list[Verdict]:
     """Fractions of all (network, symmetry, generator) triples for which each statement holds."""
     rows = _all_rows(results)
     fraction = lambda key: float(np.mean([bool(r[key]) for r in rows]))

@@ -23,7 +23,7 @@ from noetherflow_paper.experiment import (
     generator,
     plain,
 )
-from noetherflow_paper.records import Config, Point
+from noetherflow_paper.records import Config, ExperimentPoint
 from noetherflow_paper.simulate import LinearNet, normal, simulate
 
 
@@ -42,7 +42,7 @@ class Thm54Config(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Thm54Point(Point):
+class Thm54Point(ExperimentPoint):
     """Training from the solution of a `formula`, at the rate divided by `slower`; `residuals` trains nothing."""
 
     formula: str = ""

@@ -22,7 +22,7 @@ from noetherflow_paper.experiment import (
     plain,
 )
 from noetherflow_paper.rank_one import RankOneNet
-from noetherflow_paper.records import Config, Point
+from noetherflow_paper.records import Config, ExperimentPoint
 from noetherflow_paper.simulate import Params, normal, simulate
 from noetherflow_paper.theory import finite_step_gammas, orbit_flow
 
@@ -55,7 +55,7 @@ class WarmupConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WarmupPoint(Point):
+class WarmupPoint(ExperimentPoint):
     """One of the cases."""
 
     noise: float
