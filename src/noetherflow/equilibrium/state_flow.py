@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,8 +19,8 @@ from noetherflow.equilibrium.state_sums import LegSums, independent_entries, leg
 from noetherflow.symmetry.symmetry import Symmetry
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
-EPS_MATTERS = 1e-4
-"""Share of Adam's `eps` in a preconditioned charge from which on equilibria are solved entry by entry."""
+EPS_MATTERS = 1e-3
+"""Share of Adam's `eps` in a leg's part of the charge from which on the leg is summed anew along its orbit."""
 EXPLAINED = ("preconditioned charge", "drift per step: noise", "persistence", "imbalance", "relaxation (steps)", "–")
 """Names of `printing.MEANING` that the table of families needs."""
 
@@ -85,7 +85,11 @@ class StateFlow:
         lines = [f"Noether flow from the state of {what}{when}, lr {self.lr:g}"]
         lines += [table(transposed(self.families()), *EXPLAINED) if self.details else "(no symmetry)"]
         lines += [f"  assumed: {a}" for a in self.assumptions()]
-        return "\n".join([*lines, *(f"excluded: {n}: {why}" for n, why in self.excluded.items())])
+        for why in dict.fromkeys(self.excluded.values()):
+            names = [n for n, reason in self.excluded.items() if reason == why]
+            more = "" if len(names) == 1 else f" and {len(names) - 1:,} more"
+            lines.append(f"excluded: {names[0]}{more}: {why}")
+        return "\n".join(lines)
 
     __repr__ = __str__
 
@@ -260,11 +264,19 @@ def _torus_flow(symmetry: Symmetry, read: OptimizerAverages, lr: float) -> State
 def _leg_orbit(
     symmetry: Symmetry, averages: Mapping[str, Averages], law: AveragingLaw, lr: float, legs: tuple[LegSums, ...]
 ) -> LegOrbit:
-    """The sums elsewhere: powers of the element, or summed anew over entries where `eps` counts."""
-    if symmetry.self_coupled or max(float(leg.eps_share.max()) for leg in legs) < EPS_MATTERS:
+    """The sums elsewhere: powers of the element, or summed anew over the entries of the legs where `eps` counts."""
+    anew = [i for i, leg in enumerate(legs) if float(leg.eps_share.max()) >= EPS_MATTERS]
+    if symmetry.self_coupled or not anew:
         return LegOrbit(partial(scaled_sums, legs, law), 1e-10)
+
+    def at(element: Tensor) -> Sequence[LegSums]:
+        moved = list(scaled_sums(legs, law, element))
+        for i, sums in zip(anew, leg_sums(symmetry, averages, law, lr, element, only=anew), strict=True):
+            moved[i] = sums
+        return moved
+
     wide = all(a.theta.dtype == torch.float64 for a in averages.values())
-    return LegOrbit(partial(leg_sums, symmetry, averages, law, lr), 1e-10 if wide else 1e-5)
+    return LegOrbit(at, 1e-10 if wide else 1e-5)
 
 
 def _persistence(legs: tuple[LegSums, ...]) -> Tensor | None:

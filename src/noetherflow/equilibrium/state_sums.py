@@ -7,7 +7,7 @@ learning rates that differ between legs the charge is `sum_i a_i (lr / lr_i) the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +52,7 @@ def leg_sums(
     law: AveragingLaw,
     lr: float,
     element: Tensor | None = None,
+    only: Sequence[int] | None = None,
 ) -> tuple[LegSums, ...]:
     """The sums of every charge-carrying leg, at the present point or moved by a group element.
 
@@ -61,12 +62,13 @@ def leg_sums(
         law: how the optimiser steps.
         lr: the learning rate that the charge is scaled by.
         element: `[blocks]`, moves the weights; gradients and their averages move the opposite way, `eps` does not.
+        only: positions of the legs wanted; all by default.
 
     Returns:
-        One record per leg of `symmetry.weight_legs`.
+        One record per leg of `symmetry.weight_legs`, or per leg wanted.
     """
-    entries = {n: _entries(_moved(symmetry, averages[n], element), law, lr) for n in symmetry.parameters}
-    return tuple(_summed(leg, entries[leg.parameter]) for leg in symmetry.weight_legs)
+    legs = symmetry.weight_legs if only is None else tuple(symmetry.weight_legs[i] for i in only)
+    return tuple(_summed(g, _entries(_moved(symmetry, averages[g.parameter], element), law, lr)) for g in legs)
 
 
 @dataclass(frozen=True, eq=False)
