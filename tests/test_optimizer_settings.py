@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 
 import noetherflow as nf
 from noetherflow.errors import DataError
@@ -62,3 +65,106 @@ def test_settings_out_of_range_are_refused(config, wrong, message) -> None:
 def test_negative_eps_is_refused() -> None:
     with pytest.raises(DataError, match="eps"):
         nf.AdamConfig(1e-3, 8, eps=-1e-8)
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+
+
+class Lion(torch.optim.Optimizer):
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 1.0})
+
+
+class Muon2(torch.optim.Optimizer):
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 1e-4})
+
+
+class SOAP(Muon2):
+    pass
+
+
+class SignSGD(Muon2):
+    pass
+
+
+class Homemade(Muon2):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda p: torch.optim.AdamW(p, lr=2e-3, betas=(0.8, 0.95)), nf.AdamConfig(2e-3, 32, (0.8, 0.95), 1e-8, 1e-2)),
+        (lambda p: torch.optim.Adam(p, weight_decay=0.1), nf.AdamConfig(1e-3, 32, weight_decay=0.1, decoupled=False)),
+        (lambda p: torch.optim.RMSprop(p, lr=1e-3, alpha=0.9), nf.AdamConfig(1e-3, 32, (0.0, 0.9), decoupled=False)),
+        (
+            lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.5, weight_decay=0.1),
+            nf.AdamConfig(2e-3, 32, (0.5, 0.99), weight_decay=0.1, decoupled=False),
+        ),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True), nf.SGDConfig(0.1, 32, 0.0, 0.9, True)),
+        (Lion, nf.LionConfig(1e-4, 32, weight_decay=1.0)),
+    ],
+)
+def test_settings_are_read_from_the_optimizer(make: Any, expected: Any) -> None:
+    assert nf.optimizer_config(make(net().parameters()), 32) == expected
+
+
+def test_accelerate_is_looked_into_and_loaders_are_read() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = net()
+    data = torch.utils.data.TensorDataset(torch.zeros(40, 3))
+    loader = torch.utils.data.DataLoader(data, batch_size=8, shuffle=True)
+    _, optimizer, prepared = accelerate.Accelerator(cpu=True).prepare(
+        model, torch.optim.AdamW(model.parameters(), lr=1e-3), loader
+    )
+    for given in (loader, prepared):
+        config = nf.optimizer_config(optimizer, 8, loader=given)
+        assert (config.dataset_size, config.sampling, config.replacement) == (40, "epoch", False)
+    drawn = torch.utils.data.RandomSampler(data, replacement=True)
+    again = nf.optimizer_config(optimizer, 8, loader=torch.utils.data.DataLoader(data, batch_size=8, sampler=drawn))
+    assert (again.sampling, again.replacement) == ("independent", True)
+    with pytest.raises(DataError, match="SequentialSampler"):
+        nf.optimizer_config(optimizer, 8, loader=torch.utils.data.DataLoader(data, batch_size=8))
+
+
+def test_groups_get_their_own_rates() -> None:
+    model = net()
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [model[0].weight, model[2].weight], "weight_decay": 0.1},
+            {"params": [model[0].bias, model[2].bias], "weight_decay": 0.0, "lr": 3e-3},
+        ],
+        lr=1e-3,
+    )
+    config = nf.optimizer_config(optimizer, 32, model=model)
+    assert (config.rates("0.bias").lr, config.rates("0.bias").weight_decay) == (3e-3, 0.0)
+    assert (config.rates("2.weight").lr, config.rates("2.weight").weight_decay) == (1e-3, 0.1)
+    with pytest.raises(DataError, match="model=model"):
+        nf.optimizer_config(optimizer, 32)
+    optimizer.param_groups[1]["betas"] = (0.5, 0.5)
+    with pytest.raises(DataError, match=r"differ in.*betas"):
+        nf.optimizer_config(optimizer, 32, model=model)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Muon2, "whole matrices"),
+        (SOAP, "rotated basis"),
+        (SignSGD, "diffuses at first order"),
+        (Homemade, "Homemade"),
+        (torch.optim.Adagrad, "Adagrad"),
+        (torch.optim.NAdam, "NAdam"),
+        (torch.optim.RAdam, "RAdam"),
+        (lambda p: torch.optim.Adam(p, amsgrad=True), "amsgrad"),
+        (lambda p: torch.optim.SGD(p, lr=1.0, dampening=0.1, momentum=0.1), "dampening"),
+        (lambda p: torch.optim.AdamW(p, maximize=True), "maximize"),
+        (lambda p: torch.optim.RMSprop(p, centered=True), "centred"),
+    ],
+)
+def test_what_has_no_theory_is_refused_with_the_reason_and_the_way_out(make: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        nf.optimizer_config(make(net().parameters()), 32)
+    assert "Ledger" in str(caught.value)

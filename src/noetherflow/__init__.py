@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from noetherflow.core.adaptive import AdamConfig, LionConfig
+from noetherflow.core.optimizers import optimizer_config
 from noetherflow.core.rates import GroupRates
 from noetherflow.core.settings import SGDConfig
 from noetherflow.core.tensors import tensors_of
@@ -109,6 +110,7 @@ __all__ = [
     "minibatch_moments",
     "noether_flow",
     "noise_equilibrium",
+    "optimizer_config",
     "read_checkpoint",
     "save_moments",
     "sharpness_forecast",

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import DataLoader
 
+from noetherflow.core.loaders import drawn_by
+from noetherflow.core.rates import Sampling, check_batches, check_rates, covariance_factor
 from noetherflow.errors import DataError
-
-Sampling = Literal["independent", "epoch"]
 
 
 @dataclass(frozen=True)
@@ -57,42 +56,16 @@ class SGDConfig:
 
     def __post_init__(self) -> None:
         self._check_step()
-        self._check_sampling()
+        check_batches(self.batch_size, self.dataset_size, self.replacement, self.sampling)
 
     def _check_step(self) -> None:
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise DataError(f"lr must be a positive finite number, got {self.lr!r}")
-        if self.batch_size < 1:
-            raise DataError(f"batch_size must be at least 1, got {self.batch_size!r}")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise DataError(f"weight_decay must be finite and >= 0, got {self.weight_decay!r}")
-        if self.lr * self.weight_decay >= 2:
-            raise DataError(
-                f"lr * weight_decay is {self.lr * self.weight_decay:g}: from 2 on decay alone makes the weights grow; "
-                "lower one of them"
-            )
+        check_rates(self.lr, self.weight_decay)
         if not 0 <= self.momentum < 1:
             raise DataError(f"momentum must lie in [0, 1), got {self.momentum!r}")
         if not 0 <= self.lr * self.curvature < self.stability_limit:
             raise DataError(
                 f"curvature must be at least 0 and lr * curvature below the stability limit "
                 f"{self.stability_limit:.4g}, got curvature {self.curvature!r} at lr {self.lr:g}"
-            )
-
-    def _check_sampling(self) -> None:
-        if self.sampling not in get_args(Sampling):
-            raise DataError(f"sampling must be one of {', '.join(get_args(Sampling))}, got {self.sampling!r}")
-        if self.sampling == "epoch" and (self.replacement or self.dataset_size is None):
-            raise DataError(
-                "sampling='epoch' cuts a data set of dataset_size samples into batches without replacement; give "
-                "dataset_size=N and leave replacement False"
-            )
-        if self.replacement and self.dataset_size is None:
-            raise DataError("replacement=True needs the dataset_size that batches are drawn from; None is fresh data")
-        if self.dataset_size is not None and self.batch_size > self.dataset_size and not self.replacement:
-            raise DataError(
-                f"batch_size {self.batch_size} is larger than dataset_size {self.dataset_size}; "
-                "use at most the whole data set as one batch"
             )
 
     @classmethod
@@ -151,7 +124,7 @@ class SGDConfig:
             dataset_size,
             replacement,
         )
-        return step if loader is None else replace(step, **_sampling_of(loader, batch_size))
+        return step if loader is None else replace(step, **vars(drawn_by(loader, batch_size)))
 
     @property
     def effective_lr(self) -> float:
@@ -167,10 +140,7 @@ class SGDConfig:
     @property
     def covariance_factor(self) -> float:
         """`f` in `Cov[g_B] = f * Sigma`: `1/S`, times `(N-S)/(N-1)` without replacement (theory.md section 1)."""
-        s, n = self.batch_size, self.dataset_size
-        if n is None or self.replacement:
-            return 1.0 / s
-        return 0.0 if n == 1 else (n - s) / (n - 1) / s
+        return covariance_factor(self.batch_size, self.dataset_size, self.replacement)
 
     @property
     def batches_per_epoch(self) -> int | None:
@@ -179,20 +149,3 @@ class SGDConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def _sampling_of(loader: DataLoader[Any], batch_size: int) -> dict[str, Any]:
-    """`dataset_size`, `replacement` and `sampling` of an SGDConfig, as the loader draws its batches."""
-    if isinstance(loader.dataset, IterableDataset):
-        return {"dataset_size": None, "replacement": False, "sampling": "independent"}
-    sampler, size = loader.sampler, len(loader.dataset)  # type: ignore[arg-type]
-    if isinstance(sampler, RandomSampler) and sampler.replacement:
-        return {"dataset_size": size, "replacement": True, "sampling": "independent"}
-    shuffled = isinstance(sampler, RandomSampler) or (isinstance(sampler, DistributedSampler) and sampler.shuffle)
-    if not shuffled and batch_size < size:
-        raise DataError(
-            f"the loader draws by {type(sampler).__name__}: batches in one order, or by a law that is not known here, "
-            "repeat or weigh samples in a way the theory does not cover; use DataLoader(..., shuffle=True), or give "
-            "dataset_size=, replacement= and sampling= to SGDConfig(...) by hand"
-        )
-    return {"dataset_size": size, "replacement": False, "sampling": "epoch"}
