@@ -8,16 +8,33 @@ from typing import Any, Literal
 
 from noetherflow.core.printing import table
 
-Verdict = Literal["exact", "approximate", "broken"]
+Verdict = Literal["exact", "approximate", "broken", "undetermined"]
+"""`exact`: holds to rounding. `approximate`: up to a normalisation's eps. `broken`: does not hold, or the gradients of
+training do not obey it. `undetermined`: nothing was proved, since the outputs depend on some of the moved weights
+neither on the example nor at random weights and inputs, or are different at each call.
+"""
+Mode = Literal["any", "training", "evaluation"]
+"""In which mode of the model the gradients of training obey a symmetry."""
 
 
 @dataclass(frozen=True)
 class CertificateRow:
-    """What was measured for one symmetry.
+    """What was measured for one symmetry. All numbers are relative, in float64, and the worst over trials.
 
-    `outputs` is `|f(G theta) - f(theta)| / |f(theta)|` and `gradients` the relative difference between the per-sample
-    gradients at `G theta` and the ones the group predicts, both in float64 and the worst over trials. `eps_sizes` lists
-    `(eps, outputs)` for normalisations whose eps was varied, `dtypes` the output violation in narrower types.
+    Attributes:
+        name: the symmetry's name.
+        family: its family.
+        verdict: see `Verdict`.
+        outputs: `|f(G theta) - f(theta)| / |f(theta)|` at a random group element G.
+        gradients: the larger of two numbers. First, how far the per-sample gradients at `G theta` are from the ones the
+            group predicts. Second, `theta^T A g` over `sum |theta| |g|` at the model's own and at random weights, for
+            all generators A: the part of a gradient that would move a conserved charge.
+        eps: the eps of the normalisation that makes the symmetry approximate, where there is one.
+        eps_sizes: `(eps, outputs)` for normalisations whose eps was varied.
+        dtypes: the output violation in narrower types.
+        note: the reason for the verdict in words, empty where there is nothing to say.
+        mode: in which mode training obeys the symmetry: `training` for scales in front of a batch normalisation, whose
+            running statistics move with them but get no gradient.
     """
 
     name: str
@@ -29,15 +46,24 @@ class CertificateRow:
     eps_sizes: tuple[tuple[float, float], ...] = ()
     dtypes: tuple[tuple[str, float], ...] = ()
     note: str = ""
+    mode: Mode = "any"
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """One row per symmetry and translation; `casts` are the places where the model lowers its own precision."""
+    """One row per symmetry and translation.
+
+    Attributes:
+        rows: in the order of `syms.all_items`.
+        tolerance: the largest output violation of an exact symmetry.
+        casts: places where the model lowers its own precision.
+        notes: what holds for all rows, in sentences.
+    """
 
     rows: tuple[CertificateRow, ...]
     tolerance: float
     casts: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[CertificateRow]:
         return iter(self.rows)
@@ -52,6 +78,15 @@ class Certificate:
     def broken(self) -> tuple[str, ...]:
         """Names of the symmetries that do not hold."""
         return tuple(r.name for r in self.rows if r.verdict == "broken")
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """The symmetries that must not be relied on, by name, with the reason: those broken and those undetermined."""
+        return {
+            r.name: f"certificate: {r.verdict}{f' ({r.note})' if r.note else ''}"
+            for r in self.rows
+            if r.verdict in ("broken", "undetermined")
+        }
 
     def __str__(self) -> str:
         noted = any(r.note for r in self.rows)
@@ -69,13 +104,17 @@ class Certificate:
         ]
         lines = [table(rows, "outputs changed by", "gradients off by")] if rows else ["(nothing to certify)"]
         if self.casts:
-            lines.append(
-                f"the model itself casts to a lower precision in {len(self.casts)} places, so exact means below "
-                f"{self.tolerance:.0e}: {'; '.join(self.casts[:3])}{' ...' if len(self.casts) > 3 else ''}"
-            )
-        return "\n".join(lines)
+            shown = f"{'; '.join(self.casts[:3])}{' ...' if len(self.casts) > 3 else ''}"
+            lines.append(f"the model itself casts to a lower precision in {len(self.casts)} places: {shown}")
+        return "\n".join([*lines, *self.notes])
 
     __repr__ = __str__
 
     def to_dict(self) -> dict[str, Any]:
-        return {"rows": [asdict(r) for r in self.rows], "tolerance": self.tolerance, "casts": list(self.casts)}
+        """The certificate as plain data, for JSON."""
+        return {
+            "rows": [asdict(r) for r in self.rows],
+            "tolerance": self.tolerance,
+            "casts": list(self.casts),
+            "notes": list(self.notes),
+        }

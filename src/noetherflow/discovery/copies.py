@@ -15,7 +15,7 @@ from noetherflow.core.copies import copy_of
 from noetherflow.core.inputs import ModelInputs
 from noetherflow.core.tensors import tensors_of
 from noetherflow.core.unwrap import unwrap
-from noetherflow.discovery.export import uncopyable
+from noetherflow.discovery.export import uncopyable, without_caches
 from noetherflow.errors import DataError
 
 EPS_NAMES = ("eps", "epsilon", "variance_epsilon", "layer_norm_eps", "norm_eps")
@@ -45,9 +45,15 @@ class ModelCopy:
         if (why := uncopyable(inner)) is not None:
             raise DataError(why)
         own = {id(t): n for n, t in tensors_of(inner).items()}
-        duplicate = copy_of(inner).to(dtype).eval()
+        duplicate = without_caches(copy_of(inner).to(dtype).eval())
         copied = tensors_of(duplicate)
         return cls(duplicate, {name: copied[own[id(t)]] for name, t in tensors_of(model).items()})
+
+    def copy_hooks(self, source: nn.Module) -> None:
+        """Hooks on the original's parameters (`parameter.register_hook`) work on the copy's gradients too."""
+        for name, tensor in tensors_of(source).items():
+            for hook in (tensor._backward_hooks or {}).values():
+                self.tensors[name].register_hook(hook)
 
 
 def in_dtype(inputs: ModelInputs, dtype: torch.dtype) -> ModelInputs:

@@ -87,7 +87,7 @@ def module_path(node: fx.Node) -> str:
     return str(path)
 
 
-def _prepare(model: nn.Module) -> nn.Module:
+def without_caches(model: nn.Module) -> nn.Module:
     """Settings of a transformers model copy that change how, not what, it computes: no caches, experts in one batch."""
     for module in model.modules():
         config: Any = getattr(module, "config", None)
@@ -197,7 +197,7 @@ def _trace(model: nn.Module, example_inputs: Any, dtype: torch.dtype | None) -> 
     blank_inputs = ModelInputs.of(example_inputs).map(fake)
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
-        blank = _prepare(weightless(model, mode, dtype))
+        blank = without_caches(weightless(model, mode, dtype))
         if (why := stale(model, blank, blank_inputs)) is not None:
             raise ExportError(why)
         return torch.export.export(blank, blank_inputs.args, blank_inputs.kwargs, strict=False).run_decompositions({})

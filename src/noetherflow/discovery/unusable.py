@@ -1,0 +1,47 @@
+"""Models that cannot be run on a copy, refused before anything is tried."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from noetherflow.core.tensors import tensors_of
+from noetherflow.core.unwrap import unwrap
+from noetherflow.errors import DataError
+
+LARGEST = 1e30
+"""Weights beyond this overflow when they are squared in float32 or multiplied a few times in float64."""
+
+
+def refuse_unusable(model: nn.Module, verb: str) -> None:
+    """Refuse a model whose weights are not there or are no usable numbers.
+
+    Args:
+        model: the model, wrapped or not.
+        verb: what the caller wants to do, for the message.
+
+    Raises:
+        DataError: weights on the meta device, offloaded, NaN, infinite or beyond 1e30, named with the remedy.
+    """
+    tensors = tensors_of(model)
+    meta = [n for n, t in tensors.items() if t.device.type == "meta"]
+    if meta and any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in unwrap(model).modules()):
+        raise DataError(
+            f"{verb} needs all weights in memory, and those of this model are offloaded ({meta[0]} is on the meta "
+            "device between calls): load it without device_map and offloading, or take the hooks off with "
+            "accelerate.hooks.remove_hook_from_submodules(model)"
+        )
+    if meta:
+        raise DataError(
+            f"{verb} runs the model, and {meta[0]} ({len(meta)} of {len(tensors)} tensors) is on the meta device, "
+            "without values: load a checkpoint, or materialise it with model.to_empty(device='cpu') and initialise it"
+        )
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point() or not tensor.numel():
+            continue
+        largest = float(tensor.detach().abs().max())
+        if not largest < LARGEST:  # NaN compares false
+            what = "holds NaN" if largest != largest else f"has an entry of size {largest:.3g}"
+            raise DataError(
+                f"parameter {name!r} {what}; {verb} needs finite weights below {LARGEST:.0e}. Load an earlier "
+                "checkpoint, or set these entries right"
+            )
