@@ -94,7 +94,7 @@ class _Moved:
 
 def _moved(symmetry: Symmetry, averages: Averages, element: Tensor | None) -> _Moved:
     """Averages with total weight 1, moved along the orbit as gradients are."""
-    theta = accumulation_dtype(averages.theta.detach())
+    theta = accumulation_dtype(symmetry.positions({averages.name: averages.theta.detach()})[averages.name])
     root = None if averages.square is None else (accumulation_dtype(averages.square) / averages.square_total).sqrt()
     mean = None if averages.mean is None else accumulation_dtype(averages.mean) / averages.mean_total
     if element is None:
