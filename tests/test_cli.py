@@ -16,7 +16,7 @@ from torch import nn
 import noetherflow as nf
 from noetherflow.cli import main
 from noetherflow.cli.app import app
-from noetherflow.cli.demo import Told, summary
+from noetherflow.cli.demonstration import Told, summary
 from noetherflow.core.printing import legend
 from noetherflow.equilibrium.flow import EXPLAINED
 from noetherflow.errors import DataError, ExportError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +24,10 @@ from noetherflow.cli.options import (
     announce,
 )
 from noetherflow.core.settings import SGDConfig
+
+if TYPE_CHECKING:
+    from noetherflow.balance.model import BalanceReport
+    from noetherflow.equilibrium import Equilibrium
 
 
 class Objective(StrEnum):
@@ -93,7 +97,12 @@ def balance(
     if as_json:
         print(json.dumps({"balance": report.to_dict(), "equilibrium": eq.to_dict()}))
         return
+    _print(report, eq, "would move" if dry_run else f"written to {out}")
+
+
+def _print(report: BalanceReport, eq: Equilibrium, title: str) -> None:
+    """The equilibrium, what moved, and how the outputs changed."""
     printed = tables.out()
     printed.print(str(eq), markup=False)
-    tables.of_rows(printed, report.rows(), "would move" if dry_run else f"written to {out}")
+    tables.of_rows(printed, report.rows(), title)
     printed.print(str(report), markup=False)
