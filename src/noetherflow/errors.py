@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pkgutil
+
 
 class NoetherflowError(Exception):
     """Base class of every error noetherflow raises on purpose."""
@@ -37,8 +39,6 @@ class MissingExtraError(NoetherflowError, ImportError):
 
 def require(module: str, extra: str) -> object:
     """Import `module` or raise MissingExtraError naming the extra that brings it."""
-    import pkgutil
-
     try:
         return pkgutil.resolve_name(module)
     except (ImportError, AttributeError) as cause:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -199,7 +200,6 @@ def _read_arrays(path: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         return load_file(path)
-    import numpy as np
 
     with np.load(path, allow_pickle=False) as archive:
         return {name: torch.as_tensor(archive[name]) for name in archive.files}

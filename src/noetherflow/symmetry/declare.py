@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -82,8 +83,6 @@ def declare(
 
 def _axis_length(tensors: dict[str, Tensor], parameter: str, axis: int) -> int:
     if parameter not in tensors:
-        import difflib
-
         close = difflib.get_close_matches(parameter, tensors, n=3)
         hint = f"; did you mean {close}?" if close else f"; the model has {sorted(tensors)[:8]}"
         raise DeclarationError(f"no parameter named {parameter!r}{hint}")
