@@ -10,6 +10,7 @@ from noetherflow.cli.analyze import analyze
 from noetherflow.cli.balance import balance
 from noetherflow.cli.demo import demo
 from noetherflow.cli.find import find
+from noetherflow.cli.flow import flow
 from noetherflow.cli.runs import report, watch
 
 app = typer.Typer(
@@ -18,7 +19,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (find, analyze, balance, report, watch, demo):
+for command in (find, analyze, flow, balance, report, watch, demo):
     app.command()(command)
 for entry in entry_points(group="noetherflow.commands"):
     app.command(entry.name)(entry.load())

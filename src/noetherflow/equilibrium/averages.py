@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -99,6 +99,10 @@ class OptimizerAverages:
     def steps(self) -> int | None:
         """The largest number of steps of any parameter."""
         return max((a.steps for a in self.by_name.values() if a.steps is not None), default=None)
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> OptimizerAverages:
+        """The same averages with other tensors as the parameters."""
+        return replace(self, by_name={n: replace(a, theta=weights[n]) for n, a in self.by_name.items()})
 
 
 def read_averages(model: nn.Module, optimizer: Any, lr: float | None = None) -> OptimizerAverages:

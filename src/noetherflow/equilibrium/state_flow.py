@@ -176,7 +176,14 @@ class StateDrift:
 
 
 @on_host
-def state_flow(model: nn.Module, syms: SymmetrySet, optimizer: Any, *, lr: float | None = None) -> StateFlow:
+def state_flow(
+    model: nn.Module,
+    syms: SymmetrySet,
+    optimizer: Any,
+    *,
+    lr: float | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> StateFlow:
     """The Noether flow of a run, read off its optimiser: where charges go, how fast, and where they settle.
 
     Adam's and AdamW's averages of gradients and of their squares, or SGD's momentum buffer, hold all that is needed:
@@ -190,6 +197,7 @@ def state_flow(model: nn.Module, syms: SymmetrySet, optimizer: Any, *, lr: float
         optimizer: SGD with momentum, Adam, AdamW or RMSprop of torch (maybe wrapped by accelerate), or what its
             `state_dict()` gave.
         lr: learning rate to use in place of the stored ones, where a schedule has taken them to 0.
+        weights: the weights by canonical name where the model has none (on the meta device).
 
     Returns:
         The flow by symmetry, printable; `flow[name].from_momentum.element` moves the weights to the equilibrium.
@@ -213,6 +221,8 @@ def state_flow(model: nn.Module, syms: SymmetrySet, optimizer: Any, *, lr: float
     """
     syms = syms.trainable(model)
     read = read_averages(model, optimizer, lr)
+    if weights is not None:
+        read = read.with_weights(weights)
     reasons = {s.name: why for s in syms if (why := _why_not(s, read)) is not None}
     syms = syms.without(reasons)
     reference = max(a.rates.lr for a in read.by_name.values())

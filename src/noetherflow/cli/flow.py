@@ -1,0 +1,55 @@
+"""`noetherflow flow`: the Noether flow of a run from its checkpoint and optimiser state, without data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from noetherflow.cli import tables
+from noetherflow.cli.options import MODEL, Debug, Json, console
+
+
+def flow(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder with weights and optimizer.pt, as the Hugging Face Trainer writes it, or one file with both."
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help=f"{MODEL} Or hf:PATH of a config.json; by default the folder's own config.json."),
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate, where a schedule has taken the stored one to 0.")
+    ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="One row per symmetry below the table of families.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Where the charges of a run drift and settle, read off the averages that its optimiser keeps.
+
+    For SGD with momentum, Adam, AdamW and RMSprop; needs no data, no loss and no backward pass.
+    """
+    from noetherflow import discovery
+    from noetherflow.balance.run_files import read_run, weights_for
+    from noetherflow.cli.models import load_model
+    from noetherflow.equilibrium.state_flow import state_flow
+
+    loaded = load_model(f"hf:{checkpoint}" if model is None else model)
+    with console.status("tracing the model"):
+        syms = discovery.find_symmetries(loaded.model, loaded.example_inputs)
+    with console.status(f"reading {checkpoint}"):
+        run = read_run(checkpoint)
+        weights = weights_for(loaded.model, run.weights)
+        found = state_flow(loaded.model, syms, run.optimizer, lr=lr, weights=weights)
+    if as_json:
+        print(json.dumps({"checkpoint": str(checkpoint), **found.to_dict()}))
+        return
+    printed = tables.out()
+    printed.print(str(found), markup=False, soft_wrap=True)
+    if layers:
+        tables.of_rows(printed, found.rows(), "by symmetry: norms over its coordinates, medians and largest values")
