@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import noetherflow as nf
 from equilibrium_cases import Problem, linear, mlp, union
 from noetherflow.balance.model import balance_
+from noetherflow.balance.optimizer_state import EntryMove
 from noetherflow.equilibrium import Equilibrium, noise_equilibrium
 from noetherflow.errors import CertificateError, DataError
 
@@ -71,7 +72,7 @@ def test_torus_state_moves_exactly_like_gradients(make: Any, linear_rule: Any, q
     eq = noise_equilibrium(problem.model, problem.syms, problem.measure(), SGD)
     before = {n: copy.deepcopy(optimizer.state[p]) for n, p in problem.model.named_parameters()}
     weights = problem.tensors()
-    report = balance_(problem.model, eq, optimizer)
+    report = balance_(problem.model, eq, optimizer, example_inputs=problem.data[0])
     entries = 0
     for name, p in problem.model.named_parameters():
         factor = p.detach() / weights[name]
@@ -101,7 +102,7 @@ def test_momentum_keeps_its_product_with_the_symmetry_direction() -> None:
         train(problem, optimizer)
         eq = noise_equilibrium(problem.model, problem.syms, problem.measure(), SGD)
         inner = drive_of(problem, optimizer)
-        balance_(problem.model, eq, optimizer if rule == "moved" else None)
+        balance_(problem.model, eq, optimizer if rule == "moved" else None, example_inputs=problem.data[0])
         results[rule] = abs(drive_of(problem, optimizer) - inner)
     assert results["moved"] < 1e-10
     assert results["kept"] > 1e-3
@@ -113,7 +114,7 @@ def test_general_linear_state_is_moved_and_said_to_be_approximate() -> None:
     train(problem, optimizer)
     eq = noise_equilibrium(problem.model, problem.syms, problem.measure(), SGD)
     first = {n: optimizer.state[p]["exp_avg"].clone() for n, p in problem.model.named_parameters()}
-    report = balance_(problem.model, eq, optimizer)
+    report = balance_(problem.model, eq, optimizer, example_inputs=problem.data[0])
     (s,) = problem.syms
     expected = s.act_on_gradients(first, eq.settled[0].element)
     for name, p in problem.model.named_parameters():
@@ -130,7 +131,7 @@ def test_general_linear_squares_follow_the_dense_definition() -> None:
     train(problem, optimizer)
     eq = noise_equilibrium(problem.model, problem.syms, problem.measure(), SGD, joint=False)
     before = {n: optimizer.state[p]["exp_avg_sq"].clone() for n, p in problem.model.named_parameters()}
-    balance_(problem.model, eq, optimizer)
+    balance_(problem.model, eq, optimizer, example_inputs=problem.data[0])
     g, h = (s.element[0] for s in eq)
     for name, a, b in (
         ("0.weight", torch.linalg.inv(g).T, torch.eye(5).double()),
@@ -147,7 +148,7 @@ def test_gradients_are_those_of_the_moved_model(family: str) -> None:
     problem = mlp(scales=(4, 0.3, 1)) if family == "torus" else linear((5, 3, 4))
     eq = noise_equilibrium(problem.model, problem.syms, problem.measure(), SGD)
     problem.loss(problem.model, problem.data).mean().backward()
-    report = balance_(problem.model, eq)
+    report = balance_(problem.model, eq, example_inputs=problem.data[0])
     params = list(problem.model.parameters())
     fresh = torch.autograd.grad(problem.loss(problem.model, problem.data).mean(), params)
     for p, g in zip(params, fresh, strict=True):
@@ -182,7 +183,7 @@ def test_state_without_a_rule_stays_and_is_listed(make: Any, left: tuple[str, ..
     optimizer.step(closure_of(problem, optimizer))
     eq = noise_equilibrium(problem.model, problem.syms, problem.measure(), SGD)
     before = copy.deepcopy(optimizer.state_dict()["state"])
-    report = balance_(problem.model, eq, optimizer)
+    report = balance_(problem.model, eq, optimizer, example_inputs=problem.data[0])
     for entry in left:
         (line,) = [u for u in report.unmoved if u.startswith(f"{entry} ")]
         assert "no rule" in line
@@ -208,13 +209,16 @@ def test_several_optimisers_move_and_parameters_of_none_are_listed() -> None:
     state = {n: (first if n in params else second).state[p]["momentum_buffer"].clone() for n, p in named.items()}
     for n, p in other.model.named_parameters():
         both.state[p]["momentum_buffer"] = state[n]
-    report, expected = balance_(problem.model, eq, [first, second]), balance_(other.model, eq, both)
+    report, expected = (
+        balance_(problem.model, eq, [first, second], example_inputs=problem.data[0]),
+        balance_(other.model, eq, both, example_inputs=other.data[0]),
+    )
     assert report.state_entries == expected.state_entries == len(report.moved)
     assert report.unmoved == expected.unmoved == ()
     for n, p in other.model.named_parameters():
         moved = (first if n in params else second).state[named[n]]["momentum_buffer"]
         torch.testing.assert_close(moved, both.state[p]["momentum_buffer"], rtol=0, atol=0)
-    report = balance_(problem.model, eq, first)
+    report = balance_(problem.model, eq, first, example_inputs=problem.data[0])
     assert [line.split(":")[0] for line in report.unmoved] == ["2.weight", "2.bias", "4.weight"]
     assert all("in no optimiser given" in line for line in report.unmoved)
 
@@ -292,14 +296,16 @@ def test_an_interruption_among_the_optimiser_state_puts_everything_back(monkeypa
     state = copy.deepcopy(optimizer.state_dict()["state"])
     grads = [p.grad.clone() for p in problem.model.parameters() if p.grad is not None]
 
-    from noetherflow.balance.optimizer_state import RULES
+    value = EntryMove.value
 
-    def interrupt(*_: Any) -> Tensor:
-        raise KeyboardInterrupt
+    def interrupted(move: EntryMove, motion: Any) -> Tensor:
+        if move.key == "exp_avg_sq":
+            raise KeyboardInterrupt
+        return value(move, motion)
 
-    monkeypatch.setitem(RULES, "exp_avg_sq", interrupt)
+    monkeypatch.setattr(EntryMove, "value", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        balance_(problem.model, eq, optimizer)
+        balance_(problem.model, eq, optimizer, example_inputs=problem.data[0])
     assert all(torch.equal(t, before[n]) for n, t in problem.tensors().items())
     assert all(torch.equal(p.grad, g) for p, g in zip(problem.model.parameters(), grads, strict=True))  # type: ignore[arg-type]
     for index, entry in optimizer.state_dict()["state"].items():
@@ -353,7 +359,7 @@ def test_an_equilibrium_of_another_model_is_refused() -> None:
 def test_a_solution_that_has_not_converged_is_said_to_be_none() -> None:
     problem = mlp(scales=(4, 0.3, 1))
     eq = noise_equilibrium(problem.model, problem.syms, problem.measure(), SGD, max_iterations=2)
-    report = balance_(problem.model, eq)
+    report = balance_(problem.model, eq, example_inputs=problem.data[0])
     assert not report.converged
     assert report.imbalance == eq.imbalance > 1e-11
     assert f"NOT balanced: the equilibrium given had not converged (relative Noether flow {eq.imbalance:.2e}" in str(
@@ -434,7 +440,7 @@ def test_overflow_of_a_narrow_dtype_is_refused() -> None:
     model = copy.deepcopy(problem.model).half()
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(CertificateError, match=r"do not fit torch\.float16"):
-        balance_(model, eq)
+        balance_(model, eq, unchecked=True)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 

@@ -72,7 +72,9 @@ def test_balanced_file_computes_the_same(tmp_path: Path, suffix: str, dtype: tor
 
 def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     problem, path = stored(tmp_path, ".safetensors", torch.float32)
-    report = balance_checkpoint(path, tmp_path / "out.safetensors", problem.model, solved(problem), dry_run=True)
+    report = balance_checkpoint(
+        path, tmp_path / "out.safetensors", problem.model, solved(problem), dry_run=True, unchecked=True
+    )
     assert report.moved["0.weight"] > 0
     assert [p.name for p in tmp_path.iterdir()] == ["in.safetensors"]
 
@@ -91,7 +93,7 @@ def test_interrupted_write_leaves_the_input_untouched(
 
     monkeypatch.setattr("safetensors.torch.save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        balance_checkpoint(path, target, problem.model, eq)
+        balance_checkpoint(path, target, problem.model, eq, unchecked=True)
     assert path.read_bytes() == raw
     assert [p.name for p in tmp_path.iterdir()] == ["in.safetensors"]
 
@@ -104,7 +106,7 @@ def test_disk_errors_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(CheckpointError, match=r"could not write .*No space left"):
-        balance_checkpoint(path, tmp_path / "out.safetensors", problem.model, solved(problem))
+        balance_checkpoint(path, tmp_path / "out.safetensors", problem.model, solved(problem), unchecked=True)
 
 
 def test_corrupt_missing_and_mismatched_files(tmp_path: Path) -> None:
@@ -116,7 +118,7 @@ def test_corrupt_missing_and_mismatched_files(tmp_path: Path) -> None:
     garbage.write_bytes(b"not a checkpoint")
     for bad in (cut, garbage):
         with pytest.raises(CheckpointError, match="not a readable checkpoint"):
-            balance_checkpoint(bad, out, problem.model, eq)
+            balance_checkpoint(bad, out, problem.model, eq, unchecked=True)
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         read_checkpoint(tmp_path / "nothing.pt")
     torch.save({"epoch": 3}, tmp_path / "empty.pt")
@@ -138,7 +140,7 @@ def test_corrupt_missing_and_mismatched_files(tmp_path: Path) -> None:
     with torch.no_grad():
         problem.model[0].weight += 1
     with pytest.raises(CheckpointError, match=r"0\.weight .* differs from the model"):
-        balance_checkpoint(path, out, problem.model, eq)
+        balance_checkpoint(path, out, problem.model, eq, unchecked=True)
     assert not out.exists()
 
 
@@ -199,7 +201,7 @@ def test_optimiser_state_in_a_file_moves_as_in_memory(tmp_path: Path, params: An
     saved = {"model": problem.model.state_dict(), "training": [{"optimizer": optimizer.state_dict()}, 3]}
     torch.save(saved, path)
     report = balance_checkpoint(path, out, problem.model, eq, example_inputs=problem.data[0])
-    expected = nf.balance_(problem.model, eq, optimizer)
+    expected = nf.balance_(problem.model, eq, optimizer, unchecked=True)
     assert (report.state_entries, report.unmoved) == (expected.state_entries, ())
     new = torch.load(out)
     for name, tensor in problem.model.state_dict().items():
@@ -239,7 +241,7 @@ def test_optimiser_state_of_unknown_parameters_stays_and_is_listed(tmp_path: Pat
     trained(optimizer, problem)
     path, out = tmp_path / "in.pt", tmp_path / "out.pt"
     torch.save({"model": problem.model.state_dict(), "optimizer": optimizer.state_dict()}, path)
-    report = balance_checkpoint(path, out, problem.model, solved(problem))
+    report = balance_checkpoint(path, out, problem.model, solved(problem), unchecked=True)
     (line,) = report.unmoved
     assert re.search(f"optimizer: optimiser state.*{why}", line)
     assert f"NOT moved: {line}" in str(report)
@@ -261,7 +263,7 @@ def test_averaged_weights_move_and_other_tensors_are_listed(tmp_path: Path) -> N
     }
     content = {"model": model.state_dict(), "ema": {"shadow": ema, "decay": 0.9}, "twin": model.state_dict(), **others}
     torch.save(content, path)
-    report = balance_checkpoint(path, out, model, solved(problem))
+    report = balance_checkpoint(path, out, model, solved(problem), unchecked=True)
     assert report.averages == ("ema.shadow (6 tensors)", "twin (6 tensors)")
     assert "moved like the weights: ema.shadow (6 tensors)" in str(report)
     assert [line.split(",")[0] for line in report.unmoved] == [
@@ -280,7 +282,9 @@ def test_averaged_weights_move_and_other_tensors_are_listed(tmp_path: Path) -> N
     assert new["ema"]["decay"] == 0.9
     for key in ("swa", "shapes", "masks"):
         assert all(torch.equal(t, others[key][n]) for n, t in new[key].items())
-    report = balance_checkpoint(path, tmp_path / "out.safetensors", model, solved(problem), dry_run=True)
+    report = balance_checkpoint(
+        path, tmp_path / "out.safetensors", model, solved(problem), dry_run=True, unchecked=True
+    )
     assert [line.split(":")[0] for line in report.unmoved] == ["ema", "twin", *others]
     assert all("not written" in line for line in report.unmoved)
 
@@ -293,7 +297,7 @@ def test_a_wide_file_of_a_narrow_model_keeps_its_precision(tmp_path: Path) -> No
     load_checkpoint_(narrow, path)
     eq = solved(problem)
     balance_checkpoint(path, out, narrow, eq, example_inputs=problem.data[0].float())
-    nf.balance_(problem.model, eq)
+    nf.balance_(problem.model, eq, unchecked=True)
     for name, tensor in load_file(out).items():
         torch.testing.assert_close(tensor, problem.model.state_dict()[name], rtol=1e-15, atol=0)
 
@@ -304,7 +308,7 @@ def test_permissions_are_those_of_the_target_or_the_source(tmp_path: Path, suffi
     eq, out = solved(problem), tmp_path / f"out{suffix}"
     for mode, file in ((0o640, path), (0o604, out)):
         file.chmod(mode)
-        balance_checkpoint(path, out, problem.model, eq)
+        balance_checkpoint(path, out, problem.model, eq, unchecked=True)
         assert out.stat().st_mode & 0o777 == mode
 
 
@@ -317,7 +321,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path, suffix: str) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
     try:
         with pytest.raises(CheckpointError, match="could not write"):
-            balance_checkpoint(path, path, problem.model, eq)
+            balance_checkpoint(path, path, problem.model, eq, unchecked=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == raw
@@ -329,7 +333,7 @@ def test_unusable_paths_are_named(tmp_path: Path) -> None:
     eq = solved(problem)
     for target, why in ((path / "out.safetensors", "File exists"), (tmp_path, "it is a folder")):
         with pytest.raises(CheckpointError, match=f"could not write .*{why}"):
-            balance_checkpoint(tmp_path / "not even read", target, problem.model, eq)
+            balance_checkpoint(tmp_path / "not even read", target, problem.model, eq, unchecked=True)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text("{}")
     with pytest.raises(CheckpointError, match="sharded checkpoint, which is not supported"):

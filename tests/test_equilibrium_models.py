@@ -101,7 +101,7 @@ def test_all_exact_symmetries_balance_jointly(build: Callable[[], Case]) -> None
     sgd = nf.SGDConfig(0.05, 2, weight_decay=1e-2, dataset_size=len(case.batch[1]))
     eq, change, start, end = balanced(case, sgd)
     moved = copy.deepcopy(case.model)
-    balance_(moved, eq)
+    balance_(moved, eq, example_inputs=case.inputs)
     after = output(moved, case.inputs)
     assert float((after - before).abs().max() / before.abs().max()) < 1e-10
     assert change < 1e-10

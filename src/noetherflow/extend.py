@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from noetherflow.balance.state_rules import LIKE_GRADIENT, LIKE_SQUARES, LIKE_WEIGHT, StateMove, left, state_rule
 from noetherflow.errors import MomentError
 from noetherflow.moments.forms import Dense, Form, OneToken, Outer
 from noetherflow.moments.rules import registry
@@ -17,6 +18,9 @@ from noetherflow.moments.rules.sites import channel_axis, features_last, first_a
 from noetherflow.monitor.rule import LedgerRule, Parts, Products, StepSettings, ledger_rule
 
 __all__ = [
+    "LIKE_GRADIENT",
+    "LIKE_SQUARES",
+    "LIKE_WEIGHT",
     "Call",
     "Dense",
     "Form",
@@ -26,14 +30,17 @@ __all__ = [
     "Parts",
     "Products",
     "Site",
+    "StateMove",
     "StepSettings",
     "channel_axis",
     "features_last",
     "first_axis",
     "last_axes",
     "ledger_rule",
+    "left",
     "moment_rule",
     "outer",
+    "state_rule",
     "summed",
 ]
 

@@ -14,12 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from noetherflow.balance.check import OutputCheck
 from noetherflow.balance.model import BalanceReport, balance_values
 from noetherflow.balance.motion import Motion
-from noetherflow.balance.optimizer_state import RULES, MoveTally, moved_state, without_optimizer
+from noetherflow.balance.optimizer_state import SHAPED, StatePlan, plan_state, without_optimizer
+from noetherflow.balance.state_rules import saved_state_rule
 from noetherflow.core.files import check_writable, replacing
 from noetherflow.core.held import held_in, is_saved_optimizer
 from noetherflow.core.tensors import tensors_of
+from noetherflow.discovery.certificate import Certificate
 from noetherflow.equilibrium.result import Equilibrium
 from noetherflow.errors import CheckpointError
 
@@ -56,23 +59,39 @@ def balance_checkpoint(
     eq: Equilibrium,
     *,
     example_inputs: Any = None,
-    certificate: Any = None,
+    certificate: Certificate | None = None,
     tolerance: float | None = None,
+    unchecked: bool = False,
     dry_run: bool = False,
 ) -> BalanceReport:
-    """Write the checkpoint `source`, moved to the equilibrium `eq`, to `target`; the function it computes stays the
-    same.
+    """Write the checkpoint `source`, moved to the equilibrium `eq`, to `target`; the function it computes stays.
 
-    `model` holds the weights of `source` (`load_checkpoint_`) and is not changed. Stored tensors move in float64 and
-    are rounded once to their own dtypes; what has no leg is copied bit by bit. In a PyTorch file optimiser state
-    (`optimizer.state_dict()`, its parameters known by `param_names` or the order of `model.parameters()`) moves as in
-    `balance_`, and a dict of tensors with the model's names and shapes (averaged weights) moves like the weights; the
-    report lists both, and as not moved all other tensors. The file is written beside the target and then renamed, so
-    an interruption leaves no half-written file; it gets the permissions of the target, or else of the source. With
-    `dry_run=True` nothing is written.
+    Stored tensors move in float64 and are rounded once to their own dtypes; what has no leg is copied bit by bit. In a
+    PyTorch file optimiser state (`optimizer.state_dict()`, its parameters known by `param_names` or the order of
+    `model.parameters()`) moves as in `balance_`, and a dict of tensors with the model's names and shapes (averaged
+    weights) moves like the weights; the report lists both, and as not moved all other tensors. The file is written
+    beside the target and then renamed, so an interruption leaves no half-written file; it gets the permissions of the
+    target, or else of the source.
 
-    Raises CheckpointError for a target that cannot be written (tried first), an unreadable file, one that does not
-    match the model, or weights other than those in `model`; CertificateError and DataError as `balance_` does.
+    Args:
+        source: a `.safetensors` or PyTorch file.
+        target: where to write; may be the source.
+        model: the model with the weights of `source` (`load_checkpoint_`); it is not changed.
+        eq: where to.
+        example_inputs: see `balance_`, as for the next three; there is one argument per choice of a call that
+            overwrites files.
+        certificate: what `nf.certify` said of the symmetries.
+        tolerance: largest relative change of outputs.
+        unchecked: move even where nothing proves that the function stays.
+        dry_run: write nothing.
+
+    Returns:
+        What moved, or would.
+
+    Raises:
+        CheckpointError: a target that cannot be written (tried first), an unreadable file, one that does not match the
+            model, or weights other than those in `model`.
+        CertificateError: as `balance_` does, and so DataError.
     """
     source, target = Path(source), Path(target)
     if not dry_run:
@@ -84,30 +103,29 @@ def balance_checkpoint(
     canonical = {n: aliases[id(t)] for n, t in _all_tensors(model).items()}
     moved = copy.deepcopy(model)
     moved.zero_grad()
-    report = balance_values(
-        moved,
-        eq,
-        stored={canonical[n]: t for n, t in file.tensors.items()},
-        example_inputs=example_inputs,
-        certificate=certificate,
-        tolerance=tolerance,
-    )
+    stored = {canonical[n]: t for n, t in file.tensors.items()}
+    report = balance_values(moved, eq, OutputCheck(example_inputs, certificate, tolerance, unchecked), stored=stored)
     mover = _Mover(model, Motion.of(eq), canonical, file.state)
-    weights_only = target.suffix == ".safetensors"
-    content = mover.weights(file.tensors) if weights_only else mover.moved(file.content, "")
-    if weights_only and file.content is not file.state:
-        lost = [k for k, v in file.content.items() if v is not file.state]
-        mover.tally.unmoved.extend(f"{k}: not written, a .safetensors file holds weights only" for k in lost)
+    content, lost = _moved_content(mover, file, weights_only=target.suffix == ".safetensors")
     if not dry_run:
         _write(target, content, file.metadata, mode_of=target if target.exists() else source)
+    state = StatePlan.joined([*mover.plans, StatePlan(unmoved=tuple(lost))])
     return replace(
         report,
-        state_entries=mover.tally.entries,
-        approximate_state=tuple(mover.tally.approximate),
-        unmoved=tuple(mover.tally.unmoved),
+        state_entries=len(state.moves),
+        approximate_state=state.approximate,
+        unmoved=state.unmoved,
         averages=tuple(mover.averages),
         dry_run=dry_run,
     )
+
+
+def _moved_content(mover: _Mover, file: _File, weights_only: bool) -> tuple[dict[str, Any], list[str]]:
+    """What is to be written, and a line for everything else in the file that a weights-only format cannot hold."""
+    if not weights_only:
+        return mover.moved(file.content, ""), []
+    others = [] if file.content is file.state else [k for k, v in file.content.items() if v is not file.state]
+    return mover.weights(file.tensors), [f"{k}: not written, a .safetensors file holds weights only" for k in others]
 
 
 def check_target(path: str | Path) -> None:
@@ -196,7 +214,7 @@ class _Mover:
     motion: Motion
     canonical: Mapping[str, str]
     state: dict[str, Any]
-    tally: MoveTally = field(default_factory=MoveTally)
+    plans: list[StatePlan] = field(default_factory=list)
     averages: list[str] = field(default_factory=list)
     done: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
@@ -246,24 +264,28 @@ class _Mover:
         new = copy.copy(saved)
         new["state"] = {index: dict(state) for index, state in saved["state"].items()}
         try:
-            held = held_in(new, self.model, RULES)
+            held = held_in(new, self.model, SHAPED)
         except CheckpointError as why:
             if any(t.numel() > 1 for t in tree_leaves(saved["state"]) if isinstance(t, Tensor)):
-                self.tally.unmoved.append(f"{path}: optimiser state, its parameters could not be identified: {why}")
+                line = f"{path}: optimiser state, its parameters could not be identified: {why}"
+                self.plans.append(StatePlan(unmoved=(line,)))
             return saved
-        for h, key, value in moved_state(held, self.motion, self.tally):
-            h.state[key] = value
-        self.tally.unmoved.extend(
-            f"{path}: {line}" for line in without_optimizer(held, tensors_of(self.model), self.motion)
+        plan = plan_state(
+            held, saved_state_rule(saved["param_groups"][0] if saved["param_groups"] else {}), self.motion
         )
+        for move in plan.moves:
+            move.held.state[move.key] = move.value(self.motion)
+        lost = without_optimizer(held, tensors_of(self.model), self.motion)
+        self.plans += [plan, StatePlan(unmoved=tuple(f"{path}: {line}" for line in lost))]
         return new
 
     def _left(self, tensors: Mapping[str, Tensor]) -> None:
         names = [n for n, t in tensors.items() if t.is_floating_point() and t.numel() > 1]
         if names:
-            self.tally.unmoved.append(
+            line = (
                 f"{', '.join(names[:3])} ({len(names)} tensors): names or shapes are not those of the model's weights"
             )
+            self.plans.append(StatePlan(unmoved=(line,)))
 
 
 @contextmanager

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from noetherflow.balance.check import OutputCheck, too_much
 from noetherflow.balance.motion import Motion
-from noetherflow.balance.optimizer_state import MoveTally, moved_state, without_optimizer
+from noetherflow.balance.optimizer_state import StatePlan, optimizers_in, plan_state, without_optimizer
+from noetherflow.balance.state_rules import state_rule_of
 from noetherflow.core.held import held_by
 from noetherflow.core.tensors import check_same_model, tensors_of
+from noetherflow.discovery.certificate import Certificate
 from noetherflow.equilibrium.result import Equilibrium
 from noetherflow.errors import CertificateError, DataError
-from noetherflow.symmetry.symmetry import Symmetry
 
-APPROXIMATE = 1e-3
-"""Default tolerance on outputs when a moved symmetry is only approximate (a normalisation's eps)."""
-REMEDY = "pass the model it was solved for, without wrappers that rename parameters"
+REMEDY = "pass the model it was solved for; inside another module its parameters have other names (model.module)"
 SHOWN = 20
 """Lines of each kind in a printed report; its fields hold all."""
 
@@ -53,9 +52,7 @@ class BalanceReport:
     dry_run: bool = False
 
     def __str__(self) -> str:
-        change = (
-            "not measured (no example_inputs)" if self.output_change is None else f"{self.output_change:.2e} relative"
-        )
+        change = "not measured" if self.output_change is None else f"{self.output_change:.2e} relative"
         gradients = f" and {self.gradients} gradients" if self.gradients else ""
         verb = "would move" if self.dry_run else "moved"
         lines = [
@@ -107,88 +104,124 @@ def balance_(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     *,
     example_inputs: Any = None,
-    certificate: Any = None,
+    certificate: Certificate | None = None,
     tolerance: float | None = None,
+    unchecked: bool = False,
 ) -> BalanceReport:
     """Move `model` in place to the equilibrium; the function it computes stays the same.
 
     Weights (and running statistics) move by `eq`'s group elements, in float64, rounded once; `.grad`, where there is
-    one, as gradients do. The state of `optimizer`, one or several, follows: momentum buffers like gradients;
-    squared-gradient averages by squared factors, exact for tori and, for general_linear symmetries, as if entries were
-    uncorrelated (`v -> (G * G) v`), which is listed in the report, as is state without a rule, which stays.
-    `example_inputs` (a tensor, a tuple of positional or a dict of keyword arguments) are run in evaluation mode before
-    and after; infinities and NaN in the outputs must stay where they are.
+    one, as gradients do. The state of `optimizer`, one or several, follows by the rule of its class
+    (`noetherflow.extend.state_rule`): momentum buffers like gradients; squared-gradient averages by squared factors,
+    exact for tori and, for general_linear symmetries, as if entries were uncorrelated (`v -> (G * G) v`). What is only
+    approximate, and what has no rule and stays, is listed in the report.
 
-    Raises CertificateError when `certificate` calls a symmetry broken, when a weight would leave the range of its
-    dtype, or when outputs change by more than `tolerance`: by default `10 eps^(3/4)` of the least precise tensor of the
-    model or its outputs (2e-11 in float64, 6e-5 in float32), or `APPROXIMATE` where a normalisation's eps makes a moved
-    symmetry approximate, or a hundred times what the certificate measured. Raises DataError for an equilibrium of
-    another model, or outputs without a finite entry. These and any other error or interruption leave model, gradients
-    and optimiser as they were.
+    The model never moves unchecked. Its outputs on example inputs, run in evaluation mode, are compared before and
+    after; infinities and NaN in them must stay where they are. The inputs are `example_inputs`, or else those that the
+    symmetries were found with. A certificate of every moved symmetry of this model does instead.
+
+    Args:
+        model: the model that the equilibrium was solved for.
+        eq: where to.
+        optimizer: the optimiser or optimisers whose state moves along; composite ones are looked into.
+        example_inputs: one argument, a tuple of positional arguments, or a dict of keyword arguments.
+        certificate: of `nf.certify`; what it calls broken is refused. It never widens the tolerance.
+        tolerance: largest relative change of outputs; by default `10 eps^(3/4)` of the least precise tensor of the
+            model or its outputs (2e-11 in float64, 6e-5 in float32), or 1e-3 where a normalisation's eps makes a moved
+            symmetry approximate.
+        unchecked: move even where nothing proves that the function stays.
+
+    Returns:
+        What moved, and by how much the outputs changed.
+
+    Raises:
+        CertificateError: nothing proves the move, a moved symmetry is broken, a weight would leave the range of its
+            dtype, or outputs change by more than the tolerance.
+        DataError: an equilibrium of another model, inputs that the model does not run on, outputs without a finite
+            entry, or state that seems to be an iterate of the weights and has no rule. These and any other error or
+            interruption leave model, gradients and optimiser as they were.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+        >>> x = torch.randn(64, 3, dtype=torch.float64)
+        >>> syms = nf.find_symmetries(model, x[:2])
+        >>> loss = lambda model, batch: model(batch).square().sum(1)
+        >>> moments = nf.gradient_moments(model, loss, [x], syms)
+        >>> eq = nf.noise_equilibrium(model, syms, moments, nf.SGDConfig(0.1, 8))
+        >>> report = nf.balance_(model, eq, example_inputs=x)
+        >>> report.output_change < 1e-12
+        True
+
+    Source: theory.md section 5.
     """
-    return balance_values(
-        model,
-        eq,
-        [] if optimizer is None else optimizer if isinstance(optimizer, Sequence) else [optimizer],
-        example_inputs=example_inputs,
-        certificate=certificate,
-        tolerance=tolerance,
-    )
+    optimizers = [] if optimizer is None else optimizer if isinstance(optimizer, Sequence) else [optimizer]
+    return balance_values(model, eq, OutputCheck(example_inputs, certificate, tolerance, unchecked), optimizers)
 
 
 def balance_values(
     model: nn.Module,
     eq: Equilibrium,
+    check: OutputCheck,
     optimizers: Sequence[torch.optim.Optimizer] = (),
-    *,
     stored: Mapping[str, Tensor] | None = None,
-    example_inputs: Any,
-    certificate: Any,
-    tolerance: float | None,
 ) -> BalanceReport:
     """`balance_`, with the values (and dtypes) of `stored` in place of the model's own."""
-    motion = Motion.of(eq)
-    tensors = tensors_of(model)
-    _refuse_broken(certificate, motion.symmetries)
+    motion, tensors = Motion.of(eq), tensors_of(model)
     check_same_model(tensors, motion.by_parameter, eq.symmetries.shapes, "the equilibrium belongs", REMEDY, DataError)
-    before = _outputs(model, example_inputs)
+    before = check.before(model, motion, eq.symmetries.example_inputs)
     source = {**tensors, **(stored or {})}
     new, rounding = moved_tensors(source, motion)
     changes = {n: _relative(t.double(), source[n].detach().double()) for n, t in new.items()}
-    precisions = [t.dtype for t in (*tensors.values(), *new.values(), *(before or ())) if t.is_floating_point()]
-    limit = _tolerance(precisions, motion, certificate) if tolerance is None else tolerance
-    tally, gradients = MoveTally(), 0
-    held = [held_by(o, tensors) for o in optimizers]
+    precisions = [t.dtype for t in (*tensors.values(), *new.values()) if t.is_floating_point()]
+    state = _state_plan(optimizers, tensors, motion)
+    gradients, sparse = _gradients(new, tensors)
     with _all_or_nothing() as write:
         for name, value in new.items():
             write(tensors[name], value)
-        change = _output_change(before, _outputs(model, example_inputs))
+        change = None if before is None else before.change(model)
+        limit = check.limit([*precisions, *(before.precisions if before is not None else ())], motion.symmetries)
         if change is not None and not change <= limit:
-            raise CertificateError(_too_much(change, limit, motion.symmetries))
-        for name in new:
-            grad = tensors[name].grad if isinstance(tensors[name], nn.Parameter) else None
-            if grad is not None and grad.layout is not torch.strided:
-                tally.unmoved.append(f"{name}: sparse .grad left as it was")
-            elif grad is not None:
-                write(grad, motion.gradient(name, grad))
-                gradients += 1
-        for own in held:
-            for h, key, value in moved_state(own, motion, tally):
-                write(h.state[key], value)
-    if held:
-        tally.unmoved.extend(without_optimizer([h for own in held for h in own], tensors, motion))
+            raise CertificateError(too_much(change, limit, motion.symmetries))
+        for name, grad in gradients.items():
+            write(grad, motion.gradient(name, grad))
+        for move in state.moves:
+            write(move.held.state[move.key], move.value(motion))
     return BalanceReport(
         changes,
         change,
         rounding,
-        tally.entries,
-        tuple(tally.approximate),
+        len(state.moves),
+        state.approximate,
         skipped={**eq.excluded, **{s.name: s.reason for s in eq if s.reason}},
-        gradients=gradients,
-        unmoved=tuple(tally.unmoved),
+        gradients=len(gradients),
+        unmoved=(*sparse, *state.unmoved),
         converged=eq.converged,
         imbalance=eq.imbalance,
     )
+
+
+def _state_plan(
+    optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor], motion: Motion
+) -> StatePlan:
+    """What is to happen to the state of these optimisers, those inside them included, each entry once."""
+    every = [inner for optimizer in optimizers for inner in optimizers_in(optimizer)]
+    held = [held_by(optimizer, tensors) for optimizer in every]
+    known: set[int] = set()
+    plans = []
+    for optimizer, own in zip(every, held, strict=True):
+        fresh = [h for h in own if id(h.state) not in known]
+        known.update(id(h.state) for h in fresh if h.state)
+        plans.append(plan_state(fresh, state_rule_of(optimizer), motion))
+    lost = without_optimizer([h for own in held for h in own], tensors, motion) if held else []
+    return StatePlan.joined([*plans, StatePlan(unmoved=tuple(lost))])
+
+
+def _gradients(names: Iterable[str], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The dense gradients of these parameters, and a line for each sparse one, which stays as it is."""
+    found = {n: tensors[n].grad for n in names if isinstance(tensors[n], nn.Parameter)}
+    there = {n: grad for n, grad in found.items() if grad is not None}
+    dense = {n: grad for n, grad in there.items() if grad.layout is torch.strided}
+    return dense, [f"{n}: sparse .grad left as it was" for n in there if n not in dense]
 
 
 @contextmanager
@@ -214,84 +247,6 @@ def _shown(what: str, lines: Sequence[str]) -> list[str]:
     return [f"{what}: {line}" for line in lines[:SHOWN]] + rest
 
 
-def _refuse_broken(certificate: Any, symmetries: Sequence[Symmetry]) -> None:
-    if certificate is None:
-        return
-    wanted = {s.name for s in symmetries}
-    broken = [c.name for c in certificate if c.name in wanted and c.verdict == "broken"]
-    if broken:
-        raise CertificateError(f"certificate calls {broken[:5]} broken; drop them (syms.without) before solving")
-
-
 def _relative(a: Tensor, b: Tensor) -> float:
     scale = torch.linalg.vector_norm(b)
     return float(torch.linalg.vector_norm(a - b) / scale) if scale else 0.0
-
-
-def _tolerance(precisions: Sequence[torch.dtype], motion: Motion, certificate: Any) -> float:
-    limit = 10 * max((torch.finfo(dtype).eps for dtype in precisions), default=0.0) ** 0.75
-    if any(s.eps is not None for s in motion.symmetries):
-        limit = max(limit, APPROXIMATE)
-    names = {s.name for s in motion.symmetries}
-    certified = [c.outputs for c in certificate or () if c.name in names]
-    return max([limit, *(100 * c for c in certified)])
-
-
-def _too_much(change: float, limit: float, symmetries: Sequence[Symmetry]) -> str:
-    approximate = [s.name for s in symmetries if s.eps is not None]
-    cause = (
-        f"{approximate[:3]} hold only up to a normalisation's eps: leave such symmetries in place with "
-        f"noise_equilibrium(..., approximate=False)"
-        if approximate
-        else "Certify the symmetries (nf.certify)"
-    )
-    return (
-        f"balancing changed the outputs by {change:.2e} relative, more than the tolerance {limit:.2e}; the model "
-        f"was restored. {cause}, or pass tolerance= if this change is acceptable"
-    )
-
-
-def _outputs(model: nn.Module, inputs: Any) -> list[Tensor] | None:
-    """Every floating tensor the model returns in evaluation mode; the training flags are put back."""
-    if inputs is None:
-        return None
-    flags = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            if isinstance(inputs, Mapping):
-                out = model(**inputs)
-            else:
-                out = model(*(inputs if isinstance(inputs, tuple | list) else (inputs,)))
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
-    return [t.detach().clone() for t in _leaves(out) if t.is_floating_point()]
-
-
-def _leaves(out: Any) -> list[Tensor]:
-    from torch.utils._pytree import tree_leaves
-
-    values = list(out.values()) if isinstance(out, Mapping) else out
-    return [t for t in tree_leaves(values) if isinstance(t, Tensor)]
-
-
-def _output_change(before: list[Tensor] | None, after: list[Tensor] | None) -> float | None:
-    """The largest `max |y' - y| / max |y|`; inf where an infinity or NaN came, went or changed."""
-    if before is None or after is None:
-        return None
-    if before and not any(bool(t.isfinite().any()) for t in before):
-        raise DataError("the outputs on example_inputs have no finite entry, so that nothing can be compared")
-    changes = [_change(a.double(), b.double()) for a, b in zip(before, after, strict=True)]
-    return max(changes, default=0.0)
-
-
-def _change(before: Tensor, after: Tensor) -> float:
-    finite = before.isfinite()
-    rest_kept = torch.equal(finite, after.isfinite()) and torch.allclose(
-        before[~finite], after[~finite], equal_nan=True
-    )
-    if not rest_kept:
-        return math.inf
-    a, b = before[finite], after[finite]
-    return float((b - a).abs().max() / a.abs().max().clamp_min(1e-300)) if a.numel() else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -24,7 +25,8 @@ def find_symmetries(model: nn.Module, example_inputs: Any) -> SymmetrySet:
 
     Raises ExportError if the model cannot be traced.
     """
-    return find_in_graph(export(model, example_inputs)).trainable(model)
+    found = find_in_graph(export(model, example_inputs)).trainable(model)
+    return replace(found, example_inputs=example_inputs)
 
 
 @on_host

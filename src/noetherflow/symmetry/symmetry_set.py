@@ -33,7 +33,8 @@ class SymmetrySet:
 
     Iterates over its exponential symmetries; `translations` holds the linear families. `shapes` are the parameter
     shapes by name, `excluded` maps a symmetry left out (frozen leg, say) to the reason, `unknown` lists operators
-    without a rule, `casts` the places where the model itself lowers its precision.
+    without a rule, `casts` the places where the model itself lowers its precision. `example_inputs` are those that they
+    were found with (not saved with the set): `balance_` compares outputs on them where no others are given.
     """
 
     symmetries: tuple[Symmetry, ...]
@@ -42,6 +43,7 @@ class SymmetrySet:
     excluded: dict[str, str] = field(default_factory=dict)
     unknown: tuple[UnknownOperator, ...] = ()
     casts: tuple[str, ...] = ()
+    example_inputs: Any = None
 
     def __post_init__(self) -> None:
         names = [item.name for item in self.all_items]

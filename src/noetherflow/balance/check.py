@@ -1,0 +1,184 @@
+"""The proof that a move keeps the model's function: its outputs before and after, or a certificate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from noetherflow.balance.motion import Motion
+from noetherflow.core.inputs import ModelInputs
+from noetherflow.discovery.certificate import Certificate
+from noetherflow.discovery.copies import floating_tensors
+from noetherflow.errors import CertificateError, DataError, NoetherflowError
+from noetherflow.symmetry.symmetry import Symmetry
+
+APPROXIMATE = 1e-3
+"""Default tolerance on outputs when a moved symmetry is only approximate (a normalisation's eps)."""
+PROVEN = ("exact", "approximate")
+
+
+@dataclass(frozen=True, eq=False)
+class OutputCheck:
+    """What is to prove that a move keeps the function, as the user gave it.
+
+    Attributes:
+        example_inputs: inputs to run before and after the move, None for none.
+        certificate: what `certify` said of the symmetries, None for none.
+        tolerance: the largest relative change of outputs; None chooses by the dtypes (`limit`).
+        unchecked: move even if nothing proves it.
+    """
+
+    example_inputs: Any = None
+    certificate: Certificate | None = None
+    tolerance: float | None = None
+    unchecked: bool = False
+
+    def before(self, model: nn.Module, motion: Motion, remembered: Any) -> OutputsBefore | None:
+        """The model's outputs before the move; None where a certificate or `unchecked` stands for them.
+
+        Args:
+            model: the model to move.
+            motion: the move.
+            remembered: the inputs that the symmetries were found with; used where no others are given, if the model
+                still runs on them.
+
+        Raises:
+            CertificateError: the certificate calls a moved symmetry broken, or nothing proves the move.
+            DataError: the model does not run on the example inputs.
+        """
+        self._refuse_broken(motion.symmetries)
+        if self.example_inputs is not None:
+            return OutputsBefore(_first_run(model, self.example_inputs), self.example_inputs)
+        if self.unchecked or not motion.symmetries or self._certified(motion.symmetries):
+            return None
+        outputs = None if remembered is None else _run_or_none(model, remembered)
+        if outputs is None:
+            raise CertificateError(_unproven(motion.symmetries, self.certificate))
+        return OutputsBefore(outputs, remembered)
+
+    def limit(self, precisions: Sequence[torch.dtype], symmetries: Sequence[Symmetry]) -> float:
+        """The largest relative change of outputs that is let pass.
+
+        Without a `tolerance`: `10 eps^(3/4)` of the least precise of these dtypes, 2e-11 in float64 and 6e-5 in
+        float32, or `APPROXIMATE` where a moved symmetry is approximate. A certificate never widens it.
+        """
+        if self.tolerance is not None:
+            return self.tolerance
+        rounding = 10 * max((torch.finfo(dtype).eps for dtype in precisions), default=0.0) ** 0.75
+        return max(rounding, APPROXIMATE) if any(s.eps is not None for s in symmetries) else rounding
+
+    def _refuse_broken(self, symmetries: Sequence[Symmetry]) -> None:
+        wanted = {s.name for s in symmetries}
+        broken = [c.name for c in self.certificate or () if c.name in wanted and c.verdict == "broken"]
+        if broken:
+            raise CertificateError(f"certificate calls {broken[:5]} broken; drop them (syms.without) before solving")
+
+    def _certified(self, symmetries: Sequence[Symmetry]) -> bool:
+        proven = {c.name for c in self.certificate or () if c.verdict in PROVEN}
+        return all(s.name in proven for s in symmetries)
+
+
+@dataclass(frozen=True, eq=False)
+class OutputsBefore:
+    """What a model returned for some inputs before it was moved."""
+
+    outputs: tuple[Tensor, ...]
+    inputs: Any
+
+    @property
+    def precisions(self) -> list[torch.dtype]:
+        """The dtypes of the outputs."""
+        return [t.dtype for t in self.outputs]
+
+    def change(self, model: nn.Module) -> float:
+        """The largest `max |y' - y| / max |y|` of the moved model; inf where an infinity or NaN came, went or changed.
+
+        Raises:
+            DataError: there is nothing finite to compare.
+        """
+        if self.outputs and not any(bool(t.isfinite().any()) for t in self.outputs):
+            raise DataError("the outputs on example_inputs have no finite entry, so that nothing can be compared")
+        pairs = zip(self.outputs, _run(model, self.inputs), strict=True)
+        return max((_change(a.double(), b.double()) for a, b in pairs), default=0.0)
+
+
+def too_much(change: float, limit: float, symmetries: Sequence[Symmetry]) -> str:
+    """The message when outputs changed by more than the limit."""
+    approximate = [s.name for s in symmetries if s.eps is not None]
+    cause = (
+        f"{approximate[:3]} hold only up to a normalisation's eps: leave such symmetries in place with "
+        f"noise_equilibrium(..., approximate=False)"
+        if approximate
+        else "Certify the symmetries (nf.certify)"
+    )
+    return (
+        f"balancing changed the outputs by {change:.2e} relative, more than the tolerance {limit:.2e}; the model "
+        f"was restored. {cause}, or pass tolerance= if this change is acceptable"
+    )
+
+
+def _unproven(symmetries: Sequence[Symmetry], certificate: Certificate | None) -> str:
+    doubtful = [c.name for c in certificate or () if c.verdict not in PROVEN]
+    known = {c.name for c in certificate or ()}
+    missing = [s.name for s in symmetries if s.name not in known]
+    why = (
+        f"the certificate does not prove {(doubtful or missing)[:3]}"
+        if certificate is not None
+        else f"nothing proves that {[s.name for s in symmetries[:3]]} keep this model's function"
+    )
+    return (
+        f"{why}; pass example_inputs, on which the outputs are compared before and after, or certificate=nf.certify("
+        f"model, syms, example_inputs), or unchecked=True to move without a check"
+    )
+
+
+def _run(model: nn.Module, inputs: Any) -> tuple[Tensor, ...]:
+    """Copies of the floating tensors that the model returns in evaluation mode; its training flags are put back."""
+    flags = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            out = ModelInputs.of(inputs).call(model)
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+    return tuple(t.detach().clone() for t in floating_tensors(out))
+
+
+def _first_run(model: nn.Module, inputs: Any) -> tuple[Tensor, ...]:
+    """The outputs before the move. Raises DataError where the model does not run on these inputs."""
+    try:
+        return _run(model, inputs)
+    except NoetherflowError:
+        raise
+    except Exception as cause:
+        remedy = "; a list is one argument: pass several arguments as a tuple" if isinstance(inputs, list) else ""
+        raise DataError(
+            f"the model does not run on example_inputs ({ModelInputs.of(inputs).shapes()}): "
+            f"{type(cause).__name__}: {cause}{remedy}"
+        ) from cause
+
+
+def _run_or_none(model: nn.Module, inputs: Any) -> tuple[Tensor, ...] | None:
+    """The outputs, or None where the model no longer runs on these inputs or answers nothing finite."""
+    try:
+        outputs = _run(model, inputs)
+    except Exception:
+        return None
+    return outputs if any(bool(t.isfinite().any()) for t in outputs) else None
+
+
+def _change(before: Tensor, after: Tensor) -> float:
+    finite = before.isfinite()
+    rest_kept = torch.equal(finite, after.isfinite()) and torch.allclose(
+        before[~finite], after[~finite], equal_nan=True
+    )
+    if not rest_kept:
+        return math.inf
+    a, b = before[finite], after[finite]
+    return float((b - a).abs().max() / a.abs().max().clamp_min(1e-300)) if a.numel() else 0.0
