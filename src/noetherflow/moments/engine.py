@@ -20,7 +20,7 @@ from noetherflow.moments.distributed import in_step, ranks_of, refuse_sharded
 from noetherflow.moments.fallback import Fallback
 from noetherflow.moments.groups import GroupSums
 from noetherflow.moments.measuring import KnownWay, MeasuringPass, NewWay, Ways
-from noetherflow.moments.result import GradientMoments, merge_moments
+from noetherflow.moments.result import GradientMoments, in_groups
 from noetherflow.moments.taps import CallId
 from noetherflow.moments.target import Sums, needs_of, trainable_parameters
 from noetherflow.moments.verify import weigh
@@ -176,8 +176,7 @@ class Meter:
         other = {n: pair for n, pair in shapes.items() if pair[0] != pair[1]}
         if other:
             raise MomentError(f"cannot resume: earlier and present shapes differ: {other}")
-        parts = moments.groups or (moments,)
-        self._sums.by_group = {k: Sums.of(part, self.syms, self._needs) for k, part in enumerate(parts)}
+        self._sums.restore(moments)
         self._used.update(moments.mean)
         self.uncovered.update(dict.fromkeys(moments.fallback, "fallback in the moments resumed from"))
 
@@ -263,7 +262,7 @@ class Meter:
                 "Freeze them (requires_grad_(False)) and take syms.trainable(model)"
             )
         parts = [s.moments(tuple(self.uncovered)) for _, s in sorted(groups.items())]
-        return replace(merge_moments(parts), groups=tuple(parts) if len(parts) > 1 else ())
+        return in_groups(parts)
 
 
 def _refuse_other_losses(loss_fn: Any) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from noetherflow.errors import MomentError
 from noetherflow.moments.distributed import added_over_ranks
+from noetherflow.moments.result import GradientMoments
 from noetherflow.moments.statistics import noise_error
 from noetherflow.moments.target import Need, Sums
 from noetherflow.symmetry.symmetry_set import SymmetrySet
@@ -40,6 +41,22 @@ class GroupSums:
     def loss(self) -> float:
         """Mean loss so far."""
         return sum(s.loss for s in self.by_group.values()) / max(1, self.samples)
+
+    def restore(self, moments: GradientMoments) -> None:
+        """Go on from moments measured before, with the same groups.
+
+        Groups are kept rounded; what that lacks to the exact total is shared out among them by their samples. Groups
+        that hold a part of the samples only become one group with the rest.
+        """
+        complete = sum(g.samples for g in moments.groups) == moments.samples
+        parts = moments.groups if complete and moments.groups else (moments,)
+        self.by_group = {k: Sums.of(part, self.syms, self.needs) for k, part in enumerate(parts)}
+        for which, means in (("gradient", moments.mean), ("squares", moments.squares)):
+            held = [(s.samples / moments.samples, getattr(s, which)) for s in self.by_group.values()]
+            for name, mean in means.items():
+                lacking = mean.double() * moments.samples - sum(tensors[name].double() for _, tensors in held)
+                for share, tensors in held:
+                    tensors[name].add_((share * lacking).to(tensors[name]))
 
     def open(self, groups: Iterable[int], in_place: bool) -> dict[int, Sums]:
         """Sums to measure a batch into, by group: the groups' own, or fresh ones."""

@@ -15,7 +15,7 @@ from noetherflow.core.unwrap import unwrap
 from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.batch import buffers_kept, check_finite, refuse_constant, refuse_renormalising
 from noetherflow.moments.distributed import added_over_ranks, ranks_of, refuse_sharded
-from noetherflow.moments.result import GradientMoments, Replicates, Sampling, merge_moments
+from noetherflow.moments.result import GradientMoments, Replicates, Sampling, in_groups
 from noetherflow.moments.target import Sums, needs_of, trainable_parameters
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
@@ -178,4 +178,4 @@ class MinibatchMeter:
                 "they share samples; give sampling='independent' or 'replacement', or measure one epoch"
             )
         parts = [replace(s.moments(()), replicates=replicates) for _, s in sorted(sums.items())]
-        return replace(merge_moments(parts), groups=tuple(parts) if len(parts) > 1 else ())
+        return in_groups(parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from noetherflow.core.printing import count, show, table
 from noetherflow.core.settings import SGDConfig
 from noetherflow.errors import MomentError
+from noetherflow.moments.packed import LeftOut, PackedTensors
 from noetherflow.symmetry.symmetry import Symmetry
 
 Sampling = Literal["replacement", "independent", "epoch"]
@@ -55,7 +56,8 @@ class GradientMoments:
 
     `second[symmetry]`: one tensor per charge-carrying leg, `E_z[dX dX^T]` in the symmetry's layout, float64, uncentred.
     `mean[parameter]`: `gbar`, the parameter's shape. `squares[parameter]`: entry-wise `E_z[g^2]`, present when measured
-    with `entries=True`. `groups`: the same leg moments over disjoint groups of samples, for jackknife errors.
+    with `entries=True`. `groups`: the same over disjoint groups of samples, for jackknife errors; their mean gradients
+    and squares are kept in one byte per entry.
     `fallback`: parameters that no rule covered, measured by `vmap(grad)` or one backward per sample.
     `replicates`: set when each "sample" is one minibatch gradient (`minibatch_moments`). `legs[symmetry]`: names of the
     legs, as printed. `kind`: `hessian` for `curvature_moments`, whose samples are Hessian products, without a loss.
@@ -150,9 +152,21 @@ class GradientMoments:
         }
 
     def leave_one_out(self) -> Iterator[GradientMoments]:
-        """The moments without each group in turn, for jackknife errors of anything computed from them."""
-        if len(self.groups) > 1:
-            yield from _without_each(self.groups, ())
+        """The moments without each group in turn, for jackknife errors of anything computed from them.
+
+        `mean` and `squares` of each are computed when they are asked for, and not exactly: groups keep theirs in one
+        byte per entry (`packed.py`).
+        """
+        if len(self.groups) < 2:
+            return
+        samples = sum(g.samples for g in self.groups)
+        for group, rest in zip(self.groups, _without_each([_legs_alone(g) for g in self.groups], ()), strict=True):
+            share = group.samples / samples
+            yield replace(
+                rest,
+                mean=LeftOut(self.mean, group.mean, share),
+                squares=LeftOut(self.squares, group.squares, share),
+            )
 
 
 def trace(leg: Tensor) -> Tensor:
@@ -160,8 +174,15 @@ def trace(leg: Tensor) -> Tensor:
     return leg.sum() if leg.ndim == 1 else leg.diagonal(dim1=-2, dim2=-1).sum()
 
 
+def _legs_alone(moments: GradientMoments) -> GradientMoments:
+    return replace(moments, mean={}, squares={}, groups=())
+
+
 def _without_each(groups: Sequence[GradientMoments], others: tuple[GradientMoments, ...]) -> Iterator[GradientMoments]:
-    """`others` (none or one) merged with all `groups` but one, by halves: `total - group` would round."""
+    """`others` (none or one) merged with all `groups` but one, each in turn.
+
+    By halves, so that nothing is subtracted: where one group holds nearly all of a leg, `total - group` would round.
+    """
     if len(groups) == 1:
         yield from others
         return
@@ -203,8 +224,8 @@ def merge_moments(parts: list[GradientMoments]) -> GradientMoments:
             name: tuple(mix([p.second[name][i] for p in parts]) for i in range(len(legs)))
             for name, legs in first.second.items()
         },
-        mean={name: mix([p.mean[name] for p in parts]) for name in first.mean},
-        squares={name: mix([p.squares[name] for p in parts]) for name in first.squares},
+        mean={name: mix([p.mean[name] for p in parts]).to(first.mean[name]) for name in first.mean},
+        squares={name: mix([p.squares[name] for p in parts]).to(first.squares[name]) for name in first.squares},
         groups=tuple(g for p in parts for g in p.groups),
         fallback=tuple(dict.fromkeys(n for p in parts for n in p.fallback)),
         replicates=first.replicates,
@@ -213,6 +234,18 @@ def merge_moments(parts: list[GradientMoments]) -> GradientMoments:
     )
     _refuse_not_finite(merged)
     return merged
+
+
+def in_groups(parts: Sequence[GradientMoments]) -> GradientMoments:
+    """The moments of all samples, with those of each part of them as a group for jackknife errors.
+
+    Groups keep their mean gradients and squares in one byte per entry; the moments of all samples are exact.
+    """
+    merged = merge_moments(list(parts))
+    if len(parts) < 2:
+        return replace(merged, groups=())
+    packed = (replace(p, mean=PackedTensors.of(p.mean), squares=PackedTensors.of(p.squares)) for p in parts)
+    return replace(merged, groups=tuple(packed))
 
 
 def _refuse_not_finite(moments: GradientMoments) -> None:

@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from noetherflow.core.files import replacing
 from noetherflow.errors import CheckpointError
+from noetherflow.moments.packed import PackedTensor, PackedTensors
 from noetherflow.moments.result import GradientMoments, Replicates
 
-FORMAT = 1
+FORMAT = 2
+"""1 kept the groups' mean gradients and squares in float64; both are read."""
 
 
 def save_moments(moments: GradientMoments, path: str | Path) -> None:
@@ -57,7 +60,7 @@ def load_moments(path: str | Path) -> GradientMoments:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as cause:
         raise CheckpointError(f"{path} holds no gradient moments: {cause}") from cause
-    if header.get("format") != FORMAT:
+    if header.get("format") not in (1, FORMAT):
         raise CheckpointError(f"{path} has moments format {header.get('format')!r}, this version reads {FORMAT}")
     groups = tuple(_unpack(g, f"{k}/", tensors) for k, g in enumerate(header["groups"]))
     return _unpack(header, "", tensors, groups)
@@ -68,7 +71,7 @@ def _pack(moments: GradientMoments, prefix: str, tensors: dict[str, Tensor]) -> 
         for k, leg in enumerate(legs):
             tensors[f"{prefix}second/{k}/{name}"] = leg.contiguous()
     for kind, named in (("mean", moments.mean), ("squares", moments.squares)):
-        tensors.update({f"{prefix}{kind}/{name}": t.contiguous() for name, t in named.items()})
+        tensors.update(_flat(f"{prefix}{kind}", named))
     return {
         "kind": moments.kind,
         "samples": moments.samples,
@@ -76,10 +79,38 @@ def _pack(moments: GradientMoments, prefix: str, tensors: dict[str, Tensor]) -> 
         "second": {name: len(legs) for name, legs in moments.second.items()},
         "mean": list(moments.mean),
         "squares": list(moments.squares),
+        "packed": _dtypes(moments.mean) | _dtypes(moments.squares),
         "fallback": list(moments.fallback),
         "replicates": moments.to_dict()["replicates"],
         "legs": moments.legs,
     }
+
+
+def _flat(prefix: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under their names in the file; of a packed one, codes under its name and scales beside them."""
+    out: dict[str, Tensor] = {}
+    for name, t in (named.held if isinstance(named, PackedTensors) else named).items():
+        if isinstance(t, PackedTensor):
+            out |= {f"{prefix}/{name}": t.codes, f"{prefix}-scales/{name}": t.scales}
+        else:
+            out[f"{prefix}/{name}"] = t.contiguous()
+    return out
+
+
+def _dtypes(named: Mapping[str, Tensor]) -> dict[str, str]:
+    """The names that are packed, and the dtype that each unpacks to."""
+    held = named.held if isinstance(named, PackedTensors) else {}
+    return {n: str(t.dtype).removeprefix("torch.") for n, t in held.items() if isinstance(t, PackedTensor)}
+
+
+def _named(header: Mapping[str, Any], prefix: str, kind: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """What `_flat` wrote."""
+    dtypes = header.get("packed", {})
+    held: dict[str, Tensor | PackedTensor] = {}
+    for name in header[kind]:
+        codes, scales = tensors[f"{prefix}{kind}/{name}"], tensors.get(f"{prefix}{kind}-scales/{name}")
+        held[name] = codes if scales is None else PackedTensor(codes, scales, getattr(torch, dtypes[name]))
+    return PackedTensors(held) if prefix else {n: t for n, t in held.items() if isinstance(t, Tensor)}
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -102,8 +133,8 @@ def _unpack(
             name: tuple(tensors[f"{prefix}second/{k}/{name}"] for k in range(count))
             for name, count in header["second"].items()
         },
-        mean={name: tensors[f"{prefix}mean/{name}"] for name in header["mean"]},
-        squares={name: tensors[f"{prefix}squares/{name}"] for name in header["squares"]},
+        mean=_named(header, prefix, "mean", tensors),
+        squares=_named(header, prefix, "squares", tensors),
         groups=groups,
         fallback=tuple(header["fallback"]),
         replicates=None if header["replicates"] is None else Replicates(**header["replicates"]),

@@ -1,0 +1,168 @@
+"""Groups in one byte per entry: what they take, and that errors and intervals are those of groups kept whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import noetherflow as nf
+from noetherflow.moments import GradientMoments, load_moments, merge_moments, packed, save_moments, standard_error
+from noetherflow.moments.packed import PackedTensor, PackedTensors
+
+
+@pytest.mark.parametrize("shape", [(3000,), (40, 50), (300, 5), (20, 30, 3, 3), (1500, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_packing_rounds_each_entry_relative_to_its_row(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """`|error| <= sqrt(|x| max) / 127 + max / (4 * 127^2)`: half a step of the square root."""
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=dtype) * torch.logspace(-6, 6, shape[0], dtype=dtype).view(-1, *[1] * (len(shape) - 1))
+    kept = PackedTensor.of(x)
+    got = kept.unpack()
+    assert got.shape == x.shape
+    assert got.dtype == dtype
+    rows = packed._rows(x)
+    top = rows.abs().amax(1, keepdim=True)
+    bound = ((rows.abs() * top).sqrt() / 127 + top / (4 * 127**2)) * (1 + 1e-5)
+    assert bool(((packed._rows(got) - rows).abs() <= bound).all())
+    assert bool((got.sign() * x.sign() >= 0).all())
+    assert kept.codes.element_size() == 1
+    assert kept.scales.numel() * packed.ROW <= x.numel()
+
+
+def test_zeros_and_small_tensors_stay() -> None:
+    zero = torch.zeros(50, 50)
+    assert torch.equal(PackedTensor.of(zero).unpack(), zero)
+    small = {"w": torch.randn(packed.SMALL), "v": torch.randn(packed.SMALL + 1)}
+    kept = PackedTensors.of(small)
+    assert kept["w"] is small["w"]
+    assert kept["v"] is not small["v"]
+    assert PackedTensors.of(kept) is kept
+
+
+def kept_bytes(thing: Any, seen: dict[int, int]) -> int:
+    """Bytes of all tensors held, packed ones as they are."""
+    if isinstance(thing, Tensor):
+        seen[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    elif isinstance(thing, PackedTensors):
+        kept_bytes(thing.held, seen)
+    elif isinstance(thing, Mapping):
+        for value in thing.values():
+            kept_bytes(value, seen)
+    elif isinstance(thing, tuple):
+        for value in thing:
+            kept_bytes(value, seen)
+    elif hasattr(thing, "__dict__"):
+        kept_bytes(vars(thing), seen)
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize(("entries", "limit"), [(False, 21), (True, 41.5)])
+def test_bytes_kept_per_parameter(entries: bool, limit: int) -> None:
+    width = 128
+    model = nn.Sequential(*(k for _ in range(3) for k in (nn.Linear(width, width, bias=False), nn.ReLU())))
+    x = torch.randn(32, width)
+    syms = nf.find_symmetries(model, x[:2])
+    moments = nf.gradient_moments(model, lambda m, b: m(b).square().sum(1), [x], syms, entries=entries)
+    assert len(moments.groups) == 16
+    small = 8 * sum(leg.numel() for m in (moments, *moments.groups) for legs in m.second.values() for leg in legs)
+    count = sum(p.numel() for p in model.parameters())
+    assert 15 < (kept_bytes(moments, {}) - small) / count < limit
+    unpacked = sum(t.numel() * t.element_size() for g in moments.groups for t in g.mean.values())
+    assert unpacked / count > 60, "what the groups would take as they were measured"
+
+
+def wide() -> tuple[nn.Module, nf.SymmetrySet, list[Tensor]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 60), nn.ReLU(), nn.Linear(60, 40)).double()
+    x = torch.randn(320, 40, dtype=torch.float64) + 1
+    return model, nf.find_symmetries(model, x[:2]), list(x.split(10))
+
+
+def measured(monkeypatch: pytest.MonkeyPatch, small: int, batches: list[Tensor] | None = None) -> GradientMoments:
+    monkeypatch.setattr(packed, "SMALL", small)
+    model, syms, data = wide()
+    loss = lambda m, b: m(b).square().sum(1)
+    return nf.gradient_moments(model, loss, data if batches is None else batches, syms, entries=True)
+
+
+def drive(syms: nf.SymmetrySet) -> Any:
+    """A statistic in which the mean gradient weighs as much as the noise: the second moment of a large batch."""
+    sgd = nf.SGDConfig(0.1, 64)
+    return lambda m: torch.cat([leg.flatten() for s in syms for leg in m.batch_grams(s, sgd)])
+
+
+def entry_drive(m: GradientMoments) -> Tensor:
+    return torch.stack([(m.squares[n].double() / 64 + m.mean[n].double().square()).sum() for n in m.mean])
+
+
+def test_errors_are_those_of_groups_kept_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, syms, _ = wide()
+    rounded, whole = measured(monkeypatch, 0), measured(monkeypatch, 10**9)
+    assert all(isinstance(t, PackedTensor) for t in rounded.groups[0].mean.held.values())  # type: ignore[attr-defined]
+    for statistic in (drive(syms), entry_drive):
+        got, expected = standard_error(rounded, statistic), standard_error(whole, statistic)
+        assert torch.equal(got.value, expected.value)
+        assert float((got.error / expected.error - 1).abs().max()) < 0.03
+        assert float(((got.bias - expected.bias) / expected.error).abs().max()) < 0.1
+
+
+def test_the_mean_is_exact_through_merging_resuming_and_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model, syms, data = wide()
+    loss = lambda m, b: m(b).square().sum(1)
+    monkeypatch.setattr(packed, "SMALL", 0)
+    whole = nf.gradient_moments(model, loss, data, syms, entries=True)
+    first, second = (nf.gradient_moments(model, loss, part, syms, entries=True) for part in (data[:16], data[16:]))
+    save_moments(first, tmp_path / "first")
+    loaded = load_moments(tmp_path / "first")
+    for a, b in zip(loaded.groups, first.groups, strict=True):
+        assert all(torch.equal(a.mean[n], b.mean[n]) and torch.equal(a.squares[n], b.squares[n]) for n in first.mean)
+    resumed = nf.gradient_moments(model, loss, data[16:], syms, entries=True, resume=loaded)
+    for other in (merge_moments([loaded, second]), resumed):
+        for name, mean in whole.mean.items():
+            torch.testing.assert_close(other.mean[name], mean, rtol=1e-12, atol=1e-15)
+            torch.testing.assert_close(other.squares[name], whole.squares[name], rtol=1e-12, atol=1e-15)
+        error, expected = (standard_error(m, drive(syms)).error for m in (other, whole))
+        assert 0.5 < float((error / expected).median()) < 2
+
+
+def test_a_group_left_out_is_what_the_others_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = measured(monkeypatch, 10**9)
+    for k, rest in enumerate(whole.leave_one_out()):
+        others = merge_moments([g for j, g in enumerate(whole.groups) if j != k])
+        for name, mean in others.mean.items():
+            torch.testing.assert_close(rest.mean[name], mean, rtol=1e-11, atol=1e-14)
+            torch.testing.assert_close(rest.squares[name], others.squares[name], rtol=1e-11, atol=1e-14)
+        assert set(rest.mean) == set(others.mean)
+
+
+def squared_mean(m: GradientMoments) -> Tensor:
+    """`|gbar|^2` without bias: `E|g|^2 = |gbar|^2 + Tr Sigma`, and `|m|^2` holds `Tr Sigma / n` too much."""
+    n, second = m.samples, m.second["s"][0].sum()
+    return (n * m.mean["w"].double().square().sum() - second) / (n - 1)
+
+
+@pytest.mark.parametrize(("keep", "low", "high"), [(1.0, 0.92, 0.98), (0.5, 0.0, 0.88)])
+def test_intervals_cover_the_truth(monkeypatch: pytest.MonkeyPatch, keep: float, low: float, high: float) -> None:
+    """`|gbar|^2` of Gaussian samples, from packed groups; with errors halved the same test fails."""
+    monkeypatch.setattr(packed, "SMALL", 0)
+    rng, runs, dim = torch.Generator().manual_seed(0), 250, 64
+    truth = torch.linspace(0.1, 0.3, dim, dtype=torch.float64)
+    hits = 0
+    for _ in range(runs):
+        samples = truth + torch.randn(16, 20, dim, generator=rng, dtype=torch.float64)
+        parts = [
+            GradientMoments(20, 0.0, {"s": (g.square().mean(0).sum().view(1),)}, {"w": g.mean(0)}) for g in samples
+        ]
+        moments = nf.moments.result.in_groups(parts)
+        estimate = standard_error(moments, squared_mean)
+        lower, upper = nf.moments.Estimate(
+            estimate.value, keep * estimate.error, estimate.bias, estimate.groups
+        ).interval()
+        hits += bool(lower <= truth.square().sum() <= upper)
+    assert low < hits / runs < high, f"{hits / runs:.3f} +- {math.sqrt(0.05 * 0.95 / runs):.3f}"
