@@ -23,9 +23,14 @@ CONTRACT = "def factory(): return model, loss_fn, batches  # loss_fn(model, batc
 
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """`loss_fn(model, batch)` gives per-sample losses `[batch]`; `batches` can be iterated again and again.
+    """A model together with what it is trained on.
 
-    `example_inputs` are what `find_symmetries` takes: a tensor, a tuple of arguments or a dict of keyword arguments.
+    Attributes:
+        name: how it is called on the command line and in titles.
+        model: the module, in the dtype in which it is to be measured.
+        loss_fn: `loss_fn(model, batch)` gives one loss per sample, shape `[batch]`.
+        batches: can be iterated again and again.
+        example_inputs: what `find_symmetries` takes: a tensor, a tuple of arguments or a dict of keyword arguments.
     """
 
     name: str
@@ -36,30 +41,48 @@ class Workload:
 
     @property
     def samples(self) -> int:
+        """The number of samples in all batches together."""
         return sum(_batch_length(b) for b in self.batches)
 
 
 def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Per-sample cross entropy of `(inputs, labels)`, shape `[batch]`."""
+    """The cross entropy of each sample of a batch `(inputs, labels)`, shape `[batch]`."""
     x, y = batch
     return F.cross_entropy(model(x), y, reduction="none")
 
 
 def squared_error(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Per-sample `||model(x) - y||^2` (not halved), shape `[batch]`."""
+    """The squared distance of output and target for each sample of a batch `(inputs, targets)`, shape `[batch]`.
+
+    It is neither halved nor averaged over the outputs: `||model(x) - y||^2`.
+
+    Example:
+        >>> squared_error(nn.Identity(), (torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2)))
+        tensor([5.])
+    """
     x, y = batch
     return (model(x) - y).square().flatten(1).sum(1)
 
 
 def digits(images: bool = False) -> tuple[Tensor, Tensor]:
-    """scikit-learn's bundled digits: 1,797 images in [0, 1], float64 `[1797, 64]` or `[1797, 1, 8, 8]`, and labels."""
+    """The handwritten digits that come with scikit-learn.
+
+    Args:
+        images: keep the 8 x 8 shape, for convolutions.
+
+    Returns:
+        1,797 images with values in [0, 1], float64 `[1797, 64]` or `[1797, 1, 8, 8]`, and their labels `[1797]`.
+
+    Raises:
+        MissingExtraError: without scikit-learn.
+    """
     bunch = require("sklearn.datasets", "examples").load_digits()  # type: ignore[attr-defined]
     x = torch.as_tensor(bunch.data / 16.0, dtype=torch.float64)
     return (x.reshape(-1, 1, 8, 8) if images else x), torch.as_tensor(bunch.target)
 
 
 def digits_mlp(seed: int = 0) -> Workload:
-    """64-32-32-10 ReLU classifier on digits."""
+    """A ReLU classifier of the digits with two hidden layers of 32 units."""
     torch.manual_seed(seed)
     layers = [nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)]
     x, y = digits()
@@ -67,7 +90,7 @@ def digits_mlp(seed: int = 0) -> Workload:
 
 
 def digits_cnn(seed: int = 0) -> Workload:
-    """Conv - GroupNorm - ReLU - pool - conv - ReLU - linear classifier on digits."""
+    """A small convolutional classifier of the digits, with a group norm behind the first convolution."""
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1),
@@ -85,7 +108,10 @@ def digits_cnn(seed: int = 0) -> Workload:
 
 
 def linear_factorisation(seed: int = 0, width: int = 6, samples: int = 4096) -> Workload:
-    """`||U W x - y||^2` with anisotropic inputs and label noise: the matrix factorisation of theory.md section 8."""
+    """A linear net of two layers with anisotropic inputs and label noise, whose equilibrium is known in closed form.
+
+    Source: theory.md section 8.
+    """
     rng = torch.Generator().manual_seed(seed)
     d = 6
     x = torch.randn(samples, d, generator=rng, dtype=torch.float64) * torch.linspace(0.4, 2.0, d, dtype=torch.float64)
@@ -103,12 +129,12 @@ BUILT_IN: dict[str, Callable[[], Workload]] = {
 
 
 def split(x: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
-    """`(x, y)` in consecutive batches of at most `size` samples."""
+    """The samples `x`, `y` in consecutive batches `(x, y)` of `size` samples; the last one may be smaller."""
     return list(zip(x.split(size), y.split(size), strict=True))
 
 
 def minibatches(x: Tensor, y: Tensor, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless minibatches drawn with replacement, as the theory assumes."""
+    """Endless minibatches `(x, y)` of `size` samples, each drawn from all of them, as the theory assumes."""
     rng = torch.Generator().manual_seed(seed)
     while True:
         chosen = torch.randint(len(x), (size,), generator=rng)
@@ -116,13 +142,23 @@ def minibatches(x: Tensor, y: Tensor, size: int, seed: int) -> Iterator[tuple[Te
 
 
 def load_workload(spec: str, data: str | None = None) -> Workload:
-    """A built-in workload by name, or what `package.module:factory` returns, with its data replaced by `data` if given.
+    """The workload that MODEL on the command line names.
 
-    The factory returns a Workload, or `(model, loss_fn, batches)` with `loss_fn(model, batch)` per-sample losses and
+    A factory returns a Workload, or `(model, loss_fn, batches)` with `loss_fn(model, batch)` per-sample losses and
     `batches` a list of batches (a tensor, or a tuple that starts with the model's input); for any other kind of batch
     it returns `(model, loss_fn, batches, example_inputs)`.
 
-    Raises DataError when the name, the factory, its result or the data file cannot be used.
+    Args:
+        spec: the name of a built-in workload, or `package.module:factory`.
+        data: other data in place of the workload's own: a `.npz` or `.safetensors` file with arrays `x` and `y`, or
+            `package.module:function`.
+
+    Raises:
+        DataError: when the name, the factory, its result or the data file cannot be used.
+
+    Example:
+        >>> load_workload("linear-factorisation").samples
+        4096
     """
     if spec.startswith("hf:"):
         raise DataError(f"{spec!r} gives a model without data or loss; give package.module:factory with {CONTRACT}")
@@ -139,7 +175,11 @@ def make(spec: str) -> Any:
 
 
 def load_object(spec: str) -> Callable[..., Any]:
-    """Import `package.module:attribute`, looking in the current folder too."""
+    """The callable at `package.module:attribute`; modules of the current folder are found too.
+
+    Raises:
+        DataError: when there is no such module or attribute, or it cannot be called.
+    """
     if not spec.partition(":")[2]:
         close = difflib.get_close_matches(spec, BUILT_IN, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
@@ -158,7 +198,11 @@ def load_object(spec: str) -> Callable[..., Any]:
 
 
 def as_workload(spec: str, result: Any) -> Workload:
-    """What a factory returned, as a Workload. Raises DataError when it breaks the contract."""
+    """What the factory `spec` returned, as a Workload.
+
+    Raises:
+        DataError: when it breaks the contract that `load_workload` describes.
+    """
     if isinstance(result, Workload):
         return result
     if not (isinstance(result, tuple) and len(result) in (3, 4) and isinstance(result[0], nn.Module)):
@@ -172,6 +216,7 @@ def as_workload(spec: str, result: Any) -> Workload:
 
 
 def _load_batches(data: str, size: int = 256) -> list[Any]:
+    """The batches that `--data` names, with an error that says what is wrong with a file."""
     path = Path(data)
     if path.suffix not in (".npz", ".safetensors"):
         if ":" in data:
@@ -206,6 +251,7 @@ def _read_arrays(path: Path) -> dict[str, Tensor]:
 
 
 def _listed(batches: Iterable[Any], source: str) -> list[Any]:
+    """The batches as a list; DataError where there are none, or one without samples."""
     try:
         listed = list(batches)
     except TypeError as cause:
@@ -220,6 +266,7 @@ def _listed(batches: Iterable[Any], source: str) -> list[Any]:
 
 
 def _inputs_of(batch: Any, source: str) -> tuple[Any, ...]:
+    """Four samples of the batch's input as example inputs of the model."""
     first = batch if isinstance(batch, Mapping) else _first(batch)
     if not isinstance(first, Tensor):
         raise DataError(

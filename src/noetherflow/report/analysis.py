@@ -20,7 +20,19 @@ HORIZON = 3.0
 
 
 def write_analysis(path: str | os.PathLike[str], analysis: Analysis, title: str) -> Path:
-    """One self-contained HTML file. Raises MissingExtraError without matplotlib or jinja2."""
+    """Write an analysis as one HTML file that needs no network.
+
+    Args:
+        path: the file.
+        analysis: what `nf.analyze` returned.
+        title: what was analysed; the page is called "Symmetries of TITLE".
+
+    Returns:
+        The path written.
+
+    Raises:
+        MissingExtraError: without matplotlib or jinja2.
+    """
     return write_page(path, f"Symmetries of {title}", analysis_sections(analysis), subtitle=_subtitle(analysis))
 
 
@@ -33,7 +45,7 @@ def _subtitle(analysis: Analysis) -> str:
 
 
 def analysis_sections(analysis: Analysis) -> list[Section]:
-    """Symmetries and certificate, the flow with its forecast, the equilibrium."""
+    """The cards of the page: symmetries, certificate, the flow with its forecast, and the equilibrium."""
     return [
         Section(
             "Symmetries",

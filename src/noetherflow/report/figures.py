@@ -26,10 +26,17 @@ def forecast_figure(
     errors: Mapping[str, Tensor],
     measured: Mapping[str, Tensor] | None = None,
 ) -> bytes:
-    """Charge norms against steps with a band of two standard errors; the trained charges beside them when given.
+    """Draw the norm of every symmetry's charge against steps, with a band of two standard errors.
 
-    `predicted`, `errors`, `measured`: per symmetry `[len(steps), *symmetry.shape]`. With `measured`, a second panel
-    compares the change of every coordinate.
+    Args:
+        steps: numbers of steps after the measurement.
+        predicted: charges by symmetry, `[len(steps), *symmetry.shape]`.
+        errors: their standard errors; a symmetry without them has no band.
+        measured: charges of a model trained on; with them, dots beside the lines, and a second panel that compares the
+            change of every coordinate.
+
+    Returns:
+        A PNG.
     """
     ticker: Any = require("matplotlib.ticker", "report")
     with style.context():
@@ -57,6 +64,7 @@ def forecast_figure(
 
 
 def _changes(ax: Any, steps: Sequence[int], predicted: Mapping[str, Tensor], measured: Mapping[str, Tensor]) -> None:
+    """Measured against forecast change of every coordinate over all steps."""
     for i, (name, charges) in enumerate(predicted.items()):
         change = (charges[-1] - charges[0]).flatten().numpy()
         seen = (measured[name][-1] - measured[name][0]).flatten().numpy()
@@ -68,7 +76,7 @@ def _changes(ax: Any, steps: Sequence[int], predicted: Mapping[str, Tensor], mea
 
 
 def balance_figure(imbalances: Mapping[str, np.ndarray]) -> bytes:
-    """Histograms of the relative Noether flow left in every coordinate, one per label (before, after, ...)."""
+    """Draw one histogram per label (before, after, ...) of the imbalance of every coordinate, `[n]` each; a PNG."""
     with style.context():
         figure, (ax,) = style.figure(columns=1, width=6.4)
         for color, (label, values) in zip((style.GD, style.MUTED, style.SGD), imbalances.items(), strict=False):
@@ -80,9 +88,16 @@ def balance_figure(imbalances: Mapping[str, np.ndarray]) -> bytes:
 
 
 def orbit_figure(path: np.ndarray, predicted: np.ndarray, measured_at: np.ndarray, measured: np.ndarray) -> bytes:
-    """Trace of the Hessian along the orbit through today's point (0) and the noise equilibrium (1).
+    """Draw the trace of the Hessian along the orbit through today's point (0) and the noise equilibrium (1).
 
-    `predicted`: `[len(path)]`; `measured`: `[len(measured_at), probes]`, drawn with two standard errors.
+    Args:
+        path: positions of the prediction, `[n]`.
+        predicted: the trace at each of them, `[n]`.
+        measured_at: positions of measurements, `[m]`.
+        measured: estimates there, one per probe, `[m, probes]`; drawn with two standard errors.
+
+    Returns:
+        A PNG.
     """
     with style.context():
         figure, (ax,) = style.figure(columns=1, width=6.4)

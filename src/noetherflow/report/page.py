@@ -18,7 +18,12 @@ from noetherflow.errors import DataError, require
 
 @dataclass(frozen=True, eq=False)
 class Figure:
-    """A plotly figure, or a PNG (its bytes or path), with a caption (also the text for those who cannot see it)."""
+    """A figure of a page.
+
+    Attributes:
+        content: a plotly figure, or a PNG as bytes or as the path of a file.
+        caption: shown below, and read to those who cannot see the figure.
+    """
 
     content: Any
     caption: str = ""
@@ -26,8 +31,15 @@ class Figure:
 
 @dataclass(frozen=True, eq=False)
 class Section:
-    """A heading, prose (blank lines part paragraphs, `backquotes` mark code), facts `(label, value)`, a table (rows as
-    mappings with the same keys) and figures, shown in this order."""
+    """A card of a page; its parts are shown in the order of the attributes.
+
+    Attributes:
+        heading: the title of the card, and its entry in the page's navigation.
+        prose: text; blank lines part paragraphs, `backquotes` mark code.
+        facts: pairs `(label, value)`, shown large.
+        table: rows as `{column: value}`.
+        figures: below the table.
+    """
 
     heading: str
     prose: str = ""
@@ -37,10 +49,24 @@ class Section:
 
 
 def write_page(path: str | os.PathLike[str], title: str, sections: Sequence[Section], subtitle: str = "") -> Path:
-    """Render and write one HTML file; a reader sees the old file or the new one, never half of it.
+    """Write one HTML file that needs no network; a reader sees the old file or the new one, never half of it.
 
-    plotly.js is embedded once, and only when a figure needs it. Raises MissingExtraError without jinja2 (or without
-    plotly, for plotly figures), DataError for a figure that is neither plotly nor PNG.
+    Args:
+        path: the file; its folder is made if it is missing.
+        title: the heading of the page.
+        sections: its cards.
+        subtitle: a sentence below the title.
+
+    Returns:
+        The path written.
+
+    Raises:
+        MissingExtraError: without jinja2, or without plotly for plotly figures.
+        DataError: for a figure that is neither plotly nor PNG.
+
+    Example:
+        >>> from noetherflow.report import Section, write_page
+        >>> page = write_page("page.html", "Runs", [Section("Losses", table=[{"run": "a", "loss": 0.5}])])
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +75,7 @@ def write_page(path: str | os.PathLike[str], title: str, sections: Sequence[Sect
 
 
 def render_page(title: str, sections: Sequence[Section], subtitle: str = "") -> str:
-    """The HTML text of `write_page`."""
+    """The HTML text that `write_page` writes. plotly.js is embedded once, and only when a figure needs it."""
     from noetherflow import __version__
 
     jinja2: Any = require("jinja2", "report")

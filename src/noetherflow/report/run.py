@@ -48,9 +48,18 @@ MAPS = {
 
 
 def write_run_report(run_dir: str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> Path:
-    """Write `RUN_DIR/report.html` (or `path`) from the run's log: one interactive file that needs no network.
+    """Write the report of a training run: one interactive HTML file that needs no network.
 
-    Raises DataError when the directory holds no log with a recorded step, MissingExtraError without plotly or jinja2.
+    Args:
+        run_dir: the `run_dir` of the run's ledger.
+        path: where to write, `RUN_DIR/report.html` by default.
+
+    Returns:
+        The path written.
+
+    Raises:
+        DataError: when the folder holds no log with a recorded step.
+        MissingExtraError: without plotly or jinja2.
     """
     data = RunData.load(run_dir)
     events = sorted([*data.events, *data.spikes()], key=lambda e: e["step"])

@@ -39,13 +39,16 @@ RC = {
 
 
 def context() -> Any:
-    """matplotlib's settings for the time of a `with` block."""
+    """A context manager in which matplotlib draws in the common style."""
     mpl: Any = require("matplotlib", "report")
     return mpl.rc_context(RC)
 
 
 def figure(columns: int = 2, rows: int = 1, width: float = 4.6, height: float = 3.5) -> tuple[Any, np.ndarray]:
-    """A figure and its axes `[rows * columns]`; no pyplot, no global state."""
+    """A new figure and its axes `[rows * columns]`; `width` and `height` in inches for one of them.
+
+    No pyplot and no global state: figures can be drawn in threads and are freed like any object.
+    """
     figures: Any = require("matplotlib.figure", "report")
     fig = figures.Figure(figsize=(width * columns, height * rows), layout="constrained")
     return fig, fig.subplots(rows, columns, squeeze=False).reshape(-1)
@@ -58,7 +61,7 @@ def save(fig: Any, path: Any, **options: Any) -> None:
 
 
 def band(ax: Any, x: Any, values: Any, color: str, label: str | None = None, **line: Any) -> None:
-    """Mean over the last axis (seeds) with a band of two standard errors."""
+    """Draw the mean over the last axis of `values` `[len(x), seeds]` as a line, with a band of two standard errors."""
     v = np.asarray(values, dtype=float)
     mean = v.mean(-1)
     error = v.std(-1, ddof=1) / np.sqrt(v.shape[-1]) if v.shape[-1] > 1 else np.zeros_like(mean)
@@ -67,7 +70,7 @@ def band(ax: Any, x: Any, values: Any, color: str, label: str | None = None, **l
 
 
 def dots(ax: Any, x: Any, values: Any, color: str, label: str | None = None, marker: str = "o", **kwargs: Any) -> None:
-    """Mean over the last axis (seeds) with error bars of two standard errors."""
+    """Draw the mean over the last axis of `values` `[len(x), seeds]` as dots, with bars of two standard errors."""
     v = np.asarray(values, dtype=float)
     error = 2 * v.std(-1, ddof=1) / np.sqrt(v.shape[-1]) if v.shape[-1] > 1 else None
     ax.errorbar(

@@ -42,10 +42,16 @@ def watch(
     console: Console | None = None,
     until: Callable[[], bool] | None = None,
 ) -> None:
-    """Show the run as it is written, until interrupted (or `until()` is true); the run's first step may come later.
+    """Show a run in the terminal while it is written, until Ctrl-C. The run's first step may come later.
 
-    Only the last `KEPT` recorded steps are looked at. Raises DataError when there is no such folder, and when the log
-    is corrupt or of another format.
+    Args:
+        run_dir: the `run_dir` of the ledger. Only the last `KEPT` recorded steps are looked at.
+        refresh: seconds between two looks.
+        console: where to draw, standard output by default.
+        until: asked before every look; the view ends when it answers true.
+
+    Raises:
+        DataError: when there is no such folder, and when the log is corrupt or of another format.
     """
     if not Path(run_dir).is_dir():
         raise DataError(
