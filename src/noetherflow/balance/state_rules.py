@@ -133,7 +133,7 @@ _table(torch.optim.SGD, {"momentum_buffer": LIKE_GRADIENT}, ("momentum", "dampen
 _table(torch.optim.Adam, _ADAM, ("betas", "amsgrad"))
 _table(torch.optim.SparseAdam, _ADAM)
 _table(torch.optim.NAdam, _ADAM, ("betas", "momentum_decay"))
-_table(torch.optim.RAdam, _ADAM)
+_table(torch.optim.RAdam, _ADAM, ("betas", "decoupled_weight_decay", "capturable"))
 _table(torch.optim.Adamax, {"exp_avg": LIKE_GRADIENT, "exp_inf": left("it is a maximum of absolute gradients")})
 _table(
     torch.optim.RMSprop,
