@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -305,3 +307,20 @@ def test_slices_of_any_size_add_up(optimizer: str, monkeypatch: pytest.MonkeyPat
         rows.append(ledger.records())
     for a, b in zip(*rows, strict=True):
         assert [b[f] for f in FIELDS] == pytest.approx([a[f] for f in FIELDS], rel=1e-9, abs=1e-13 * a["norm"])
+
+
+def test_symmetries_of_offset_gains_are_left_out_and_named(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plain = nf.find_symmetries(model, torch.randn(2, 4))
+    offset = nf.declare(
+        model, "diagonal", plus=[("0.bias", 0)], minus=[("2.weight", 1)], offsets={"0.bias": 1.0}, name="offset"
+    )
+    both = dataclasses.replace(plain, symmetries=(*plain, *offset))
+    with nf.Ledger(model, optimizer, both, run_dir=tmp_path, detail="symmetry") as ledger:
+        model(torch.randn(8, 4)).square().mean().backward()
+        optimizer.step()
+    header = (tmp_path / LOG_NAME).read_text().splitlines()[0]
+    assert [s["name"] for s in json.loads(header)["symmetries"]] == ["0 -> 2"]
+    assert ledger.excluded == {"offset": "acts on 0.bias +1: the ledger splits updates along the weight itself"}
+    assert json.loads(header)["excluded"] == ledger.excluded

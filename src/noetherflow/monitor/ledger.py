@@ -133,6 +133,8 @@ class Ledger:
         return sharding.from_first_rank(step) if self._meter.sharded else step
 
     def _set_symmetries(self, syms: SymmetrySet) -> None:
+        syms = syms.without_offsets("the ledger splits updates along the weight itself")
+        self.excluded = syms.excluded
         watched: list[Watched] = [*syms, *(WatchedTranslation(t) for t in syms.translations if self._translations)]
         named = parameters_of(self.model, self.optimizer, [n for item in watched for n in item.parameters], syms.shapes)
         shapes = {n: tuple(t.shape) for n, t in named.items()}
@@ -245,6 +247,7 @@ class Ledger:
             "kind": "run",
             "format": FORMAT,
             "step": self.step,
+            "excluded": self.excluded,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
             "optimizer": type(self.optimizer).__name__,
             "rule": type(self.rule).__name__,

@@ -120,6 +120,12 @@ class SymmetrySet:
         }
         return self.without(reasons)
 
+    def without_offsets(self, why: str) -> SymmetrySet:
+        """Exclude every symmetry that acts on a parameter plus a constant (`Symmetry.offsets`), and say `why`."""
+        return self.without(
+            {s.name: f"acts on {n} {o:+g}: {why}" for s in self.symmetries for n, o in list(s.offsets.items())[:1]}
+        )
+
     @property
     def parameters(self) -> tuple[str, ...]:
         """Names of all parameters that carry a charge, each once."""
