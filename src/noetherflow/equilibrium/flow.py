@@ -20,6 +20,7 @@ from noetherflow.equilibrium.forecast import Forecast, orbit_forecast
 from noetherflow.equilibrium.joint import noise_equilibrium
 from noetherflow.equilibrium.orbit import MeasuredOrbit, Samples, measured_orbit, separate_orbits
 from noetherflow.equilibrium.potential import Drift, Potential
+from noetherflow.equilibrium.regime import drift_parts
 from noetherflow.equilibrium.result import Settled
 from noetherflow.errors import MomentError
 from noetherflow.moments.result import GradientMoments
@@ -267,7 +268,7 @@ def noether_flow(
     for s, settled in zip(syms, alone, strict=True):
         theta = {n: tensors[n].detach().double().cpu() for n in s.parameters}
         charge = s.charge(theta)
-        noise, step_size = _parts(s, mom, sgd)
+        noise, step_size = drift_parts(s, mom, sgd)
         times = _relaxation(s, settled, potential)
         rows.append(
             ChargeFlow(
@@ -303,22 +304,13 @@ def norm_where(parts: Iterable[tuple[Tensor, Tensor]]) -> float | None:
     return _norm(chosen) if chosen.numel() else None
 
 
-def _parts(symmetry: Symmetry, mom: GradientMoments, sgd: SGDConfig) -> tuple[Tensor, Tensor]:
-    """Noise and step-size parts of the drift."""
-    drift = Drift.of(sgd)
-    (a, b), (c, d) = mom.batch_weights(sgd)
-    second = symmetry.combine(tuple(m.cpu() for m in mom.second[symmetry.name]))
-    mean = symmetry.charge({n: mom.mean[n].double().cpu() for n in symmetry.parameters})
-    return drift.noise * (a * second + b * mean), drift.mean * (c * second + d * mean)
-
-
 def _drift_errors(syms: SymmetrySet, mom: GradientMoments, sgd: SGDConfig) -> dict[str, Tensor]:
     """Jackknife standard errors of `noise + step_size`."""
     if len(mom.groups) < 2:
         return {}
 
     def drifts(m: GradientMoments) -> dict[str, Tensor]:
-        return {s.name: sum(_parts(s, m, sgd), torch.zeros(())) for s in syms}
+        return {s.name: sum(drift_parts(s, m, sgd), torch.zeros(())) for s in syms}
 
     legs = replace(mom, groups=tuple(replace(g, squares={}) for g in mom.groups))
     return {n: e.error for n, e in jackknife(legs, drifts(mom), drifts, sgd.dataset_size).items()}

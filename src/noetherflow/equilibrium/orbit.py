@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -184,8 +184,9 @@ def measured_orbit(
     Raises MomentError naming the parameters for which nothing suffices, DataError for samples that disagree with the
     moments.
     """
-    tensors, samples = tensors_of(model), samples or {}
+    tensors = tensors_of(model)
     coordinates = leg_coordinates(symmetries, {n: tuple(t.shape) for n, t in tensors.items()})
+    samples = _given_or_zero(samples, tensors, mixed_parameters(coordinates, symmetries), potential)
     lacking = [n for n in mixed_parameters(coordinates, symmetries) if n not in samples]
     if lacking:
         raise MomentError(
@@ -211,7 +212,7 @@ def separate_orbits(
     Raises MomentError for a symmetry that shares entries with itself and has no entry-wise moments (torus) or samples
     (general_linear), DataError for samples that disagree with the moments.
     """
-    tensors, samples = tensors_of(model), samples or {}
+    tensors = tensors_of(model)
     shapes = {n: tuple(t.shape) for n, t in tensors.items()}
     terms: list[OrbitTerm] = []
     for index, symmetry in enumerate(symmetries):
@@ -219,15 +220,25 @@ def separate_orbits(
             name: tuple(replace(leg, symmetry=index) for leg in legs)
             for name, legs in leg_coordinates([symmetry], shapes).items()
         }
-        lacking = [n for n in mixed_parameters(alone, symmetries) if n not in samples]
+        own = _given_or_zero(samples, tensors, mixed_parameters(alone, symmetries), potential)
+        lacking = [n for n in mixed_parameters(alone, symmetries) if n not in own]
         if lacking:
             raise MomentError(
                 f"one measurement does not determine the equilibrium of {symmetry.name!r} with the others held: it "
                 f"moves entries of {lacking[:4]} along two axes; pass samples=nf.gradient_factors(model, loss_fn, "
                 f"batches, syms) of the same batches"
             )
-        terms += _terms(tensors, symmetries, alone, moments, potential, samples)
+        terms += _terms(tensors, symmetries, alone, moments, potential, own)
     return MeasuredOrbit(tuple(symmetries), potential, tuple(terms))
+
+
+def _given_or_zero(
+    samples: Samples | None, tensors: Mapping[str, Tensor], names: Iterable[str], potential: Potential
+) -> Samples:
+    """The samples given; a single zero for each of `names` where the potential needs no gradients."""
+    if potential.needs_gradients:
+        return samples or {}
+    return {n: torch.zeros(1, *tensors[n].shape, dtype=torch.float64) for n in names}
 
 
 def _terms(

@@ -210,6 +210,11 @@ class Potential:
         (a, b), (c, d) = moments.batch_weights(sgd)
         return cls(drift.decay, drift.noise * a + drift.mean * c, drift.noise * b + drift.mean * d)
 
+    @property
+    def needs_gradients(self) -> bool:
+        """False where Phi is the norm of the weights alone."""
+        return self.second != 0 or self.mean != 0
+
     def drive(self, second: Tensor, mean_square: Tensor) -> Tensor:
         """`M` of a leg: its measured `E[g g^T]` and `gbar gbar^T` weighed as in Phi, float64."""
         return self.second * second.double() + self.mean * mean_square.double()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
 from noetherflow.core.printing import count, show, table
-
-Class = Literal["finite", "one-sided", "degenerate"]
+from noetherflow.equilibrium.regime import Regime
+from noetherflow.equilibrium.verdict import Class
+from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,11 +22,12 @@ class Settled:
     `element` moves the model there (layout `symmetry.shape`; the identity on coordinates without a finite equilibrium;
     general_linear elements `G` are as good as `R G` for any rotation `R`). `classification`: `finite`; `one-sided`:
     nothing holds the norm back (all legs scale the same way, no decay); `degenerate`: some coordinates have no finite
-    equilibrium, for `reason`. `finite`: true for the coordinates (torus) or blocks (general_linear) that have one,
-    `[blocks]`. `charge_now`, `charge`: the charge today and
-    predicted at `element`; `weight_grams`, `noise_grams`: predicted leg Grams there. `imbalance`: relative Noether
-    flow left, per coordinate or block. `log_error`: standard error of `1/2 log(G^T G)`, `log element` for a torus,
-    entry by entry.
+    equilibrium, for `reason`; `ill-conditioned`: general_linear factors too stretched for their Grams to tell.
+    `finite`: true for the coordinates (torus) or blocks (general_linear) that have one, `[blocks]`. `charge_now`,
+    `charge`: the charge today and predicted at `element`; `weight_grams`, `noise_grams`: predicted leg Grams there.
+    `imbalance`: relative Noether flow left, per coordinate or block. `eps`: the normalisation constant that makes
+    the symmetry only approximate, where there is one; charge and imbalance are then those for `eps = 0`.
+    `log_error`: standard error of `1/2 log(G^T G)`, `log element` for a torus, entry by entry.
     """
 
     name: str
@@ -40,12 +44,11 @@ class Settled:
     finite: Tensor
     reason: str = ""
     log_error: Tensor | None = None
+    eps: float | None = None
 
     @property
     def largest_change(self) -> float:
         """The largest factor, or its inverse, by which the element stretches any direction."""
-        import torch
-
         e = self.element
         spectrum = e if e.ndim == 1 else torch.linalg.svdvals(e)
         return float(spectrum.log().abs().max().exp())
@@ -70,6 +73,7 @@ class Settled:
             "charge_now": self.charge_now.tolist(),
             "charge": self.charge.tolist(),
             "log_error": None if self.log_error is None else self.log_error.tolist(),
+            "eps": self.eps,
         }
 
 
@@ -95,8 +99,8 @@ class Equilibrium:
     norm: float
     trace_now: float | None
     trace: float | None
-    excluded: dict[str, str] = field(default_factory=dict)
-    symmetries: Any = None
+    symmetries: SymmetrySet
+    regime: Regime | None = None
 
     def __getitem__(self, name: str) -> Settled:
         for item in self.settled:
@@ -104,8 +108,13 @@ class Equilibrium:
                 return item
         raise KeyError(f"no symmetry named {name!r}; names: {[s.name for s in self.settled][:20]}")
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Settled]:
         return iter(self.settled)
+
+    @property
+    def excluded(self) -> dict[str, str]:
+        """Symmetries left out, with the reason."""
+        return dict(self.symmetries.excluded)
 
     @property
     def elements(self) -> dict[str, Tensor]:
@@ -125,6 +134,8 @@ class Equilibrium:
             + show(self.imbalance),
             table(self._families(), "finite, one-sided, degenerate", "largest factor", "imbalance"),
         ]
+        lines += [] if self.regime is None else [str(self.regime)]
+        lines += self._approximate()
         lines += [f"{s.name}: {s.classification}: {s.reason}" for s in self.settled if s.reason][:20]
         lines += [f"excluded: {name}: {why}" for name, why in self.excluded.items()]
         if not self.converged:
@@ -136,16 +147,36 @@ class Equilibrium:
         out = []
         for family in dict.fromkeys(s.family for s in self.settled):
             own = [s for s in self.settled if s.family == family]
-            counts = {c: sum(s.classification == c for s in own) for c in get_args(Class)}
+            counts = {c: sum(s.classification == c for s in own) for c in self._classes()}
             factor = max(s.largest_change for s in own)
             out.append({"family": family, "symmetries": len(own), **counts, "largest factor": factor})
         return out
+
+    def _classes(self) -> list[str]:
+        """The classes to count: the usual three, and what else there is."""
+        usual = ("finite", "one-sided", "degenerate")
+        return [c for c in get_args(Class) if c in usual or any(s.classification == c for s in self.settled)]
+
+    def _approximate(self) -> list[str]:
+        """One line on the symmetries that a normalisation's eps breaks, where they move."""
+        own = [s for s in self.settled if s.eps is not None and s.largest_change > 1]
+        if not own:
+            return []
+        worst = max(own, key=lambda s: s.largest_change)
+        return [
+            f"{count(len(own), 'symmetry is', 'symmetries are')} only approximate ({worst.name}: eps {worst.eps:g}): "
+            f"their "
+            "charges and imbalance are those for eps 0, and moving them changes the outputs; measure again after the "
+            "move, "
+            "or leave them in place with approximate=False"
+        ]
 
     __repr__ = __str__
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "objective": self.objective,
+            "regime": None if self.regime is None else self.regime.to_dict(),
             "converged": self.converged,
             "joint": self.joint,
             "imbalance_now": self.imbalance_now,

@@ -161,10 +161,22 @@ def _sweep(
         if not bool(torch.isfinite(new).all()):
             raise MomentError(
                 f"symmetry {s.name!r}: an estimated second moment is not positive or not finite on the way to the "
-                "equilibrium; measure more samples (for curvature_moments, more probes)"
+                f"equilibrium; {_remedy(s)}"
             )
         logs.append(new)
     return logs
+
+
+def _remedy(symmetry: Symmetry) -> str:
+    """What to do about drives that are not positive; for general_linear, stretched factors are the usual cause."""
+    more = "measure more samples (for curvature_moments, more probes)"
+    if symmetry.is_torus:
+        return more
+    return (
+        "its factors may be ill-conditioned: orthogonalise them, nf.balance_(model, nf.noise_equilibrium(model, "
+        "syms, None, "
+        f"objective='norm'), example_inputs=...), and measure there, or pass remeasure=; else {more}"
+    )
 
 
 def _torus_step(classes: TorusClasses, x: Tensor, y: Tensor) -> Tensor:

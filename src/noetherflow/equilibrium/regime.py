@@ -1,0 +1,83 @@
+"""What a measured drift consists of, and for how long it can be trusted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from noetherflow.core.printing import show
+from noetherflow.core.settings import SGDConfig
+from noetherflow.equilibrium.potential import Drift
+from noetherflow.moments.result import GradientMoments, trace
+from noetherflow.symmetry.symmetry import Symmetry
+
+
+@dataclass(frozen=True)
+class Regime:
+    """How much of the drift is the mean gradient's, and how many steps the measured gradients last.
+
+    Attributes:
+        mean_share: The step-size part's share of the drift by gradients, `sum |step_size| / sum (|noise| +
+            |step_size|)` over all coordinates; near 0 in the noise regime of the theory, near 1 early in training
+            with momentum.
+        horizon: Steps after which the loss would be gone if the mean gradient stayed as it is; infinite at a minimum.
+    """
+
+    mean_share: float
+    horizon: float
+
+    def __str__(self) -> str:
+        lasts = "lasts" if math.isinf(self.horizon) else f"lasts about {show(self.horizon)} steps"
+        return f"mean gradient: {self.mean_share:.0%} of the drift by gradients, {lasts}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """`mean_share`, and `horizon` in steps (None where infinite)."""
+        return {"mean_share": self.mean_share, "horizon": self.horizon if math.isfinite(self.horizon) else None}
+
+
+def drift_parts(symmetry: Symmetry, moments: GradientMoments, sgd: SGDConfig) -> tuple[Tensor, Tensor]:
+    """The noise and the step-size part of `E[C' - C]`, layout `symmetry.shape` (theory.md section 4)."""
+    drift = Drift.of(sgd)
+    (a, b), (c, d) = moments.batch_weights(sgd)
+    second = symmetry.combine(tuple(m.cpu() for m in moments.second[symmetry.name]))
+    mean = symmetry.charge({n: moments.mean[n].double().cpu() for n in symmetry.parameters})
+    return drift.noise * (a * second + b * mean), drift.mean * (c * second + d * mean)
+
+
+def regime_of(symmetries: Sequence[Symmetry], moments: GradientMoments, sgd: SGDConfig) -> Regime:
+    """The regime of the symmetries' drift.
+
+    Horizon: as long as the mean gradient stays, steps of `lr / (1 - m)` along it lower the loss by `lr |gbar|^2 / (1
+    - m)` each. A loss that cannot fall below zero allows at most `loss (1 - m) / (lr |gbar|^2)` of them: by then the
+    gradient must have changed. It is a first-order estimate, and an upper bound where the loss at the minimum is not
+    zero. The mean gradient is that of the measured parameters, its sampling noise taken off.
+    """
+    parts = [drift_parts(s, moments, sgd) for s in symmetries]
+    noise, mean = (sum((float(p[k].abs().sum()) for p in parts), 0.0) for k in (0, 1))
+    share = mean / (noise + mean) if noise + mean > 0 else 0.0
+    square = mean_gradient_square(symmetries, moments, sgd)
+    if square <= 0 or not moments.loss > 0:
+        return Regime(share, math.inf)
+    return Regime(share, moments.loss / (sgd.effective_lr * square))
+
+
+def mean_gradient_square(symmetries: Sequence[Symmetry], moments: GradientMoments, sgd: SGDConfig) -> float:
+    """`|gbar|^2` over the measured parameters, less what the noise of finitely many samples adds where it is known;
+    0 where that is all of it.
+    """
+    _, (c, d) = moments.batch_weights(sgd)
+    traces = {n: float(t.sum()) for n, t in moments.squares.items()}
+    for s in symmetries:
+        for leg, second in zip(s.weight_legs, moments.second[s.name], strict=True):
+            whole = bool((leg.entry_coordinates(tuple(moments.mean[leg.parameter].shape)) >= 0).all())
+            if leg.parameter not in traces and whole:
+                traces[leg.parameter] = float(trace(second))
+    total = 0.0
+    for name, mean in moments.mean.items():
+        square = float(mean.double().square().sum())
+        total += c * traces[name] + d * square if name in traces else square
+    return max(0.0, total)
