@@ -67,8 +67,9 @@ def first_order(symmetry: Symmetry, tensors: Mapping[str, Tensor], moments: Grad
     """
     zero = torch.zeros(symmetry.shape, dtype=torch.float64)
     total = FirstOrder(zero, zero, zero)
+    here = symmetry.positions({n: tensors[n].detach() for n in symmetry.parameters})
     for leg, second in zip(symmetry.weight_legs, moments.second[symmetry.name], strict=True):
-        theta = tensors[leg.parameter].detach().double().cpu()
+        theta = here[leg.parameter].double().cpu()
         one = _of_leg(symmetry, leg, theta, moments.mean[leg.parameter].double().cpu(), second.double().cpu())
         total = FirstOrder(total.value + one.value, total.mean + one.mean, total.noise + one.noise)
     return total

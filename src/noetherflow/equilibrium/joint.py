@@ -221,7 +221,7 @@ def _charges_of_others(
             continue
         moved = {n: tensors[n].detach().double().cpu() for n in start.symmetry.parameters}
         for mover, element in moves:
-            moved = {n: mover.move(n, t, element) for n, t in moved.items()}
+            moved = {n: mover.move_weight(n, t, element) for n, t in moved.items()}
         out[start.symmetry.name] = start.symmetry.charge(moved)
     return out
 
