@@ -21,7 +21,7 @@ from noetherflow.equilibrium.solve import drives, imbalance
 from noetherflow.equilibrium.start import Start, no_moments, starts_of
 from noetherflow.equilibrium.task import Question, SolveOptions, Task, log_errors
 from noetherflow.equilibrium.verdict import Verdict
-from noetherflow.errors import MomentError
+from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.result import GradientMoments
 from noetherflow.symmetry.symmetry import Symmetry
 from noetherflow.symmetry.symmetry_set import SymmetrySet
@@ -106,6 +106,8 @@ def noise_equilibrium(
     if mom is None or chosen.moments == "none":
         mom = no_moments(model, tuple(syms))
     potential = chosen.potential(mom, sgd)
+    if potential.norm < 0 or potential.second < 0:
+        raise DataError(f"objective {chosen.name!r} has no minimum: negative coefficients in {potential}")
     if chosen.moments != "none":
         refuse_other_moments(model, syms, mom)
     return _answer(model, Question(syms, mom, sgd, chosen, potential, options))
