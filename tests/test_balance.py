@@ -16,7 +16,7 @@ from equilibrium_cases import Problem, linear, mlp, union
 from noetherflow.balance.model import balance_
 from noetherflow.balance.optimizer_state import EntryMove
 from noetherflow.equilibrium import Equilibrium, noise_equilibrium
-from noetherflow.errors import CertificateError, DataError
+from noetherflow.errors import CertificateError, DataError, MomentError
 
 SGD = nf.SGDConfig(0.05, 4, weight_decay=1e-3)
 
@@ -410,7 +410,9 @@ def test_broken_symmetry_is_refused_and_nothing_moves() -> None:
     problem = Problem(problem.model, wrong, problem.data)
     optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.01, momentum=0.9)
     train(problem, optimizer)
-    eq = noise_equilibrium(problem.model, wrong, problem.measure(), SGD)
+    with pytest.raises(MomentError, match="theta"):
+        noise_equilibrium(problem.model, wrong, problem.measure(), SGD)
+    eq = noise_equilibrium(problem.model, wrong, None, objective="norm")
     before, state = problem.tensors(), copy.deepcopy(optimizer.state_dict())
     with pytest.raises(CertificateError, match=r"changed the outputs by .* was restored"):
         balance_(problem.model, eq, optimizer, example_inputs=problem.data[0])

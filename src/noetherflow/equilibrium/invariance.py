@@ -98,8 +98,8 @@ def refuse_other_moments(model: nn.Module, syms: SymmetrySet, moments: GradientM
     tensors = tensors_of(model)
     found: list[tuple[float, Symmetry]] = []
     for s in syms:
-        if s.name not in moments.second:
-            continue
+        if s.name not in moments.second or any(leg.buffer for leg in s.legs):
+            continue  # running statistics move along: the gradient at fixed ones obeys no such law
         allowed = _allowance(model, syms, s, moments)
         test = first_order(s, tensors, moments)
         beyond = test.beyond(allowed)
