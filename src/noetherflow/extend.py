@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from noetherflow.balance.state_rules import LIKE_GRADIENT, LIKE_SQUARES, LIKE_WEIGHT, StateMove, left, state_rule
+from noetherflow.equilibrium.objective import objective
+from noetherflow.equilibrium.potential import Drift, Potential
 from noetherflow.errors import MomentError
 from noetherflow.moments.forms import Dense, Form, OneToken, Outer
 from noetherflow.moments.rules import registry
@@ -23,11 +25,13 @@ __all__ = [
     "LIKE_WEIGHT",
     "Call",
     "Dense",
+    "Drift",
     "Form",
     "LedgerRule",
     "OneToken",
     "Outer",
     "Parts",
+    "Potential",
     "Products",
     "Site",
     "StateMove",
@@ -39,6 +43,7 @@ __all__ = [
     "ledger_rule",
     "left",
     "moment_rule",
+    "objective",
     "outer",
     "state_rule",
     "summed",
