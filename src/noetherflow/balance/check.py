@@ -69,7 +69,7 @@ class OutputCheck:
         """
         if self.tolerance is not None:
             return self.tolerance
-        rounding = 10 * max((torch.finfo(dtype).eps for dtype in precisions), default=0.0) ** 0.75
+        rounding: float = 10 * max((torch.finfo(dtype).eps for dtype in precisions), default=0.0) ** 0.75
         return max(rounding, APPROXIMATE) if any(s.eps is not None for s in symmetries) else rounding
 
     def _refuse_broken(self, symmetries: Sequence[Symmetry]) -> None:

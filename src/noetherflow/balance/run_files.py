@@ -121,7 +121,7 @@ def _load(path: Path) -> dict[str, Any]:
 def _optimizer(content: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     """The optimiser's state: the content itself, or what it has under a usual key."""
     for saved in (content, *(content[k] for k in OPTIMIZER_KEYS if k in content)):
-        if is_saved_optimizer(saved):
+        if isinstance(saved, Mapping) and is_saved_optimizer(saved):
             return saved
     raise CheckpointError(
         f"{path} holds no optimizer.state_dict(): no 'state' with 'param_groups', also not under "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,47 +41,67 @@ def watch_accelerate(accelerator: Any, model: nn.Module, optimizer: Any, syms: S
 def lightning_callback(syms: Symmetries, *, package: str | None = None, optimizer: int = 0, **options: Any) -> Any:
     """A Lightning callback; its `.ledger` exists once fitting has started. State goes into Lightning's checkpoints.
 
-    `package`: `lightning.pytorch` or `pytorch_lightning`, by default the one already imported. `optimizer` is the index
-    of the watched one. The ledger hooks the optimiser itself, inside the closure that Lightning passes to its step:
-    `on_before_optimizer_step` fires before Lightning clips the gradients.
+    The ledger hooks the optimiser itself, inside the closure that Lightning passes to its step:
+    `on_before_optimizer_step` fires before Lightning clips the gradients. Several optimisers (a GAN, Muon beside AdamW)
+    take one callback each; every callback's state is kept under a key of its own.
 
-    Raises MissingExtraError when neither package is installed.
+    Args:
+        syms: the symmetries, or a function that finds them in the module.
+        package: `lightning.pytorch` or `pytorch_lightning`, by default the one already imported.
+        optimizer: the index of the watched one.
+        options: passed on to `Ledger`.
+
+    Raises:
+        MissingExtraError: neither package is installed.
     """
     names = [package] if package else [n for n in LIGHTNING if n in sys.modules] or list(LIGHTNING)
-    base = _first(names).Callback
+    base: Any = _first(names).Callback
 
-    class LightningLedger(base):  # type: ignore[misc, valid-type]
+    class LightningLedger(_LightningHooks, base):
         """Keeps a ledger of one optimiser's steps."""
 
-        ledger: Ledger | None = None
-        _restored: dict[str, Any] | None = None
+    return LightningLedger(syms, optimizer, options)
 
-        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            self.ledger = Ledger(pl_module, trainer.optimizers[optimizer], _resolve(syms, pl_module), **options)
-            if self._restored is not None:
-                self.ledger.load_state_dict(self._restored)
-                self._restored = None
-            self.ledger.attach()
 
-        def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
-            if self.ledger is not None:
-                self.ledger.note(_batch_loss(trainer, pl_module, loss))
+class _LightningHooks:
+    """What Lightning calls, apart from its base class, which is imported late."""
 
-        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            if self.ledger is not None:
-                self.ledger.close()
+    def __init__(self, syms: Symmetries, optimizer: int, options: Mapping[str, Any]) -> None:
+        self.ledger: Ledger | None = None
+        self._syms, self._optimizer, self._options = syms, optimizer, options
+        self._restored: dict[str, Any] | None = None
 
-        def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-            if self.ledger is not None:
-                self.ledger.close()
+    @property
+    def state_key(self) -> str:
+        """Under which the state lies in Lightning's checkpoints: one key per optimiser."""
+        name = type(self).__qualname__
+        return f"{name}[optimizer={self._optimizer}]" if self._optimizer else name
 
-        def state_dict(self) -> dict[str, Any]:
-            return {} if self.ledger is None else self.ledger.state_dict()
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        optimizer = trainer.optimizers[self._optimizer]
+        self.ledger = Ledger(pl_module, optimizer, _resolve(self._syms, pl_module), **self._options)
+        if self._restored is not None:
+            self.ledger.load_state_dict(self._restored)
+            self._restored = None
+        self.ledger.attach()
 
-        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-            self._restored = dict(state_dict) or None
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        if self.ledger is not None:
+            self.ledger.note(_batch_loss(trainer, pl_module, loss))
 
-    return LightningLedger()
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.ledger is not None:
+            self.ledger.close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if self.ledger is not None:
+            self.ledger.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.ledger is None else self.ledger.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = dict(state_dict) or None
 
 
 def _batch_loss(trainer: Any, module: Any, backpropagated: torch.Tensor) -> torch.Tensor:
@@ -106,58 +126,71 @@ def _first(names: list[str]) -> Any:
 def trainer_callback(syms: Symmetries, *, resume_from: str | Path | None = None, **options: Any) -> Any:
     """A callback for `transformers.Trainer`; its `.ledger` exists once training has begun.
 
-    Its state is saved beside every checkpoint (`noetherflow_ledger.pt`) and read when training resumes from one.
-    `resume_from`: that checkpoint's folder, when it does not lie in the Trainer's `output_dir`. The ledger of a
-    training that resumes without such a state warns and counts on from its own log.
-    The loss of a row is what the Trainer logged last, its mean over the `logging_steps` steps before.
+    Its state is saved beside every checkpoint (`noetherflow_ledger.pt`) and read when training resumes from one. The
+    ledger of a training that resumes without such a state warns and counts on from its own log. The loss of a row is
+    what the Trainer logged last, its mean over the `logging_steps` steps before.
 
-    Raises MissingExtraError without transformers.
+    Args:
+        syms: the symmetries, or a function that finds them in the model.
+        resume_from: the checkpoint's folder, when it does not lie in the Trainer's `output_dir`.
+        options: passed on to `Ledger`.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
     """
     transformers: Any = require("transformers", "hf")
+    base: Any = transformers.TrainerCallback
 
-    class TrainerLedger(transformers.TrainerCallback):
+    class TrainerLedger(_TrainerHooks, base):
         """Keeps a ledger of the trainer's optimiser."""
 
-        ledger: Ledger | None = None
-        _before: tuple[int, int] = (0, 0)
-        _loss: float | None = None
+    return TrainerLedger(syms, resume_from, options)
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if self.ledger is not None:
-                self.ledger.close()
-            model = kwargs["model"]
-            self.ledger = Ledger(model, kwargs["optimizer"], _resolve(syms, model), **options)
-            if state.global_step:
-                _restore(self.ledger, Path(resume_from or _checkpoint(args, state)) / STATE_NAME, state.global_step)
-            self.ledger.attach()
 
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if self.ledger is None:
-                return
-            self._before = _progress(self.ledger)
-            if self._loss is not None and self.ledger.step % self.ledger.every == 0:
-                self.ledger.note(self._loss)
-                self._loss = None
+class _TrainerHooks:
+    """What the Trainer calls, apart from its base class, which is imported late."""
 
-        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if self.ledger is not None and _progress(self.ledger) == self._before:
-                self.ledger.before_step()
-                self.ledger.after_step()
+    def __init__(self, syms: Symmetries, resume_from: str | Path | None, options: Mapping[str, Any]) -> None:
+        self.ledger: Ledger | None = None
+        self._syms, self._resume_from, self._options = syms, resume_from, options
+        self._before: tuple[int, int] = (0, 0)
+        self._loss: float | None = None
 
-        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self._loss = kwargs["logs"].get("loss", self._loss)
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.ledger is not None:
+            self.ledger.close()
+        model = kwargs["model"]
+        self.ledger = Ledger(model, kwargs["optimizer"], _resolve(self._syms, model), **self._options)
+        if state.global_step:
+            folder = Path(self._resume_from or _checkpoint(args, state))
+            _restore(self.ledger, folder / STATE_NAME, state.global_step)
+        self.ledger.attach()
 
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if self.ledger is not None:
-                saved = self.ledger.state_dict()
-                if state.is_world_process_zero:
-                    torch.save(saved, _checkpoint(args, state) / STATE_NAME)
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.ledger is None:
+            return
+        self._before = _progress(self.ledger)
+        if self._loss is not None and self.ledger.step % self.ledger.every == 0:
+            self.ledger.note(self._loss)
+            self._loss = None
 
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if self.ledger is not None:
-                self.ledger.close()
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.ledger is not None and _progress(self.ledger) == self._before:
+            self.ledger.before_step()
+            self.ledger.after_step()
 
-    return TrainerLedger()
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._loss = kwargs["logs"].get("loss", self._loss)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.ledger is not None:
+            saved = self.ledger.state_dict()
+            if state.is_world_process_zero:
+                torch.save(saved, _checkpoint(args, state) / STATE_NAME)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.ledger is not None:
+            self.ledger.close()
 
 
 def _progress(ledger: Ledger) -> tuple[int, int]:
