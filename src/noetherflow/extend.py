@@ -10,9 +10,19 @@ from collections.abc import Callable
 from typing import Any
 
 from noetherflow.balance.state_rules import LIKE_GRADIENT, LIKE_SQUARES, LIKE_WEIGHT, StateMove, left, state_rule
+from noetherflow.discovery.gauges import Field, Gauge
+from noetherflow.discovery.rules.base import RULES as GAUGE_RULES
+from noetherflow.discovery.rules.base import Context, GaugeRule, on_ids
+from noetherflow.discovery.rules.base import rule as register_gauge_rule
+from noetherflow.discovery.rules.linear import contracted
+from noetherflow.discovery.rules.shape import agree
+from noetherflow.discovery.shift_rules.base import SHIFT_RULES, ShiftContext, Shifted, ShiftRule
+from noetherflow.discovery.shift_rules.base import shift_rule as register_shift_rule
+from noetherflow.discovery.shift_rules.products import product as shifted_product
+from noetherflow.discovery.shift_store import ShiftTerm
 from noetherflow.equilibrium.objective import objective
 from noetherflow.equilibrium.potential import Drift, Potential
-from noetherflow.errors import MomentError
+from noetherflow.errors import DeclarationError, MomentError
 from noetherflow.moments.forms import Dense, Form, OneToken, Outer
 from noetherflow.moments.rules import registry
 from noetherflow.moments.rules.registry import Call, MomentRule, Site
@@ -24,30 +34,109 @@ __all__ = [
     "LIKE_SQUARES",
     "LIKE_WEIGHT",
     "Call",
+    "Context",
     "Dense",
     "Drift",
+    "Field",
     "Form",
+    "Gauge",
     "LedgerRule",
     "OneToken",
     "Outer",
     "Parts",
     "Potential",
     "Products",
+    "ShiftContext",
+    "ShiftTerm",
+    "Shifted",
     "Site",
     "StateMove",
     "StepSettings",
+    "agree",
     "channel_axis",
+    "contracted",
     "features_last",
     "first_axis",
+    "gauge_rule",
     "last_axes",
     "ledger_rule",
     "left",
     "moment_rule",
     "objective",
+    "on_ids",
     "outer",
+    "shift_rule",
+    "shifted_product",
     "state_rule",
     "summed",
 ]
+
+
+def gauge_rule(*operators: str, replace: bool = False) -> Callable[[GaugeRule], GaugeRule]:
+    """Register a rule by which `find_symmetries` lets scales pass through an operator.
+
+    The rule decorated is called as `rule(context, *arguments)` with the operator's arguments, a `Gauge` in the place of
+    every tensor, and answers with the gauge of the output (a list of them for several outputs). What it needs of its
+    inputs it demands of `context.store`. An operator without a rule demands that nothing that goes in is scaled.
+
+    Args:
+        operators: names as `find_symmetries(...).unknown` lists them, without the overload: `aten.add`, `mylib.scale`.
+        replace: take the place of a rule that is there already.
+
+    Returns:
+        A decorator that returns the rule as it is.
+
+    Raises:
+        DeclarationError: no name, one without a namespace, or one that has a rule already.
+
+    Example:
+        >>> @nf.extend.gauge_rule("mylib.twice")
+        ... def twice(context, x):
+        ...     return context.out(x.fields)
+
+    Source: docs/extend/gauge_rule.md.
+    """
+    return register_gauge_rule(*_operator_names("gauge_rule", operators, GAUGE_RULES, replace))
+
+
+def shift_rule(*operators: str, replace: bool = False) -> Callable[[ShiftRule], ShiftRule]:
+    """Register a rule by which `find_symmetries` lets shifts (translations of a parameter) pass through an operator.
+
+    The rule decorated is called as `rule(context, *arguments)` with a `Shifted` in the place of every tensor. It
+    answers with the output and the shifts it carries, takes out with `context.absorb` what the operator does not see,
+    and ends with `context.kill` what the operator does see. An operator without a rule kills every shift that meets it.
+
+    Args:
+        operators: names as in the graph, without the overload: `aten.add`, `mylib.centre`.
+        replace: take the place of a rule that is there already.
+
+    Returns:
+        A decorator that returns the rule as it is.
+
+    Raises:
+        DeclarationError: no name, one without a namespace, or one that has a rule already.
+
+    Example:
+        >>> @nf.extend.shift_rule("mylib.twice")
+        ... def twice_shift(context, x):
+        ...     return context.out(replace(term, scale=2 * term.scale) for term in x.terms)
+
+    Source: docs/extend/gauge_rule.md.
+    """
+    return register_shift_rule(*_operator_names("shift_rule", operators, SHIFT_RULES, replace))
+
+
+def _operator_names(verb: str, operators: tuple[str, ...], taken: dict[str, Any], replace: bool) -> list[str]:
+    """The names as the graph writes them (`mylib::scale` is `mylib.scale` there), checked."""
+    names = [operator.replace("::", ".") for operator in operators]
+    bare = [name for name in names if "." not in name]
+    known = [name for name in names if name in taken and not replace]
+    if not names or bare:
+        given = f"{bare} without a namespace" if bare else "no operator given"
+        raise DeclarationError(f"{verb}: {given}; name operators as in the graph, such as 'aten.add' or 'mylib.scale'")
+    if known:
+        raise DeclarationError(f"{verb}: {known} have a rule already; pass replace=True to take its place")
+    return names
 
 
 def moment_rule(

@@ -66,7 +66,9 @@ class Context:
 
 
 def short_name(node: fx.Node) -> str:
-    return str(node.target).removeprefix("aten.").split(".")[0].strip("_")
+    """`softmax` for `aten._softmax.default`, `centre` for `mylib.centre.default`."""
+    parts = str(node.target).split(".")
+    return (parts[1] if len(parts) > 1 else parts[0]).strip("_")
 
 
 def gauges_in(value: Any) -> list[Gauge]:
