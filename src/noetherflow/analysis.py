@@ -113,7 +113,7 @@ def measure(
     syms = find_symmetries(model, example_inputs).trainable(model)
     progress("certifying the symmetries")
     certificate = certify(model, syms, example_inputs)
-    syms = syms.without(dict.fromkeys(certificate.broken, "certificate: broken"))
+    syms = syms.without(certificate.refused)
     progress("measuring gradient moments")
 
     def again(at: nn.Module) -> GradientMoments:

@@ -30,14 +30,15 @@ def unwrap(model: nn.Module) -> nn.Module:
         >>> unwrap(nn.DataParallel(torch.compile(net))) is net
         True
     """
-    while True:
+    while not isinstance(model, torch.jit.ScriptModule):
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
             continue
         inside = next((m for name in INNER if (m := model._modules.get(name)) is not None), None)
         if inside is None:
-            return model
+            break
         model = inside
+    return model
 
 
 def plain_name(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -15,13 +16,20 @@ from torch.utils import _pytree as pytree
 from noetherflow.core.copies import copy_of
 from noetherflow.core.inputs import LossFn, ModelInputs
 from noetherflow.core.unwrap import unwrap
-from noetherflow.discovery.copies import ModelCopy, flat_outputs, floating_tensors
+from noetherflow.discovery.copies import ModelCopy, flat_outputs
 from noetherflow.discovery.export import first_line, own_failure, place, stale
+from noetherflow.discovery.outputs import floating_tensors
 from noetherflow.discovery.repeat import ModelState, same_draws
 from noetherflow.discovery.wide import WideFloats
 from noetherflow.errors import DataError
 
 Tensors = Mapping[str, Tensor]
+REENTRANT = "None of the inputs have requires_grad=True"
+"""What torch warns of when checkpointing of the older kind cuts all gradients."""
+NO_REENTRANT = (
+    "the model checkpoints activations with use_reentrant=True, which gives no gradients of single samples (and none "
+    "of the weights inside where its inputs need none): use checkpoint(..., use_reentrant=False)"
+)
 PROJECTION = 20_011
 """Seed of the directions on which outputs are projected."""
 
@@ -137,14 +145,37 @@ class Bench:
         if not self.parameters:
             return ()
         with self._running(at), self._casts(), torch.enable_grad():
-            losses = self._losses(at)
-            rows = min(at.loss.samples, len(losses)) if losses.requires_grad else 0
-            names, leaves = list(self.parameters), list(self.parameters.values())
-            found = [torch.autograd.grad(losses[k], leaves, retain_graph=True, allow_unused=True) for k in range(rows)]
+            found = self._differentiated(at)
         return tuple(
-            {n: torch.zeros_like(p) if g is None else g.to(p.dtype) for n, p, g in zip(names, leaves, row, strict=True)}
+            {
+                n: torch.zeros_like(p) if g is None else g.to(p.dtype)
+                for n, p, g in zip(self.parameters, self.parameters.values(), row, strict=True)
+            }
             for row in found
         )
+
+    def _differentiated(self, at: Trial) -> list[tuple[Tensor | None, ...]]:
+        """The gradients of the first samples by all parameters.
+
+        Raises:
+            DataError: the model checkpoints activations in torch's older way, which hides the weights inside.
+        """
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=REENTRANT)
+            try:
+                losses = self._losses(at)
+            except UserWarning as warning:
+                if REENTRANT not in str(warning):
+                    raise
+                raise DataError(NO_REENTRANT) from warning
+        rows = min(at.loss.samples, len(losses)) if losses.requires_grad else 0
+        leaves = list(self.parameters.values())
+        found: list[tuple[Tensor | None, ...]] = [
+            torch.autograd.grad(losses[k], leaves, retain_graph=True, allow_unused=True) for k in range(rows)
+        ]
+        if any(g is None for row in found for g in row) and _reentrant(losses):
+            raise DataError(NO_REENTRANT)
+        return found
 
     def _losses(self, at: Trial) -> Tensor:
         """One number per sample: the user's loss, or the outputs of the sample projected on fixed random directions."""
@@ -167,13 +198,28 @@ class Bench:
         return total
 
 
+def _reentrant(losses: Tensor) -> bool:
+    """Whether the graph of some losses holds a checkpoint of the older kind."""
+    waiting, seen = [losses.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            if node.name() == "CheckpointFunctionBackward":
+                return True
+            seen.add(node)
+            waiting += [parent for parent, _ in node.next_functions]
+    return False
+
+
 def widened(value: Any) -> Any:
     """Inputs or a batch with floating tensors in float64; all tensors are copies, free of inference mode and graphs."""
 
     def leaf(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        return x.detach().clone().to(torch.float64) if x.is_floating_point() else x.clone()
+        if not x.is_floating_point():
+            return x.clone()
+        return x.detach().clone().to(torch.float64).requires_grad_(x.requires_grad)
 
     return pytree.tree_map(leaf, value)
 

@@ -82,11 +82,7 @@ class Certificate:
     @property
     def refused(self) -> dict[str, str]:
         """The symmetries that must not be relied on, by name, with the reason: those broken and those undetermined."""
-        return {
-            r.name: f"certificate: {r.verdict}{f' ({r.note})' if r.note else ''}"
-            for r in self.rows
-            if r.verdict in ("broken", "undetermined")
-        }
+        return {r.name: f"certificate: {r.verdict}" for r in self.rows if r.verdict in ("broken", "undetermined")}
 
     def __str__(self) -> str:
         noted = any(r.note for r in self.rows)

@@ -89,10 +89,10 @@ def certify(
     tensors = syms.tensors_in(model)
     refuse_unusable(model, "certify")
     trainable = [n for n, t in tensors.items() if isinstance(t, nn.Parameter) and t.requires_grad]
-    example = widened(example_inputs)
     items = syms.all_items
-    looks = Looks(loss_fn, widened(batch), trials, samples, spread, seed)
     with torch.inference_mode(False), torch.enable_grad():
+        example = widened(example_inputs)
+        looks = Looks(loss_fn, widened(batch), trials, samples, spread, seed)
         bench = Bench(model, example)
         found = survey(bench, example, looks, items, trainable)
         measured = [violations(item, bench, found, spread, seed + k) for k, item in enumerate(items)]

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from noetherflow.core.copies import copy_of
 from noetherflow.core.inputs import ModelInputs
 from noetherflow.core.tensors import tensors_of
 from noetherflow.core.unwrap import unwrap
 from noetherflow.discovery.export import uncopyable, without_caches
+from noetherflow.discovery.outputs import floating_tensors
 from noetherflow.errors import DataError
 
 EPS_NAMES = ("eps", "epsilon", "variance_epsilon", "layer_norm_eps", "norm_eps")
@@ -59,32 +58,6 @@ class ModelCopy:
 def in_dtype(inputs: ModelInputs, dtype: torch.dtype) -> ModelInputs:
     """The same inputs with floating tensors in `dtype`."""
     return inputs.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
-
-
-def floating_tensors(output: Any) -> list[Tensor]:
-    """Every floating tensor in what a model returned, in order.
-
-    Args:
-        output: a tensor, or containers of tensors at any depth. Key/value caches are no part of the function.
-
-    Raises:
-        DataError: there is none.
-    """
-    leaves = [t for t in pytree.tree_leaves(_plain(output)) if isinstance(t, Tensor) and t.is_floating_point()]
-    if not leaves:
-        raise DataError(f"the model returns no floating tensor (got {type(output).__name__}); nothing to certify")
-    return leaves
-
-
-def _plain(value: Any) -> Any:
-    """Output objects as plain containers, without key/value caches."""
-    if isinstance(value, Tensor):
-        return value
-    if hasattr(value, "items"):
-        return {k: _plain(v) for k, v in value.items() if k != "past_key_values"}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return None
 
 
 def flat_outputs(model: nn.Module, inputs: ModelInputs) -> Tensor:

@@ -12,7 +12,7 @@ from scipy.sparse.csgraph import breadth_first_order
 from torch import nn
 
 from noetherflow.discovery.assemble import assemble
-from noetherflow.discovery.export import export
+from noetherflow.discovery.export import export, sizes_known
 from noetherflow.discovery.gauges import Array, Bundle
 from noetherflow.discovery.infer import Inference, infer
 from noetherflow.discovery.solve import GaugeSolution, solve
@@ -32,7 +32,8 @@ def explain(model: nn.Module, example_inputs: Any, parameter: str) -> str:
         close = difflib.get_close_matches(parameter, graph.parameters, n=3)
         hint = f"did you mean {close}?" if close else f"the model has {sorted(graph.parameters)[:8]}"
         raise DeclarationError(f"no parameter named {parameter!r}; {hint}")
-    inference = infer(graph)
+    with sizes_known(graph):
+        inference = infer(graph)
     solution = solve(inference.store)
     symmetries = assemble(inference, solution)
     bundles = inference.store.redundancy.of_leaf.get(parameter, [])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ from noetherflow.core.copies import attributes_with_graph, copy_of
 from noetherflow.core.inputs import ModelInputs
 from noetherflow.core.tensors import named_tensors, tensors_of
 from noetherflow.core.unwrap import plain_name, unwrap
-from noetherflow.errors import ExportError
+from noetherflow.discovery.outputs import plain_output
+from noetherflow.errors import ExportError, NoetherflowError
 
 FOREIGN = (Path(torch.__file__).parent, Path(__file__).parent)
 """Folders whose files are not the user's code."""
@@ -147,7 +149,10 @@ def stale(model: nn.Module, duplicate: nn.Module, inputs: ModelInputs) -> str | 
 
 
 def weightless(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None) -> nn.Module:
-    """A copy of `model` with fake tensors for weights (floating ones in `dtype`), on the CPU, holding no memory."""
+    """A copy of `model` with fake tensors for weights (floating ones in `dtype`), on the CPU, holding no memory.
+
+    The hooks of accelerate that fetch offloaded weights are left out: there is nothing to fetch.
+    """
     memo: dict[int, Any] = {}
     for tensor in tensors_of(model).values():
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
@@ -156,51 +161,99 @@ def weightless(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None
         memo[id(tensor)] = (
             nn.Parameter(blank, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank
         )
-    return copy_of(model, memo)
+    hooks = [hook for module in model.modules() if (hook := vars(module).get("_hf_hook")) is not None]
+    duplicate = copy_of(model, memo | {id(hook): None for hook in hooks})
+    for module in duplicate.modules() if hooks else ():
+        if (forward := vars(module).get("_old_forward")) is not None:
+            module.forward = forward
+    return duplicate
+
+
+@dataclass(frozen=True)
+class Tracing:
+    """How a model is traced.
+
+    Attributes:
+        dtype: of weights and floating inputs, None for their own.
+        plain: outputs are turned into plain containers first, for classes that `torch.export` does not know.
+    """
+
+    dtype: torch.dtype | None
+    plain: bool
+
+
+TRACINGS = (Tracing(torch.float64, False), Tracing(torch.float64, True), Tracing(None, False), Tracing(None, True))
+UNKNOWN_CLASS = ("not a known type", "register a pytree", "pytree_node")
+"""Words of torch about outputs of a class that it does not know; only then outputs are made plain."""
 
 
 def export(model: nn.Module, example_inputs: Any) -> Graph:
     """Trace `model` with `torch.export` into functional aten operators.
 
     The traced copy has fake float64 weights, so models on the meta device cost no memory and casts to a lower precision
-    show in the graph. `example_inputs` is a tensor, a tuple of arguments or a dict of keyword arguments.
+    show in the graph.
 
-    Raises ExportError with the reason when tracing fails (data-dependent control flow, a model that cannot be copied).
+    Args:
+        model: any module, wrapped or not.
+        example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments; only shapes matter.
+
+    Raises:
+        ExportError: with the reason when tracing fails (data-dependent control flow, a model that cannot be copied).
     """
     if not isinstance(model, nn.Module):
         raise ExportError(f"expected a torch.nn.Module, got {model!r:.80}")
     inner = unwrap(model)
-    if (why := uncopyable(inner)) is not None:
+    if (why := untraceable(inner) or uncopyable(inner)) is not None:
         raise ExportError(why)
     failure: Exception | None = None
-    for dtype in (torch.float64, None):
+    for tracing in TRACINGS:
+        if tracing.plain and not any(words in str(failure) for words in UNKNOWN_CLASS):
+            continue
         try:
-            program = _trace(inner, example_inputs, dtype)
-            break
-        except ExportError:
-            raise
+            return _graph(model, _trace(inner, example_inputs, tracing))
+        except NoetherflowError as error:
+            raise ExportError(str(error)) from error
         except Exception as error:
             failure = failure or error
-    else:
-        raise ExportError(_explain(inner, example_inputs, failure)) from failure
-    return _graph(model, program)
+    raise ExportError(_explain(inner, example_inputs, failure)) from failure
 
 
-def _trace(model: nn.Module, example_inputs: Any, dtype: torch.dtype | None) -> torch.export.ExportedProgram:
+def untraceable(model: nn.Module) -> str | None:
+    """Why a model has no graph of operators, None for one that may have."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            return (
+                f"{path or 'the model'} is a torch.jit module ({type(module).__name__}), whose code torch.export "
+                "cannot trace: pass the nn.Module that it was scripted or traced from"
+            )
+    return None
+
+
+def _trace(model: nn.Module, example_inputs: Any, tracing: Tracing) -> torch.export.ExportedProgram:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def fake(value: Tensor) -> Tensor:
-        kind = dtype if dtype is not None and value.is_floating_point() else value.dtype
+        kind = tracing.dtype if tracing.dtype is not None and value.is_floating_point() else value.dtype
         with mode:
             return torch.empty(value.shape, dtype=kind, device="cpu")
 
-    blank_inputs = ModelInputs.of(example_inputs).map(fake)
+    inputs = ModelInputs.of(example_inputs).map(fake)
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
-        blank = without_caches(weightless(model, mode, dtype))
-        if (why := stale(model, blank, blank_inputs)) is not None:
+        blank = without_caches(weightless(model, mode, tracing.dtype))
+        if (why := stale(model, blank, inputs)) is not None:
             raise ExportError(why)
-        return torch.export.export(blank, blank_inputs.args, blank_inputs.kwargs, strict=False).run_decompositions({})
+        if tracing.plain:
+            blank.forward = _with_plain_output(blank.forward)
+        return torch.export.export(blank, inputs.args, inputs.kwargs, strict=False).run_decompositions({})
+
+
+def _with_plain_output(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        return plain_output(forward(*args, **kwargs))
+
+    return plain
 
 
 def _graph(model: nn.Module, program: torch.export.ExportedProgram) -> Graph:
@@ -256,6 +309,32 @@ def _explain(model: nn.Module, example_inputs: Any, failure: Exception | None) -
         f"{name} could not be exported: {first_line(failure)}{place(failure)}\n"
         "torch.export needs control flow that does not depend on tensor values. Rewrite that branch (torch.where, "
         "torch.cond), or name the symmetries yourself: nf.declare(model, kind, plus=[(parameter, axis)], minus=[...])."
+    )
+
+
+@contextmanager
+def sizes_known(graph: Graph) -> Iterator[None]:
+    """Raises ExportError in place of torch's error where the block asks for a size that depends on data."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ != "GuardOnDataDependentSymNode":
+            raise
+        raise ExportError(_open_size(graph)) from error
+
+
+def _open_size(graph: Graph) -> str:
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and not all(isinstance(size, int) for size in value.shape):
+            where = f" ({_short(node)}{f' in {module_path(node)}' if module_path(node) else ''})"
+            break
+    else:
+        where = ""
+    return (
+        f"a size in this model depends on data{where}, so that its graph has no fixed shapes: write the selection with "
+        "torch.where or a multiplication by the mask, or name the symmetries yourself: "
+        "nf.declare(model, kind, plus=[(parameter, axis)], minus=[...])"
     )
 
 

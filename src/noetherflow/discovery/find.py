@@ -9,7 +9,7 @@ from torch import nn
 
 from noetherflow.core.host import on_host
 from noetherflow.discovery.assemble import assemble
-from noetherflow.discovery.export import Graph, export
+from noetherflow.discovery.export import Graph, export, sizes_known
 from noetherflow.discovery.infer import infer
 from noetherflow.discovery.shifts import find_translations
 from noetherflow.discovery.solve import solve
@@ -32,11 +32,13 @@ def find_symmetries(model: nn.Module, example_inputs: Any) -> SymmetrySet:
 @on_host
 def find_in_graph(graph: Graph) -> SymmetrySet:
     """The symmetries of an exported graph, frozen parameters included."""
-    inference = infer(graph)
-    symmetries = assemble(inference, solve(inference.store))
+    with sizes_known(graph):
+        inference = infer(graph)
+        symmetries = assemble(inference, solve(inference.store))
+        translations = find_translations(graph)
     return SymmetrySet(
         tuple(symmetries),
-        tuple(find_translations(graph)),
+        tuple(translations),
         shapes=dict(graph.shapes),
         unknown=inference.unknown,
         casts=graph.casts(),

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from noetherflow.core.inputs import ModelInputs
 from noetherflow.discovery.axes import axis_atoms_of
-from noetherflow.discovery.copies import ModelCopy, eps_settings, floating_tensors, in_dtype
+from noetherflow.discovery.copies import ModelCopy, eps_settings, in_dtype
 from noetherflow.discovery.export import export
 from noetherflow.discovery.gauges import AxisAtoms
+from noetherflow.discovery.outputs import floating_tensors
+from noetherflow.discovery.unusable import refuse_unusable
 from noetherflow.errors import DataError
 
 MAX_UNKNOWNS = 20_000
@@ -67,6 +69,7 @@ def count_symmetries(
 
     Raises DataError when there are more than 20,000 unknowns or the outputs are not finite.
     """
+    refuse_unusable(model, "count_symmetries")
     plan = axis_atoms_of(export(model, example_inputs))
     copied = ModelCopy.of(model, torch.float64)
     copied.model.train(train)

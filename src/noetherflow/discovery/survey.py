@@ -140,6 +140,8 @@ def _first_that_runs(bench: Bench, trials: Sequence[Trial]) -> list[Baseline]:
     for trial in trials:
         try:
             found = _baseline(bench, trial)
+        except DataError:
+            raise
         except (RuntimeError, ValueError, AssertionError, TypeError, IndexError, ArithmeticError):
             continue
         tensors = [found.outputs, *(g for row in found.gradients for g in row.values())]
