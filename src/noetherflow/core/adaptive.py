@@ -14,6 +14,7 @@ from noetherflow.core.rates import (
     GroupRates,
     Rates,
     Sampling,
+    batches_per_epoch,
     check_batches,
     check_rates,
     covariance_factor,
@@ -55,6 +56,11 @@ class _AveragingConfig:
     def covariance_factor(self) -> float:
         """`f` in `Cov[g_B] = f * Sigma` (theory.md section 1)."""
         return covariance_factor(self.batch_size, self.dataset_size, self.replacement)
+
+    @property
+    def batches_per_epoch(self) -> int | None:
+        """Minibatches in one pass over the data, the last one perhaps smaller; None for fresh data."""
+        return batches_per_epoch(self.batch_size, self.dataset_size)
 
 
 @dataclass(frozen=True)

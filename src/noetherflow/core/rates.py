@@ -5,12 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 from noetherflow.errors import DataError
 
 Sampling = Literal["independent", "epoch"]
 """How batches follow each other: each drawn anew, or cut from one shuffled pass over the data after the other."""
+
+
+class BatchDraws(Protocol):
+    """Settings that say how minibatches are drawn: those of every optimiser."""
+
+    @property
+    def dataset_size(self) -> int | None:
+        """Samples in all, None for fresh data."""
+
+    @property
+    def covariance_factor(self) -> float:
+        """`f` in `Cov[g_B] = f Sigma`."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +135,11 @@ def covariance_factor(batch_size: int, dataset_size: int | None, replacement: bo
     if dataset_size is None or replacement:
         return 1.0 / batch_size
     return 0.0 if dataset_size == 1 else (dataset_size - batch_size) / (dataset_size - 1) / batch_size
+
+
+def batches_per_epoch(batch_size: int, dataset_size: int | None) -> int | None:
+    """Minibatches in one pass over the data, the last one perhaps smaller; None for fresh data."""
+    return None if dataset_size is None else math.ceil(dataset_size / batch_size)
 
 
 def rates_by_name(groups: Iterable[GroupRates]) -> Mapping[str, Rates]:

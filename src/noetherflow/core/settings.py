@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from noetherflow.core.loaders import drawn_by
-from noetherflow.core.rates import Sampling, check_batches, check_rates, covariance_factor
+from noetherflow.core.rates import Sampling, batches_per_epoch, check_batches, check_rates, covariance_factor
 from noetherflow.errors import DataError
 
 
@@ -145,7 +144,7 @@ class SGDConfig:
     @property
     def batches_per_epoch(self) -> int | None:
         """Minibatches in one pass over the data, the last one perhaps smaller; None for fresh data."""
-        return None if self.dataset_size is None else math.ceil(self.dataset_size / self.batch_size)
+        return batches_per_epoch(self.batch_size, self.dataset_size)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from noetherflow.core.printing import count, show, table
+from noetherflow.core.rates import BatchDraws
 from noetherflow.core.settings import SGDConfig
 from noetherflow.errors import MomentError
 from noetherflow.moments.packed import LeftOut, PackedTensors
@@ -95,7 +96,7 @@ class GradientMoments:
         noise, mean = self.batch_weights(sgd)
         return (noise[0] + mean[0]) * second + (noise[1] + mean[1]) * mean_square
 
-    def batch_weights(self, sgd: SGDConfig) -> tuple[tuple[float, float], tuple[float, float]]:
+    def batch_weights(self, sgd: BatchDraws) -> tuple[tuple[float, float], tuple[float, float]]:
         """Numbers that turn what was measured into noise and mean gradient of a minibatch, free of bias.
 
         With `m` the measured `gbar gbar^T`: `f Sigma = a E[g g^T] + b m` and the true `gbar gbar^T = c E[g g^T] + d m`.

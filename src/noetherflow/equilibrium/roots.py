@@ -1,0 +1,293 @@
+"""The orbit under Adam and Lion: sums of root mean square gradients, where SGD has sums of squares.
+
+Each entry's root mean square `s` of the minibatch gradient goes like a gradient, `s -> s / p`, and `s theta^2 -> p s
+theta^2`, `p` the factor by which the weight grows. So the potential `Psi = sum (lr s + 2 w s theta^2)` is a sum of
+exponentials in the logs of all group elements, and what solves SGD's equilibrium solves this one, with the exponents of
+the legs halved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from noetherflow.core.adaptive import AdamConfig, LionConfig
+from noetherflow.core.rates import Rates
+from noetherflow.core.tensors import tensors_of
+from noetherflow.equilibrium.orbit import MeasuredOrbit
+from noetherflow.equilibrium.potential import LegPair, Potential, epoch_factor
+from noetherflow.errors import MomentError
+from noetherflow.moments.result import GradientMoments
+from noetherflow.symmetry.overlap import LegCoordinates, leg_coordinates
+from noetherflow.symmetry.symmetry import Symmetry
+
+AdaptiveConfig = AdamConfig | LionConfig
+EPS_COUNTS = 1e-6
+"""Share of Adam's `eps` in `s + eps` from which on it is carried along the orbit, entry by entry."""
+
+
+@dataclass(frozen=True)
+class NoiseLaw:
+    """What an adaptive optimiser makes of the minibatch gradient's second moment `s^2 = f Sigma + gbar^2`, per entry.
+
+    The preconditioned charge grows by `lr^2 (white f Sigma + mean gbar^2) / (s + eps)`.
+
+    Attributes:
+        white: the factor of the noise; 1 for Adam with any memory, less under shuffled epochs.
+        mean: the factor of the squared mean gradient, which is the same in all the steps that are averaged.
+        eps: Adam's.
+        coupled: weight decay is added to the gradients.
+    """
+
+    white: float
+    mean: float
+    eps: float
+    coupled: bool
+
+    @classmethod
+    def of(cls, config: AdaptiveConfig) -> NoiseLaw:
+        """The law of an optimiser's settings.
+
+        Example:
+            >>> NoiseLaw.of(AdamConfig(lr=1e-3, batch_size=8))
+            NoiseLaw(white=1.0, mean=18.999999999999996, eps=1e-08, coupled=False)
+
+        Source: theory.md section 13.
+        """
+        if isinstance(config, LionConfig):
+            return cls(config.correlation_sum, config.correlation_sum, 0.0, False)
+        b1, white = config.betas[0], 1.0
+        if config.sampling == "epoch" and config.batches_per_epoch is not None:
+            white = epoch_factor(b1, config.batches_per_epoch)
+        return cls(white, (1 + b1) / (1 - b1), config.eps, not config.decoupled and config.weight_decay > 0)
+
+
+@dataclass(frozen=True, eq=False)
+class EntryParts:
+    """Three sums over entries at one point of the orbit, on the axes that the legs distinguish: each entry's part of
+    the preconditioned charge, what decay takes of it per step, and what gradients add; with the potential of both.
+    """
+
+    weight: Tensor
+    decay: Tensor
+    noise: Tensor
+    potential: float
+
+
+class RootEntries(Protocol):
+    """The entries of one parameter, wherever the orbit takes them."""
+
+    def at(self, growth: Tensor) -> EntryParts:
+        """The sums where the weights have grown by these factors."""
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledEntries:
+    """Entries whose `eps` does not count, summed over the axes that no leg distinguishes: powers of the growth."""
+
+    weight: Tensor
+    decay: Tensor
+    noise: Tensor
+    coupled: bool
+
+    def at(self, growth: Tensor) -> EntryParts:
+        decay, noise = self.decay * (growth.square() if self.coupled else growth), self.noise / growth
+        potential = float(decay.sum()) / (2 if self.coupled else 1) + float(noise.sum())
+        return EntryParts(self.weight * growth, decay, noise, potential)
+
+
+@dataclass(frozen=True, eq=False)
+class EpsEntries:
+    """Entries with their `eps`, which does not move along the orbit.
+
+    Attributes:
+        root: `s`.
+        square: `theta^2`, in units of the reference learning rate.
+        factor: noise over `s^2 / (s + eps)`.
+        rate: what decay takes per step of the charge (coupled: of `square`).
+        eps: Adam's.
+        coupled: decay is added to the gradients.
+    """
+
+    root: Tensor
+    square: Tensor
+    factor: Tensor
+    rate: float
+    eps: float
+    coupled: bool
+
+    def at(self, growth: Tensor) -> EntryParts:
+        root, square = self.root / growth, self.square * growth.square()
+        weight = (root + self.eps) * square
+        decay = self.rate * (square if self.coupled else weight)
+        noise = self.factor * root.square() / (root + self.eps)
+        held = self.rate * (square / 2 if self.coupled else (root + self.eps / 2) * square)
+        grown = self.factor * (root - self.eps * torch.log1p(root / self.eps))
+        return EntryParts(weight, decay, noise, float(held.sum()) + float(grown.sum()))
+
+
+@dataclass(frozen=True, eq=False)
+class RootTerm:
+    """An `OrbitTerm` of one parameter under torus legs: `(D, N)` of each leg, what decay takes and what noise adds.
+
+    Its legs have halved exponents, as the symmetries of its orbit.
+    """
+
+    legs: tuple[LegCoordinates, ...]
+    entries: RootEntries
+
+    def parts(self, elements: Sequence[Tensor]) -> EntryParts:
+        """The sums over entries at a point of the orbit."""
+        growth = torch.ones((), dtype=torch.float64)
+        for leg in self.legs:
+            growth = growth * leg.spread(elements[leg.symmetry]) ** (2 * leg.exponent)
+        return self.entries.at(growth)
+
+    def add(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
+        parts = self.parts(elements)
+        for leg in self.legs:
+            out[leg.symmetry][leg.leg] = (leg.collect(parts.decay), leg.collect(parts.noise))
+        return 0.0, 2 * parts.potential
+
+    def slope(self, elements: Sequence[Tensor], generators: Sequence[Tensor], out: list[Tensor]) -> None:
+        """The change of the preconditioned charges at a frozen preconditioner: weights move, `s` does not."""
+        weight, rate = self.parts(elements).weight, torch.zeros((), dtype=torch.float64)
+        for leg in self.legs:
+            rate = rate + 2 * leg.exponent * leg.spread(generators[leg.symmetry], outside=0.0)
+        for leg in self.legs:
+            change = 2 * leg.exponent * leg.collect(2 * weight * rate)
+            out[leg.symmetry] = out[leg.symmetry] + change
+
+    def charge(self, elements: Sequence[Tensor], out: list[Tensor]) -> None:
+        """Add this parameter's part of every preconditioned charge to `out`."""
+        weight = self.parts(elements).weight
+        for leg in self.legs:
+            out[leg.symmetry] = out[leg.symmetry] + 2 * leg.exponent * leg.collect(weight)
+
+
+def root_orbit(
+    model: nn.Module,
+    symmetries: Sequence[Symmetry],
+    moments: GradientMoments,
+    config: AdaptiveConfig,
+    *,
+    joint: bool = True,
+) -> MeasuredOrbit:
+    """The orbit of torus symmetries under an adaptive optimiser, from one measurement.
+
+    Args:
+        model: where the moments were measured.
+        symmetries: scalar and diagonal ones.
+        moments: with `entries=True`.
+        config: Adam's or Lion's settings.
+        joint: all symmetries move together; else each with the others held.
+
+    Returns:
+        An orbit whose pairs are `(D, N)` of each leg per step and whose potential is Psi; its symmetries have halved
+        exponents, its elements are the group elements themselves.
+
+    Raises:
+        MomentError: entry-wise second moments are missing.
+
+    Source: theory.md section 13, "Equilibrium".
+    """
+    tensors, law = tensors_of(model), NoiseLaw.of(config)
+    halved = tuple(_halved(s) for s in symmetries)
+    shapes = {n: tuple(t.shape) for n, t in tensors.items()}
+    reference = reference_lr(symmetries, config)
+    groups = [leg_coordinates(halved, shapes)] if joint else _alone(halved, shapes)
+    terms = []
+    for coordinates in groups:
+        for name, legs in coordinates.items():
+            offset = halved[legs[0].symmetry].offsets.get(name, 0.0)
+            theta = tensors[name].detach().double().cpu() + offset
+            terms.append(RootTerm(legs, _entries(name, legs, theta, moments, config, law, reference)))
+    return MeasuredOrbit(halved, Potential(norm=1.0, second=0.0, mean=0.0), tuple(terms))
+
+
+def reference_lr(symmetries: Sequence[Symmetry], config: AdaptiveConfig) -> float:
+    """The largest learning rate of the symmetries' parameters, which scales their charges."""
+    return max((config.rates(n).lr for s in symmetries for n in s.parameters), default=config.lr)
+
+
+def charges(orbit: MeasuredOrbit, elements: Sequence[Tensor]) -> list[Tensor]:
+    """The preconditioned charge of every symmetry at a point of the orbit, `[blocks]` each."""
+    out = [torch.zeros(s.shape, dtype=torch.float64) for s in orbit.symmetries]
+    for term in orbit.terms:
+        assert isinstance(term, RootTerm)
+        term.charge(elements, out)
+    return out
+
+
+def second_moments(name: str, moments: GradientMoments, config: AdaptiveConfig) -> tuple[Tensor, Tensor]:
+    """`f Sigma` and `gbar^2` of the minibatch gradient, entry by entry, float64; free of bias, so that the second may
+    come out below 0 where it is small.
+
+    Raises:
+        MomentError: they were not measured.
+    """
+    if name not in moments.squares:
+        raise MomentError(
+            f"Adam's equilibrium needs the second moment of each entry of {name!r}; measure with "
+            "gradient_moments(..., entries=True)"
+        )
+    (a, b), (c, d) = moments.batch_weights(config)
+    second, mean = moments.squares[name].double().cpu(), moments.mean[name].double().cpu().square()
+    return a * second + b * mean, c * second + d * mean
+
+
+def _halved(symmetry: Symmetry) -> Symmetry:
+    """The symmetry with halved exponents: its squares are the original's first powers."""
+    return replace(symmetry, legs=tuple(replace(leg, power=leg.power / 2) for leg in symmetry.legs))
+
+
+def _alone(
+    symmetries: Sequence[Symmetry], shapes: Mapping[str, tuple[int, ...]]
+) -> list[dict[str, tuple[LegCoordinates, ...]]]:
+    """The legs of each symmetry by itself."""
+    return [
+        {n: tuple(replace(leg, symmetry=i) for leg in legs) for n, legs in leg_coordinates([s], shapes).items()}
+        for i, s in enumerate(symmetries)
+    ]
+
+
+def _entries(
+    name: str,
+    legs: tuple[LegCoordinates, ...],
+    theta: Tensor,
+    moments: GradientMoments,
+    config: AdaptiveConfig,
+    law: NoiseLaw,
+    reference: float,
+) -> RootEntries:
+    """The entries of one parameter, viewed as its legs do, in units of the reference learning rate."""
+    rates = config.rates(name)
+    noise, steady = (t.reshape(legs[0].view) for t in second_moments(name, moments, config))
+    square = noise.clamp_min(0) + steady.clamp_min(0)
+    root = square.sqrt()
+    factor = reference * rates.lr * _divided(law.white * noise + law.mean * steady, square)
+    scaled = theta.reshape(legs[0].view).square() * (reference / rates.lr)
+    rate = _decay_rate(rates, law.coupled)
+    if law.eps and law.eps * float(scaled.sum()) > EPS_COUNTS * float((root * scaled).sum()):
+        return EpsEntries(root, scaled, factor, rate, law.eps, law.coupled)
+
+    def reduced(entries: Tensor) -> Tensor:
+        return legs[0].reduce(entries, legs)
+
+    weight = reduced(root * scaled)
+    decay = rate * (reduced(scaled) if law.coupled else weight)
+    return ScaledEntries(weight, decay, reduced(factor * root), law.coupled)
+
+
+def _decay_rate(rates: Rates, coupled: bool) -> float:
+    """What decay takes per step: of the charge, or where it is coupled of the weights' squares."""
+    return 2 * rates.lr * rates.weight_decay if coupled else rates.decay_per_step
+
+
+def _divided(a: Tensor, b: Tensor) -> Tensor:
+    """`a / b`, 0 where both are."""
+    return torch.where(b > 0, a / torch.where(b > 0, b, torch.ones_like(b)), torch.zeros_like(b))
