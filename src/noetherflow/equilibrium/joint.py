@@ -8,9 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from noetherflow.core.adaptive import AdamConfig, LionConfig
 from noetherflow.core.host import on_host
 from noetherflow.core.settings import SGDConfig
 from noetherflow.core.tensors import tensors_of
+from noetherflow.equilibrium.adaptive import adaptive_equilibrium, without_decay
 from noetherflow.equilibrium.conditioning import Stretches, moved_copy, orthogonalising
 from noetherflow.equilibrium.invariance import refuse_other_moments
 from noetherflow.equilibrium.objective import Objective, objective_of
@@ -32,7 +34,7 @@ def noise_equilibrium(
     model: nn.Module,
     syms: SymmetrySet,
     mom: GradientMoments | None,
-    sgd: SGDConfig | None = None,
+    sgd: SGDConfig | AdamConfig | LionConfig | None = None,
     *,
     objective: str | Objective = "noise+decay",
     joint: bool = True,
@@ -60,7 +62,9 @@ def noise_equilibrium(
         mom: Moments of per-sample gradients at these weights. Leg Grams do where legs share no entries, `entries=True`
             where tori meet; where a general_linear leg meets another one, give `samples` or `remeasure` too. None for
             an objective that needs no gradients (`norm`).
-        sgd: Learning rate, batch size, weight decay, momentum; needed for the noise objectives.
+        sgd: Learning rate, batch size, weight decay, momentum; needed for the noise objectives. With AdamConfig or
+            LionConfig these are the minimum of `Psi = sum (lr s + 2 w s theta^2)` over the tori (theory.md section 13),
+            `s` the root mean square of each entry of the minibatch gradient; moments with `entries=True`.
         objective: `noise+decay`, `noise` (weight decay left out), `norm` (least norm), `fisher`, `hessian` (least
             trace; `mom` from `curvature_moments`), or one of your own (`docs/extend/objective.md`).
         joint: All symmetries move together; `False`: each with the others held.
@@ -101,6 +105,12 @@ def noise_equilibrium(
     if not approximate:
         syms = syms.without({s.name: f"only approximate (eps {s.eps:g})" for s in syms if s.eps is not None})
     chosen = objective_of(objective)
+    if isinstance(sgd, AdamConfig | LionConfig):
+        if chosen.name in ("noise+decay", "noise") and mom is not None:
+            refuse_other_moments(model, syms, mom)
+            config = sgd if chosen.name == "noise+decay" else without_decay(sgd)
+            return adaptive_equilibrium(model, syms, mom, config, options)
+        sgd = None
     if mom is None and chosen.moments != "none":
         raise MomentError(f"objective {chosen.name!r} needs moments: pass nf.gradient_moments(...) of this model")
     if mom is None or chosen.moments == "none":

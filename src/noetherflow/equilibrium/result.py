@@ -84,7 +84,8 @@ class Equilibrium:
     `objective`: the one asked for, `noise` where there is no decay to add. `imbalance`: the largest relative Noether
     flow left over all finite coordinates. `evaluations`: how often the leg Grams were formed (or measured).
     `trace_now`, `trace`: `Tr M` of the moved parameters, weighted as in the objective, so their ratio is the fall of
-    the noise (or curvature) part; None where the model was re-measured instead.
+    the noise (or curvature) part; None where the model was re-measured instead. `assumptions`: what the answer rests on
+    beyond the noise regime, a sentence each (adaptive optimisers).
     """
 
     objective: str
@@ -101,6 +102,7 @@ class Equilibrium:
     trace: float | None
     symmetries: SymmetrySet
     regime: Regime | None = None
+    assumptions: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Settled:
         for item in self.settled:
@@ -135,6 +137,7 @@ class Equilibrium:
             table(self._families(), "finite, one-sided, degenerate", "largest factor", "imbalance"),
         ]
         lines += [] if self.regime is None else [str(self.regime)]
+        lines += [f"assumed: {text}" for text in self.assumptions]
         lines += self._approximate()
         lines += [f"{s.name}: {s.classification}: {s.reason}" for s in self.settled if s.reason][:20]
         lines += [f"excluded: {name}: {why}" for name, why in self.excluded.items()]
@@ -177,6 +180,7 @@ class Equilibrium:
         return {
             "objective": self.objective,
             "regime": None if self.regime is None else self.regime.to_dict(),
+            "assumptions": list(self.assumptions),
             "converged": self.converged,
             "joint": self.joint,
             "imbalance_now": self.imbalance_now,

@@ -1,0 +1,285 @@
+"""The noise equilibrium of Adam, AdamW, RMSprop and Lion along torus symmetries (theory.md section 13)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from noetherflow.core.adaptive import AdamConfig, LionConfig
+from noetherflow.core.tensors import tensors_of
+from noetherflow.equilibrium.blocks import TorusClasses, classify_torus
+from noetherflow.equilibrium.orbit import MeasuredOrbit
+from noetherflow.equilibrium.potential import LegPair
+from noetherflow.equilibrium.regime import Regime
+from noetherflow.equilibrium.result import Equilibrium, Settled
+from noetherflow.equilibrium.roots import (
+    AdaptiveConfig,
+    EpsEntries,
+    NoiseLaw,
+    RootTerm,
+    charges,
+    root_orbit,
+    second_moments,
+)
+from noetherflow.equilibrium.solve import Minimum, drives, elements_of, imbalance, minimise
+from noetherflow.equilibrium.task import TOLERANCE, SolveOptions
+from noetherflow.equilibrium.verdict import torus_verdict
+from noetherflow.errors import MomentError
+from noetherflow.moments.result import GradientMoments
+from noetherflow.moments.statistics import jackknife
+from noetherflow.symmetry.overlap import leg_coordinates, stiffness
+from noetherflow.symmetry.symmetry import Symmetry
+from noetherflow.symmetry.symmetry_set import SymmetrySet
+
+
+def covered(syms: SymmetrySet, config: AdaptiveConfig) -> SymmetrySet:
+    """The symmetries whose equilibrium under an adaptive optimiser is derived; the others are excluded and say why."""
+    name = "Lion" if isinstance(config, LionConfig) else "Adam"
+    reasons = {}
+    for s in syms:
+        pulled = [n for n in s.offsets if config.rates(n).weight_decay]
+        if not s.is_torus:
+            reasons[s.name] = (
+                f"{name}'s preconditioner does not commute with matrices: no flow of general_linear charges is derived"
+            )
+        elif pulled:
+            reasons[s.name] = (
+                f"{pulled[0]}: weight decay pulls the stored number to 0, not the sum that the group scales"
+            )
+    return syms.without(reasons)
+
+
+def adaptive_equilibrium(
+    model: nn.Module, syms: SymmetrySet, moments: GradientMoments, config: AdaptiveConfig, options: SolveOptions
+) -> Equilibrium:
+    """The group elements that minimise `Psi = sum_i (lr s_i + 2 w s_i theta_i^2)`, `s_i` the root mean square of entry
+    `i` of the minibatch gradient.
+
+    Args:
+        model: only read.
+        syms: its symmetries; general_linear ones are excluded.
+        moments: measured with `entries=True` at these weights.
+        config: Adam's or Lion's settings; Lion counts its noise `correlation_sum` times.
+        options: as in `noise_equilibrium`; `samples` and `remeasure` are not needed and not used.
+
+    Returns:
+        Elements, preconditioned charges and classes of every symmetry; what they assume is in `assumptions`.
+
+    Raises:
+        MomentError: entry-wise moments are missing, or errors are wanted of moments without groups.
+
+    Source: theory.md section 13.
+    """
+    syms = covered(syms, config)
+    symmetries = tuple(syms)
+    starts = _starts(model, symmetries, moments, config)
+    movers = [s for s in starts if bool(s.classes.finite.any())]
+    task = _RootTask(model, tuple(s.symmetry for s in movers), tuple(s.classes for s in movers), config, options)
+    orbit = task.orbit(moments)
+    minimum = task.solve(orbit)
+    errors = task.errors(moments, minimum) if options.errors else {}
+    settled = _settled(starts, task, orbit, minimum, errors, _decays(symmetries, config))
+    now = orbit.at([s.identity() for s in task.symmetries])
+    return Equilibrium(
+        objective="noise+decay" if _decays(symmetries, config) else "noise",
+        settled=settled,
+        imbalance_now=max((float(s.imbalance_now.max()) for s in settled), default=0.0),
+        imbalance=minimum.imbalance,
+        iterations=minimum.iterations,
+        evaluations=minimum.evaluations,
+        converged=minimum.converged,
+        joint=options.joint,
+        norm_now=_norm(model, task.symmetries, {s.name: s.identity() for s in task.symmetries}),
+        norm=_norm(model, task.symmetries, task.elements(minimum)),
+        trace_now=now.trace,
+        trace=minimum.point.trace,
+        symmetries=syms,
+        regime=adaptive_regime(symmetries, moments, config),
+        assumptions=assumptions(config),
+    )
+
+
+def assumptions(config: AdaptiveConfig) -> tuple[str, ...]:
+    """What an equilibrium or a flow under these settings rests on, one sentence each."""
+    frozen = "the function stands still meanwhile: near a minimum, or for as long as the measured gradients last"
+    if isinstance(config, LionConfig):
+        return (frozen, "entries of minibatch gradients are Gaussian (Lion); up to 0.06 off in the log of an element")
+    b2 = config.betas[1]
+    return (
+        frozen,
+        f"v (an average over {round(1 / (1 - b2)):,} steps) is slow against the fluctuations of the weights: (1 - b2) "
+        "much less than lr times the curvatures that carry them, in v's metric. Without curvature that is unknown; at "
+        "b2 = 0.95 it usually fails, and the equilibrium is off by factors",
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _RootStart:
+    """A symmetry at the measured weights: which coordinates settle, how far from it, and its charge."""
+
+    symmetry: Symmetry
+    classes: TorusClasses
+    imbalance: Tensor
+    charge: Tensor
+
+
+def _starts(
+    model: nn.Module, symmetries: Sequence[Symmetry], moments: GradientMoments, config: AdaptiveConfig
+) -> list[_RootStart]:
+    orbit = root_orbit(model, symmetries, moments, config, joint=False)
+    identity = [s.identity() for s in symmetries]
+    point, now = orbit.at(identity), charges(orbit, identity)
+    out = []
+    for s, half, pairs, charge in zip(symmetries, orbit.symmetries, point.pairs, now, strict=True):
+        x, y = drives(half, pairs, orbit.potential)
+        classes = classify_torus(x, y)
+        out.append(_RootStart(s, classes, imbalance(half, classes, x, y), charge))
+    return out
+
+
+@dataclass(frozen=True, eq=False)
+class _RootTask:
+    """The symmetries that move, which of their coordinates do, and how to solve for them."""
+
+    model: nn.Module
+    symmetries: tuple[Symmetry, ...]
+    classes: tuple[TorusClasses, ...]
+    config: AdaptiveConfig
+    options: SolveOptions
+
+    def orbit(self, moments: GradientMoments) -> MeasuredOrbit:
+        """The orbit of these symmetries by these moments."""
+        return root_orbit(self.model, self.symmetries, moments, self.config, joint=self.options.joint)
+
+    def solve(self, orbit: MeasuredOrbit, start: list[Tensor] | None = None, tolerance: float | None = None) -> Minimum:
+        """The minimum of Psi; `tolerance` by default that of the options."""
+        wanted = self.options.tolerance if self.options.tolerance is not None else TOLERANCE
+        return minimise(
+            orbit,
+            self.classes,
+            self._kappa(orbit),
+            start=start,
+            tolerance=wanted if tolerance is None else tolerance,
+            max_iterations=self.options.max_iterations,
+        )
+
+    def _kappa(self, orbit: MeasuredOrbit) -> list[Tensor]:
+        """How far simultaneous steps may go; half as far where `eps` or coupled decay make the sums up to twice as
+        steep.
+        """
+        shapes = {n: tuple(t.shape) for n, t in tensors_of(self.model).items()}
+        halved = orbit.symmetries
+        if self.options.joint:
+            out = stiffness(leg_coordinates(halved, shapes), halved)
+        else:
+            out = [stiffness(leg_coordinates([s], shapes), [s])[0] for s in halved]
+        steep = NoiseLaw.of(self.config).coupled or any(
+            isinstance(t, RootTerm) and isinstance(t.entries, EpsEntries) for t in orbit.terms
+        )
+        return [2 * k for k in out] if steep else out
+
+    def elements(self, minimum: Minimum) -> dict[str, Tensor]:
+        """Group elements by symmetry."""
+        found = elements_of(self.symmetries, minimum.logs)
+        return {s.name: e for s, e in zip(self.symmetries, found, strict=True)}
+
+    def errors(self, moments: GradientMoments, minimum: Minimum) -> dict[str, Tensor]:
+        """Jackknife standard errors of the logs of the elements.
+
+        Raises:
+            MomentError: the moments have no groups.
+        """
+        if len(moments.groups) < 2:
+            raise MomentError("errors=True needs moments measured in at least two groups")
+
+        def logs(part: GradientMoments) -> dict[str, Tensor]:
+            found = self.solve(self.orbit(part), list(minimum.logs), 1e-6).logs
+            return {s.name: v for s, v in zip(self.symmetries, found, strict=True)}
+
+        full = {s.name: v for s, v in zip(self.symmetries, minimum.logs, strict=True)}
+        return {n: e.error for n, e in jackknife(moments, full, logs, self.config.dataset_size).items()}
+
+
+def _settled(
+    starts: Sequence[_RootStart],
+    task: _RootTask,
+    orbit: MeasuredOrbit,
+    minimum: Minimum,
+    errors: dict[str, Tensor],
+    decays: bool,
+) -> tuple[Settled, ...]:
+    """Every symmetry at the minimum; what does not move stays, its charge by its own entries."""
+    elements, there = task.elements(minimum), charges(orbit, elements_of(task.symmetries, minimum.logs))
+    charge = {s.name: c for s, c in zip(task.symmetries, there, strict=True)}
+    pairs = {s.name: p for s, p in zip(task.symmetries, minimum.point.pairs, strict=True)}
+    half = {s.name: h for s, h in zip(task.symmetries, orbit.symmetries, strict=True)}
+    out = []
+    for start in starts:
+        s, own = start.symmetry, pairs.get(start.symmetry.name, [])
+        verdict = torus_verdict(s, start.classes, decays)
+        left = torch.zeros(s.blocks, dtype=torch.float64)
+        if own:
+            left = imbalance(s, start.classes, *drives(half[s.name], own, orbit.potential))
+        out.append(
+            Settled(
+                name=s.name,
+                family=s.family,
+                kind=s.kind,
+                element=elements.get(s.name, s.identity()),
+                classification=verdict.classification,
+                charge_now=start.charge,
+                charge=charge.get(s.name, start.charge),
+                weight_grams=_grams(own, 0),
+                noise_grams=_grams(own, 1),
+                imbalance_now=start.imbalance,
+                imbalance=left,
+                finite=verdict.finite,
+                reason=verdict.reason,
+                log_error=errors.get(s.name),
+                eps=s.eps,
+            )
+        )
+    return tuple(out)
+
+
+def _grams(pairs: Sequence[LegPair], which: int) -> tuple[Tensor, ...]:
+    return tuple(pair[which] for pair in pairs)
+
+
+def _decays(symmetries: Sequence[Symmetry], config: AdaptiveConfig) -> bool:
+    return any(config.rates(n).weight_decay > 0 for s in symmetries for n in s.parameters)
+
+
+def _norm(model: nn.Module, symmetries: Sequence[Symmetry], elements: dict[str, Tensor]) -> float:
+    """`||theta||^2` of the moved parameters, at the elements."""
+    tensors = tensors_of(model)
+    moved = {n: tensors[n].detach().double().cpu() for s in symmetries for n in s.parameters}
+    for s in symmetries:
+        moved = {n: s.move_weight(n, t, elements[s.name]) if n in s.parameters else t for n, t in moved.items()}
+    return sum(float(t.square().sum()) for t in moved.values())
+
+
+def without_decay(config: AdaptiveConfig) -> AdaptiveConfig:
+    """The same optimiser with every weight decay 0."""
+    return replace(config, weight_decay=0.0, groups=tuple(replace(g, weight_decay=0.0) for g in config.groups))
+
+
+def adaptive_regime(symmetries: Sequence[Symmetry], moments: GradientMoments, config: AdaptiveConfig) -> Regime:
+    """How much of the growth of preconditioned charges the mean gradient makes, and how many steps it lasts: the loss
+    over what one step along it takes off, `lr sum gbar^2 / (s + eps)`.
+    """
+    law, noise, mean, fall = NoiseLaw.of(config), 0.0, 0.0, 0.0
+    for name in dict.fromkeys(n for s in symmetries for n in s.parameters):
+        white, steady = second_moments(name, moments, config)
+        root = (white.clamp_min(0) + steady.clamp_min(0)).sqrt() + law.eps
+        used = root > 0
+        noise += law.white * float((white[used] / root[used]).sum())
+        mean += law.mean * float((steady[used] / root[used]).sum())
+        fall += config.rates(name).lr * float((steady[used] / root[used]).sum())
+    mean = max(mean, 0.0)
+    share = mean / (noise + mean) if noise + mean > 0 else 0.0
+    adam = isinstance(config, AdamConfig)
+    return Regime(share, moments.loss / fall if adam and fall > 0 and moments.loss > 0 else float("inf"))
