@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench mutants clean
 
 demo: .venv/.demo
 	$(BIN)/noetherflow demo --out demo
@@ -20,6 +20,10 @@ lint: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Slow (about half an hour on two cores); an interrupted run goes on where it was.
+mutants: .venv/.test
+	$(BIN)/python tests/mutants.py
 
 bench: .venv/.test
 	$(BIN)/python -m benchmarks

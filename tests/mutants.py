@@ -95,7 +95,7 @@ MUTANTS = (
         "numeric = tuple(False for name in names)",
         "test_printing.py",
     ),
-    Mutant(f"{CORE}/files.py", "scratch.replace(path)", "shutil.copy(scratch, path)", "test_core.py"),
+    Mutant(f"{CORE}/files.py", "scratch.replace(path)", "path.write_bytes(scratch.read_bytes())", "test_core.py"),
     # finder
     Mutant(
         f"{FIND}/rules/norms.py",
@@ -356,7 +356,7 @@ MUTANTS = (
     Mutant(
         f"{EQ}/terms.py",
         "rate = rate + leg.exponent * leg.spread(generators[leg.symmetry], outside=0.0)",
-        "rate = rate + leg.sign * leg.spread(generators[leg.symmetry], outside=0.0)",
+        "rate = rate + (-1.0) ** (leg.exponent < 0) * leg.spread(generators[leg.symmetry], outside=0.0)",
         "test_equilibrium_forecast.py test_flow.py test_equilibrium_joint.py",
     ),
     Mutant(
@@ -549,7 +549,7 @@ def run_tests(source: Path, tests: str) -> bool:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=LIMIT, check=False)
     except subprocess.TimeoutExpired:
         return False
-    if done.returncode not in (0, 1, 2):
+    if done.returncode not in (0, 1):
         raise RuntimeError(f"pytest could not run {tests}: {done.stdout.decode()[-2000:]}")
     return done.returncode == 0
 
