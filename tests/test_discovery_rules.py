@@ -109,7 +109,8 @@ SINGLE: dict[str, tuple[Callable[[Tensor], Tensor], int, Any]] = {
     "tensor split": (lambda h: torch.cat(h.tensor_split(2, -1)[::-1], -1), 4, ("general_linear", 2)),
     "masked fill with zero": (lambda h: h.masked_fill(torch.tensor([True, False, False, False]), 0.0), 4, DIAGONAL),
     "masked fill with one": (lambda h: h.masked_fill(torch.tensor([True, False, False, False]), 1.0), 4, NOTHING),
-    "where with zero": (lambda h: torch.where(h > 0, h, 0.0), 4, NOTHING),
+    "where with zero": (lambda h: torch.where(h > 0, h, 0.0), 4, DIAGONAL),
+    "where above one": (lambda h: torch.where(h > 1, h, 0.0), 4, NOTHING),
     "complex pairs": (
         lambda h: torch.view_as_real(torch.view_as_complex(h.reshape(2, 2, 2)) * 2).reshape(2, 4),
         4,
@@ -121,7 +122,7 @@ SINGLE: dict[str, tuple[Callable[[Tensor], Tensor], int, Any]] = {
     "pixel shuffle": (lambda h: F.pixel_shuffle(_image(h), 2).mean((2, 3)).expand(-1, 4), 4, ("scalar", 1)),
     "adaptive max pool": (lambda h: F.adaptive_max_pool2d(_image(h), 2).flatten(1), 16, DIAGONAL),
     "instance norm": (lambda h: F.instance_norm(100 * _image(h)).flatten(1), 64, ("one-sided", 4)),
-    "unfold": (lambda h: F.unfold(_image(h), 2).mean(-1), 16, None),
+    "unfold": (lambda h: F.unfold(_image(h), 2).mean(-1), 16, MIXING),
     "index put": (
         lambda h: torch.zeros(2, 4, dtype=h.dtype).index_put((torch.tensor([1, 0]),), h),
         4,

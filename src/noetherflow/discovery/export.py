@@ -24,6 +24,7 @@ from noetherflow.core.copies import attributes_with_graph, copy_of
 from noetherflow.core.inputs import ModelInputs
 from noetherflow.core.tensors import named_tensors, tensors_of
 from noetherflow.core.unwrap import plain_name, unwrap
+from noetherflow.discovery.expand import expanded
 from noetherflow.discovery.outputs import plain_output
 from noetherflow.errors import ExportError, NoetherflowError
 
@@ -245,7 +246,8 @@ def _trace(model: nn.Module, example_inputs: Any, tracing: Tracing) -> torch.exp
             raise ExportError(why)
         if tracing.plain:
             blank.forward = _with_plain_output(blank.forward)
-        return torch.export.export(blank, inputs.args, inputs.kwargs, strict=False).run_decompositions({})
+        program = torch.export.export(blank, inputs.args, inputs.kwargs, strict=False)
+        return expanded(program.run_decompositions({}))
 
 
 def _with_plain_output(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ import torch
 
 from noetherflow.discovery.gauges import Gauge
 from noetherflow.discovery.rules.base import Context, on_ids, rule
-from noetherflow.discovery.rules.linear import LETTERS, contracted
+from noetherflow.discovery.rules.contraction import LETTERS, contracted
 
 
 @rule("aten.softmax", "aten._softmax", "aten._safe_softmax", "aten.log_softmax", "aten._log_softmax")
@@ -59,7 +59,7 @@ def fused_attention(ctx: Context, q: Gauge, k: Gauge, v: Gauge, *args: Any, **kw
     return [attention(ctx, q, k, v), *(Gauge(shape or ()) for shape in ctx.shapes[1:])]
 
 
-@rule("aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input", "aten.rnn_relu.input")
+@rule("aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input")
 def recurrent(ctx: Context, x: Gauge, state: Any, weights: Any, *args: Any) -> list[Gauge]:
     """Trivial inside; the first layer's input weights pair with the input."""
     layers, bidirectional = args[1], args[4]

@@ -23,7 +23,9 @@ SMALL = 1e-2
     "aten.contiguous",
     "aten._to_copy",
     "aten.to",
+    "aten.lift_fresh",
     "aten.lift_fresh_copy",
+    "aten.nan_to_num",
     "aten.type_as",
     "aten.neg",
     "aten.positive",
@@ -36,10 +38,19 @@ def identity(ctx: Context, x: Gauge, *_: Any, **__: Any) -> Gauge:
     return ctx.out(x.fields, zero=x.zero, marks=x.marks & KEPT)
 
 
-@rule("aten.dropout", "aten.feature_dropout", "aten.alpha_dropout")
+@rule("aten.dropout", "aten.feature_dropout")
 def dropout(ctx: Context, x: Gauge, p: float = 0.5, train: bool = False) -> Gauge:
     if train and p > 0:
         ctx.store.singletons(x.fields)
+    return identity(ctx, x)
+
+
+@rule("aten.alpha_dropout", "aten.feature_alpha_dropout")
+def alpha_dropout(ctx: Context, x: Gauge, p: float = 0.5, train: bool = False) -> Gauge:
+    """What it drops it sets to a constant that is not zero."""
+    if train and p > 0:
+        ctx.trivial(x)
+        return ctx.out()
     return identity(ctx, x)
 
 
@@ -62,15 +73,21 @@ def prelu(ctx: Context, x: Gauge, slope: Gauge) -> Gauge:
     return homogeneous(ctx, x)
 
 
-@rule("aten.clamp", "aten.clamp_min", "aten.clamp_max", "aten.threshold")
-def clamp(ctx: Context, x: Gauge, low: Any = None, high: Any = None, **__: Any) -> Gauge:
+@rule("aten.clamp", "aten.clamp_min", "aten.clamp_max", "aten.threshold", "aten.clip")
+def clamp(ctx: Context, x: Gauge, low: Any = None, high: Any = None, **named: Any) -> Gauge:
     name = short_name(ctx.node)
+    low, high = named.get("min", low), named.get("max", high)
     if name == "clamp_max":
         low, high = None, low
     if name == "threshold" and high == low == 0:
         high = None
-    if not any(isinstance(bound, Gauge) or bound not in (None, 0) for bound in (low, high)):
+    bounds = [bound for bound in (low, high) if not (bound is None or (is_number(bound) and bound == 0))]
+    if not bounds:
         return homogeneous(ctx, x)
+    if name != "threshold" and all(isinstance(bound, Gauge) for bound in bounds):
+        for bound in bounds:
+            x = extremum(ctx, x, bound)
+        return x
     if high is None and is_number(low) and 0 < low <= SMALL and _normalises(ctx.node):
         ctx.store.approximately(x.fields, float(low))
         return ctx.out(x.fields)
@@ -186,6 +203,42 @@ def extremum(ctx: Context, x: Gauge, y: Gauge) -> Gauge:
     return _sum(ctx, x, y)
 
 
+@rule("aten.hypot")
+def hypot(ctx: Context, x: Gauge, y: Gauge) -> Gauge:
+    return extremum(ctx, x, y)
+
+
+@rule("aten.sign", "aten.sgn", "aten.signbit", "aten.isnan", "aten.isinf", "aten.isfinite")
+def sign(ctx: Context, x: Gauge, *_: Any) -> Gauge:
+    """What a positive number in front does not change."""
+    ctx.store.singletons(x.fields)
+    return ctx.out()
+
+
+@rule("aten.eq", "aten.ne", "aten.lt", "aten.le", "aten.gt", "aten.ge")
+def compare(ctx: Context, x: Gauge, y: Any) -> Gauge:
+    """Two tensors that scale alike, or one with zero: the order stays."""
+    zero = y == 0 if is_number(y) else y.zero
+    if is_number(y) and not zero:
+        ctx.trivial(x, why="is compared with a constant")
+    elif zero:
+        ctx.store.singletons(x.fields)
+    else:
+        extremum(ctx, x, y)
+    return ctx.out()
+
+
+@rule("aten.atan2")
+def atan2(ctx: Context, x: Gauge, y: Gauge) -> Gauge:
+    return compare(ctx, x, y)
+
+
+@rule("aten.copysign.Tensor")
+def copysign(ctx: Context, x: Gauge, y: Gauge) -> Gauge:
+    ctx.store.singletons([*x.fields, *y.fields])
+    return ctx.out(aligned(x, len(ctx.shape)), zero=x.zero)
+
+
 @rule("aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf")
 def where(ctx: Context, condition: Gauge, x: Any, y: Any) -> Gauge:
     ctx.trivial(condition)
@@ -218,42 +271,24 @@ def triangle(ctx: Context, x: Gauge, *_: Any) -> Gauge:
     return ctx.out(x.fields, zero=x.zero)
 
 
-@rule("aten.zeros", "aten.zeros_like", "aten.new_zeros", "aten.zero")
-def zeros(ctx: Context, *_: Any, **__: Any) -> Gauge:
-    return ctx.out(zero=True)
-
-
 @rule("aten.full", "aten.full_like", "aten.new_full")
 def full(ctx: Context, *args: Any, **__: Any) -> Gauge:
     return ctx.out(zero=is_number(args[-1]) and args[-1] == 0)
 
 
-@rule("aten.view_as_complex")
-def view_as_complex(ctx: Context, x: Gauge) -> Gauge:
-    last = len(x.shape) - 1
-    fields = ctx.store.constant_along(x.fields, (last,), "becomes complex")
-    return ctx.out([Field(f.ids.squeeze(last), f.exponent) for f in fields])
-
-
-@rule("aten.view_as_real")
-def view_as_real(ctx: Context, x: Gauge) -> Gauge:
-    return ctx.out([Field(f.ids.unsqueeze(-1), f.exponent) for f in x.fields])
-
-
 OPAQUE = """
 gelu silu tanh sigmoid exp exp2 expm1 log log1p log2 erf erfc softplus elu celu selu relu6 hardtanh
-hardswish hardsigmoid mish log_sigmoid logsigmoid log_sigmoid_forward sin cos tan atan atan2 sinh
-cosh asin acos sign round floor ceil trunc frac fmod remainder eq ne lt le gt ge isnan isinf
-isfinite argmax argmin logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not one_hot
-logit softshrink hardshrink tanhshrink logsumexp ones_like empty_like new_ones floor_divide __and__
-__or__ nonzero any all lstm gru rnn_tanh rnn_relu multinomial bincount searchsorted histc nan_to_num
-lgamma digamma
+hardswish hardsigmoid mish log_sigmoid logsigmoid log_sigmoid_forward sin cos tan atan sinh cosh
+asin acos round floor ceil trunc frac fmod remainder logical_and logical_or logical_not bitwise_and
+bitwise_or bitwise_not one_hot logit softshrink hardshrink tanhshrink logsumexp logcumsumexp cumprod
+ones_like new_ones floor_divide __and__ __or__ nonzero any all lstm gru rnn_tanh multinomial
+bincount searchsorted histc lgamma digamma
 """
 
 
 @rule(*(f"aten.{name}" for name in OPAQUE.split()))
 def opaque(ctx: Context, *args: Any, **kwargs: Any) -> Any:
     """Functions that commute with no scaling: the gauge of every argument is trivial."""
-    if short_name(ctx.node) not in ("ones_like", "empty_like", "new_ones"):
+    if short_name(ctx.node) not in ("ones_like", "new_ones"):
         ctx.trivial(args, kwargs)
     return [Gauge(shape or ()) for shape in ctx.shapes] if len(ctx.shapes) > 1 else ctx.out()

@@ -1,4 +1,4 @@
-"""Contractions: the summed axis pairs with its dual, everything else passes."""
+"""Linear layers, matrix products and convolutions."""
 
 from __future__ import annotations
 
@@ -7,42 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from noetherflow.discovery.gauges import Field, Gauge
-from noetherflow.discovery.rules.base import Context, aligned, reshaped, rule, short_name
+from noetherflow.discovery.rules.base import Context, aligned, reshaped, rule
+from noetherflow.discovery.rules.contraction import LETTERS, contracted
 from noetherflow.discovery.rules.shape import agree
-
-
-def spread(gauge: Gauge, labels: str, joint: str) -> Gauge:
-    """A tensor with axes `labels` laid out on the axes `joint`, size 1 where it has none."""
-    order = [labels.index(c) for c in joint if c in labels]
-    sizes = [gauge.shape[labels.index(c)] if c in labels else 1 for c in joint]
-
-    def place(f: Field) -> Field:
-        ids = f.ids.permute(order)
-        found = iter(ids.shape)
-        return Field(ids.reshape([next(found) if c in labels else 1 for c in joint]), f.exponent)
-
-    return replace(gauge, shape=tuple(sizes), fields=tuple(place(f) for f in gauge.fields))
-
-
-def contracted(ctx: Context, x: Gauge, y: Gauge, spec: str) -> tuple[Field, ...]:
-    """`einsum(spec, x, y)` on gauges; the fields in the order of the output labels."""
-    inputs, output = spec.split("->")
-    left, right = inputs.split(",")
-    joint = output + "".join(dict.fromkeys(c for c in left + right if c not in output))
-    a, b = spread(x, left, joint), spread(y, right, joint)
-    axes = tuple(range(len(output), len(joint)))
-    if {"data"} <= x.marks & y.marks:
-        _tag_attention(ctx, a, b, axes)
-    fields = ctx.store.contract(a, b, axes, f"is summed over in {short_name(ctx.node)}")
-    return tuple(Field(f.ids.reshape(f.ids.shape[: len(output)]), f.exponent) for f in fields)
-
-
-def _tag_attention(ctx: Context, a: Gauge, b: Gauge, axes: Sequence[int]) -> None:
-    for own, other in ((a, b), (b, a)):
-        if "softmax" in other.marks:
-            ctx.store.tag(own.fields, "value")
-        elif "softmax" not in own.marks and own.fields and other.fields:
-            ctx.store.tag([f for f in own.fields if f.spans(axes)], "score")
 
 
 def with_bias(ctx: Context, fields: Sequence[Field], bias: Gauge | None, axis: int = -1) -> tuple[Field, ...]:
@@ -53,9 +20,6 @@ def with_bias(ctx: Context, fields: Sequence[Field], bias: Gauge | None, axis: i
     sizes = [-1 if a == axis % n else 1 for a in range(n)]
     placed = tuple(Field(f.ids.reshape(sizes), f.exponent) for f in bias.fields)
     return agree(ctx, Gauge(ctx.shape, tuple(fields)), Gauge(ctx.shape, placed, bias.zero), "gets a bias")
-
-
-LETTERS = "abcdefghijklmnopqrstuvw"
 
 
 @rule("aten.linear")
@@ -88,19 +52,6 @@ def addmm(ctx: Context, bias: Gauge, x: Gauge, y: Gauge, *, beta: Any = 1, alpha
         return ctx.out(product)
     own = Gauge(ctx.shape, aligned(bias, n), bias.zero)
     return ctx.out(agree(ctx, Gauge(ctx.shape, product), own, "gets a bias"))
-
-
-@rule("aten.einsum")
-def einsum(ctx: Context, equation: str, tensors: Sequence[Gauge], **_: Any) -> Gauge:
-    spec = equation.replace(" ", "")
-    terms = spec.split("->")[0].split(",")
-    plain = "->" in spec and "." not in spec and all(len(set(t)) == len(t) for t in terms)
-    if not plain or len(tensors) > 2:
-        ctx.trivial(tensors)
-        return ctx.out()
-    if len(tensors) == 1:
-        return ctx.out(contracted(ctx, tensors[0], Gauge(()), f"{terms[0]},->{spec.split('->')[1]}"))
-    return ctx.out(contracted(ctx, tensors[0], tensors[1], spec))
 
 
 @rule("aten.outer", "aten.ger")

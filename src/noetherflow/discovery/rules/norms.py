@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from noetherflow.discovery.gauges import Field, Gauge
-from noetherflow.discovery.rules.base import Context, normal_axes, reshaped, rule, short_name
+from noetherflow.discovery.rules.base import Context, aligned, normal_axes, reshaped, rule, short_name
 from noetherflow.discovery.rules.shape import agree
 
 
@@ -30,49 +30,104 @@ def cumsum(ctx: Context, x: Gauge, dim: int, **_: Any) -> Gauge:
     return ctx.out(ctx.store.constant_along(x.fields, normal_axes(dim, len(x.shape)), "is summed cumulatively"))
 
 
+MOST_FACTORS = 64
+"""A product over an axis is followed factor by factor up to this length."""
+
+
+@rule("aten.prod.dim_int")
+def product_over(ctx: Context, x: Gauge, dim: int, keepdim: bool = False, **_: Any) -> Gauge:
+    axis = dim % max(len(x.shape), 1)
+    if not x.shape or x.shape[axis] > MOST_FACTORS:
+        ctx.trivial(x)
+        return ctx.out()
+    ctx.store.singletons(x.fields)
+    count = x.shape[axis]
+    factors = []
+    for f in x.fields:
+        if f.spans([axis]):
+            factors += [Field(f.ids.narrow(axis, k, 1), f.exponent) for k in range(count)]
+        else:
+            factors.append(replace(f, exponent=count * f.exponent))
+    return ctx.out(factors if keepdim else [replace(f, ids=f.ids.squeeze(axis)) for f in factors], zero=x.zero)
+
+
 @rule("aten.amax", "aten.amin")
 def amax(ctx: Context, x: Gauge, dim: Any = None, keepdim: bool = False) -> Gauge:
     ctx.store.singletons(x.fields)
     return mean(ctx, x, dim, keepdim)
 
 
-@rule("aten.max.dim", "aten.min.dim")
-def max_dim(ctx: Context, x: Gauge, dim: int, keepdim: bool = False) -> list[Gauge]:
-    values = amax(ctx, x, dim, keepdim)
-    return [values, Gauge(values.shape)]
-
-
-@rule("aten.max.default", "aten.min.default")
+@rule("aten.max.default", "aten.min.default", "aten.median.default", "aten.nanmedian.default")
 def max_all(ctx: Context, x: Gauge) -> Gauge:
     return amax(ctx, x)
 
 
-@rule("aten.topk", "aten.sort")
-def topk(ctx: Context, x: Gauge, *args: Any, **kwargs: Any) -> list[Gauge]:
-    position = 1 if short_name(ctx.node) == "topk" else 0
-    dim = kwargs.get("dim", args[position] if len(args) > position else -1)
+@rule("aten.max.dim", "aten.min.dim", "aten.median.dim", "aten.nanmedian.dim", "aten.mode")
+def max_dim(ctx: Context, x: Gauge, dim: int = -1, keepdim: bool = False) -> list[Gauge]:
+    """A value picked along an axis by its rank, and where it was found."""
+    values = amax(ctx, x, dim, keepdim)
+    return [values, Gauge(values.shape)]
+
+
+@rule("aten.kthvalue")
+def kthvalue(ctx: Context, x: Gauge, _: int, dim: int = -1, keepdim: bool = False) -> list[Gauge]:
+    return max_dim(ctx, x, dim, keepdim)
+
+
+@rule("aten.argmax", "aten.argmin")
+def argmax(ctx: Context, x: Gauge, dim: int | None = None, keepdim: bool = False) -> Gauge:
+    """The place of the largest entry stays where all entries grow alike."""
+    amax(ctx, x, dim, keepdim)
+    return ctx.out()
+
+
+@rule("aten.cummax", "aten.cummin")
+def cummax(ctx: Context, x: Gauge, dim: int) -> list[Gauge]:
+    return _sorted(ctx, x, dim)
+
+
+@rule("aten.sort.default", "aten.argsort.default")
+def sort(ctx: Context, x: Gauge, dim: int = -1, descending: bool = False) -> Any:
+    return _sorted(ctx, x, dim)
+
+
+@rule("aten.sort.stable", "aten.argsort.stable")
+def sort_stable(ctx: Context, x: Gauge, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
+    return _sorted(ctx, x, dim)
+
+
+@rule("aten.topk")
+def topk(ctx: Context, x: Gauge, _: int, dim: int = -1, *__: Any, **___: Any) -> list[Gauge]:
+    return _sorted(ctx, x, dim)
+
+
+def _sorted(ctx: Context, x: Gauge, dim: int) -> Any:
+    """Entries along an axis in an order that they decide, and their places; `argsort` gives the places alone."""
     ctx.store.singletons(x.fields)
     fields = ctx.store.constant_along(x.fields, normal_axes(dim, len(x.shape)), "is sorted")
-    return [ctx.out(fields), ctx.out()]
+    return [ctx.out(fields, zero=x.zero), Gauge(ctx.shape)] if len(ctx.shapes) > 1 else ctx.out()
 
 
-@rule("aten.linalg_vector_norm")
-def vector_norm(ctx: Context, x: Gauge, order: Any = 2, dim: Any = None, keepdim: bool = False, **_: Any) -> Gauge:
-    return amax(ctx, x, dim, keepdim)
-
-
-@rule("aten.norm", "aten.frobenius_norm", "aten.linalg_norm")
+@rule("aten.linalg_vector_norm", "aten.norm", "aten.frobenius_norm", "aten.linalg_norm")
 def norm(ctx: Context, x: Gauge, order: Any = 2, dim: Any = None, keepdim: bool = False, **_: Any) -> Gauge:
+    if order == 0:  # the number of entries that are not zero
+        amax(ctx, x, dim, keepdim)
+        return ctx.out()
     return amax(ctx, x, dim, keepdim)
 
 
 @rule("aten.var", "aten.std")
 def variance(ctx: Context, x: Gauge, dim: Any = None, *_: Any, keepdim: bool = False, **__: Any) -> Gauge:
     ctx.store.singletons(x.fields)
-    power = 2.0 if short_name(ctx.node) == "var" else 1.0
+    power = 2.0 if short_name(ctx.node).startswith("var") else 1.0
     axes = normal_axes(None if isinstance(dim, bool) else dim, len(x.shape))
     fields = _reduced(ctx, x.fields, len(x.shape), axes, keepdim)
     return ctx.out([replace(f, exponent=power * f.exponent) for f in fields])
+
+
+@rule("aten.var_mean.correction", "aten.std_mean.correction", "aten.var_mean.dim", "aten.std_mean.dim")
+def variance_mean(ctx: Context, x: Gauge, dim: Any = None, *_: Any, keepdim: bool = False, **__: Any) -> list[Gauge]:
+    return [variance(ctx, x, dim, keepdim=keepdim), mean(ctx, x, dim, keepdim)]
 
 
 @rule(*(f"aten.{kind}_pool{n}d" for kind in ("avg", "adaptive_avg", "_adaptive_avg", "lp") for n in (1, 2, 3)))
@@ -81,7 +136,7 @@ def average_pool(ctx: Context, x: Gauge, *_: Any, **__: Any) -> Gauge:
     return ctx.out(_over_space(ctx, x, count))
 
 
-@rule(*(f"aten.{kind}max_pool{n}d" for kind in ("", "adaptive_") for n in (1, 2, 3)))
+@rule(*(f"aten.{kind}max_pool{n}d" for kind in ("", "adaptive_", "fractional_") for n in (1, 2, 3)))
 @rule(*(f"aten.max_pool{n}d_with_indices" for n in (1, 2, 3)))
 def max_pool(ctx: Context, x: Gauge, *_: Any, **__: Any) -> Any:
     ctx.store.singletons(x.fields)
@@ -91,9 +146,42 @@ def max_pool(ctx: Context, x: Gauge, *_: Any, **__: Any) -> Any:
 
 @rule(*(f"aten.upsample_{kind}" for kind in ["nearest1d", "nearest2d", "nearest3d", "linear1d", "trilinear3d"]))
 @rule(*(f"aten.{kind}" for kind in ["upsample_bilinear2d", "upsample_bicubic2d", "_upsample_nearest_exact2d"]))
-@rule("aten._upsample_bilinear2d_aa", "aten._upsample_bicubic2d_aa", "aten.grid_sampler")
+@rule("aten._upsample_bilinear2d_aa", "aten._upsample_bicubic2d_aa", "aten._upsample_nearest_exact1d")
+@rule("aten._upsample_nearest_exact3d")
 def interpolate(ctx: Context, x: Gauge, *_: Any, **__: Any) -> Gauge:
     return ctx.out(_over_space(ctx, x, len(x.shape) - 2))
+
+
+@rule("aten.grid_sampler", "aten.grid_sampler_2d", "aten.grid_sampler_3d")
+def grid_sample(ctx: Context, x: Gauge, grid: Gauge, *_: Any, **__: Any) -> Gauge:
+    ctx.trivial(grid, why="is a place to read at")
+    return interpolate(ctx, x)
+
+
+@rule("aten.max_unpool2d", "aten.max_unpool3d")
+def max_unpool(ctx: Context, x: Gauge, places: Gauge, *_: Any) -> Gauge:
+    """Every channel has its own places, so channels may not mix."""
+    ctx.store.singletons(x.fields)
+    return ctx.out(_over_space(ctx, x, len(x.shape) - 2))
+
+
+@rule("aten.im2col")
+def unfold(ctx: Context, x: Gauge, kernel: Sequence[int], *_: Any) -> Gauge:
+    """Patches `[batch, channels * kernel, places]`: each channel occurs once per place of the kernel."""
+    size = kernel[0] * kernel[1]
+    fields = [Field(f.ids.squeeze(-1), f.exponent) for f in _over_space(ctx, x, 2)]
+    return ctx.out(
+        [replace(f, ids=f.ids.repeat_interleave(size, -2)) if f.spans([f.ids.ndim - 2]) else f for f in fields]
+    )
+
+
+@rule("aten.col2im")
+def fold(ctx: Context, x: Gauge, _: Any, kernel: Sequence[int], *__: Any) -> Gauge:
+    """The sum of patches `[batch, channels * kernel, places]` where they overlap in the image."""
+    size = kernel[0] * kernel[1]
+    *lead, rows, places = x.shape
+    split = (*lead, rows // size, size, places)
+    return ctx.out(_over_space(ctx, Gauge(split, reshaped(x.fields, x.shape, split)), 2))
 
 
 def _over_space(ctx: Context, x: Gauge, count: int) -> tuple[Field, ...]:
@@ -132,6 +220,33 @@ def _affine(ctx: Context, gain: Gauge | None, bias: Gauge | None, axes: Sequence
     ctx.store.singletons(scaled.fields)
     ctx.store.tag(scaled.fields, "gain")
     return scaled.fields if bias is None else agree(ctx, scaled, placed(bias), "gets a bias")
+
+
+@rule("aten.cosine_similarity")
+def cosine_similarity(ctx: Context, x: Gauge, y: Gauge, dim: int = 1, eps: float = 1e-8) -> Gauge:
+    """Each of the two is divided by its length; `eps` counts only for vectors shorter than that."""
+    n = max(len(x.shape), len(y.shape))
+    for side in (x, y):
+        _scale_free(ctx, aligned(side, n), (dim % n,), None)
+    return ctx.out()
+
+
+@rule("aten._cdist_forward")
+def distance(ctx: Context, x: Gauge, y: Gauge, *_: Any) -> Gauge:
+    """Distances `[..., rows of x, rows of y]`: both sets of points scale alike, by one number per pair of rows."""
+    rows = [Field(f.ids.unsqueeze(-2), f.exponent) for f in aligned(x, len(ctx.shape))]
+    columns = [Field(f.ids.unsqueeze(-3), f.exponent) for f in aligned(y, len(ctx.shape))]
+    shape = (*ctx.shape, x.shape[-1])
+    fields = agree(ctx, Gauge(shape, tuple(rows), x.zero), Gauge(shape, tuple(columns), y.zero), "is a distance to")
+    ctx.store.singletons(fields)
+    return ctx.out(_reduced(ctx, fields, len(shape), (len(shape) - 1,), keepdim=False))
+
+
+@rule("aten._pdist_forward")
+def distances(ctx: Context, x: Gauge, *_: Any) -> Gauge:
+    ctx.store.singletons(x.fields)
+    fields = ctx.store.constant_along(x.fields, (0, 1), "is a distance to")
+    return ctx.out([Field(f.ids.reshape(1), f.exponent) for f in fields])
 
 
 @rule("aten.layer_norm", "aten.native_layer_norm")

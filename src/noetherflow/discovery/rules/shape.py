@@ -32,6 +32,8 @@ def reshape(ctx: Context, x: Gauge, *_: Any) -> Gauge:
     "aten.flip",
     "aten.roll",
     "aten.repeat",
+    "aten.tile",
+    "aten.rot90",
     "aten.repeat_interleave.self_int",
     "aten.movedim",
     "aten.swapaxes",
@@ -48,7 +50,7 @@ def rearrange(ctx: Context, x: Gauge, *args: Any, **kwargs: Any) -> Gauge:
     return ctx.out(fields, zero=x.zero, marks=_kept(x))
 
 
-@rule("aten.slice.Tensor", "aten.select.int", "aten.narrow", "aten.diagonal", "aten.unfold")
+@rule("aten.slice.Tensor", "aten.select.int", "aten.narrow", "aten.unfold")
 def pick(ctx: Context, x: Gauge, *args: Any, **kwargs: Any) -> Gauge:
     target: Any = ctx.node.target
     fields = on_ids(x.fields, x.shape, lambda ids: target(ids, *args, **kwargs))
@@ -57,7 +59,22 @@ def pick(ctx: Context, x: Gauge, *args: Any, **kwargs: Any) -> Gauge:
     return ctx.out(fields, zero=x.zero, marks=_kept(x))
 
 
-@rule("aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unbind", "aten.tensor_split")
+@rule("aten.diagonal", "aten.diagonal_copy")
+def diagonal(ctx: Context, x: Gauge, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Gauge:
+    return diagonal_of(ctx, x, offset, dim1, dim2)
+
+
+def diagonal_of(ctx: Context, x: Gauge, offset: int, dim1: int, dim2: int) -> Gauge:
+    """The diagonal of two axes. A matrix that mixes rows takes entries off the diagonal onto it, so none may."""
+    axes = normal_axes([dim1, dim2], len(x.shape))
+    ctx.store.singletons([f for f in x.fields if f.spans(axes)])
+    take: Callable[[Tensor], Tensor] = lambda ids: torch.diagonal(ids, offset, dim1, dim2)
+    shape = take(torch.empty(x.shape, device="meta")).shape
+    fields = ctx.store.simplify(on_ids(x.fields, x.shape, take))
+    return Gauge(tuple(shape), fields, x.zero, x.marks & (KEPT | {"data"}))
+
+
+@rule("aten.split", "aten.split_with_sizes", "aten.unsafe_split", "aten.chunk", "aten.unbind", "aten.tensor_split")
 def split(ctx: Context, x: Gauge, *args: Any, **kwargs: Any) -> list[Gauge]:
     target: Any = ctx.node.target
     pieces: list[list[Field]] = [[] for _ in ctx.shapes]
@@ -84,42 +101,126 @@ def _separate_pieces(ctx: Context, before: Field, after: Sequence[Field]) -> Non
 
 @rule("aten.cat", "aten.concat")
 def cat(ctx: Context, tensors: Sequence[Gauge], dim: int = 0) -> Gauge:
-    parts = [t for t in tensors if t.shape != (0,)]
-    return ctx.out(_joined(ctx, parts, dim % len(ctx.shape)), zero=all(t.zero for t in parts))
+    axis = dim % len(ctx.shape)
+    parts = [t for t in tensors if t.shape != (0,)]  # torch lets an empty vector be joined to anything
+    fields = joined(ctx, parts, {axis}, lambda pieces: torch.cat(pieces, axis))
+    return ctx.out(fields, zero=all(t.zero for t in parts))
 
 
 @rule("aten.stack")
 def stack(ctx: Context, tensors: Sequence[Gauge], dim: int = 0) -> Gauge:
-    axis = dim % len(ctx.shape)
-    raised = [
-        Gauge(
-            (*t.shape[:axis], 1, *t.shape[axis:]),
-            tuple(Field(f.ids.unsqueeze(axis), f.exponent) for f in t.fields),
-            t.zero,
-        )
-        for t in tensors
-    ]
-    return ctx.out(_joined(ctx, raised, axis), zero=all(t.zero for t in raised))
+    return cat(ctx, [raised(t, dim % len(ctx.shape)) for t in tensors], dim)
 
 
-def _joined(ctx: Context, parts: Sequence[Gauge], axis: int) -> list[Field]:
-    """Fields of a concatenation: slot by slot for every exponent, free atoms for zeros, atom 0 where there is none."""
-    spanned = {a for t in parts for f in t.fields for a in f.spans(range(len(t.shape)))}
-    exponents = dict.fromkeys(f.exponent for t in parts for f in t.fields)
-    out = []
-    for order, exponent in enumerate(exponents):
+def raised(gauge: Gauge, axis: int) -> Gauge:
+    """A tensor with a new axis of length 1 (`unsqueeze`)."""
+    shape = (*gauge.shape[:axis], 1, *gauge.shape[axis:])
+    return Gauge(shape, tuple(Field(f.ids.unsqueeze(axis), f.exponent) for f in gauge.fields), gauge.zero)
+
+
+def joined(
+    ctx: Context, parts: Sequence[Gauge], axes: set[int], arrange: Callable[[Sequence[Tensor]], Tensor]
+) -> list[Field]:
+    """Fields of a tensor that is put together from parts with equally many axes.
+
+    The parts are paired field by field: for `cat((a, b))` the first field of `a` stands beside the first field of `b`.
+    A part with fewer fields is filled up with atom 0 (it stays as it is), a part of zeros with free atoms (it fits
+    whatever the others do).
+
+    Args:
+        ctx: The operator.
+        parts: The tensors that are put together.
+        axes: The axes along which `arrange` needs the parts in full length.
+        arrange: The operator itself, run on one tensor of atoms per part.
+
+    Returns:
+        The fields of the result.
+    """
+    long = {*axes, *(a for t in parts for f in t.fields for a in f.spans(range(t.ndim)))}
+    out: list[Field] = []
+    for exponent in dict.fromkeys(f.exponent for t in parts for f in t.fields):
         columns = [[f.ids for f in t.fields if f.exponent == exponent] for t in parts]
-        for slot in range(max(len(c) for c in columns)):
-            pieces = []
-            for t, column in zip(parts, columns, strict=True):
-                sizes = [n if a == axis or a in spanned else 1 for a, n in enumerate(t.shape)]
-                if t.zero and order == slot == 0:
-                    ids = ctx.store.wildcard(tuple(sizes)).ids
-                else:
-                    ids = column[slot] if slot < len(column) else torch.zeros([1] * len(sizes), dtype=torch.int64)
-                pieces.append(ids.expand(*sizes))
-            out.append(Field(narrow(torch.cat(pieces, axis)), exponent))
+        for slot in range(max(len(column) for column in columns)):
+            free = not out
+            pieces = [
+                _piece(ctx, t, column[slot : slot + 1], long, free) for t, column in zip(parts, columns, strict=True)
+            ]
+            out.append(Field(narrow(arrange(pieces)), exponent))
     return out
+
+
+def _piece(ctx: Context, part: Gauge, found: Sequence[Tensor], long: set[int], free: bool) -> Tensor:
+    """The atoms of one part in full length along the `long` axes; new ones for zeros if they are to be `free`."""
+    sizes = [n if a in long else 1 for a, n in enumerate(part.shape)]
+    if part.zero and free:
+        return ctx.store.wildcard(tuple(sizes)).ids
+    ids = found[0] if found else torch.zeros([1] * len(sizes), dtype=torch.int64)
+    return ids.expand(*sizes)
+
+
+@rule("aten.slice_scatter")
+def slice_scatter(ctx: Context, x: Gauge, source: Gauge, dim: int = 0, *where: Any) -> Gauge:
+    axis = dim % len(x.shape)
+    positions = torch.arange(x.shape[axis])
+    written = torch.isin(positions, torch.ops.aten.slice.Tensor(positions, 0, *where))
+    kept = [f for f in x.fields if f.spans([axis])]
+    for f in kept:
+        _separate_pieces(ctx, f, [Field(f.ids.index_select(axis, positions[~written]), f.exponent)])
+    fields = joined(ctx, (x, source), {axis}, lambda pieces: torch.slice_scatter(pieces[0], pieces[1], axis, *where))
+    return ctx.out(fields, zero=x.zero and source.zero)
+
+
+@rule("aten.select_scatter")
+def select_scatter(ctx: Context, x: Gauge, source: Gauge, dim: int, index: int) -> Gauge:
+    axis = dim % len(x.shape)
+    start = index % x.shape[axis]
+    return slice_scatter(ctx, x, raised(source, axis), axis, start, start + 1)
+
+
+@rule("aten.diagonal_scatter")
+def diagonal_scatter(ctx: Context, x: Gauge, source: Gauge, *where: int) -> Gauge:
+    ctx.store.singletons([*x.fields, *source.fields])
+    target: Any = ctx.node.target
+    placed = tuple(
+        Field(target(torch.zeros(x.shape, dtype=torch.int64), f.ids.expand(*source.shape), *where), f.exponent)
+        for f in source.fields
+    )
+    written = target(torch.zeros(x.shape), torch.ones(source.shape), *where).bool()
+    parts = (x, Gauge(x.shape, placed, source.zero))
+    fields = joined(ctx, parts, set(range(len(x.shape))), lambda pieces: torch.where(written, pieces[1], pieces[0]))
+    return ctx.out(fields, zero=x.zero and source.zero)
+
+
+@rule("aten.diag_embed")
+def diag_embed(ctx: Context, x: Gauge, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Gauge:
+    """A vector on the diagonal of a matrix; what is off the diagonal is zero and fits anything.
+
+    The matrix `D` of a vector `d` may go to `diag(r) D diag(d / r)` with any `r`, so its rows get atoms of their own.
+    A constant in `r` cancels; the first entry of `r` is set to 1.
+    """
+    n = len(ctx.shape)
+    if offset or (dim1 % n, dim2 % n) != (n - 2, n - 1):
+        ctx.trivial(x)
+        return ctx.out()
+    ctx.store.singletons(x.fields)
+    width = ctx.shape[-1]
+    start = ctx.store.fresh(width - 1)
+    free = torch.cat((torch.zeros(1, dtype=torch.int64), torch.arange(start, start + width - 1)))
+    lead = [1] * (n - 2)
+    rows, columns = Field(free.reshape(*lead, width, 1), 1.0), Field(free.reshape(*lead, 1, width), -1.0)
+    return ctx.out([rows, columns, *(Field(f.ids.unsqueeze(-2), f.exponent) for f in x.fields)])
+
+
+@rule("aten.copy")
+def copy(ctx: Context, _: Gauge, source: Gauge, *__: Any) -> Gauge:
+    return ctx.out(aligned(source, len(ctx.shape)), zero=source.zero, marks=_kept(source))
+
+
+@rule("aten.empty_like", "aten.new_empty", "aten.new_empty_strided", "aten.zeros_like", "aten.new_zeros", "aten.zero")
+@rule("aten.zeros", "aten.empty", "aten.empty_permuted", "aten.empty_strided")
+def zeros(ctx: Context, *_: Any, **__: Any) -> Gauge:
+    """A tensor of zeros, or one whose content is still to be written."""
+    return ctx.out(zero=True)
 
 
 @rule("aten.constant_pad_nd", "aten.pad")
@@ -131,24 +232,37 @@ def pad(ctx: Context, x: Gauge, widths: Sequence[int], *args: Any, value: Any = 
     if fill not in (0, 0.0, None):
         ctx.trivial(x)
         return ctx.out()
-    current, shape = x, list(x.shape)
+    current = x
     for k in range(len(widths) // 2):
-        axis = len(x.shape) - 1 - k
-        pieces: list[Gauge] = []
-        for width, piece in ((widths[2 * k], None), (0, current), (widths[2 * k + 1], None)):
-            if piece is not None:
-                pieces.append(piece)
-            elif width > 0:
-                pieces.append(Gauge(tuple(width if a == axis else n for a, n in enumerate(shape)), zero=True))
-        shape[axis] += widths[2 * k] + widths[2 * k + 1]
-        if min(widths[2 * k : 2 * k + 2]) < 0:
-            ctx.trivial(x)
-            return ctx.out()
-        if any(f.spans([axis]) for f in current.fields):
-            current = Gauge(tuple(shape), tuple(_joined(ctx, pieces, axis)))
-        else:
-            current = Gauge(tuple(shape), current.fields)
+        current = _padded(ctx, current, len(x.shape) - 1 - k, widths[2 * k], widths[2 * k + 1])
     return ctx.out(current.fields, zero=x.zero)
+
+
+def _padded(ctx: Context, x: Gauge, axis: int, before: int, after: int) -> Gauge:
+    """Zeros added at both ends of one axis, or entries cut off where a width is negative."""
+    first, last = max(-before, 0), x.shape[axis] - max(-after, 0)
+    inner = _cut(ctx, x, axis, first, last)
+    lengths = (max(before, 0), last - first, max(after, 0))
+    shapes = [tuple(width if a == axis else n for a, n in enumerate(x.shape)) for width in lengths]
+    shape = tuple(sum(lengths) if a == axis else n for a, n in enumerate(x.shape))
+    if not any(f.spans([axis]) for f in inner.fields):
+        return Gauge(shape, inner.fields, x.zero)
+    ends = (Gauge(shapes[0], zero=True), inner, Gauge(shapes[2], zero=True))
+    parts = [part for part, length in zip(ends, lengths, strict=True) if length]
+    return Gauge(shape, tuple(joined(ctx, parts, {axis}, lambda pieces: torch.cat(list(pieces), axis))), x.zero)
+
+
+def _cut(ctx: Context, x: Gauge, axis: int, first: int, last: int) -> Gauge:
+    """The entries `first .. last` along one axis; they may no longer mix with those that are cut off."""
+    shape = tuple(last - first if a == axis else n for a, n in enumerate(x.shape))
+    if shape == x.shape:
+        return x
+    fields = []
+    for f in x.fields:
+        kept = Field(f.ids.narrow(axis, first, last - first), f.exponent) if f.spans([axis]) else f
+        _separate_pieces(ctx, f, [kept])
+        fields.append(kept)
+    return Gauge(shape, tuple(fields), x.zero)
 
 
 @rule("aten.reflection_pad1d", "aten.reflection_pad2d", "aten.replication_pad1d", "aten.replication_pad2d")
@@ -159,65 +273,6 @@ def border_pad(ctx: Context, x: Gauge, widths: Sequence[int]) -> Gauge:
 def _spatial(ctx: Context, x: Gauge, count: int) -> Gauge:
     axes = range(len(x.shape) - count, len(x.shape))
     return ctx.out(ctx.store.constant_along(x.fields, list(axes), "pads"))
-
-
-@rule("aten.index.Tensor")
-def index(ctx: Context, x: Gauge, indices: Sequence[Gauge | None]) -> Gauge:
-    axes = [a for a, i in enumerate(indices) if i is not None]
-    blank: list[Tensor | None] = [None if i is None else torch.zeros(i.shape, dtype=torch.int64) for i in indices]
-    matrices = [f for f in x.fields if f.spans(axes) and len(f.spans(range(len(x.shape)))) > 1]
-    chosen = indices[axes[0]]
-    if matrices and len(axes) == 1 and chosen is not None:
-        # One matrix of a stack per position: which one depends on data, but equally for everything indexed alike.
-        positions = ctx.stand_in(int(np.prod(chosen.shape)), x.shape[axes[0]])
-        if positions is not None:
-            blank[axes[0]] = positions.reshape(chosen.shape)
-            single = [f for f in x.fields if f not in matrices]
-            fields = (*matrices, *ctx.store.constant_along(single, axes, "is indexed by data"))
-            moved = on_ids(fields, x.shape, lambda ids: torch.ops.aten.index.Tensor(ids, blank))
-            return ctx.out(moved, marks=frozenset({"stack"}))
-    fields = ctx.store.constant_along(x.fields, axes, "is indexed by data")
-    return ctx.out(on_ids(fields, x.shape, lambda ids: torch.ops.aten.index.Tensor(ids, blank)), zero=x.zero)
-
-
-@rule("aten.index_select", "aten.gather", "aten.take_along_dim")
-def lookup(ctx: Context, x: Gauge, dim: int, _: Gauge, **__: Any) -> Gauge:
-    fields = ctx.store.constant_along(x.fields, normal_axes(dim, len(x.shape)), "is indexed by data")
-    cut = tuple(slice(0, n) for n in ctx.shape)
-    return ctx.out(tuple(Field(f.ids[cut], f.exponent) for f in fields), zero=x.zero)
-
-
-@rule("aten.embedding")
-def embedding(ctx: Context, weight: Gauge, ids: Gauge, *_: Any) -> Gauge:
-    fields = ctx.store.constant_along(weight.fields, (0,), "is indexed by data")
-    lead = [1] * len(ids.shape)
-    return ctx.out(tuple(Field(f.ids.reshape(*lead, -1), f.exponent) for f in fields))
-
-
-@rule("aten.index_add", "aten.index_copy", "aten.scatter_add", "aten.scatter.src")
-def write_along(ctx: Context, x: Gauge, dim: int, _: Gauge, source: Gauge, **__: Any) -> Gauge:
-    axes = normal_axes(dim, len(x.shape))
-    own, other = (
-        Gauge(g.shape, ctx.store.constant_along(g.fields, axes, "is indexed by data"), g.zero) for g in (x, source)
-    )
-    return ctx.out(agree(ctx, own, other), zero=x.zero and source.zero)
-
-
-@rule("aten.index_put")
-def index_put(ctx: Context, x: Gauge, indices: Sequence[Gauge | None], source: Gauge, *_: Any) -> Gauge:
-    axes = [a for a, i in enumerate(indices) if i is not None]
-    known = [i.shape for i in indices if i is not None]
-    rest = x.shape[len(axes) :]
-    if axes != list(range(len(axes))) or (rest and source.shape[-len(rest) :] != rest):
-        ctx.trivial(x, source)
-        return ctx.out()
-    lead = len(torch.broadcast_shapes(*known))
-    written = ctx.store.constant_along(
-        aligned(source, lead + len(rest)), list(range(lead)), "is written at places given by data"
-    )
-    tail = tuple(Field(f.ids.reshape([1] * len(axes) + list(f.ids.shape[lead:])), f.exponent) for f in written)
-    kept = ctx.store.constant_along(x.fields, axes, "is indexed by data")
-    return ctx.out(agree(ctx, Gauge(x.shape, kept, x.zero), Gauge(x.shape, tail, source.zero)))
 
 
 def agree(ctx: Context, x: Gauge, y: Gauge, why: str = "is added") -> tuple[Field, ...]:

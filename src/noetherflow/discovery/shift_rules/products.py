@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from noetherflow.discovery.rules.linear import LETTERS
+from noetherflow.discovery.rules.contraction import LETTERS
 from noetherflow.discovery.shift_rules.base import ShiftContext, Shifted, shift_rule
 from noetherflow.discovery.shift_store import ShiftTerm
 
