@@ -481,7 +481,7 @@ def test_constants_that_cancel_within_a_parameter_are_no_symmetries() -> None:
 
 
 class Clamped(nn.Module):
-    """Bounds that are a buffer and a parameter: positive scales do not pass."""
+    """Bounds that are a buffer, which stays, and a parameter, which may move along."""
 
     def __init__(self, low: bool, high: bool) -> None:
         super().__init__()
@@ -493,9 +493,17 @@ class Clamped(nn.Module):
         return self.b(torch.clamp(self.a(x), self.low, self.high))
 
 
-@pytest.mark.parametrize("bounds", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("bounds", [(True, True), (True, False)])
 def test_clamping_by_tensors_is_no_relu(bounds: tuple[bool, bool]) -> None:
     assert not list(find_symmetries(Clamped(*bounds), torch.randn(4, 2)))
+
+
+def test_a_bound_that_is_a_parameter_scales_with_what_it_bounds() -> None:
+    """All units and the bound times c, the weights behind them divided by c; no unit may scale alone."""
+    model, x = Clamped(False, True), torch.randn(16, 2)
+    (found,) = syms = find_symmetries(model, x)
+    assert (found.kind, {leg.parameter for leg in found.legs}) == ("scalar", {"a.weight", "a.bias", "high", "b.weight"})
+    assert [row.verdict for row in certify(model, syms, x)] == ["exact"]
 
 
 class Gained(nn.Module):

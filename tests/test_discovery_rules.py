@@ -107,7 +107,11 @@ SINGLE: dict[str, tuple[Callable[[Tensor], Tensor], int, Any]] = {
     "stack and flatten": (lambda h: torch.stack((h, h), -1).flatten(1), 8, MIXING),
     "repeat": (lambda h: h.repeat(1, 2), 8, MIXING),
     "tensor split": (lambda h: torch.cat(h.tensor_split(2, -1)[::-1], -1), 4, ("general_linear", 2)),
-    "masked fill with zero": (lambda h: h.masked_fill(torch.tensor([True, False, False, False]), 0.0), 4, DIAGONAL),
+    "masked fill with zero": (
+        lambda h: h.masked_fill(torch.eye(2, 4) > 0, 0.0),
+        4,
+        DIAGONAL,
+    ),
     "masked fill with one": (lambda h: h.masked_fill(torch.tensor([True, False, False, False]), 1.0), 4, NOTHING),
     "where with zero": (lambda h: torch.where(h > 0, h, 0.0), 4, DIAGONAL),
     "where above one": (lambda h: torch.where(h > 1, h, 0.0), 4, NOTHING),
