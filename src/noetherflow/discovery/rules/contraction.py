@@ -96,7 +96,7 @@ def contracted_all(ctx: Context, factors: Sequence[Labelled], output: str) -> tu
     """
     left = [_without_repeats(ctx, factor) for factor in factors]
     while len(left) > 1:
-        i, j = min(_pairs(len(left)), key=lambda pair: _growth(left, *pair, output))
+        i, j = min(_pairs(len(left)), key=lambda pair: _growth(left, pair[0], pair[1], output))
         merged = _merged(ctx, left, i, j, output)
         left = [merged, *(f for k, f in enumerate(left) if k not in (i, j))]
     (last,) = left

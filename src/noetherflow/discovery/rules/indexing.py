@@ -169,8 +169,13 @@ def fill_entries(ctx: Context, x: Gauge, dim: int, _: Gauge, value: Any, **__: A
 def index_put(ctx: Context, x: Gauge, indices: Sequence[Gauge | None], source: Gauge, *_: Any) -> Gauge:
     axes, lead = _indexed(ctx.node.args[1])
     first, ndim = axes[0], len(x.shape)
-    mask = indices[-1]
-    if len(axes) == len(mask.shape) > 1 and len(indices) == 1 and not any(n > 1 for n in source.shape):
+    mask = indices[0]
+    if (
+        mask is not None
+        and len(indices) == 1
+        and len(mask.shape) == len(axes) > 1
+        and max(source.shape, default=1) == 1
+    ):
         return masked_fill(ctx, x, mask, Gauge((), (), source.zero))
     if axes != list(range(first, first + len(axes))):
         ctx.trivial(x, source)

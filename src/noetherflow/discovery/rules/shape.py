@@ -103,7 +103,7 @@ def _separate_pieces(ctx: Context, before: Field, after: Sequence[Field]) -> Non
 def cat(ctx: Context, tensors: Sequence[Gauge], dim: int = 0) -> Gauge:
     axis = dim % len(ctx.shape)
     parts = [t for t in tensors if t.shape != (0,)]  # torch lets an empty vector be joined to anything
-    fields = joined(ctx, parts, {axis}, lambda pieces: torch.cat(pieces, axis))
+    fields = joined(ctx, parts, {axis}, lambda pieces: torch.cat(list(pieces), axis))
     return ctx.out(fields, zero=all(t.zero for t in parts))
 
 
