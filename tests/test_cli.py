@@ -238,6 +238,10 @@ def test_balance_takes_objective_and_settings_of_the_optimiser(run, tmp_path, mo
     new = load_file(tmp_path / "out.safetensors")
     up = new["0.weight"].square().sum(1) + new["0.bias"].square()
     assert torch.allclose(up, new["2.weight"].square().sum(0), rtol=1e-9)
+    code, _, err = run(*words, "--dry-run", "--objective", "nois")
+    assert (code, "did you mean 'noise'?" in err) == (1, True)
+    code, _, err = run(*words, "--dry-run", "--objective", "hessian")
+    assert (code, "curvature" in err) == (2, True)
     code, _, err = run(*words, "--out", "in.safetensors/out.safetensors")
     assert code == 1
     assert "could not write" in err

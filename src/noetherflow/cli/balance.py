@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,13 +29,18 @@ if TYPE_CHECKING:
     from noetherflow.equilibrium import Equilibrium
 
 
-class Objective(StrEnum):
-    """The objectives of `noise_equilibrium` that gradients determine."""
+OBJECTIVE = (
+    "Where to: noise+decay or noise (the noise equilibrium with or without weight decay), norm (least norm), fisher "
+    "(least trace of the Fisher matrix), or one that is registered with noetherflow.extend.objective."
+)
 
-    noise_decay = "noise+decay"
-    noise = "noise"
-    norm = "norm"
-    fisher = "fisher"
+
+def _check(objective: str) -> None:
+    """Refuse an unknown objective, or one that gradients do not determine, before anything is measured."""
+    from noetherflow.equilibrium.objective import objective_of
+
+    if objective_of(objective).moments == "curvature":
+        raise typer.BadParameter(f"{objective} needs curvature moments; use nf.balance_checkpoint in Python")
 
 
 def balance(
@@ -51,10 +55,7 @@ def balance(
     momentum: Momentum = 0.0,
     nesterov: Nesterov = False,
     dataset_size: DatasetSize = None,
-    objective: Annotated[
-        Objective,
-        typer.Option(help="The noise equilibrium with or without weight decay, least norm, or least Fisher trace."),
-    ] = Objective.noise_decay,
+    objective: Annotated[str, typer.Option(help=OBJECTIVE)] = "noise+decay",
     tolerance: Annotated[
         float | None, typer.Option(help="Largest relative change of outputs; default: by the dtypes.")
     ] = None,
@@ -72,6 +73,7 @@ def balance(
     from noetherflow.balance.checkpoint import balance_checkpoint, check_target, load_checkpoint_
     from noetherflow.workloads import load_workload
 
+    _check(objective)
     if not dry_run:
         if out is None:
             raise typer.BadParameter("give --out FILE, or --dry-run to write nothing")
@@ -82,7 +84,7 @@ def balance(
     say = announce(f"{source}: seconds for tracing, then a few gradient passes over {workload.samples:,} samples", 5)
     measured = measure(workload.model, workload.loss_fn, workload.batches, workload.example_inputs, progress=say)
     say("solving for the equilibrium")
-    eq = measured.equilibrium(workload.model, sgd, objective=objective.value, approximate=False)
+    eq = measured.equilibrium(workload.model, sgd, objective=objective, approximate=False)
     say("moving the checkpoint")
     report = balance_checkpoint(
         source,

@@ -22,7 +22,7 @@ from noetherflow.equilibrium.result import Equilibrium, Settled
 from noetherflow.equilibrium.solve import drives, imbalance
 from noetherflow.equilibrium.start import Start, no_moments, starts_of
 from noetherflow.equilibrium.task import Question, SolveOptions, Task, log_errors
-from noetherflow.equilibrium.verdict import Verdict
+from noetherflow.equilibrium.verdict import Outcome
 from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.result import GradientMoments
 from noetherflow.symmetry.symmetry import Symmetry
@@ -179,7 +179,12 @@ def _solved(model: nn.Module, question: Question, stretches: Stretches) -> Equil
 
 
 def _moved(
-    start: Start, element: Tensor, pairs: list[LegPair], question: Question, verdict: Verdict, error: Tensor | None
+    start: Start,
+    element: Tensor,
+    pairs: list[LegPair],
+    question: Question,
+    verdict: Outcome,
+    error: Tensor | None,
 ) -> Settled:
     """A symmetry that moves, from its leg Grams at the minimum."""
     s = start.symmetry
@@ -202,7 +207,7 @@ def _moved(
     )
 
 
-def _held(start: Start, charge: Tensor, verdict: Verdict) -> Settled:
+def _held(start: Start, charge: Tensor, verdict: Outcome) -> Settled:
     """A symmetry that stays: nothing of it has a finite equilibrium. `charge`: what the others make of its charge."""
     s = start.symmetry
     return Settled(

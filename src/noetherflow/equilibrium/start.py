@@ -14,7 +14,7 @@ from noetherflow.equilibrium.conditioning import Stretches, rank_tolerance
 from noetherflow.equilibrium.orbit import leg_pairs
 from noetherflow.equilibrium.potential import LegPair, Potential
 from noetherflow.equilibrium.solve import Classes, classify, drives, imbalance
-from noetherflow.equilibrium.verdict import Verdict, gl_verdict, torus_verdict
+from noetherflow.equilibrium.verdict import Outcome, gl_verdict, torus_verdict
 from noetherflow.moments.result import GradientMoments
 from noetherflow.symmetry.symmetry import Symmetry
 
@@ -44,7 +44,7 @@ class Start:
         """Relative Noether flow per coordinate or block, `[blocks]`."""
         return imbalance(self.symmetry, self.classes, self.x, self.y)
 
-    def verdict(self, decays: bool, stretches: Stretches) -> Verdict:
+    def verdict(self, decays: bool, stretches: Stretches) -> Outcome:
         """What becomes of the symmetry, in words; `decays`: something holds the norm of the weights back."""
         if isinstance(self.classes, TorusClasses):
             return torus_verdict(self.symmetry, self.classes, decays)

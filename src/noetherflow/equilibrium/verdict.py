@@ -26,7 +26,7 @@ DIRECTIONS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Verdict:
+class Outcome:
     """The class of a symmetry, which coordinates (torus) or blocks (general_linear) have a finite equilibrium
     `[blocks]`, and why not all of them (empty where all do).
     """
@@ -36,20 +36,20 @@ class Verdict:
     reason: str = ""
 
 
-def torus_verdict(symmetry: Symmetry, classes: TorusClasses, decays: bool) -> Verdict:
+def torus_verdict(symmetry: Symmetry, classes: TorusClasses, decays: bool) -> Outcome:
     """The verdict on a torus; `decays`: something holds the norm of the weights back."""
     if bool(classes.finite.all()):
-        return Verdict("finite", classes.finite)
+        return Outcome("finite", classes.finite)
     recedes = bool((classes.grows | classes.shrinks).any())
     if symmetry.one_sided and not decays and recedes and not bool(classes.invalid.any()):
         why = "all legs scale the same way and no weight decay holds the norm: it grows for ever"
-        return Verdict("one-sided", classes.finite, why)
+        return Outcome("one-sided", classes.finite, why)
     counts = {name: int(getattr(classes, name).sum()) for name in CAUSES}
     parts = [f"{count} of {symmetry.blocks}: {CAUSES[name]}" for name, count in counts.items() if count]
-    return Verdict("degenerate", classes.finite, "; ".join(parts))
+    return Outcome("degenerate", classes.finite, "; ".join(parts))
 
 
-def gl_verdict(symmetry: Symmetry, classes: GLClasses, stretches: Stretches) -> Verdict:
+def gl_verdict(symmetry: Symmetry, classes: GLClasses, stretches: Stretches) -> Outcome:
     """The verdict on a general_linear symmetry; where the factors are too stretched for Grams it says so, and no
     more.
     """
@@ -57,12 +57,12 @@ def gl_verdict(symmetry: Symmetry, classes: GLClasses, stretches: Stretches) -> 
     finite = rank == symmetry.dim
     if bool(finite.all()):
         trusted = symmetry.name not in stretches.imprecise
-        return Verdict("finite", finite, "" if trusted else f"few digits: {stretches.advice(symmetry.name)}")
+        return Outcome("finite", finite, "" if trusted else f"few digits: {stretches.advice(symmetry.name)}")
     if stretches.by_name[symmetry.name] > stretches.limit:
-        return Verdict("ill-conditioned", finite, stretches.advice(symmetry.name))
+        return Outcome("ill-conditioned", finite, stretches.advice(symmetry.name))
     counts = {name: int(GLClasses.rank(getattr(classes, name)).sum()) for name in DIRECTIONS}
     parts = [f"{count} directions {DIRECTIONS[name]}" for name, count in counts.items() if count]
     reason = f"of {symmetry.blocks * symmetry.dim}: " + ", ".join(parts)
     if not int(rank.sum()):
         reason += "; if a factor is zero (LoRA's B at initialisation), train some steps first, then balance"
-    return Verdict("degenerate", finite, reason)
+    return Outcome("degenerate", finite, reason)

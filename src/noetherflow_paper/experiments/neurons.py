@@ -102,7 +102,7 @@ def text_windows(context: int) -> tuple[Tensor, int]:
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
+class TrainingTask:
     """A model in float64, its per-sample loss, and all inputs and targets."""
 
     model: nn.Module
@@ -124,7 +124,7 @@ class Task:
                     p.sub_(g, alpha=case.lr)
 
 
-def problem(name: str, config: NeuronsConfig) -> Task:
+def problem(name: str, config: NeuronsConfig) -> TrainingTask:
     """The model called `name` with its data."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -141,12 +141,12 @@ def problem(name: str, config: NeuronsConfig) -> Task:
                 nn.Linear(48, 10),
             )
             loss = lambda m, batch: F.cross_entropy(m(batch[0]), batch[1], reduction="none")
-            return Task(cnn.double(), loss, images, labels)
+            return TrainingTask(cnn.double(), loss, images, labels)
         windows, vocabulary = text_windows(config.context)
         windows = windows[torch.randperm(len(windows))]
         lm = CharacterModel(vocabulary, config.context).double()
         per_window = lambda m, batch: F.cross_entropy(m(batch[0]).mT, batch[1], reduction="none").mean(1)
-        return Task(lm, per_window, windows[:, :-1], windows[:, 1:])
+        return TrainingTask(lm, per_window, windows[:, :-1], windows[:, 1:])
 
 
 def points(config: NeuronsConfig) -> list[NeuronsPoint]:
