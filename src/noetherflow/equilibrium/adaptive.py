@@ -40,15 +40,13 @@ def covered(syms: SymmetrySet, config: AdaptiveConfig) -> SymmetrySet:
     name = "Lion" if isinstance(config, LionConfig) else "Adam"
     reasons = {}
     for s in syms:
-        pulled = [n for n in s.offsets if config.rates(n).weight_decay]
+        pulled = s.pulled(lambda name: config.rates(name).weight_decay > 0)
         if not s.is_torus:
             reasons[s.name] = (
                 f"{name}'s preconditioner does not commute with matrices: no flow of general_linear charges is derived"
             )
         elif pulled:
-            reasons[s.name] = (
-                f"{pulled[0]}: weight decay pulls the stored number to 0, not the sum that the group scales"
-            )
+            reasons[s.name] = pulled
     return syms.without(reasons)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from noetherflow.core.tensors import tensors_of
 from noetherflow.symmetry.symmetry import Symmetry
+from noetherflow.symmetry.symmetry_set import positions_of
 
 
 def rank_tolerance(model: nn.Module, symmetries: Sequence[Symmetry]) -> float:
@@ -44,7 +46,9 @@ class Stretches:
     @classmethod
     def of(cls, model: nn.Module, symmetries: Sequence[Symmetry]) -> Stretches:
         """Those of a model's weights."""
-        tensors, limit = tensors_of(model), rank_tolerance(model, symmetries) ** -0.5
+        if not symmetries:
+            return cls({}, math.inf, math.inf)
+        tensors, limit = positions_of(model, symmetries), rank_tolerance(model, symmetries) ** -0.5
         precise = machine_epsilon(model, symmetries) < 1e-10
         found = {s.name: stretch(s, tensors) for s in symmetries if not s.is_torus}
         return cls(found, limit, limit / 100 if precise else limit)

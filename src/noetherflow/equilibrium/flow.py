@@ -64,25 +64,29 @@ def step_identity(
 ) -> StepIdentity:
     """Split the change of a charge over one step `theta' = theta - lr (g_B + w theta)` (theory.md section 3).
 
-    `before`, `after`: parameters around the step; `gradients`: the minibatch gradient, all by canonical name.
+    `before`, `after`: parameters around the step; `gradients`: the minibatch gradient, all by canonical name. Where a
+    leg has an offset, `decay` is the effect of the pull on the stored weight.
     """
     eta, w = sgd.lr, sgd.weight_decay
-    old, new = symmetry.grams(before), symmetry.grams(after)
+    old, new = (symmetry.grams(symmetry.positions(weights)) for weights in (before, after))
     charge = symmetry.combine(old)
     shrink = 1 - eta * w
+    here = symmetry.positions(before)
+    added = {n: torch.full_like(t, symmetry.offsets.get(n, 0.0)) for n, t in before.items()}
+    held = eta * w * symmetry.form(added) + shrink * cross_charge(symmetry, here, added)
     return StepIdentity(
         measured=symmetry.combine(new) - charge,
-        gradient=-eta * shrink * cross_charge(symmetry, before, gradients),
-        decay=(shrink**2 - 1) * charge,
-        noise=eta**2 * symmetry.charge(gradients),
+        gradient=-eta * shrink * cross_charge(symmetry, here, gradients),
+        decay=(shrink**2 - 1) * charge + eta * w * (held - eta * cross_charge(symmetry, gradients, added)),
+        noise=eta**2 * symmetry.form(gradients),
         scale=max(float(k.abs().max()) for k in (*old, *new)),
     )
 
 
 def cross_charge(symmetry: Symmetry, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
     """`sum_legs exponent (X Y^T + Y X^T)` of two sets of tensors, layout `symmetry.shape` (the polarised charge)."""
-    plus = symmetry.charge({n: a[n] + b[n] for n in symmetry.parameters})
-    minus = symmetry.charge({n: a[n] - b[n] for n in symmetry.parameters})
+    plus = symmetry.form({n: a[n] + b[n] for n in symmetry.parameters})
+    minus = symmetry.form({n: a[n] - b[n] for n in symmetry.parameters})
     return (plus - minus) / 2
 
 
@@ -259,6 +263,7 @@ def noether_flow(
     Raises MomentError for a symmetry that was not measured. Symmetries on frozen parameters are excluded and listed.
     """
     syms = syms.trainable(model)
+    syms = syms.without({s.name: why for s in syms if (why := s.pulled(lambda _: sgd.weight_decay > 0))})
     drift = Drift.of(sgd)
     potential = Potential.of(drift, mom, sgd)
     alone = noise_equilibrium(model, syms, mom, sgd, joint=False, samples=samples)

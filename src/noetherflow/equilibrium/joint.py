@@ -111,6 +111,8 @@ def noise_equilibrium(
             config = sgd if chosen.name == "noise+decay" else without_decay(sgd)
             return adaptive_equilibrium(model, syms, mom, config, options)
         sgd = None
+    if chosen.name == "noise+decay" and sgd is not None:
+        syms = syms.without({s.name: why for s in syms if (why := s.pulled(lambda _: sgd.weight_decay > 0))})
     if mom is None and chosen.moments != "none":
         raise MomentError(f"objective {chosen.name!r} needs moments: pass nf.gradient_moments(...) of this model")
     if mom is None or chosen.moments == "none":

@@ -18,6 +18,7 @@ from noetherflow.moments.factors import Factors
 from noetherflow.moments.result import GradientMoments
 from noetherflow.symmetry.overlap import LegCoordinates, leg_coordinates, mixed_parameters, overlapping_parameters
 from noetherflow.symmetry.symmetry import Symmetry
+from noetherflow.symmetry.symmetry_set import positions_of
 
 Samples = Mapping[str, Tensor | Factors]
 Remeasure = Callable[[nn.Module], GradientMoments]
@@ -92,9 +93,9 @@ class RemeasuredOrbit:
         import copy
 
         moved = copy.deepcopy(self.model)
-        tensors = tensors_of(moved)
         for symmetry, element in zip(self.symmetries, elements, strict=True):
-            symmetry.act_(tensors, element)
+            symmetry.act_(tensors_of(moved), element)
+        tensors = positions_of(moved, self.symmetries)
         moments = self.remeasure(moved)
         pairs = leg_pairs(moved, self.symmetries, moments, self.potential)
         touched = dict.fromkeys(n for s in self.symmetries for n in s.parameters)
@@ -132,7 +133,7 @@ def leg_pairs(
 
     Raises MomentError for a symmetry that was not measured.
     """
-    tensors = tensors_of(model)
+    tensors = positions_of(model, symmetries)
     return [
         [
             _leg_pair(s, j, tensors[leg.parameter].detach().cpu(), moments, potential)
@@ -184,7 +185,7 @@ def measured_orbit(
     Raises MomentError naming the parameters for which nothing suffices, DataError for samples that disagree with the
     moments.
     """
-    tensors = tensors_of(model)
+    tensors = positions_of(model, symmetries)
     coordinates = leg_coordinates(symmetries, {n: tuple(t.shape) for n, t in tensors.items()})
     samples = _given_or_zero(samples, tensors, mixed_parameters(coordinates, symmetries), potential)
     lacking = [n for n in mixed_parameters(coordinates, symmetries) if n not in samples]
@@ -212,7 +213,7 @@ def separate_orbits(
     Raises MomentError for a symmetry that shares entries with itself and has no entry-wise moments (torus) or samples
     (general_linear), DataError for samples that disagree with the moments.
     """
-    tensors = tensors_of(model)
+    tensors = positions_of(model, symmetries)
     shapes = {n: tuple(t.shape) for n, t in tensors.items()}
     terms: list[OrbitTerm] = []
     for index, symmetry in enumerate(symmetries):

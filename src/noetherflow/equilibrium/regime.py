@@ -44,7 +44,7 @@ def drift_parts(symmetry: Symmetry, moments: GradientMoments, sgd: SGDConfig) ->
     drift = Drift.of(sgd)
     (a, b), (c, d) = moments.batch_weights(sgd)
     second = symmetry.combine(tuple(m.cpu() for m in moments.second[symmetry.name]))
-    mean = symmetry.charge({n: moments.mean[n].double().cpu() for n in symmetry.parameters})
+    mean = symmetry.form({n: moments.mean[n].double().cpu() for n in symmetry.parameters})
     return drift.noise * (a * second + b * mean), drift.mean * (c * second + d * mean)
 
 

@@ -235,9 +235,8 @@ def _why_not(symmetry: Symmetry, read: OptimizerAverages) -> str | None:
     for name in symmetry.parameters:
         if name not in read.by_name:
             return f"{name}: {read.left_out.get(name, 'not in the optimiser')}"
-    pulled = [n for n in symmetry.offsets if read.by_name[n].rates.weight_decay]
-    if pulled:
-        return f"{pulled[0]}: weight decay pulls the stored number to 0, not the {symmetry.offsets[pulled[0]]:g} + it"
+    if pulled := symmetry.pulled(lambda name: read.by_name[name].rates.weight_decay > 0):
+        return pulled
     if symmetry.is_torus:
         return None
     if read.law.kind != "sgd":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -81,6 +81,18 @@ class Symmetry:
     def offsets(self) -> dict[str, float]:
         """What is added to a parameter before the group acts on it, by parameter; those with 0 are left out."""
         return {leg.parameter: leg.offset for leg in self.legs if leg.offset}
+
+    def pulled(self, decays: Callable[[str], bool]) -> str | None:
+        """Why weight decay leaves this symmetry without a noise equilibrium, None where it does not.
+
+        Args:
+            decays: whether the optimiser decays a parameter, by name. Decay pulls the stored number of an offset leg to
+                0, and so the position to the offset: then no flow of the charge alone describes it.
+        """
+        name = next((n for n in self.offsets if decays(n)), None)
+        return (
+            None if name is None else f"{name}: weight decay pulls the stored number to 0, not the sum that is scaled"
+        )
 
     def positions(self, params: Params) -> Params:
         """The given weights as the group sees them: with the offsets of their legs added.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,12 @@ from noetherflow.errors import DeclarationError
 from noetherflow.symmetry.symmetry import Symmetry, Translation
 
 FORMAT = 1
+
+
+def positions_of(model: nn.Module, symmetries: Iterable[Symmetry]) -> dict[str, Tensor]:
+    """`tensors_of(model)` as the symmetries' groups see them: parameters with an offset have it added, in float64."""
+    offsets = {name: offset for s in symmetries for name, offset in s.offsets.items()}
+    return {n: t.detach().double() + offsets[n] if n in offsets else t for n, t in tensors_of(model).items()}
 
 
 @dataclass(frozen=True)
