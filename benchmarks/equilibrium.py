@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -120,7 +121,9 @@ def _channels(model: nn.Module, loss: Any, data: tuple[Tensor, Tensor]) -> dict[
     sgd = nf.SGDConfig(0.1, 2, weight_decay=1e-4, dataset_size=len(data[0]))
     row: dict[str, Any] = {"find_s": find_s}
     for name, syms in (("exact", _exact(found)), ("all", found)):
-        measure = partial(nf.gradient_moments, loss_fn=loss, batches=batches, syms=syms, entries=True, groups=1)
+        # without the legs on running statistics: this is about the solver, and measures in evaluation mode
+        weights = nf.SymmetrySet(tuple(replace(s, legs=s.weight_legs) for s in syms), shapes=syms.shapes)
+        measure = partial(nf.gradient_moments, loss_fn=loss, batches=batches, syms=weights, entries=True, groups=1)
         moments, row[f"{name}_moments_s"] = _timed(partial(measure, model))
         with Peak() as peak:
             eq, row[f"{name}_solve_s"] = _timed(partial(nf.noise_equilibrium, model, syms, moments, sgd))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,3 +53,11 @@ def moments_by_loop(
         mean={k: sum(g[k] for g in doubles) / n for k in names},
         squares={k: sum(g[k].square() for g in doubles) / n for k in names},
     )
+
+
+def without_buffers(syms: SymmetrySet) -> SymmetrySet:
+    """The same symmetries without the legs on running statistics, which carry no charge.
+
+    For comparing moments of a batch norm in evaluation mode with a loop over samples that computes just those.
+    """
+    return SymmetrySet(tuple(replace(s, legs=s.weight_legs) for s in syms), shapes=syms.shapes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -14,8 +15,12 @@ from noetherflow.discovery import Certificate, certify, find_symmetries
 from noetherflow.equilibrium import Equilibrium, noise_equilibrium
 from noetherflow.equilibrium.flow import Flow, noether_flow, norm_where
 from noetherflow.equilibrium.potential import Drift
-from noetherflow.moments import GradientMoments, gradient_moments
+from noetherflow.moments import GradientMoments, gradient_moments, minibatch_moments
+from noetherflow.moments.batch import tensors_in
+from noetherflow.moments.batch_statistics import running_statistics, uses_batch_statistics
 from noetherflow.symmetry.symmetry_set import SymmetrySet
+
+BATCH_STATISTICS = "holds with batch statistics only: model.train()"
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +77,9 @@ def analyze(
     """Find and certify the model's symmetries, measure the gradient noise along them, forecast and solve.
 
     `loss_fn(model, batch)` returns per-sample losses `[batch]`; `batches` can be iterated more than once. Symmetries on
-    frozen parameters and those whose certificate says broken are excluded and listed; with `approximate=False` the
+    frozen parameters and those whose certificate says broken are excluded and listed; a model that uses batch
+    statistics (BatchNorm in training mode) is measured by its minibatches, and in evaluation mode without the
+    symmetries that hold with batch statistics only; with `approximate=False` the
     equilibrium leaves those in place that a normalisation's eps makes approximate. `progress` hears each stage.
 
     Raises the errors of the stages: ExportError, MomentError, DataError.
@@ -115,8 +122,16 @@ def measure(
     certificate = certify(model, syms, example_inputs)
     syms = syms.without(certificate.refused)
     progress("measuring gradient moments")
-
-    def again(at: nn.Module) -> GradientMoments:
-        return gradient_moments(at, loss_fn, batches, syms, entries=True)
-
+    if uses_batch_statistics(model.modules()):
+        again = _by_minibatch(loss_fn, batches, syms)
+    else:
+        syms = syms.without(dict.fromkeys(running_statistics(syms), BATCH_STATISTICS))
+        again = partial(gradient_moments, loss_fn=loss_fn, batches=batches, syms=syms, entries=True)
     return MeasuredModel(syms, certificate, again(model), again)
+
+
+def _by_minibatch(loss_fn: LossFn, batches: Sequence[Any], syms: SymmetrySet) -> Callable[[nn.Module], GradientMoments]:
+    """`minibatch_moments` of a model, each batch a replicate; batches of another size than the first are left out."""
+    sizes = [next((len(t) for t in tensors_in(batch) if t.ndim), 0) for batch in batches]
+    whole = [b for b, size in zip(batches, sizes, strict=True) if size == sizes[0]]
+    return partial(minibatch_moments, loss_fn=loss_fn, batches=whole, syms=syms, batch_size=sizes[0], entries=True)

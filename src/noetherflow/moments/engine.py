@@ -16,6 +16,7 @@ from noetherflow.core.tensors import tensors_of
 from noetherflow.core.unwrap import unwrap
 from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.batch import Share, Subject, refuse_renormalising
+from noetherflow.moments.batch_statistics import refuse_batch_statistics, refuse_running_statistics
 from noetherflow.moments.distributed import in_step, ranks_of, refuse_sharded
 from noetherflow.moments.fallback import Fallback
 from noetherflow.moments.groups import GroupSums
@@ -71,8 +72,9 @@ def gradient_moments(
         DeclarationError: the symmetries are another model's.
         DataError: a scalar or wrongly shaped loss, NaN or inf, an embedding with `max_norm` (its forward changes its
             weights), no batch, or fewer batches on some rank than on others under `fully_shard`.
-        MomentError: a symmetry on a frozen or unused parameter, samples that act on each other, a sharded parameter
-            without a rule, rules and autograd that disagree.
+        MomentError: a symmetry on a frozen or unused parameter, or one that holds with batch statistics only (see
+            `minibatch_moments`); samples that act on each other, a sharded parameter without a rule, rules and autograd
+            that disagree.
 
     Example:
         >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(32, 4)
@@ -147,6 +149,7 @@ class Meter:
         self._fallback: Fallback | None = None
         self._modules = tuple(self.model.named_modules())
         refuse_renormalising(self._modules)
+        refuse_running_statistics(self.syms)
         self._used: set[str] = set()
 
     @property
@@ -193,7 +196,7 @@ class Meter:
         """
         self._sums.refuse_half_added()
         ids = list(dict.fromkeys(g % of for g in groups))
-        _refuse_batch_statistics(self._modules)
+        refuse_batch_statistics(self._modules)
         with _eager():
             self._update(batch, ids)
 
@@ -279,13 +282,3 @@ def _eager() -> AbstractContextManager[Any]:
     """Compiled models and functions run as written, so that their operators can be seen."""
     compiled = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-
-
-def _refuse_batch_statistics(modules: Iterable[tuple[str, nn.Module]]) -> None:
-    """Raises MomentError for a batch norm in training mode."""
-    for name, module in modules:
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
-            raise MomentError(
-                f"batch norm {name!r} uses batch statistics, so samples have no gradients of their own; "
-                "call model.eval(), or use minibatch_moments"
-            )

@@ -14,6 +14,7 @@ from noetherflow.core.settings import SGDConfig
 from noetherflow.core.unwrap import unwrap
 from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.batch import buffers_kept, check_finite, refuse_constant, refuse_renormalising
+from noetherflow.moments.batch_statistics import refuse_evaluation
 from noetherflow.moments.distributed import added_over_ranks, ranks_of, refuse_sharded
 from noetherflow.moments.result import GradientMoments, Replicates, Sampling, in_groups
 from noetherflow.moments.target import Sums, needs_of, trainable_parameters
@@ -63,7 +64,8 @@ def minibatch_moments(
     Raises:
         DataError: NaN or inf, no batch, batches of another size than `batch_size`, more samples than the data hold, or
             an embedding with `max_norm`.
-        MomentError: an unknown, frozen, unused or sharded parameter.
+        MomentError: an unknown, frozen, unused or sharded parameter, or symmetries that hold with batch statistics only
+            while the model is in evaluation mode.
 
     Example:
         >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(64, 4)
@@ -144,6 +146,7 @@ class MinibatchMeter:
 
     def observe(self, loss: float, gradients: Iterable[Tensor | None] | None = None) -> None:
         """Add one replicate: the given gradients, in the order of `params`, or the model's `.grad`."""
+        refuse_evaluation(self.model, self.syms)
         given = [p.grad for p in self.params.values()] if gradients is None else list(gradients)
         missing = [n for n, g in zip(self.params, given, strict=True) if g is None]
         if missing:

@@ -240,10 +240,11 @@ def merge_moments(parts: list[GradientMoments]) -> GradientMoments:
 def in_groups(parts: Sequence[GradientMoments]) -> GradientMoments:
     """The moments of all samples, with those of each part of them as a group for jackknife errors.
 
-    Groups keep their mean gradients and squares in one byte per entry; the moments of all samples are exact.
+    Groups keep their mean gradients and squares in one byte per entry; the moments of all samples are exact. There
+    are no groups where leaving one out would leave less than the two samples (or minibatches) that a covariance takes.
     """
     merged = merge_moments(list(parts))
-    if len(parts) < 2:
+    if any(merged.samples - p.samples < 2 for p in parts):
         return replace(merged, groups=())
     packed = (replace(p, mean=PackedTensors.of(p.mean), squares=PackedTensors.of(p.squares)) for p in parts)
     return replace(merged, groups=tuple(packed))
