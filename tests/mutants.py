@@ -11,14 +11,18 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+pytest: Any = None  # imported by the main program only, before it forks
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / ".mutants.json"
@@ -34,7 +38,7 @@ class Mutant:
         file: below `src/`.
         text: a piece of the source.
         fault: what stands there instead.
-        tests: arguments of pytest, files of `tests/` or `file::test`, with `-k` after a space where a part will do.
+        tests: files of `tests/` (or `file::test`), separated by spaces.
     """
 
     file: str
@@ -77,9 +81,9 @@ MUTANTS = (
         f"{SYM}/overlap.py",
         "total = total + abs(leg.exponent) * leg.moves.double()",
         "total = torch.maximum(total, abs(leg.exponent) * leg.moves.double())",
-        "test_equilibrium_joint.py",
+        "test_overlap.py",
     ),
-    Mutant(f"{SYM}/overlap.py", "int(torch.as_tensor(count).max()) > 1", "False", "test_equilibrium_joint.py"),
+    Mutant(f"{SYM}/overlap.py", "int(torch.as_tensor(count).max()) > 1", "False", "test_overlap.py"),
     # settings
     Mutant(
         f"{CORE}/rates.py",
@@ -87,7 +91,12 @@ MUTANTS = (
         "1.0 / batch_size",
         "test_flow.py test_closed_form.py",
     ),
-    Mutant(f"{CORE}/settings.py", "return self.lr / (1 - self.momentum)", "return self.lr", "test_closed_form.py"),
+    Mutant(
+        f"{CORE}/settings.py",
+        "return self.lr / (1 - self.momentum)",
+        "return self.lr",
+        "test_closed_form.py test_declare.py",
+    ),
     Mutant(f"{CORE}/spd.py", "return (a + a.mT) / 2", "return a + a.mT", "test_core.py test_closed_form.py"),
     Mutant(
         f"{CORE}/printing.py",
@@ -527,98 +536,172 @@ MUTANTS = (
 )
 
 
-def source_digest(paths: Iterable[Path]) -> str:
-    """A digest of all Python files below the given folders or files."""
+def digest_of(paths: Iterable[Path]) -> str:
+    """A digest of all Python files among the given ones and below the given folders."""
     digest = hashlib.sha256()
     for path in sorted(p for base in paths for p in ([base] if base.is_file() else base.rglob("*.py"))):
         digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 
 
-def pytest_arguments(tests: str) -> list[str]:
-    """The arguments of pytest for the tests that exist: files of `tests/` by name."""
-    named = [ROOT / "tests" / word for word in tests.split()]
-    return [str(path) for path in named if Path(str(path).partition("::")[0]).exists()]
+def existing(tests: str) -> list[str]:
+    """Arguments of pytest for the tests that exist: `a.py` and `a.py::test` of `tests/`."""
+    named = [str(ROOT / "tests" / word) for word in tests.split()]
+    return [name for name in named if Path(name.partition("::")[0]).exists()]
 
 
-def run_tests(source: Path, tests: str) -> bool:
-    """Whether the tests pass with the package imported from the folder `source`."""
-    environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *pytest_arguments(tests)]
-    try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=LIMIT, check=False)
-    except subprocess.TimeoutExpired:
-        return False
-    if done.returncode not in (0, 1):
-        raise RuntimeError(f"pytest could not run {tests}: {done.stdout.decode()[-2000:]}")
-    return done.returncode == 0
+@dataclass(frozen=True)
+class Run:
+    """How tests ended: whether all passed, and the first that failed."""
+
+    passed: bool
+    failed: str = ""
 
 
-def survives(mutant: Mutant) -> bool:
-    """Whether the tests named beside the fault pass with it."""
-    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
-        source = Path(folder) / "src"
-        shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
-        target = source / mutant.file
-        text = target.read_text(encoding="utf-8")
-        assert text.count(mutant.text) == 1, f"{mutant.title}: the text must occur once in the file"
-        target.write_text(text.replace(mutant.text, mutant.fault), encoding="utf-8")
-        return run_tests(source, mutant.tests)
+class Child:
+    """Tests run in a fork of this process, which has imported torch and pytest already but nothing of the package."""
+
+    def __init__(self, source: Path, tests: Sequence[str]) -> None:
+        self.output = Path(tempfile.mkstemp(prefix="mutant-", suffix=".txt")[1])
+        self.began = time.monotonic()
+        self.process = os.fork()
+        if not self.process:
+            self._run(source, tests)
+
+    def _run(self, source: Path, tests: Sequence[str]) -> None:
+        os.setpgid(0, 0)
+        os.chdir(ROOT)
+        handle = os.open(self.output, os.O_WRONLY | os.O_TRUNC)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        os.environ["PYTHONPATH"] = str(source)
+        sys.path.insert(0, str(source))
+        sys.dont_write_bytecode = True
+        code = 70
+        try:
+            code = int(pytest.main(["-q", "-x", "-rf", "--tb=no", "-p", "no:cacheprovider", *tests]))
+        finally:
+            os._exit(code)
+
+    def ended(self) -> Run | None:
+        """How the tests ended, None while they run."""
+        done, status = os.waitpid(self.process, os.WNOHANG)
+        late = time.monotonic() - self.began > LIMIT
+        if not done and not late:
+            return None
+        if not done:
+            os.killpg(self.process, signal.SIGKILL)
+            os.waitpid(self.process, 0)
+        text = self.output.read_text(encoding="utf-8", errors="replace")
+        self.output.unlink()
+        code = os.waitstatus_to_exitcode(status) if done else 1
+        if code not in (0, 1):
+            raise RuntimeError(f"pytest could not run the tests:\n{text[-3000:]}")
+        failed = re.search(r"^FAILED (tests/\S+::\S+)", text, re.MULTILINE)
+        return Run(code == 0, failed[1].removeprefix("tests/") if failed else "")
 
 
-class Results:
-    """Outcomes by a digest of the fault and of what they depend on, written after every one of them."""
+def faulty_source(mutant: Mutant, folder: Path) -> Path:
+    """A copy of `src` with the fault in it."""
+    source = folder / "src"
+    shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
+    target = source / mutant.file
+    text = target.read_text(encoding="utf-8")
+    assert text.count(mutant.text) == 1, f"{mutant.title}: the text must occur once in the file"
+    target.write_text(text.replace(mutant.text, mutant.fault), encoding="utf-8")
+    return source
+
+
+class Memory:
+    """What earlier runs found, written after every outcome: which faults survive, and the first test to notice each."""
 
     def __init__(self, again: bool) -> None:
-        self.state = source_digest([ROOT / "src"])
-        self.known: dict[str, bool] = {} if again or not KEPT.exists() else json.loads(KEPT.read_text())
+        stored = {} if again or not KEPT.exists() else json.loads(KEPT.read_text())
+        self.outcomes: dict[str, bool] = stored.get("outcomes", {})
+        self.noticed_by: dict[str, str] = stored.get("noticed_by", {})
+        self.state = digest_of([ROOT / "src"])
 
     def key(self, mutant: Mutant) -> str:
-        files = [Path(a.partition("::")[0]) for a in pytest_arguments(mutant.tests)]
-        return hashlib.sha256(f"{self.state}{mutant}{source_digest(files)}".encode()).hexdigest()[:24]
+        files = [Path(name.partition("::")[0]) for name in existing(mutant.tests)]
+        return hashlib.sha256(f"{self.state}{mutant}{digest_of(files)}".encode()).hexdigest()[:24]
 
-    def outcome(self, mutant: Mutant) -> tuple[bool, bool]:
-        """Whether the fault survives, and whether that was known before."""
-        key = self.key(mutant)
-        if key in self.known:
-            return self.known[key], True
-        self.known[key] = survives(mutant)
-        KEPT.write_text(json.dumps(self.known))
-        return self.known[key], False
+    def store(self, mutant: Mutant, run: Run) -> None:
+        self.outcomes[self.key(mutant)] = run.passed
+        if run.failed:
+            self.noticed_by[mutant.title] = run.failed
+        KEPT.write_text(json.dumps({"outcomes": self.outcomes, "noticed_by": self.noticed_by}, indent=1))
 
 
-def broken_without_fault(mutants: Sequence[Mutant], jobs: int) -> list[str]:
-    """The test lists that fail on the code as it is: with these nothing can be told."""
-    lists = sorted({m.tests for m in mutants})
-    with ThreadPoolExecutor(jobs) as pool:
-        passed = list(pool.map(lambda tests: run_tests(ROOT / "src", tests), lists))
-    return [tests for tests, ok in zip(lists, passed, strict=True) if not ok]
+def tried(mutant: Mutant, memory: Memory) -> Iterator[Run | None]:
+    """The outcome of one fault, after None for every look in vain: first by the test that noticed it last time."""
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        source = faulty_source(mutant, Path(folder))
+        first = existing(memory.noticed_by.get(mutant.title, ""))
+        for tests in filter(None, (first, existing(mutant.tests))):
+            child = Child(source, tests)
+            while (run := child.ended()) is None:
+                yield None
+            if not run.passed:
+                break
+        yield run
+
+
+def in_parallel(tasks: Mapping[str, Iterator[Run | None]], jobs: int) -> Iterator[tuple[str, Run]]:
+    """The outcomes of tasks by name, as they come, with so many of them under way."""
+    waiting, running = list(tasks.items()), dict[str, Iterator[Run | None]]()
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            name, task = waiting.pop(0)
+            running[name] = task
+        for name, task in list(running.items()):
+            if (run := next(task)) is not None:
+                task.close()  # type: ignore[attr-defined]
+                del running[name]
+                yield name, run
+        time.sleep(0.2)
+
+
+def without_fault(tests: str) -> Iterator[Run | None]:
+    """The outcome of a list of tests on the code as it is."""
+    child = Child(ROOT / "src", existing(tests))
+    while (run := child.ended()) is None:
+        yield None
+    yield run
 
 
 def main() -> int:
-    """Run the mutants; 0 when none survives."""
+    """Run the mutants; 0 when none survives, 2 when tests fail without a fault."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("words", nargs="*", help="only mutants whose file or text has one of these words")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--again", action="store_true", help="forget what is known from earlier runs")
-    parser.add_argument("--trust", action="store_true", help="do not check first that the tests pass without a fault")
+    parser.add_argument("--trust", action="store_true", help="do not check that the tests pass without a fault")
     options = parser.parse_args()
-    chosen = [m for m in MUTANTS if not options.words or any(w in m.title for w in options.words)]
-    results = Results(options.again)
-    fresh = [m for m in chosen if results.key(m) not in results.known]
-    if fresh and not options.trust and (broken := broken_without_fault(fresh, options.jobs)):
-        print(f"these tests fail without any fault: {broken}")
-        return 2
-    survivors = 0
-    with ThreadPoolExecutor(options.jobs) as pool:
-        outcomes = pool.map(results.outcome, chosen)
-        for number, (mutant, (alive, known)) in enumerate(zip(chosen, outcomes, strict=True), 1):
-            word = "SURVIVES" if alive else "noticed"
-            print(f"[{number}/{len(chosen)}] {word}{' (known)' * known} {mutant.title}", flush=True)
-            survivors += alive
-    print(f"{len(chosen) - survivors} of {len(chosen)} faults are noticed")
+    memory = Memory(options.again)
+    chosen = {m.title: m for m in MUTANTS if not options.words or any(w in m.title for w in options.words)}
+    fresh = {title: m for title, m in chosen.items() if memory.key(m) not in memory.outcomes}
+    if not options.trust:
+        lists = {m.tests: without_fault(m.tests) for m in fresh.values()}
+        failing = [f"{tests}: {run.failed}" for tests, run in in_parallel(lists, options.jobs) if not run.passed]
+        if failing:
+            print("\n".join(["these tests fail without any fault:", *failing]))
+            return 2
+    outcomes = in_parallel({title: tried(m, memory) for title, m in fresh.items()}, options.jobs)
+    for number, (title, run) in enumerate(outcomes, 1):
+        memory.store(chosen[title], run)
+        word = "SURVIVES" if run.passed else f"noticed by {run.failed or 'a timeout'}"
+        print(f"[{number}/{len(fresh)}] {title}: {word}", flush=True)
+    survivors = [title for title, m in chosen.items() if memory.outcomes[memory.key(m)]]
+    print("\n".join(f"SURVIVES {title}" for title in survivors))
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} faults are noticed")
     return 1 if survivors else 0
 
 
 if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import pytest
+    import scipy.optimize
+    import scipy.sparse.linalg  # noqa: F401
+    import torch  # noqa: F401
+
     sys.exit(main())

@@ -1,5 +1,6 @@
 """closed_form.py against stationarity, brute-force minimisation over the orbit, sampling and autograd."""
 
+import itertools
 import math
 
 import pytest
@@ -183,3 +184,26 @@ def test_scalar_decay_rate_is_the_mean_relative_change():
     relative = 1 - after / (u**2 - w**2)
     rate = cf.scalar_decay_rate(lr, s, 1.3**2, 0.7**2)
     assert abs(relative.mean() - rate) < 4 * relative.std() / math.sqrt(n)
+
+
+@pytest.mark.parametrize(("size", "momentum"), [(None, 0.0), (6, 0.0), (6, 0.5)])
+def test_decay_shift_weighs_decay_against_the_noise_of_a_minibatch(size, momentum):
+    """With the shift on both noise matrices the equilibrium of a two-layer net stops its charge's drift.
+
+    Drift per step: `-eta (2 w - eta w^2) C + 4 c^2 eta^2 f (U^T Gam_U U - W Gam_W W^T)`, `C = W W^T - U^T U`, with f
+    the variance of a batch's mean over that of one sample: 1/S for fresh data, for 6 samples counted over all batches.
+    """
+    batch, lr, w, c = 2, 0.05, 0.3, 0.7
+    values = torch.tensor([0.3, -1.0, 2.0, 0.5, -0.7, 1.4], dtype=F64)
+    means = torch.stack([values[list(chosen)].mean() for chosen in itertools.combinations(range(6), batch)])
+    f = 1 / batch if size is None else float(means.var(correction=0) / values.var(correction=0))
+    sgd = SGDConfig(lr, batch, w, momentum, dataset_size=size)
+    v, sigma_x, sigma_eps, _ = problem(3)
+    gam_u, gam_w = cf.noise_matrices(sigma_x, sigma_eps)
+    u, w_factor = cf.two_layer(v, *cf.with_decay((gam_u, gam_w), sgd, c))
+    eta = lr / (1 - momentum)
+    charge = w_factor @ w_factor.mT - u.mT @ u
+    noise = 4 * c**2 * eta**2 * f * (u.mT @ gam_u @ u - w_factor @ gam_w @ w_factor.mT)
+    decay = -eta * (2 * w - eta * w**2) * charge
+    assert charge.norm() > 0.1
+    torch.testing.assert_close(noise, -decay, rtol=1e-8, atol=1e-10)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from mutants import MUTANTS, Mutant, pytest_arguments
+from mutants import MUTANTS, Mutant, existing
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.title[:90])
 def test_a_mutant_names_a_place_that_exists_once_and_tests_that_exist(mutant: Mutant) -> None:
     assert mutant.path.read_text(encoding="utf-8").count(mutant.text) == 1, "adapt tests/mutants.py to the code"
     assert mutant.text != mutant.fault
-    assert pytest_arguments(mutant.tests)
+    assert existing(mutant.tests)
     compile(mutant.path.read_text(encoding="utf-8").replace(mutant.text, mutant.fault), mutant.file, "exec")
 
 
