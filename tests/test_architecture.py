@@ -105,3 +105,80 @@ def test_every_public_name_is_there():
     import noetherflow
 
     assert all(getattr(noetherflow, name) is not None for name in noetherflow.__all__)
+
+
+LONGEST, MOST = 60, 8
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def functions(path: Path) -> list[tuple[Path, Function, str]]:
+    """Every function of a file with its docstring; an `__init__` without one has that of its class."""
+    tree = ast.parse(path.read_text())
+    owners = {f: c for c in ast.walk(tree) if isinstance(c, ast.ClassDef) for f in c.body}
+    return [
+        (path, node, ast.get_docstring(node) or (ast.get_docstring(owners[node]) if node in owners else "") or "")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+
+
+FUNCTIONS = [found for path in sorted(SOURCE.rglob("*.py")) for found in functions(path)]
+
+
+def parameters(node: Function) -> int:
+    """How many parameters a function has, without `self` or `cls`."""
+    names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+    return len([name for name in names if name not in ("self", "cls")])
+
+
+def told(path: Path, node: Function) -> str:
+    return f"{path.relative_to(SOURCE)}:{node.lineno} {node.name}"
+
+
+def lines_of_code(node: Function) -> int:
+    """Lines from `def` to the end without the docstring."""
+    first = node.body[0]
+    documented = ast.get_docstring(node) is not None
+    return (node.end_lineno or 0) - node.lineno + 1 - documented * ((first.end_lineno or 0) - first.lineno + 1)
+
+
+def test_functions_can_be_read_in_a_minute():
+    long = [told(p, n) for p, n, _ in FUNCTIONS if lines_of_code(n) > LONGEST]
+    assert not long, f"over {LONGEST} lines, take them apart: {long}"
+
+
+def is_operator_rule(node: Function) -> bool:
+    """A gauge rule takes the arguments of its operator, however many these are."""
+    return any(isinstance(d, ast.Call) and getattr(d.func, "id", "") == "rule" for d in node.decorator_list)
+
+
+def test_many_parameters_have_a_reason():
+    many = [
+        told(p, n)
+        for p, n, docstring in FUNCTIONS
+        if parameters(n) > MOST and "parameters" not in docstring and not is_operator_rule(n)
+    ]
+    assert not many, f"over {MOST} parameters without a reason in the docstring (name 'parameters' there): {many}"
+
+
+LAZY = {"scipy", "safetensors", "rich", "torch", "fcntl"}
+"""Packages that may be imported inside functions: slow to import, or not there on every system."""
+LAZY_FACES = ("noetherflow/cli/", "noetherflow_paper/cli.py")
+"""Where the library's own modules may be: `noetherflow --help` must not wait for them."""
+VERSION = "noetherflow/report/page.py"
+"""Takes `__version__` from the package, which the package defines after its imports."""
+
+
+def test_imports_stand_at_the_top_but_for_slow_ones():
+    wrong = []
+    for path, node, _ in FUNCTIONS:
+        here = path.relative_to(SOURCE).as_posix()
+        for inner in ast.walk(node):
+            if not isinstance(inner, ast.Import | ast.ImportFrom):
+                continue
+            names = [inner.module or ""] if isinstance(inner, ast.ImportFrom) else [a.name for a in inner.names]
+            own = {name for name in names if name.startswith("noetherflow")}
+            roots = {name.partition(".")[0] for name in names} - {"noetherflow", "noetherflow_paper"}
+            if (own and not here.startswith(LAZY_FACES) and here != VERSION) or roots - LAZY:
+                wrong.append(f"{told(path, node)} imports {names}")
+    assert not wrong, f"imports inside functions: {wrong}"

@@ -64,7 +64,7 @@ def certify(
         trials: choices of weights and inputs in which group elements are applied, the example among them.
         samples: of how many samples gradients are taken.
         dtypes: also measure the change of the outputs in these types.
-        seed: of all random draws. (The options are independent of each other, so there are many of them.)
+        seed: of all random draws. (There are many parameters because each is an option of its own.)
 
     Returns:
         One row per symmetry. Verdicts: `exact` below 1e-12 (or 30 times the measured rounding of the outputs);

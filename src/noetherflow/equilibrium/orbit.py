@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -90,8 +91,6 @@ class RemeasuredOrbit:
     remeasure: Remeasure
 
     def at(self, elements: Sequence[Tensor]) -> Point:
-        import copy
-
         moved = copy.deepcopy(self.model)
         for symmetry, element in zip(self.symmetries, elements, strict=True):
             symmetry.act_(tensors_of(moved), element)

@@ -56,7 +56,8 @@ def minibatch_moments(
         entries: measure also `E[g_B^2]` of every entry.
         groups: replicates are split into up to that many groups for jackknife errors.
         process_group: ranks that measure together, where the model does not tell.
-        progress: `progress(replicates, mean_loss)` is called after each batch.
+        progress: `progress(replicates, mean_loss)` is called after each batch. (There are many parameters because each
+            is an option of its own.)
 
     Returns:
         Moments whose "samples" are minibatches; `.replicates` says how they were drawn.

@@ -63,8 +63,8 @@ class Ledger:
         flush_every: recorded steps between writes to the log.
         sinks: called with every logged row (TensorBoard, W&B, MLflow, CSV: see `monitor.sinks`).
         rule: how the optimiser's update splits into causes; None takes the one registered for its class
-            (`noetherflow.extend.ledger_rule`). There are many arguments because each is one line of a training script;
-            all but the first three can be left out.
+            (`noetherflow.extend.ledger_rule`). There are many parameters because each is one line of a training
+            script; all but the first three can be left out.
 
     Raises:
         DeclarationError: a symmetry names a parameter that the model does not have.
