@@ -12,7 +12,8 @@ import torch
 import noetherflow as nf
 from equilibrium_cases import Problem, linear, mlp, moved
 from noetherflow.equilibrium import Drift, noise_equilibrium
-from noetherflow.equilibrium.flow import noether_flow, step_identity
+from noetherflow.equilibrium.flow import noether_flow
+from noetherflow.equilibrium.step import step_identity
 from noetherflow.errors import MomentError
 from noetherflow.moments import gradient_factors
 from noetherflow.moments.result import merge_moments

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import noetherflow as nf
-from noetherflow.equilibrium.flow import step_identity
+from noetherflow.equilibrium.step import step_identity
 from noetherflow.monitor.ledger import Ledger
 from noetherflow.monitor.rule import ENTRIES
 

@@ -37,10 +37,11 @@ if TYPE_CHECKING:
     from noetherflow.discovery.explain import explain
     from noetherflow.discovery.find import find_symmetries
     from noetherflow.discovery.oracle import count_symmetries
-    from noetherflow.equilibrium.flow import Flow, noether_flow, step_identity
+    from noetherflow.equilibrium.flow import Flow, noether_flow
     from noetherflow.equilibrium.joint import noise_equilibrium
     from noetherflow.equilibrium.result import Equilibrium
     from noetherflow.equilibrium.sharpness import curvature_moments, sharpness_forecast, top_eigenvalue
+    from noetherflow.equilibrium.step import step_identity
     from noetherflow.moments.engine import gradient_moments
     from noetherflow.moments.factors import gradient_factors
     from noetherflow.moments.minibatch import minibatch_moments
@@ -61,7 +62,8 @@ _LAZY = {
     "discovery.explain": ("explain",),
     "discovery.find": ("find_symmetries",),
     "discovery.oracle": ("count_symmetries",),
-    "equilibrium.flow": ("Flow", "noether_flow", "step_identity"),
+    "equilibrium.flow": ("Flow", "noether_flow"),
+    "equilibrium.step": ("step_identity",),
     "equilibrium.joint": ("noise_equilibrium",),
     "equilibrium.result": ("Equilibrium",),
     "equilibrium.sharpness": ("curvature_moments", "sharpness_forecast", "top_eigenvalue"),

@@ -22,6 +22,7 @@ MEANING = {
     "drift per step: noise": "by gradients, 'from squares' (v) if uncorrelated, 'from momentum' (m) in any case",
     "persistence": "'from momentum' over 'from squares': above 1 a mean gradient carries, below 1 epochs take back",
     "drift per step": "expected change of C by decay, gradient noise and the step along the mean gradient",
+    "signed": "summed over coordinates with signs (trace of matrices), positive for the + side; else norms",
     "equilibrium charge": "where the drift is 0",
     "imbalance": "largest relative Noether flow, 0 at equilibrium, at most 1",
     "relaxation (steps)": "until a small deviation is down to 37 %, median",

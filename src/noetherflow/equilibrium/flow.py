@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,12 +15,11 @@ from noetherflow.core import spd
 from noetherflow.core.host import on_host
 from noetherflow.core.printing import table, transposed
 from noetherflow.core.settings import SGDConfig
-from noetherflow.core.tensors import tensors_of
-from noetherflow.equilibrium.forecast import Forecast, orbit_forecast
+from noetherflow.equilibrium.forecast import Forecast, orbit_forecast, whole_steps
 from noetherflow.equilibrium.joint import noise_equilibrium
 from noetherflow.equilibrium.orbit import MeasuredOrbit, Samples, measured_orbit, separate_orbits
 from noetherflow.equilibrium.potential import Drift, Potential
-from noetherflow.equilibrium.regime import drift_parts
+from noetherflow.equilibrium.regime import Regime, drift_parts, few_samples, regime_of, t_quantile
 from noetherflow.equilibrium.result import Settled
 from noetherflow.errors import MomentError
 from noetherflow.moments.result import GradientMoments
@@ -30,75 +29,21 @@ from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 
 @dataclass(frozen=True, eq=False)
-class StepIdentity:
-    """One SGD step of one charge, split exactly: `C' - C = gradient + decay + noise + residual`, layout
-    `symmetry.shape`.
-
-    `decay = ((1 - lr w)^2 - 1) C`, `noise = lr^2 sum_legs exponent dX dX^T` (the minibatch gradient's own charge), and
-    `gradient = -lr (1 - lr w) sum_legs exponent (X dX^T + dX X^T)`, zero up to rounding by invariance.
-    """
-
-    measured: Tensor
-    gradient: Tensor
-    decay: Tensor
-    noise: Tensor
-    scale: float
-
-    @property
-    def residual(self) -> Tensor:
-        """`measured - decay - noise`: what an exact symmetry leaves at rounding level."""
-        return self.measured - self.decay - self.noise
-
-    @property
-    def relative_residual(self) -> float:
-        """`max |residual|` over the largest leg Gram entry, the size at which rounding enters."""
-        return float(self.residual.abs().max()) / self.scale if self.scale else 0.0
-
-
-def step_identity(
-    symmetry: Symmetry,
-    before: Mapping[str, Tensor],
-    gradients: Mapping[str, Tensor],
-    after: Mapping[str, Tensor],
-    sgd: SGDConfig,
-) -> StepIdentity:
-    """Split the change of a charge over one step `theta' = theta - lr (g_B + w theta)` (theory.md section 3).
-
-    `before`, `after`: parameters around the step; `gradients`: the minibatch gradient, all by canonical name. Where a
-    leg has an offset, `decay` is the effect of the pull on the stored weight.
-    """
-    eta, w = sgd.lr, sgd.weight_decay
-    old, new = (symmetry.grams(symmetry.positions(weights)) for weights in (before, after))
-    charge = symmetry.combine(old)
-    shrink = 1 - eta * w
-    here = symmetry.positions(before)
-    added = {n: torch.full_like(t, symmetry.offsets.get(n, 0.0)) for n, t in before.items()}
-    held = eta * w * symmetry.form(added) + shrink * cross_charge(symmetry, here, added)
-    return StepIdentity(
-        measured=symmetry.combine(new) - charge,
-        gradient=-eta * shrink * cross_charge(symmetry, here, gradients),
-        decay=(shrink**2 - 1) * charge + eta * w * (held - eta * cross_charge(symmetry, gradients, added)),
-        noise=eta**2 * symmetry.form(gradients),
-        scale=max(float(k.abs().max()) for k in (*old, *new)),
-    )
-
-
-def cross_charge(symmetry: Symmetry, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
-    """`sum_legs exponent (X Y^T + Y X^T)` of two sets of tensors, layout `symmetry.shape` (the polarised charge)."""
-    plus = symmetry.form({n: a[n] + b[n] for n in symmetry.parameters})
-    minus = symmetry.form({n: a[n] - b[n] for n in symmetry.parameters})
-    return (plus - minus) / 2
-
-
-@dataclass(frozen=True, eq=False)
 class ChargeFlow:
     """The flow of one symmetry; tensors in the layout `symmetry.shape`, changes per step.
 
-    `decay`, `noise`, `step_size`: the parts of `E[C' - C]`. `error`: standard error of `noise + step_size` (None
-    without groups of samples). `equilibrium`: the charge at which this symmetry's flow stops with the others held;
-    coordinates without a finite one (`finite` false) keep today's. `relaxation_steps`, `[blocks]`: steps in which a
-    small deviation of a coordinate (torus) or of the slowest direction of a block (GL) falls by e near the
-    equilibrium; 0 where not finite.
+    Attributes:
+        name, family, kind: Of the symmetry.
+        charge: Today's charge, signed.
+        decay, noise, step_size: The parts of `E[C' - C]`.
+        error: Standard error of `noise + step_size`, None without groups of samples.
+        groups: How many groups the error comes from.
+        equilibrium: The charge at which this symmetry's flow stops with the others held; today's on coordinates
+            without one.
+        finite: Which coordinates (torus) or blocks (general_linear) have a finite equilibrium, `[blocks]`.
+        relaxation_steps: Steps in which a small deviation of a coordinate (torus) or of the slowest direction of a
+            block falls by e near the equilibrium, `[blocks]`; 0 where not finite.
+        imbalance: Relative Noether flow, `[blocks]`.
     """
 
     name: str
@@ -113,11 +58,24 @@ class ChargeFlow:
     finite: Tensor
     relaxation_steps: Tensor
     imbalance: Tensor
+    groups: int = 0
 
     @property
     def drift(self) -> Tensor:
         """`E[C' - C]` per step."""
         return self.decay + self.noise + self.step_size
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Lower and upper end of the interval of the drift that holds the truth with probability `level`, by
+        Student's t of the groups of samples.
+
+        Raises:
+            MomentError: There are no errors: the moments have no groups.
+        """
+        if self.error is None:
+            raise MomentError(f"the drift of {self.name!r} has no error: measure moments in at least two groups")
+        half = t_quantile(level, self.groups) * self.error
+        return self.drift - half, self.drift + half
 
     def phase(self, steps: float) -> str:
         """`fast` if every finite coordinate relaxes within `steps` of training, `slow` if none does, else `mixed`;
@@ -131,8 +89,9 @@ class ChargeFlow:
         return "mixed" if bool(within.any()) else "slow"
 
     def row(self) -> dict[str, Any]:
-        """Norms over the coordinates, and the median and largest relaxation time; the equilibrium over the finite ones
-        (None where nothing is finite).
+        """Norms over the coordinates, beside them the signed sums (for general_linear the trace) of charge and
+        drift, and the median and largest relaxation time; the equilibrium over the finite ones (None where nothing
+        is finite).
         """
         times = self.relaxation_steps[self.finite]
         return {
@@ -145,6 +104,8 @@ class ChargeFlow:
             "noise": _norm(self.noise),
             "step_size": _norm(self.step_size),
             "drift": _norm(self.drift),
+            "charge_sum": signed_sum(self.charge),
+            "drift_sum": signed_sum(self.drift),
             "drift_error": None if self.error is None else _norm(self.error),
             "imbalance": float(self.imbalance.max()) if times.numel() else None,
             "relaxation_steps": float(times.median()) if times.numel() else None,
@@ -174,6 +135,7 @@ class Flow:
     moments: GradientMoments
     orbit: MeasuredOrbit
     joint: bool
+    regime: Regime
 
     def __getitem__(self, name: str) -> ChargeFlow:
         for row in self.details:
@@ -190,13 +152,18 @@ class Flow:
         else each with the others held. `errors`: standard errors by jackknife where the moments carry groups and
         determine the orbit without samples, at the cost of one more forecast per group.
 
-        Raises ValueError unless `steps` are non-negative and increasing.
+        Forecasts beyond `regime.horizon` are marked as not valid.
+
+        Raises:
+            ValueError: `steps` are not whole, non-negative and increasing.
         """
         charges = orbit_forecast(self.orbit, steps)
         found = {}
         if errors and len(self.moments.groups) > 1 and not self.orbit.needs_samples:
             found = jackknife(self.moments, charges, partial(self._charges, steps), self.sgd.dataset_size)
-        return Forecast(tuple(int(k) for k in steps), charges, {n: e.error for n, e in found.items()}, self.joint)
+        errors_by_name = {n: e.error for n, e in found.items()}
+        measured = (self.moments.samples, len(self.moments.groups))
+        return Forecast(whole_steps(steps), charges, errors_by_name, self.joint, self.regime, *measured)
 
     def _charges(self, steps: Sequence[int] | Tensor, moments: GradientMoments) -> dict[str, Tensor]:
         potential = Potential.of(Drift.of(self.sgd), moments, self.sgd)
@@ -222,6 +189,8 @@ class Flow:
             "drift per step: weight decay": _norm(_flat(r.decay for r in own)),
             "drift per step: noise": _norm(_flat(r.noise for r in own)),
             "drift per step: step size": _norm(_flat(r.step_size for r in own)),
+            "signed: charge": sum(signed_sum(r.charge) for r in own),
+            "signed: drift per step": sum(signed_sum(r.drift) for r in own),
             "imbalance": float(_flat(r.imbalance for r in own).max()) if times.numel() else None,
             "relaxation (steps)": float(np.median(times.numpy())) if times.numel() else None,
             "coordinates without equilibrium": sum(int((~r.finite).sum()) for r in own),
@@ -233,6 +202,7 @@ class Flow:
             f"Noether flow at lr {self.sgd.lr:g}, batch size {self.sgd.batch_size}, loss {self.loss:.4g}",
             table(transposed(self.families()), *EXPLAINED) if self.details else "(no symmetry)",
         ]
+        lines += [str(self.regime), *(few_samples(self.moments.samples) if self.moments.groups else [])]
         return "\n".join([*lines, *(f"excluded: {n}: {why}" for n, why in self.excluded.items())])
 
     __repr__ = __str__
@@ -241,12 +211,13 @@ class Flow:
         return {
             "sgd": self.sgd.to_dict(),
             "loss": self.loss,
+            "regime": self.regime.to_dict(),
             "excluded": dict(self.excluded),
             "symmetries": [r.to_dict() for r in self.details],
         }
 
 
-EXPLAINED = ("charge", "drift per step", "imbalance", "relaxation (steps)", "equilibrium charge", "–")
+EXPLAINED = ("charge", "drift per step", "signed", "imbalance", "relaxation (steps)", "equilibrium charge", "–")
 """Names of `printing.MEANING` that a table of families needs."""
 
 
@@ -254,49 +225,80 @@ EXPLAINED = ("charge", "drift per step", "imbalance", "relaxation (steps)", "equ
 def noether_flow(
     model: nn.Module, syms: SymmetrySet, mom: GradientMoments, sgd: SGDConfig, *, samples: Samples | None = None
 ) -> Flow:
-    """Expected change of every charge per SGD step, its parts, and the time scale (theory.md sections 4 and 7).
+    """Expected change of every charge per SGD step, its parts, and the time scale.
 
     `E[C' - C] = -lr (2w - lr w^2) C + lr^2 D(Cov[g_B]) + lr^2 D(gbar gbar^T)`: decay, noise and step-size parts. With
     momentum `m` the leading-order stationary coefficients of `Drift.of`, valid while a charge relaxes slowly against
-    `1 / (1 - m)` steps. `samples` as in `noise_equilibrium`; they carry no groups, so forecasts then have no errors.
+    `1 / (1 - m)` steps.
 
-    Raises MomentError for a symmetry that was not measured. Symmetries on frozen parameters are excluded and listed.
+    Args:
+        model: Only read.
+        syms: Its symmetries; those on frozen parameters are excluded and listed.
+        mom: Moments of per-sample gradients at these weights.
+        sgd: How SGD steps.
+        samples: As in `noise_equilibrium`; they carry no groups, so forecasts then have no errors.
+
+    Returns:
+        A Flow. Its `regime` says how much of the drift is the mean gradient's and for how many steps the measured
+        gradients
+        last: the theory's noise regime has a small share and a long horizon.
+
+    Raises:
+        MomentError: A symmetry was not measured, or the moments are not those of a loss with these symmetries at these
+            weights.
+
+    Example:
+        ```
+        flow = nf.noether_flow(model, syms, mom, nf.SGDConfig(lr=0.05, batch_size=16))
+        print(flow)
+        flow["0 -> 2"].drift  # E[C' - C] of one symmetry, coordinate by coordinate
+        flow.forecast([0, 1000]).charges["0 -> 2"]
+        ```
+
+    Source: theory.md sections 4 and 7.
     """
     syms = syms.trainable(model)
+    potential = Potential.of(Drift.of(sgd), mom, sgd)
     syms = syms.without({s.name: why for s in syms if (why := s.pulled(lambda _: sgd.weight_decay > 0))})
-    drift = Drift.of(sgd)
-    potential = Potential.of(drift, mom, sgd)
     alone = noise_equilibrium(model, syms, mom, sgd, joint=False, samples=samples)
-    tensors = tensors_of(model)
     errors = _drift_errors(syms, mom, sgd)
-    rows = []
-    for s, settled in zip(syms, alone, strict=True):
-        theta = {n: tensors[n].detach().double().cpu() for n in s.parameters}
-        charge = s.charge(theta)
-        noise, step_size = drift_parts(s, mom, sgd)
-        times = _relaxation(s, settled, potential)
-        rows.append(
-            ChargeFlow(
-                name=s.name,
-                family=s.family,
-                kind=s.kind,
-                charge=charge,
-                decay=-drift.decay * charge,
-                noise=noise,
-                step_size=step_size,
-                error=errors.get(s.name),
-                equilibrium=settled.charge,
-                finite=settled.finite,
-                relaxation_steps=times,
-                imbalance=settled.imbalance_now,
-            )
-        )
+    details = tuple(
+        _charge_flow(s, settled, mom, sgd, errors.get(s.name)) for s, settled in zip(syms, alone, strict=True)
+    )
     orbit, joint = _orbit(model, tuple(syms), mom, potential, samples)
-    return Flow(tuple(rows), sgd, mom.loss, dict(syms.excluded), mom, orbit, joint)
+    regime = regime_of(tuple(syms), mom, sgd)
+    return Flow(details, sgd, mom.loss, dict(syms.excluded), mom, orbit, joint, regime)
+
+
+def _charge_flow(
+    symmetry: Symmetry, settled: Settled, mom: GradientMoments, sgd: SGDConfig, error: Tensor | None
+) -> ChargeFlow:
+    drift = Drift.of(sgd)
+    noise, step_size = drift_parts(symmetry, mom, sgd)
+    return ChargeFlow(
+        name=symmetry.name,
+        family=symmetry.family,
+        kind=symmetry.kind,
+        charge=settled.charge_now,
+        decay=-drift.decay * settled.charge_now,
+        noise=noise,
+        step_size=step_size,
+        error=error,
+        equilibrium=settled.charge,
+        finite=settled.finite,
+        relaxation_steps=_relaxation(symmetry, settled, drift.decay),
+        imbalance=settled.imbalance_now,
+        groups=len(mom.groups),
+    )
 
 
 def _norm(values: Tensor) -> float:
     return float(torch.linalg.vector_norm(values))
+
+
+def signed_sum(values: Tensor) -> float:
+    """The sum over coordinates, for general_linear the trace: positive where the + side is the larger."""
+    return float((values.diagonal(dim1=-2, dim2=-1) if values.ndim == 3 else values).sum())
 
 
 def _flat(parts: Iterable[Tensor]) -> Tensor:
@@ -321,9 +323,9 @@ def _drift_errors(syms: SymmetrySet, mom: GradientMoments, sgd: SGDConfig) -> di
     return {n: e.error for n, e in jackknife(legs, drifts(mom), drifts, sgd.dataset_size).items()}
 
 
-def _relaxation(symmetry: Symmetry, settled: Settled, potential: Potential) -> Tensor:
+def _relaxation(symmetry: Symmetry, settled: Settled, decay: float) -> Tensor:
     """`1 / (4 min eig(K^-1 Z))` at the equilibrium, `K = sum_legs exponent^2 K_leg` and `4 Z = sum_legs
-    exponent^2 (norm K_leg + M_leg)`: `[blocks]`.
+    exponent^2 (decay K_leg + M_leg)`: `[blocks]`.
 
     Linearising `d(A K + K A)/dk = -4 (A Z + Z A)`, the flow of a small symmetric displacement `A`; for exponents of 1
     and -1 `Z = X = Y`. For a torus `K / (4 Z)`.
@@ -334,7 +336,7 @@ def _relaxation(symmetry: Symmetry, settled: Settled, potential: Potential) -> T
     squares = [leg.exponent**2 for leg in symmetry.weight_legs]
     k = torch.stack([e * gram for e, gram in zip(squares, settled.weight_grams, strict=True)]).sum(0)
     m = torch.stack([e * gram for e, gram in zip(squares, settled.noise_grams, strict=True)]).sum(0)
-    z = (potential.norm * k + m) / 4
+    z = (decay * k + m) / 4
     if symmetry.is_torus:
         times[finite] = (k / (4 * z))[finite]
     else:

@@ -14,7 +14,9 @@ from torch import Tensor
 from noetherflow.core import spd
 from noetherflow.equilibrium import stabilised
 from noetherflow.equilibrium.orbit import MeasuredOrbit
+from noetherflow.equilibrium.regime import Regime, few_samples, t_quantile
 from noetherflow.equilibrium.terms import FactorTerm, LegTerm, SampleTerm
+from noetherflow.equilibrium.velocity import orbit_velocity
 
 DENSE = 500
 """Largest state for which a dense Jacobian is kept."""
@@ -22,92 +24,142 @@ DENSE = 500
 
 @dataclass(frozen=True, eq=False)
 class Forecast:
-    """Charges by symmetry, `[len(steps), *symmetry.shape]`, with standard errors where the moments allow them."""
+    """Charges ahead of time.
+
+    Attributes:
+        steps: Numbers of steps after the measurement.
+        charges: By symmetry, `[len(steps), *symmetry.shape]`.
+        errors: Their standard errors, where the moments allow them.
+        joint: All symmetries move together; else each with the others held.
+        regime: The share of the mean gradient in the drift, and how many steps it lasts: forecasts beyond are not
+            valid.
+        samples: Samples (or minibatches) measured.
+        groups: Groups of samples that the errors come from; their t distribution has one degree of freedom less.
+    """
 
     steps: tuple[int, ...]
     charges: dict[str, Tensor]
     errors: dict[str, Tensor]
     joint: bool
+    regime: Regime
+    samples: int = 0
+    groups: int = 0
+
+    @property
+    def valid(self) -> tuple[bool, ...]:
+        """For every step, whether the measured gradients last that long."""
+        return tuple(k <= self.regime.horizon for k in self.steps)
+
+    def interval(self, name: str, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Lower and upper end of the interval of one symmetry's charges that holds the truth with probability `level`.
+
+        By Student's t of the groups of samples: at 16 groups 2.13 standard errors on each side for 95 %, not 1.96.
+        Sampling of the data only: what changes during training is not in it.
+
+        Raises:
+            KeyError: No symmetry of that name has errors.
+        """
+        half = t_quantile(level, self.groups) * self.errors[name]
+        return self.charges[name] - half, self.charges[name] + half
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per step and symmetry: the norm of the charge and of its error."""
+        """One row per step and symmetry: the norm of the charge and of its error, and whether the step is `valid`."""
         return [
             {
                 "step": k,
                 "symmetry": name,
                 "charge": float(torch.linalg.vector_norm(c[i])),
                 "error": float(torch.linalg.vector_norm(self.errors[name][i])) if name in self.errors else None,
+                "valid": valid,
             }
             for name, c in self.charges.items()
-            for i, k in enumerate(self.steps)
+            for i, (k, valid) in enumerate(zip(self.steps, self.valid, strict=True))
         ]
 
     def __str__(self) -> str:
         how = "all symmetries together" if self.joint else "each symmetry with the others held"
         sure = "; +-: standard error of the measurement" if self.errors else ""
+        heads = [f"{k:,}" + ("" if valid else "*") for k, valid in zip(self.steps, self.valid, strict=True)]
         lines = [
             f"charge (norm) after that many steps, {how}{sure}",
-            f"{'symmetry':<40}" + self._cells(self.steps, ","),
+            f"{'symmetry':<40}" + "".join(f"{head:>12}" for head in heads),
         ]
         for name, charge in self.charges.items():
             lines.append(f"{name:<40}" + self._cells([float(c.norm()) for c in charge], ".4g"))
             if name in self.errors:
                 lines.append(f"{'':<37}+- " + self._cells([float(e.norm()) for e in self.errors[name]], ".2g"))
-        return "\n".join(lines)
+        return "\n".join([*lines, str(self.regime), *self._cautions()])
 
     __repr__ = __str__
+
+    def _cautions(self) -> list[str]:
+        out = [] if all(self.valid) else [f"* not valid: {self.regime.advice}"]
+        return out + (few_samples(self.samples) if self.errors else [])
 
     @staticmethod
     def _cells(values: Sequence[float], form: str) -> str:
         return "".join(f"{v:>12{form}}" for v in values)
 
     def to_dict(self) -> dict[str, Any]:
+        """Everything but the samples' own numbers, ready for JSON."""
         return {
             "steps": list(self.steps),
+            "valid": list(self.valid),
             "joint": self.joint,
+            "regime": self.regime.to_dict(),
             "charges": {n: c.tolist() for n, c in self.charges.items()},
             "errors": {n: c.tolist() for n, c in self.errors.items()},
         }
 
 
+def whole_steps(steps: Sequence[int] | Tensor) -> tuple[int, ...]:
+    """The steps as integers.
+
+    Raises:
+        ValueError: They are not whole numbers, negative, or not increasing.
+    """
+    at = [float(k) for k in steps]
+    if not at or at[0] < 0 or any(b <= a for a, b in pairwise(at)) or not all(k.is_integer() for k in at):
+        raise ValueError(f"steps must be whole, non-negative and increasing, got {at[:10]}")
+    return tuple(int(k) for k in at)
+
+
 def orbit_forecast(orbit: MeasuredOrbit, steps: Sequence[int] | Tensor) -> dict[str, Tensor]:
     """Charges by symmetry, `[len(steps), *symmetry.shape]`: `dC/dk = E[C' - C]` integrated along the orbit.
 
-    Raises ValueError unless `steps` are non-negative and increasing.
+    Raises:
+        ValueError: `steps` are not whole, non-negative and increasing.
     """
-    at = [int(k) for k in steps]
-    if not at or at[0] < 0 or any(b <= a for a, b in pairwise(at)):
-        raise ValueError(f"steps must be non-negative and increasing, got {at[:10]}")
-    return _integrate(orbit, at)
+    return _integrate(orbit, list(whole_steps(steps)))
 
 
 def _integrate(orbit: MeasuredOrbit, steps: list[int]) -> dict[str, Tensor]:
-    layout = _Layout(orbit)
-    points = [here.at(elements) for here, elements in map(layout.unpack, _states(layout, steps))]
+    flow = _OrbitState(orbit)
+    points = [here.at(elements) for here, elements in map(flow.unpack, _states(flow, steps))]
     return {
         s.name: torch.stack([s.combine(tuple(k for k, _ in p.pairs[i])) for p in points])
         for i, s in enumerate(orbit.symmetries)
     }
 
 
-def _states(layout: _Layout, steps: list[int]) -> list[np.ndarray]:
+def _states(flow: _OrbitState, steps: list[int]) -> list[np.ndarray]:
     """By LSODA to 1e-7, whose memory is the square of the state's; beyond DENSE numbers by `stabilised` to 1e-5."""
-    start, scales = layout.start()
+    start, scales = flow.start()
     if steps[-1] == 0:
         return [start]
     if start.size > DENSE:
-        return stabilised.integrate(layout.velocity, start, steps, 1e-5, 1e-7 * scales)
+        return stabilised.integrate(flow.velocity, start, steps, 1e-5, 1e-7 * scales)
     from scipy.integrate import solve_ivp
 
     run = solve_ivp(
-        lambda _, y: layout.velocity(y), (0, steps[-1]), start, "LSODA", t_eval=steps, rtol=1e-7, atol=1e-9 * scales
+        lambda _, y: flow.velocity(y), (0, steps[-1]), start, "LSODA", t_eval=steps, rtol=1e-7, atol=1e-9 * scales
     )
     if not run.success:
         raise ArithmeticError(f"orbit ODE: {run.message}; forecast fewer steps")
     return list(run.y.T)
 
 
-class _Layout:
+class _OrbitState:
     """The state of the ODE: logs of torus elements, square roots of the leg Grams of GL symmetries, and matrices of GL
     symmetries that need per-sample gradients.
 
@@ -172,73 +224,6 @@ class _Layout:
             a = term.exponent * generators[term.symmetry]
             rates += [a @ roots[0], -a @ roots[1]]
         return _pack(rates)
-
-
-def orbit_velocity(orbit: MeasuredOrbit, elements: Sequence[Tensor]) -> list[Tensor]:
-    """Generators `A` (symmetric for GL) with `dC[A] = E[C' - C]` for all symmetries at the point `elements`.
-
-    The map `A -> dC[A]` is symmetric and positive semi-definite: solved by conjugate gradients, preconditioned by each
-    symmetry's own slope.
-    """
-    point = orbit.at(elements)
-    drift = [
-        s.combine(tuple(m for _, m in pairs)) - orbit.potential.norm * s.combine(tuple(k for k, _ in pairs))
-        for s, pairs in zip(orbit.symmetries, point.pairs, strict=True)
-    ]
-    own = [
-        torch.stack([leg.exponent**2 * k for leg, (k, _) in zip(s.weight_legs, pairs, strict=True)]).sum(0)
-        for s, pairs in zip(orbit.symmetries, point.pairs, strict=True)
-    ]
-    bases = [None if s.is_torus else torch.linalg.eigh(k) for s, k in zip(orbit.symmetries, own, strict=True)]
-
-    def slope(generators: list[Tensor]) -> list[Tensor]:
-        out = [torch.zeros_like(g) for g in generators]
-        for term in orbit.terms:
-            term.slope(elements, generators, out)
-        return out
-
-    def precondition(residual: list[Tensor]) -> list[Tensor]:
-        return [
-            _divide(r, 2 * k) if basis is None else _lyapunov(basis, r)
-            for r, k, basis in zip(residual, own, bases, strict=True)
-        ]
-
-    return _conjugate_gradients(slope, precondition, drift)
-
-
-def _lyapunov(basis: Any, right: Tensor) -> Tensor:
-    """Symmetric `A` with `A K + K A = right`, `K = V diag(k) V^T`; zero where `k_i + k_j` is rounding in its block."""
-    k, v = basis
-    slopes = k.unsqueeze(-1) + k.unsqueeze(-2)
-    return v @ _divide(v.mT @ right @ v, slopes, 1e-12 * slopes.abs().amax((-2, -1), keepdim=True)) @ v.mT
-
-
-def _divide(a: Tensor, b: Tensor, rounding: Tensor | float = 0.0) -> Tensor:
-    """`a / b`, zero where `|b| <= rounding`."""
-    small = b.abs() <= rounding
-    return torch.where(small, torch.zeros_like(a), a / torch.where(small, torch.ones_like(b), b))
-
-
-def _conjugate_gradients(apply: Any, precondition: Any, right: list[Tensor], tolerance: float = 1e-11) -> list[Tensor]:
-    x = [torch.zeros_like(b) for b in right]
-    r, z = right, precondition(right)
-    p, rz = z, _dot(right, z)
-    stop = tolerance**2 * rz
-    for _ in range(1000):
-        if rz <= stop or rz <= 0:
-            break
-        q = apply(p)
-        step = rz / _dot(p, q)
-        x = [a + step * b for a, b in zip(x, p, strict=True)]
-        r = [a - step * b for a, b in zip(r, q, strict=True)]
-        z = precondition(r)
-        rz, last = _dot(r, z), rz
-        p = [a + (rz / last) * b for a, b in zip(z, p, strict=True)]
-    return x
-
-
-def _dot(a: list[Tensor], b: list[Tensor]) -> float:
-    return float(sum((x * y).sum() for x, y in zip(a, b, strict=True)))
 
 
 def _pack(values: Sequence[Tensor]) -> np.ndarray:

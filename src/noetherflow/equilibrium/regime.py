@@ -34,9 +34,43 @@ class Regime:
         lasts = "lasts" if math.isinf(self.horizon) else f"lasts about {show(self.horizon)} steps"
         return f"mean gradient: {self.mean_share:.0%} of the drift by gradients, {lasts}"
 
+    @property
+    def advice(self) -> str:
+        """What is valid beyond the horizon."""
+        return (
+            f"by step {show(self.horizon)} the measured mean gradient would have used up the loss, so gradients and "
+            f"noise "
+            "are others by then; measure again along the run (nf.Ledger, MinibatchMeter or gradient_moments at later "
+            "steps) "
+            "and add up the drifts"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """`mean_share`, and `horizon` in steps (None where infinite)."""
         return {"mean_share": self.mean_share, "horizon": self.horizon if math.isfinite(self.horizon) else None}
+
+
+FEW = 200
+"""Samples below which intervals hold the truth less often than they say."""
+
+
+def few_samples(samples: int) -> list[str]:
+    """A line of caution where standard errors come from few samples, else nothing."""
+    if samples >= FEW:
+        return []
+    return [f"measured on {samples} samples: below about {FEW}, standard errors come out too small; measure more"]
+
+
+def t_quantile(level: float, groups: int) -> float:
+    """How many standard errors from as many groups of samples an interval of that level spans on each side.
+
+    Example:
+        >>> round(t_quantile(0.95, 16), 2)
+        2.13
+    """
+    from scipy.special import stdtrit
+
+    return float(stdtrit(groups - 1, 0.5 + level / 2))
 
 
 def drift_parts(symmetry: Symmetry, moments: GradientMoments, sgd: SGDConfig) -> tuple[Tensor, Tensor]:
