@@ -255,3 +255,70 @@ def test_samples_of_stretched_factors_are_not_needed_for_the_norm() -> None:
     for s in problem.syms:
         torch.testing.assert_close(given[s.name].charge, none[s.name].charge, rtol=1e-9, atol=1e-10)
     assert per_sample_gradients(problem.model, problem.loss, problem.data)
+
+
+class OffsetGain(nn.Module):
+    """`W2 ((1 + g) * W1 x)`: the group scales `1 + g`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5, bias=False), nn.Linear(5, 3)
+        self.gain = nn.Parameter(torch.randn(5) * 0.2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last((1 + self.gain) * self.first(x))
+
+
+def test_a_gain_with_an_offset_settles_where_its_noise_is_balanced() -> None:
+    """The move is affine in the stored gain; noise measured again at the equilibrium, and the step identity."""
+    torch.manual_seed(0)
+    model = OffsetGain().double()
+    shapes = nf.declare(model, "diagonal", [("gain", 0)], [("last.weight", 1)], offsets={"gain": 1.0})
+    x, y = torch.randn(30, 4, dtype=torch.float64), torch.randn(30, 3, dtype=torch.float64)
+    problem = Problem(model, shapes, (x, y))
+    eq = nf.noise_equilibrium(model, shapes, problem.measure(), SGD)
+    there = moved(model, shapes, eq.elements)
+    torch.testing.assert_close(there(x).detach(), model(x).detach(), rtol=1e-12, atol=1e-12)
+    plus, minus = problem.measure(there).batch_grams(shapes[0], SGD)
+    torch.testing.assert_close(plus, minus, rtol=1e-9, atol=0)
+    flow = nf.noether_flow(model, shapes, problem.measure(), SGD)
+    by_hand = ((1 + model.gain).square() - model.last.weight.square().sum(0)).detach()
+    torch.testing.assert_close(flow.details[0].charge, by_hand)
+    decayed = nf.SGDConfig(0.05, 4, weight_decay=0.1)
+    assert "gain" in nf.noether_flow(model, shapes, problem.measure(), decayed).excluded[shapes[0].name]
+    assert "gain" in nf.noise_equilibrium(model, shapes, problem.measure(), decayed).excluded[shapes[0].name]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.7])
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_step_identity_is_exact_term_by_term(decay: float, broken: bool) -> None:
+    """Also where the gradient does not obey the symmetry: then its own term is all of the residual."""
+    torch.manual_seed(0)
+    model = OffsetGain().double()
+    syms = nf.declare(model, "diagonal", [("gain", 0)], [("last.weight", 1)], offsets={"gain": 1.0})
+    x, y = torch.randn(8, 4, dtype=torch.float64), torch.randn(8, 3, dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, weight_decay=decay)
+    loss = (model(x) - y).square().sum(1).mean() + (model.gain.square().sum() if broken else 0.0)
+    loss.backward()
+    before = {n: t.detach().clone() for n, t in nf.tensors_of(model).items()}
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    optimizer.step()
+    after = {n: t.detach() for n, t in nf.tensors_of(model).items()}
+    step = nf.step_identity(syms[0], before, gradients, after, nf.SGDConfig(0.3, 8, weight_decay=decay))
+    torch.testing.assert_close(step.residual, step.gradient, rtol=1e-10, atol=1e-12)
+    assert (float(step.gradient.abs().max()) > 1e-3) == broken
+
+
+def test_the_gradient_term_of_the_step_identity_is_taken_at_the_decayed_weights() -> None:
+    problem = mlp((4, 5, 3))
+    wrong = nf.declare(problem.model, "diagonal", [("0.weight", 0)], [("2.weight", 1)])
+    sgd = nf.SGDConfig(0.3, 40, weight_decay=1.0)
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=sgd.lr, weight_decay=sgd.weight_decay)
+    problem.loss(problem.model, problem.data).mean().backward()
+    before = problem.tensors()
+    gradients = {n: p.grad.clone() for n, p in problem.model.named_parameters() if p.grad is not None}
+    optimizer.step()
+    step = nf.step_identity(wrong[0], before, gradients, problem.tensors(), sgd)
+    torch.testing.assert_close(step.gradient, step.residual, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(step.decay, (0.7**2 - 1) * wrong[0].charge(before), rtol=1e-12, atol=0)
+    assert float(step.gradient.abs().max()) > 1e-2

@@ -19,7 +19,13 @@ from noetherflow.equilibrium.forecast import Forecast, orbit_forecast, whole_ste
 from noetherflow.equilibrium.joint import noise_equilibrium
 from noetherflow.equilibrium.orbit import MeasuredOrbit, Samples, measured_orbit, separate_orbits
 from noetherflow.equilibrium.potential import Drift, Potential
-from noetherflow.equilibrium.regime import Regime, drift_parts, few_samples, regime_of, t_quantile
+from noetherflow.equilibrium.regime import (
+    Regime,
+    drift_parts,
+    few_samples,
+    regime_of,
+    t_quantile,
+)
 from noetherflow.equilibrium.result import Settled
 from noetherflow.errors import MomentError
 from noetherflow.moments.result import GradientMoments
@@ -189,8 +195,7 @@ class Flow:
             "drift per step: weight decay": _norm(_flat(r.decay for r in own)),
             "drift per step: noise": _norm(_flat(r.noise for r in own)),
             "drift per step: step size": _norm(_flat(r.step_size for r in own)),
-            "signed: charge": sum(signed_sum(r.charge) for r in own),
-            "signed: drift per step": sum(signed_sum(r.drift) for r in own),
+            "drift per step: sum": sum(signed_sum(r.drift) for r in own),
             "imbalance": float(_flat(r.imbalance for r in own).max()) if times.numel() else None,
             "relaxation (steps)": float(np.median(times.numpy())) if times.numel() else None,
             "coordinates without equilibrium": sum(int((~r.finite).sum()) for r in own),
@@ -217,7 +222,7 @@ class Flow:
         }
 
 
-EXPLAINED = ("charge", "drift per step", "signed", "imbalance", "relaxation (steps)", "equilibrium charge", "–")
+EXPLAINED = ("charge", "drift per step", "imbalance", "relaxation (steps)", "equilibrium charge", "–")
 """Names of `printing.MEANING` that a table of families needs."""
 
 

@@ -31,14 +31,17 @@ class Regime:
     horizon: float
 
     def __str__(self) -> str:
-        lasts = "lasts" if math.isinf(self.horizon) else f"lasts about {show(self.horizon)} steps"
-        return f"mean gradient: {self.mean_share:.0%} of the drift by gradients, {lasts}"
+        lasts = "lasts" if math.isinf(self.horizon) else f"lasts about {self._steps()} steps"
+        return f"mean gradient: {self.mean_share:.0%} of the drift, {lasts}"
+
+    def _steps(self) -> str:
+        return f"{self.horizon:,.0f}" if 10 <= self.horizon < 1e7 else show(self.horizon)
 
     @property
     def advice(self) -> str:
         """What is valid beyond the horizon."""
         return (
-            f"by step {show(self.horizon)} the measured mean gradient would have used up the loss, so gradients and "
+            f"by step {self._steps()} the measured mean gradient would have used up the loss, so gradients and "
             f"noise "
             "are others by then; measure again along the run (nf.Ledger, MinibatchMeter or gradient_moments at later "
             "steps) "
@@ -58,7 +61,7 @@ def few_samples(samples: int) -> list[str]:
     """A line of caution where standard errors come from few samples, else nothing."""
     if samples >= FEW:
         return []
-    return [f"measured on {samples} samples: below about {FEW}, standard errors come out too small; measure more"]
+    return [f"{samples} samples are few: errors come out small"]
 
 
 def t_quantile(level: float, groups: int) -> float:
