@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from noetherflow.core import spd
+from noetherflow.core.adaptive import AdamConfig, LionConfig
 from noetherflow.core.host import on_host
 from noetherflow.core.printing import table, transposed
 from noetherflow.core.settings import SGDConfig
+from noetherflow.equilibrium.adaptive import assumptions
+from noetherflow.equilibrium.adaptive_flow import adaptive_drift
+from noetherflow.equilibrium.charge_flow import ChargeFlow, flat, norm_of, norm_where, signed_sum
 from noetherflow.equilibrium.forecast import Forecast, orbit_forecast, whole_steps
 from noetherflow.equilibrium.joint import noise_equilibrium
+from noetherflow.equilibrium.lag import lagging_forecast
 from noetherflow.equilibrium.orbit import MeasuredOrbit, Samples, measured_orbit, separate_orbits
 from noetherflow.equilibrium.potential import Drift, Potential
-from noetherflow.equilibrium.regime import (
-    Regime,
-    drift_parts,
-    few_samples,
-    regime_of,
-    t_quantile,
-)
+from noetherflow.equilibrium.regime import Regime, drift_parts, few_samples, regime_of
 from noetherflow.equilibrium.result import Settled
-from noetherflow.errors import MomentError
+from noetherflow.equilibrium.state_flow import StateFlow, state_flow
+from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.result import GradientMoments
 from noetherflow.moments.statistics import jackknife
 from noetherflow.symmetry.symmetry import Symmetry
@@ -35,107 +35,11 @@ from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 
 @dataclass(frozen=True, eq=False)
-class ChargeFlow:
-    """The flow of one symmetry; tensors in the layout `symmetry.shape`, changes per step.
-
-    Attributes:
-        name, family, kind: Of the symmetry.
-        charge: Today's charge, signed.
-        decay, noise, step_size: The parts of `E[C' - C]`.
-        error: Standard error of `noise + step_size`, None without groups of samples.
-        groups: How many groups the error comes from.
-        equilibrium: The charge at which this symmetry's flow stops with the others held; today's on coordinates
-            without one.
-        finite: Which coordinates (torus) or blocks (general_linear) have a finite equilibrium, `[blocks]`.
-        relaxation_steps: Steps in which a small deviation of a coordinate (torus) or of the slowest direction of a
-            block falls by e near the equilibrium, `[blocks]`; 0 where not finite.
-        imbalance: Relative Noether flow, `[blocks]`.
-    """
-
-    name: str
-    family: str
-    kind: str
-    charge: Tensor
-    decay: Tensor
-    noise: Tensor
-    step_size: Tensor
-    error: Tensor | None
-    equilibrium: Tensor
-    finite: Tensor
-    relaxation_steps: Tensor
-    imbalance: Tensor
-    groups: int = 0
-
-    @property
-    def drift(self) -> Tensor:
-        """`E[C' - C]` per step."""
-        return self.decay + self.noise + self.step_size
-
-    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
-        """Lower and upper end of the interval of the drift that holds the truth with probability `level`, by
-        Student's t of the groups of samples.
-
-        Raises:
-            MomentError: There are no errors: the moments have no groups.
-        """
-        if self.error is None:
-            raise MomentError(f"the drift of {self.name!r} has no error: measure moments in at least two groups")
-        half = t_quantile(level, self.groups) * self.error
-        return self.drift - half, self.drift + half
-
-    def phase(self, steps: float) -> str:
-        """`fast` if every finite coordinate relaxes within `steps` of training, `slow` if none does, else `mixed`;
-        `none` without a finite coordinate (theory.md section 7).
-        """
-        within = self.relaxation_steps[self.finite] <= steps
-        if not len(within):
-            return "none"
-        if bool(within.all()):
-            return "fast"
-        return "mixed" if bool(within.any()) else "slow"
-
-    def row(self) -> dict[str, Any]:
-        """Norms over the coordinates, beside them the signed sums (for general_linear the trace) of charge and
-        drift, and the median and largest relaxation time; the equilibrium over the finite ones (None where nothing
-        is finite).
-        """
-        times = self.relaxation_steps[self.finite]
-        return {
-            "symmetry": self.name,
-            "family": self.family,
-            "kind": self.kind,
-            "charge": _norm(self.charge),
-            "equilibrium_charge": norm_where([(self.equilibrium, self.finite)]),
-            "decay": _norm(self.decay),
-            "noise": _norm(self.noise),
-            "step_size": _norm(self.step_size),
-            "drift": _norm(self.drift),
-            "charge_sum": signed_sum(self.charge),
-            "drift_sum": signed_sum(self.drift),
-            "drift_error": None if self.error is None else _norm(self.error),
-            "imbalance": float(self.imbalance.max()) if times.numel() else None,
-            "relaxation_steps": float(times.median()) if times.numel() else None,
-            "slowest_relaxation": float(times.max()) if times.numel() else None,
-            "without_equilibrium": int((~self.finite).sum()),
-        }
-
-    def to_dict(self) -> dict[str, Any]:
-        values = ("charge", "equilibrium", "decay", "noise", "step_size", "finite", "relaxation_steps", "imbalance")
-        return {
-            "symmetry": self.name,
-            "family": self.family,
-            "kind": self.kind,
-            **{v: getattr(self, v).tolist() for v in values},
-            "error": None if self.error is None else self.error.tolist(),
-        }
-
-
-@dataclass(frozen=True, eq=False)
 class Flow:
     """The Noether flow of a model: one `ChargeFlow` per symmetry, and forecasts of the charges from one measurement."""
 
     details: tuple[ChargeFlow, ...]
-    sgd: SGDConfig
+    sgd: SGDConfig | AdamConfig | LionConfig
     loss: float
     excluded: dict[str, str]
     moments: GradientMoments
@@ -158,11 +62,17 @@ class Flow:
         else each with the others held. `errors`: standard errors by jackknife where the moments carry groups and
         determine the orbit without samples, at the cost of one more forecast per group.
 
+        Under Adam the charges are preconditioned, each at the `v` of its step, which lags behind; no errors then.
         Forecasts beyond `regime.horizon` are marked as not valid.
 
         Raises:
             ValueError: `steps` are not whole, non-negative and increasing.
         """
+        if not isinstance(self.sgd, SGDConfig):
+            charges = lagging_forecast(
+                self.orbit, steps, self.sgd.betas[1] if isinstance(self.sgd, AdamConfig) else 0.0
+            )
+            return Forecast(whole_steps(steps), charges, {}, self.joint, self.regime, self.moments.samples)
         charges = orbit_forecast(self.orbit, steps)
         found = {}
         if errors and len(self.moments.groups) > 1 and not self.orbit.needs_samples:
@@ -172,6 +82,7 @@ class Flow:
         return Forecast(whole_steps(steps), charges, errors_by_name, self.joint, self.regime, *measured)
 
     def _charges(self, steps: Sequence[int] | Tensor, moments: GradientMoments) -> dict[str, Tensor]:
+        assert isinstance(self.sgd, SGDConfig)
         potential = Potential.of(Drift.of(self.sgd), moments, self.sgd)
         return orbit_forecast(self.orbit.with_moments(moments, potential), steps)
 
@@ -191,12 +102,12 @@ class Flow:
         return {
             "family": family,
             "symmetries": len(own),
-            "charge": _norm(_flat(r.charge for r in own)),
-            "drift per step: weight decay": _norm(_flat(r.decay for r in own)),
-            "drift per step: noise": _norm(_flat(r.noise for r in own)),
-            "drift per step: step size": _norm(_flat(r.step_size for r in own)),
+            "charge": norm_of(flat(r.charge for r in own)),
+            "drift per step: weight decay": norm_of(flat(r.decay for r in own)),
+            "drift per step: noise": norm_of(flat(r.noise for r in own)),
+            "drift per step: step size": norm_of(flat(r.step_size for r in own)),
             "drift per step: sum": sum(signed_sum(r.drift) for r in own),
-            "imbalance": float(_flat(r.imbalance for r in own).max()) if times.numel() else None,
+            "imbalance": float(flat(r.imbalance for r in own).max()) if times.numel() else None,
             "relaxation (steps)": float(np.median(times.numpy())) if times.numel() else None,
             "coordinates without equilibrium": sum(int((~r.finite).sum()) for r in own),
             "equilibrium charge, others held": norm_where([(r.equilibrium, r.finite) for r in own]),
@@ -207,6 +118,9 @@ class Flow:
             f"Noether flow at lr {self.sgd.lr:g}, batch size {self.sgd.batch_size}, loss {self.loss:.4g}",
             table(transposed(self.families()), *EXPLAINED) if self.details else "(no symmetry)",
         ]
+        if not isinstance(self.sgd, SGDConfig):
+            lines.append("charges are preconditioned: every squared weight times the root mean square of its gradient")
+            lines += [f"assumed: {text}" for text in assumptions(self.sgd)]
         lines += [str(self.regime), *(few_samples(self.moments.samples) if self.moments.groups else [])]
         return "\n".join([*lines, *(f"excluded: {n}: {why}" for n, why in self.excluded.items())])
 
@@ -226,31 +140,58 @@ EXPLAINED = ("charge", "drift per step", "imbalance", "relaxation (steps)", "equ
 """Names of `printing.MEANING` that a table of families needs."""
 
 
+@overload
+def noether_flow(
+    model: nn.Module,
+    syms: SymmetrySet,
+    mom: GradientMoments,
+    sgd: SGDConfig | AdamConfig | LionConfig,
+    *,
+    samples: Samples | None = None,
+) -> Flow: ...
+
+
+@overload
+def noether_flow(model: nn.Module, syms: SymmetrySet, *, optimizer: Any, lr: float | None = None) -> StateFlow: ...
+
+
 @on_host
 def noether_flow(
-    model: nn.Module, syms: SymmetrySet, mom: GradientMoments, sgd: SGDConfig, *, samples: Samples | None = None
-) -> Flow:
-    """Expected change of every charge per SGD step, its parts, and the time scale.
+    model: nn.Module,
+    syms: SymmetrySet,
+    mom: GradientMoments | None = None,
+    sgd: SGDConfig | AdamConfig | LionConfig | None = None,
+    *,
+    samples: Samples | None = None,
+    optimizer: Any = None,
+    lr: float | None = None,
+) -> Flow | StateFlow:
+    """Expected change of every charge per optimiser step, its parts, and the time scale.
 
-    `E[C' - C] = -lr (2w - lr w^2) C + lr^2 D(Cov[g_B]) + lr^2 D(gbar gbar^T)`: decay, noise and step-size parts. With
-    momentum `m` the leading-order stationary coefficients of `Drift.of`, valid while a charge relaxes slowly against
-    `1 / (1 - m)` steps.
+    From moments under SGD `E[C' - C] = -lr (2w - lr w^2) C + lr^2 D(Cov[g_B]) + lr^2 D(gbar gbar^T)`: decay, noise and
+    step-size parts. With momentum `m` the leading-order stationary coefficients of `Drift.of`, valid while a charge
+    relaxes slowly against `1 / (1 - m)` steps. Under Adam and Lion the same of the preconditioned charge
+    (docs/adaptive.md).
+
+    Or from the state of the optimiser of a run, without moments: `noether_flow(model, syms, optimizer=optimizer)`.
 
     Args:
         model: Only read.
         syms: Its symmetries; those on frozen parameters are excluded and listed.
-        mom: Moments of per-sample gradients at these weights.
-        sgd: How SGD steps.
+        mom: Moments of per-sample gradients at these weights; for Adam and Lion with `entries=True`.
+        sgd: How the optimiser steps.
         samples: As in `noise_equilibrium`; they carry no groups, so forecasts then have no errors.
+        optimizer: In place of `mom` and `sgd`: momentum SGD, Adam, AdamW or RMSprop of torch, or its `state_dict()`.
+        lr: With `optimizer`: the learning rate to use where a schedule has taken the stored one to 0.
 
     Returns:
-        A Flow. Its `regime` says how much of the drift is the mean gradient's and for how many steps the measured
-        gradients
-        last: the theory's noise regime has a small share and a long horizon.
+        A Flow; its `regime` says how much of the drift is the mean gradient's and for how many steps the measured
+        gradients last: the theory's noise regime has a small share and a long horizon. A StateFlow for `optimizer`.
 
     Raises:
         MomentError: A symmetry was not measured, or the moments are not those of a loss with these symmetries at these
             weights.
+        DataError: Neither moments with settings nor an optimiser, or an optimiser without theory.
 
     Example:
         ```
@@ -258,11 +199,33 @@ def noether_flow(
         print(flow)
         flow["0 -> 2"].drift  # E[C' - C] of one symmetry, coordinate by coordinate
         flow.forecast([0, 1000]).charges["0 -> 2"]
+        print(nf.noether_flow(model, syms, optimizer=optimizer))  # of a run, without data
         ```
 
-    Source: theory.md sections 4 and 7.
+    Source: theory.md sections 4, 7 and 13.
     """
+    if optimizer is not None:
+        if mom is not None or sgd is not None:
+            raise DataError("give moments and settings, or optimizer=, not both")
+        return state_flow(model, syms, optimizer, lr=lr)
+    if mom is None or sgd is None:
+        raise DataError("noether_flow needs moments and settings (mom, sgd), or optimizer= for the state of a run")
+    if lr is not None:
+        raise DataError("lr= goes with optimizer=; with moments the learning rate is in the settings")
     syms = syms.trainable(model)
+    if not isinstance(sgd, SGDConfig):
+        if not isinstance(sgd, AdamConfig | LionConfig):
+            Drift.of(sgd)
+        drift = adaptive_drift(model, syms, mom, sgd)
+        excluded = dict(drift.symmetries.excluded)
+        return Flow(drift.details, sgd, mom.loss, excluded, mom, drift.orbit, True, drift.regime)
+    return _sgd_flow(model, syms, mom, sgd, samples)
+
+
+def _sgd_flow(
+    model: nn.Module, syms: SymmetrySet, mom: GradientMoments, sgd: SGDConfig, samples: Samples | None
+) -> Flow:
+    """The flow under SGD of trainable symmetries."""
     potential = Potential.of(Drift.of(sgd), mom, sgd)
     syms = syms.without({s.name: why for s in syms if (why := s.pulled(lambda _: sgd.weight_decay > 0))})
     alone = noise_equilibrium(model, syms, mom, sgd, joint=False, samples=samples)
@@ -295,25 +258,6 @@ def _charge_flow(
         imbalance=settled.imbalance_now,
         groups=len(mom.groups),
     )
-
-
-def _norm(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values))
-
-
-def signed_sum(values: Tensor) -> float:
-    """The sum over coordinates, for general_linear the trace: positive where the + side is the larger."""
-    return float((values.diagonal(dim1=-2, dim2=-1) if values.ndim == 3 else values).sum())
-
-
-def _flat(parts: Iterable[Tensor]) -> Tensor:
-    return torch.cat([p.flatten() for p in parts])
-
-
-def norm_where(parts: Iterable[tuple[Tensor, Tensor]]) -> float | None:
-    """The norm of `values[finite]` over all `(values, finite)`, None where nothing is finite."""
-    chosen = _flat(values[finite] for values, finite in parts)
-    return _norm(chosen) if chosen.numel() else None
 
 
 def _drift_errors(syms: SymmetrySet, mom: GradientMoments, sgd: SGDConfig) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -135,15 +135,27 @@ def orbit_forecast(orbit: MeasuredOrbit, steps: Sequence[int] | Tensor) -> dict[
 
 def _integrate(orbit: MeasuredOrbit, steps: list[int]) -> dict[str, Tensor]:
     flow = _OrbitState(orbit)
-    points = [here.at(elements) for here, elements in map(flow.unpack, _states(flow, steps))]
+    points = [here.at(elements) for here, elements in map(flow.unpack, states_of(flow, steps))]
     return {
         s.name: torch.stack([s.combine(tuple(k for k, _ in p.pairs[i])) for p in points])
         for i, s in enumerate(orbit.symmetries)
     }
 
 
-def _states(flow: _OrbitState, steps: list[int]) -> list[np.ndarray]:
-    """By LSODA to 1e-7, whose memory is the square of the state's; beyond DENSE numbers by `stabilised` to 1e-5."""
+class SlowState(Protocol):
+    """A state vector with its rate of change per step."""
+
+    def start(self) -> tuple[np.ndarray, np.ndarray]:
+        """The state at the measured point and the scale of each of its numbers."""
+
+    def velocity(self, state: np.ndarray) -> np.ndarray:
+        """The rate of change."""
+
+
+def states_of(flow: SlowState, steps: list[int]) -> list[np.ndarray]:
+    """The states after the given steps: by LSODA to 1e-7, whose memory is the square of the state's; beyond DENSE
+    numbers by `stabilised` to 1e-5.
+    """
     start, scales = flow.start()
     if steps[-1] == 0:
         return [start]

@@ -69,7 +69,8 @@ class NoiseLaw:
 @dataclass(frozen=True, eq=False)
 class EntryParts:
     """Three sums over entries at one point of the orbit, on the axes that the legs distinguish: each entry's part of
-    the preconditioned charge, what decay takes of it per step, and what gradients add; with the potential of both.
+    the preconditioned charge, what decay takes of it per step, and what gradients add; with the potential of both
+    (where `v` does not lag behind).
     """
 
     weight: Tensor
@@ -81,8 +82,19 @@ class EntryParts:
 class RootEntries(Protocol):
     """The entries of one parameter, wherever the orbit takes them."""
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of the sums, on the axes that the legs distinguish."""
+
+    @property
+    def size(self) -> int:
+        """How many sums."""
+
     def at(self, growth: Tensor) -> EntryParts:
         """The sums where the weights have grown by these factors."""
+
+    def lagging(self, growth: Tensor, ratio: Tensor) -> EntryParts:
+        """The same where `v` is `ratio` times what it was at first, and not yet what the gradients are by now."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,10 +106,22 @@ class ScaledEntries:
     noise: Tensor
     coupled: bool
 
+    @property
+    def shape(self) -> torch.Size:
+        return self.weight.shape
+
+    @property
+    def size(self) -> int:
+        return self.weight.numel()
+
     def at(self, growth: Tensor) -> EntryParts:
-        decay, noise = self.decay * (growth.square() if self.coupled else growth), self.noise / growth
+        return self.lagging(growth, 1 / growth.square())
+
+    def lagging(self, growth: Tensor, ratio: Tensor) -> EntryParts:
+        grown, root = growth.square(), ratio.sqrt()
+        decay, noise = self.decay * (grown if self.coupled else grown * root), self.noise / (grown * root)
         potential = float(decay.sum()) / (2 if self.coupled else 1) + float(noise.sum())
-        return EntryParts(self.weight * growth, decay, noise, potential)
+        return EntryParts(self.weight * grown * root, decay, noise, potential)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,11 +144,22 @@ class EpsEntries:
     eps: float
     coupled: bool
 
+    @property
+    def shape(self) -> torch.Size:
+        return self.root.shape
+
+    @property
+    def size(self) -> int:
+        return self.root.numel()
+
     def at(self, growth: Tensor) -> EntryParts:
-        root, square = self.root / growth, self.square * growth.square()
-        weight = (root + self.eps) * square
+        return self.lagging(growth, 1 / growth.square())
+
+    def lagging(self, growth: Tensor, ratio: Tensor) -> EntryParts:
+        over, square = self.root * ratio.sqrt() + self.eps, self.square * growth.square()
+        root, weight = self.root / growth, over * square
         decay = self.rate * (square if self.coupled else weight)
-        noise = self.factor * root.square() / (root + self.eps)
+        noise = self.factor * root.square() / over
         held = self.rate * (square / 2 if self.coupled else (root + self.eps / 2) * square)
         grown = self.factor * (root - self.eps * torch.log1p(root / self.eps))
         return EntryParts(weight, decay, noise, float(held.sum()) + float(grown.sum()))
@@ -142,10 +177,14 @@ class RootTerm:
 
     def parts(self, elements: Sequence[Tensor]) -> EntryParts:
         """The sums over entries at a point of the orbit."""
+        return self.entries.at(self.growth(elements))
+
+    def growth(self, elements: Sequence[Tensor]) -> Tensor:
+        """The factors by which the entries have grown there, broadcastable to their sums."""
         growth = torch.ones((), dtype=torch.float64)
         for leg in self.legs:
             growth = growth * leg.spread(elements[leg.symmetry]) ** (2 * leg.exponent)
-        return self.entries.at(growth)
+        return growth
 
     def add(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
         parts = self.parts(elements)

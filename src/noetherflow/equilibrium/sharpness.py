@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow.core.inputs import LossFn
+from noetherflow.core.settings import SGDConfig
 from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.flow import Flow
 from noetherflow.equilibrium.orbit import orbit_of
@@ -303,6 +304,7 @@ def sharpness_forecast(
 
     Raises DataError for an unusable loss, MomentError for `curvature` without entries.
     """
+    sgd = _plain_sgd(flow)
     data = list(batches)
     syms: SymmetrySet = eq.symmetries
     moved = copy.deepcopy(model)
@@ -316,8 +318,22 @@ def sharpness_forecast(
         there = curvature_moments(moved, loss_fn, data, syms, probes=probes)
         now, then = _trace(curvature), _trace(there)
     top_now, top_then = top_eigenvalue(model, loss_fn, data), top_eigenvalue(moved, loss_fn, data)
-    lr, limit = flow.sgd.lr, flow.sgd.stability_limit
+    lr, limit = sgd.lr, sgd.stability_limit
     return Sharpness(now, then, top_now, top_then, lr, limit, _warmup(flow, eq, top_now, top_then))
+
+
+def _plain_sgd(flow: Flow) -> SGDConfig:
+    """SGD's settings.
+
+    Raises:
+        DataError: the flow is that of Adam or Lion, whose stability depends on the preconditioned Hessian.
+    """
+    if isinstance(flow.sgd, SGDConfig):
+        return flow.sgd
+    raise DataError(
+        "sharpness_forecast compares lr with the Hessian itself; Adam's and Lion's stability depends on the "
+        "preconditioned one, which is not forecast: pass a flow of nf.SGDConfig(...)"
+    )
 
 
 def _warmup(flow: Flow, eq: Equilibrium, top_now: float, top_then: float) -> int | None:
@@ -327,7 +343,8 @@ def _warmup(flow: Flow, eq: Equilibrium, top_now: float, top_then: float) -> int
     `K > 3 tau (lr top(tau) / limit)^3` wherever `lr top(tau) >= limit`; from one time of the grid to the next with the
     later `tau` and the earlier `top`.
     """
-    excess = flow.sgd.lr / flow.sgd.stability_limit
+    sgd = _plain_sgd(flow)
+    excess = sgd.lr / sgd.stability_limit
     if excess * top_now < 1:
         return 0
     slowest = max((float(r.relaxation_steps.max()) for r in flow.details), default=0.0)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,13 @@ from noetherflow.equilibrium.orbit import MeasuredOrbit
 
 Generators = list[Tensor]
 """One generator per symmetry, in its layout; symmetric matrices for general_linear."""
+
+
+class SlopedTerm(Protocol):
+    """A part of the model that knows how its charges change under generators."""
+
+    def slope(self, elements: Sequence[Tensor], generators: Sequence[Tensor], out: list[Tensor]) -> None:
+        """Add to `out[symmetry]` the change of its charge."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,14 +60,14 @@ class ChargeSlope:
     It is symmetric and positive semi-definite, and each symmetry's own slope is a good approximation of its part.
     """
 
-    orbit: MeasuredOrbit
+    terms: Sequence[SlopedTerm]
     elements: Sequence[Tensor]
     own: tuple[OwnSlope, ...]
 
     def apply(self, generators: Generators) -> Generators:
         """`dC[A]` for all symmetries."""
         out = [torch.zeros_like(g) for g in generators]
-        for term in self.orbit.terms:
+        for term in self.terms:
             term.slope(self.elements, generators, out)
         return out
 
@@ -89,7 +97,7 @@ def orbit_velocity(orbit: MeasuredOrbit, elements: Sequence[Tensor]) -> Generato
         drift.append(drive - orbit.potential.norm * charge)
         k = torch.stack([leg.exponent**2 * k for leg, (k, _) in zip(s.weight_legs, pairs, strict=True)]).sum(0)
         own.append(OwnSlope.of(k, s.is_torus))
-    return conjugate_gradients(ChargeSlope(orbit, elements, tuple(own)), drift)
+    return conjugate_gradients(ChargeSlope(orbit.terms, elements, tuple(own)), drift)
 
 
 def conjugate_gradients(slope: ChargeSlope, right: Generators, tolerance: float = 1e-11) -> Generators:

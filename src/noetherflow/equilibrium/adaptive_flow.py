@@ -1,0 +1,178 @@
+"""The Noether flow under Adam and Lion from measured gradients: the drift of every preconditioned charge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from noetherflow.core.tensors import tensors_of
+from noetherflow.equilibrium.adaptive import adaptive_equilibrium, adaptive_regime, covered
+from noetherflow.equilibrium.charge_flow import ChargeFlow
+from noetherflow.equilibrium.invariance import refuse_other_moments
+from noetherflow.equilibrium.orbit import MeasuredOrbit
+from noetherflow.equilibrium.regime import Regime
+from noetherflow.equilibrium.result import Settled
+from noetherflow.equilibrium.roots import AdaptiveConfig, NoiseLaw, reference_lr, root_orbit, second_moments
+from noetherflow.equilibrium.task import SolveOptions
+from noetherflow.moments.result import GradientMoments
+from noetherflow.moments.statistics import jackknife
+from noetherflow.symmetry.symmetry import Symmetry
+from noetherflow.symmetry.symmetry_set import SymmetrySet
+
+DIFFERENCE = 1e-3
+"""Step in the log of an element by which the slope of the drift at the equilibrium is taken."""
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptiveDrift:
+    """What `noether_flow` needs of an adaptive optimiser: the drift of every symmetry, the orbit they span together,
+    which symmetries are covered, and the regime.
+    """
+
+    details: tuple[ChargeFlow, ...]
+    orbit: MeasuredOrbit
+    symmetries: SymmetrySet
+    regime: Regime
+
+
+def adaptive_drift(
+    model: nn.Module, syms: SymmetrySet, moments: GradientMoments, config: AdaptiveConfig
+) -> AdaptiveDrift:
+    """Charges, drifts and time scales under Adam or Lion, each symmetry with the others held.
+
+    `E[C_P' - C_P] = lr^2 sum a (white f Sigma + mean gbar^2) / (s + eps) - decay`: noise and step-size parts as
+    `NoiseLaw` weighs them.
+
+    Args:
+        model: only read.
+        syms: trainable ones; those not covered are excluded.
+        moments: with `entries=True`.
+        config: Adam's or Lion's settings.
+
+    Raises:
+        MomentError: entry-wise moments are missing, or belong to another loss or other weights.
+
+    Source: theory.md section 13.
+    """
+    refuse_other_moments(model, syms, moments)
+    syms = covered(syms, config)
+    alone = adaptive_equilibrium(model, syms, moments, config, SolveOptions(joint=False))
+    slow = _relaxation(model, syms, moments, config, alone.settled)
+    errors = _drift_errors(model, syms, moments, config)
+    details = tuple(
+        _charge_flow(model, s, settled, moments, config, slow[s.name], errors.get(s.name))
+        for s, settled in zip(syms, alone.settled, strict=True)
+    )
+    orbit = root_orbit(model, tuple(syms), moments, config)
+    return AdaptiveDrift(details, orbit, syms, adaptive_regime(tuple(syms), moments, config))
+
+
+@dataclass(frozen=True, eq=False)
+class RootParts:
+    """What noise, mean gradient and weight decay add to a preconditioned charge per step, `[blocks]` each."""
+
+    noise: Tensor
+    step_size: Tensor
+    decay: Tensor
+
+
+def root_parts(
+    tensors: Mapping[str, Tensor], symmetry: Symmetry, moments: GradientMoments, config: AdaptiveConfig
+) -> RootParts:
+    """The parts of the drift of one torus symmetry, summed over the entries of its legs."""
+    law, reference = NoiseLaw.of(config), reference_lr([symmetry], config)
+    out = RootParts(*(torch.zeros(symmetry.shape, dtype=torch.float64) for _ in range(3)))
+    here = symmetry.positions({n: tensors[n].detach() for n in symmetry.parameters})
+    for leg in symmetry.weight_legs:
+        rates = config.rates(leg.parameter)
+        noise, steady = second_moments(leg.parameter, moments, config)
+        over = (noise.clamp_min(0) + steady.clamp_min(0)).sqrt() + law.eps
+        square = here[leg.parameter].double().cpu().square() * (reference / rates.lr)
+        step = leg.exponent * reference * rates.lr
+        shrink = 2 * rates.lr * rates.weight_decay if law.coupled else rates.decay_per_step
+        decayed = square if law.coupled else square * over
+        used = torch.where(over > 0, 1 / over, torch.zeros_like(over))
+        out = RootParts(
+            out.noise + step * law.white * leg.row_sums(noise * used),
+            out.step_size + step * law.mean * leg.row_sums(steady * used),
+            out.decay - leg.exponent * shrink * leg.row_sums(decayed),
+        )
+    return out
+
+
+def _charge_flow(
+    model: nn.Module,
+    symmetry: Symmetry,
+    settled: Settled,
+    moments: GradientMoments,
+    config: AdaptiveConfig,
+    relaxation: Tensor,
+    error: Tensor | None,
+) -> ChargeFlow:
+    parts = root_parts(tensors_of(model), symmetry, moments, config)
+    return ChargeFlow(
+        name=symmetry.name,
+        family=symmetry.family,
+        kind=symmetry.kind,
+        charge=settled.charge_now,
+        decay=parts.decay,
+        noise=parts.noise,
+        step_size=parts.step_size,
+        error=error,
+        equilibrium=settled.charge,
+        finite=settled.finite,
+        relaxation_steps=relaxation,
+        imbalance=settled.imbalance_now,
+        groups=len(moments.groups),
+    )
+
+
+def _relaxation(
+    model: nn.Module,
+    syms: SymmetrySet,
+    moments: GradientMoments,
+    config: AdaptiveConfig,
+    settled: tuple[Settled, ...],
+) -> dict[str, Tensor]:
+    """Steps in which a small deviation falls by e: twice `sum exponent^2 weight` over the slope of the drift there."""
+    symmetries = tuple(syms)
+    orbit = root_orbit(model, symmetries, moments, config, joint=False)
+    there = [s.element for s in settled]
+    drifts = []
+    for side in (DIFFERENCE, -DIFFERENCE):
+        pairs = orbit.at([e * torch.tensor(side, dtype=torch.float64).exp() for e in there]).pairs
+        drifts.append([_drift(half, own) for half, own in zip(orbit.symmetries, pairs, strict=True)])
+    ones = [torch.ones(s.shape, dtype=torch.float64) for s in symmetries]
+    slopes = [torch.zeros(s.shape, dtype=torch.float64) for s in symmetries]
+    for term in orbit.terms:
+        term.slope(there, ones, slopes)
+    out = {}
+    for i, s in enumerate(symmetries):
+        falls = (drifts[1][i] - drifts[0][i]) / (2 * DIFFERENCE)
+        live = settled[i].finite & (falls > 0)
+        out[s.name] = torch.where(live, slopes[i] / torch.where(live, falls, torch.ones_like(falls)), 0.0)
+    return out
+
+
+def _drift(halved: Symmetry, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The drift of the charge from `(D, N)` of the legs, whose exponents are halved here."""
+    return 2 * (halved.combine(tuple(n for _, n in pairs)) - halved.combine(tuple(d for d, _ in pairs)))
+
+
+def _drift_errors(
+    model: nn.Module, syms: SymmetrySet, moments: GradientMoments, config: AdaptiveConfig
+) -> dict[str, Tensor]:
+    """Jackknife standard errors of the part that gradients add."""
+    if len(moments.groups) < 2 or not all(n in moments.groups[0].squares for n in syms.parameters):
+        return {}
+    frozen = {n: t.detach() for n, t in tensors_of(model).items()}
+
+    def drifts(part: GradientMoments) -> dict[str, Tensor]:
+        parts = {s.name: root_parts(frozen, s, part, config) for s in syms}
+        return {n: p.noise + p.step_size for n, p in parts.items()}
+
+    legs = replace(moments, groups=tuple(replace(g, second={}, legs={}) for g in moments.groups), second={}, legs={})
+    return {n: e.error for n, e in jackknife(legs, drifts(moments), drifts, config.dataset_size).items()}
