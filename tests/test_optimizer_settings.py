@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from torch import nn
 
 import noetherflow as nf
+from noetherflow.cli import main
+from noetherflow.cli.options import GivenSettings, OptimizerName
 from noetherflow.errors import DataError
 
 
@@ -168,3 +171,35 @@ def test_what_has_no_theory_is_refused_with_the_reason_and_the_way_out(make: Any
     with pytest.raises(DataError, match=message) as caught:
         nf.optimizer_config(make(net().parameters()), 32)
     assert "Ledger" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, nf.SGDConfig(0.05, 16)),
+        ({"optimizer": "adamw", "weight_decay": 0.1}, nf.AdamConfig(1e-3, 16, weight_decay=0.1)),
+        ({"optimizer": "adam", "betas": (0.5, 0.9)}, nf.AdamConfig(1e-3, 16, (0.5, 0.9), decoupled=False)),
+        ({"optimizer": "rmsprop", "betas": (0.5, 0.9)}, nf.AdamConfig(1e-3, 16, (0.0, 0.9), decoupled=False)),
+        ({"optimizer": "lion", "lr": 1e-3, "dataset_size": 99}, nf.LionConfig(1e-3, 16, dataset_size=99)),
+    ],
+)
+def test_command_line_options_make_settings(options: dict[str, Any], expected: Any) -> None:
+    given = {"optimizer": "sgd", "lr": None, "batch_size": 16, "weight_decay": 0.0} | options
+    assert GivenSettings(**given | {"optimizer": OptimizerName(given["optimizer"])}).settings() == expected
+
+
+def test_options_of_another_optimizer_are_refused() -> None:
+    with pytest.raises(typer.BadParameter, match="--betas"):
+        GivenSettings(OptimizerName.sgd, 0.1, 16, 0.0, betas=(0.9, 0.99)).settings()
+    with pytest.raises(typer.BadParameter, match="--momentum"):
+        GivenSettings(OptimizerName.adamw, 0.1, 16, 0.0, momentum=0.9).settings()
+
+
+def test_analyze_takes_an_optimizer(capsys: Any) -> None:
+    for word in ("adamw", "lion"):
+        with pytest.raises(SystemExit) as end:
+            main(["analyze", "digits-mlp", "--optimizer", word, "--weight-decay", "0.1"])
+        assert not end.value.code
+        printed = capsys.readouterr().out
+        assert word.lower() in printed.lower()
+        assert "assumed" in printed

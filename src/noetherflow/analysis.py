@@ -10,11 +10,10 @@ from typing import Any
 from torch import nn
 
 from noetherflow.core.inputs import LossFn
-from noetherflow.core.settings import SGDConfig
+from noetherflow.core.optimizers import Settings, check_settings
 from noetherflow.discovery import Certificate, certify, find_symmetries
 from noetherflow.equilibrium import Equilibrium, noise_equilibrium
 from noetherflow.equilibrium.flow import Flow, noether_flow, norm_where
-from noetherflow.equilibrium.potential import Drift
 from noetherflow.moments import GradientMoments, gradient_moments, minibatch_moments
 from noetherflow.moments.batch import tensors_in
 from noetherflow.moments.batch_statistics import running_statistics, uses_batch_statistics
@@ -25,14 +24,14 @@ BATCH_STATISTICS = "holds with batch statistics only: model.train()"
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """What the symmetries of one model do under one SGD configuration, from one measurement."""
+    """What the symmetries of one model do under one optimiser, from one measurement."""
 
     symmetries: SymmetrySet
     certificate: Certificate
     moments: GradientMoments
     flow: Flow
     equilibrium: Equilibrium
-    sgd: SGDConfig
+    sgd: Settings
 
     def rows(self) -> list[dict[str, Any]]:
         """`Flow.families` with the number of charges and the equilibrium charge of the joint solution."""
@@ -68,7 +67,7 @@ def analyze(
     model: nn.Module,
     loss_fn: LossFn,
     batches: Sequence[Any],
-    sgd: SGDConfig,
+    sgd: Settings,
     example_inputs: Any,
     *,
     approximate: bool = True,
@@ -84,7 +83,7 @@ def analyze(
 
     Raises the errors of the stages: ExportError, MomentError, DataError.
     """
-    Drift.of(sgd)
+    check_settings(sgd)
     measured = measure(model, loss_fn, batches, example_inputs, progress=progress)
     progress("integrating the Noether flow")
     flow = noether_flow(model, measured.symmetries, measured.moments, sgd)
@@ -102,7 +101,7 @@ class MeasuredModel:
     moments: GradientMoments
     again: Callable[[nn.Module], GradientMoments]
 
-    def equilibrium(self, model: nn.Module, sgd: SGDConfig, **options: Any) -> Equilibrium:
+    def equilibrium(self, model: nn.Module, sgd: Settings, **options: Any) -> Equilibrium:
         """`noise_equilibrium` from this measurement, re-measured where that is needed; `options` go there."""
         return noise_equilibrium(model, self.symmetries, self.moments, sgd, remeasure=self.again, **options)
 

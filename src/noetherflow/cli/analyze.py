@@ -9,18 +9,34 @@ from typing import Annotated
 import typer
 
 from noetherflow.cli import tables
-from noetherflow.cli.options import BatchSize, Data, Debug, Json, Lr, Model, Momentum, WeightDecay, announce
+from noetherflow.cli.options import (
+    BatchSize,
+    Betas,
+    Data,
+    Debug,
+    GivenSettings,
+    Json,
+    Lr,
+    Model,
+    Momentum,
+    Optimizer,
+    OptimizerName,
+    WeightDecay,
+    announce,
+)
+from noetherflow.core.optimizers import described
 from noetherflow.core.printing import legend, transposed
-from noetherflow.core.settings import SGDConfig
 
 
 def analyze(
     model: Model,
     data: Data = None,
-    lr: Lr = 0.05,
+    optimizer: Optimizer = OptimizerName.sgd,
+    lr: Lr = None,
     batch_size: BatchSize = 16,
     weight_decay: WeightDecay = 0.0,
     momentum: Momentum = 0.0,
+    betas: Betas = None,
     finite_data: Annotated[
         bool, typer.Option(help="Batches are drawn without replacement from exactly this data.")
     ] = False,
@@ -28,7 +44,7 @@ def analyze(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure MODEL once and say what SGD's gradient noise does along its symmetries.
+    """Measure MODEL once and say what the optimiser's gradient noise does along its symmetries.
 
     \f
     Its parameters are many because each is an option of the command line.
@@ -40,7 +56,7 @@ def analyze(
 
     workload = load_workload(model, data)
     size = workload.samples if finite_data else None
-    sgd = SGDConfig(lr, batch_size, weight_decay, momentum, dataset_size=size)
+    sgd = GivenSettings(optimizer, lr, batch_size, weight_decay, momentum, dataset_size=size, betas=betas).settings()
     say = announce(f"{model}: seconds for tracing, then a few gradient passes over {workload.samples:,} samples", 5)
     analysis = run(workload.model, workload.loss_fn, workload.batches, sgd, workload.example_inputs, progress=say)
     if report is not None:
@@ -51,7 +67,9 @@ def analyze(
     printed = tables.out()
     tables.symmetries(printed, analysis.symmetries, title=model)
     printed.print(str(analysis.certificate), markup=False)
-    tables.of_rows(printed, transposed(analysis.rows()), f"Noether flow at lr {lr:g}, batch size {batch_size}")
+    plain = optimizer is OptimizerName.sgd
+    title = f"Noether flow at lr {sgd.lr:g}, batch size {batch_size}" if plain else f"Noether flow of {described(sgd)}"
+    tables.of_rows(printed, transposed(analysis.rows()), title)
     printed.print(legend(*EXPLAINED), markup=False)
     printed.print(str(analysis.equilibrium), markup=False)
     if report is not None:

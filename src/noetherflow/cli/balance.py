@@ -11,18 +11,21 @@ import typer
 from noetherflow.cli import tables
 from noetherflow.cli.options import (
     BatchSize,
+    Betas,
     Data,
     DatasetSize,
     Debug,
+    GivenSettings,
     Json,
     Lr,
     ModelOf,
     Momentum,
     Nesterov,
+    Optimizer,
+    OptimizerName,
     WeightDecay,
     announce,
 )
-from noetherflow.core.settings import SGDConfig
 
 if TYPE_CHECKING:
     from noetherflow.balance.model import BalanceReport
@@ -49,11 +52,13 @@ def balance(
     out: Annotated[Path | None, typer.Option(help="Where to write the balanced checkpoint.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Show what would move; write nothing.")] = False,
     data: Data = None,
-    lr: Lr = 0.05,
+    optimizer: Optimizer = OptimizerName.sgd,
+    lr: Lr = None,
     batch_size: BatchSize = 16,
     weight_decay: WeightDecay = 0.0,
     momentum: Momentum = 0.0,
     nesterov: Nesterov = False,
+    betas: Betas = None,
     dataset_size: DatasetSize = None,
     objective: Annotated[str, typer.Option(help=OBJECTIVE)] = "noise+decay",
     tolerance: Annotated[
@@ -78,7 +83,8 @@ def balance(
         if out is None:
             raise typer.BadParameter("give --out FILE, or --dry-run to write nothing")
         check_target(out)
-    sgd = SGDConfig(lr, batch_size, weight_decay, momentum, nesterov, dataset_size)
+    given = GivenSettings(optimizer, lr, batch_size, weight_decay, momentum, nesterov, dataset_size, betas)
+    sgd = given.settings()
     workload = load_workload(model, data)
     load_checkpoint_(workload.model, source)
     say = announce(f"{source}: seconds for tracing, then a few gradient passes over {workload.samples:,} samples", 5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,33 @@ def optimizer_config(optimizer: Any, batch_size: int, loader: Any = None, model:
     if kind == "lion":
         return _lion(shared, batch_size, drawn)
     return _adam(shared, kind, batch_size, drawn)
+
+
+def described(settings: Settings) -> str:
+    """The settings in a few words, for titles.
+
+    Example:
+        >>> described(AdamConfig(lr=1e-3, batch_size=32, weight_decay=0.1))
+        'AdamW with lr 0.001, batch size 32, weight decay 0.1, betas (0.9, 0.999)'
+    """
+    common = f"lr {settings.lr:g}, batch size {settings.batch_size}, weight decay {settings.weight_decay:g}"
+    if isinstance(settings, SGDConfig):
+        return f"SGD with {common}, momentum {settings.momentum:g}"
+    name = "Lion" if isinstance(settings, LionConfig) else "AdamW" if settings.decoupled else "Adam"
+    return f"{name} with {common}, betas {settings.betas}"
+
+
+def check_settings(settings: object) -> None:
+    """Refuse what is not the settings of an optimiser.
+
+    Raises:
+        DataError: it is none of SGDConfig, AdamConfig and LionConfig.
+    """
+    if not isinstance(settings, SGDConfig | AdamConfig | LionConfig):
+        raise DataError(
+            f"sgd must be nf.SGDConfig(lr=..., batch_size=...), nf.AdamConfig(...) or nf.LionConfig(...), got "
+            f"{reprlib.repr(settings)}; nf.optimizer_config(optimizer, batch_size) reads an optimiser"
+        )
 
 
 def kind_of(optimizer: torch.optim.Optimizer) -> str:

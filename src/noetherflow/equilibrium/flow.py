@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow.core import spd
-from noetherflow.core.adaptive import AdamConfig, LionConfig
+from noetherflow.core.adaptive import AdamConfig
 from noetherflow.core.host import on_host
+from noetherflow.core.optimizers import Settings, check_settings
 from noetherflow.core.printing import table, transposed
 from noetherflow.core.settings import SGDConfig
 from noetherflow.equilibrium.adaptive import assumptions
@@ -39,7 +40,7 @@ class Flow:
     """The Noether flow of a model: one `ChargeFlow` per symmetry, and forecasts of the charges from one measurement."""
 
     details: tuple[ChargeFlow, ...]
-    sgd: SGDConfig | AdamConfig | LionConfig
+    sgd: Settings
     loss: float
     excluded: dict[str, str]
     moments: GradientMoments
@@ -145,7 +146,7 @@ def noether_flow(
     model: nn.Module,
     syms: SymmetrySet,
     mom: GradientMoments,
-    sgd: SGDConfig | AdamConfig | LionConfig,
+    sgd: Settings,
     *,
     samples: Samples | None = None,
 ) -> Flow: ...
@@ -160,7 +161,7 @@ def noether_flow(
     model: nn.Module,
     syms: SymmetrySet,
     mom: GradientMoments | None = None,
-    sgd: SGDConfig | AdamConfig | LionConfig | None = None,
+    sgd: Settings | None = None,
     *,
     samples: Samples | None = None,
     optimizer: Any = None,
@@ -213,9 +214,8 @@ def noether_flow(
     if lr is not None:
         raise DataError("lr= goes with optimizer=; with moments the learning rate is in the settings")
     syms = syms.trainable(model)
+    check_settings(sgd)
     if not isinstance(sgd, SGDConfig):
-        if not isinstance(sgd, AdamConfig | LionConfig):
-            Drift.of(sgd)
         drift = adaptive_drift(model, syms, mom, sgd)
         excluded = dict(drift.symmetries.excluded)
         return Flow(drift.details, sgd, mom.loss, excluded, mom, drift.orbit, True, drift.regime)

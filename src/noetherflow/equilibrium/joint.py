@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from noetherflow.core.adaptive import AdamConfig, LionConfig
 from noetherflow.core.host import on_host
-from noetherflow.core.settings import SGDConfig
+from noetherflow.core.optimizers import Settings
 from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.adaptive import adaptive_equilibrium, without_decay
 from noetherflow.equilibrium.conditioning import Stretches, moved_copy, orthogonalising
@@ -34,7 +34,7 @@ def noise_equilibrium(
     model: nn.Module,
     syms: SymmetrySet,
     mom: GradientMoments | None,
-    sgd: SGDConfig | AdamConfig | LionConfig | None = None,
+    sgd: Settings | None = None,
     *,
     objective: str | Objective = "noise+decay",
     joint: bool = True,

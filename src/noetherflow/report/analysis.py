@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from noetherflow.analysis import Analysis
+from noetherflow.core.optimizers import described
 from noetherflow.core.printing import legend, transposed
 from noetherflow.discovery import CertificateRow
 from noetherflow.equilibrium.flow import EXPLAINED
@@ -37,11 +38,7 @@ def write_analysis(path: str | os.PathLike[str], analysis: Analysis, title: str)
 
 
 def _subtitle(analysis: Analysis) -> str:
-    sgd = analysis.sgd
-    return (
-        f"SGD with lr {sgd.lr:g}, batch size {sgd.batch_size}, weight decay {sgd.weight_decay:g}, "
-        f"momentum {sgd.momentum:g}; moments of {analysis.moments.samples:,} samples"
-    )
+    return f"{described(analysis.sgd)}; moments of {analysis.moments.samples:,} samples"
 
 
 def analysis_sections(analysis: Analysis) -> list[Section]:
