@@ -149,6 +149,8 @@ class RandomGraph(nn.Module):
         wide = self.widths[k]
         if operator == "heads" and wide % 2:
             operator = "add"
+        if k == j and operator != "multiply":
+            return  # a value twice side by side has symmetries of its own, which no network has
         change = {"concatenate": 2 * wide, "inner": 1, "scores": wide * wide, "heads": 4}
         if change.get(operator, wide) <= 8:
             self._put(change.get(operator, wide), operator, (k, j))
