@@ -55,7 +55,8 @@ class Gauge:
     """How one tensor transforms. `zero` marks a tensor of zeros, which fits every gauge.
 
     `marks` are facts about the value: `data` (depends on the input), `softmax` (a probability), `stack` (weights
-    chosen by data). `leaf` names the parameter or buffer that the tensor is, unchanged.
+    chosen by data). `leaf` names the parameter or buffer that the tensor is, unchanged. `factors` are those of a
+    product whose only use is a sum: nothing was demanded of them yet, the sum will do it as for a contraction.
     """
 
     shape: tuple[int, ...]
@@ -63,6 +64,7 @@ class Gauge:
     zero: bool = False
     marks: frozenset[str] = frozenset()
     leaf: str = ""
+    factors: tuple[Gauge, ...] = ()
 
     @property
     def ndim(self) -> int:

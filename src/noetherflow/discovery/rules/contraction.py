@@ -43,6 +43,8 @@ def contracted(ctx: Context, x: Gauge, y: Gauge, spec: str) -> tuple[Field, ...]
     Returns:
         The fields of the result, axes in the order of the output's letters.
     """
+    if x.zero or y.zero:
+        return ()  # nothing is multiplied: no demand, and the result is zero
     inputs, output = spec.split("->")
     left, right = inputs.split(",")
     joint = output + "".join(dict.fromkeys(c for c in left + right if c not in output))

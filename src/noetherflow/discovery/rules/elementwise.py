@@ -131,7 +131,20 @@ def mul(ctx: Context, x: Any, y: Any) -> Gauge:
         x, y = y, x
     if is_number(y):
         return ctx.out(x.fields if y != 0 else (), zero=x.zero or y == 0, marks=x.marks & KEPT)
+    if _only_summed(ctx.node) and not (x.zero or y.zero):
+        n = len(ctx.shape)
+        whole = tuple(replace(g, shape=(*[1] * (n - len(g.shape)), *g.shape), fields=aligned(g, n)) for g in (x, y))
+        return ctx.out(factors=whole)
     return _product(ctx, x, y, 1.0)
+
+
+def _only_summed(node: fx.Node) -> bool:
+    """Whether a product of two tensors is used by sums alone, so that it is a contraction: `(a * b).sum(-1)`.
+
+    A tensor times itself is a square, which only scales pass.
+    """
+    names = [short_name(user) for user in node.users]
+    return bool(names) and set(names) <= {"sum", "mean"} and node.args[0] is not node.args[1]
 
 
 @rule("aten.div", "aten.divide", "aten.true_divide")

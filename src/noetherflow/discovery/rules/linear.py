@@ -12,27 +12,29 @@ from noetherflow.discovery.rules.contraction import LETTERS, contracted
 from noetherflow.discovery.rules.shape import agree
 
 
-def with_bias(ctx: Context, fields: Sequence[Field], bias: Gauge | None, axis: int = -1) -> tuple[Field, ...]:
-    """The output of a layer and its bias along `axis` transform alike."""
+def with_bias(ctx: Context, fields: Sequence[Field], zero: bool, bias: Gauge | None, axis: int = -1) -> Gauge:
+    """A layer's output, which transforms like its bias along `axis`; where the product is zero, like the bias alone."""
     if bias is None:
-        return tuple(fields)
+        return ctx.out(fields, zero=zero)
     n = len(ctx.shape)
     sizes = [-1 if a == axis % n else 1 for a in range(n)]
     placed = tuple(Field(f.ids.reshape(sizes), f.exponent) for f in bias.fields)
-    return agree(ctx, Gauge(ctx.shape, tuple(fields)), Gauge(ctx.shape, placed, bias.zero), "gets a bias")
+    product = Gauge(ctx.shape, tuple(fields), zero)
+    return ctx.out(agree(ctx, product, Gauge(ctx.shape, placed, bias.zero), "gets a bias"), zero=zero and bias.zero)
 
 
 @rule("aten.linear")
 def linear(ctx: Context, x: Gauge, weight: Gauge, bias: Gauge | None = None) -> Gauge:
     lead = LETTERS[: len(x.shape) - 1]
+    zero = x.zero or weight.zero
     if len(weight.shape) == 1:
-        return ctx.out(contracted(ctx, x, weight, f"{lead}z,z->{lead}"))
-    return ctx.out(with_bias(ctx, contracted(ctx, x, weight, f"{lead}z,yz->{lead}y"), bias))
+        return ctx.out(contracted(ctx, x, weight, f"{lead}z,z->{lead}"), zero=zero)
+    return with_bias(ctx, contracted(ctx, x, weight, f"{lead}z,yz->{lead}y"), zero, bias)
 
 
 @rule("aten.matmul", "aten.mm", "aten.bmm", "aten.mv", "aten.dot", "aten.vdot")
 def matmul(ctx: Context, x: Gauge, y: Gauge, *_: Any) -> Gauge:
-    return ctx.out(_matmul(ctx, x, y, len(ctx.shape)))
+    return ctx.out(_matmul(ctx, x, y, len(ctx.shape)), zero=x.zero or y.zero)
 
 
 def _matmul(ctx: Context, x: Gauge, y: Gauge, ndim: int) -> tuple[Field, ...]:
@@ -47,16 +49,16 @@ def _matmul(ctx: Context, x: Gauge, y: Gauge, ndim: int) -> tuple[Field, ...]:
 @rule("aten.addmm", "aten.baddbmm", "aten.addbmm", "aten.addmv")
 def addmm(ctx: Context, bias: Gauge, x: Gauge, y: Gauge, *, beta: Any = 1, alpha: Any = 1) -> Gauge:
     n = len(ctx.shape)
-    product = _matmul(ctx, x, y, n)
+    product = Gauge(ctx.shape, _matmul(ctx, x, y, n), x.zero or y.zero)
     if beta == 0:
-        return ctx.out(product)
+        return ctx.out(product.fields, zero=product.zero)
     own = Gauge(ctx.shape, aligned(bias, n), bias.zero)
-    return ctx.out(agree(ctx, Gauge(ctx.shape, product), own, "gets a bias"))
+    return ctx.out(agree(ctx, product, own, "gets a bias"), zero=product.zero and own.zero)
 
 
 @rule("aten.outer", "aten.ger")
 def outer(ctx: Context, x: Gauge, y: Gauge) -> Gauge:
-    return ctx.out(contracted(ctx, x, y, "a,b->ab"))
+    return ctx.out(contracted(ctx, x, y, "a,b->ab"), zero=x.zero or y.zero)
 
 
 @rule("aten.conv1d", "aten.conv2d", "aten.conv3d")
@@ -107,6 +109,8 @@ def convolution(
 def _convolve(ctx: Context, x: Gauge, weight: Gauge, bias: Gauge | None, groups: int, transposed: bool) -> Gauge:
     k = len(weight.shape) - 2
     lead = len(x.shape) - k - 1
+    if x.zero or weight.zero:
+        return with_bias(ctx, (), True, bias, axis=lead)
     space = tuple(range(lead + 1, lead + 1 + k))
     fx = ctx.store.constant_along(x.fields, space, "is convolved over")
     fw = ctx.store.constant_along(weight.fields, tuple(range(2, 2 + k)), "is a convolution kernel")
@@ -125,4 +129,4 @@ def _convolve(ctx: Context, x: Gauge, weight: Gauge, bias: Gauge | None, groups:
     old = (*x.shape[:lead], groups, per_group)
     merged = reshaped(out, old, (*x.shape[:lead], groups * per_group))
     full = [Field(f.ids.reshape([*f.ids.shape, *[1] * k]), f.exponent) for f in merged]
-    return ctx.out(with_bias(ctx, full, bias, axis=lead))
+    return with_bias(ctx, full, False, bias, axis=lead)

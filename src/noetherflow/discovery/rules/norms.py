@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from noetherflow.discovery.gauges import Field, Gauge
 from noetherflow.discovery.rules.base import Context, aligned, normal_axes, reshaped, rule, short_name
+from noetherflow.discovery.rules.contraction import LETTERS, contracted
 from noetherflow.discovery.rules.shape import agree
 
 
@@ -21,8 +24,27 @@ def _reduced(ctx: Context, fields: Sequence[Field], ndim: int, axes: Sequence[in
 
 @rule("aten.sum", "aten.mean", "aten.nansum")
 def mean(ctx: Context, x: Gauge, dim: Any = None, keepdim: bool = False, **_: Any) -> Gauge:
-    fields = _reduced(ctx, x.fields, len(x.shape), normal_axes(dim, len(x.shape)), keepdim)
-    return ctx.out(fields, zero=x.zero)
+    axes = normal_axes(dim, len(x.shape))
+    if x.factors:
+        return ctx.out(_inner_product(ctx, x, axes, keepdim))
+    return ctx.out(_reduced(ctx, x.fields, len(x.shape), axes, keepdim), zero=x.zero)
+
+
+def _inner_product(ctx: Context, product: Gauge, axes: Sequence[int], keepdim: bool) -> tuple[Field, ...]:
+    """The sum over `axes` of a product that was kept as its two factors."""
+    labels = LETTERS[: len(product.shape)]
+    output = "".join(c for a, c in enumerate(labels) if a not in axes)
+    x, y = product.factors
+    fields = contracted(ctx, x, y, f"{labels},{labels}->{output}")
+    if not keepdim:
+        return fields
+    return tuple(Field(_with_ones(f.ids, axes, len(labels)), f.exponent) for f in fields)
+
+
+def _with_ones(ids: Tensor, axes: Sequence[int], ndim: int) -> Tensor:
+    """`ids` with size 1 put in at `axes` of a tensor of `ndim` axes."""
+    kept = iter(ids.shape)
+    return ids.reshape([1 if a in axes else next(kept) for a in range(ndim)])
 
 
 @rule("aten.cumsum")
