@@ -108,7 +108,7 @@ def test_lightning(package: str, tmp_path: Path) -> None:
         return callback.ledger.records()
 
     def fresh() -> Any:
-        return adapters.lightning_callback(lightning_symmetries, package=package, run_dir=tmp_path / "run")
+        return adapters.lightning_callback(lightning_symmetries, package=package, run_dir=tmp_path / "run", resume=True)
 
     rows = fit(fresh(), 6)
     assert_closed(rows, 6)

@@ -90,7 +90,7 @@ def restart(rank: int, out: Path) -> None:
         (out / f"part{part}").mkdir(exist_ok=True)
         model = _wrapped(mlp(), "fsdp", 2)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        ledger = Ledger(model, optimizer, mlp_symmetries(mlp()), run_dir=out, estimate_every=2).attach()
+        ledger = Ledger(model, optimizer, mlp_symmetries(mlp()), run_dir=out, estimate_every=2, resume=True).attach()
         for x, y in batches(3):
             optimizer.zero_grad()
             backward(model, (x[rank::2], y[rank::2]))

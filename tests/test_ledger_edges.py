@@ -251,6 +251,28 @@ def test_one_ledger_per_run_directory(tmp_path: Path) -> None:
     Ledger(model, optimizer, mlp_symmetries(model), run_dir=tmp_path).close()
 
 
+def test_a_second_run_in_a_run_dir_is_asked_about(tmp_path: Path) -> None:
+    """None refuses before anything moves and leaves the log alone; True goes on, False keeps the old log beside."""
+    model, optimizer, ledger = watched(run_dir=tmp_path)
+    train(model, optimizer, 3)
+    ledger.close()
+    old = (tmp_path / LOG_NAME).read_bytes()
+    before = model[0].weight.detach().clone()
+    model.zero_grad()
+    ledger = Ledger(model, optimizer, mlp_symmetries(model), run_dir=tmp_path).attach()
+    backward(model, batches(1)[0])
+    with pytest.raises(DataError, match=r"up to step 2.*resume=True.*resume=False"):
+        optimizer.step()
+    ledger.close()
+    assert torch.equal(model[0].weight, before)
+    assert (tmp_path / LOG_NAME).read_bytes() == old
+    for resume, steps in ((True, [0, 1, 2, 3, 4]), (False, [0, 1])):
+        with Ledger(model, optimizer, mlp_symmetries(model), run_dir=tmp_path, resume=resume):
+            train(model, optimizer, 2)
+        assert [r["step"] for r in read_log(tmp_path) if r["kind"] == "step"] == steps
+    assert (tmp_path / "ledger-1.jsonl").read_bytes().startswith(old)
+
+
 def test_resuming_with_other_settings(tmp_path: Path) -> None:
     model, optimizer, ledger = watched(run_dir=tmp_path, every=10, estimate_every=1)
     train(model, optimizer, 15)

@@ -104,6 +104,23 @@ def test_estimates_agree_with_moments_of_the_minibatch_gradient() -> None:
         assert rows[s.name]["at_infinity"] == 0
 
 
+def test_the_charge_is_the_norm_over_coordinates_as_in_the_flow() -> None:
+    """Torus and general_linear alike; the signed sum is `charge_sum`."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    syms = mlp_symmetries(model)
+    assert {s.kind for s in syms} >= {"diagonal", "general_linear"}
+    theta = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with Ledger(model, optimizer, syms, estimate_every=1) as ledger:
+        backward(model, batches(1)[0])
+        optimizer.step()
+    for row, s in zip(ledger.estimates(), syms, strict=True):
+        charge = s.charge(theta)
+        total = charge.sum() if s.is_torus else charge.diagonal(dim1=-2, dim2=-1).sum()
+        assert row["charge"] == pytest.approx(float(charge.norm()), rel=1e-12)
+        assert row["charge_sum"] == pytest.approx(float(total), rel=1e-9, abs=1e-12)
+
+
 def _full_batch(options: dict[str, Any], steps: int) -> tuple[list[dict[str, Any]], np.ndarray]:
     """Estimates of full-batch steps at weights that hardly move, and the solver's `|lam*|` per coordinate there."""
     torch.manual_seed(3)

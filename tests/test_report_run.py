@@ -58,7 +58,7 @@ def normed_symmetries(model: nn.Module) -> nf.SymmetrySet:
 def record(run_dir: Path, kind: Any = torch.optim.SGD, steps: int = 80, **options: Any) -> RunData:
     model = Normed()
     optimizer = kind(model.parameters(), **{"lr": 0.1, **options})
-    ledger = Ledger(model, optimizer, normed_symmetries(model), run_dir=run_dir, estimate_every=5).attach()
+    ledger = Ledger(model, optimizer, normed_symmetries(model), run_dir=run_dir, estimate_every=5, resume=True).attach()
     for k, batch in enumerate(batches(steps)):
         optimizer.zero_grad()
         loss = backward(model, batch)

@@ -79,7 +79,8 @@ class _LightningHooks:
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         optimizer = trainer.optimizers[self._optimizer]
-        self.ledger = Ledger(pl_module, optimizer, _resolve(self._syms, pl_module), **self._options)
+        options = {"resume": True, **self._options} if self._restored is not None else self._options
+        self.ledger = Ledger(pl_module, optimizer, _resolve(self._syms, pl_module), **options)
         if self._restored is not None:
             self.ledger.load_state_dict(self._restored)
             self._restored = None
@@ -160,7 +161,8 @@ class _TrainerHooks:
         if self.ledger is not None:
             self.ledger.close()
         model = kwargs["model"]
-        self.ledger = Ledger(model, kwargs["optimizer"], _resolve(self._syms, model), **self._options)
+        options = {"resume": True, **self._options} if state.global_step else self._options
+        self.ledger = Ledger(model, kwargs["optimizer"], _resolve(self._syms, model), **options)
         if state.global_step:
             folder = Path(self._resume_from or _checkpoint(args, state))
             _restore(self.ledger, folder / STATE_NAME, state.global_step)

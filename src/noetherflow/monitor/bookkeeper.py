@@ -85,7 +85,8 @@ class Bookkeeper:
         table = tabulate([[m.blocks.get(name, nothing)[: len(sizes)]] for name in names], sizes)[:, 0]
         settings = settings_arrays(self.rule, blocks, [m.settings]).at(0)
         n = len(blocks.symmetries)
-        columns = self.estimator.rows(m.step, LegSquares(*table), settings, row["second_order"][:n])
+        matrices = np.array([float(c) for c in m.matrix_charges])
+        columns = self.estimator.rows(m.step, LegSquares(*table), settings, row["second_order"][:n], matrices)
         shifts = np.full(len(self.layout.symmetries) - n, np.nan)
         columns = {k: np.concatenate([v, shifts]) for k, v in columns.items()}
         columns |= rotation_rows(self.layout, self.rule, row, m.settings)

@@ -128,21 +128,26 @@ class Estimator:
         self.gradient = RunningMean(arrays.get("gradient_total"), arrays.get("gradient_weight"))
         self.persistent = RunningMean(arrays.get("persistent_total"), arrays.get("persistent_weight"))
 
-    def rows(self, step: int, q: LegSquares, c: StepSettings, step_size: np.ndarray) -> dict[str, np.ndarray]:
+    def rows(
+        self, step: int, q: LegSquares, c: StepSettings, step_size: np.ndarray, matrix_charges: np.ndarray
+    ) -> dict[str, np.ndarray]:
         """Columns `[n_symmetries]` from one step's products and settings `[n_values]`.
 
-        `drive`: `sum_legs sign M` (running); `check`: largest `|theta^T A g| / (|theta| |g|)`, zero for an exact
-        symmetry; `distance`, `distance_max`: median and largest `|lam*|` over coordinates; `steps`: median relaxation
-        steps; `at_infinity`: share of coordinates without a finite equilibrium; `mean_share`: share of the mean
-        gradient in `E[g^2]`. `step_size` `[n_symmetries]` is `u^T A u`, for one-sided symmetries the growth of the
-        squared norm per step.
+        `charge`: the norm of the charges over coordinates, as in `Flow`; `charge_sum`: their signed sum. `drive`:
+        `sum_legs sign M` (running); `check`: largest `|theta^T A g| / (|theta| |g|)`, zero for an exact symmetry;
+        `distance`, `distance_max`: median and largest `|lam*|` over coordinates; `steps`: median relaxation steps;
+        `at_infinity`: share of coordinates without a finite equilibrium; `mean_share`: share of the mean gradient in
+        `E[g^2]`. `step_size` `[n_symmetries]` is `u^T A u`, for one-sided symmetries the growth of the squared norm per
+        step; `matrix_charges` `[n_symmetries]` the Frobenius norm of charges that are matrices, else NaN.
         """
         layout = self.layout
         second = self.gradient.update(q.gradient_square, self.memory)
         mean = self.persistent.update(self._mean_square(step, q, c), self.memory)
         norm = layout.totals_matrix @ (layout.absolute @ q.weight_square)
+        charges = layout.matrix @ q.weight_square
         out = {
-            "charge": layout.totals_matrix @ (layout.matrix @ q.weight_square),
+            "charge": np.where(np.isnan(matrix_charges), self._over(charges, np.linalg.norm), matrix_charges),
+            "charge_sum": layout.totals_matrix @ charges,
             "norm": norm,
             "drive": layout.totals_matrix @ (layout.matrix @ second),
             "check": self._largest(self._violation(q)),

@@ -19,12 +19,12 @@ class Journal:
     Only the first of several processes writes. `names`: what the sinks are told of every row's columns.
     """
 
-    def __init__(self, run_dir: str | Path | None, sinks: Iterable[Sink]) -> None:
+    def __init__(self, run_dir: str | Path | None, sinks: Iterable[Sink], resume: bool | None = None) -> None:
         first = sharding.distributed_rank() == 0
         self.sinks = list(sinks) if first else []
         self.events: list[dict[str, Any]] = []
         self.names: dict[str, Any] = {}
-        self.log = RunLog(run_dir) if run_dir is not None and first else None
+        self.log = RunLog(run_dir, resume) if run_dir is not None and first else None
         self._lines: list[Mapping[str, Any]] = []
         self._flags: dict[str, bool] = {}
 

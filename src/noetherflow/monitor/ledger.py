@@ -62,6 +62,9 @@ class Ledger:
         estimate_every: recorded steps between the live estimates (`estimates()`), 0 for none.
         flush_every: recorded steps between writes to the log.
         sinks: called with every logged row (TensorBoard, W&B, MLflow, CSV: see `monitor.sinks`).
+        resume: what to do with an earlier run's log in `run_dir`: True goes on after its last step, False keeps it
+            beside and begins a new one. With None the first step is refused, unless `load_state_dict` has said where
+            to go on.
         rule: how the optimiser's update splits into causes; None takes the one registered for its class
             (`noetherflow.extend.ledger_rule`). There are many parameters because each is one line of a training
             script; all but the first three can be left out.
@@ -98,6 +101,7 @@ class Ledger:
         estimate_every: int = 50,
         flush_every: int = 50,
         sinks: Iterable[Sink] = (),
+        resume: bool | None = None,
         rule: AnyRule | None = None,
     ) -> None:
         if every < 1 or flush_every < 1 or estimate_every < 0:
@@ -117,20 +121,25 @@ class Ledger:
         self._loss: Any = None
         self._closed = False
         self._set_symmetries(syms)
-        self._journal = Journal(run_dir, sinks)
-        self.step = self._first_step()
+        self._journal = Journal(run_dir, sinks, resume)
+        self._begin(resume)
         self._handles: list[Any] = [self.optimizer.register_step_post_hook(self._stepped)]
-        self._write_header()
 
     def __repr__(self) -> str:
         made, families = f"{self.step} steps of {type(self.optimizer).__name__}", ", ".join(self._books.index.families)
         return f"Ledger({made}, families {families or 'none'}, every={self.every})"
 
-    def _first_step(self) -> int:
-        """The number of the step to come: one after the last in the log."""
-        last = None if self._journal.log is None else self._journal.log.last_step()
-        step = 0 if last is None else last + 1
-        return sharding.from_first_rank(step) if self._meter.sharded else step
+    def _begin(self, resume: bool | None) -> None:
+        """Number the step to come: one after the last in the log, if that is the same run."""
+        log = self._journal.log
+        last = None if log is None else log.last_step()
+        begun = -1 if last is None else last
+        if self._meter.sharded:
+            begun = sharding.from_first_rank(begun)
+        self.step = begun + 1
+        self._undecided = resume is None and begun >= 0
+        if not self._undecided:
+            self._write_header()
 
     def _set_symmetries(self, syms: SymmetrySet) -> None:
         syms = syms.without_offsets("the ledger splits updates along the weight itself")
@@ -167,11 +176,19 @@ class Ledger:
         """Measure what the gradients and the optimiser's state say about the step to come.
 
         A second call before `after_step` means that the optimiser's step did not happen; it is logged as skipped.
+
+        Raises:
+            DataError: `run_dir` holds an earlier run, and nobody said what to do with it.
         """
         self._before_step()
         self._read_gradients()
 
     def _before_step(self) -> None:
+        if self._undecided:
+            raise DataError(
+                f"the run_dir holds an earlier run, up to step {self.step - 1}: give Ledger another run_dir, or "
+                "resume=True to go on with that run, or resume=False to keep its log beside and begin a new one"
+            )
         if self._open is not None:
             self._event("skipped")
         self._open = _Open()
@@ -184,6 +201,7 @@ class Ledger:
         due = self.estimator is not None and (self.step // self.every) % self.estimate_every == 0
         if due and self.estimator is not None and self._open is not None and self._open.measurement is not None:
             self._open.measurement.blocks = self._meter.gradients(self.estimator.layout)
+            self._open.measurement.matrix_charges = self._meter.matrix_charges(self.estimator.layout.symmetries)
 
     def after_step(self, loss: Any = None) -> None:
         """Measure the charges after the step and enter it in the books. `loss` (a number or tensor) is logged along.
@@ -301,6 +319,7 @@ class Ledger:
                 f"ledger watches {len(self._books.index.symmetries)} {list(self._books.index.symmetries)[:3]}"
             )
         dropped = self._journal.rewind(state["mark"], int(state["step"]))
+        self._undecided = False
         self._pending, self._open = [], None
         self._meter.forget()
         self.step = int(state["step"])
@@ -317,7 +336,7 @@ class Ledger:
         Raises DataError after `close()`.
         """
         if self._closed:
-            raise DataError("this ledger is closed; make a new one (with the same run_dir it continues the log)")
+            raise DataError("this ledger is closed; make a new one (with its run_dir and resume=True it goes on there)")
         if len(self._handles) == 1:
             self._handles += [
                 self.optimizer.register_step_pre_hook(self._pre_hook),

@@ -7,6 +7,7 @@ import math
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,27 @@ def _rounded(value: float, digits: int) -> float | None:
 class RunLog:
     """`RUN_DIR/ledger.jsonl`, opened for appending. A torn last line (killed while writing) is cut off on opening.
 
-    Raises DataError when another ledger is writing there.
+    Args:
+        run_dir: its folder, made if it is missing.
+        resume: False keeps a log that has recorded steps beside, as `ledger-1.jsonl` (2, 3, ...), and begins a new one.
+
+    Raises:
+        DataError: another ledger is writing there.
     """
 
-    def __init__(self, run_dir: str | os.PathLike[str]) -> None:
+    def __init__(self, run_dir: str | os.PathLike[str], resume: bool | None = None) -> None:
         self.path = Path(run_dir) / LOG_NAME
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._open()
+        try:
+            if resume is False and self.last_step() is not None:
+                self._put_aside()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        """Open and lock the file, and cut off a torn last line."""
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             _lock(self._file, self.path)
@@ -52,6 +68,13 @@ class RunLog:
         except BaseException:
             self.close()
             raise
+
+    def _put_aside(self) -> None:
+        """Rename the present log and open a new one."""
+        number = next(n for n in count(1) if not self.path.with_name(f"ledger-{n}.jsonl").exists())
+        os.rename(self.path, self.path.with_name(f"ledger-{number}.jsonl"))
+        self.close()
+        self._open()
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write whole lines and hand them to the operating system. Raises OSError, with nothing written, on failure."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow.monitor import sharding
-from noetherflow.monitor.charge_map import ChargeMap
+from noetherflow.monitor.charge_map import ChargeMap, Watched
 from noetherflow.monitor.rule import AnyRule, Pairs, State, StepSettings, StepTensors
 from noetherflow.symmetry.leg import accumulation_dtype
+from noetherflow.symmetry.symmetry import Symmetry
 
 SLICE = 1 << 18
 PLAIN = (torch.float32, torch.float64)
@@ -41,8 +43,8 @@ class Measurement:
     """One recorded step. `values`: inner products; `weight_square` and `weight_square_after` are its charges.
 
     A value stays a tensor on the weights' device until the books are closed; on a CPU totals are plain numbers.
-    `settings`: what the optimiser did with each parameter. `blocks`: values for the estimates, empty where none are
-    due. `edited`: somebody wrote to a watched weight since the step before.
+    `settings`: what the optimiser did with each parameter. `blocks`, `matrix_charges`: values for the estimates, empty
+    where none are due. `edited`: somebody wrote to a watched weight since the step before.
     """
 
     step: int
@@ -51,6 +53,7 @@ class Measurement:
     values: Rows = field(default_factory=dict)
     loss: Any = None
     blocks: Rows = field(default_factory=dict)
+    matrix_charges: Sequence[Value] = ()
     kept: dict[str, Tensor] = field(default_factory=dict)
     moving: frozenset[int] = frozenset()
     edited: bool = False
@@ -154,6 +157,17 @@ class StepMeter:
                     whole["gradient"] = whole["gradient"] / scale
                 self._write(values, j, layout.inner(name, _squares(whole)))
         return values
+
+    def matrix_charges(self, symmetries: Iterable[Watched]) -> list[Value]:
+        """The Frobenius norm of each charge that is a matrix (general_linear); NaN for the others."""
+        with torch.no_grad():
+            return [self._matrix_charge(s) if isinstance(s, Symmetry) else math.nan for s in symmetries]
+
+    def _matrix_charge(self, symmetry: Symmetry) -> Value:
+        if symmetry.is_torus:
+            return math.nan
+        weights = {n: sharding.local(self.watched[n], False) for n in symmetry.parameters}
+        return torch.linalg.vector_norm(symmetry.charge(weights))
 
     def gathered(self, values: Sequence[Mapping[str, list[Value]]]) -> dict[str, np.ndarray]:
         """All values of the given steps as float64 `[T, n_values]` by name: one transfer, summed over processes."""
