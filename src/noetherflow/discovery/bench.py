@@ -124,7 +124,8 @@ class Bench:
                 for n, value in at.weights.items():
                     self.tensors[n].copy_(value)
             self.model.train(at.training)
-            with same_draws(at.draws, self._devices):
+            with same_draws(at.draws, self._devices), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=REENTRANT)
                 yield
         finally:
             state.restore()

@@ -13,7 +13,7 @@ from noetherflow.core.copies import copy_of
 from noetherflow.core.inputs import ModelInputs
 from noetherflow.core.tensors import tensors_of
 from noetherflow.core.unwrap import unwrap
-from noetherflow.discovery.export import uncopyable, without_caches
+from noetherflow.discovery.export import uncopyable, untraceable, without_caches
 from noetherflow.discovery.outputs import floating_tensors
 from noetherflow.errors import DataError
 
@@ -41,7 +41,7 @@ class ModelCopy:
             DataError: the model cannot be copied.
         """
         inner = unwrap(model)
-        if (why := uncopyable(inner)) is not None:
+        if (why := untraceable(inner) or uncopyable(inner)) is not None:
             raise DataError(why)
         own = {id(t): n for n, t in tensors_of(inner).items()}
         duplicate = without_caches(copy_of(inner).to(dtype).eval())

@@ -224,8 +224,8 @@ def untraceable(model: nn.Module) -> str | None:
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             return (
-                f"{path or 'the model'} is a torch.jit module ({type(module).__name__}), whose code torch.export "
-                "cannot trace: pass the nn.Module that it was scripted or traced from"
+                f"{path or 'the model'} is a torch.jit module ({type(module).__name__}), whose code and weights "
+                "cannot be read: pass the nn.Module that it was scripted or traced from"
             )
     return None
 

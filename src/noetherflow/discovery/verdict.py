@@ -18,11 +18,13 @@ MOST_ROUNDING = 1e-7
 """unless it is larger than this."""
 GRADIENT_SLACK = 1e2
 """Gradients may violate this much more than outputs: they pass the graph twice."""
+BATCH_EPS = 0.05
+"""What eps may leave of `theta^T A g` with the statistics of a small batch, where it cannot be set to 0."""
 CHANGED_BACKWARD = (
-    "the outputs obey it, the gradients do not: the backward pass is not that of the forward (detach, no_grad, .data, "
-    "a gradient reversal or a hook), so that training moves the charge at first order"
+    "outputs obey it, gradients do not: the backward pass is not that of the forward (detach, no_grad, .data, gradient "
+    "reversal, hook), so that training moves the charge at first order"
 )
-LOSS_BREAKS = "the outputs obey it, the gradients of loss_fn do not: the loss depends on more than the outputs"
+LOSS_BREAKS = "outputs obey it, gradients of loss_fn do not: the loss depends on more than the outputs"
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,11 @@ def rule(v: Violations, tolerance: float, statistics: bool) -> Ruling:
 def _why_broken(v: Violations, tolerance: float, statistics: bool) -> str:
     limit = GRADIENT_SLACK * tolerance
     if v.outputs >= tolerance:
-        if v.training is not None and v.training < limit <= v.conserved:
+        if v.training is not None and v.training < max(limit, 1e-2 * v.conserved) and v.conserved >= limit:
             return "holds with batch statistics only (training mode); otherwise running statistics must move too"
         return ""
     if conserved(v, statistics) < limit:
-        return "the outputs obey it, the gradients do not"
+        return "outputs obey it, gradients do not"
     return CHANGED_BACKWARD if statistics or v.conserved >= limit else LOSS_BREAKS
 
 
@@ -107,6 +109,8 @@ def rule_with_eps(v: Violations, sizes: Sequence[EpsSize], eps: float, tolerance
     if explained:
         left = min((s.conserved for s in sizes), default=0.0)
         if not statistics and left > max(GRADIENT_SLACK * tolerance, 0.1 * max(v.loss, v.conserved)):
+            return Ruling("broken", CHANGED_BACKWARD, "any")
+        if statistics and conserved(v, statistics) > max(BATCH_EPS, 1e3 * v.outputs):
             return Ruling("broken", CHANGED_BACKWARD, "any")
         return _proved("approximate", f"eps of a normalisation: {shown}", v, tolerance, statistics)
     if v.outputs < 1e-3 and not varied:
