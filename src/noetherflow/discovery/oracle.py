@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,26 +10,38 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow.core.inputs import ModelInputs
-from noetherflow.discovery.axes import axis_atoms_of
-from noetherflow.discovery.copies import ModelCopy, eps_settings, in_dtype
-from noetherflow.discovery.export import export
-from noetherflow.discovery.gauges import AxisAtoms
+from noetherflow.discovery.bench import widened
+from noetherflow.discovery.copies import ModelCopy, eps_settings
 from noetherflow.discovery.outputs import floating_tensors
+from noetherflow.discovery.raw_axes import RawAxes, generator_rows, raw_axes, touched
+from noetherflow.discovery.repeat import same_draws
 from noetherflow.discovery.unusable import refuse_unusable
+from noetherflow.discovery.wide import WideFloats
 from noetherflow.errors import DataError
 
 MAX_UNKNOWNS = 20_000
 GAP = 1e-6
-"""Singular values below this fraction of the largest count as zero; casts to float32 leave about 1e-8."""
+"""Singular values below this fraction of the largest count as zero."""
+SMALLEST_EPS = 1e-30
+"""In place of 0, which a normalisation with batch statistics does not take."""
+UNUSED = 1e-13
+"""Entries whose gradients stay below this fraction of the largest one do not matter."""
+MOST_ROWS = 64
+"""Projections of the outputs of one draw of weights, at most."""
 
 
 @dataclass(frozen=True)
 class SymmetryCount:
-    """How many axis-wise linear symmetries a model has.
+    """How many axis-wise linear symmetries a model has: `symmetries = null - relations`.
 
-    `symmetries = null - relations`: the null space of all generators, less those that act as zero (a constant on one
-    axis of a parameter against its inverse on another). `zero` and `nonzero` are the singular values on both sides of
-    the gap, relative to the largest.
+    Attributes:
+        symmetries: independent directions that leave the function as it is.
+        null: dimension of the null space of all generators.
+        relations: generators that act as nothing, a constant on one axis of a parameter against its inverse on another.
+        unknowns: numbers that describe a generator.
+        equations: linear equations on them.
+        zero: the largest singular value that counts as zero, relative to the largest of all.
+        nonzero: the smallest that does not.
     """
 
     symmetries: int
@@ -47,6 +60,7 @@ class SymmetryCount:
         )
 
     def to_dict(self) -> dict[str, Any]:
+        """The numbers by name."""
         return asdict(self)
 
 
@@ -55,120 +69,187 @@ def count_symmetries(
     example_inputs: Any,
     symmetric: bool = True,
     *,
+    affine: bool = False,
     spread: float = 0.3,
     train: bool = False,
     seed: int = 0,
 ) -> SymmetryCount:
-    """`sum_pa <B_pa, unfold_a(dy/dtheta_p) unfold_a(theta_p)^T> = 0` for every output y, all theta and inputs.
+    """Count the generators B with `sum_pa <B_pa, unfold_a(dy/dtheta_p) unfold_a(theta_p)^T> = 0`.
 
-    Unknown matrices `B` per parameter axis, symmetric ones only (they carry the charges) unless `symmetric=False`,
-    which counts Lie-algebra dimensions. Weights are redrawn around the model's with deviation `spread`, integer inputs
-    permuted, floating ones redrawn; `eps` of normalisation modules is set to 1e-30. Parameters and coordinates whose
-    gradient is identically zero (unused embedding rows, key biases) are left out. For small models: the cost grows with
-    the cube of the number of unknowns. `train=True` runs in training mode (batch statistics).
+    The equation is posed for every output y, at many random weights and inputs. The unknown matrices B act along the
+    axes of each parameter as it is stored (`raw_axes`); nothing of this comes from `find_symmetries`, which can be
+    checked against the count. Parameters and coordinates whose gradient is identically zero (unused embedding rows, key
+    biases) are left out. For small models: the cost grows with the cube of the number of unknowns.
 
-    Raises DataError when there are more than 20,000 unknowns or the outputs are not finite.
+    Args:
+        model: the model, wrapped or not; it is not changed.
+        example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments. Integer inputs are permuted
+            and floating ones drawn anew.
+        symmetric: symmetric matrices only, which carry the charges; False counts dimensions of the Lie algebra.
+        affine: also count maps `theta -> B theta + c` of vectors and numbers, as of a gain `1 + weight`; every entry of
+            a vector that may be shifted freely (a key's bias) then counts.
+        spread: deviation of the random weights around the model's.
+        train: run in training mode (batch statistics).
+        seed: of all random draws.
+
+    Returns:
+        The count, with the singular values on both sides of the gap.
+
+    Raises:
+        DataError: more than 20,000 unknowns, gradients that are not finite, or weights on the meta device.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 2, bias=False))
+        >>> count_symmetries(net, torch.ones(1, 2)).symmetries  # the symmetric generators of GL(3)
+        6
+
+    Source:
+        theory.md section 11.
     """
     refuse_unusable(model, "count_symmetries")
-    plan = axis_atoms_of(export(model, example_inputs))
-    copied = ModelCopy.of(model, torch.float64)
-    copied.model.train(train)
-    for setting in eps_settings(copied.model):
-        setattr(setting.module, setting.name, 1e-30)
-    params = {n: p for n, p in copied.tensors.items() if isinstance(p, nn.Parameter) and n in plan}
-    unknowns = sum(_unknowns(tuple(p.shape), plan[n], symmetric) for n, p in params.items())
+    with torch.inference_mode(False), torch.enable_grad():
+        copied = ModelCopy.of(model, torch.float64)
+        copied.model.train(train)
+        for setting in eps_settings(copied.model):
+            setattr(setting.module, setting.name, SMALLEST_EPS)
+        floating = {n: t for n, t in copied.tensors.items() if t.is_floating_point() and t.numel()}
+        parameters = {n: t for n, t in floating.items() if isinstance(t, nn.Parameter)}
+        plan = raw_axes(copied.model, parameters, affine)
+        _refuse_too_many(sum(axes.unknowns(symmetric) for axes in plan.values()))
+        for p in parameters.values():
+            p.requires_grad_(True)
+        probe = GeneratorProbe(copied.model, parameters, plan, symmetric, spread, seed)
+        return _count(probe, probe.equations(ModelInputs.of(widened(example_inputs))))
+
+
+def _refuse_too_many(unknowns: int) -> None:
     if unknowns > MAX_UNKNOWNS:
         raise DataError(
             f"{unknowns} unknowns are too many for a dense null space (at most {MAX_UNKNOWNS}); use a smaller model"
         )
-    for p in params.values():
-        p.requires_grad_(True)
-    rng = torch.Generator("cpu").manual_seed(seed)
-    base = {n: p.detach().clone() for n, p in params.items()}
-    inputs = in_dtype(ModelInputs.of(example_inputs), torch.float64)
-    rows: list[Tensor] = []
-    used = torch.zeros(unknowns, dtype=torch.bool)
-    count = 0
-    # A vector of n entries at one theta leaves matrices with B theta = 0: at least n different theta are needed.
-    longest = max((_sides(tuple(params[n].shape), axis)[1] for n in params for axis in plan[n]), default=1)
-    per_draw = max(1, min(64, int((1.2 * unknowns + 32) / (longest + 8))))
-    while count < 1.2 * unknowns + 32 or len(rows) < longest + 8:
-        with torch.no_grad():
-            for n, p in params.items():
-                p.copy_(base[n] + spread * torch.randn(p.shape, dtype=p.dtype, generator=rng, device="cpu"))
-        equations, seen = _equations(copied.model, params, plan, _redrawn(inputs, rng), per_draw, symmetric, rng)
-        rows.append(equations)
-        used |= seen
-        count += len(equations)
-    parts = used.split([_unknowns(tuple(p.shape), plan[n], symmetric) for n, p in params.items()])
-    relations = sum(_relations(plan[n]) for n, part in zip(params, parts, strict=True) if part.any())
-    return _count(torch.cat(rows)[:, used], relations)
 
 
-def _count(matrix: Tensor, relations: int) -> SymmetryCount:
+@dataclass(frozen=True, eq=False)
+class GeneratorProbe:
+    """A model whose generators are looked for at random weights and inputs.
+
+    Attributes:
+        model: a float64 copy, whose weights are overwritten.
+        parameters: its parameters by canonical name.
+        plan: the generators of each.
+        symmetric: unknown matrices are symmetric.
+        spread: deviation of the random weights.
+        seed: of all draws.
+    """
+
+    model: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    plan: Mapping[str, RawAxes]
+    symmetric: bool
+    spread: float
+    seed: int
+
+    @property
+    def unknowns(self) -> dict[str, int]:
+        """How many numbers describe a generator, by parameter."""
+        return {name: axes.unknowns(self.symmetric) for name, axes in self.plan.items()}
+
+    def equations(self, inputs: ModelInputs) -> Equations:
+        """Collect equations until there are more than unknowns.
+
+        A vector of n entries at one choice of weights leaves matrices with `B theta = 0`, so that more than n choices
+        are needed.
+        """
+        rng = torch.Generator("cpu").manual_seed(self.seed)
+        base = {n: p.detach().clone() for n, p in self.parameters.items()}
+        wanted = 1.2 * sum(self.unknowns.values()) + 32
+        draws = 8 + max((a.size for axes in self.plan.values() for a in axes.axes), default=1)
+        per_draw = max(1, min(MOST_ROWS, int(wanted / draws)))
+        rows: list[Tensor] = []
+        used = {n: torch.zeros(p.shape, dtype=torch.bool) for n, p in self.parameters.items()}
+        while sum(map(len, rows)) < wanted or len(rows) < draws:
+            with torch.no_grad():
+                for n, p in self.parameters.items():
+                    noise = torch.randn(p.shape, dtype=p.dtype, generator=rng, device="cpu")
+                    p.copy_(base[n] + self.spread * noise.to(p.device))
+            gradients = self._gradients(_redrawn(inputs, rng), per_draw, rng)
+            largest = max((float(g.abs().max()) for g in gradients.values()), default=0.0)
+            for n, g in gradients.items():
+                used[n] |= (g.abs().amax(0) > UNUSED * largest).cpu()
+            parts = [
+                generator_rows(self.plan[n], p.detach(), gradients[n], self.symmetric).cpu()
+                for n, p in self.parameters.items()
+            ]
+            rows.append(torch.cat(parts, dim=1))
+        return Equations(torch.cat(rows), used)
+
+    def _gradients(self, inputs: ModelInputs, count: int, rng: torch.Generator) -> dict[str, Tensor]:
+        """Gradients of random projections of the outputs, `[rows, *shape]` by parameter."""
+        with same_draws(self.seed), WideFloats():
+            outputs = [t.double().reshape(-1) for t in floating_tensors(inputs.call(self.model)) if t.requires_grad]
+            if not outputs:
+                raise DataError("no output depends on a parameter through autograd; the oracle has nothing to look at")
+            y = torch.cat(outputs)
+            count = min(count, y.numel())  # more projections of one draw would not be independent
+            probes = torch.randn(count, y.numel(), dtype=torch.float64, generator=rng, device="cpu").to(y.device)
+            leaves = list(self.parameters.values())
+            found = [torch.autograd.grad(y, leaves, p, retain_graph=True, allow_unused=True) for p in probes]
+        stacked = zip(self.parameters.items(), zip(*found, strict=True), strict=True)
+        return {n: torch.stack([torch.zeros_like(p) if g is None else g for g in rows]) for (n, p), rows in stacked}
+
+
+@dataclass(frozen=True, eq=False)
+class Equations:
+    """Linear equations on the generators of a model.
+
+    Attributes:
+        matrix: one row per equation, one column per unknown, parameter after parameter.
+        used: which entries of each parameter the outputs depend on.
+    """
+
+    matrix: Tensor
+    used: dict[str, Tensor]
+
+
+def _count(probe: GeneratorProbe, found: Equations) -> SymmetryCount:
+    kept = {n: touched(axes, found.used[n], probe.symmetric) for n, axes in probe.plan.items()}
+    relations = sum(_relations(axes, found.used[n], kept[n], probe.symmetric) for n, axes in probe.plan.items())
+    matrix = found.matrix[:, torch.cat(list(kept.values()))]
     if not bool(torch.isfinite(matrix).all()):
         raise DataError("gradients are not finite at random weights; the oracle needs a smooth model")
-    rows = matrix / torch.linalg.vector_norm(matrix, dim=1, keepdim=True).clamp_min(1e-300)
-    columns = torch.linalg.vector_norm(rows, dim=0)
-    values = torch.linalg.svdvals(rows / torch.where(columns > GAP * columns.max(), columns, columns.max()))
-    values = values / values[0]
+    values = _singular_values(matrix)
     null = int((values < GAP).sum())
     zero = float(values[-null]) if null else 0.0
     nonzero = float(values[-null - 1]) if null < len(values) else 0.0
     return SymmetryCount(null - relations, null, relations, matrix.shape[1], matrix.shape[0], zero, nonzero)
 
 
-def _sides(shape: tuple[int, ...], axis: AxisAtoms) -> tuple[int, int]:
-    """Number of separate matrices B of an axis, and their size."""
-    sizes = axis.sizes(shape or (1,))
-    return (1, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
+def _singular_values(matrix: Tensor) -> Tensor:
+    """Singular values relative to the largest, of rows and columns scaled to similar size."""
+    rows = matrix / torch.linalg.vector_norm(matrix, dim=1, keepdim=True).clamp_min(1e-300)
+    columns = torch.linalg.vector_norm(rows, dim=0)
+    values = torch.linalg.svdvals(rows / torch.where(columns > GAP * columns.max(), columns, columns.max()))
+    return values / values[0]
 
 
-def _unknowns(shape: tuple[int, ...], plan: list[AxisAtoms], symmetric: bool) -> int:
-    sizes = [_sides(shape, axis) for axis in plan]
-    return sum(b * (n * (n + 1) // 2 if symmetric else n * n) for b, n in sizes)
+def _relations(axes: RawAxes, used: Tensor, kept: Tensor, symmetric: bool) -> int:
+    """How many generators of one parameter act as nothing on the entries that matter.
 
-
-def _relations(plan: list[AxisAtoms]) -> int:
-    return max(axis.slices for axis in plan) * (len(plan) - 1)
-
-
-def _equations(
-    model: nn.Module,
-    params: dict[str, nn.Parameter],
-    plan: dict[str, list[AxisAtoms]],
-    inputs: ModelInputs,
-    count: int,
-    symmetric: bool,
-    rng: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """One row per random projection of the outputs: the coefficients of every unknown, and which unknowns matter."""
-    y = torch.cat([t.double().reshape(-1) for t in floating_tensors(inputs.call(model)) if t.requires_grad])
-    count = min(count, y.numel())  # more projections of one draw would not be independent
-    probes = torch.randn(count, y.numel(), dtype=torch.float64, generator=rng, device="cpu")
-    gradients = [torch.autograd.grad(y, list(params.values()), p, retain_graph=True, allow_unused=True) for p in probes]
-    largest = max(float(g.abs().max()) for row in gradients for g in row if g is not None and g.numel())
-    rows, seen = [], []
-    for k, (name, p) in enumerate(params.items()):
-        g = torch.stack([torch.zeros_like(p) if row[k] is None else row[k] for row in gradients])
-        for axis in plan[name]:
-            axes = axis.axes
-            blocks, n = _sides(tuple(p.shape), axis)
-            full = axis.view or tuple(p.shape) or (1,)
-            theta = p.detach().reshape(full).movedim(axes, tuple(range(len(axes)))).reshape(blocks, n, -1)
-            moved = g.reshape(count, *full).movedim([a + 1 for a in axes], list(range(1, 1 + len(axes))))
-            moved = moved.reshape(count, blocks, n, -1)
-            product = torch.einsum("kbim,bjm->kbij", moved, theta)
-            size = moved.abs().amax(dim=(0, 3))
-            used = size > 1e-13 * largest
-            touched = used[..., :, None] & used[..., None, :]
-            if symmetric:
-                i, j = torch.triu_indices(n, n)
-                product = torch.where(i == j, product[..., i, j], product[..., i, j] + product[..., j, i])
-                touched = touched[..., i, j]
-            rows.append(product.reshape(count, -1))
-            seen.append(touched.reshape(-1))
-    return torch.cat(rows, dim=1), torch.cat(seen)
+    With one matrix along each axis these are the constants that cancel between axes. Where matrices depend on the index
+    of another axis, they are counted as the null space for functions with arbitrary gradients.
+    """
+    if not kept.any():
+        return 0
+    if not axes.overlapping:
+        return len(axes.axes) - 1
+    rng = torch.Generator("cpu").manual_seed(0)
+    rows = []
+    for _ in range(8 + max(a.size for a in axes.axes)):
+        theta = torch.randn(used.shape, dtype=torch.float64, generator=rng, device="cpu")
+        count = 8 + int(kept.sum()) // 8
+        gradients = torch.randn(count, *used.shape, dtype=torch.float64, generator=rng, device="cpu") * used
+        rows.append(generator_rows(axes, theta, gradients, symmetric))
+    return int((_singular_values(torch.cat(rows)[:, kept]) < GAP).sum())
 
 
 def _redrawn(inputs: ModelInputs, rng: torch.Generator) -> ModelInputs:
@@ -178,7 +259,8 @@ def _redrawn(inputs: ModelInputs, rng: torch.Generator) -> ModelInputs:
         if x.numel() < 2:
             return x
         if x.is_floating_point():
-            return torch.randn(x.shape, dtype=x.dtype, generator=rng, device="cpu")
-        return x.reshape(-1)[torch.randperm(x.numel(), generator=rng, device="cpu")].reshape(x.shape)
+            return torch.randn(x.shape, dtype=x.dtype, generator=rng, device="cpu").to(x.device)
+        order = torch.randperm(x.numel(), generator=rng, device="cpu").to(x.device)
+        return x.reshape(-1)[order].reshape(x.shape)
 
     return inputs.map(draw)
