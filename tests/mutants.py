@@ -108,7 +108,7 @@ MUTANTS = (
     # finder
     Mutant(
         f"{FIND}/rules/norms.py",
-        'power = 2.0 if short_name(ctx.node) == "var" else 1.0',
+        'power = 2.0 if short_name(ctx.node).startswith("var") else 1.0',
         "power = 1.0",
         "test_discovery_rules.py",
     ),
@@ -132,8 +132,8 @@ MUTANTS = (
     ),
     Mutant(
         f"{FIND}/rules/elementwise.py",
-        "for bound in (low, high)):\n        return homogeneous(ctx, x)",
-        "for bound in (low,)):\n        return homogeneous(ctx, x)",
+        "bounds = [bound for bound in (low, high) if",
+        "bounds = [bound for bound in (low,) if",
         "test_discovery_rules.py",
     ),
     Mutant(
