@@ -816,3 +816,41 @@ def test_errors_of_moments_merged_with_ungrouped_ones_are_refused() -> None:
     parts = [gradient_moments(model, squared, data(4), hidden(model), groups=g) for g in (1, 4)]
     with pytest.raises(MomentError, match=r"groups hold 24 of 48 samples"):
         standard_error(merge_moments(parts), lambda m: m.loss)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_empty_parameters_have_empty_moments() -> None:
+    """A layer of width zero passes no gradient; what its neighbours measure is that of a loop."""
+
+    class WithEmpty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.empty, self.other, self.out = nn.Linear(4, 0), nn.Linear(4, 3), nn.Linear(3, 2)
+            self.last = nn.Linear(0, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.cat([self.empty(x), self.other(x)], -1)
+            return self.out(torch.tanh(h)) + self.last(self.empty(x))
+
+    torch.manual_seed(0)
+    for shape in ((6, 4), (6, 5, 4)):
+        model, x = WithEmpty().double(), torch.randn(shape, dtype=torch.float64)
+        names = [n for n, _ in model.named_parameters()]
+        loss = lambda m, b: m(b).square().flatten(1).sum(1)
+        got = gradient_moments(model, loss, [x, x], SymmetrySet(()), entries=True, parameters=names)
+        expected = moments_by_loop(model, loss, [x], SymmetrySet(()))
+        for name in names:
+            assert got.squares[name].shape == model.get_parameter(name).shape
+            torch.testing.assert_close(got.squares[name], expected.squares[name], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_named(bad: float) -> None:
+    model = net()
+    syms = hidden(model)
+    with torch.no_grad():
+        model[2].weight[0, 0] = bad
+    with pytest.raises(DataError, match=r"not finite.*NaN or inf in the model's \['2.weight'\]"):
+        gradient_moments(model, squared, data(), syms)
+    with pytest.raises(DataError, match=r"not finite.*NaN or inf in the model's \['2.weight'\]"):
+        minibatch_moments(model, squared, data(), syms, batch_size=6)

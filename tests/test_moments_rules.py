@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from noetherflow import SymmetrySet, declare
+from noetherflow.errors import MomentError
 from noetherflow.moments import Meter, batch, forms, gradient_moments
 from reference import moments_by_loop
 
@@ -151,6 +152,40 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
         ).eval(),
         lambda: data(5, 2, 3, 3),
     ),
+    "norms-of-large-eps": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 2),
+            nn.BatchNorm2d(4, eps=0.3),
+            nn.GroupNorm(2, 4, eps=0.2),
+            nn.InstanceNorm2d(4, eps=0.4, affine=True),
+            nn.LayerNorm((3, 3), eps=0.1),
+            nn.RMSNorm(3, eps=0.5),
+        ).eval(),
+        lambda: data(5, 2, 4, 4),
+    ),
+    "padding-counted-from-the-end": (
+        lambda: Functional(lambda x, w, v: F.embedding(x, w, padding_idx=-2) @ v, w=(6, 4), v=(4, 4)),
+        lambda: torch.arange(30).reshape(5, 6) % 7 % 6,
+    ),
+    **{
+        f"einsum {equation}": (
+            lambda equation=equation, shape=shape: Functional(
+                lambda x, w: torch.einsum(equation, torch.tanh(x), w), w=shape
+            ),
+            lambda given=given: data(*given),
+        )
+        for equation, shape, given in [
+            ("bih,hnd->bind", (4, 2, 3), (5, 3, 4)),
+            ("ibh,hnd->ibnd", (4, 2, 3), (3, 5, 4)),
+            ("bih,hnd->bnid", (4, 2, 3), (5, 3, 4)),
+            ("bih,ndh->bnid", (2, 3, 4), (5, 3, 4)),
+            ("bih,nhd->bnid", (2, 4, 3), (5, 3, 4)),
+            ("bind,ndh->bih", (2, 4, 6), (5, 3, 2, 4)),
+            ("bind,hnd->bih", (6, 2, 4), (5, 3, 2, 4)),
+            ("bh,hnd->bnd", (4, 2, 3), (5, 4)),
+            ("bih,hndk->bindk", (4, 2, 3, 2), (5, 3, 4)),
+        ]
+    },
     "elementwise": (
         lambda: Functional(lambda x, g, b, s: (g * x + b) * s - b, g=(4,), b=(3, 1), s=()),
         lambda: data(5, 3, 4),
@@ -417,3 +452,33 @@ def test_backward_does_not_wait_for_the_device(case: str, monkeypatch: pytest.Mo
 def test_reading_a_value_back_in_the_backward_is_noticed() -> None:
     with pytest.raises(AssertionError, match="waits for the device"), NoSynchronisation():
         float(torch.ones(()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", [(6, 4), (6, 5, 4)])
+def test_a_norm_over_one_entry_leaves_rounding_alone(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Its output is its bias; what rule and autograd make of the rest differs wholly, and is no difference."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 1), nn.LayerNorm(1), nn.Linear(1, 3)).to(dtype)
+    x = (3 * data(*shape) + 2).to(dtype)
+    names = [n for n, _ in model.named_parameters()]
+    got = gradient_moments(model, squared_output, [x], SymmetrySet(()), entries=True, parameters=names)
+    expected = moments_by_loop(model, squared_output, [x], SymmetrySet(()))
+    size = max(float(q.max()) for q in expected.squares.values())
+    for name in names:
+        close = 10 * torch.finfo(dtype).eps
+        torch.testing.assert_close(
+            got.squares[name].double(), expected.squares[name], rtol=100 * close, atol=close * size
+        )
+
+
+def test_a_wrong_gain_is_no_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is allowed for cancellation in a norm does not hide a rule that is off by one part in a million."""
+    from noetherflow.moments.rules.norms import Normalisation
+
+    right = Normalisation.gain
+    monkeypatch.setattr(Normalisation, "gain", lambda self, delta, x: (right(self, delta, x)[0] * (1 + 1e-6),))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)).double()
+    with pytest.raises(MomentError, match="summed by rule differs"):
+        gradient_moments(model, squared_output, [data(5, 4)], SymmetrySet(()), parameters=["1.weight"])

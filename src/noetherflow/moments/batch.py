@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow.core.inputs import LossFn
+from noetherflow.core.tensors import tensors_of
 from noetherflow.core.torch_internals import run_backward, unseen_by_modes
 from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.forms import Form
@@ -76,13 +77,16 @@ def refuse_renormalising(modules: Iterable[tuple[str, nn.Module]]) -> None:
             )
 
 
-def check_finite(losses: Tensor, batch: Any) -> None:
-    """Raises DataError naming the samples whose loss is NaN or inf, and whether the data already was."""
+def check_finite(losses: Tensor, batch: Any, model: nn.Module) -> None:
+    """Raises DataError naming the samples whose loss is NaN or inf, and what held NaN or inf before."""
     finite = torch.isfinite(losses.detach())
     if not finite.all():
         bad = (~finite).flatten().nonzero().flatten().tolist()
-        where = " (the batch itself holds NaN or inf)" if any(_not_finite(t) for t in tensors_in(batch)) else ""
-        raise DataError(f"loss is not finite for {len(bad)} of {losses.numel()} samples, first {bad[:5]}{where}")
+        where = ["the batch itself holds NaN or inf"] if any(_not_finite(t) for t in tensors_in(batch)) else []
+        broken = [n for n, t in tensors_of(model).items() if _not_finite(t)]
+        where += [f"NaN or inf in the model's {broken[:4]}{' and more' if len(broken) > 4 else ''}"] if broken else []
+        why = f" ({'; '.join(where)})" if where else ""
+        raise DataError(f"loss is not finite for {len(bad)} of {losses.numel()} samples, first {bad[:5]}{why}")
 
 
 def _not_finite(tensor: Tensor) -> bool:
@@ -312,4 +316,5 @@ def _components(items: list[tuple[Source, Form]]) -> list[tuple[frozenset[str], 
 def whole_batch_total(site: Site, delta: Tensor, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """`(sum_i G_i, its scale without cancellation)`, needing no layout."""
     form = form_of(site, WHOLE_BATCH, 1, delta, saved)
-    return form.total(), form.scale()
+    scale = form.scale()
+    return form.total(), scale if site.cancelled is None else scale + site.cancelled(delta, *saved)

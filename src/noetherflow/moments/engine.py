@@ -142,7 +142,8 @@ class Meter:
         wanted = trainable_parameters(self.model, [*self.syms.parameters, *self.parameters])
         self._needs = needs_of(self.syms, wanted, self.entries)
         roots = {n: t for n, t in tensors_of(self.model).items() if t.requires_grad}
-        self._subject = Subject(self.model, self.loss_fn, roots, frozenset(wanted), self.sample_axes)
+        measured = frozenset(n for n, t in wanted.items() if t.numel())  # no gradient passes an empty parameter
+        self._subject = Subject(self.model, self.loss_fn, roots, measured, self.sample_axes)
         self._covered = self._subject  # what the rules measure: everything but the parameters left to the fallback
         self._ways = Ways()
         self._sums = GroupSums(self.syms, self._needs)
@@ -258,7 +259,8 @@ class Meter:
         groups = self._sums.over_ranks(ranks)
         if not groups:
             raise DataError("no batch to measure: the iterator of batches is empty")
-        unused = [n for n in self._needs if n not in self._used and n not in self.uncovered] if self.groups else []
+        reached = {*self._used, *self.uncovered, *(self._needs.keys() - self._subject.measured)}
+        unused = [n for n in self._needs if n not in reached] if self.groups else []
         if unused:
             raise MomentError(
                 f"no gradient reaches {unused}: the loss does not use them. "

@@ -113,7 +113,7 @@ class FactorPass(BatchPass):
         self.locator = Locator(self.weighted)
 
     def begin(self, losses: Tensor, recorder: Recorder) -> Tensor | None:
-        check_finite(losses, self.batch)
+        check_finite(losses, self.batch, self.weighted.subject.model)
         self.roots = recorder.roots
         return torch.ones_like(losses)
 

@@ -107,14 +107,24 @@ class Outer(Form):
     """`G_i = sum_t left[i, t] right[i, t]^T` of an `m x n` operand, the sum over the tokens of a sample.
 
     `left` is `[samples, tokens, m]`, `right` `[samples, tokens, n]`: for a linear layer, output gradients and inputs.
+    `shape` is the operand's, where it has other than two axes: `(width, heads, n)` of a weight that is read as `width x
+    (heads n)`.
     """
 
     left: Tensor
     right: Tensor
+    shape: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         self.samples = self.left.shape[0]
         self.dtype = _wide(self.left, self.right)
+        self._matrix = self.left.shape[-1], self.right.shape[-1]
+
+    def _shaped(self, gradients: Tensor) -> Tensor:
+        """`[.., m, n]` brought to the operand's shape."""
+        if self.shape is None or self.shape == self._matrix:
+            return gradients
+        return gradients.reshape(*gradients.shape[:-2], *self.shape)
 
     def _slice(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         """Both factors of samples `lo .. hi - 1`, in the type of accumulation."""
@@ -126,11 +136,11 @@ class Outer(Form):
 
     def dense(self, lo: int, hi: int) -> Tensor:
         left, right = self._slice(lo, hi)
-        return left.mT @ right
+        return self._shaped(torch.matmul(left.mT, right))
 
     def total(self) -> Tensor:
         left, right = self._slice(0, self.samples)
-        return left.flatten(0, 1).mT @ right.flatten(0, 1)
+        return self._shaped(torch.matmul(left.flatten(0, 1).mT, right.flatten(0, 1)))
 
     def scale(self) -> Tensor:
         return norm(self.left.to(self.dtype)) * norm(self.right.to(self.dtype))
@@ -159,11 +169,11 @@ class OneToken(Outer):
 
     def dense(self, lo: int, hi: int) -> Tensor:
         left, right = self._slice(lo, hi)
-        return left.unsqueeze(2) * right.unsqueeze(1)
+        return self._shaped(left.unsqueeze(2) * right.unsqueeze(1))
 
     def total(self) -> Tensor:
         left, right = self._slice(0, self.samples)
-        return left.mT @ right
+        return self._shaped(torch.matmul(left.mT, right))
 
     def accumulate(self, target: Target, lo: int, hi: int) -> None:
         left, right = self._slice(lo, hi)
@@ -175,7 +185,7 @@ class OneToken(Outer):
         for leg in split.mixed:
             if not leg.torus:
                 for i in range(lo, hi):
-                    target.add_leg(leg, gram(leg.unfold(self.dense(i, i + 1).view(1, -1))))
+                    target.add_leg(leg, gram(leg.unfold(self.dense(i, i + 1).reshape(1, -1))))
 
     def _add_squares(self, target: Target, left: Tensor, right: Tensor) -> None:
         """Entry-wise squares `(left^2)^T right^2`, or else the torus legs, without making them where sums suffice."""

@@ -99,7 +99,7 @@ class MeasuringPass(BatchPass):
         parts = edges(samples, len(self.groups))
         self.losses = sums_over(losses.detach().flatten(), parts)
         if not all(map(isfinite, self.losses)):
-            check_finite(losses, self.batch)
+            check_finite(losses, self.batch, self.subject.model)
         self.opened = self.sums.open(self.groups, in_place=self.certain(trace))
         self.shares = [Share(lo, hi, s) for (lo, hi), s in zip(parts, self.opened.values(), strict=True) if hi > lo]
         self.contraction = Contraction(recorder.roots, self.subject.measured, used_once(trace), self.shares)

@@ -83,14 +83,14 @@ def minibatch_moments(
     params = list(meter.params.values())
     with buffers_kept(tuple(meter.model.modules())):
         for batch in batches:
-            loss = _mean_loss(loss_fn(meter.model, batch), batch, batch_size)
+            loss = _mean_loss(loss_fn(meter.model, batch), batch, batch_size, meter.model)
             meter.observe(float(loss.detach()), torch.autograd.grad(loss, params, allow_unused=True))
             if progress is not None:
                 progress(meter.replicates, meter.loss)
     return meter.result(ranks_of(model, process_group))
 
 
-def _mean_loss(losses: Any, batch: Any, batch_size: int) -> Tensor:
+def _mean_loss(losses: Any, batch: Any, batch_size: int, model: nn.Module) -> Tensor:
     """Raises DataError for a loss that is no tensor, not finite or of another number of samples, MomentError for one
     without a gradient.
     """
@@ -102,7 +102,7 @@ def _mean_loss(losses: Any, batch: Any, batch_size: int) -> Tensor:
             "leave out a shorter last one (drop_last=True)"
         )
     refuse_constant(losses)
-    check_finite(losses, batch)
+    check_finite(losses, batch, model)
     return losses.mean()
 
 

@@ -273,6 +273,8 @@ class Sums:
     def _read_torus_legs(self) -> None:
         """Torus legs from the entry-wise squares, where those are kept."""
         for name, squares in self.squares.items():
+            if not squares.numel():
+                continue
             for symmetry, position, _, torus in self.needs[name].legs:
                 if torus:
                     self.second[symmetry][position].zero_()

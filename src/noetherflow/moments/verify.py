@@ -130,7 +130,7 @@ class WeightedPass(BatchPass):
     leaf: bool = field(default=True, init=False)
 
     def begin(self, losses: Tensor, recorder: Recorder) -> Tensor | None:
-        check_finite(losses, self.batch)
+        check_finite(losses, self.batch, self.subject.model)
         self.uncovered.update({n: ", ".join(sorted(ops)) for n, ops in recorder.trace.uncovered.items()})
         for use in recorder.trace.uses:
             if use.layouts(losses.numel(), self.subject.sample_axes):
@@ -153,7 +153,9 @@ class WeightedPass(BatchPass):
         ]
         if use.certain and delta.ndim:
             self.rows[use.id] = rows_of(delta)
-        for k, site in enumerate(use.sites):
+        for k, (site, source) in enumerate(zip(use.sites, use.sources, strict=True)):
+            if source.names.isdisjoint(self.subject.measured):
+                continue
             self.totals[use.id, k] = Total(*whole_batch_total(site, delta, saved), delta.dtype)
 
     def settle(self, done: Backward) -> None:

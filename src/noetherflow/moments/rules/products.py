@@ -100,9 +100,9 @@ def _contraction(x: Tensor, w: Tensor, of_x: str, of_w: str, out: str) -> Call |
         k, m, n = (prod(size[i] for i in letters) for letters in (blocks, rows, columns))
         left, right = delta.reshape(len(delta), -1, k, m), x.reshape(len(x), -1, k, n)
         if k == 1 and of_w == rows + columns:
-            return Outer(left[:, :, 0], right[:, :, 0])
+            return Outer(left[:, :, 0], right[:, :, 0], tuple(w.shape))
         if k == 1 and of_w == columns + rows:
-            return Outer(right[:, :, 0], left[:, :, 0])
+            return Outer(right[:, :, 0], left[:, :, 0], tuple(w.shape))
         return Blocks(left, right, arrange)
 
     saved = x.permute([of_x.index(i) for i in tokens + blocks + columns])

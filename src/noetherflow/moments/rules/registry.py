@@ -28,11 +28,14 @@ class Site:
     the output gradient and the activations saved, and gives tensors that carry the samples on the same axes as the
     output. `build(layout, *tensors)` gets those tensors with the samples on axis 0, and gives the form of the
     gradients. For `y = x @ W`: `prepare` gives `(delta, x)`, `build` gives `Outer(x, delta)`, as `G_i = x_i^T delta_i`.
+    `cancelled(delta, *saved)`, where `prepare` subtracts: the norm that its result would have without, to tell rounding
+    from a difference (a layer norm over one feature leaves nothing but rounding).
     """
 
     operand: Tensor
     prepare: Prepare
     build: Build
+    cancelled: Callable[..., Tensor] | None = None
 
 
 @dataclass(eq=False, slots=True)

@@ -53,12 +53,17 @@ def outer(operand: Tensor, out_first: bool, prepare: Prepare = as_given) -> Site
         left, right = (delta, x) if out_first else (x, delta)
         if delta.ndim == 2:
             return OneToken(left, right)
-        return Outer(*(t.reshape(t.shape[0], -1, t.shape[-1]) for t in (left, right)))
+        return Outer(left.flatten(1, -2), right.flatten(1, -2))
 
     return Site(operand, prepare, build)
 
 
-def summed(operand: Tensor, aligned: Callable[[int], Sequence[int]], prepare: Prepare = delta_alone) -> Site:
+def summed(
+    operand: Tensor,
+    aligned: Callable[[int], Sequence[int]],
+    prepare: Prepare = delta_alone,
+    cancelled: Callable[..., Tensor] | None = None,
+) -> Site:
     """An operand that was broadcast along the samples: biases, gains, masks.
 
     Args:
@@ -66,6 +71,7 @@ def summed(operand: Tensor, aligned: Callable[[int], Sequence[int]], prepare: Pr
         aligned: its shape as it is broadcast against an output of so many axes, 1 where it is repeated: `last_axes` for
             `[features]` against `[.., features]`, `channel_axis` for `[channels]` against `[samples, channels, ..]`.
         prepare: from output gradient and saved tensors, the gradient of the broadcast copy, of the output's shape.
+        cancelled: as in `Site`.
     """
 
     def build(layout: SampleLayout, product: Tensor) -> Form:
@@ -83,7 +89,7 @@ def summed(operand: Tensor, aligned: Callable[[int], Sequence[int]], prepare: Pr
         return Dense(gradient.reshape(product.shape[0], *operand_shape), product)
 
     operand_shape = operand.shape
-    return Site(operand, prepare, build)
+    return Site(operand, prepare, build, cancelled)
 
 
 def last_axes(operand: Tensor) -> Callable[[int], Sequence[int]]:
