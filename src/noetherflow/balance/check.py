@@ -74,9 +74,12 @@ class OutputCheck:
 
     def _refuse_broken(self, symmetries: Sequence[Symmetry]) -> None:
         wanted = {s.name for s in symmetries}
-        broken = [c.name for c in self.certificate or () if c.name in wanted and c.verdict == "broken"]
-        if broken:
-            raise CertificateError(f"certificate calls {broken[:5]} broken; drop them (syms.without) before solving")
+        for verdict in ("broken", "undetermined"):
+            names = [c.name for c in self.certificate or () if c.name in wanted and c.verdict == verdict]
+            if names:
+                raise CertificateError(
+                    f"certificate calls {names[:5]} {verdict}; drop them (syms.without) before solving"
+                )
 
     def _certified(self, symmetries: Sequence[Symmetry]) -> bool:
         proven = {c.name for c in self.certificate or () if c.verdict in PROVEN}

@@ -41,6 +41,7 @@ def copy_of(model: nn.Module, replaced: dict[int, Any] | None = None) -> nn.Modu
         The copy of the module inside the wrappers.
 
     Example:
+        >>> import torch
         >>> net = nn.Linear(2, 2)
         >>> net.seen = net(torch.ones(1, 2))  # `copy.deepcopy(net)` raises
         >>> copy_of(net).seen.requires_grad
