@@ -854,3 +854,23 @@ def test_weights_that_are_not_finite_are_named(bad: float) -> None:
         gradient_moments(model, squared, data(), syms)
     with pytest.raises(DataError, match=r"not finite.*NaN or inf in the model's \['2.weight'\]"):
         minibatch_moments(model, squared, data(), syms, batch_size=6)
+
+
+def test_hooks_that_change_gradients_are_refused_or_seen() -> None:
+    """A mask on half of the rows: samples' own gradients are not what SGD sees; minibatch gradients are."""
+    model = net()
+    syms = hidden(model)
+    free = minibatch_moments(model, squared, data(), syms, batch_size=6)
+    mask = torch.tensor([1.0, 0.0] * (len(model[0].weight) // 2), dtype=torch.float64).unsqueeze(1)
+    handle = model[0].weight.register_hook(lambda g: g * mask)
+    with pytest.raises(MomentError, match=r"\['0.weight'\] have gradient hooks.*minibatch_moments"):
+        gradient_moments(model, squared, data(), syms)
+    masked = minibatch_moments(model, squared, data(), syms, batch_size=6)
+    torch.testing.assert_close(masked.second["hidden"][0], free.second["hidden"][0] * mask.flatten())
+    handle.remove()
+    handle = model[0].weight.register_post_accumulate_grad_hook(lambda p: p.grad.zero_())
+    for measure in (gradient_moments, partial(minibatch_moments, batch_size=6)):
+        with pytest.raises(MomentError, match=r"\['0.weight'\] have hooks that run when .grad is complete.*observe"):
+            measure(model, squared, data(), syms)
+    handle.remove()
+    assert gradient_moments(model, squared, data(), syms).samples == 24

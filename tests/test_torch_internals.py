@@ -97,6 +97,20 @@ def test_with_parameters_reaches_tied_ones_and_is_undone() -> None:
     assert model[1].weight is before
 
 
+def test_hooks_on_tensors_are_seen_and_their_removal_too() -> None:
+    """Else: a mask on a parameter's gradient would go unnoticed; find where torch keeps a tensor's hooks now."""
+    x = torch.ones(2, requires_grad=True)
+    assert not internals.has_gradient_hooks(x)
+    assert not internals.has_accumulation_hooks(x)
+    first, second = x.register_hook(lambda g: 2 * g), x.register_post_accumulate_grad_hook(lambda p: None)
+    assert internals.has_gradient_hooks(x)
+    assert internals.has_accumulation_hooks(x)
+    first.remove()
+    second.remove()
+    assert not internals.has_gradient_hooks(x)
+    assert not internals.has_accumulation_hooks(x)
+
+
 def test_transparent_shows_the_calls_inside() -> None:
     """Else: attention would be one opaque call; see how `torch.nn.functional` now hands itself to a mode."""
     attention, x = nn.MultiheadAttention(4, 2, batch_first=True), torch.ones(3, 5, 4)

@@ -69,6 +69,16 @@ def with_parameters(model: nn.Module, parameters: dict[str, Tensor]) -> Abstract
     return context
 
 
+def has_gradient_hooks(tensor: Tensor) -> bool:
+    """Whether `tensor.register_hook` was used: such hooks change the gradient that arrives at the tensor."""
+    return bool(tensor._backward_hooks)
+
+
+def has_accumulation_hooks(tensor: Tensor) -> bool:
+    """Whether `tensor.register_post_accumulate_grad_hook` was used: such hooks may change `.grad`."""
+    return bool(tensor._post_accumulate_grad_hooks)
+
+
 @lru_cache(maxsize=256)
 def transparent(func: types.FunctionType) -> types.FunctionType:
     """A copy of a Python function of torch that lets an active mode see the calls in its body.

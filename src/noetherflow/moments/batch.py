@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from functools import cached_property
@@ -15,7 +15,12 @@ from torch import Tensor, nn
 
 from noetherflow.core.inputs import LossFn
 from noetherflow.core.tensors import tensors_of
-from noetherflow.core.torch_internals import run_backward, unseen_by_modes
+from noetherflow.core.torch_internals import (
+    has_accumulation_hooks,
+    has_gradient_hooks,
+    run_backward,
+    unseen_by_modes,
+)
 from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.forms import Form
 from noetherflow.moments.layout import WHOLE_BATCH, SampleLayout
@@ -75,6 +80,27 @@ def refuse_renormalising(modules: Iterable[tuple[str, nn.Module]]) -> None:
                 "torch.no_grad(): m.weight.copy_(m.weight.renorm(m.norm_type, 0, m.max_norm)), and set m.max_norm = "
                 "None while measuring"
             )
+
+
+def refuse_hooked(params: Mapping[str, Tensor]) -> None:
+    """Raises MomentError for parameters whose hooks change the gradient that an optimiser sees."""
+    masked = [n for n, t in params.items() if has_gradient_hooks(t)]
+    if masked:
+        raise MomentError(
+            f"{masked[:4]} have gradient hooks (register_hook: a mask, a clip), so that the optimiser does not see the "
+            "gradients of the samples; remove the hooks while measuring, or use minibatch_moments, which runs them"
+        )
+    refuse_accumulation_hooks(params)
+
+
+def refuse_accumulation_hooks(params: Mapping[str, Tensor]) -> None:
+    """Raises MomentError for parameters whose `.grad` hooks may change after every backward, unseen here."""
+    changed = [n for n, t in params.items() if has_accumulation_hooks(t)]
+    if changed:
+        raise MomentError(
+            f"{changed[:4]} have hooks that run when .grad is complete (register_post_accumulate_grad_hook) and may "
+            "change it; remove them while measuring, or measure in training: MinibatchMeter.observe after backward()"
+        )
 
 
 def check_finite(losses: Tensor, batch: Any, model: nn.Module) -> None:

@@ -15,9 +15,9 @@ from noetherflow.core.inputs import LossFn
 from noetherflow.core.tensors import tensors_of
 from noetherflow.core.unwrap import unwrap
 from noetherflow.errors import DataError, MomentError
-from noetherflow.moments.batch import Share, Subject, refuse_renormalising
+from noetherflow.moments.batch import Share, Subject, refuse_hooked, refuse_renormalising
 from noetherflow.moments.batch_statistics import refuse_batch_statistics, refuse_running_statistics
-from noetherflow.moments.distributed import in_step, ranks_of, refuse_sharded
+from noetherflow.moments.distributed import in_step, is_sharded, ranks_of, refuse_sharded
 from noetherflow.moments.fallback import Fallback
 from noetherflow.moments.groups import GroupSums
 from noetherflow.moments.measuring import KnownWay, MeasuringPass, NewWay, Ways
@@ -72,9 +72,9 @@ def gradient_moments(
         DeclarationError: the symmetries are another model's.
         DataError: a scalar or wrongly shaped loss, NaN or inf, an embedding with `max_norm` (its forward changes its
             weights), no batch, or fewer batches on some rank than on others under `fully_shard`.
-        MomentError: a symmetry on a frozen or unused parameter, or one that holds with batch statistics only (see
-            `minibatch_moments`); samples that act on each other, a sharded parameter without a rule, rules and autograd
-            that disagree.
+        MomentError: a symmetry on a frozen, hooked or unused parameter, or one that holds with batch statistics only
+            (see `minibatch_moments`); samples that act on each other, a sharded parameter without a rule, rules and
+            autograd that disagree.
 
     Example:
         >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(32, 4)
@@ -151,6 +151,8 @@ class Meter:
         self._modules = tuple(self.model.named_modules())
         refuse_renormalising(self._modules)
         refuse_running_statistics(self.syms)
+        if not is_sharded(self.model):  # sharding hooks parameters of its own
+            refuse_hooked(wanted)
         self._used: set[str] = set()
 
     @property

@@ -13,7 +13,13 @@ from noetherflow.core.inputs import LossFn
 from noetherflow.core.settings import SGDConfig
 from noetherflow.core.unwrap import unwrap
 from noetherflow.errors import DataError, MomentError
-from noetherflow.moments.batch import buffers_kept, check_finite, refuse_constant, refuse_renormalising
+from noetherflow.moments.batch import (
+    buffers_kept,
+    check_finite,
+    refuse_accumulation_hooks,
+    refuse_constant,
+    refuse_renormalising,
+)
 from noetherflow.moments.batch_statistics import refuse_evaluation
 from noetherflow.moments.distributed import added_over_ranks, ranks_of, refuse_sharded
 from noetherflow.moments.result import GradientMoments, Replicates, Sampling, in_groups
@@ -80,6 +86,7 @@ def minibatch_moments(
     """
     meter = MinibatchMeter(model, syms, batch_size, dataset_size, sampling, entries, groups)
     refuse_renormalising(meter.model.named_modules())
+    refuse_accumulation_hooks(meter.params)
     params = list(meter.params.values())
     with buffers_kept(tuple(meter.model.modules())):
         for batch in batches:
