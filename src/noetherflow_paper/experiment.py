@@ -39,6 +39,7 @@ REGISTRY: tuple[str, ...] = (
     "approx",
     "rates",
     "momentum",
+    "adam",
     "sharpness",
     "neurons",
     "warmup",
