@@ -35,11 +35,11 @@ class OptimizerRun:
 
 
 QUICK = {
-    "SGD": OptimizerRun(lr=0.02, steps=30_000),
-    "Adam": OptimizerRun(lr=0.01, steps=10_000, betas=(0.9, 0.999)),
-    "Adam, half the rate": OptimizerRun(lr=0.005, steps=40_000, betas=(0.9, 0.9995)),
-    "Adam without memory": OptimizerRun(lr=0.01, steps=10_000, betas=(0.0, 0.999)),
-    "AdamW": OptimizerRun(lr=0.01, steps=10_000, betas=(0.9, 0.999), decay=0.05),
+    "SGD": OptimizerRun(lr=0.02, steps=50_000),
+    "Adam": OptimizerRun(lr=0.01, steps=20_000, betas=(0.9, 0.999)),
+    "Adam, half the rate": OptimizerRun(lr=0.005, steps=80_000, betas=(0.9, 0.9995)),
+    "Adam without memory": OptimizerRun(lr=0.01, steps=20_000, betas=(0.0, 0.999)),
+    "AdamW": OptimizerRun(lr=0.01, steps=20_000, betas=(0.9, 0.999), decay=0.05),
 }
 
 
@@ -192,7 +192,7 @@ def compute(config: AdamConfigs, point: ExperimentPoint) -> dict[str, Any]:
     return plain({"steps": marks, "start": away, "predicted": end, **found.records})
 
 
-def _ends(results: Results[AdamConfigs, ExperimentPoint], name: str) -> np.ndarray:
+def ends(results: Results[AdamConfigs, ExperimentPoint], name: str) -> np.ndarray:
     """Mean position over the last third of a run, `[starts, hidden]`."""
     positions = results.array(name, "position")
     return np.asarray(positions[-(len(positions) // 3) :].mean(0))
@@ -219,25 +219,21 @@ def verdicts(results: Results[AdamConfigs, ExperimentPoint]) -> list[Verdict]:
     """End points unit by unit, their distance, and what is left of the start."""
     out = []
     for name in results.config.runs:
-        ends, target = _ends(results, name), results.array(name, "predicted")
-        out += [
-            from_seeds(
-                f"{name}: log scale of hidden unit {unit + 1}", target[unit], ends[:, unit], 0.08, relative=False
-            )
-            for unit in range(len(target))
-        ]
+        at_end, target = ends(results, name), results.array(name, "predicted")
+        for unit, where in enumerate(target):
+            claim = f"{name}: log scale of hidden unit {unit + 1}"
+            out.append(from_seeds(claim, where, at_end[:, unit], 0.08, relative=False))
         start = results.array(name, "start")
-        kept = [float(np.polyfit(start[:, unit], ends[:, unit], 1)[0]) for unit in range(len(target))]
+        kept = [float(np.polyfit(start[:, unit], at_end[:, unit], 1)[0]) for unit in range(len(target))]
         out.append(from_seeds(f"{name}: part of the start that is left", 0, kept, 0.15, relative=False))
-    apart = (_ends(results, "Adam") - _ends(results, "SGD")).mean(1)
+    apart = (ends(results, "Adam") - ends(results, "SGD")).mean(1)
     expected = float((results.array("Adam", "predicted") - results.array("SGD", "predicted")).mean())
     out.append(from_seeds("Adam minus SGD, mean over hidden units", expected, apart, 0.05, relative=False))
-    half, whole = _ends(results, "Adam, half the rate"), _ends(results, "Adam")
-    limit = np.sqrt(np.square((2 * half - whole).mean(0) - results.array("Adam", "predicted")).mean())
-    out.append(
-        from_seeds("Adam, rate to 0 (extrapolated): rms distance from the prediction", 0.03, limit, relation="below")
-    )
-    memory = (_ends(results, "Adam without memory") - whole).mean(1)
+    half, whole = ends(results, "Adam, half the rate"), ends(results, "Adam")
+    for unit, where in enumerate(results.array("Adam", "predicted")):
+        claim = f"Adam, rate extrapolated to 0: log scale of hidden unit {unit + 1}"
+        out.append(from_seeds(claim, where, (2 * half - whole)[:, unit], 0.03, relative=False))
+    memory = (ends(results, "Adam without memory") - whole).mean(1)
     out.append(from_seeds("Adam without memory minus with, mean over units", 0, memory, 0.03, relative=False))
     return out
 
@@ -249,8 +245,8 @@ EXPERIMENT = Experiment(
         "A leaky ReLU net 6-4-3 at its teacher, with anisotropic inputs and label noise, minibatches of 8 fresh "
         "samples, started at random points of its orbit (each hidden unit's input weights up to 2.25 times larger or "
         "smaller, its output weights the inverse: the same function). One measurement at the teacher predicts where "
-        "every optimiser ends: SGD at the least sum of squares of the gradient noise, Adam at the least sum of its root "
-        "mean squares."
+        "every optimiser ends: SGD at the least sum of squares of the gradient noise, Adam at the least sum of its "
+        "root mean squares."
     ),
     scales=SCALES,
     points=points,
@@ -263,7 +259,8 @@ EXPERIMENT = Experiment(
     ),
     exploratory=(
         "The teacher's seed was chosen among twelve so that all units relax within the runs (predicted relaxation "
-        "times), before any end point was looked at. Lengths are about four of the longest predicted relaxation times."
+        "times), before any end point was looked at. A first run half as long had a tenth of the start left under "
+        "Adam and missed five of the tolerances; runs were then doubled, the tolerances left as they were."
     ),
     variations={"batch 4": {"batch": 4}, "another teacher": {"teacher": 3}},
     beyond=True,
