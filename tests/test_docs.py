@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import doctest
 import inspect
 import linecache
+import pkgutil
 import re
 import shlex
 from itertools import pairwise
@@ -11,7 +13,9 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
+import torch
 
+import noetherflow
 from noetherflow import Translation, discovery
 from noetherflow.symmetry import declare
 
@@ -100,3 +104,23 @@ def test_every_family_in_the_coverage_table_has_a_sentence():
     found_in = Path(discovery.__file__).parent.rglob("*.py")
     source = "".join(path.read_text() for path in found_in) + inspect.getsource(declare)
     assert all(f'"{name}"' in source for name in explained), "a family that no code names"
+
+
+SOURCE = Path(noetherflow.__file__).parent.parent
+WITH_EXAMPLES = sorted(path for path in SOURCE.glob("noetherflow*/**/*.py") if ">>> " in path.read_text())
+MODULES = [".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__") for path in WITH_EXAMPLES]
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.filterwarnings("default")
+def test_examples_in_docstrings_run_and_print_what_is_shown(name, tmp_path, monkeypatch):
+    """With `torch`, `nn` and `nf` at hand, as a reader has them."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    module = pkgutil.resolve_name(name)
+    known = {"torch": torch, "nn": torch.nn, "nf": noetherflow}
+    tests = doctest.DocTestFinder(exclude_empty=True).find(module, name, extraglobs=known)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    for example in tests:
+        said: list[str] = []
+        assert not runner.run(example, out=said.append).failed, "".join(said)

@@ -53,8 +53,9 @@ class NoiseLaw:
         """The law of an optimiser's settings.
 
         Example:
-            >>> NoiseLaw.of(AdamConfig(lr=1e-3, batch_size=8))
-            NoiseLaw(white=1.0, mean=18.999999999999996, eps=1e-08, coupled=False)
+            >>> law = NoiseLaw.of(AdamConfig(lr=1e-3, batch_size=8))
+            >>> law.white, round(law.mean, 9), law.coupled
+            (1.0, 19.0, False)
 
         Source: theory.md section 13.
         """
