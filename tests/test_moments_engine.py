@@ -874,3 +874,52 @@ def test_hooks_that_change_gradients_are_refused_or_seen() -> None:
             measure(model, squared, data(), syms)
     handle.remove()
     assert gradient_moments(model, squared, data(), syms).samples == 24
+
+
+F32, F64 = torch.float32, torch.float64
+
+
+@pytest.mark.parametrize(
+    ("dtype", "spread", "lost"), [(F32, 1e-5, True), (F32, 1e-2, False), (F64, 1e-5, False), (F64, 1e-9, True)]
+)
+def test_noise_below_rounding_is_said(dtype: torch.dtype, spread: float, lost: bool, tmp_path: Path) -> None:
+    """Samples that differ by a part in `spread`: their variance is `spread^2` of the squared mean."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).to(dtype)
+    syms = hidden(model)
+    x = (1 + spread * torch.randn(64, 4, dtype=torch.float64)).to(dtype)
+    loss = lambda m, b: m(b).square().sum(1)
+    moments = gradient_moments(model, loss, [x], syms)
+    assert (moments.unresolved != ()) == lost
+    assert ("noise below rounding along hidden" in str(moments)) == lost
+    assert minibatch_moments(model, loss, x.split(8), syms, batch_size=8).unresolved == moments.unresolved
+    save_moments(moments, tmp_path / "m")
+    assert load_moments(tmp_path / "m").unresolved == moments.unresolved == merge_moments([moments, moments]).unresolved
+
+
+def test_samples_fed_twice_are_said() -> None:
+    model = net()
+    syms = hidden(model)
+    once = gradient_moments(model, squared, data(), syms)
+    assert once.repeated == 0
+    assert "fed twice" not in str(once)
+    first = data()
+    for moments, times in (
+        (gradient_moments(model, squared, [*first, first[1]], syms, groups=5), 1),
+        (gradient_moments(model, squared, [*first, *first], syms, groups=8), 4),
+        (merge_moments([once, once]), len(once.groups)),
+    ):
+        assert moments.repeated == times
+        assert "the same samples as another: fed twice" in str(moments)
+
+
+def test_equal_losses_alone_are_no_repetition() -> None:
+    """A head of zeros gives every sample the same loss; the gradients differ."""
+    model = net()
+    torch.nn.init.zeros_(model[2].weight)
+    torch.nn.init.zeros_(model[2].bias)
+    syms = hidden(model)
+    batches = [(x, torch.ones_like(y)) for x, y in data()]
+    moments = gradient_moments(model, squared, batches, syms, groups=4)
+    assert len({g.loss for g in moments.groups}) == 1
+    assert moments.repeated == 0

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from noetherflow.equilibrium.regime import t_quantile
 from noetherflow.errors import MomentError
+from noetherflow.moments.statistics import t_quantile
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,9 +14,10 @@ from torch import Tensor
 from noetherflow.core import spd
 from noetherflow.equilibrium import stabilised
 from noetherflow.equilibrium.orbit import MeasuredOrbit
-from noetherflow.equilibrium.regime import Regime, few_samples, t_quantile
+from noetherflow.equilibrium.regime import Regime, few_samples
 from noetherflow.equilibrium.terms import FactorTerm, LegTerm, SampleTerm
 from noetherflow.equilibrium.velocity import orbit_velocity
+from noetherflow.moments.statistics import t_quantile
 
 DENSE = 500
 """Largest state for which a dense Jacobian is kept."""

@@ -64,18 +64,6 @@ def few_samples(samples: int) -> list[str]:
     return [f"{samples} samples are few: errors come out small"]
 
 
-def t_quantile(level: float, groups: int) -> float:
-    """How many standard errors from as many groups of samples an interval of that level spans on each side.
-
-    Example:
-        >>> round(t_quantile(0.95, 16), 2)
-        2.13
-    """
-    from scipy.special import stdtrit
-
-    return float(stdtrit(groups - 1, 0.5 + level / 2))
-
-
 def drift_parts(symmetry: Symmetry, moments: GradientMoments, sgd: SGDConfig) -> tuple[Tensor, Tensor]:
     """The noise and the step-size part of `E[C' - C]`, layout `symmetry.shape` (theory.md section 4)."""
     drift = Drift.of(sgd)

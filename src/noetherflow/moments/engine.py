@@ -21,7 +21,7 @@ from noetherflow.moments.distributed import in_step, is_sharded, ranks_of, refus
 from noetherflow.moments.fallback import Fallback
 from noetherflow.moments.groups import GroupSums
 from noetherflow.moments.measuring import KnownWay, MeasuringPass, NewWay, Ways
-from noetherflow.moments.result import GradientMoments, in_groups
+from noetherflow.moments.result import GradientMoments, in_groups, unresolved
 from noetherflow.moments.taps import CallId
 from noetherflow.moments.target import Sums, needs_of, trainable_parameters
 from noetherflow.moments.verify import weigh
@@ -269,7 +269,8 @@ class Meter:
                 "Freeze them (requires_grad_(False)) and take syms.trainable(model)"
             )
         parts = [s.moments(tuple(self.uncovered)) for _, s in sorted(groups.items())]
-        return in_groups(parts)
+        moments = in_groups(parts)
+        return replace(moments, unresolved=unresolved(moments, self.syms))
 
 
 def _refuse_other_losses(loss_fn: Any) -> None:

@@ -22,7 +22,7 @@ from noetherflow.moments.batch import (
 )
 from noetherflow.moments.batch_statistics import refuse_evaluation
 from noetherflow.moments.distributed import added_over_ranks, ranks_of, refuse_sharded
-from noetherflow.moments.result import GradientMoments, Replicates, Sampling, in_groups
+from noetherflow.moments.result import GradientMoments, Replicates, Sampling, in_groups, unresolved
 from noetherflow.moments.target import Sums, needs_of, trainable_parameters
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
@@ -189,4 +189,5 @@ class MinibatchMeter:
                 "they share samples; give sampling='independent' or 'replacement', or measure one epoch"
             )
         parts = [replace(s.moments(()), replicates=replicates) for _, s in sorted(sums.items())]
-        return in_groups(parts)
+        moments = in_groups(parts)
+        return replace(moments, unresolved=unresolved(moments, self.syms))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -61,7 +62,9 @@ class GradientMoments:
     and squares are kept in one byte per entry.
     `fallback`: parameters that no rule covered, measured by `vmap(grad)` or one backward per sample.
     `replicates`: set when each "sample" is one minibatch gradient (`minibatch_moments`). `legs[symmetry]`: names of the
-    legs, as printed. `kind`: `hessian` for `curvature_moments`, whose samples are Hessian products, without a loss.
+    legs, as printed. `unresolved`: symmetries along which samples differ by less than the rounding of the type that
+    gradients were summed in, so that their noise is not known. `kind`: `hessian` for `curvature_moments`, whose samples
+    are Hessian products, without a loss.
     """
 
     samples: int
@@ -74,6 +77,17 @@ class GradientMoments:
     replicates: Replicates | None = None
     legs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     kind: Kind = "gradient"
+    unresolved: tuple[str, ...] = ()
+
+    @property
+    def repeated(self) -> int:
+        """How many groups hold the same samples as an earlier one: then standard errors are too small."""
+        found = Counter(
+            (g.samples, g.loss, *(float(leg.sum()) for legs in g.second.values() for leg in legs))
+            for g in self.groups
+            if any(bool(leg.any()) for legs in g.second.values() for leg in legs)
+        )
+        return sum(found.values()) - len(found)
 
     def batch_grams(self, symmetry: Symmetry, sgd: SGDConfig) -> tuple[Tensor, ...]:
         """Leg Grams of `R_B = Cov[g_B] + gbar gbar^T`, the second moment of a minibatch gradient of `sgd`.
@@ -122,11 +136,28 @@ class GradientMoments:
         loss = f", mean loss {self.loss:.6g}" if self.kind == "gradient" else ""
         lines = [f"{count(self.samples, *self._unit())} in {groups}{loss}"]
         lines += [f"by fallback, not by rule: {', '.join(self.fallback)}"] if self.fallback else []
+        lines += self._cautions()
         name = "mean squared gradient" if self.kind == "gradient" else "Hessian trace"
         rows = [{"symmetry": s, name: self._by_leg(s, t)} for s, t in self._traces().items()]
         return "\n".join([*lines, table(rows, name)] if rows else lines)
 
     __repr__ = __str__
+
+    def _cautions(self) -> list[str]:
+        """What takes away from the meaning of the numbers."""
+        said = []
+        if self.repeated:
+            said.append(
+                f"{count(self.repeated, 'group holds', 'groups hold')} the same samples as another: "
+                "fed twice, so standard errors are too small"
+            )
+        if self.unresolved:
+            more = " and more" if len(self.unresolved) > 4 else ""
+            said.append(
+                f"noise below rounding along {', '.join(self.unresolved[:4])}{more}: "
+                "samples hardly differ; measure model.double()"
+            )
+        return said
 
     def _unit(self) -> tuple[str, str]:
         if self.kind == "hessian":
@@ -150,6 +181,8 @@ class GradientMoments:
             "fallback": list(self.fallback),
             "replicates": None if self.replicates is None else asdict(self.replicates),
             "traces": self._traces(),
+            "repeated": self.repeated,
+            "unresolved": list(self.unresolved),
         }
 
     def leave_one_out(self) -> Iterator[GradientMoments]:
@@ -232,6 +265,7 @@ def merge_moments(parts: list[GradientMoments]) -> GradientMoments:
         replicates=first.replicates,
         legs=first.legs,
         kind=first.kind,
+        unresolved=tuple(dict.fromkeys(n for p in parts for n in p.unresolved)),
     )
     _refuse_not_finite(merged)
     return merged
@@ -248,6 +282,26 @@ def in_groups(parts: Sequence[GradientMoments]) -> GradientMoments:
         return replace(merged, groups=())
     packed = (replace(p, mean=PackedTensors.of(p.mean), squares=PackedTensors.of(p.squares)) for p in parts)
     return replace(merged, groups=tuple(packed))
+
+
+def unresolved(moments: GradientMoments, syms: Iterable[Symmetry]) -> tuple[str, ...]:
+    """Names of the symmetries along whose legs noise is lost in rounding.
+
+    `E[g g^T]` and `gbar gbar^T` are subtracted for it; where samples differ by less than `4 eps` of their mean squared,
+    `eps` that of the type they were summed in, nothing is left but rounding.
+    """
+    if moments.samples < 2:
+        return ()
+    found = []
+    for s in syms:
+        eps = max(torch.finfo(moments.mean[n].dtype).eps for n in s.parameters)
+        means = s.grams({n: moments.mean[n].double() for n in s.parameters})
+        for second, mean in zip(moments.second[s.name], means, strict=True):
+            both, own = float(trace(second)), float(trace(mean))
+            if own > 0 and both - own < 4 * eps * own:
+                found.append(s.name)
+                break
+    return tuple(found)
 
 
 def _refuse_not_finite(moments: GradientMoments) -> None:

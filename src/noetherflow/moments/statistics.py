@@ -15,6 +15,18 @@ from noetherflow.moments.result import GradientMoments
 Statistic = Callable[[GradientMoments], Tensor | float]
 
 
+def t_quantile(level: float, groups: int) -> float:
+    """How many standard errors from as many groups of samples an interval of that level spans on each side.
+
+    Example:
+        >>> round(t_quantile(0.95, 16), 2)
+        2.13
+    """
+    from scipy.special import stdtrit
+
+    return float(stdtrit(groups - 1, 0.5 + level / 2))
+
+
 @dataclass(frozen=True, eq=False)
 class Estimate:
     """A statistic of gradient moments: its value, standard error and bias estimate, all of one shape, float64."""
@@ -26,9 +38,7 @@ class Estimate:
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """`value -+ t * error`, `t` of Student's distribution with `groups - 1` degrees of freedom."""
-        from scipy.special import stdtrit
-
-        t = float(stdtrit(self.groups - 1, 0.5 + level / 2))
+        t = t_quantile(level, self.groups)
         return self.value - t * self.error, self.value + t * self.error
 
     @property

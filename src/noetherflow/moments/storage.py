@@ -81,6 +81,7 @@ def _pack(moments: GradientMoments, prefix: str, tensors: dict[str, Tensor]) -> 
         "squares": list(moments.squares),
         "packed": _dtypes(moments.mean) | _dtypes(moments.squares),
         "fallback": list(moments.fallback),
+        "unresolved": list(moments.unresolved),
         "replicates": moments.to_dict()["replicates"],
         "legs": moments.legs,
     }
@@ -140,4 +141,5 @@ def _unpack(
         replicates=None if header["replicates"] is None else Replicates(**header["replicates"]),
         legs={name: tuple(legs) for name, legs in header.get("legs", {}).items()},
         kind=header.get("kind", "gradient"),
+        unresolved=tuple(header.get("unresolved", ())),
     )
