@@ -221,9 +221,87 @@ def test_regime_of_adam() -> None:
     config = finite_data(problem, betas=(0.5, 0.99))
     noise, steady = batch_seconds(problem, problem.model, config)
     roots = {n: (noise[n] + steady[n]).sqrt() for n in noise}
-    names = problem.syms.parameters
-    white = sum(float((noise[n] / roots[n]).nan_to_num().sum()) for n in names)
-    mean = sum(float((steady[n] / roots[n]).nan_to_num().sum()) for n in names)
+    parts = {n: (noise[n] / roots[n], 3 * steady[n] / roots[n]) for n in noise}
+    (s,) = problem.syms
+    white, mean = (
+        sum(leg.sign * leg.row_sums(parts[leg.parameter][k].nan_to_num()) for leg in s.weight_legs).abs().sum()
+        for k in (0, 1)
+    )
     regime = adaptive_regime(tuple(problem.syms), problem.measure(), config)
-    assert regime.mean_share == pytest.approx(3 * mean / (white + 3 * mean))
-    assert regime.horizon == pytest.approx(problem.measure().loss / (0.01 * mean))
+    assert regime.mean_share == pytest.approx(float(mean / (white + mean)))
+    fall = 0.01 * sum(float((steady[n] / roots[n]).nan_to_num().sum()) for n in noise)
+    assert regime.horizon == pytest.approx(problem.measure().loss / fall)
+
+
+def sgd_groups(**changed: Any) -> nf.SGDConfig:
+    groups = (nf.GroupRates(("0.bias", "2.bias"), 0.03, 0.0), nf.GroupRates(("4.weight",), 0.005, 0.3))
+    return nf.SGDConfig(0.01, 4, weight_decay=0.1, dataset_size=40, groups=groups, **changed)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_with_rates_of_their_own_minimises_its_potential(momentum: float) -> None:
+    """`sum_i (lr_i noise_i + decay_i theta_i^2 / lr_i) / 2` of the moved model rises whichever way one goes."""
+    problem = mlp((4, 5, 6, 3), (1.5, 1.0, 0.6))
+    config = sgd_groups(momentum=momentum)
+    eq = nf.noise_equilibrium(problem.model, problem.syms, problem.measure(), config)
+    assert eq.imbalance < 1e-10
+    there = moved(problem.model, problem.syms, eq.elements)
+    white, held = 1 / (1 - momentum) ** 2, (1 + momentum) / (1 - momentum) ** 3
+
+    def phi(model: nn.Module) -> float:
+        noise, steady = batch_seconds(problem, model, config)
+        total = 0.0
+        for n, p in model.named_parameters():
+            lr, w = config.rates(n).lr, config.rates(n).weight_decay
+            decay = w * (2 - lr * w) / (1 - momentum) * p.detach() ** 2
+            total += float((lr * (white * noise[n] + held * steady[n]) + decay).sum()) / 2
+        return total
+
+    best = phi(there)
+    assert best < phi(problem.model)
+    torch.manual_seed(0)
+    for scale in (1e-2, 0.3):
+        for _ in range(3):
+            moves = {s.name: (scale * torch.randn(s.shape, dtype=torch.float64)).exp() for s in problem.syms}
+            assert phi(moved(there, problem.syms, moves)) > best
+
+
+def test_sgd_groups_that_agree_are_plain_sgd() -> None:
+    problem = mlp((4, 5, 6, 3))
+    plain = nf.SGDConfig(0.01, 4, weight_decay=0.1, momentum=0.5, dataset_size=40)
+    same = dataclasses.replace(plain, groups=(nf.GroupRates(("0.weight", "0.bias"), 0.01, 0.1),))
+    moments = problem.measure()
+    one, two = (nf.noise_equilibrium(problem.model, problem.syms, moments, c) for c in (plain, same))
+    flows = [nf.noether_flow(problem.model, problem.syms, moments, c) for c in (plain, same)]
+    futures = [f.forecast([0, 500], errors=False) for f in flows]
+    for s in problem.syms:
+        torch.testing.assert_close(one[s.name].element, two[s.name].element, rtol=1e-6, atol=1e-9)
+        for field in ("charge", "decay", "noise", "step_size", "relaxation_steps"):
+            a, b = (getattr(f[s.name], field) for f in flows)
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-12)
+        torch.testing.assert_close(futures[0].charges[s.name], futures[1].charges[s.name], rtol=1e-5, atol=1e-8)
+    assert flows[0].regime.horizon == pytest.approx(flows[1].regime.horizon)
+    assert flows[0].regime.mean_share == pytest.approx(flows[1].regime.mean_share)
+
+
+def test_drift_with_rates_of_their_own_is_the_mean_over_every_draw() -> None:
+    """All pairs of five samples, SGD with two groups: the mean change of `sum a (lr / lr_i) theta^2`."""
+    problem = mlp((3, 4, 2), samples=5)
+    groups = (nf.GroupRates(("2.weight",), 0.01, 0.5),)
+    config = nf.SGDConfig(0.03, 2, weight_decay=0.2, dataset_size=5, replacement=True, groups=groups)
+    singles = per_sample_gradients(problem.model, problem.loss, problem.data)
+    draws = torch.cartesian_prod(torch.arange(5), torch.arange(5))
+    theta, (s,) = problem.tensors(), problem.syms
+    total = torch.zeros(4, dtype=torch.float64)
+    for leg in s.weight_legs:
+        n, rates = leg.parameter, config.rates(leg.parameter)
+        batch = torch.stack([g[n] for g in singles])[draws].mean(1)
+        new = theta[n] - rates.lr * (batch + rates.weight_decay * theta[n])
+        total += leg.sign * 0.03 / rates.lr * leg.row_sums((new**2).mean(0) - theta[n] ** 2)
+    row = nf.noether_flow(problem.model, problem.syms, problem.measure(), config).details[0]
+    cross = torch.zeros(4, dtype=torch.float64)
+    for leg in s.weight_legs:
+        rates, mean = config.rates(leg.parameter), problem.measure().mean[leg.parameter]
+        cross += 2 * 0.03 * rates.lr * rates.weight_decay * leg.sign * leg.row_sums(theta[leg.parameter] * mean)
+    torch.testing.assert_close(row.drift, total - cross, rtol=1e-9, atol=1e-14)
+    assert float((cross.abs() / total.abs()).max()) < 0.2, "of order lr w, left out"

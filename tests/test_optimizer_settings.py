@@ -132,6 +132,15 @@ def test_accelerate_is_looked_into_and_loaders_are_read() -> None:
         nf.optimizer_config(optimizer, 8, loader=torch.utils.data.DataLoader(data, batch_size=8))
 
 
+def test_groups_of_sgd_are_read_too() -> None:
+    model = net()
+    groups = [{"params": [model[0].weight, model[2].weight], "weight_decay": 0.1},
+              {"params": [model[0].bias, model[2].bias]}]  # fmt: skip
+    config = nf.optimizer_config(torch.optim.SGD(groups, lr=0.1, momentum=0.9), 32, model=model)
+    assert (config.rates("0.bias").weight_decay, config.rates("0.weight").weight_decay) == (0.0, 0.1)
+    assert config.momentum == 0.9
+
+
 def test_groups_get_their_own_rates() -> None:
     model = net()
     optimizer = torch.optim.AdamW(

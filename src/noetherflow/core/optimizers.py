@@ -198,11 +198,6 @@ def _named_groups(optimizer: torch.optim.Optimizer, model: nn.Module | None) -> 
 
 def _sgd(shared: _Shared, batch_size: int, drawn: Drawn) -> SGDConfig:
     """SGD's settings."""
-    if shared.groups:
-        raise DataError(
-            "parameter groups of SGD differ in lr or weight_decay: the theory has one of each for all of them; give "
-            "the groups the same, or build nf.SGDConfig(...) by hand with what the moved parameters have"
-        )
     return SGDConfig(
         shared.lr,
         batch_size,
@@ -212,6 +207,7 @@ def _sgd(shared: _Shared, batch_size: int, drawn: Drawn) -> SGDConfig:
         drawn.dataset_size,
         drawn.replacement,
         drawn.sampling,
+        groups=shared.groups,
     )
 
 

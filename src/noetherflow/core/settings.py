@@ -9,7 +9,16 @@ import torch
 from torch.utils.data import DataLoader
 
 from noetherflow.core.loaders import drawn_by
-from noetherflow.core.rates import Sampling, batches_per_epoch, check_batches, check_rates, covariance_factor
+from noetherflow.core.rates import (
+    GroupRates,
+    Rates,
+    Sampling,
+    batches_per_epoch,
+    check_batches,
+    check_rates,
+    covariance_factor,
+    rates_by_name,
+)
 from noetherflow.errors import DataError
 
 
@@ -30,6 +39,8 @@ class SGDConfig:
             new order each time, as `DataLoader(shuffle=True)` does; with momentum this weakens the noise drift.
         curvature: Of the loss in the directions of the gradient noise, Hessian eigenvalue or `Tr(H Sigma) / Tr(Sigma)`.
             It enters with momentum and epochs only; 0 is the leading order in lr and a lower bound of the noise drift.
+        groups: Parameters whose learning rate or weight decay differs (none on biases and gains, say); scalar and
+            diagonal symmetries only.
 
     Raises:
         DataError: A setting outside its range, a batch larger than the data that it is drawn from without replacement,
@@ -52,8 +63,11 @@ class SGDConfig:
     replacement: bool = False
     sampling: Sampling = "independent"
     curvature: float = 0.0
+    groups: tuple[GroupRates, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", tuple(self.groups))
+        rates_by_name(self.groups)
         self._check_step()
         check_batches(self.batch_size, self.dataset_size, self.replacement, self.sampling)
 
@@ -108,8 +122,9 @@ class SGDConfig:
         if differing:
             raise DataError(
                 f"parameter groups differ in {differing}: a symmetry joins parameters of several groups, but the "
-                "theory has one lr, momentum and weight decay for all of them; give the groups the same, or build "
-                "SGDConfig(...) by hand with what the moved parameters have"
+                "theory has one lr, momentum and weight decay for all of them; nf.optimizer_config(optimizer, "
+                "batch_size, model=model) reads groups with their own lr and weight decay, or build SGDConfig(...) by "
+                "hand with what the moved parameters have"
             )
         if settings[0]["dampening"] or settings[0]["maximize"]:
             raise DataError("dampening and maximize are outside the theory; set them to 0 and False")
@@ -124,6 +139,10 @@ class SGDConfig:
             replacement,
         )
         return step if loader is None else replace(step, **vars(drawn_by(loader, batch_size)))
+
+    def rates(self, parameter: str) -> Rates:
+        """Learning rate and weight decay of one parameter by its canonical name."""
+        return rates_by_name(self.groups).get(parameter, Rates(self.lr, self.weight_decay))
 
     @property
     def effective_lr(self) -> float:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from noetherflow.core.adaptive import AdamConfig, LionConfig
+from noetherflow.core.adaptive import LionConfig
+from noetherflow.core.settings import SGDConfig
 from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.blocks import TorusClasses, classify_torus
 from noetherflow.equilibrium.orbit import MeasuredOrbit
@@ -21,6 +23,8 @@ from noetherflow.equilibrium.roots import (
     NoiseLaw,
     RootTerm,
     charges,
+    divisor,
+    root_drives,
     root_orbit,
     second_moments,
 )
@@ -38,10 +42,16 @@ from noetherflow.symmetry.symmetry_set import SymmetrySet
 def covered(syms: SymmetrySet, config: AdaptiveConfig) -> SymmetrySet:
     """The symmetries whose equilibrium under an adaptive optimiser is derived; the others are excluded and say why."""
     name = "Lion" if isinstance(config, LionConfig) else "Adam"
+    groups_differ = isinstance(config, SGDConfig)
     reasons = {}
     for s in syms:
         pulled = s.pulled(lambda name: config.rates(name).weight_decay > 0)
-        if not s.is_torus:
+        if not s.is_torus and groups_differ:
+            reasons[s.name] = (
+                "parameter groups differ: with rates of their own only scalar and diagonal symmetries are solved for; "
+                "solve this one with nf.SGDConfig(...) of its parameters' lr and weight decay, if they are the same"
+            )
+        elif not s.is_torus:
             reasons[s.name] = (
                 f"{name}'s preconditioner does not commute with matrices: no flow of general_linear charges is derived"
             )
@@ -103,6 +113,8 @@ def adaptive_equilibrium(
 def assumptions(config: AdaptiveConfig) -> tuple[str, ...]:
     """What an equilibrium or a flow under these settings rests on, one sentence each."""
     frozen = "the function stands still meanwhile: near a minimum, or for as long as the measured gradients last"
+    if isinstance(config, SGDConfig):
+        return ("charges count every squared weight over the learning rate of its group, relative to the largest",)
     if isinstance(config, LionConfig):
         return (frozen, "entries of minibatch gradients are Gaussian (Lion); up to 0.06 off in the log of an element")
     b2 = config.betas[1]
@@ -131,10 +143,10 @@ def _starts(
     identity = [s.identity() for s in symmetries]
     point, now = orbit.at(identity), charges(orbit, identity)
     out = []
-    for s, half, pairs, charge in zip(symmetries, orbit.symmetries, point.pairs, now, strict=True):
-        x, y = drives(half, pairs, orbit.potential)
+    for s, pairs, charge in zip(symmetries, point.pairs, now, strict=True):
+        x, y = drives(s, pairs, orbit.potential)
         classes = classify_torus(x, y)
-        out.append(_RootStart(s, classes, imbalance(half, classes, x, y), charge))
+        out.append(_RootStart(s, classes, imbalance(s, classes, x, y), charge))
     return out
 
 
@@ -165,19 +177,19 @@ class _RootTask:
         )
 
     def _kappa(self, orbit: MeasuredOrbit) -> list[Tensor]:
-        """How far simultaneous steps may go; half as far where `eps` or coupled decay make the sums up to twice as
-        steep.
+        """How far simultaneous steps may go: twice as far as under SGD, whose sums go like squares of the elements;
+        with `eps` or coupled decay some of the sums here do so too.
         """
         shapes = {n: tuple(t.shape) for n, t in tensors_of(self.model).items()}
-        halved = orbit.symmetries
+        own = orbit.symmetries
         if self.options.joint:
-            out = stiffness(leg_coordinates(halved, shapes), halved)
+            out = stiffness(leg_coordinates(own, shapes), own)
         else:
-            out = [stiffness(leg_coordinates([s], shapes), [s])[0] for s in halved]
-        steep = NoiseLaw.of(self.config).coupled or any(
+            out = [stiffness(leg_coordinates([s], shapes), [s])[0] for s in own]
+        steep = NoiseLaw.of(self.config).steep or any(
             isinstance(t, RootTerm) and isinstance(t.entries, EpsEntries) for t in orbit.terms
         )
-        return [2 * k for k in out] if steep else out
+        return out if steep else [k / 2 for k in out]
 
     def elements(self, minimum: Minimum) -> dict[str, Tensor]:
         """Group elements by symmetry."""
@@ -213,14 +225,13 @@ def _settled(
     elements, there = task.elements(minimum), charges(orbit, elements_of(task.symmetries, minimum.logs))
     charge = {s.name: c for s, c in zip(task.symmetries, there, strict=True)}
     pairs = {s.name: p for s, p in zip(task.symmetries, minimum.point.pairs, strict=True)}
-    half = {s.name: h for s, h in zip(task.symmetries, orbit.symmetries, strict=True)}
     out = []
     for start in starts:
         s, own = start.symmetry, pairs.get(start.symmetry.name, [])
         verdict = torus_verdict(s, start.classes, decays)
         left = torch.zeros(s.blocks, dtype=torch.float64)
         if own:
-            left = imbalance(s, start.classes, *drives(half[s.name], own, orbit.potential))
+            left = imbalance(s, start.classes, *drives(s, own, orbit.potential))
         out.append(
             Settled(
                 name=s.name,
@@ -269,15 +280,15 @@ def adaptive_regime(symmetries: Sequence[Symmetry], moments: GradientMoments, co
     """How much of the growth of preconditioned charges the mean gradient makes, and how many steps it lasts: the loss
     over what one step along it takes off, `lr sum gbar^2 / (s + eps)`.
     """
-    law, noise, mean, fall = NoiseLaw.of(config), 0.0, 0.0, 0.0
-    for name in dict.fromkeys(n for s in symmetries for n in s.parameters):
-        white, steady = second_moments(name, moments, config)
-        root = (white.clamp_min(0) + steady.clamp_min(0)).sqrt() + law.eps
-        used = root > 0
-        noise += law.white * float((white[used] / root[used]).sum())
-        mean += law.mean * float((steady[used] / root[used]).sum())
-        fall += config.rates(name).lr * float((steady[used] / root[used]).sum())
-    mean = max(mean, 0.0)
+    drives = [root_drives(s, moments, config) for s in symmetries]
+    noise, mean = (sum((float(d[k].abs().sum()) for d in drives), 0.0) for k in (0, 1))
     share = mean / (noise + mean) if noise + mean > 0 else 0.0
-    adam = isinstance(config, AdamConfig)
-    return Regime(share, moments.loss / fall if adam and fall > 0 and moments.loss > 0 else float("inf"))
+    if isinstance(config, LionConfig) or not moments.loss > 0:
+        return Regime(share, math.inf)
+    law, fall = NoiseLaw.of(config), 0.0
+    for name in moments.squares:
+        steady = second_moments(name, moments, config)[1]
+        over = divisor(name, moments, config, law)
+        fall += config.rates(name).lr * float((steady[over > 0] / over[over > 0]).sum())
+    fall /= 1 - config.momentum if isinstance(config, SGDConfig) else 1.0
+    return Regime(share, moments.loss / fall if fall > 0 else math.inf)

@@ -15,7 +15,15 @@ from noetherflow.equilibrium.invariance import refuse_other_moments
 from noetherflow.equilibrium.orbit import MeasuredOrbit
 from noetherflow.equilibrium.regime import Regime
 from noetherflow.equilibrium.result import Settled
-from noetherflow.equilibrium.roots import AdaptiveConfig, NoiseLaw, reference_lr, root_orbit, second_moments
+from noetherflow.equilibrium.roots import (
+    AdaptiveConfig,
+    NoiseLaw,
+    decay_share,
+    divisor,
+    reference_lr,
+    root_drives,
+    root_orbit,
+)
 from noetherflow.equilibrium.task import SolveOptions
 from noetherflow.moments.result import GradientMoments
 from noetherflow.moments.statistics import jackknife
@@ -61,7 +69,7 @@ def adaptive_drift(
     syms = covered(syms, config)
     alone = adaptive_equilibrium(model, syms, moments, config, SolveOptions(joint=False))
     slow = _relaxation(model, syms, moments, config, alone.settled)
-    errors = _drift_errors(model, syms, moments, config)
+    errors = _drift_errors(syms, moments, config)
     details = tuple(
         _charge_flow(model, s, settled, moments, config, slow[s.name], errors.get(s.name))
         for s, settled in zip(syms, alone.settled, strict=True)
@@ -70,36 +78,18 @@ def adaptive_drift(
     return AdaptiveDrift(details, orbit, syms, adaptive_regime(tuple(syms), moments, config))
 
 
-@dataclass(frozen=True, eq=False)
-class RootParts:
-    """What noise, mean gradient and weight decay add to a preconditioned charge per step, `[blocks]` each."""
-
-    noise: Tensor
-    step_size: Tensor
-    decay: Tensor
-
-
-def root_parts(
+def root_decay(
     tensors: Mapping[str, Tensor], symmetry: Symmetry, moments: GradientMoments, config: AdaptiveConfig
-) -> RootParts:
-    """The parts of the drift of one torus symmetry, summed over the entries of its legs."""
+) -> Tensor:
+    """What weight decay adds to the charge of one torus symmetry per step, `[blocks]`."""
     law, reference = NoiseLaw.of(config), reference_lr([symmetry], config)
-    out = RootParts(*(torch.zeros(symmetry.shape, dtype=torch.float64) for _ in range(3)))
+    out = torch.zeros(symmetry.shape, dtype=torch.float64)
     here = symmetry.positions({n: tensors[n].detach() for n in symmetry.parameters})
     for leg in symmetry.weight_legs:
         rates = config.rates(leg.parameter)
-        noise, steady = second_moments(leg.parameter, moments, config)
-        over = (noise.clamp_min(0) + steady.clamp_min(0)).sqrt() + law.eps
         square = here[leg.parameter].double().cpu().square() * (reference / rates.lr)
-        step = leg.exponent * reference * rates.lr
-        shrink = 2 * rates.lr * rates.weight_decay if law.coupled else rates.decay_per_step
-        decayed = square if law.coupled else square * over
-        used = torch.where(over > 0, 1 / over, torch.zeros_like(over))
-        out = RootParts(
-            out.noise + step * law.white * leg.row_sums(noise * used),
-            out.step_size + step * law.mean * leg.row_sums(steady * used),
-            out.decay - leg.exponent * shrink * leg.row_sums(decayed),
-        )
+        decayed = square if law.coupled else square * divisor(leg.parameter, moments, config, law)
+        out = out - leg.exponent * decay_share(rates, config, law) * leg.row_sums(decayed)
     return out
 
 
@@ -112,15 +102,15 @@ def _charge_flow(
     relaxation: Tensor,
     error: Tensor | None,
 ) -> ChargeFlow:
-    parts = root_parts(tensors_of(model), symmetry, moments, config)
+    noise, step_size = root_drives(symmetry, moments, config)
     return ChargeFlow(
         name=symmetry.name,
         family=symmetry.family,
         kind=symmetry.kind,
         charge=settled.charge_now,
-        decay=parts.decay,
-        noise=parts.noise,
-        step_size=parts.step_size,
+        decay=root_decay(tensors_of(model), symmetry, moments, config),
+        noise=noise,
+        step_size=step_size,
         error=error,
         equilibrium=settled.charge,
         finite=settled.finite,
@@ -144,7 +134,7 @@ def _relaxation(
     drifts = []
     for side in (DIFFERENCE, -DIFFERENCE):
         pairs = orbit.at([e * torch.tensor(side, dtype=torch.float64).exp() for e in there]).pairs
-        drifts.append([_drift(half, own) for half, own in zip(orbit.symmetries, pairs, strict=True)])
+        drifts.append([_drift(s, own) for s, own in zip(symmetries, pairs, strict=True)])
     ones = [torch.ones(s.shape, dtype=torch.float64) for s in symmetries]
     slopes = [torch.zeros(s.shape, dtype=torch.float64) for s in symmetries]
     for term in orbit.terms:
@@ -157,22 +147,18 @@ def _relaxation(
     return out
 
 
-def _drift(halved: Symmetry, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The drift of the charge from `(D, N)` of the legs, whose exponents are halved here."""
-    return 2 * (halved.combine(tuple(n for _, n in pairs)) - halved.combine(tuple(d for d, _ in pairs)))
+def _drift(symmetry: Symmetry, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The drift of the charge from `(D, N)` of the legs."""
+    return symmetry.combine(tuple(n - d for d, n in pairs))
 
 
-def _drift_errors(
-    model: nn.Module, syms: SymmetrySet, moments: GradientMoments, config: AdaptiveConfig
-) -> dict[str, Tensor]:
+def _drift_errors(syms: SymmetrySet, moments: GradientMoments, config: AdaptiveConfig) -> dict[str, Tensor]:
     """Jackknife standard errors of the part that gradients add."""
     if len(moments.groups) < 2 or not all(n in moments.groups[0].squares for n in syms.parameters):
         return {}
-    frozen = {n: t.detach() for n, t in tensors_of(model).items()}
 
     def drifts(part: GradientMoments) -> dict[str, Tensor]:
-        parts = {s.name: root_parts(frozen, s, part, config) for s in syms}
-        return {n: p.noise + p.step_size for n, p in parts.items()}
+        return {s.name: sum(root_drives(s, part, config), torch.zeros(())) for s in syms}
 
     legs = replace(moments, groups=tuple(replace(g, second={}, legs={}) for g in moments.groups), second={}, legs={})
     return {n: e.error for n, e in jackknife(legs, drifts(moments), drifts, config.dataset_size).items()}

@@ -69,10 +69,9 @@ class Flow:
         Raises:
             ValueError: `steps` are not whole, non-negative and increasing.
         """
-        if not isinstance(self.sgd, SGDConfig):
-            charges = lagging_forecast(
-                self.orbit, steps, self.sgd.betas[1] if isinstance(self.sgd, AdamConfig) else 0.0
-            )
+        if not isinstance(self.sgd, SGDConfig) or self.sgd.groups:
+            memory = self.sgd.betas[1] if isinstance(self.sgd, AdamConfig) else 0.0
+            charges = lagging_forecast(self.orbit, steps, memory)
             return Forecast(whole_steps(steps), charges, {}, self.joint, self.regime, self.moments.samples)
         charges = orbit_forecast(self.orbit, steps)
         found = {}
@@ -121,6 +120,7 @@ class Flow:
         ]
         if not isinstance(self.sgd, SGDConfig):
             lines.append("charges are preconditioned: every squared weight times the root mean square of its gradient")
+        if not isinstance(self.sgd, SGDConfig) or self.sgd.groups:
             lines += [f"assumed: {text}" for text in assumptions(self.sgd)]
         lines += [str(self.regime), *(few_samples(self.moments.samples) if self.moments.groups else [])]
         return "\n".join([*lines, *(f"excluded: {n}: {why}" for n, why in self.excluded.items())])
@@ -215,7 +215,7 @@ def noether_flow(
         raise DataError("lr= goes with optimizer=; with moments the learning rate is in the settings")
     syms = syms.trainable(model)
     check_settings(sgd)
-    if not isinstance(sgd, SGDConfig):
+    if not isinstance(sgd, SGDConfig) or sgd.groups:
         drift = adaptive_drift(model, syms, mom, sgd)
         excluded = dict(drift.symmetries.excluded)
         return Flow(drift.details, sgd, mom.loss, excluded, mom, drift.orbit, True, drift.regime)

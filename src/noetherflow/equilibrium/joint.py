@@ -105,7 +105,7 @@ def noise_equilibrium(
     if not approximate:
         syms = syms.without({s.name: f"only approximate (eps {s.eps:g})" for s in syms if s.eps is not None})
     chosen = objective_of(objective)
-    if isinstance(sgd, AdamConfig | LionConfig):
+    if isinstance(sgd, AdamConfig | LionConfig) or (sgd is not None and sgd.groups):
         if chosen.name in ("noise+decay", "noise") and mom is not None:
             refuse_other_moments(model, syms, mom)
             config = sgd if chosen.name == "noise+decay" else without_decay(sgd)

@@ -33,25 +33,25 @@ class LaggingTerm:
         """Add the expected change per step of this parameter's part of every charge to `out`."""
         gained = self.parts.noise - self.parts.decay
         for leg in self.term.legs:
-            out[leg.symmetry] = out[leg.symmetry] + 2 * leg.exponent * leg.collect(gained)
+            out[leg.symmetry] = out[leg.symmetry] + leg.exponent * leg.collect(gained)
 
     def charge(self, out: Generators) -> None:
         """Add this parameter's part of every charge to `out`."""
         for leg in self.term.legs:
-            out[leg.symmetry] = out[leg.symmetry] + 2 * leg.exponent * leg.collect(self.parts.weight)
+            out[leg.symmetry] = out[leg.symmetry] + leg.exponent * leg.collect(self.parts.weight)
 
     def own(self, out: Generators) -> None:
         """Add `sum exponent^2 weight` of every symmetry to `out`."""
         for leg in self.term.legs:
-            out[leg.symmetry] = out[leg.symmetry] + (2 * leg.exponent) ** 2 * leg.collect(self.parts.weight)
+            out[leg.symmetry] = out[leg.symmetry] + leg.exponent**2 * leg.collect(self.parts.weight)
 
     def slope(self, elements: Sequence[Tensor], generators: Sequence[Tensor], out: list[Tensor]) -> None:
         """The change of the charges under generators, `v` standing still."""
         rate = torch.zeros((), dtype=torch.float64)
         for leg in self.term.legs:
-            rate = rate + 2 * leg.exponent * leg.spread(generators[leg.symmetry], outside=0.0)
+            rate = rate + leg.exponent * leg.spread(generators[leg.symmetry], outside=0.0)
         for leg in self.term.legs:
-            out[leg.symmetry] = out[leg.symmetry] + 2 * leg.exponent * leg.collect(2 * self.parts.weight * rate)
+            out[leg.symmetry] = out[leg.symmetry] + leg.exponent * leg.collect(2 * self.parts.weight * rate)
 
 
 def lagging_forecast(orbit: MeasuredOrbit, steps: Sequence[int] | Tensor, square_memory: float) -> dict[str, Tensor]:

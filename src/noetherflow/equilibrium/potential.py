@@ -173,6 +173,8 @@ class Drift:
         """
         if not isinstance(sgd, SGDConfig):
             raise DataError(f"sgd must be nf.SGDConfig(lr=..., batch_size=...), got {reprlib.repr(sgd)}")
+        if sgd.groups:
+            raise DataError("groups with rates of their own have no one drift; give SGDConfig(...) without groups")
         noise = noise_rate(sgd.lr, sgd.momentum)
         if sgd.sampling == "epoch" and sgd.batches_per_epoch is not None:
             noise *= epoch_factor(

@@ -2,8 +2,8 @@
 
 Each entry's root mean square `s` of the minibatch gradient goes like a gradient, `s -> s / p`, and `s theta^2 -> p s
 theta^2`, `p` the factor by which the weight grows. So the potential `Psi = sum (lr s + 2 w s theta^2)` is a sum of
-exponentials in the logs of all group elements, and what solves SGD's equilibrium solves this one, with the exponents of
-the legs halved.
+exponentials in the logs of all group elements, and what solves SGD's equilibrium solves this one, with half the
+exponents. SGD whose parameter groups differ is a third case: `s = 1`, and squares of the gradients in place of roots.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from torch import Tensor, nn
 
 from noetherflow.core.adaptive import AdamConfig, LionConfig
 from noetherflow.core.rates import Rates
+from noetherflow.core.settings import SGDConfig
 from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.orbit import MeasuredOrbit
-from noetherflow.equilibrium.potential import LegPair, Potential, epoch_factor
+from noetherflow.equilibrium.potential import Drift, LegPair, Potential, decay_rate, epoch_factor
 from noetherflow.errors import MomentError
 from noetherflow.moments.result import GradientMoments
 from noetherflow.symmetry.overlap import LegCoordinates, leg_coordinates
 from noetherflow.symmetry.symmetry import Symmetry
 
-AdaptiveConfig = AdamConfig | LionConfig
+AdaptiveConfig = AdamConfig | LionConfig | SGDConfig
+"""Settings whose equilibrium is solved entry by entry; SGD where its parameter groups differ."""
 EPS_COUNTS = 1e-6
 """Share of Adam's `eps` in `s + eps` from which on it is carried along the orbit, entry by entry."""
 
@@ -40,13 +42,20 @@ class NoiseLaw:
         white: the factor of the noise; 1 for Adam with any memory, less under shuffled epochs.
         mean: the factor of the squared mean gradient, which is the same in all the steps that are averaged.
         eps: Adam's.
-        coupled: weight decay is added to the gradients.
+        coupled: weight decay is added to the gradients, so that it does not scale with `s`.
+        plain: SGD, which does not divide by `s`.
     """
 
     white: float
     mean: float
     eps: float
     coupled: bool
+    plain: bool = False
+
+    @property
+    def steep(self) -> bool:
+        """Whether some sums go like squares of the elements."""
+        return self.coupled or self.plain
 
     @classmethod
     def of(cls, config: AdaptiveConfig) -> NoiseLaw:
@@ -59,6 +68,9 @@ class NoiseLaw:
 
         Source: theory.md section 13.
         """
+        if isinstance(config, SGDConfig):
+            drift = Drift.of(replace(config, groups=()))
+            return cls(drift.noise / config.lr**2, drift.mean / config.lr**2, 0.0, False, plain=True)
         if isinstance(config, LionConfig):
             return cls(config.correlation_sum, config.correlation_sum, 0.0, False)
         b1, white = config.betas[0], 1.0
@@ -106,6 +118,7 @@ class ScaledEntries:
     decay: Tensor
     noise: Tensor
     coupled: bool
+    plain: bool
 
     @property
     def shape(self) -> torch.Size:
@@ -119,9 +132,10 @@ class ScaledEntries:
         return self.lagging(growth, 1 / growth.square())
 
     def lagging(self, growth: Tensor, ratio: Tensor) -> EntryParts:
-        grown, root = growth.square(), ratio.sqrt()
+        grown, root = growth.square(), torch.ones_like(growth) if self.plain else ratio.sqrt()
         decay, noise = self.decay * (grown if self.coupled else grown * root), self.noise / (grown * root)
-        potential = float(decay.sum()) / (2 if self.coupled else 1) + float(noise.sum())
+        held, added = 2 if self.coupled or self.plain else 1, 2 if self.plain else 1
+        potential = float(decay.sum()) / held + float(noise.sum()) / added
         return EntryParts(self.weight * grown * root, decay, noise, potential)
 
 
@@ -168,10 +182,7 @@ class EpsEntries:
 
 @dataclass(frozen=True, eq=False)
 class RootTerm:
-    """An `OrbitTerm` of one parameter under torus legs: `(D, N)` of each leg, what decay takes and what noise adds.
-
-    Its legs have halved exponents, as the symmetries of its orbit.
-    """
+    """An `OrbitTerm` of one parameter under torus legs: `(D, N)` of each leg, what decay takes and what noise adds."""
 
     legs: tuple[LegCoordinates, ...]
     entries: RootEntries
@@ -184,7 +195,7 @@ class RootTerm:
         """The factors by which the entries have grown there, broadcastable to their sums."""
         growth = torch.ones((), dtype=torch.float64)
         for leg in self.legs:
-            growth = growth * leg.spread(elements[leg.symmetry]) ** (2 * leg.exponent)
+            growth = growth * leg.spread(elements[leg.symmetry]) ** leg.exponent
         return growth
 
     def add(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
@@ -197,16 +208,16 @@ class RootTerm:
         """The change of the preconditioned charges at a frozen preconditioner: weights move, `s` does not."""
         weight, rate = self.parts(elements).weight, torch.zeros((), dtype=torch.float64)
         for leg in self.legs:
-            rate = rate + 2 * leg.exponent * leg.spread(generators[leg.symmetry], outside=0.0)
+            rate = rate + leg.exponent * leg.spread(generators[leg.symmetry], outside=0.0)
         for leg in self.legs:
-            change = 2 * leg.exponent * leg.collect(2 * weight * rate)
+            change = leg.exponent * leg.collect(2 * weight * rate)
             out[leg.symmetry] = out[leg.symmetry] + change
 
     def charge(self, elements: Sequence[Tensor], out: list[Tensor]) -> None:
         """Add this parameter's part of every preconditioned charge to `out`."""
         weight = self.parts(elements).weight
         for leg in self.legs:
-            out[leg.symmetry] = out[leg.symmetry] + 2 * leg.exponent * leg.collect(weight)
+            out[leg.symmetry] = out[leg.symmetry] + leg.exponent * leg.collect(weight)
 
 
 def root_orbit(
@@ -227,8 +238,7 @@ def root_orbit(
         joint: all symmetries move together; else each with the others held.
 
     Returns:
-        An orbit whose pairs are `(D, N)` of each leg per step and whose potential is Psi; its symmetries have halved
-        exponents, its elements are the group elements themselves.
+        An orbit whose pairs are `(D, N)` of each leg per step and whose potential is Psi.
 
     Raises:
         MomentError: entry-wise second moments are missing.
@@ -236,17 +246,16 @@ def root_orbit(
     Source: theory.md section 13, "Equilibrium".
     """
     tensors, law = tensors_of(model), NoiseLaw.of(config)
-    halved = tuple(_halved(s) for s in symmetries)
     shapes = {n: tuple(t.shape) for n, t in tensors.items()}
     reference = reference_lr(symmetries, config)
-    groups = [leg_coordinates(halved, shapes)] if joint else _alone(halved, shapes)
+    groups = [leg_coordinates(symmetries, shapes)] if joint else _alone(symmetries, shapes)
     terms = []
     for coordinates in groups:
         for name, legs in coordinates.items():
-            offset = halved[legs[0].symmetry].offsets.get(name, 0.0)
+            offset = symmetries[legs[0].symmetry].offsets.get(name, 0.0)
             theta = tensors[name].detach().double().cpu() + offset
             terms.append(RootTerm(legs, _entries(name, legs, theta, moments, config, law, reference)))
-    return MeasuredOrbit(halved, Potential(norm=1.0, second=0.0, mean=0.0), tuple(terms))
+    return MeasuredOrbit(tuple(symmetries), Potential(norm=1.0, second=0.0, mean=0.0), tuple(terms))
 
 
 def reference_lr(symmetries: Sequence[Symmetry], config: AdaptiveConfig) -> float:
@@ -280,9 +289,24 @@ def second_moments(name: str, moments: GradientMoments, config: AdaptiveConfig) 
     return a * second + b * mean, c * second + d * mean
 
 
-def _halved(symmetry: Symmetry) -> Symmetry:
-    """The symmetry with halved exponents: its squares are the original's first powers."""
-    return replace(symmetry, legs=tuple(replace(leg, power=leg.power / 2) for leg in symmetry.legs))
+def divisor(name: str, moments: GradientMoments, config: AdaptiveConfig, law: NoiseLaw) -> Tensor:
+    """`s + eps` of every entry of a parameter, by which the optimiser divides its gradient; 1 for SGD."""
+    noise, steady = second_moments(name, moments, config)
+    over = (noise.clamp_min(0) + steady.clamp_min(0)).sqrt() + law.eps
+    return torch.ones_like(over) if law.plain else over
+
+
+def root_drives(symmetry: Symmetry, moments: GradientMoments, config: AdaptiveConfig) -> tuple[Tensor, Tensor]:
+    """What noise and what the mean gradient add to the charge of one torus symmetry per step, `[blocks]` each."""
+    law, reference = NoiseLaw.of(config), reference_lr([symmetry], config)
+    grown = pushed = torch.zeros(symmetry.shape, dtype=torch.float64)
+    for leg in symmetry.weight_legs:
+        noise, steady = second_moments(leg.parameter, moments, config)
+        step = leg.exponent * reference * config.rates(leg.parameter).lr
+        over = divisor(leg.parameter, moments, config, law)
+        grown = grown + step * law.white * leg.row_sums(_divided(noise, over))
+        pushed = pushed + step * law.mean * leg.row_sums(_divided(steady, over))
+    return grown, pushed
 
 
 def _alone(
@@ -307,25 +331,28 @@ def _entries(
     """The entries of one parameter, viewed as its legs do, in units of the reference learning rate."""
     rates = config.rates(name)
     noise, steady = (t.reshape(legs[0].view) for t in second_moments(name, moments, config))
-    square = noise.clamp_min(0) + steady.clamp_min(0)
-    root = square.sqrt()
-    factor = reference * rates.lr * _divided(law.white * noise + law.mean * steady, square)
+    root = (noise.clamp_min(0) + steady.clamp_min(0)).sqrt()
+    if law.plain:
+        root = torch.ones_like(root)
+    added = reference * rates.lr * (law.white * noise + law.mean * steady)
     scaled = theta.reshape(legs[0].view).square() * (reference / rates.lr)
-    rate = _decay_rate(rates, law.coupled)
+    rate = decay_share(rates, config, law)
     if law.eps and law.eps * float(scaled.sum()) > EPS_COUNTS * float((root * scaled).sum()):
-        return EpsEntries(root, scaled, factor, rate, law.eps, law.coupled)
+        return EpsEntries(root, scaled, _divided(added, root.square()), rate, law.eps, law.coupled)
 
     def reduced(entries: Tensor) -> Tensor:
         return legs[0].reduce(entries, legs)
 
     weight = reduced(root * scaled)
     decay = rate * (reduced(scaled) if law.coupled else weight)
-    return ScaledEntries(weight, decay, reduced(factor * root), law.coupled)
+    return ScaledEntries(weight, decay, reduced(_divided(added, root)), law.coupled, law.plain)
 
 
-def _decay_rate(rates: Rates, coupled: bool) -> float:
-    """What decay takes per step: of the charge, or where it is coupled of the weights' squares."""
-    return 2 * rates.lr * rates.weight_decay if coupled else rates.decay_per_step
+def decay_share(rates: Rates, config: AdaptiveConfig, law: NoiseLaw) -> float:
+    """What decay takes per step: the share of the charge, or where it is coupled of the weights' squares."""
+    if isinstance(config, SGDConfig):
+        return decay_rate(rates.lr, rates.weight_decay, config.momentum)
+    return 2 * rates.lr * rates.weight_decay if law.coupled else rates.decay_per_step
 
 
 def _divided(a: Tensor, b: Tensor) -> Tensor:
