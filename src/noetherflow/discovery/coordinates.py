@@ -49,7 +49,7 @@ class Coordinates:
         starts = _firsts(column)
         columns = column[starts]
         owner = np.repeat(np.arange(starts.size), np.diff(np.r_[starts, column.size]))
-        tags, used = _facts(store, solution)
+        tags, used = _facts(store, solution, inside)
         eps = _eps(store, solution)
         return cls(owner, atom, power, bundle, cell, starts, tags[columns], used[columns], eps[columns])
 
@@ -122,19 +122,31 @@ def _cells(store: Store) -> Array:
     return mix(cell ^ together[label])
 
 
-def _facts(store: Store, solution: GaugeSolution) -> tuple[Array, Array]:
-    """Per column of the solution the tags of everything it moves, and whether any operator noticed it."""
+def _facts(store: Store, solution: GaugeSolution, inside: Array) -> tuple[Array, Array]:
+    """Per column of the solution the tags of everything it moves, and whether any operator noticed it.
+
+    What only reads a tensor of zeros (a weight column that meets padding) changes nothing at all and does not count.
+    """
     by_root_tags = np.zeros(store.size, dtype=np.uint8)
-    touched, wild = (np.zeros(store.size, dtype=bool) for _ in range(2))
+    touched = np.zeros(store.size, dtype=bool)
     np.bitwise_or.at(by_root_tags, solution.root, store.tags[: store.size])
     np.logical_or.at(touched, solution.root, store.touched[: store.size])
-    np.logical_or.at(wild, solution.root, store.wild[: store.size])
     root = solution.root[solution.atom]
     tags = np.zeros(solution.free, dtype=np.uint8)
-    used = np.zeros(solution.free, dtype=bool)
+    noticed = np.zeros(solution.free, dtype=bool)
     np.bitwise_or.at(tags, solution.column, by_root_tags[root])
-    np.logical_or.at(used, solution.column, touched[root] & ~wild[root])
-    return tags, used
+    np.logical_or.at(noticed, solution.column, touched[root])
+    return tags, noticed & ~_reads_zeros_alone(store, solution, inside)
+
+
+def _reads_zeros_alone(store: Store, solution: GaugeSolution, inside: Array) -> Array:
+    """Per column whether it scales entries of a tensor of zeros, and parameters only as their readers do, inversely."""
+    sign = np.sign(solution.coefficient).astype(np.int64)
+    zeros = store.wild[solution.atom]
+    scaled, made = (np.zeros((2, solution.free), dtype=bool) for _ in range(2))
+    scaled[(sign[zeros] + 1) // 2, solution.column[zeros]] = True
+    made[(sign[inside] + 1) // 2, solution.column[inside]] = True
+    return np.asarray(scaled.any(0) & ~(scaled & made).any(0))
 
 
 def _eps(store: Store, solution: GaugeSolution) -> Array:

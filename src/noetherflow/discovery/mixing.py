@@ -62,18 +62,31 @@ class Cells:
             self.refine(f, torch.arange(int(np.prod(sizes))).reshape(sizes))
 
     def pairable(self, fields: Sequence[Field]) -> bool:
-        """Tell atoms apart as far as two fields that are paired position by position demand it.
+        """Tell atoms apart as far as fields that are multiplied position by position demand it.
 
-        The rows of `W2` and the columns of `W1` in `W1 W2` are paired one to one and mix together. Where an atom meets
-        several partners (query heads that share a key head), those with equal order of occurrence correspond. False
-        if there is no such correspondence: then nothing may mix.
+        The rows of `W1` and the columns of `W2` in `W2 W1` are paired one to one and mix together. Where an atom meets
+        several partners (query heads that share a key head), those with equal order of occurrence correspond. Further
+        fields are coarser ones, such as one scale per head: what they tell apart may not mix. False if there is no such
+        correspondence: then nothing may mix.
         """
-        if len(fields) != 2 or any(abs(f.exponent) != 1 for f in fields):
+        order = sorted(range(len(fields)), key=lambda k: len(torch.unique(fields[k].ids)))
+        *coarse, first, second = (fields[k] for k in order)
+        if abs(first.exponent) != 1 or abs(second.exponent) != 1:
             return False
-        a, b = torch.broadcast_tensors(fields[0].ids, fields[1].ids)
+        a, b, *others = torch.broadcast_tensors(first.ids, second.ids, *(f.ids for f in coarse))
         ra, rb = ranks(a.reshape(-1).numpy()), ranks(b.reshape(-1).numpy())
-        if ra is None and rb is not None:
-            self.refine(Field(a, 1.0), torch.from_numpy(rb).reshape(a.shape))
-        elif rb is None and ra is not None:
-            self.refine(Field(b, 1.0), torch.from_numpy(ra).reshape(b.shape))
-        return ra is None or rb is None or np.array_equal(ra, rb)
+        if ra is not None and rb is not None and not np.array_equal(ra, rb):
+            return False
+        position = np.zeros(a.numel(), dtype=np.int64) if ra is None and rb is None else ra if rb is None else rb
+        assert position is not None
+        if not others and ra is None and rb is None:
+            return True
+        labels = mix(position)
+        for other in others:
+            labels = mix(labels ^ mix(other.reshape(-1).numpy()))
+        told = torch.from_numpy(labels.astype(np.int64)).reshape(a.shape)
+        self.refine(Field(a, 1.0), told)
+        self.refine(Field(b, 1.0), told)
+        for f in coarse:
+            self.alone(f.ids.reshape(-1).numpy())
+        return True

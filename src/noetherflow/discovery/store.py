@@ -234,8 +234,6 @@ class Store:
             summed = [f for f in side if f.spans(axes)]
             for f in side:
                 self.separate(f, kept if f.spans(axes) else shared)
-            if len(summed) > 1:
-                self.singletons(summed)
             inner += summed
             outer += [f for f in side if not f.spans(axes)]
         if all(left.shape[a] == right.shape[a] == 1 for a in axes):
