@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from noetherflow.discovery.axes import axis_atoms, output_shapes
+from noetherflow.discovery.axes import axis_atoms, output_shapes, stack_sides
 from noetherflow.discovery.export import Graph, module_path, operator_name
 from noetherflow.discovery.gauges import AxisAtoms, Gauge
 from noetherflow.discovery.offsets import Offsets, offsets_of
@@ -58,6 +58,7 @@ class Leaves:
         self._graph = graph
         self._gauges: dict[str, Gauge] = {}
         self._users: dict[str, list[fx.Node]] = {}
+        self._stacks = stack_sides(graph)
         for node in graph.nodes:
             if node.op == "placeholder" and node.name in graph.leaves:
                 self._users.setdefault(graph.leaves[node.name], []).extend(node.users)
@@ -65,7 +66,7 @@ class Leaves:
     def parameter(self, store: Store, name: str, node: fx.Node) -> Gauge:
         """The gauge of a parameter that enters the graph at `node`."""
         if name not in self._gauges:
-            plan = axis_atoms(self._graph.shapes[name], self._users.get(name, []), node)
+            plan = axis_atoms(self._graph.shapes[name], self._users.get(name, []), node, self._stacks)
             self._gauges[name] = self._new(store, name, plan, 1.0)
         return self._gauges[name]
 
