@@ -19,7 +19,7 @@ def axis_atoms(
     shape: tuple[int, ...],
     uses: Sequence[fx.Node],
     placeholder: fx.Node,
-    stacks: AbstractSet[tuple[int, int]] = frozenset(),
+    stacks: AbstractSet[tuple[int, ...]],
 ) -> list[AxisAtoms]:
     """Which axes of a parameter carry coordinates of their own.
 
