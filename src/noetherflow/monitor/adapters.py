@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from noetherflow.core.files import replacing
 from noetherflow.errors import MissingExtraError, require
 from noetherflow.monitor.ledger import Ledger
 from noetherflow.symmetry.symmetry_set import SymmetrySet
@@ -188,7 +189,8 @@ class _TrainerHooks:
         if self.ledger is not None:
             saved = self.ledger.state_dict()
             if state.is_world_process_zero:
-                torch.save(saved, _checkpoint(args, state) / STATE_NAME)
+                with replacing(_checkpoint(args, state) / STATE_NAME, durable=True) as scratch:
+                    torch.save(saved, scratch)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.ledger is not None:
