@@ -372,3 +372,61 @@ def test_offloaded_models_are_searched_and_not_run() -> None:
     assert [s.name for s in syms] == expected
     with pytest.raises(DataError, match="remove_hook_from_submodules"):
         certify(model, syms, X)
+
+
+class Branches(nn.Module):
+    """Many small ReLU branches side by side, each with a symmetry of its own; counts its calls."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        branch = lambda: nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 1))
+        self.branches = nn.ModuleList(branch() for _ in range(number))
+        self.branches[7][1] = nn.Tanh()  # type: ignore[index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        CALLS[0] += 1
+        return sum(branch(x) for branch in self.branches)  # type: ignore[return-value]
+
+
+def _every_branch(model: Branches) -> SymmetrySet:
+    legs = lambda k: ([(f"branches.{k}.0.weight", 0), (f"branches.{k}.0.bias", 0)], [(f"branches.{k}.2.weight", 1)])
+    sets = [declare(model, "diagonal", *legs(k), name=str(k)) for k in range(len(model.branches))]
+    return SymmetrySet(tuple(s for declared in sets for s in declared), shapes=sets[0].shapes)
+
+
+def test_many_symmetries_are_applied_together_and_a_wrong_one_is_still_found() -> None:
+    """120 branches, one of them with tanh: runs of the model grow with 48 moves, not with 120."""
+    few, many = Branches(40), Branches(120)
+    runs = []
+    for model in (few, many):
+        before = CALLS[0]
+        certificate = certify(model, _every_branch(model), X)
+        runs.append(CALLS[0] - before)
+        assert certificate.broken == ("7",)
+        assert all(row.outputs < 1e-14 for row in certificate if row.name != "7")
+        assert certificate["7"].outputs > 1e-6
+    assert runs[1] < 1.6 * runs[0]
+
+
+def test_a_row_of_padding_gets_no_gradient() -> None:
+    """A padding row of zeros is no obstacle; one that is not zero moves with the others and gets no gradient."""
+
+    class Embedded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Embedding(7, 4, padding_idx=0), nn.Linear(4, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.b(self.a(ids))
+
+    ids, model = torch.tensor([[0, 1, 2], [3, 4, 0]]), Embedded()
+    syms = declare(model, "general_linear", [("a.weight", 1)], [("b.weight", 1)])
+    assert [row.verdict for row in certify(model, syms, ids)] == ["exact"]
+    with torch.no_grad():
+        model.a.weight[0] = 1.0
+    (row,) = certify(model, syms, ids)
+    assert row.verdict == "broken"
+    assert "padding_idx" in row.note
+    assert [row.verdict for row in certify(model, syms, ids.clamp_min(1))] == ["exact"]

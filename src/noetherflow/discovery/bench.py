@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,12 +79,20 @@ class Bench:
         narrow: whether it does and does not run without them.
     """
 
-    def __init__(self, source: nn.Module, example_inputs: Any) -> None:
-        """Copy `source` and run the copy once on `example_inputs`, which are in float64 already (`widened`)."""
+    def __init__(self, source: nn.Module, example_inputs: Any, legs: Collection[str]) -> None:
+        """Copy `source` and run the copy once.
+
+        Args:
+            source: the model.
+            example_inputs: in float64 already (`widened`).
+            legs: names of tensors that gradients are needed of besides all parameters.
+        """
         copied = ModelCopy.of(source, torch.float64)
         self.model, self.tensors = copied.model, copied.tensors
         self.parameters = {
-            n: t for n, t in self.tensors.items() if isinstance(t, nn.Parameter) and t.is_floating_point()
+            n: t
+            for n, t in self.tensors.items()
+            if t.is_floating_point() and (isinstance(t, nn.Parameter) or n in legs)
         }
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)

@@ -19,10 +19,12 @@ from noetherflow.discovery.verdict import EXACT, Ruling, holds, rule, rule_with_
 from noetherflow.discovery.violations import (
     EpsLevel,
     EpsSize,
+    Move,
     Violations,
-    act,
+    effect_of,
     eps_levels,
     eps_sizes,
+    moves,
     rounding,
     violations,
 )
@@ -93,9 +95,9 @@ def certify(
     with torch.inference_mode(False), torch.enable_grad():
         example = widened(example_inputs)
         looks = Looks(loss_fn, widened(batch), trials, samples, spread, seed)
-        bench = Bench(model, example)
+        bench = Bench(model, example, {n for item in items for n in item.parameters})
         found = survey(bench, example, looks, items, trainable)
-        measured = [violations(item, bench, found, spread, seed + k) for k, item in enumerate(items)]
+        measured = _measured(items, bench, found, looks)
         rulings = _rulings(items, measured, bench, found, looks)
         rows = tuple(
             _row(item, v, *ruling, _narrow(model, item, example, dtypes, spread, seed + k))
@@ -105,6 +107,25 @@ def certify(
     return Certificate(rows, tolerance_of(bench.narrow, 0.0), casts, _notes(bench, found))
 
 
+def _measured(items: Sequence[Item], bench: Bench, found: Survey, looks: Looks) -> list[Violations]:
+    """The violations of every symmetry. A group that does not hold as a whole is measured one by one."""
+    measured: dict[str, Violations] = {}
+    tolerance = tolerance_of(bench.narrow, 0.0)
+    for move in moves(items, looks.spread, looks.seed):
+        effect = effect_of(move, bench, found)
+        for item, seed in zip(move.items, move.seeds, strict=True):
+            v = violations(item, effect, found)
+            if len(move.items) > 1 and not holds(v, tolerance, moves_statistics(item)):
+                v = violations(item, effect_of(Move((item,), (seed,), looks.spread), bench, found), found)
+            measured[item.name] = v
+    return [measured[item.name] for item in items]
+
+
+def moves_statistics(item: Item) -> bool:
+    """Whether a symmetry moves running statistics, which get no gradient."""
+    return isinstance(item, Symmetry) and any(leg.buffer for leg in item.legs)
+
+
 def _rulings(
     items: Sequence[Item], measured: Sequence[Violations], bench: Bench, found: Survey, looks: Looks
 ) -> list[tuple[Ruling, tuple[EpsSize, ...]]]:
@@ -112,19 +133,18 @@ def _rulings(
     if found.unsteady > EXACT:
         return [(unsteady(found.unsteady), ()) for _ in items]
     tolerance = tolerance_of(bench.narrow, 0.0)
-    moves = [isinstance(i, Symmetry) and any(leg.buffer for leg in i.legs) for i in items]
-    inexact = [not holds(v, tolerance, m) for v, m in zip(measured, moves, strict=True)]
-    if any(inexact):
+    if not all(holds(v, tolerance, moves_statistics(item)) for v, item in zip(measured, items, strict=True)):
         tolerance = tolerance_of(bench.narrow, rounding(bench, found))
     levels: tuple[EpsLevel, ...] | None = None
     rulings: list[tuple[Ruling, tuple[EpsSize, ...]]] = []
-    for k, (item, v, statistics) in enumerate(zip(items, measured, moves, strict=True)):
+    for k, (item, v) in enumerate(zip(items, measured, strict=True)):
+        statistics = moves_statistics(item)
         eps = item.eps if isinstance(item, Symmetry) else None
         if eps is None or holds(v, tolerance, statistics):
             rulings.append((rule(v, tolerance, statistics), ()))
             continue
         levels = eps_levels(bench, found) if levels is None else levels
-        sizes = eps_sizes(item, bench, levels, looks.spread, looks.seed + k)
+        sizes = eps_sizes(Move((item,), (looks.seed + k,), looks.spread), bench, levels)
         rulings.append((rule_with_eps(v, sizes, eps, tolerance, statistics), sizes))
     return rulings
 
@@ -160,7 +180,7 @@ def _narrow(
         base = flat_outputs(copied.model, inputs)
         wide = {n: t.detach().double() if t.is_floating_point() else t.detach() for n, t in copied.tensors.items()}
         with torch.no_grad():
-            for n, value in act(item, wide, spread, seed)[0].items():
+            for n, value in Move((item,), (seed,), spread).act(wide)[0].items():
                 copied.tensors[n].copy_(value)
         found.append((str(dtype).removeprefix("torch."), relative(flat_outputs(copied.model, inputs), base)))
     return tuple(found)

@@ -62,6 +62,27 @@ def redrawn_weights(weights: Mapping[str, Tensor], rng: torch.Generator) -> dict
     return {name: _scale(w) * _normal(w, rng) for name, w in weights.items()}
 
 
+def padding_kept(model: nn.Module, tensors: Mapping[str, Tensor], drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Drawn weights with the rows of padding tokens as they were: autograd gives these rows no gradient, ever.
+
+    Args:
+        model: the module whose embeddings are meant.
+        tensors: its tensors by canonical name.
+        drawn: new weights by name.
+
+    Returns:
+        The drawn weights, those of embeddings with a padding row in new tensors.
+    """
+    names, kept = {id(t): n for n, t in tensors.items()}, dict(drawn)
+    for module in model.modules():
+        row = getattr(module, "padding_idx", None)
+        weight = getattr(module, "weight", None)
+        if isinstance(row, int) and isinstance(weight, Tensor) and (name := names.get(id(weight))) in kept:
+            kept[name] = kept[name].clone()
+            kept[name][row] = weight.detach()[row]
+    return kept
+
+
 def redrawn_statistics(model: nn.Module, tensors: Mapping[str, Tensor], rng: torch.Generator) -> dict[str, Tensor]:
     """Running statistics of batch normalisations, drawn around the present ones; a fresh model has means of zero.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,15 @@ from torch import Tensor
 
 from noetherflow.core.inputs import LossFn, ModelInputs
 from noetherflow.discovery.bench import Bench, SampleLoss, Trial
-from noetherflow.discovery.draws import jittered_weights, random_inputs, redrawn_statistics, redrawn_weights
+from noetherflow.discovery.draws import (
+    jittered_weights,
+    padding_kept,
+    random_inputs,
+    redrawn_statistics,
+    redrawn_weights,
+)
 from noetherflow.errors import DataError
-from noetherflow.symmetry.conservation import Conservation, conservation
+from noetherflow.symmetry.conservation import conservation
 from noetherflow.symmetry.symmetry import Symmetry, Translation
 
 REDRAWN, MOST_REDRAWN = 1, 6
@@ -28,11 +35,39 @@ Gradients = tuple[dict[str, Tensor], ...]
 
 @dataclass(frozen=True, eq=False)
 class Baseline:
-    """What the model gives in one trial before anything is moved."""
+    """What the model gives in one trial before anything is moved.
+
+    Attributes:
+        trial: weights and inputs.
+        outputs: as one vector.
+        weights: all tensors of the model in this trial, by name.
+        gradients: of the first samples, by parameter.
+        floors: for each of these, what sizes of coordinates are not judged below.
+    """
 
     trial: Trial
     outputs: Tensor
+    weights: Mapping[str, Tensor]
     gradients: Gradients
+    floors: tuple[float, ...]
+
+    @classmethod
+    def of(cls, bench: Bench, trial: Trial) -> Baseline:
+        """Run the bench in a trial, once for outputs and once for gradients."""
+        weights = {**bench.tensors, **trial.weights}
+        gradients = bench.gradients(trial)
+        return cls(trial, bench.outputs(trial), weights, gradients, tuple(_floor(weights, g) for g in gradients))
+
+    @property
+    def finite(self) -> bool:
+        """Whether outputs and gradients are."""
+        tensors = [self.outputs, *(g for row in self.gradients for g in row.values())]
+        return all(bool(torch.isfinite(t).all()) for t in tensors)
+
+
+def _floor(weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> float:
+    sizes = [float((weights[n].detach() * g).abs().sum()) for n, g in gradients.items()]
+    return FLOOR * sum(sizes) / max(1, sum(size > 0 for size in sizes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,18 +121,19 @@ def survey(bench: Bench, example_inputs: Any, looks: Looks, items: Sequence[Item
     projected = SampleLoss(None, None, looks.samples)
     free = {n for item in items for n in item.parameters} | set(trainable)
     movable = {n: t for n, t in bench.parameters.items() if n in free}
-    example = _baseline(bench, Trial(inputs, own))
+    example = Baseline.of(bench, Trial(inputs, own))
     if not bool(torch.isfinite(example.outputs).all()):
         raise DataError("the model's outputs on the example inputs are not finite; certify needs finite outputs")
+    kept = partial(padding_kept, bench.model, bench.tensors)
     near = [example]
     for _ in range(looks.trials - 1):
         trial = Trial(random_inputs(inputs, rng), projected)
         statistics = redrawn_statistics(bench.model, bench.tensors, rng)
-        jittered = replace(trial, weights={**jittered_weights(movable, rng), **statistics})
+        jittered = replace(trial, weights={**kept(jittered_weights(movable, rng)), **statistics})
         near += _first_that_runs(bench, [jittered, trial])[:1]
     far: list[Baseline] = []
-    while len(far) < REDRAWN or (len(far) < MOST_REDRAWN and not all(_alive(i, bench, [*near, *far]) for i in items)):
-        weights = {**redrawn_weights(movable, rng), **redrawn_statistics(bench.model, bench.tensors, rng)}
+    while len(far) < REDRAWN or (len(far) < MOST_REDRAWN and without_effect(items, [*near, *far])):
+        weights = {**kept(redrawn_weights(movable, rng)), **redrawn_statistics(bench.model, bench.tensors, rng)}
         trial = Trial(random_inputs(inputs, rng), projected, weights)
         found = _first_that_runs(bench, [trial, replace(trial, inputs=inputs)])
         if not found:
@@ -127,10 +163,6 @@ def relative(a: Tensor, b: Tensor) -> float:
     return difference / scale if scale else (0.0 if difference == 0 else math.inf)
 
 
-def _baseline(bench: Bench, trial: Trial) -> Baseline:
-    return Baseline(trial, bench.outputs(trial), bench.gradients(trial))
-
-
 def _first_that_runs(bench: Bench, trials: Sequence[Trial]) -> list[Baseline]:
     """The baseline of the first trial with finite outputs and gradients, in a list; empty where there is none.
 
@@ -139,53 +171,51 @@ def _first_that_runs(bench: Bench, trials: Sequence[Trial]) -> list[Baseline]:
     """
     for trial in trials:
         try:
-            found = _baseline(bench, trial)
+            found = Baseline.of(bench, trial)
         except DataError:
             raise
         except (RuntimeError, ValueError, AssertionError, TypeError, IndexError, ArithmeticError):
             continue
-        tensors = [found.outputs, *(g for row in found.gradients for g in row.values())]
-        if all(bool(torch.isfinite(t).all()) for t in tensors):
+        if found.finite:
             return [found]
     return []
 
 
-def conservations(item: Item, bench: Bench, baselines: Sequence[Baseline]) -> list[tuple[Conservation, float]]:
-    """What every gradient of some baselines says about a symmetry, each with the floor of its sizes."""
-    if not set(item.parameters) <= bench.parameters.keys():
-        return []
-    found = []
-    for baseline in baselines:
-        weights = {**bench.tensors, **baseline.trial.weights}
-        found += [(conservation(item, weights, g), _floor(weights, g)) for g in baseline.gradients]
-    return found
+@dataclass(frozen=True, eq=False)
+class Obedience:
+    """What the gradients of some baselines say about one symmetry.
 
-
-def _floor(weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> float:
-    sizes = [float((weights[n].detach() * g).abs().sum()) for n, g in gradients.items()]
-    return FLOOR * sum(sizes) / max(1, sum(size > 0 for size in sizes))
-
-
-def violation(item: Item, bench: Bench, baselines: Sequence[Baseline]) -> float:
-    """The largest `|theta^T A g|` over generators, samples and baselines, relative to `sum |theta| |g|`."""
-    return max((c.violation(floor) for c, floor in conservations(item, bench, baselines)), default=0.0)
-
-
-def without_effect(item: Item, bench: Bench, baselines: Sequence[Baseline]) -> int:
-    """How many coordinates (blocks) have a leg on which the outputs did not depend in any baseline.
-
-    A leg counts as without effect where each product of a weight and its gradient is exactly zero: dead units, inputs
-    of zeros, weights of zero. Where a gradient cancels (a key's bias in front of a softmax), rounding leaves a trace.
-    For a translation, whose very claim is that the leg has no effect, the model as a whole must have gradients.
+    Attributes:
+        violation: the largest `|theta^T A g|` over generators, samples and baselines, relative to `sum |theta| |g|`.
+        effective: for each coordinate (block), whether the outputs depended on each of its legs in some baseline.
     """
-    found = conservations(item, bench, baselines)
-    if isinstance(item, Translation):
-        return 0 if any(floor > 0 for _, floor in found) or not found else item.leg.blocks
-    if not found:
-        return 0
-    alive = [torch.stack(legs).amax(0) > 0 for legs in zip(*(c.legs for c, _ in found), strict=True)]
-    return int((~torch.stack(alive).all(0)).sum())
+
+    violation: float
+    effective: Tensor
+
+    @classmethod
+    def of(cls, item: Item, baselines: Sequence[Baseline]) -> Obedience:
+        """Look at every gradient of some baselines.
+
+        A leg has an effect where some product of a weight and its gradient is not exactly zero, which it is for dead
+        units, inputs of zeros and weights of zero. Where a gradient cancels (a key's bias in front of a softmax),
+        rounding leaves a trace. For a translation, whose very claim is that the leg has no effect, it is enough that
+        the model has gradients.
+        """
+        blocks = item.blocks if isinstance(item, Symmetry) else item.leg.blocks
+        legs = len(item.weight_legs) if isinstance(item, Symmetry) else 1
+        worst, seen = 0.0, torch.zeros(legs, blocks, dtype=torch.bool)
+        for baseline in baselines:
+            if not baseline.gradients or not baseline.gradients[0].keys() >= set(item.parameters):
+                continue
+            for gradients, floor in zip(baseline.gradients, baseline.floors, strict=True):
+                found = conservation(item, baseline.weights, gradients)
+                worst = max(worst, found.violation(floor))
+                alive = torch.stack(found.legs).cpu() > 0
+                seen |= alive if isinstance(item, Symmetry) else torch.full_like(seen, floor > 0)
+        return cls(worst, seen.all(0))
 
 
-def _alive(item: Item, bench: Bench, baselines: Sequence[Baseline]) -> bool:
-    return without_effect(item, bench, baselines) == 0
+def without_effect(items: Sequence[Item], baselines: Sequence[Baseline]) -> bool:
+    """Whether some symmetry has a leg on which the outputs did not depend in any of the baselines."""
+    return not all(bool(Obedience.of(item, baselines).effective.all()) for item in items)

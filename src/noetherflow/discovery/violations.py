@@ -11,13 +11,15 @@ from torch import Tensor
 
 from noetherflow.discovery.bench import Bench, Trial
 from noetherflow.discovery.copies import eps_scaled, eps_settings
-from noetherflow.discovery.survey import Baseline, Gradients, Item, Survey, relative, violation, without_effect
+from noetherflow.discovery.survey import Baseline, Item, Obedience, Survey, relative
 from noetherflow.symmetry.symmetry import Symmetry
 
 EPS_FACTORS = (1e-2, 0.0)
 """What the eps of normalisations is multiplied by to see whether it explains a violation."""
 LEAST_FACTOR = 1e-9
 """In place of 0 where a normalisation does not take an eps of 0 (one with batch statistics)."""
+MOST_MOVES = 48
+"""Symmetries beyond this number are applied in groups, which bounds the cost by this many runs of the model."""
 ROUNDING = 1e-15
 """Relative change of weights by which rounding errors are measured."""
 
@@ -43,63 +45,132 @@ class Violations:
     without_effect: int
 
 
-def violations(item: Item, bench: Bench, looks: Survey, spread: float, seed: int) -> Violations:
-    """Apply one random element of a symmetry, and look at the gradients of all baselines.
+@dataclass(frozen=True, eq=False)
+class Move:
+    """Random elements of some symmetries, to be applied one after the other.
 
-    Args:
-        item: the symmetry or translation.
-        bench: the copy of the model, back in its own state afterwards.
-        looks: the baselines.
-        spread: deviation of the entries of the random generator.
-        seed: of the random generator.
+    Attributes:
+        items: the symmetries and translations.
+        seeds: of the element of each.
+        spread: deviation of the entries of the random generators.
     """
-    example = looks.near[0]
+
+    items: tuple[Item, ...]
+    seeds: tuple[int, ...]
+    spread: float
+
+    def act(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        """The moved tensors by name, and the group elements."""
+        moved: dict[str, Tensor] = {}
+        elements = []
+        for item, seed in zip(self.items, self.seeds, strict=True):
+            here = {n: moved.get(n, t).detach() for n, t in tensors.items()}
+            element = _element(item, here, self.spread, torch.Generator("cpu").manual_seed(seed))
+            moved.update(item.act(here, element))
+            elements.append(element)
+        return moved, tuple(elements)
+
+    def predict(self, gradients: Mapping[str, Tensor], elements: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What gradients become at the moved point; translations leave them as they are."""
+        predicted = dict(gradients)
+        for item, element in zip(self.items, elements, strict=True):
+            if isinstance(item, Symmetry):
+                predicted.update(item.act_on_gradients({n: predicted[n] for n in item.parameters}, element))
+        return predicted
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        """Names of all parameters that carry a charge of some of the symmetries."""
+        return frozenset(n for item in self.items for n in item.parameters)
+
+
+def _element(item: Item, tensors: Mapping[str, Tensor], spread: float, rng: torch.Generator) -> Tensor:
+    if isinstance(item, Symmetry):
+        return item.random_element(spread, rng)
+    columns = item.leg.unfold(tensors[item.leg.parameter]).shape[-1]
+    return torch.randn(item.leg.blocks, columns, dtype=torch.float64, generator=rng, device="cpu")
+
+
+def moves(items: Sequence[Item], spread: float, seed: int) -> list[Move]:
+    """Every symmetry by itself, or in groups that are applied together where there are many.
+
+    A group that leaves outputs and gradients as they must be proves each of its symmetries: random errors of two wrong
+    ones do not cancel. Symmetries that hold up to eps only are never grouped, nor are those with a parameter in common
+    with another of the group, so that the errors of one are not hidden behind the size of another.
+    """
+    seeded = [(item, seed + k) for k, item in enumerate(items)]
+    if len(items) <= MOST_MOVES:
+        return [Move((item,), (number,), spread) for item, number in seeded]
+    size = -(-len(items) // MOST_MOVES)
+    groups: list[list[tuple[Item, int]]] = []
+    for item, number in seeded:
+        alone = isinstance(item, Symmetry) and item.eps is not None
+        open_groups = [] if alone else [g for g in groups if _may_join(item, g, size)]
+        if open_groups:
+            open_groups[0].append((item, number))
+        else:
+            groups.append([(item, number)])
+    return [Move(tuple(i for i, _ in g), tuple(n for _, n in g), spread) for g in groups]
+
+
+def _may_join(item: Item, group: Sequence[tuple[Item, int]], size: int) -> bool:
+    taken = {n for other, _ in group for n in other.parameters}
+    approximate = any(isinstance(other, Symmetry) and other.eps is not None for other, _ in group)
+    return len(group) < size and not approximate and not taken.intersection(item.parameters)
+
+
+@dataclass(frozen=True)
+class MoveEffect:
+    """What a move changed: outputs, and gradients against the prediction; relative, the worst over trials."""
+
+    outputs: float
+    covariance: float
+
+
+def effect_of(move: Move, bench: Bench, looks: Survey) -> MoveEffect:
+    """Apply a move in all trials near the example; the bench is back in its own state afterwards."""
+    return MoveEffect(output_violation(move, bench, looks.near), _covariance(move, bench, looks.near[0]))
+
+
+def violations(item: Item, effect: MoveEffect, looks: Survey) -> Violations:
+    """The effect of a symmetry's move together with what the gradients of all baselines say about it."""
+    example = Obedience.of(item, looks.near[:1])
+    drawn = Obedience.of(item, (*looks.near[1:], *looks.far))
+    training = Obedience.of(item, looks.training)
+    effective = example.effective | drawn.effective | training.effective
     return Violations(
-        outputs=output_violation(item, bench, looks.near, spread, seed),
-        covariance=_covariance(item, bench, example, spread, seed),
-        loss=violation(item, bench, [example]),
-        conserved=violation(item, bench, [*looks.near[1:], *looks.far]),
-        training=violation(item, bench, looks.training) if looks.training else None,
-        without_effect=without_effect(item, bench, [*looks.near, *looks.far, *looks.training]),
+        outputs=effect.outputs,
+        covariance=effect.covariance,
+        loss=example.violation,
+        conserved=drawn.violation,
+        training=training.violation if looks.training else None,
+        without_effect=int((~effective).sum()),
     )
 
 
-def output_violation(item: Item, bench: Bench, baselines: Sequence[Baseline], spread: float, seed: int) -> float:
-    """The largest relative change of the outputs over some baselines at one random element."""
-    return max(relative(bench.outputs(_moved(item, bench, b.trial, spread, seed)[0]), b.outputs) for b in baselines)
+def output_violation(move: Move, bench: Bench, baselines: Sequence[Baseline]) -> float:
+    """The largest relative change of the outputs over some baselines."""
+    return max(relative(bench.outputs(_moved(move, b)[0]), b.outputs) for b in baselines)
 
 
-def act(item: Item, tensors: Mapping[str, Tensor], spread: float, seed: int) -> tuple[dict[str, Tensor], Tensor]:
-    """A random element of the group (or shift), applied: the moved tensors by name, and the element."""
-    rng = torch.Generator("cpu").manual_seed(seed)
-    here = {n: t.detach() for n, t in tensors.items()}
-    if isinstance(item, Symmetry):
-        element = item.random_element(spread, rng)
-    else:
-        columns = item.leg.unfold(here[item.leg.parameter]).shape[-1]
-        element = torch.randn(item.leg.blocks, columns, dtype=torch.float64, generator=rng, device="cpu")
-    return item.act(here, element), element
+def _moved(move: Move, baseline: Baseline) -> tuple[Trial, tuple[Tensor, ...]]:
+    """The trial of a baseline with a move applied to its weights, and the group elements."""
+    values, elements = move.act(baseline.weights)
+    return replace(baseline.trial, weights={**baseline.trial.weights, **values}), elements
 
 
-def _moved(item: Item, bench: Bench, trial: Trial, spread: float, seed: int) -> tuple[Trial, Tensor]:
-    """The trial with a symmetry applied to its weights, and the group element."""
-    values, element = act(item, {**bench.tensors, **trial.weights}, spread, seed)
-    return replace(trial, weights={**trial.weights, **values}), element
-
-
-def _covariance(item: Item, bench: Bench, example: Baseline, spread: float, seed: int) -> float:
+def _covariance(move: Move, bench: Bench, example: Baseline) -> float:
     """How far per-sample gradients at a moved point are from the ones that the group predicts, over all parameters and
-    over those of the symmetry.
+    over those of the moved symmetries.
     """
-    if not example.gradients or not set(item.parameters) <= bench.parameters.keys():
+    if not example.gradients or not move.parameters <= example.gradients[0].keys():
         return 0.0
-    trial, element = _moved(item, bench, example.trial, spread, seed)
+    trial, elements = _moved(move, example)
     worst = 0.0
     for before, after in zip(example.gradients, bench.gradients(trial), strict=True):
-        known = {n: g for n, g in before.items() if n in item.parameters}
-        predicted = {**before, **(item.act_on_gradients(known, element) if isinstance(item, Symmetry) else {})}
-        total = _norm(predicted, before)
-        for names in (before.keys(), known.keys()):
+        predicted = move.predict(before, elements)
+        total = _norm(predicted, predicted)
+        for names in (predicted.keys(), move.parameters):
             scale = _norm(predicted, names)
             if scale > 1e-9 * total:
                 worst = max(worst, _norm({n: after[n] - predicted[n] for n in names}, names) / scale)
@@ -117,6 +188,7 @@ class EpsLevel:
     factor: float
     near: tuple[Baseline, ...]
     far: tuple[Baseline, ...]
+    training: tuple[Baseline, ...]
 
 
 def eps_levels(bench: Bench, looks: Survey) -> tuple[EpsLevel, ...]:
@@ -132,40 +204,47 @@ def eps_levels(bench: Bench, looks: Survey) -> tuple[EpsLevel, ...]:
 
 
 def _at_eps(bench: Bench, looks: Survey, factor: float) -> EpsLevel | None:
-    def again(baselines: Sequence[Baseline]) -> tuple[Baseline, ...]:
-        return tuple(Baseline(b.trial, bench.outputs(b.trial), bench.gradients(b.trial)) for b in baselines)
-
     try:
         with eps_scaled(eps_settings(bench.model), factor):
-            level = EpsLevel(factor, again(looks.near), again(looks.far))
+            near = tuple(Baseline.of(bench, b.trial) for b in looks.near)
+            far = tuple(Baseline.of(bench, b.trial) for b in looks.far)
+        with eps_scaled(eps_settings(bench.model), max(factor, LEAST_FACTOR)):
+            training = tuple(Baseline.of(bench, b.trial) for b in looks.training)
     except (RuntimeError, ValueError):
         return None
-    return level if all(bool(torch.isfinite(b.outputs).all()) for b in level.near) else None
+    if not all(bool(torch.isfinite(b.outputs).all()) for b in near):
+        return None
+    return EpsLevel(factor, near, tuple(b for b in far if b.finite), tuple(b for b in training if b.finite))
 
 
 @dataclass(frozen=True)
 class EpsSize:
-    """What is left of a violation when eps is multiplied by a factor: of the outputs, and of `theta^T A g`."""
+    """What is left of a violation when eps is multiplied by a factor.
+
+    Attributes:
+        factor: what eps was multiplied by.
+        outputs: change of the outputs.
+        conserved: `theta^T A g` in evaluation mode.
+        training: the same in training mode.
+    """
 
     factor: float
     outputs: float
     conserved: float
+    training: float
 
 
-def eps_sizes(item: Item, bench: Bench, levels: Sequence[EpsLevel], spread: float, seed: int) -> tuple[EpsSize, ...]:
+def eps_sizes(move: Move, bench: Bench, levels: Sequence[EpsLevel]) -> tuple[EpsSize, ...]:
     """The violation of one symmetry at each level of eps."""
     sizes = []
     for level in levels:
         with eps_scaled(eps_settings(bench.model), level.factor):
-            outputs = output_violation(item, bench, level.near, spread, seed)
-        finite = [b for b in (*level.near, *level.far) if _finite(b.gradients)]
+            outputs = output_violation(move, bench, level.near)
         if math.isfinite(outputs):
-            sizes.append(EpsSize(level.factor, outputs, violation(item, bench, finite)))
+            item, near = move.items[0], [b for b in level.near if b.finite]
+            evaluation = Obedience.of(item, [*near, *level.far]).violation
+            sizes.append(EpsSize(level.factor, outputs, evaluation, Obedience.of(item, level.training).violation))
     return tuple(sizes)
-
-
-def _finite(gradients: Gradients) -> bool:
-    return all(bool(torch.isfinite(g).all()) for row in gradients for g in row.values())
 
 
 def rounding(bench: Bench, looks: Survey) -> float:
