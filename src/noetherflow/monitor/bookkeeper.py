@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -14,7 +15,7 @@ from noetherflow.monitor.books import FIELDS, LEVELS, Columns, History, Index, L
 from noetherflow.monitor.charge_map import ChargeMap
 from noetherflow.monitor.estimates import Estimator, LegSquares, rotation_rows
 from noetherflow.monitor.journal import Journal
-from noetherflow.monitor.log import plain
+from noetherflow.monitor.log import FORMAT, plain
 from noetherflow.monitor.measure import Measurement, Value, tabulate
 from noetherflow.monitor.rule import AnyRule
 
@@ -92,6 +93,23 @@ class Bookkeeper:
         columns |= rotation_rows(self.layout, self.rule, row, m.settings)
         self._estimates.append(EstimateRow(m.step, columns))
         journal.emit({"kind": "estimates", "step": m.step, "symmetry": columns})
+
+    def header(self, step: int, optimizer: str, every: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The log's header from this step on, and the names of the rows' columns for the sinks."""
+        header = {
+            "kind": "run",
+            "format": FORMAT,
+            "step": step,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+            "optimizer": optimizer,
+            "rule": type(self.rule).__name__,
+            "equilibrium": self.rule.has_equilibrium,
+            "effective_lr": self.rule.effective_lr_words,
+            "every": every,
+            "detail": self.detail,
+        }
+        names = {"families": self.index.families, "symmetries": self.index.symmetries}
+        return header | self.index.header(self.layout), names
 
     def records(self, by: Level) -> list[dict[str, Any]]:
         """See `Ledger.records`."""

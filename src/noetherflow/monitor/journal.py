@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,14 @@ from noetherflow.monitor import sharding
 from noetherflow.monitor.log import RunLog, plain
 
 Sink = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line that waits for the log, and its place in the order of all lines."""
+
+    number: int
+    row: Mapping[str, Any]
 
 
 class Journal:
@@ -25,18 +34,24 @@ class Journal:
         self.events: list[dict[str, Any]] = []
         self.names: dict[str, Any] = {}
         self.log = RunLog(run_dir, resume) if run_dir is not None and first else None
-        self._lines: list[Mapping[str, Any]] = []
+        self._lines: list[_Line] = []
+        self._number = 0
         self._flags: dict[str, bool] = {}
 
     def header(self, row: Mapping[str, Any], names: dict[str, Any]) -> None:
         self.names = names
+        self._add(plain(row))
+
+    def _add(self, line: Mapping[str, Any]) -> None:
+        """Have a line wait for the log, under a number of its own."""
         if self.log is not None:
-            self._lines.append(plain(row))
+            self._number += 1
+            self._lines.append(_Line(self._number, line))
 
     def emit(self, row: Mapping[str, Any], line: Mapping[str, Any] | None = None) -> None:
         """One row to the sinks and, as `line` if that is ready for JSON already, to the log."""
         if self.log is not None:
-            self._lines.append(plain(row) if line is None else line)
+            self._add(plain(row) if line is None else line)
         for sink in list(self.sinks):
             try:
                 sink({**row, **self.names})
@@ -68,9 +83,14 @@ class Journal:
             self._flags["unwritten"] = False
 
     def _write(self) -> None:
-        if self.log is not None and self._lines:
-            self.log.append(self._lines)
-        self._lines = []
+        """Lines leave only once the log has them; what an interruption left over is told by the log's last number."""
+        if self.log is None:
+            self._lines = []
+            return
+        waiting = [line for line in self._lines if line.number > self.log.last_number]
+        if waiting:
+            self.log.append([line.row for line in waiting], waiting[-1].number)
+        self._lines = [line for line in self._lines if line.number > self.log.last_number]
 
     def mark(self, step: int) -> str | None:
         """Put everything and a checkpoint line onto the disk; the line's name. Raises OSError."""

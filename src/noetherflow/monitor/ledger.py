@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from noetherflow.core.tensors import named_tensors
 from noetherflow.core.unwrap import unwrap_optimizer
@@ -23,9 +23,10 @@ from noetherflow.monitor.books import (
 )
 from noetherflow.monitor.charge_map import ChargeMap, Watched, WatchedTranslation
 from noetherflow.monitor.estimates import Estimator
+from noetherflow.monitor.interrupts import uninterrupted
 from noetherflow.monitor.journal import Journal, Sink
 from noetherflow.monitor.log import FORMAT
-from noetherflow.monitor.measure import Measurement, StepMeter
+from noetherflow.monitor.measure import Measurement, StepMeter, one_number
 from noetherflow.monitor.rule import AnyRule, LedgerRule
 from noetherflow.monitor.rules import rule_for
 from noetherflow.monitor.watching import parameters_of, watch_closure
@@ -183,28 +184,35 @@ class Ledger:
         self._before_step()
         self._read_gradients()
 
+    def _whole(self) -> AbstractContextManager[None]:
+        """For work that Ctrl-C must not cut in two; but sharded processes wait for each other in it."""
+        return nullcontext() if self._meter.sharded else uninterrupted()
+
     def _before_step(self) -> None:
         if self._undecided:
             raise DataError(
                 f"the run_dir holds an earlier run, up to step {self.step - 1}: give Ledger another run_dir, or "
                 "resume=True to go on with that run, or resume=False to keep its log beside and begin a new one"
             )
-        if self._open is not None:
-            self._event("skipped")
-        self._open = _Open()
-        if self.step % self.every == 0:
-            self._open.measurement = m = self._meter.before(self.step)
-            if self.every == 1 and self._journal.begins("edited", m.edited):
-                self._event("edited", note="parameters changed between steps, outside the optimiser")
+        self._finish_step()
+        with self._whole():
+            if self._open is not None:
+                self._event("skipped")
+            self._open = _Open()
+            if self.step % self.every == 0:
+                self._open.measurement = m = self._meter.before(self.step)
+                if self.every == 1 and self._journal.begins("edited", m.edited):
+                    self._event("edited", note="parameters changed between steps, outside the optimiser")
 
     def _read_gradients(self) -> None:
         due = self.estimator is not None and (self.step // self.every) % self.estimate_every == 0
         if due and self.estimator is not None and self._open is not None and self._open.measurement is not None:
-            self._open.measurement.blocks = self._meter.gradients(self.estimator.layout)
-            self._open.measurement.matrix_charges = self._meter.matrix_charges(self.estimator.layout.symmetries)
+            with self._whole():
+                self._open.measurement.blocks = self._meter.gradients(self.estimator.layout)
+                self._open.measurement.matrix_charges = self._meter.matrix_charges(self.estimator.layout.symmetries)
 
     def after_step(self, loss: Any = None) -> None:
-        """Measure the charges after the step and enter it in the books. `loss` (a number or tensor) is logged along.
+        """Measure the charges after the step and enter it in the books; `loss` is logged along.
 
         When the optimiser made no step in between (gradient scaler): an event, no row.
         Raises DataError without a `before_step`.
@@ -213,26 +221,37 @@ class Ledger:
             raise DataError(
                 "after_step() without before_step(); call before_step() between backward and optimizer.step()"
             )
-        now, self._open = self._open, None
+        if loss is not None:
+            self.note(loss)
+        now = self._open
         if not now.stepped or (now.found_inf is not None and float(now.found_inf) > 0):
+            self._open = None
             self._event("skipped")
             return
+        with self._whole():
+            self._enter(now)
+            if len(self._pending) >= self.flush_every:
+                self.flush()
+
+    def _enter(self, now: _Open) -> None:
+        """Count a step that is made, measure it, and have its measurement wait for the books."""
         if now.measurement is not None:
             self._meter.after(now.measurement)
             if self.every > 1:
                 self._meter.forget()
-            if loss is not None:
-                self.note(loss)
             now.measurement.loss = self._loss
             self._pending.append(now.measurement)
-        self._loss = None
+        self._open, self._loss = None, None
         self.step += 1
-        if len(self._pending) >= self.flush_every:
-            self.flush()
+
+    def _finish_step(self) -> None:
+        """Measure a step that was made while something interrupted the ledger after it."""
+        if self._open is not None and self._open.stepped:
+            self.after_step()
 
     def note(self, loss: Any) -> None:
-        """Keep the loss of the step under way, for `after_step` calls made by hooks."""
-        self._loss = loss.detach() if isinstance(loss, Tensor) else loss
+        """Keep the loss of the step under way. Raises DataError when it is not one number."""
+        self._loss = one_number(loss)
 
     # -- books --------------------------------------------------------------------------------------------------------
 
@@ -241,9 +260,11 @@ class Ledger:
 
         Under `fully_shard` every process must call it, as `records`, `estimates`, `state_dict` and `close`, which do.
         """
-        pending, self._pending = self._pending, []
-        if pending:
-            self._books.enter(pending, self._meter.gathered([m.values for m in pending]), self._journal)
+        with self._whole():
+            if pending := list(self._pending):
+                values = self._meter.gathered([m.values for m in pending])
+                self._books.enter(pending, values, self._journal)
+                del self._pending[: len(pending)]
         now = dict(named_tensors(self.model))
         replaced = [n for n, p in self._meter.watched.items() if now.get(n) is not p]
         if self._journal.begins("replaced", bool(replaced)):
@@ -261,21 +282,8 @@ class Ledger:
         self._journal.event(what, self.step, **details)
 
     def _write_header(self) -> None:
-        header = {
-            "kind": "run",
-            "format": FORMAT,
-            "step": self.step,
-            "excluded": self.excluded,
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
-            "optimizer": type(self.optimizer).__name__,
-            "rule": type(self.rule).__name__,
-            "equilibrium": self.rule.has_equilibrium,
-            "effective_lr": self.rule.effective_lr_words,
-            "every": self.every,
-            "detail": self.detail,
-        }
-        names = {"families": self._books.index.families, "symmetries": self._books.index.symmetries}
-        self._journal.header(header | self._books.index.header(self._books.layout), names)
+        header, names = self._books.header(self.step, type(self.optimizer).__name__, self.every)
+        self._journal.header(header, names)
         self._journal.write()
 
     def records(self, by: Level = "family") -> list[dict[str, Any]]:
@@ -372,13 +380,16 @@ class Ledger:
 
         Raises OSError when the last rows cannot be written.
         """
+        if not self._closed:
+            self._finish_step()
         self.detach()
         for handle in self._handles:
             handle.remove()
         self._handles = []
         self._closed = True
-        self.flush()
-        self._journal.close()
+        with self._whole():
+            self.flush()
+            self._journal.close()
 
     def __enter__(self) -> Ledger:
         return self.attach()
@@ -387,5 +398,5 @@ class Ledger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None and self._meter.sharded:
-            self._pending = []  # the other processes may not come here, and the books are closed together
+            self._pending, self._open = [], None  # the other processes may not come here to close the books together
         self.close()

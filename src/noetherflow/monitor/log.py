@@ -6,7 +6,11 @@ import json
 import math
 import os
 import uuid
+import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from noetherflow.errors import DataError
 
 LOG_NAME = "ledger.jsonl"
 FORMAT = 2
+KINDS = ("run", "step", "estimates", "event", "checkpoint")
 
 
 def plain(value: Any, digits: int = 9) -> Any:
@@ -40,6 +45,9 @@ def _rounded(value: float, digits: int) -> float | None:
 class RunLog:
     """`RUN_DIR/ledger.jsonl`, opened for appending. A torn last line (killed while writing) is cut off on opening.
 
+    A write that was cut short, by a full disk or by Ctrl-C, is taken back by the next one. A file that somebody deletes
+    or replaces while it is open is written again from what it held, beside the new one, with a warning.
+
     Args:
         run_dir: its folder, made if it is missing.
         resume: False keeps a log that has recorded steps beside, as `ledger-1.jsonl` (2, 3, ...), and begins a new one.
@@ -50,46 +58,87 @@ class RunLog:
 
     def __init__(self, run_dir: str | os.PathLike[str], resume: bool | None = None) -> None:
         self.path = Path(run_dir) / LOG_NAME
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._open()
+        self._open(os.O_CREAT)
         try:
             if resume is False and self.last_step() is not None:
-                self._put_aside()
+                os.rename(self.path, self._free_name())
+                self.close()
+                self._open(os.O_CREAT)
         except BaseException:
             self.close()
             raise
 
-    def _open(self) -> None:
+    def _open(self, flags: int) -> None:
         """Open and lock the file, and cut off a torn last line."""
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | flags, 0o644)
+        close_in_forks(self)
         try:
             _lock(self._file, self.path)
-            os.ftruncate(self._file, _intact_length(self.path))
+            end = _intact_length(self.path)
+            os.ftruncate(self._file, end)
         except BaseException:
             self.close()
             raise
+        self._written = Written(end, 0)
 
-    def _put_aside(self) -> None:
-        """Rename the present log and open a new one."""
-        number = next(n for n in count(1) if not self.path.with_name(f"ledger-{n}.jsonl").exists())
-        os.rename(self.path, self.path.with_name(f"ledger-{number}.jsonl"))
-        self.close()
-        self._open()
+    def _free_name(self) -> Path:
+        return next(p for n in count(1) if not (p := self.path.with_name(f"ledger-{n}.jsonl")).exists())
 
-    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write whole lines and hand them to the operating system. Raises OSError, with nothing written, on failure."""
+    @property
+    def last_number(self) -> int:
+        """The number of the last line that is written for certain; see `append`."""
+        return self._written.number
+
+    def append(self, rows: Iterable[Mapping[str, Any]], number: int = 0) -> None:
+        """Write whole lines and hand them to the operating system.
+
+        Args:
+            rows: the lines.
+            number: what the caller calls the last of them. Where the lines end and this number are noted in one
+                go, so that an interrupted caller can ask `last_number` whether they are written.
+
+        Raises:
+            OSError: they could not be written; then nothing is.
+        """
+        self._keep_in_place()
         data = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
-        size = os.fstat(self._file).st_size
+        end = self._written.end
+        os.ftruncate(self._file, end)
         try:
-            while data:
-                data = data[os.write(self._file, data) :]
+            self._write(data)
         except OSError:
-            os.ftruncate(self._file, size)
+            os.ftruncate(self._file, end)
             raise
+        self._written = Written(end + len(data), max(number, self._written.number))
+
+    def _write(self, data: bytes) -> None:
+        while data:
+            data = data[os.write(self._file, data) :]
+
+    def _keep_in_place(self) -> None:
+        """Write the lines again where the file that is open is no longer the one of that name."""
+        ours = os.fstat(self._file)
+        try:
+            there = os.stat(self.path)
+            if (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino):
+                return
+            what, path = "replaced", self._free_name()
+        except FileNotFoundError:
+            what, path = "deleted", self.path
+        held, written, old = os.pread(self._file, self._written.end, 0), self._written, self._file
+        warnings.warn(
+            f"{self.path} was {what} while a ledger had it open; its rows go on in {path}", RuntimeWarning, stacklevel=2
+        )
+        self.path = path
+        self._open(os.O_CREAT)
+        os.close(old)
+        self._write(held)
+        self._written = written
 
     def last_step(self) -> int | None:
         """The last recorded step, or None for a new log."""
-        return max((row["step"] for row in read_log(self.path.parent) if row["kind"] == "step"), default=None)
+        return max((row["step"] for row in read_lines(self.path) if row["kind"] == "step"), default=None)
 
     def mark(self, step: int) -> str:
         """Append a checkpoint line, force all onto the disk, and return the line's name."""
@@ -101,7 +150,8 @@ class RunLog:
     def rewind(self, mark: str | None) -> int:
         """Drop everything after a checkpoint line; the number of steps dropped.
 
-        Raises DataError when the line is not there: the log was not written up to that checkpoint.
+        Raises:
+            DataError: the line is not there: the log was not written up to that checkpoint.
         """
         offset, kept, dropped = 0, None, 0
         with open(self.path, "rb") as file:
@@ -109,7 +159,7 @@ class RunLog:
                 row = parse_line(line, self.path, number)
                 offset += len(line)
                 dropped += kept is not None and row["kind"] == "step"
-                if row["kind"] == "checkpoint" and row["name"] == mark:
+                if row["kind"] == "checkpoint" and row.get("name") == mark:
                     kept = offset
         if kept is None:
             raise DataError(
@@ -117,12 +167,44 @@ class RunLog:
                 "of that checkpoint, or begin a new log without load_state_dict"
             )
         os.ftruncate(self._file, kept)
+        self._written = Written(kept, self._written.number)
         return dropped
 
     def close(self) -> None:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+
+@dataclass(frozen=True)
+class Written:
+    """How far a log is certainly written: `end` in bytes, `number` as its writer counts the lines."""
+
+    end: int
+    number: int
+
+
+_LOGS: weakref.WeakSet[RunLog] = weakref.WeakSet()
+
+
+def close_in_forks(log: RunLog) -> None:
+    """Have forked processes (DataLoader workers) close their copy of the file.
+
+    A lock lasts as long as any process has the file open: workers that outlive a killed run would keep it.
+    """
+    _LOGS.add(log)
+    _register_fork_handler()
+
+
+@cache
+def _register_fork_handler() -> None:
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_close_all)
+
+
+def _close_all() -> None:
+    for log in list(_LOGS):
+        log.close()
 
 
 def _lock(file: int, path: Path) -> None:
@@ -156,11 +238,17 @@ def _intact_length(path: Path) -> int:
 def read_log(run_dir: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """The lines of a run's log; a torn last line is left out.
 
-    Raises DataError when there is no log, a line is corrupt, or its format is another one.
+    Raises:
+        DataError: there is no log, a line is corrupt, or its format is another one.
     """
     path = Path(run_dir) / LOG_NAME
     if not path.exists():
         raise DataError(f"{path} does not exist; a run directory is written by Ledger(..., run_dir=...)")
+    return read_lines(path)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of one log file. Raises DataError as `parse_line` does."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
@@ -169,11 +257,24 @@ def read_log(run_dir: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 
 
 def parse_line(data: bytes, path: Path, number: int) -> dict[str, Any]:
-    """One line of a log. Raises DataError, naming the line, when it is corrupt or of another format."""
+    """One line of a log; for JSON that is no row of a log an `unreadable` event in its place, which names the line.
+
+    Raises:
+        DataError: the line is no JSON, or of another format; names it.
+    """
     try:
-        row: dict[str, Any] = json.loads(data)
+        row: Any = json.loads(data)
+    except RecursionError:
+        return unreadable(number, "it is nested too deeply")
     except ValueError as error:
         raise DataError(f"{path}, line {number} is corrupt: {error}") from error
-    if row.get("format", FORMAT) != FORMAT:
+    if isinstance(row, dict) and row.get("format", FORMAT) != FORMAT:
         raise DataError(f"{path}, line {number} has format {row['format']}, this version reads {FORMAT}")
+    if not isinstance(row, dict) or row.get("kind") not in KINDS or type(row.get("step")) is not int:
+        return unreadable(number, "it is no row of a ledger's log")
     return row
+
+
+def unreadable(number: int, why: str, step: int = 0) -> dict[str, Any]:
+    """The event that stands for a line that cannot be read."""
+    return {"kind": "event", "event": "unreadable", "step": step, "line": number, "note": f"line {number}: {why}"}

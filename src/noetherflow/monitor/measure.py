@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from noetherflow.errors import DataError
 from noetherflow.monitor import sharding
 from noetherflow.monitor.charge_map import ChargeMap, Watched
 from noetherflow.monitor.rule import AnyRule, Pairs, State, StepSettings, StepTensors
@@ -128,12 +129,13 @@ class StepMeter:
         with torch.no_grad():
             for j, (name, parameter) in reversed(list(enumerate(self.watched.items()))):
                 lasting = self._lasting(parameter, self.optimizer.state.get(parameter, {}))
-                passing = {"weight_before": now.kept.pop(name)} if name in now.kept else {}
+                passing = {"weight_before": now.kept[name]} if name in now.kept else {}
                 pairs_of = self._charge_and_after if j in now.moving else _charge_after
                 found = self._inner(name, lasting, passing, pairs_of, now.settings.of(j))
                 self._write(now.values, j, found)
                 known = {q: found[r] for q, r in self.carried.items() if r in found}
                 self._memories[name].settle(lasting, known)
+            now.kept.clear()
 
     def gradients(self, layout: ChargeMap) -> Rows:
         """Squares and product of weight, gradient and momentum on the legs of another layout.
@@ -279,6 +281,25 @@ class StepMeter:
         if device is None:
             return {n: s.item() for n, s in found.items()}
         return dict(zip(found, torch.stack([s.to(device) for s in found.values()]).tolist(), strict=True))
+
+
+def one_number(loss: Any) -> float | Tensor:
+    """A loss as a number, or as a tensor that holds one and stays on its device.
+
+    Raises:
+        DataError: it is not one number.
+    """
+    what = repr(loss)
+    if isinstance(loss, Tensor):
+        if loss.numel() == 1 and not loss.is_complex():
+            return loss.detach()
+        what = f"a tensor of shape {tuple(loss.shape)} and {loss.dtype}"
+    else:
+        try:
+            return float(loss)
+        except (TypeError, ValueError):
+            pass
+    raise DataError(f"the loss of a step is one real number, got {what}; note(loss.mean())")
 
 
 def totals(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from noetherflow.errors import DataError
 from noetherflow.monitor.books import FIELDS
-from noetherflow.monitor.log import LOG_NAME, parse_line, read_log
+from noetherflow.monitor.log import LOG_NAME, parse_line, read_log, unreadable
 from noetherflow.monitor.rule import ENTRIES
 
 SPIKE = 10.0
 USUAL = 0.9
 WINDOW = 50
 CHUNK = 8192
+PACK = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +51,8 @@ class RunData:
     @classmethod
     def of(cls, rows: Iterable[dict[str, Any]], name: str = "the log") -> RunData:
         seen = _Rows()
-        for row in rows:
-            seen.add(row)
+        for number, row in enumerate(rows, 1):
+            seen.add(row, number)
         data = seen.data()
         if data is None:
             raise DataError(f"{name} holds no recorded step yet")
@@ -103,50 +104,186 @@ class RunData:
         return out
 
 
+class _Columns:
+    """Rows of numbers by name, packed into arrays as they come: a million rows need a tenth of the memory.
+
+    At most `keep` rows are kept, None for all.
+    """
+
+    def __init__(self, keep: int | None) -> None:
+        self._keep = keep
+        self._loose: deque[dict[str, Any]] = deque(maxlen=keep)
+        self._packs: list[dict[str, np.ndarray]] = []
+
+    def __len__(self) -> int:
+        return sum(len(pack["step"]) for pack in self._packs) + len(self._loose)
+
+    def add(self, row: dict[str, Any]) -> None:
+        if self._loose and self._loose[-1].keys() != row.keys():
+            self._pack()
+        self._loose.append(row)
+        if self._keep is None and len(self._loose) == PACK:
+            self._pack()
+
+    def _pack(self) -> None:
+        rows = list(self._loose)
+        self._loose.clear()
+        if rows:
+            self._packs.append({name: _numbers([r[name] for r in rows]) for name in rows[0]})
+
+    def names(self) -> list[str]:
+        """All names that any row has, in order of appearance."""
+        return list(dict.fromkeys(name for rows in (*self._packs, *list(self._loose)[:1]) for name in rows))
+
+    def has(self, step: int) -> bool:
+        """Whether there is a row of this step."""
+        return any(r["step"] == step for r in self._loose) or any(np.any(p["step"] == step) for p in self._packs)
+
+    def clear(self) -> None:
+        self._loose.clear()
+        self._packs.clear()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """One array per name over all rows, NaN in rows that do not have it; they stay packed."""
+        self._pack()
+        packs = self._packs if self._keep is None else self._newest()
+        out = {}
+        for name in self.names():
+            width = next(pack[name].shape[1:] for pack in packs if name in pack) if packs else ()
+            blank = [np.full((len(pack["step"]), *width), np.nan) for pack in packs if name not in pack]
+            missing = iter(blank)
+            out[name] = np.concatenate([pack[name] if name in pack else next(missing) for pack in packs])
+        return out
+
+    def _newest(self) -> list[dict[str, np.ndarray]]:
+        """The packs, less what is older than the last `keep` rows."""
+        assert self._keep is not None
+        surplus = len(self) - self._keep
+        kept = []
+        for pack in self._packs:
+            cut = min(max(surplus, 0), len(pack["step"]))
+            surplus -= cut
+            if cut < len(pack["step"]):
+                kept.append({name: values[cut:] for name, values in pack.items()})
+        self._packs = kept
+        return kept
+
+
 class _Rows:
-    """A log's rows since its symmetries were last replaced: at most `keep` steps and estimates (None: all)."""
+    """A log's rows since its symmetries were last replaced: at most `keep` steps and estimates (None: all).
+
+    Steps that are missing, come twice or out of order, and lines of the wrong form become events; a step that comes
+    twice counts once.
+    """
 
     def __init__(self, keep: int | None = None) -> None:
         self._started = ""
         self._header: dict[str, Any] = {}
         self._latest: dict[str, Any] = {}
-        self._steps: deque[dict[str, Any]] = deque(maxlen=keep)
-        self._estimates: deque[dict[str, Any]] = deque(maxlen=keep)
+        self._steps, self._estimates = _Columns(keep), _Columns(keep)
         self._events: list[dict[str, Any]] = []
+        self._last = -1
+        self._expected: int | None = None
 
-    def add(self, row: dict[str, Any]) -> None:
-        if row["kind"] == "run":
-            self._started = self._started or row["time"]
-            self._latest = row
+    def add(self, row: dict[str, Any], number: int = 0) -> None:
+        """Take in one line of the log."""
+        why = _wrong_form(row, self._latest)
+        if why:
+            self._events.append(unreadable(number, why, max(self._last, 0)))
+        elif row["kind"] == "run":
+            self._begin(row)
         elif row["kind"] == "step":
-            if self._header.get("symmetries") != self._latest["symmetries"]:
-                self._steps.clear()
-                self._estimates.clear()
-            self._header = self._latest
-            self._steps.append({k: row.get(k) for k in ("step", "lr", "loss", "family")})
+            self._add_step(row)
         elif row["kind"] == "estimates":
-            self._estimates.append(row)
+            self._estimates.add({"step": row["step"], **row["symmetry"]})
         elif row["kind"] == "event":
-            self._events.append(row)
+            unread = row["event"] == "unreadable"
+            self._events.append({**row, "step": max(self._last, 0)} if unread else row)
+
+    def _begin(self, header: dict[str, Any]) -> None:
+        self._started = self._started or header["time"]
+        self._latest = header
+        every = header.get("every", 1)
+        first = -(-header["step"] // every) * every if "step" in header else None
+        if first is not None and self._expected is not None and header["step"] > self._expected:
+            self._gap(self._expected, header["step"])
+        self._expected = first
+
+    def _add_step(self, row: dict[str, Any]) -> None:
+        step, every = row["step"], self._latest.get("every", 1)
+        if self._header.get("symmetries") != self._latest["symmetries"]:
+            self._steps.clear()
+            self._estimates.clear()
+        self._header = self._latest
+        if step <= self._last and self._steps.has(step):
+            self._events.append({"kind": "event", "event": "doubled", "step": step, "note": "counted once"})
+            return
+        if step < self._last:
+            self._events.append({"kind": "event", "event": "out of order", "step": step})
+        elif self._expected is not None and step > self._expected:
+            self._gap(self._expected, step)
+        self._last = max(self._last, step)
+        self._expected = max(self._last + every, self._expected or 0)
+        family = {f"family.{f}": row["family"][f] for f in FIELDS}
+        self._steps.add({"step": step, "lr": row.get("lr"), "loss": row.get("loss"), **family})
+
+    def _gap(self, expected: int, found: int) -> None:
+        note = f"steps from {expected} to before {found} are missing from the log"
+        self._events.append({"kind": "event", "event": "gap", "step": expected, "note": note})
 
     def data(self) -> RunData | None:
         """As arrays; None without a step."""
-        if not self._steps:
+        if not len(self._steps):
             return None
-        steps, estimates = self._steps, self._estimates
-        unknown = [None] * len(self._header["symmetries"])
-        fields = dict.fromkeys(f for e in estimates for f in e["symmetry"])
+        steps, estimates = self._steps.arrays(), self._estimates.arrays()
+        number = steps["step"].astype(int)
+        if np.any(np.diff(number) < 0):
+            order = np.argsort(number, kind="stable")
+            number, steps = number[order], {name: values[order] for name, values in steps.items()}
         return RunData(
             self._header,
             self._started,
-            np.array([r["step"] for r in steps]),
-            _numbers([r["lr"] for r in steps]),
-            _numbers([r["loss"] for r in steps]),
-            {f: _numbers([r["family"][f] for r in steps]) for f in FIELDS},
-            np.array([r["step"] for r in estimates], dtype=int),
-            {f: _numbers([e["symmetry"].get(f, unknown) for e in estimates]) for f in fields},
+            number,
+            steps["lr"],
+            steps["loss"],
+            {f: steps[f"family.{f}"] for f in FIELDS},
+            estimates.pop("step", np.zeros(0)).astype(int),
+            estimates,
             tuple(self._events),
         )
+
+
+def _wrong_form(row: dict[str, Any], header: Mapping[str, Any]) -> str:
+    """Why a line cannot be taken as what it says it is, given the header before it; "" if it can."""
+    kind = row.get("kind")
+    if kind == "run":
+        symmetries = row.get("symmetries")
+        named = isinstance(symmetries, list) and all(
+            isinstance(s, dict) and {"name", "one_sided"} <= s.keys() for s in symmetries
+        )
+        return "" if named and isinstance(row.get("families"), list) and "time" in row else "a header without its names"
+    if kind == "event":
+        return "" if isinstance(row.get("event"), str) else "an event without a name"
+    if kind in ("step", "estimates") and not header:
+        return f"a {kind} row before any header"
+    if kind == "step":
+        family = row.get("family")
+        whole = isinstance(family, dict) and all(_is_row(family.get(f), len(header["families"])) for f in FIELDS)
+        return "" if whole else "a step without the numbers of its families"
+    if kind == "estimates":
+        columns = row.get("symmetry")
+        whole = isinstance(columns, dict) and all(_is_row(v, len(header["symmetries"])) for v in columns.values())
+        return "" if whole else "estimates without the numbers of their symmetries"
+    return ""
+
+
+def _is_row(values: Any, length: int) -> bool:
+    """A list (or tuple) of so many numbers, None for unknown ones."""
+    return (
+        isinstance(values, (list, tuple))
+        and len(values) == length
+        and all(v is None or isinstance(v, (int, float)) for v in values)
+    )
 
 
 class RunReader:
@@ -182,7 +319,7 @@ class RunReader:
                 if not line.endswith(b"\n"):
                     break
                 self._lines += 1
-                self._rows.add(parse_line(line, self.path, self._lines))
+                self._rows.add(parse_line(line, self.path, self._lines), self._lines)
                 self._offset += len(line)
                 self._tail = (self._tail + line)[-64:]
         if self._lines != before:
