@@ -146,7 +146,7 @@ def _full_batch(options: dict[str, Any], steps: int) -> tuple[list[dict[str, Any
 )
 def test_distance_is_the_solvers_whatever_the_momentum(options: dict[str, Any]) -> None:
     """A full batch has a mean gradient and no noise: momentum counts it 19 times as much as noise at m = 0.9."""
-    rows, lam = _full_batch(options, 4)
+    rows, lam = _full_batch(options, 25)
     assert rows[-1]["distance"] == pytest.approx(float(np.median(lam)), rel=1e-5)
     assert rows[-1]["distance_max"] == pytest.approx(float(lam.max()), rel=1e-5)
     if options:
@@ -154,8 +154,10 @@ def test_distance_is_the_solvers_whatever_the_momentum(options: dict[str, Any]) 
 
 
 def test_a_row_says_where_one_minibatch_cannot_tell_noise_from_mean_gradient() -> None:
-    rows, lam = _full_batch({"momentum": 0.9}, 4)
-    assert [math.isnan(r["mean_share"]) for r in rows] == [True, True, False, False]
+    rows, lam = _full_batch({"momentum": 0.9}, 30)
+    unknown = [math.isnan(r["mean_share"]) for r in rows]
+    assert unknown == sorted(unknown, reverse=True)
+    assert 15 < sum(unknown) < 25
     assert rows[0]["distance"] != pytest.approx(float(np.median(lam)), rel=1e-2)
 
 

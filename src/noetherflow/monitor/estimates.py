@@ -15,6 +15,8 @@ from noetherflow.monitor.measure import StepTable
 from noetherflow.monitor.rule import AnyRule, StepSettings
 
 SETTLED = math.exp(-1)
+TOLD_APART = 0.8
+"""How well noise and mean gradient must be told apart in a momentum buffer, relative to a filled one."""
 
 
 def orbit_forces(k_plus: np.ndarray, k_minus: np.ndarray, m_plus: np.ndarray, m_minus: np.ndarray) -> tuple[Any, Any]:
@@ -99,8 +101,9 @@ class Estimator:
 
     One minibatch gradient is noise and mean gradient together. Without momentum both move a charge alike. Momentum
     counts the mean gradient more, since it is the same from step to step; how much of it there is shows in the momentum
-    buffer, in which noise adds up in squares and the mean gradient as it is. `mean_share` is NaN until two gradients
-    are in the buffer (and for optimisers without one): then all is taken as noise.
+    buffer, in which noise adds up in squares and the mean gradient as it is. Until the buffer tells them apart nearly
+    as well as a filled one (`TOLD_APART`, about `2 / (1 - m)` steps), and for optimisers without one, `mean_share` is
+    NaN and all is taken as noise.
     """
 
     layout: ChargeMap
@@ -174,8 +177,9 @@ class Estimator:
             return np.full_like(q.weight_square, np.nan)
         decay = sums.total * sums.decay
         own = q.memory_square - 2 * decay * q.weight_memory + decay**2 * q.weight_square
-        gap = sums.total**2 - sums.squares
-        known = gap > 1e-9 * sums.total**2
+        filled = self.rule.memory_sums(c, np.full_like(q.weight_square, np.inf)) or sums
+        gap, whole = sums.total**2 - sums.squares, filled.total**2 - filled.squares
+        known = (gap > 0) & (gap * filled.squares >= TOLD_APART * whole * sums.squares)
         return np.divide(own - sums.squares * q.gradient_square, gap, out=np.full_like(own, np.nan), where=known)
 
     def _equilibrium(
@@ -184,7 +188,7 @@ class Estimator:
         layout, rates = self.layout, self.rule.drift(c)
         assert rates is not None
         k_plus, k_minus = (side @ weight_square for side in (layout.plus, layout.minus))
-        drive = rates.noise * second + (rates.mean - rates.noise) * np.nan_to_num(mean)
+        drive = np.maximum(rates.noise * second + (rates.mean - rates.noise) * np.nan_to_num(mean), 0.0)
         pull = [side @ (rates.decay * weight_square) for side in (layout.plus, layout.minus)]
         push = [side @ drive for side in (layout.plus, layout.minus)]
         x, y = orbit_forces(pull[0], pull[1], push[0], push[1])

@@ -177,9 +177,7 @@ class Ledger:
         """Measure what the gradients and the optimiser's state say about the step to come.
 
         A second call before `after_step` means that the optimiser's step did not happen; it is logged as skipped.
-
-        Raises:
-            DataError: `run_dir` holds an earlier run, and nobody said what to do with it.
+        Raises DataError when `run_dir` holds an earlier run, and nobody said what to do with it.
         """
         self._before_step()
         self._read_gradients()
@@ -283,7 +281,7 @@ class Ledger:
 
     def _write_header(self) -> None:
         header, names = self._books.header(self.step, type(self.optimizer).__name__, self.every)
-        self._journal.header(header, names)
+        self._journal.header(header | {"excluded": self.excluded}, names)
         self._journal.write()
 
     def records(self, by: Level = "family") -> list[dict[str, Any]]:
