@@ -13,7 +13,8 @@ from noetherflow.core.inputs import LossFn
 from noetherflow.core.optimizers import Settings, check_settings
 from noetherflow.discovery import Certificate, certify, find_symmetries
 from noetherflow.equilibrium import Equilibrium, noise_equilibrium
-from noetherflow.equilibrium.flow import Flow, noether_flow, norm_where
+from noetherflow.equilibrium.charge_flow import norm_where
+from noetherflow.equilibrium.flow import Flow, noether_flow
 from noetherflow.moments import GradientMoments, gradient_moments, minibatch_moments
 from noetherflow.moments.batch import tensors_in
 from noetherflow.moments.batch_statistics import running_statistics, uses_batch_statistics

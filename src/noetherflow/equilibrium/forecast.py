@@ -224,7 +224,7 @@ class _OrbitState:
     def _roots(self, tail: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Factors `F` of the carried Grams `F F^T`, from the end of the state."""
         shapes = [t.weight.shape for t in self._carried_terms(self.orbit) for _ in range(2)]
-        parts = [p.reshape(n) for p, n in zip(tail.split([n.numel() for n in shapes]), shapes, strict=True)]
+        parts = [p.reshape(n) for p, n in zip(torch.split(tail, [n.numel() for n in shapes]), shapes, strict=True)]
         return list(zip(parts[::2], parts[1::2], strict=True))
 
     def velocity(self, state: np.ndarray) -> np.ndarray:

@@ -101,7 +101,7 @@ class LaggingState:
         flat = torch.as_tensor(np.array(state))
         sizes = [s.blocks for s in self.orbit.symmetries]
         logs, rest = flat[: sum(sizes)], flat[sum(sizes) :]
-        elements = [part.exp() for part in logs.split(sizes)]
+        elements = [part.exp() for part in torch.split(logs, sizes)]
         terms = []
         for term in self._terms:
             if self.square_memory:

@@ -34,7 +34,8 @@ def decay_rate(lr: Number, weight_decay: Number, momentum: Number) -> Number:
 
     Source: theory.md sections 3 and 4.
     """
-    return lr * weight_decay * (2 - lr * weight_decay) / (1 - momentum)
+    rate: Number = lr * weight_decay * (2 - lr * weight_decay) / (1 - momentum)
+    return rate
 
 
 def noise_rate(lr: Number, momentum: Number) -> Number:
@@ -42,7 +43,8 @@ def noise_rate(lr: Number, momentum: Number) -> Number:
 
     Heavy ball and Nesterov have the same one. Source: theory.md section 4.
     """
-    return lr**2 / (1 - momentum) ** 2
+    rate: Number = lr**2 / (1 - momentum) ** 2
+    return rate
 
 
 def mean_rate(lr: Number, momentum: Number, nesterov: Number) -> Number:
@@ -54,8 +56,8 @@ def mean_rate(lr: Number, momentum: Number, nesterov: Number) -> Number:
 
     Source: theory.md section 4.
     """
-    first = 1 + momentum - nesterov * 2 * momentum * (1 - momentum)
-    return lr**2 * first / (1 - momentum) ** 3
+    rate: Number = lr**2 * (1 + momentum - nesterov * 2 * momentum * (1 - momentum)) / (1 - momentum) ** 3
+    return rate
 
 
 def state_drive(update: Number, cross: Number, lr: Number, momentum: Number, nesterov: Number) -> Number:
@@ -81,7 +83,8 @@ def state_drive(update: Number, cross: Number, lr: Number, momentum: Number, nes
     Source: theory.md section 4.
     """
     memory = 2 * momentum / (1 - momentum) * (1 - nesterov * (1 - momentum))
-    return lr**2 * (update + memory * cross)
+    drive: Number = lr**2 * (update + memory * cross)
+    return drive
 
 
 def epoch_factor(momentum: float, batches: int, *, nesterov: bool = False, lr_curvature: float = 0.0) -> float:

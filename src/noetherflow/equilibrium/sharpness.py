@@ -81,7 +81,8 @@ class HessianProduct:
 
     def flat(self, vector: np.ndarray) -> np.ndarray:
         """The same on flat float64 vectors, parameters in order."""
-        parts = torch.as_tensor(vector.reshape(-1)).split([p.numel() for p in self.parameters.values()])
+        sizes = [p.numel() for p in self.parameters.values()]
+        parts = torch.split(torch.as_tensor(vector.reshape(-1)), sizes)
         shaped = {n: v.reshape(p.shape) for (n, p), v in zip(self.parameters.items(), parts, strict=True)}
         out = self({n: v.to(self.parameters[n].device) for n, v in shaped.items()})
         return torch.cat([v.reshape(-1).cpu() for v in out.values()]).numpy()

@@ -76,7 +76,8 @@ def logs_of(symmetries: Sequence[Symmetry], elements: Sequence[Tensor]) -> list[
 
 def _log_of_stretch(element: Tensor) -> Tensor:
     _, w, v = torch.linalg.svd(element)
-    return (v.mT * w.log().unsqueeze(-2)) @ v
+    log: Tensor = (v.mT * w.log().unsqueeze(-2)) @ v
+    return log
 
 
 def minimise(
@@ -244,4 +245,4 @@ def _flat(logs: Sequence[Tensor]) -> Tensor:
 
 def _unflat(flat: Tensor, symmetries: Sequence[Symmetry]) -> list[Tensor]:
     sizes = [int(torch.Size(s.shape).numel()) for s in symmetries]
-    return [part.reshape(s.shape) for part, s in zip(flat.split(sizes), symmetries, strict=True)]
+    return [part.reshape(s.shape) for part, s in zip(torch.split(flat, sizes), symmetries, strict=True)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -78,32 +79,70 @@ def _rms(error: np.ndarray, scale: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(error / scale)))) if error.size else 0.0
 
 
-def _step(velocity: Velocity, y: np.ndarray, slope: np.ndarray, h: float, stages: int) -> np.ndarray:
-    """One step of length h with the Chebyshev recursion `T_j = 2 w T_(j-1) - T_(j-2)` and its two derivatives."""
-    s = max(2, stages)
+@dataclass(frozen=True)
+class _Chebyshev:
+    """The Chebyshev polynomial `T_j` and its first and second derivative at one point."""
+
+    value: float
+    first: float
+    second: float
+
+    def following(self, before: _Chebyshev, at: float) -> _Chebyshev:
+        """`T_(j+1) = 2 w T_j - T_(j-1)` and the derivatives of this at `w = at`, from `T_j` (self) and `T_(j-1)`."""
+        return _Chebyshev(
+            2 * at * self.value - before.value,
+            2 * at * self.first - before.first + 2 * self.value,
+            2 * at * self.second - before.second + 4 * self.first,
+        )
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """The coefficients of stage j in the source's symbols: `mu`, `nu`, `mu~` (`fresh`) and `gamma~` (`start`)."""
+
+    mu: float
+    nu: float
+    fresh: float
+    start: float
+
+
+def _stages(s: int) -> tuple[float, list[_Stage]]:
+    """`mu~_1` and the coefficients of stages `2..s`.
+
+    With `w0 = 1 + 2 / (13 s^2)` (the damping), `w1 = T'_s(w0) / T''_s(w0)`, `b_j = T''_j(w0) / T'_j(w0)^2` and
+    `b_0 = b_1 = b_2`: `mu~_1 = b_1 w1`, `mu_j = 2 b_j w0 / b_(j-1)`, `nu_j = -b_j / b_(j-2)`, `mu~_j = 2 b_j w1 /
+    b_(j-1)`, `gamma~_j = -(1 - b_(j-1) T_(j-1)(w0)) mu~_j`.
+    """
     w0 = 1 + 2 / (13 * s**2)
     root = math.sqrt(w0**2 - 1)
     angle = s * math.log(w0 + root)
     w1 = math.sinh(angle) * root**2 / (math.cosh(angle) * s * root - w0 * math.sinh(angle))
-    b_before = b = 1 / (2 * w0) ** 2
-    before, current = y, y + h * w1 * b * slope
-    (t_before, t), (d_before, d), (c_before, c) = (1.0, w0), (0.0, 1.0), (0.0, 0.0)
+    earlier, now = _Chebyshev(1.0, 0.0, 0.0), _Chebyshev(w0, 1.0, 0.0)
+    b = [1 / (2 * w0) ** 2] * 2
+    stages = []
     for _ in range(2, s + 1):
-        a = 1 - t * b
-        t_before, t, d_before, d, c_before, c = (
-            t,
-            2 * w0 * t - t_before,
-            d,
-            2 * w0 * d - d_before + 2 * t,
-            c,
-            2 * w0 * c - c_before + 4 * d,
-        )
-        b_before, b, b_last = b, c / d**2, b_before
-        mu, nu, gain = 2 * w0 * b / b_before, -b / b_last, 2 * w1 * b / b_before
-        before, current = (
-            current,
-            (mu * current + nu * before + (1 - mu - nu) * y + h * gain * (velocity(current) - a * slope)),
-        )
+        damped = 1 - now.value * b[-1]
+        earlier, now = now, now.following(earlier, w0)
+        b.append(now.second / now.first**2)
+        fresh = 2 * w1 * b[-1] / b[-2]
+        stages.append(_Stage(2 * w0 * b[-1] / b[-2], -b[-1] / b[-3], fresh, -damped * fresh))
+    return b[0] * w1, stages
+
+
+def _step(velocity: Velocity, y: np.ndarray, slope: np.ndarray, h: float, stages: int) -> np.ndarray:
+    """One step of length h with at least two stages, from `y` and its rate of change `slope`.
+
+    `W_0 = y`, `W_1 = W_0 + mu~_1 h F_0` and `W_j = (1 - mu_j - nu_j) W_0 + mu_j W_(j-1) + nu_j W_(j-2) + mu~_j h
+    F_(j-1) + gamma~_j h F_0` with `F_j` the velocity at `W_j`; the result is the last `W`.
+
+    Source: Sommeijer, Shampine and Verwer (1998), section 2, the recursion of the integration formula.
+    """
+    first, rest = _stages(max(2, stages))
+    before, current = y, y + h * first * slope
+    for stage in rest:
+        moved = h * (stage.fresh * velocity(current) + stage.start * slope)
+        kept = stage.mu * current + stage.nu * before + (1 - stage.mu - stage.nu) * y
+        before, current = current, kept + moved
     return current
 
 

@@ -118,4 +118,5 @@ def _relaxation(legs: list[_LegGrams], finite: Tensor) -> Tensor:
     k = torch.stack([g.weight for g in legs]).sum(0)[finite]
     z = torch.stack([g.decay + g.noise for g in legs]).sum(0)[finite] / 4
     root = spd.inv_sqrtm(z)
-    return torch.linalg.eigvalsh(root @ k @ root).amax(-1) / 4
+    slowest: Tensor = torch.linalg.eigvalsh(root @ k @ root).amax(-1)
+    return slowest / 4
