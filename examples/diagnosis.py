@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import noetherflow as nf
-from noetherflow.equilibrium.sharpness import top_eigenvalue
+from noetherflow.equilibrium.curvature import top_eigenvalue
 from noetherflow.monitor.rules import ENTRIES
 from noetherflow.report import style
 

@@ -16,14 +16,16 @@ import noetherflow as nf
 from equilibrium_cases import Problem, linear, mlp, moved
 from noetherflow.core.printing import MEANING
 from noetherflow.equilibrium import noise_equilibrium
-from noetherflow.equilibrium.flow import noether_flow
-from noetherflow.equilibrium.sharpness import (
+from noetherflow.equilibrium.curvature import (
     HessianProduct,
     curvature_moments,
-    sharpness_forecast,
+    noise_curvature,
     top_eigenvalue,
+    top_pair,
     trace_at,
 )
+from noetherflow.equilibrium.flow import noether_flow
+from noetherflow.equilibrium.sharpness import Curvature, sharpness_forecast
 from noetherflow.errors import DataError, MomentError
 from noetherflow.moments import load_moments, merge_moments, save_moments
 
@@ -120,11 +122,11 @@ def test_forecast_of_stable_learning_rate_and_warmup() -> None:
         assert got.top_equilibrium == pytest.approx(tops[1], rel=1e-3)
         assert got.stable_lr_equilibrium > got.stable_lr_now
         if expected == "some":
-            assert got.warmup_steps is not None
-            assert got.warmup_steps > 0
+            assert got.full_batch_warmup_steps is not None
+            assert got.full_batch_warmup_steps > 0
             assert "warmup over about" in str(got)
         else:
-            assert got.warmup_steps == (0 if expected == "none" else None)
+            assert got.full_batch_warmup_steps == (0 if expected == "none" else None)
         assert json.loads(json.dumps(got.to_dict()))["ratio"] == pytest.approx(got.ratio)
 
 
@@ -166,9 +168,9 @@ def test_warmup_is_just_long_enough(family: str, momentum: float, left: float) -
         flowed = np.cumsum(ramp**2) - ramp**2
         return float((got.lr * ramp * np.interp(flowed, [0, *times], top)).max() / (2 * (1 + momentum)))
 
-    assert got.warmup_steps is not None
-    assert overshoot(got.warmup_steps) < 1
-    assert overshoot(round(0.7 * got.warmup_steps)) > 1
+    assert got.full_batch_warmup_steps is not None
+    assert overshoot(got.full_batch_warmup_steps) < 1
+    assert overshoot(round(0.7 * got.full_batch_warmup_steps)) > 1
 
 
 @pytest.mark.parametrize("settings", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}])
@@ -194,7 +196,9 @@ def test_symmetries_left_out_of_the_equilibrium_are_left_out_of_the_warmup() -> 
     tops = [top_eigenvalue(m, problem.loss, [problem.data]) for m in (problem.model, there)]
     sgd = dataclasses.replace(SGD, lr=2 / (tops[0] * tops[1]) ** 0.5)
     flow = noether_flow(problem.model, approximate, problem.measure(), sgd)
-    assert sharpness_forecast(problem.model, problem.loss, [problem.data], eq, flow, probes=2).warmup_steps != 0
+    assert (
+        sharpness_forecast(problem.model, problem.loss, [problem.data], eq, flow, probes=2).full_batch_warmup_steps != 0
+    )
 
 
 def test_curvature_prints_hessian_traces(tmp_path: Path) -> None:
@@ -252,3 +256,76 @@ def test_unusable_input_is_refused() -> None:
     big = mlp((100, 200, 3), samples=4)
     with pytest.raises(DataError, match="probes="):
         curvature_moments(big.model, big.loss, [big.data], big.syms)
+
+
+def least_squares(d: int, samples: int = 300) -> Problem:
+    """One output, squared loss, inputs of unequal sizes: every sample's Hessian is `2 x x^T`."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(d, 1, bias=False).double()
+    x = torch.randn(samples, d, dtype=torch.float64) * torch.linspace(1, 3, d, dtype=torch.float64)
+    return Problem(model, nf.SymmetrySet(()), (x, torch.randn(samples, 1, dtype=torch.float64)))
+
+
+def second_moment_growth(x: torch.Tensor, sgd: nf.SGDConfig) -> float:
+    """Spectral radius of what one step does to `E[z z^T]`, `z` the error and the momentum buffer, with fresh
+    samples.
+    """
+    d, m, lr = x.shape[1], sgd.momentum, sgd.lr
+    one, zero = torch.eye(d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64)
+
+    def step(h: torch.Tensor, rest: torch.Tensor, kept: float) -> torch.Tensor:
+        return torch.cat([torch.cat([rest - lr * h, -lr * kept * one], 1), torch.cat([h, kept * one], 1)])
+
+    hessian = 2 * x.mT @ x / len(x)
+    mean = step(hessian, one, m)
+    total = torch.kron(mean, mean)
+    for sample in x:
+        part = step(2 * torch.outer(sample, sample) - hessian, zero, 0.0)
+        total = total + torch.kron(part, part) / (len(x) * sgd.batch_size)
+    return float(torch.linalg.eigvals(total).abs().max())
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("batch", [1, 8, 64])
+def test_the_load_is_where_minibatches_stop_being_stable_in_mean_square(momentum: float, batch: int) -> None:
+    """Never beyond the exact limit of least squares, and not far below; full batches alone would promise more."""
+    problem = least_squares(4)
+    product = HessianProduct(problem.model, problem.loss, [problem.data])
+    top, direction = top_pair(product)
+    here = Curvature(top, noise_curvature(product, direction, draws=64))
+    sgd = nf.SGDConfig(1e-6, batch, momentum=momentum)
+    unit = here.load(sgd) / sgd.lr
+    grows = {
+        load: second_moment_growth(problem.data[0], dataclasses.replace(sgd, lr=load / unit)) for load in (0.97, 1.5)
+    }
+    assert grows[0.97] < 1 < grows[1.5]
+    if batch == 1:
+        full = dataclasses.replace(sgd, lr=0.97 * sgd.lr / here.full_batch_load(sgd))
+        assert second_moment_growth(problem.data[0], full) > 1
+
+
+def test_noise_curvature_against_every_samples_hessian() -> None:
+    problem = mlp((3, 4, 2), samples=12)
+    product = HessianProduct(problem.model, problem.loss, [problem.data])
+    top, direction = top_pair(product)
+    x, y = problem.data
+    each = [
+        dense_hessian(Problem(problem.model, problem.syms, (x[i : i + 1], y[i : i + 1])), problem.model)
+        for i in range(12)
+    ]
+    v, mean = torch.as_tensor(direction), torch.stack(each).mean(0)
+    along = sum(float((h @ v).square().sum()) for h in each) / 12 / float(v @ mean @ v)
+    average = sum(float(h.square().sum()) for h in each) / 12 / float(mean.trace())
+    found = noise_curvature(product, direction, draws=500)
+    assert found == pytest.approx(max(along, average), rel=0.1)
+    assert float(v @ mean @ v) == pytest.approx(top, rel=1e-6)
+
+
+def test_the_printed_advice_is_for_minibatches_and_says_so() -> None:
+    problem = mlp((4, 6, 3), (30, 0.5), samples=300)
+    _, _, got = steep(problem, 0.0, 0.1)
+    assert got.full_batch_warmup_steps is not None
+    assert got.warmup_steps is None or got.warmup_steps > got.full_batch_warmup_steps
+    assert got.load_now > got.lr / got.stable_lr_now
+    assert "batches of 4: " in str(got)
+    assert "full batches: linear warmup over about" in str(got)

@@ -37,10 +37,11 @@ if TYPE_CHECKING:
     from noetherflow.discovery.explain import explain
     from noetherflow.discovery.find import find_symmetries
     from noetherflow.discovery.oracle import count_symmetries
+    from noetherflow.equilibrium.curvature import curvature_moments, top_eigenvalue
     from noetherflow.equilibrium.flow import Flow, noether_flow
     from noetherflow.equilibrium.joint import noise_equilibrium
     from noetherflow.equilibrium.result import Equilibrium
-    from noetherflow.equilibrium.sharpness import curvature_moments, sharpness_forecast, top_eigenvalue
+    from noetherflow.equilibrium.sharpness import sharpness_forecast
     from noetherflow.equilibrium.step import step_identity
     from noetherflow.moments.engine import gradient_moments
     from noetherflow.moments.factors import gradient_factors
@@ -66,7 +67,8 @@ _LAZY = {
     "equilibrium.step": ("step_identity",),
     "equilibrium.joint": ("noise_equilibrium",),
     "equilibrium.result": ("Equilibrium",),
-    "equilibrium.sharpness": ("curvature_moments", "sharpness_forecast", "top_eigenvalue"),
+    "equilibrium.curvature": ("curvature_moments", "top_eigenvalue"),
+    "equilibrium.sharpness": ("sharpness_forecast",),
     "moments.engine": ("gradient_moments",),
     "moments.factors": ("gradient_factors",),
     "moments.minibatch": ("minibatch_moments",),

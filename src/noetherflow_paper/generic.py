@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import noetherflow as nf
 from noetherflow.core.settings import SGDConfig
-from noetherflow.equilibrium.sharpness import trace_at
+from noetherflow.equilibrium.curvature import trace_at
 from noetherflow.moments.result import Replicates
 from noetherflow.workloads import squared_error
 from noetherflow_paper import closed_form as cf

@@ -26,8 +26,8 @@ from noetherflow.core.printing import transposed
 from noetherflow.core.settings import SGDConfig
 from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium import Equilibrium, noise_equilibrium
+from noetherflow.equilibrium.curvature import curvature_moments, trace_at
 from noetherflow.equilibrium.forecast import Forecast
-from noetherflow.equilibrium.sharpness import curvature_moments, trace_at
 from noetherflow.moments import gradient_moments
 from noetherflow.report.analysis import analysis_sections
 from noetherflow.report.figures import balance_figure, forecast_figure, orbit_figure
