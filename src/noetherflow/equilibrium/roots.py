@@ -76,7 +76,8 @@ class NoiseLaw:
         b1, white = config.betas[0], 1.0
         if config.sampling == "epoch" and config.batches_per_epoch is not None:
             white = epoch_factor(b1, config.batches_per_epoch)
-        return cls(white, (1 + b1) / (1 - b1), config.eps, not config.decoupled and config.weight_decay > 0)
+        decays = config.weight_decay > 0 or any(g.weight_decay > 0 for g in config.groups)
+        return cls(white, (1 + b1) / (1 - b1), config.eps, decays and not config.decoupled)
 
 
 @dataclass(frozen=True, eq=False)
