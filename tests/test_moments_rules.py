@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from noetherflow import SymmetrySet, declare
 from noetherflow.errors import MomentError
-from noetherflow.moments import Meter, batch, forms, gradient_moments
+from noetherflow.moments import Meter, batch, convolution, forms, gradient_moments
 from reference import moments_by_loop
 
 TOLERANCE = 1e-10
@@ -368,7 +368,8 @@ def test_both_contractions_equal_the_loop(case: str, tokens: bool, monkeypatch: 
         chosen.append(tokens and possible)
         return chosen[-1]
 
-    monkeypatch.setattr(forms, "prefer_token_grams", choose)
+    for module in (forms, convolution):
+        monkeypatch.setattr(module, "prefer_token_grams", choose)
     torch.manual_seed(0)
     build, sample = CASES[case]
     assert_agrees(build().double(), squared_output, [sample()], groups=2)

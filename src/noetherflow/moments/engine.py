@@ -45,6 +45,8 @@ def gradient_moments(
 ) -> GradientMoments:
     """Measure how the gradients of single samples scatter, as far as the symmetries need it.
 
+    A verb for users: all that may be chosen is a keyword of its own, hence so many.
+
     For every leg of every symmetry the second moment `E[dX dX^T]` over samples, and the mean gradient of every
     parameter concerned; each batch costs about one ordinary forward and backward. The model, its buffers and `.grad`
     are left as they were.

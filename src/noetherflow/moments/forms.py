@@ -6,7 +6,7 @@ Every form stands for `G_i`, the gradient of sample `i` with respect to the oper
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import sqrt
@@ -18,9 +18,6 @@ from noetherflow.moments.target import SideLeg, Target, gram, wide
 
 # Explicit gradients are made this many entries at a time: on a CPU they should stay in cache.
 CHUNK_ENTRIES, CHUNK_ENTRIES_CPU = 1 << 24, 1 << 20
-# Convolutions with more entries of patches per sample go one by one on a CPU: measured on 2 cores, one by one takes
-# 10 and 1.7 times as long as together at 2^9 and 2^13 entries, as long at 2^15, half as long above.
-PATCHES_CPU = 1 << 14
 # One pass over one entry of an explicit gradient, in operations of a matrix product. Measured on 2 cores:
 # 0.04 to 0.06 ns (sum, row norm, square of 2^20 float32 entries), while products of 128 tokens run at 190 per ns.
 PASS = 10.0
@@ -32,7 +29,7 @@ def norm(t: Tensor) -> Tensor:
     return found
 
 
-def _chunks(target: Target, entries: int, lo: int, hi: int) -> Iterator[tuple[int, int]]:
+def chunks(target: Target, entries: int, lo: int, hi: int) -> Iterator[tuple[int, int]]:
     """Samples `lo .. hi - 1` in runs whose explicit gradients, of so many `entries` each, are held at once."""
     limit = CHUNK_ENTRIES_CPU if target.need.device.type == "cpu" else CHUNK_ENTRIES
     step = max(1, limit // max(1, entries))
@@ -62,7 +59,7 @@ class Form(ABC):
 
         Here by explicit gradients, which `dense` must have made afresh.
         """
-        for i, j in _chunks(target, target.need.shape.numel(), lo, hi):
+        for i, j in chunks(target, target.need.shape.numel(), lo, hi):
             target.add_dense(self.dense(i, j), Tensor.square_)
 
     @abstractmethod
@@ -150,9 +147,9 @@ class Outer(Form):
         left, right = self._slice(lo, hi)
         if prefer_token_grams(target, tokens, m, n):
             target.add_product(left.flatten(0, 1), right.flatten(0, 1))
-            _add_token_grams(target, left, right)
+            add_token_grams(target, left, right)
             return
-        for i, j in _chunks(target, m * n, 0, hi - lo):
+        for i, j in chunks(target, m * n, 0, hi - lo):
             out = target.scratch.workspace.empty((j - i, m, n), left)
             target.add_dense(torch.bmm(left[i:j].mT, right[i:j], out=out), Tensor.square_)
 
@@ -231,7 +228,7 @@ def prefer_token_grams(target: Target, tokens: int, m: int, n: int) -> bool:
     return grams < direct
 
 
-def _add_token_grams(target: Target, left: Tensor, right: Tensor) -> None:
+def add_token_grams(target: Target, left: Tensor, right: Tensor) -> None:
     """`G = l^T r` over tokens: `G G^T = l^T (r r^T) l`, so rows need the token Gram of `right`."""
     split = target.need.split(left.shape[2])
     for legs, own, other in ((split.rows, left, right), (split.columns, right, left)):
@@ -305,90 +302,6 @@ class Lookup(Form):
         slot[1:] = (keys[1:] != keys[:-1]).cumsum(0)
         merged = torch.zeros_like(delta).index_add_(0, slot, delta[order])
         return torch.zeros_like(keys).index_copy_(0, slot, keys % self.rows), merged
-
-
-@dataclass(eq=False)
-class Convolution(Form):
-    """Convolution in one to three dimensions, also grouped, dilated or transposed.
-
-    `x` (inputs) and `delta` (output gradients) are `[samples, fold, channels, *positions]`, with `fold` images per
-    sample. `settings`: stride, padding, dilation, transposed, output padding, groups, as `convolution_backward` takes
-    them.
-    """
-
-    x: Tensor
-    delta: Tensor
-    weight: Tensor
-    settings: tuple[list[int], list[int], list[int], bool, list[int], int]
-
-    def __post_init__(self) -> None:
-        self.samples = self.x.shape[0]
-        dtype = wide(self.delta.dtype)
-        self.x, self.delta, self.weight = (t.to(dtype) for t in (self.x, self.delta, self.weight))
-
-    def _gradient(self, lo: int, hi: int) -> Tensor:
-        """The gradient summed over samples `lo .. hi - 1`, by torch's own backward."""
-        x, delta = self.x[lo:hi].flatten(0, 1), self.delta[lo:hi].flatten(0, 1)
-        wanted = (False, True, False)
-        found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
-            delta, x, self.weight, None, *self.settings, wanted
-        )
-        return found[1]
-
-    @property
-    def _sizes(self) -> tuple[int, int, int]:
-        """Positions per sample (`tokens`), and the weight as a matrix `m x n`."""
-        points = self.x if self.settings[3] else self.delta
-        return points.shape[1] * points[0, 0, 0].numel(), self.weight.shape[0], self.weight[0].numel()
-
-    def _pieces(self, target: Target, lo: int, hi: int) -> Iterator[tuple[int, int]]:
-        """Samples measured together, through their patches; one by one where those are many and calls are cheap."""
-        tokens, m, n = self._sizes
-        patches = tokens * n * self.settings[5]
-        if self.x.device.type == "cpu" and patches > PATCHES_CPU:
-            return ((i, i + 1) for i in range(lo, hi))
-        return _chunks(target, max(patches, m * n), lo, hi)
-
-    def _gradients(self, lo: int, hi: int) -> Tensor:
-        """`[hi - lo, *weight shape]`: `delta^T patches(x)`; the other way round for a transposed convolution."""
-        if hi - lo == 1:
-            return self._gradient(lo, hi).unsqueeze(0)
-        points, image = (self.x, self.delta) if self.settings[3] else (self.delta, self.x)
-        groups, (_, m, n) = self.settings[5], self._sizes
-        left = points[lo:hi].flatten(3).mT.reshape(hi - lo, -1, groups, m // groups)
-        right = self._patches(image[lo:hi].flatten(0, 1), points.shape[3:]).reshape(hi - lo, -1, groups, n)
-        return (left.permute(0, 2, 3, 1) @ right.transpose(1, 2)).reshape(hi - lo, *self.weight.shape)
-
-    def dense(self, lo: int, hi: int) -> Tensor:
-        return torch.cat([self._gradients(i, i + 1) for i in range(lo, hi)])
-
-    def total(self) -> Tensor:
-        return self._gradient(0, self.samples)
-
-    def scale(self) -> Tensor:
-        return norm(self.x) * norm(self.delta) * sqrt(self.weight[0, 0].numel())
-
-    def accumulate(self, target: Target, lo: int, hi: int) -> None:
-        tokens, m, n = self._sizes
-        if not self.settings[3] and self.settings[5] == 1 and prefer_token_grams(target, tokens, m, n):
-            target.gradient.view(self.weight.shape).add_(self._gradient(lo, hi))
-            for i, j in _chunks(target, tokens * n, lo, hi):
-                left = self.delta[i:j].flatten(3).mT.reshape(j - i, -1, m)
-                right = self._patches(self.x[i:j].flatten(0, 1), self.delta.shape[3:]).reshape(j - i, -1, n)
-                _add_token_grams(target, left, right)
-        else:
-            for i, j in self._pieces(target, lo, hi):
-                target.add_dense(self._gradients(i, j), Tensor.square_)
-
-    def _patches(self, x: Tensor, positions: Sequence[int]) -> Tensor:
-        """What the kernel sees at every position: `[images, *positions, channels, *kernel]`."""
-        stride, padding, dilation = self.settings[:3]
-        x = torch.nn.functional.pad(x, [p for size in reversed(padding) for p in (size, size)])
-        nd = x.ndim - 2
-        for axis in range(nd):
-            reach = (self.weight.shape[2 + axis] - 1) * dilation[axis] + 1
-            x = x.unfold(2 + axis, reach, stride[axis])[..., :: dilation[axis]].narrow(2 + axis, 0, positions[axis])
-        return x.movedim(1, 1 + nd)
 
 
 @dataclass(eq=False)

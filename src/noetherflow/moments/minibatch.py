@@ -43,6 +43,8 @@ def minibatch_moments(
 ) -> GradientMoments:
     """Measure gradient noise from the scatter of minibatch gradients, each batch one replicate.
 
+    A verb for users: all that may be chosen is a keyword of its own, hence so many.
+
     This is the way where samples act on each other (batch statistics, contrastive losses), so that a sample has no
     gradient of its own. The model runs in the mode it is in, batch statistics included; buffers and `.grad` are left as
     they were. The result's `batch_grams(symmetry, sgd)` are unbiased from two replicates on, for every `sgd`, also of

@@ -305,6 +305,7 @@ def unresolved(moments: GradientMoments, syms: Iterable[Symmetry]) -> tuple[str,
 
 
 def _refuse_not_finite(moments: GradientMoments) -> None:
+    """Raises MomentError for moments that hold NaN or inf, naming symmetries and parameters."""
     measured = {**moments.second, **{n: (t,) for n, t in [*moments.mean.items(), *moments.squares.items()]}}
     bad = [n for n, parts in measured.items() if not all(bool(torch.isfinite(t).all()) for t in parts)]
     if bad:

@@ -144,6 +144,7 @@ def _busing(value: Tensor, parts: Tensor, h: Tensor, unseen: float) -> Estimate:
 
 
 def _float64(value: Tensor | float) -> Tensor:
+    """A statistic's value as a tensor. Raises DataError for anything else than a tensor or a number."""
     try:
         return torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError) as cause:

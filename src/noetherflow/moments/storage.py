@@ -67,6 +67,7 @@ def load_moments(path: str | Path) -> GradientMoments:
 
 
 def _pack(moments: GradientMoments, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The header of moments; their tensors are put into `tensors` under names that begin with `prefix`."""
     for name, legs in moments.second.items():
         for k, leg in enumerate(legs):
             tensors[f"{prefix}second/{k}/{name}"] = leg.contiguous()
@@ -127,6 +128,7 @@ def _unpack(
     tensors: Mapping[str, Tensor],
     groups: tuple[GradientMoments, ...] = (),
 ) -> GradientMoments:
+    """What `_pack` wrote."""
     return GradientMoments(
         samples=int(header["samples"]),
         loss=float(header["loss"]),

@@ -131,6 +131,7 @@ class Operands:
 
     @classmethod
     def among(cls, args: Any, kwargs: dict[str, Any], origins: Origins) -> Operands:
+        """Sort the tensors among a call's arguments."""
         tensors = _tensors((*args, *kwargs.values()) if kwargs else args)
         owned: dict[int, frozenset[str]] = {}
         others = activations = False

@@ -201,6 +201,7 @@ class Sums:
 
     @classmethod
     def zeros(cls, syms: SymmetrySet, needs: dict[str, Need]) -> Sums:
+        """Sums over no sample."""
         sums = cls(needs)
         for name, need in needs.items():
             sums.gradient[name] = torch.zeros(need.shape, dtype=need.dtype, device=need.device)

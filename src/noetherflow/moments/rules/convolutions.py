@@ -8,7 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from noetherflow.moments.forms import Convolution, Form
+from noetherflow.moments.convolution import Convolution
+from noetherflow.moments.forms import Form
 from noetherflow.moments.layout import SampleLayout
 from noetherflow.moments.rules.registry import Call, MomentRule, Owned, Site, rule
 from noetherflow.moments.rules.sites import (
@@ -21,6 +22,8 @@ from noetherflow.moments.rules.sites import (
 
 
 def _convolution(nd: int, transposed: bool) -> MomentRule:
+    """The rule of convolutions over `nd` axes of positions."""
+
     def convolution(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Call | None:
         x, w, b = a["input"], a["weight"], a["bias"]
         if x.ndim != nd + 2:
@@ -48,6 +51,7 @@ def _convolution(nd: int, transposed: bool) -> MomentRule:
 
 
 def _padding(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list[int] | None:
+    """Zeros put at either end of each axis; None for `same` where the two ends differ."""
     if padding == "valid":
         return [0] * len(kernel)
     if padding == "same":

@@ -48,6 +48,7 @@ def gather(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Call | 
 
 
 def _lookup(w: Tensor, index: Tensor, prepare: Prepare) -> Call:
+    """Rows of `w` picked by an integer tensor of any shape."""
     rows = w.shape[0]
 
     def build(_: SampleLayout, delta: Tensor, index: Tensor) -> Form:

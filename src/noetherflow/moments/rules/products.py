@@ -37,6 +37,7 @@ def linear(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Call | 
     lambda input, other: None, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__, Tensor.__rmatmul__
 )
 def matmul(owned: Owned, func: Callable[..., Any], a: dict[str, Any]) -> Call | None:
+    """`x @ w` with either side a parameter, of one axis or more."""
     x, w = a["input"], a["other"]
     if func is Tensor.__rmatmul__:
         x, w = w, x
@@ -62,6 +63,7 @@ def _flip(out: Tensor) -> Tensor:
 
 
 def _matmul_letters(x: int, w: int) -> tuple[str, str, str]:
+    """`x @ w` with these numbers of axes as index letters of an einsum: of x, of w and of the output."""
     letters = string.ascii_lowercase
     batch, tokens = letters[: x - 2], letters[x - 2]
     return f"{batch}{tokens}y", f"{batch[x - w :]}yz", f"{batch}{tokens}z"

@@ -68,6 +68,7 @@ class Signature:
 
     @classmethod
     def of(cls, function: Callable[..., Any]) -> Signature:
+        """The signature of a Python function."""
         given = inspect.signature(function).parameters.values()
         rest = next((p.name for p in given if p.kind is p.VAR_POSITIONAL), None)
         return cls(
