@@ -8,7 +8,7 @@ demand of gauges is collected in `store.Store`.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
@@ -91,7 +91,7 @@ class AxisAtoms:
         return [full[a] for a in self.axes]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Bundle:
     """The atoms of one parameter axis (or of one group of axes of a view), `start .. start + size`."""
 
@@ -103,7 +103,6 @@ class Bundle:
     exponent: float
     slices: int
     """See `AxisAtoms.slices`."""
-    fixed: Array = field(default_factory=lambda: np.zeros(1, dtype=bool))
 
 
 @dataclass(frozen=True, eq=False)

@@ -84,8 +84,7 @@ class Store:
             if count == 1 and (fields or any(np.prod(other.sizes(shape)) > 1 for other in plan)):
                 continue  # a scalar on an axis of length 1 is a scalar on any other axis
             start = self.fresh(count)
-            fixed = np.zeros(axis.slices, dtype=bool)
-            self.redundancy.add(Bundle(name, axis.view, axis.axes, start, count, exponent, axis.slices, fixed))
+            self.redundancy.add(Bundle(name, axis.view, axis.axes, start, count, exponent, axis.slices))
             fields.append(Field(narrow(_placed(axis, shape, start)), exponent))
         return Gauge(shape, tuple(fields), leaf=name)
 
