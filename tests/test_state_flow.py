@@ -531,3 +531,43 @@ def test_the_flow_of_a_digits_training_is_its_charge_s_change() -> None:
     found, error = slope(squares)
     assert error > 0.02, "uncorrelated gradients are an assumption: persistence differs from 1 by unit"
     assert float((plain - measured).norm() / measured.norm()) > 0.5, "the plain charge moves otherwise"
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+def test_joint_equilibrium_of_a_run(kind: str) -> None:
+    """One torus: what the state flow says of it alone. Two that share a layer: moved there, both flows stop at once."""
+    net, syms, data = leaky_net()
+    optimizer: Any = (
+        torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.1)
+        if kind == "adam"
+        else torch.optim.SGD(net.parameters(), lr=0.004, momentum=0.9, weight_decay=0.1)
+    )
+    for _ in train(net, data, optimizer, 200):
+        pass
+    alone = state_flow(net, syms, optimizer).details[0]
+    (settled,) = nf.noise_equilibrium(net, syms, optimizer=optimizer)
+    best = alone.from_squares or alone.from_momentum
+    torch.testing.assert_close(settled.element, best.element, rtol=1e-3, atol=0.0)  # decay to order lr w
+
+    torch.manual_seed(0)
+    deep = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+    two = nf.SymmetrySet(
+        (
+            *nf.declare(deep, "diagonal", [(A, 0), ("0.bias", 0)], [(B, 1)]),
+            *nf.declare(deep, "diagonal", [(B, 0), ("2.bias", 0)], [("4.weight", 1)]),
+        ),
+        shapes={n: tuple(p.shape) for n, p in deep.named_parameters()},
+    )
+    other = type(optimizer)(deep.parameters(), **{k: optimizer.defaults[k] for k in ("lr", "weight_decay")}
+                            | ({"momentum": 0.9} if kind == "sgd" else {}))  # fmt: skip
+    for _ in train(deep, data, other, 200):
+        pass
+    eq = nf.noise_equilibrium(deep, two, optimizer=other)
+    assert eq.converged
+    assert "read off" in str(eq)
+    move_with_state(deep, two, other, eq.elements)
+    for detail in state_flow(deep, two, other).details:
+        flow = detail.from_squares or detail.from_momentum
+        assert float(flow.imbalance[flow.finite].max()) < 1e-3
+    with pytest.raises(DataError, match="in place of"):
+        nf.noise_equilibrium(deep, two, sgd=nf.SGDConfig(0.1, 8), optimizer=other)

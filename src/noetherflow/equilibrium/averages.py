@@ -75,6 +75,7 @@ class Averages:
         mean_total: total weight of `mean`, `1 - b1^t` (SGD: 1, the buffer is used as it is).
         rates: learning rate and weight decay.
         steps: optimiser steps made; None where the state does not say.
+        persistence: `(1 + b1) / (1 - b1)` of its law.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Averages:
     mean_total: float
     rates: Rates
     steps: int | None
+    persistence: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +206,9 @@ def _averages(held: Held, law: AveragingLaw, lr: float | None) -> Averages:
     rates = Rates(float(settings["lr"]) if lr is None else lr, float(settings.get("weight_decay", 0.0)))
     steps = int(state["step"]) if "step" in state else None
     if law.kind == "sgd":
-        return Averages(held.name, held.parameter, None, state["momentum_buffer"], 1.0, 1.0, rates, steps)
+        return Averages(
+            held.name, held.parameter, None, state["momentum_buffer"], 1.0, 1.0, rates, steps, law.persistence
+        )
     t, b1, b2 = steps or 0, law.memory, law.square_memory or 0.0
     if law.kind == "adam":
         square, mean = state["exp_avg_sq"], state["exp_avg"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from noetherflow.equilibrium.potential import LegPair
 from noetherflow.equilibrium.result import Equilibrium, Settled
 from noetherflow.equilibrium.solve import drives, imbalance
 from noetherflow.equilibrium.start import Start, no_moments, starts_of
+from noetherflow.equilibrium.state_equilibrium import state_equilibrium
 from noetherflow.equilibrium.task import Question, SolveOptions, Task, log_errors
 from noetherflow.equilibrium.verdict import Outcome
 from noetherflow.errors import DataError, MomentError
@@ -33,9 +35,10 @@ from noetherflow.symmetry.symmetry_set import SymmetrySet
 def noise_equilibrium(
     model: nn.Module,
     syms: SymmetrySet,
-    mom: GradientMoments | None,
+    mom: GradientMoments | None = None,
     sgd: Settings | None = None,
     *,
+    optimizer: Any = None,
     objective: str | Objective = "noise+decay",
     joint: bool = True,
     approximate: bool = True,
@@ -65,6 +68,8 @@ def noise_equilibrium(
         sgd: Learning rate, batch size, weight decay, momentum; needed for the noise objectives. With AdamConfig or
             LionConfig these are the minimum of `Psi = sum (lr s + 2 w s theta^2)` over the tori (theory.md section 13),
             `s` the root mean square of each entry of the minibatch gradient; moments with `entries=True`.
+        optimizer: In place of `mom` and `sgd`: momentum SGD, Adam, AdamW or RMSprop of a run, or its `state_dict()`;
+            its averages of gradients are the noise, along scalar and diagonal symmetries (docs/adaptive.md).
         objective: `noise+decay`, `noise` (weight decay left out), `norm` (least norm), `fisher`, `hessian` (least
             trace; `mom` from `curvature_moments`), or one of your own (`docs/extend/objective.md`).
         joint: All symmetries move together; `False`: each with the others held.
@@ -105,6 +110,10 @@ def noise_equilibrium(
     if not approximate:
         syms = syms.without({s.name: f"only approximate (eps {s.eps:g})" for s in syms if s.eps is not None})
     chosen = objective_of(objective)
+    if optimizer is not None:
+        if mom is not None or sgd is not None or chosen.name != "noise+decay":
+            raise DataError("optimizer= stands in place of mom and sgd, with objective='noise+decay'")
+        return state_equilibrium(model, syms, optimizer, options)
     if isinstance(sgd, AdamConfig | LionConfig) or (sgd is not None and sgd.groups):
         if chosen.name in ("noise+decay", "noise") and mom is not None:
             refuse_other_moments(model, syms, mom)
