@@ -300,6 +300,7 @@ def test_estimates_under_a_gradient_scaler_are_of_unscaled_gradients() -> None:
                 scaler.step(optimizer)
                 scaler.update()
                 found += [row["drive"] for row in ledger.estimates()]
+        assert all(abs(row["residual"]) < 1e-5 * row["norm"] for row in ledger.records())
         return found
 
     scaled, plain = drives(1024.0), drives(None)
