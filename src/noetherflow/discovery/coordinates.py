@@ -11,7 +11,7 @@ from scipy.sparse.csgraph import connected_components
 from noetherflow.discovery.gauges import Array, mix, rationals
 from noetherflow.discovery.linear_system import TINY
 from noetherflow.discovery.solve import GaugeSolution
-from noetherflow.discovery.store import Store
+from noetherflow.discovery.store import PASSED_ON, Store
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +108,11 @@ def _in_units_of_first_leg(power: Array, column: Array) -> Array:
 
 
 def _cells(store: Store) -> Array:
-    """The cell of every atom, told apart also by what was asked of the atoms it always equals."""
+    """The cell of every atom, told apart also by what was asked of the atoms it always equals.
+
+    What was asked of those that one demand pairs with it counts extra: where the two halves of an output are added, the
+    halves of the weight's rows were told apart by the cut, and so the halves of its bias are too.
+    """
     cell = store.cells.first(store.size)
     same = [e.ids for e in store.equations if len(e.coefficients) == 2 and e.coefficients[0] == -e.coefficients[1]]
     if not same:
@@ -117,9 +121,25 @@ def _cells(store: Store) -> Array:
     ones = np.ones(len(pairs), dtype=np.int8)
     graph = sp.coo_array((ones, (pairs[:, 0], pairs[:, 1])), shape=(store.size, store.size))
     count, label = connected_components(graph, directed=False)
-    together = np.zeros(count, dtype=np.uint64)
+    together, partners = np.zeros(count, dtype=np.uint64), np.zeros(store.size, dtype=np.uint64)
     np.add.at(together, label, mix(cell))
-    return mix(cell ^ together[label])
+    for own, other in (pairs.T, pairs.T[::-1]):
+        np.add.at(partners, own, mix(cell[other]))
+    return mix(mix(cell ^ together[label]) ^ partners)
+
+
+def _noticed(store: Store, solution: GaugeSolution) -> Array:
+    """Per root whether some operator read it. What reads a sum reads its terms, also one that it does not let move."""
+    atoms = store.touched[: store.size].copy()
+    roots = np.zeros(store.size, dtype=bool)
+    np.logical_or.at(roots, solution.root, atoms)
+    for equation in reversed(store.equations):
+        if equation.why in PASSED_ON:
+            ids, root = equation.ids, solution.root[equation.ids]
+            read = ((atoms[ids] & (ids != 0)) | (roots[root] & (root != 0))).any(1)
+            atoms[ids[read].reshape(-1)] = True
+            roots[root[read].reshape(-1)] = True
+    return roots
 
 
 def _facts(store: Store, solution: GaugeSolution, inside: Array) -> tuple[Array, Array]:
@@ -128,9 +148,8 @@ def _facts(store: Store, solution: GaugeSolution, inside: Array) -> tuple[Array,
     What only reads a tensor of zeros (a weight column that meets padding) changes nothing at all and does not count.
     """
     by_root_tags = np.zeros(store.size, dtype=np.uint8)
-    touched = np.zeros(store.size, dtype=bool)
+    touched = _noticed(store, solution)
     np.bitwise_or.at(by_root_tags, solution.root, store.tags[: store.size])
-    np.logical_or.at(touched, solution.root, store.touched[: store.size])
     root = solution.root[solution.atom]
     tags = np.zeros(solution.free, dtype=np.uint8)
     noticed = np.zeros(solution.free, dtype=bool)

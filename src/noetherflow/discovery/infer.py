@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from noetherflow.discovery.axes import axis_atoms, output_shapes, stack_sides
+from noetherflow.discovery.constants import known_values
 from noetherflow.discovery.export import Graph, module_path, operator_name
 from noetherflow.discovery.gauges import AxisAtoms, Gauge
 from noetherflow.discovery.offsets import Offsets, offsets_of
@@ -43,10 +44,11 @@ def infer(graph: Graph) -> Inference:
     """Run every rule once, in graph order (twice if stacks of matrices are indexed by data)."""
     store, leaves, unknown, offsets = Store(), Leaves(graph), UnknownOperators(), offsets_of(graph)
     nodes = tuple(graph.nodes)
-    first = _Pass(graph, store, leaves, unknown, offsets.sums, start=0)
+    known = known_values(graph)
+    first = _Pass(graph, store, leaves, unknown, offsets.sums, known, start=0)
     first.run(nodes)
     if first.stood_in:
-        _Pass(graph, store, leaves, unknown, offsets.sums, start=1).run(nodes)
+        _Pass(graph, store, leaves, unknown, offsets.sums, known, start=1).run(nodes)
     store.end_decoys()
     return Inference(graph, store, nodes, unknown.listed(), offsets)
 
@@ -111,6 +113,7 @@ class _Pass:
     unknown: UnknownOperators
     sums: dict[fx.Node, str]
     """Nodes that add a constant to a parameter which then transforms as the sum (`offsets.py`)."""
+    known: dict[fx.Node, Tensor]
     start: int
     """Where stand-ins for unknown positions begin; a second walk with another one makes them sound."""
     stood_in: bool = False
@@ -165,7 +168,7 @@ class _Pass:
         if rule is None:
             out = self._without_rule(node, inputs)
         else:
-            out = rule(Context(self.store, node, shapes, self._buffer, self._stand_in), *args, **kwargs)
+            out = rule(Context(self.store, node, shapes, self._buffer, self._stand_in, self.known), *args, **kwargs)
         return _with_data(out) if any("data" in g.marks for g in inputs) else out
 
     def _without_rule(self, node: fx.Node, inputs: list[Gauge]) -> Any:

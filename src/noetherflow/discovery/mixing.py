@@ -73,8 +73,8 @@ class Cells:
         *coarse, first, second = (fields[k] for k in order)
         if abs(first.exponent) != 1 or abs(second.exponent) != 1:
             return False
-        a, b, *others = torch.broadcast_tensors(first.ids, second.ids, *(f.ids for f in coarse))
-        ra, rb = ranks(a.reshape(-1).numpy()), ranks(b.reshape(-1).numpy())
+        a, b, *others = _met(first.ids, second.ids, *(f.ids for f in coarse))
+        ra, rb = ranks(a.numpy()), ranks(b.numpy())
         if ra is not None and rb is not None and not np.array_equal(ra, rb):
             return False
         position = np.zeros(a.numel(), dtype=np.int64) if ra is None and rb is None else ra if rb is None else rb
@@ -83,10 +83,26 @@ class Cells:
             return True
         labels = mix(position)
         for other in others:
-            labels = mix(labels ^ mix(other.reshape(-1).numpy()))
-        told = torch.from_numpy(labels.astype(np.int64)).reshape(a.shape)
+            labels = mix(labels ^ mix(other.numpy()))
+        told = torch.from_numpy(labels.astype(np.int64))
         self.refine(Field(a, 1.0), told)
         self.refine(Field(b, 1.0), told)
         for f in coarse:
             self.alone(f.ids.reshape(-1).numpy())
         return True
+
+
+def _met(a: Tensor, b: Tensor, *others: Tensor) -> list[Tensor]:
+    """The atoms of fields that meet at one position each time, without repetitions along axes of one of the first two.
+
+    Two tensors joined along the batch, rows (1, 2), (1, 2) and (3, 4), meet the columns (7, 8) of one weight as 1-7,
+    2-8, 3-7 and 4-8, however many rows there are of each.
+    """
+    shared = [n if n > 1 and m > 1 else 1 for n, m in zip(a.shape, b.shape, strict=True)]
+    position = torch.arange(int(np.prod(shared))).reshape(shared)
+    *columns, place = (x.reshape(-1) for x in torch.broadcast_tensors(a, b, *others, position))
+    if all(n == m for n, m in zip(a.shape, b.shape, strict=True)):
+        return columns
+    _, first = np.unique(torch.stack([place, *columns], 1).numpy(), axis=0, return_index=True)
+    kept = torch.from_numpy(np.sort(first))
+    return [column[kept] for column in columns]

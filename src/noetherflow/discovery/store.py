@@ -18,6 +18,9 @@ from noetherflow.discovery.gauges import Array, AxisAtoms, Bundle, Equation, Fie
 from noetherflow.discovery.mixing import Cells
 from noetherflow.discovery.redundancy import Redundancy
 
+PASSED_ON = frozenset({"is added", "gets a bias"})
+"""Demands that read nothing: two tensors go on as one. Coordinates that nothing reads later are no symmetries."""
+
 
 class Store:
     """Atoms, their cells and tags, and the equations collected in one pass over the graph.
@@ -146,6 +149,11 @@ class Store:
 
     # --- permission to mix ---
 
+    def notice(self, fields: Iterable[Field]) -> None:
+        """Something reads a tensor with these fields, although it demands nothing of them."""
+        for f in fields:
+            self.touched[f.ids.reshape(-1).numpy()] = True
+
     def refine(self, f: Field, labels: Tensor) -> None:
         """Atoms seen with different collections of labels may no longer mix (see `Cells.refine`)."""
         self.cells.refine(f, labels)
@@ -179,7 +187,8 @@ class Store:
         columns = broadcast(*[f.ids for f in fields])
         coefficients = tuple(f.exponent for f in fields)
         rows = np.stack(columns, axis=1)
-        self.touched[rows.reshape(-1)] = True
+        if why not in PASSED_ON:
+            self.touched[rows.reshape(-1)] = True
         self.equations.append(Equation(rows, coefficients, self._node, why))
         if len(fields) == 1:
             self.canon[self.canonical(columns[0])] = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,7 +40,8 @@ class Context:
     """What a rule sees besides the gauges of its arguments.
 
     `shapes` are the shapes of the outputs (None for one that is no tensor), `buffer` gives a gauge to a buffer that
-    moves with the weights, `stand_in(count, length)` gives positions in place of `count` unknown ones (or None).
+    moves with the weights, `stand_in(count, length)` gives positions in place of `count` unknown ones (or None),
+    `known` holds the values of nodes that are constants of the code.
     """
 
     store: Store
@@ -48,6 +49,7 @@ class Context:
     shapes: tuple[tuple[int, ...] | None, ...]
     buffer: Callable[[Gauge, float], Gauge]
     stand_in: Callable[[int, int], Tensor | None]
+    known: Mapping[fx.Node, Tensor]
 
     @property
     def shape(self) -> tuple[int, ...]:

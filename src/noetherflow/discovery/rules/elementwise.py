@@ -243,6 +243,7 @@ def compare(ctx: Context, x: Gauge, y: Any) -> Gauge:
 
 @rule("aten.atan2")
 def atan2(ctx: Context, x: Gauge, y: Gauge) -> Gauge:
+    ctx.store.notice([*x.fields, *y.fields])
     return compare(ctx, x, y)
 
 

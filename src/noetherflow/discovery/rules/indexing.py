@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 
-from noetherflow.discovery.gauges import Field, Gauge
+from noetherflow.discovery.gauges import Field, Gauge, narrow
 from noetherflow.discovery.rules.base import Context, aligned, is_number, normal_axes, on_ids, rule, short_name
 from noetherflow.discovery.rules.elementwise import masked_fill
-from noetherflow.discovery.rules.shape import agree
+from noetherflow.discovery.rules.shape import agree, separate_pieces
 
 BY_DATA = "is indexed by data"
 UNCHANGED = frozenset({"clone", "to_copy", "alias", "contiguous", "detach", "lift_fresh_copy"})
 """Operators behind which a tensor of positions is the same."""
 
 
-def varying_axes(positions: Any, ndim: int) -> list[int]:
+def varying_axes(ctx: Context, positions: Any, ndim: int) -> list[int]:
     """The axes along which a tensor of positions is not known to repeat itself.
 
     Example: `i[:, None].expand(-1, 5)` varies along its first axis only, so every channel reads the same rows.
     """
     if not isinstance(positions, fx.Node):
         return list(range(ndim))
+    if positions in ctx.known:
+        value = narrow(ctx.known[positions])
+        return [a + ndim - value.ndim for a, n in enumerate(value.shape) if n > 1]
     name = short_name(positions)
     if name in UNCHANGED:
-        return varying_axes(positions.args[0], ndim)
-    if name not in ("expand", "expand_as", "broadcast_to"):
-        return [a for a, n in enumerate(_shape(positions)) if n > 1]
-    source: Any = positions.args[0]
-    shape = _shape(source)
-    long = [a for a in varying_axes(source, len(shape)) if shape[a] > 1]
-    return [a + ndim - len(shape) for a in long]
+        return varying_axes(ctx, positions.args[0], ndim)
+    shape = _shape(positions)
+    if name in ("expand", "expand_as", "broadcast_to"):
+        source: Any = positions.args[0]
+        shape = _shape(source)
+        long = varying_axes(ctx, source, len(shape))
+        return [a + ndim - len(shape) for a in long if shape[a] > 1]
+    return [a + ndim - len(shape) for a, n in enumerate(shape) if n > 1]
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
@@ -47,7 +51,7 @@ def _by_position(ctx: Context, gauge: Gauge, axis: int, positions: Any) -> tuple
     Where the places also vary along another axis (every channel reads other rows), that axis may not mix.
     """
     fields = ctx.store.constant_along(gauge.fields, (axis,), BY_DATA)
-    varying = [a for a in varying_axes(positions, len(gauge.shape)) if a != axis]
+    varying = [a for a in varying_axes(ctx, positions, len(gauge.shape)) if a != axis]
     for f in fields:
         ctx.store.separate(f, varying)
     return fields
@@ -55,25 +59,55 @@ def _by_position(ctx: Context, gauge: Gauge, axis: int, positions: Any) -> tuple
 
 @rule("aten.index.Tensor")
 def index(ctx: Context, x: Gauge, indices: Sequence[Gauge | None]) -> Gauge:
+    given: Any = ctx.node.args[1]
     axes = [a for a, i in enumerate(indices) if i is not None]
-    blank: list[Tensor | None] = [None if i is None else torch.zeros(i.shape, dtype=torch.int64) for i in indices]
+    if all(node is None or node in ctx.known for node in given):
+        known = [None if node is None else ctx.known[node] for node in given]
+        if len(axes) > 1 or any(i is not None and i.dtype == torch.bool and i.ndim > 1 for i in known):
+            ctx.store.singletons([f for f in x.fields if f.spans(range(axes[0], len(x.shape)))])
+        return _read(ctx, x, lambda ids: torch.ops.aten.index.Tensor(ids, known))
     matrices = [f for f in x.fields if f.spans(axes) and len(f.spans(range(len(x.shape)))) > 1]
-    chosen = indices[axes[0]]
-    if matrices and len(axes) == 1 and chosen is not None:
-        # One matrix of a stack per position: which one depends on data, but equally for everything indexed alike.
-        positions = ctx.stand_in(int(np.prod(chosen.shape)), x.shape[axes[0]])
-        if positions is not None:
-            blank[axes[0]] = positions.reshape(chosen.shape)
-            single = [f for f in x.fields if f not in matrices]
-            fields = (*matrices, *ctx.store.constant_along(single, axes, BY_DATA))
-            moved = on_ids(fields, x.shape, lambda ids: torch.ops.aten.index.Tensor(ids, blank))
-            return ctx.out(moved, marks=frozenset({"stack"}))
+    if matrices and len(axes) == 1:
+        stack = _matrices_by_data(ctx, x, axes[0], matrices, indices)
+        if stack is not None:
+            return stack
+    blank = [None if i is None else torch.zeros(i.shape, dtype=torch.int64) for i in indices]
     fields = ctx.store.constant_along(x.fields, axes, BY_DATA)
     return ctx.out(on_ids(fields, x.shape, lambda ids: torch.ops.aten.index.Tensor(ids, blank)), zero=x.zero)
 
 
+def _read(ctx: Context, x: Gauge, take: Callable[[Tensor], Tensor]) -> Gauge:
+    """Entries at known places. What is read may no longer mix with what is not."""
+    fields = on_ids(x.fields, x.shape, take)
+    for before, after in zip(x.fields, fields, strict=True):
+        separate_pieces(ctx, before, [after])
+    return ctx.out(fields, zero=x.zero)
+
+
+def _matrices_by_data(
+    ctx: Context, x: Gauge, axis: int, matrices: Sequence[Field], indices: Sequence[Gauge | None]
+) -> Gauge | None:
+    """One matrix of a stack per position, None if there are fewer positions than matrices.
+
+    Which matrix it is depends on data, but equally for everything that is indexed alike (the three weights of one
+    expert), so stand-ins for the positions show what the matrices of one expert demand of each other.
+    """
+    shape = indices[axis].shape  # type: ignore[union-attr]
+    positions = ctx.stand_in(prod(shape), x.shape[axis])
+    if positions is None:
+        return None
+    chosen: list[Tensor | None] = [None] * axis + [positions.reshape(shape)]
+    single = [f for f in x.fields if all(f is not m for m in matrices)]
+    fields = (*matrices, *ctx.store.constant_along(single, (axis,), BY_DATA))
+    moved = on_ids(fields, x.shape, lambda ids: torch.ops.aten.index.Tensor(ids, chosen))
+    return ctx.out(moved, marks=frozenset({"stack"}))
+
+
 @rule("aten.index_select")
 def index_select(ctx: Context, x: Gauge, dim: int, _: Gauge) -> Gauge:
+    positions = ctx.node.args[2]
+    if positions in ctx.known:
+        return _read(ctx, x, lambda ids: torch.index_select(ids, dim, ctx.known[positions]))
     fields = ctx.store.constant_along(x.fields, normal_axes(dim, len(x.shape)), BY_DATA)
     return ctx.out(fields, zero=x.zero)
 
@@ -81,8 +115,13 @@ def index_select(ctx: Context, x: Gauge, dim: int, _: Gauge) -> Gauge:
 @rule("aten.gather")
 def gather(ctx: Context, x: Gauge, dim: int, _: Gauge, **__: Any) -> Gauge:
     (axis,) = normal_axes(dim, len(x.shape))
-    fields = _by_position(ctx, x, axis, ctx.node.args[2])
-    return ctx.out(_cut_to(fields, ctx.shape), zero=x.zero)
+    positions = ctx.node.args[2]
+    if positions not in ctx.known:
+        return ctx.out(_cut_to(_by_position(ctx, x, axis, positions), ctx.shape), zero=x.zero)
+    varying = [a for a in varying_axes(ctx, positions, len(x.shape)) if a != axis]
+    for f in x.fields:
+        ctx.store.separate(f, varying)
+    return _read(ctx, x, lambda ids: torch.gather(ids, axis, ctx.known[positions]))
 
 
 @rule("aten.take_along_dim")

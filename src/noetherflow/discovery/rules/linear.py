@@ -61,6 +61,25 @@ def outer(ctx: Context, x: Gauge, y: Gauge) -> Gauge:
     return ctx.out(contracted(ctx, x, y, "a,b->ab"), zero=x.zero or y.zero)
 
 
+@rule("aten.linalg_inv", "aten.inverse")
+def inverse(ctx: Context, x: Gauge) -> Gauge:
+    """Rows of `W` times r and columns times c: columns of its inverse divided by r and rows divided by c."""
+    last = (len(x.shape) - 2, len(x.shape) - 1)
+    if any(len(f.spans(last)) > 1 for f in x.fields):
+        ctx.trivial(x)
+        return ctx.out()
+    return ctx.out([Field(f.ids.transpose(-1, -2), -f.exponent) for f in x.fields])
+
+
+@rule("aten.linalg_solve")
+def solve(ctx: Context, matrix: Gauge, y: Gauge, left: bool = True) -> Gauge:
+    if not left or len(matrix.shape) != len(y.shape):
+        ctx.trivial(matrix, y)
+        return ctx.out()
+    turned = inverse(replace(ctx, shapes=(matrix.shape,)), matrix)
+    return ctx.out(_matmul(ctx, replace(turned, marks=matrix.marks), y, len(ctx.shape)))
+
+
 @rule("aten.conv1d", "aten.conv2d", "aten.conv3d")
 def conv_plain(
     ctx: Context,

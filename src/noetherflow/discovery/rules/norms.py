@@ -215,8 +215,7 @@ def _scale_free(ctx: Context, fields: Sequence[Field], axes: Sequence[int], eps:
     """A normalisation over `axes` divides the input's scale out, up to eps; the scale that it removed."""
     scale = ctx.store.constant_along(fields, axes, f"is normalised by {short_name(ctx.node)}")
     ctx.store.singletons(scale)
-    for f in scale:
-        ctx.store.touched[f.ids.reshape(-1).numpy()] = True
+    ctx.store.notice(scale)
     if eps:
         ctx.store.approximately([replace(f, exponent=2 * f.exponent) for f in scale], float(eps))
     return scale

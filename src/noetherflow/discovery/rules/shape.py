@@ -55,7 +55,7 @@ def pick(ctx: Context, x: Gauge, *args: Any, **kwargs: Any) -> Gauge:
     target: Any = ctx.node.target
     fields = on_ids(x.fields, x.shape, lambda ids: target(ids, *args, **kwargs))
     for before, after in zip(x.fields, fields, strict=True):
-        _separate_pieces(ctx, before, [after])
+        separate_pieces(ctx, before, [after])
     return ctx.out(fields, zero=x.zero, marks=_kept(x))
 
 
@@ -80,7 +80,7 @@ def split(ctx: Context, x: Gauge, *args: Any, **kwargs: Any) -> list[Gauge]:
     pieces: list[list[Field]] = [[] for _ in ctx.shapes]
     for f in x.fields:
         after = [Field(narrow(p), f.exponent) for p in target(f.ids.expand(*x.shape), *args, **kwargs)]
-        _separate_pieces(ctx, f, after)
+        separate_pieces(ctx, f, after)
         for piece, g in zip(pieces, after, strict=True):
             piece.append(g)
     return [
@@ -89,7 +89,7 @@ def split(ctx: Context, x: Gauge, *args: Any, **kwargs: Any) -> list[Gauge]:
     ]
 
 
-def _separate_pieces(ctx: Context, before: Field, after: Sequence[Field]) -> None:
+def separate_pieces(ctx: Context, before: Field, after: Sequence[Field]) -> None:
     """Coordinates that go into different pieces may not mix."""
     atoms = before.ids.reshape(-1).numpy()
     labels = np.zeros(atoms.size, dtype=np.int64)
@@ -165,7 +165,7 @@ def slice_scatter(ctx: Context, x: Gauge, source: Gauge, dim: int = 0, *where: A
     written = torch.isin(positions, torch.ops.aten.slice.Tensor(positions, 0, *where))
     kept = [f for f in x.fields if f.spans([axis])]
     for f in kept:
-        _separate_pieces(ctx, f, [Field(f.ids.index_select(axis, positions[~written]), f.exponent)])
+        separate_pieces(ctx, f, [Field(f.ids.index_select(axis, positions[~written]), f.exponent)])
     fields = joined(ctx, (x, source), {axis}, lambda pieces: torch.slice_scatter(pieces[0], pieces[1], axis, *where))
     return ctx.out(fields, zero=x.zero and source.zero)
 
@@ -181,12 +181,10 @@ def select_scatter(ctx: Context, x: Gauge, source: Gauge, dim: int, index: int) 
 def diagonal_scatter(ctx: Context, x: Gauge, source: Gauge, *where: int) -> Gauge:
     ctx.store.singletons([*x.fields, *source.fields])
     target: Any = ctx.node.target
-    placed = tuple(
-        Field(target(torch.zeros(x.shape, dtype=torch.int64), f.ids.expand(*source.shape), *where), f.exponent)
-        for f in source.fields
-    )
-    written = target(torch.zeros(x.shape), torch.ones(source.shape), *where).bool()
-    parts = (x, Gauge(x.shape, placed, source.zero))
+    blank = torch.zeros(x.shape, dtype=torch.int64)
+    placed = [Field(target(blank, f.ids.expand(*source.shape), *where), f.exponent) for f in source.fields]
+    written = target(blank, torch.ones(source.shape, dtype=torch.int64), *where).bool()
+    parts = (x, Gauge(x.shape, tuple(placed), source.zero))
     fields = joined(ctx, parts, set(range(len(x.shape))), lambda pieces: torch.where(written, pieces[1], pieces[0]))
     return ctx.out(fields, zero=x.zero and source.zero)
 
@@ -260,7 +258,7 @@ def _cut(ctx: Context, x: Gauge, axis: int, first: int, last: int) -> Gauge:
     fields = []
     for f in x.fields:
         kept = Field(f.ids.narrow(axis, first, last - first), f.exponent) if f.spans([axis]) else f
-        _separate_pieces(ctx, f, [kept])
+        separate_pieces(ctx, f, [kept])
         fields.append(kept)
     return Gauge(shape, tuple(fields), x.zero)
 
