@@ -119,7 +119,7 @@ SINGLE: dict[str, tuple[Callable[[Tensor], Tensor], int, Any]] = {
     "complex pairs": (
         lambda h: torch.view_as_real(torch.view_as_complex(h.reshape(2, 2, 2)) * 2).reshape(2, 4),
         4,
-        ("diagonal", 2),
+        MIXING,
     ),
     "l2 normalisation": (lambda h: F.normalize(h, dim=-1), 4, ("one-sided", 1)),
     "standard deviation": (lambda h: h / h.std(-1, keepdim=True), 4, ("one-sided", 1)),
