@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
+from itertools import combinations
 from typing import Any
 
 from torch import Tensor, fx
@@ -25,8 +26,8 @@ def axis_atoms(
 
     Up to two axes longer than 1: each by itself; a number is seen as a vector of one entry. What becomes a convolution
     weight: output and input channels (grouped: the view `[groups, out / groups, in / groups, ...]`), and each axis of
-    the kernel where the weight is computed from the parameter. A stack of matrices: the first axis jointly with each of
-    the others; the biases of a stack, `[experts, units]`: both axes jointly.
+    the kernel where the weight is computed from the parameter. A stack of matrices: the axis along which they lie
+    (`_stack_axis`) jointly with each of the others; the biases of a stack, `[experts, units]`: both axes jointly.
 
     Args:
         shape: of the parameter.
@@ -45,13 +46,48 @@ def axis_atoms(
         return [AxisAtoms((0, 1), slices=shape[0])]
     if len(long) < STACK_AXES:
         return [AxisAtoms((a,)) for a in long]
-    return [AxisAtoms((long[0], a), slices=shape[long[0]]) for a in long[1:]]
+    stack = _stack_axis(uses, placeholder)
+    return [AxisAtoms((stack, a), slices=shape[stack]) for a in long if a != stack]
+
+
+def _stack_axis(uses: Iterable[fx.Node], placeholder: fx.Node) -> int:
+    """The axis of a parameter of three or more along which its matrices lie, the first one if nothing says otherwise.
+
+    In attention it is `heads` of `[width, heads, head width]`: the coordinates of a head belong to it, and the result
+    of `bti,ihd->bthd` has both axes, so they must move jointly; `width` stands alone.
+    """
+    shape = output_shapes(placeholder)[0] or ()
+    pairs = [pair for node in uses for pair in _together(node, placeholder)]
+    long = [a for a, n in enumerate(shape) if n > 1]
+    return max(long, key=lambda a: (sum(a in pair for pair in pairs), -a))
+
+
+def _together(node: fx.Node, source: fx.Node) -> list[tuple[int, int]]:
+    """Pairs of axes of `source` that another factor, or the result, of an einsum has both, or that a view merges."""
+    name = operator_name(node).removeprefix("aten.").partition(".")[0]
+    old, new = (output_shapes(n)[0] or () for n in (source, node))
+    if name in ("view", "reshape", "flatten", "_unsafe_view") and (len(old), len(new)) == (3, 2):
+        return [(1, 2) if old[0] == new[0] else (0, 1)]
+    if name != "einsum" or "..." in str(node.args[0]):
+        return []
+    inputs, _, output = str(node.args[0]).replace(" ", "").partition("->")
+    factors: Any = node.args[1]
+    terms = inputs.split(",")
+    own = next(k for k, factor in enumerate(factors) if factor is source)
+    others = [*terms[:own], *terms[own + 1 :], output]
+    found = [[a for a, label in enumerate(terms[own]) if label in term] for term in others]
+    return [pair for axes in found for pair in combinations(axes, 2)]
 
 
 def stack_sides(graph: Graph) -> frozenset[tuple[int, ...]]:
     """Shapes that the biases of the model's stacks of matrices have: `[experts, units]`."""
-    stacks = [shape for name, shape in graph.shapes.items() if name in graph.parameters and len(shape) == STACK_AXES]
-    return frozenset((shape[0], side) for shape in stacks for side in shape[1:] if shape[0] > 1 and side > 1)
+    sides = set()
+    for node in graph.nodes:
+        shape = graph.shapes.get(graph.leaves.get(node.name, ""), ())
+        if node.op == "placeholder" and graph.leaves.get(node.name) in graph.parameters and len(shape) == STACK_AXES:
+            stack = _stack_axis(node.users, node) if max(shape) > 1 else 0
+            sides |= {(shape[stack], n) for a, n in enumerate(shape) if a != stack and shape[stack] > 1 and n > 1}
+    return frozenset(sides)
 
 
 RESHAPING = ("unsqueeze", "view", "reshape", "expand", "slice", "select", "index", "clone", "to", "_to_copy", "alias")

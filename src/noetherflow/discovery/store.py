@@ -315,8 +315,10 @@ class Store:
 def _placed(axis: AxisAtoms, shape: tuple[int, ...], start: int) -> Tensor:
     """The atoms of one axis laid out on the parameter's own axes, size 1 where they do not depend on an axis."""
     full = shape if axis.view is None else axis.view
-    count = int(np.prod(axis.sizes(shape)))
-    ids = torch.arange(start, start + count).reshape([n if a in axis.axes else 1 for a, n in enumerate(full)])
+    sizes = axis.sizes(shape)
+    own = torch.arange(start, start + int(np.prod(sizes))).reshape(sizes)
+    own = own.permute([axis.axes.index(a) for a in sorted(axis.axes)])
+    ids = own.reshape([n if a in axis.axes else 1 for a, n in enumerate(full)])
     if axis.view is None:
         return ids
     same = 0  # trailing axes of length 1 that view and shape share
