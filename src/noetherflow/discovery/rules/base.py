@@ -57,6 +57,10 @@ class Context:
         assert shape is not None
         return shape
 
+    def value_of(self, argument: Any) -> Tensor | None:
+        """The value of an argument of the node (a node itself) if it is a constant of the code."""
+        return self.known.get(argument) if isinstance(argument, fx.Node) else None
+
     def out(self, fields: Sequence[Field] = (), **facts: Any) -> Gauge:
         """The gauge of the first output: fields with its number of axes."""
         return Gauge(self.shape, self.store.simplify(fields), **facts)

@@ -105,9 +105,9 @@ def _matrices_by_data(
 
 @rule("aten.index_select")
 def index_select(ctx: Context, x: Gauge, dim: int, _: Gauge) -> Gauge:
-    positions = ctx.node.args[2]
-    if positions in ctx.known:
-        return _read(ctx, x, lambda ids: torch.index_select(ids, dim, ctx.known[positions]))
+    positions = ctx.value_of(ctx.node.args[2])
+    if positions is not None:
+        return _read(ctx, x, lambda ids: torch.index_select(ids, dim, positions))
     fields = ctx.store.constant_along(x.fields, normal_axes(dim, len(x.shape)), BY_DATA)
     return ctx.out(fields, zero=x.zero)
 
@@ -115,13 +115,13 @@ def index_select(ctx: Context, x: Gauge, dim: int, _: Gauge) -> Gauge:
 @rule("aten.gather")
 def gather(ctx: Context, x: Gauge, dim: int, _: Gauge, **__: Any) -> Gauge:
     (axis,) = normal_axes(dim, len(x.shape))
-    positions = ctx.node.args[2]
-    if positions not in ctx.known:
-        return ctx.out(_cut_to(_by_position(ctx, x, axis, positions), ctx.shape), zero=x.zero)
-    varying = [a for a in varying_axes(ctx, positions, len(x.shape)) if a != axis]
+    positions = ctx.value_of(ctx.node.args[2])
+    if positions is None:
+        return ctx.out(_cut_to(_by_position(ctx, x, axis, ctx.node.args[2]), ctx.shape), zero=x.zero)
+    varying = [a for a in varying_axes(ctx, ctx.node.args[2], len(x.shape)) if a != axis]
     for f in x.fields:
         ctx.store.separate(f, varying)
-    return _read(ctx, x, lambda ids: torch.gather(ids, axis, ctx.known[positions]))
+    return _read(ctx, x, lambda ids: torch.gather(ids, axis, positions))
 
 
 @rule("aten.take_along_dim")
