@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from noetherflow.monitor import measure
 from noetherflow.monitor.books import FIELDS
 from noetherflow.monitor.ledger import Ledger
 from noetherflow.monitor.log import LOG_NAME, read_log
+from noetherflow.monitor.rundata import RunData
+from noetherflow.report.run import summary
 from noetherflow.symmetry.leg import Leg
 from test_ledger import OPTIMIZERS, assert_closed, backward, batches, mlp, mlp_symmetries
 
@@ -239,6 +242,102 @@ def test_a_failing_sink_is_dropped_and_training_goes_on(tmp_path: Path) -> None:
     assert [r["step"] for r in read_log(tmp_path) if r["kind"] == "step"] == list(range(8))
     assert [e["event"] for e in ledger.events] == ["sink failed"]
     assert sorted(set(seen)) == list(range(8))
+
+
+def test_what_moved_weights_between_steps_is_an_entry_of_its_own(tmp_path: Path) -> None:
+    """Another optimiser steps the weights: rows add up to the course of the charge, and nothing is called conserved."""
+
+    class Idle(torch.optim.Optimizer):
+        def step(self, closure: Any = None) -> None:
+            return None
+
+    model = mlp()
+    other = torch.optim.SGD(model.parameters(), lr=0.05)
+    idle, syms = Idle(model.parameters(), {}), mlp_symmetries(model)
+    charges = lambda: {s.name: float(_total(s, {n: p.detach() for n, p in model.named_parameters()})) for s in syms}
+    start = charges()
+    with Ledger(model, idle, syms, detail="symmetry", run_dir=tmp_path) as ledger:
+        for batch in batches(6):
+            model.zero_grad()
+            backward(model, batch)
+            idle.step()
+            last = charges()
+            other.step()
+    rows = ledger.records("symmetry")
+    assert all(r["change"] == 0 for r in rows)
+    for name in start:
+        own = [r for r in rows if r["symmetry"] == name]
+        assert own[0]["outside"] == 0
+        assert sum(r["outside"] for r in own) == pytest.approx(
+            last[name] - start[name], rel=1e-9, abs=1e-13 * own[0]["norm"]
+        )
+        assert abs(sum(r["outside"] for r in own)) > 0
+    words = " ".join(summary(RunData.load(tmp_path), []))
+    assert "conserved" not in words
+    assert "by other hands than this optimiser" in words
+
+
+def _total(s: Any, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    charge = s.charge(tensors)
+    return charge.sum() if s.is_torus else charge.diagonal(dim1=-2, dim2=-1).sum()
+
+
+def test_outside_is_zero_alone_and_unknown_between_recorded_steps() -> None:
+    for every, first in ((1, 0.0), (3, None)):
+        model, optimizer, ledger = watched(every=every)
+        train(model, optimizer, 7)
+        outside = [r["outside"] for r in ledger.records()][len(ledger.records()) // 3 :]
+        assert all(math.isnan(v) if first is None else v == 0 for v in outside)
+
+
+@pytest.mark.parametrize(
+    ("kind", "known"),
+    [
+        (torch.optim.NAdam, True),
+        (torch.optim.Adafactor, True),
+        (torch.optim.RMSprop, False),
+        (torch.optim.Adagrad, False),
+    ],
+)
+def test_decay_that_cannot_be_told_apart_is_unknown_and_not_zero(kind: Any, known: bool) -> None:
+    """Decoupled decay takes `2 lr w C` in first order; coupled decay is lost in the update of other optimisers."""
+    lr, w = 1e-3, 0.5
+    flag = {"decoupled_weight_decay": True} if kind is torch.optim.NAdam else {}
+    for decay in (0.0, w):
+        model = mlp()
+        optimizer = kind(model.parameters(), lr=lr, weight_decay=decay, **flag)
+        with Ledger(model, optimizer, mlp_symmetries(model)) as ledger:
+            train(model, optimizer, 3)
+        for row in ledger.records():
+            if decay and not known:
+                assert math.isnan(row["decay"])
+            else:
+                assert row["decay"] == pytest.approx(-2 * lr * decay * row["charge"], rel=1e-9, abs=1e-15)
+            parts = [row[k] for k in ("decay", "other", "second_order") if not math.isnan(row[k])]
+            assert row["change"] == pytest.approx(sum(parts), abs=1e-13 * row["norm"])
+    assert events(ledger) == []
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_compiled_step_is_watched_like_any_other(kind: Any) -> None:
+    rows = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = mlp()
+        optimizer = kind(model.parameters(), lr=1e-2)
+        ledger = Ledger(model, optimizer, mlp_symmetries(model)).attach()
+        step = torch.compile(lambda o=optimizer: o.step(), backend="eager") if compiled else optimizer.step
+        for batch in batches(3):
+            optimizer.zero_grad()
+            backward(model, batch)
+            step()
+        assert ledger.step == 3
+        rows.append(ledger.records())
+    for a, b in zip(*rows, strict=True):
+        slack = 1e-4 * abs(a["change"]) if kind is torch.optim.AdamW else 0.0  # compiled bias corrections are float32
+        assert b["change"] == pytest.approx(a["change"], abs=slack + 1e-13 * a["norm"])
+        assert abs(b["residual"]) <= slack + 1e-13 * b["norm"]
 
 
 def test_one_ledger_per_run_directory(tmp_path: Path) -> None:

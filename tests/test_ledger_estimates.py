@@ -16,7 +16,7 @@ import noetherflow as nf
 from noetherflow.monitor.estimates import angle, distance, orbit_forces, relaxation_steps
 from noetherflow.monitor.ledger import Ledger
 from noetherflow.monitor.rule import StepSettings
-from noetherflow.monitor.rules import AdamRule, RealisedRule, SGDRule
+from noetherflow.monitor.rules import AdamRule, RealisedRule, RealisedSettings, SGDRule
 from test_ledger import backward, batches, mlp, mlp_symmetries
 
 positive = st.floats(0.05, 20.0)
@@ -256,6 +256,6 @@ def test_rotation_is_not_predicted_where_there_is_no_formula() -> None:
     group = torch.optim.Adam([nn.Parameter(torch.ones(1))], weight_decay=0.1).param_groups[0]
     rule = AdamRule()
     assert math.isnan(rule.rotation(rule.settings(group, {}, 0)))
-    assert math.isnan(RealisedRule().rotation(StepSettings(0.1)))
+    assert math.isnan(RealisedRule().rotation(RealisedSettings(0.1, 0.0)))
     plain = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1).param_groups[0]
     assert SGDRule().rotation(SGDRule().settings(plain, {}, 0)) == 0

@@ -31,6 +31,14 @@ class EstimateRow:
     columns: Mapping[str, np.ndarray]
 
 
+@dataclass(frozen=True, eq=False)
+class LastStep:
+    """The step recorded last, and the squares of the weights `[leg values]` that it left behind."""
+
+    step: int
+    weight_square: np.ndarray
+
+
 class Bookkeeper:
     """What a ledger keeps in memory about one set of symmetries.
 
@@ -49,15 +57,17 @@ class Bookkeeper:
         self.index = Index.of(layout)
         self._history = History(capacity)
         self._estimates: deque[EstimateRow] = deque(maxlen=capacity)
+        self._last: LastStep | None = None
 
     def enter(self, pending: Sequence[Measurement], values: Mapping[str, np.ndarray], journal: Journal) -> None:
         """Close the books on some steps, given all their inner products `[steps, leg values]` by name."""
+        values = {**values, "outside": self._outside([m.step for m in pending], values)}
         books = close_books(self.rule, self.layout, values, [m.settings for m in pending])
         symmetry, family = books.mapped(self.index.to_symmetry), books.mapped(self.index.to_family)
         levels: dict[Level, Columns] = {"family": family, "symmetry": symmetry, "coordinate": books}
         tables = {level: levels[level] for level in LEVELS[: LEVELS.index(self.detail) + 1]}
         self._history.add(Page(np.array([m.step for m in pending]), np.array([m.lr for m in pending]), tables))
-        finite = np.isfinite(books.table).all(axis=(0, 2))
+        finite = books.finite()
         unexplained = family.unexplained() > UNEXPLAINED
         listed = {level: columns.listed() for level, columns in tables.items()} if journal.log is not None else {}
         for t, m in enumerate(pending):
@@ -69,6 +79,16 @@ class Bookkeeper:
             if "gradient_square" in m.blocks and finite[t]:
                 self._estimate(m, symmetry.row(t), journal)
             self._warn(m.step, bool(finite[t]), bool(unexplained[t]), journal)
+
+    def _outside(self, steps: Sequence[int], values: Mapping[str, np.ndarray]) -> np.ndarray:
+        """What the weights' squares changed by since the end of the step before; NaN where that was not recorded."""
+        before, after = values["weight_square"], values["weight_square_after"]
+        last = self._last or LastStep(steps[0] - 1, before[0])
+        was = np.concatenate([last.weight_square[None], after[:-1]])
+        follows = np.diff([last.step, *steps]) == 1
+        self._last = LastStep(steps[-1], after[-1])
+        with np.errstate(invalid="ignore", over="ignore"):
+            return np.where(follows[:, None], before - was, np.nan)
 
     def _warn(self, step: int, finite: bool, unexplained: bool, journal: Journal) -> None:
         if journal.begins("non-finite", not finite):
@@ -134,6 +154,7 @@ class Bookkeeper:
     def rewind(self, step: int) -> None:
         """Forget everything from `step` on."""
         self._history.rewind(step)
+        self._last = None
         self._estimates = deque((e for e in self._estimates if e.step < step), maxlen=self._estimates.maxlen)
 
 

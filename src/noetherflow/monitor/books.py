@@ -16,12 +16,16 @@ from noetherflow.monitor.rule import ENTRIES, AnyRule, StepSettings, decompose
 
 Level = Literal["family", "symmetry", "coordinate"]
 LEVELS: tuple[Level, ...] = ("family", "symmetry", "coordinate")
-FIELDS = ("charge", "change", *ENTRIES, "residual", "norm")
+FIELDS = ("charge", "change", *ENTRIES, "residual", "outside", "norm")
+CAUSES = (*ENTRIES, "outside")
+"""What adds up to the course of a charge: the entries of all steps, and what moved it between them."""
 
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """`FIELDS`: charge before, measured change, entries, residual, `theta^T |A| theta`; `table` is `[field, T, n]`."""
+    """A table `[field, T, n]` of the `FIELDS`: charge before the step, measured change, entries, residual, `outside`,
+    and `theta^T |A| theta`.
+    """
 
     table: np.ndarray
 
@@ -37,6 +41,11 @@ class Columns:
         """Largest `|residual| / norm` of each step, `[T]`."""
         residual, norm = np.abs(self.table[FIELDS.index("residual")]), self.table[FIELDS.index("norm")]
         return np.divide(residual, norm, out=np.zeros_like(norm), where=norm > 0).max(axis=1, initial=0.0)
+
+    def finite(self) -> np.ndarray:
+        """Whether all charges and changes of a step are finite, `[T]`."""
+        measured = self.table[[FIELDS.index(f) for f in ("charge", "change", "second_order", "norm")]]
+        return np.asarray(np.isfinite(measured).all(axis=(0, 2)))
 
     def listed(self) -> list[dict[str, list[float | None]]]:
         """All rows as plain lists, for JSON: None where a number is not finite."""
@@ -65,6 +74,8 @@ def close_books(
     """All columns in the layout's outputs, `[T, n_out]`, from measured values `[T, n_values]` by name.
 
     `change = C(theta') - C(theta)` is measured; `residual = change - sum of entries` is rounding (theory.md section 3).
+    An entry that the rule cannot know is NaN, and another one holds its part. `outside`, where given, is the change
+    since the end of the step before: what other hands than the watched optimiser did.
     """
     before, after = values["weight_square"], values["weight_square_after"]
     zero = np.zeros_like(before)
@@ -73,7 +84,8 @@ def close_books(
         entries = decompose(rule, products, settings_arrays(rule, layout, tables), layout.reference)
         change = after - before
         columns = {"charge": before, "change": change, **dict.fromkeys(ENTRIES, zero), **entries}
-        columns["residual"] = change - sum(entries.values())
+        known = [np.where(np.isnan(entry), 0.0, entry) for entry in entries.values()]
+        columns |= {"residual": change - sum(known), "outside": values.get("outside", zero)}
     signed = Columns(np.stack([columns[f] for f in FIELDS[:-1]])).mapped(layout.matrix).table
     norm = apply(layout.absolute, before)
     return Columns(np.concatenate([signed, norm[None]]))

@@ -29,7 +29,7 @@ from noetherflow.monitor.log import FORMAT
 from noetherflow.monitor.measure import Measurement, StepMeter, one_number
 from noetherflow.monitor.rule import AnyRule, LedgerRule
 from noetherflow.monitor.rules import rule_for
-from noetherflow.monitor.watching import parameters_of, watch_closure
+from noetherflow.monitor.watching import parameters_of, untraced, watch_closure
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 
@@ -124,7 +124,7 @@ class Ledger:
         self._set_symmetries(syms)
         self._journal = Journal(run_dir, sinks, resume)
         self._begin(resume)
-        self._handles: list[Any] = [self.optimizer.register_step_post_hook(self._stepped)]
+        self._handles: list[Any] = [self.optimizer.register_step_post_hook(untraced(self._stepped))]
 
     def __repr__(self) -> str:
         made, families = f"{self.step} steps of {type(self.optimizer).__name__}", ", ".join(self._books.index.families)
@@ -345,8 +345,8 @@ class Ledger:
             raise DataError("this ledger is closed; make a new one (with its run_dir and resume=True it goes on there)")
         if len(self._handles) == 1:
             self._handles += [
-                self.optimizer.register_step_pre_hook(self._pre_hook),
-                self.optimizer.register_step_post_hook(lambda *_: self.after_step()),
+                self.optimizer.register_step_pre_hook(untraced(self._pre_hook)),
+                self.optimizer.register_step_post_hook(untraced(lambda *_: self.after_step())),
             ]
         return self
 

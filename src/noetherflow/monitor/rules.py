@@ -285,27 +285,61 @@ class RealisedProducts(Products):
     update_square: Array
 
 
-class RealisedRule(LedgerRule[RealisedProducts, StepSettings]):
-    """Any optimiser: the update is measured against a copy of the weights and is one part, `other`."""
+@dataclass(frozen=True)
+class RealisedSettings(StepSettings):
+    """`decay`: the share of the weight that decoupled decay takes, `lr w`; NaN where decay cannot be told apart."""
+
+    decay: Number
+
+
+class RealisedRule(LedgerRule[RealisedProducts, RealisedSettings]):
+    """Any optimiser: the update is measured against a copy of the weights and is one part, `other`.
+
+    Weight decay that is known to be decoupled, by the flag that torch's optimisers have for it, is split off. Other
+    decay is somewhere in the update: its entry is NaN, not zero.
+    """
 
     products = RealisedProducts
-    step_settings = StepSettings
+    step_settings = RealisedSettings
     keeps_copy = True
 
-    def settings(self, group: Group, state: State, steps: float) -> StepSettings:
-        return StepSettings(float(group.get("lr", math.nan)))
+    def settings(self, group: Group, state: State, steps: float) -> RealisedSettings:
+        lr, w = (float("nan" if v is None else v) for v in (group.get("lr"), group.get("weight_decay", 0.0)))
+        return RealisedSettings(lr, 0.0 if w == 0 else lr * w if self.decoupled(group) else math.nan)
 
-    def after(self, c: StepSettings, t: StepTensors) -> Pairs:
+    def decoupled(self, group: Group) -> bool:
+        """Whether the weights shrink by `1 - lr w` apart from the rest of the step."""
+        return bool(group.get("decoupled_weight_decay"))
+
+    def after(self, c: RealisedSettings, t: StepTensors) -> Pairs:
         update = t["weight_before"] - t["weight"]
         return {"weight_update": (t["weight_before"], update), "update_square": (update, update)}
 
-    def first_order(self, q: RealisedProducts, c: StepSettings, reference: Number) -> Parts:
-        return Parts(other=q.weight_update)
+    def first_order(self, q: RealisedProducts, c: RealisedSettings, reference: Number) -> Parts:
+        decay = c.decay * q.weight_square
+        return Parts(decay=decay, other=q.weight_update - np.where(np.isnan(decay), 0.0, decay))
 
-    def second_order(self, q: RealisedProducts, c: StepSettings) -> Array:
+    def second_order(self, q: RealisedProducts, c: RealisedSettings) -> Array:
         return q.update_square
+
+
+@ledger_rule(torch.optim.Adafactor)
+class DecoupledRule(RealisedRule):
+    """Optimisers whose weight decay is always decoupled."""
+
+    def decoupled(self, group: Group) -> bool:
+        return True
+
+
+if hasattr(torch.optim, "Muon"):
+    ledger_rule(torch.optim.Muon)(DecoupledRule)
+DECOUPLED_BY_NAME = frozenset({"AdEMAMix", "Lion", "MARS", "Muon", "SOAP"})
+"""Optimisers outside torch whose weight decay is decoupled, by the name of their class."""
 
 
 def rule_for(optimizer: torch.optim.Optimizer) -> AnyRule:
     """The rule registered for the optimiser's class, or for a base class whose step it keeps; else the realised one."""
-    return registered_rule(optimizer) or RealisedRule()
+    rule = registered_rule(optimizer)
+    if rule is None:
+        rule = DecoupledRule() if type(optimizer).__name__ in DECOUPLED_BY_NAME else RealisedRule()
+    return rule

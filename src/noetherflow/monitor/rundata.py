@@ -13,9 +13,8 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from noetherflow.errors import DataError
-from noetherflow.monitor.books import FIELDS
+from noetherflow.monitor.books import CAUSES, FIELDS
 from noetherflow.monitor.log import LOG_NAME, parse_line, read_log, unreadable
-from noetherflow.monitor.rule import ENTRIES
 
 SPIKE = 10.0
 USUAL = 0.9
@@ -72,9 +71,9 @@ class RunData:
         return np.array([s["one_sided"] for s in self.header["symmetries"]], dtype=bool)
 
     def causes(self, family: int) -> dict[str, float]:
-        """Sums of each entry over the recorded steps, largest first; entries that are always zero are left out."""
-        sums = {name: float(np.nansum(self.family[name][:, family])) for name in ENTRIES}
-        present = {name: s for name, s in sums.items() if np.any(self.family[name][:, family] != 0)}
+        """Sums over the steps of each entry and of `outside`, largest first; those always zero are left out."""
+        sums = {name: float(np.nansum(self.family[name][:, family])) for name in CAUSES}
+        present = {name: s for name, s in sums.items() if np.any(np.nan_to_num(self.family[name][:, family]) != 0)}
         return dict(sorted(present.items(), key=lambda item: -abs(item[1])))
 
     def spikes(self) -> list[dict[str, Any]]:
@@ -224,7 +223,8 @@ class _Rows:
             self._gap(self._expected, step)
         self._last = max(self._last, step)
         self._expected = max(self._last + every, self._expected or 0)
-        family = {f"family.{f}": row["family"][f] for f in FIELDS}
+        unknown = [None] * len(self._latest["families"])
+        family = {f"family.{f}": row["family"].get(f, unknown) for f in FIELDS}
         self._steps.add({"step": step, "lr": row.get("lr"), "loss": row.get("loss"), **family})
 
     def _gap(self, expected: int, found: int) -> None:
@@ -268,7 +268,8 @@ def _wrong_form(row: dict[str, Any], header: Mapping[str, Any]) -> str:
         return f"a {kind} row before any header"
     if kind == "step":
         family = row.get("family")
-        whole = isinstance(family, dict) and all(_is_row(family.get(f), len(header["families"])) for f in FIELDS)
+        needed = [f for f in FIELDS if f != "outside"]  # which logs of version 0.1 do not have
+        whole = isinstance(family, dict) and all(_is_row(family.get(f), len(header["families"])) for f in needed)
         return "" if whole else "a step without the numbers of its families"
     if kind == "estimates":
         columns = row.get("symmetry")

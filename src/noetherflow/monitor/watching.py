@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -66,3 +66,8 @@ def watch_closure(args: tuple[Any, ...], kwargs: dict[str, Any], then: Callable[
     if place is None:
         return args, {**kwargs, "closure": watched}
     return (*args[:place], watched, *args[place + 1 :]), kwargs
+
+
+def untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that `torch.compile` leaves alone, when it compiles the optimiser's step that calls the hook."""
+    return cast(Callable[..., Any], torch.compiler.disable(hook))

@@ -28,6 +28,7 @@ NAMES = {
     "preconditioner": "preconditioner",
     "gradient": "gradient (zero for an exact symmetry at one learning rate)",
     "other": "first-order part of the update",
+    "outside": "moved between the watched steps, by other hands than this optimiser",
 }
 COLOURS = {
     "second_order": "#009E73",
@@ -36,6 +37,7 @@ COLOURS = {
     "preconditioner": "#CC79A7",
     "gradient": "#777777",
     "other": "#E69F00",
+    "outside": "#8C564B",
 }
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#333333"]
 MAPS = {
