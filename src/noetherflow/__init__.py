@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from noetherflow.equilibrium.result import Equilibrium
     from noetherflow.equilibrium.sharpness import sharpness_forecast
     from noetherflow.equilibrium.step import step_identity
+    from noetherflow.equilibrium.validity import SquareMemory, square_memory
     from noetherflow.moments.engine import gradient_moments
     from noetherflow.moments.factors import gradient_factors
     from noetherflow.moments.minibatch import minibatch_moments
@@ -69,6 +70,7 @@ _LAZY = {
     "equilibrium.result": ("Equilibrium",),
     "equilibrium.curvature": ("curvature_moments", "top_eigenvalue"),
     "equilibrium.sharpness": ("sharpness_forecast",),
+    "equilibrium.validity": ("SquareMemory", "square_memory"),
     "moments.engine": ("gradient_moments",),
     "moments.factors": ("gradient_factors",),
     "moments.minibatch": ("minibatch_moments",),
@@ -93,6 +95,7 @@ __all__ = [
     "Leg",
     "LionConfig",
     "SGDConfig",
+    "SquareMemory",
     "Symmetry",
     "SymmetrySet",
     "Translation",
@@ -118,6 +121,7 @@ __all__ = [
     "read_checkpoint",
     "save_moments",
     "sharpness_forecast",
+    "square_memory",
     "standard_error",
     "step_identity",
     "tensors_of",
