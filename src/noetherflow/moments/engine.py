@@ -218,6 +218,7 @@ class Meter:
             new = NewWay(self._covered, batch, self._ways, self._sums, ids, weighted)
             if self._measured(new):
                 new.remember()
+                self._used.update(new.reached)
                 return
             self._leave_to_fallback(new.locator.scattered)
             shared = shared | new.locator.still_shared
@@ -233,13 +234,11 @@ class Meter:
 
     def _measured(self, attempt: MeasuringPass) -> bool:
         """Measure a batch and count it; False if it must be verified (again) first."""
-        done = attempt.run()
-        if done is None:
+        if not attempt.run():
             return False
         if self.uncovered:
             self._add_fallback(attempt.batch, attempt.shares)
         attempt.count()
-        self._used.update(n for u in done.trace.uses for s in u.sources for n in s.names)
         return True
 
     def _add_fallback(self, batch: Any, shares: Sequence[Share]) -> None:

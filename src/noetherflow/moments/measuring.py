@@ -13,7 +13,6 @@ from torch import Tensor
 
 from noetherflow.errors import MomentError
 from noetherflow.moments.batch import (
-    Backward,
     BatchPass,
     Contraction,
     Share,
@@ -33,8 +32,12 @@ from noetherflow.moments.verify import Locator, WeightedPass, signature
 
 @dataclass(eq=False)
 class Way:
-    """One way through a model, `done` once verified: where samples lie in every use that a gradient reached."""
+    """One way through a model, `done` once verified: where samples lie in every use that a gradient reached.
 
+    `once`: the parameters that a single use consumes.
+    """
+
+    once: frozenset[str]
     layouts: dict[CallId, SampleLayout] = field(default_factory=dict)
     done: bool = False
 
@@ -52,7 +55,11 @@ class Ways:
 
     def of(self, shared: frozenset[CallId], trace: Trace, samples: int, span: int) -> Way:
         """The way that this forward went."""
-        return self.known.setdefault((shared, samples == 1, signature(trace, samples, span)), Way())
+        key = shared, samples == 1, signature(trace, samples, span)
+        way = self.known.get(key)
+        if way is None:
+            way = self.known[key] = Way(used_once(trace))
+        return way
 
 
 @dataclass(eq=False)
@@ -64,6 +71,7 @@ class MeasuringPass(BatchPass):
     ways: Ways
     sums: GroupSums
     groups: Sequence[int]
+    trace: Trace = field(init=False)
     way: Way = field(init=False)
     contraction: Contraction = field(init=False)
     opened: dict[int, Sums] = field(init=False)
@@ -93,6 +101,7 @@ class MeasuringPass(BatchPass):
 
     def begin(self, losses: Tensor, recorder: Recorder) -> Tensor | None:
         trace, samples = recorder.trace, losses.numel()
+        self.trace = trace
         self.way = self.ways.of(self.shared, trace, samples, self.subject.sample_axes)
         if not self.admits(trace):
             return None
@@ -102,7 +111,7 @@ class MeasuringPass(BatchPass):
             check_finite(losses, self.batch, self.subject.model)
         self.opened = self.sums.open(self.groups, in_place=self.certain(trace))
         self.shares = [Share(lo, hi, s) for (lo, hi), s in zip(parts, self.opened.values(), strict=True) if hi > lo]
-        self.contraction = Contraction(recorder.roots, self.subject.measured, used_once(trace), self.shares)
+        self.contraction = Contraction(recorder.roots, self.subject.measured, self.way.once, self.shares)
         return torch.ones_like(losses)
 
     def receive(self, use: Use, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
@@ -110,8 +119,8 @@ class MeasuringPass(BatchPass):
         if layout is not None:
             self.contraction.receive(use, layout, delta, saved)
 
-    def run(self) -> Backward | None:
-        """Forward, backward and what is left to contract; None if the batch must be verified (again) first.
+    def run(self) -> bool:
+        """Forward, backward and what is left to contract; False if the batch must be verified (again) first.
 
         Raises:
             MomentError: a gradient went past the taps, or ranks of a sharded model hold unequal numbers of samples.
@@ -119,12 +128,12 @@ class MeasuringPass(BatchPass):
         with buffers_kept(self.subject.modules):
             done = forward_backward(self.subject, self.batch, self, self.shared, sorted(self.subject.measured))
             if done is None or not self.settled():
-                return None
+                return False
             _refuse_missed([n for n, g in done.missed.items() if g is not None], done.trace)
             if is_sharded(self.subject.model):
                 self._refuse_uneven()
             self.contraction.finish()
-        return done
+        return True
 
     def count(self) -> None:
         """Count the batch in the sums."""
@@ -198,6 +207,11 @@ class NewWay(MeasuringPass):
 
     def settled(self) -> bool:
         return self.locator.settled()
+
+    @property
+    def reached(self) -> set[str]:
+        """The parameters that the loss uses."""
+        return {n for use in self.trace.uses for source in use.sources for n in source.names}
 
     def remember(self) -> None:
         """Let later batches go this way without a weighted pass."""

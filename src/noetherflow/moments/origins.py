@@ -80,9 +80,10 @@ class Origins:
 
     def source(self, operand: Tensor) -> Source:
         """What an operand is of its parameters: one of them, a view of one, or a tensor computed from some."""
+        name = self._names.get(id(operand))
+        if name is not None:
+            return Source(operand, frozenset((name,)), name)
         names = self.names_of(operand) or frozenset()
-        if id(operand) in self._names:
-            return Source(operand, names, self._names[id(operand)])
         base = view_base(operand)
         base = operand if base is None else base
         plain = distinct(operand) and operand.dtype == base.dtype

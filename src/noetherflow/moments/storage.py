@@ -28,10 +28,11 @@ def save_moments(moments: GradientMoments, path: str | Path) -> None:
     """
     from safetensors.torch import save
 
-    tensors: dict[str, Tensor] = {}
-    header = _pack(moments, "", tensors)
-    header["groups"] = [_pack(g, f"{k}/", tensors) for k, g in enumerate(moments.groups)]
-    data = save(_apart(tensors), metadata={"noetherflow": json.dumps({"format": FORMAT, **header})})
+    tensors = _tensors(moments, "")
+    for k, group in enumerate(moments.groups):
+        tensors |= _tensors(group, f"{k}/")
+    header = {"format": FORMAT, **_header(moments), "groups": [_header(g) for g in moments.groups]}
+    data = save(_apart(tensors), metadata={"noetherflow": json.dumps(header)})
     with replacing(path, durable=True) as scratch:
         scratch.write_bytes(data)
 
@@ -66,13 +67,15 @@ def load_moments(path: str | Path) -> GradientMoments:
     return _unpack(header, "", tensors, groups)
 
 
-def _pack(moments: GradientMoments, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The header of moments; their tensors are put into `tensors` under names that begin with `prefix`."""
-    for name, legs in moments.second.items():
-        for k, leg in enumerate(legs):
-            tensors[f"{prefix}second/{k}/{name}"] = leg.contiguous()
-    for kind, named in (("mean", moments.mean), ("squares", moments.squares)):
-        tensors.update(_flat(f"{prefix}{kind}", named))
+def _tensors(moments: GradientMoments, prefix: str) -> dict[str, Tensor]:
+    """All tensors of moments, without those of their groups, under names that begin with `prefix`."""
+    named = [(f"{prefix}second/{k}/{name}", leg) for name, legs in moments.second.items() for k, leg in enumerate(legs)]
+    found = {name: leg.contiguous() for name, leg in named}
+    return found | _flat(f"{prefix}mean", moments.mean) | _flat(f"{prefix}squares", moments.squares)
+
+
+def _header(moments: GradientMoments) -> dict[str, Any]:
+    """All but the tensors, for JSON."""
     return {
         "kind": moments.kind,
         "samples": moments.samples,
@@ -128,7 +131,7 @@ def _unpack(
     tensors: Mapping[str, Tensor],
     groups: tuple[GradientMoments, ...] = (),
 ) -> GradientMoments:
-    """What `_pack` wrote."""
+    """What `_tensors` and `_header` wrote."""
     return GradientMoments(
         samples=int(header["samples"]),
         loss=float(header["loss"]),
