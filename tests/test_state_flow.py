@@ -360,14 +360,15 @@ class Sophia(torch.optim.Optimizer):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (Sophia, "hessian"),
+        (Sophia, "Sophia"),
+        (lambda p: torch.optim.Muon(p), "whole matrices"),
         (lambda p: torch.optim.Adam(p, amsgrad=True), "amsgrad"),
         (lambda p: torch.optim.SGD(p, lr=0.1), "no averages"),
         (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5), "dampening"),
         (lambda p: torch.optim.RMSprop(p, centered=True), "centered"),
-        (lambda p: torch.optim.NAdam(p), "mu_product"),
-        (lambda p: torch.optim.RAdam(p), "not that of"),
-        (lambda p: torch.optim.Adagrad(p), "not that of"),
+        (lambda p: torch.optim.NAdam(p), "NAdam"),
+        (lambda p: torch.optim.RAdam(p), "RAdam"),
+        (lambda p: torch.optim.Adagrad(p), "Adagrad"),
         (lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.0)), "schedule"),
     ],
 )
@@ -571,3 +572,49 @@ def test_joint_equilibrium_of_a_run(kind: str) -> None:
         assert float(flow.imbalance[flow.finite].max()) < 1e-3
     with pytest.raises(DataError, match="in place of"):
         nf.noise_equilibrium(deep, two, sgd=nf.SGDConfig(0.1, 8), optimizer=other)
+
+
+@pytest.mark.parametrize("make", [torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adagrad, torch.optim.Muon, Sophia])
+def test_their_saved_states_are_not_taken_for_adams_or_sgds(make: Any) -> None:
+    net, syms, data = leaky_net()
+    optimizer = make(net.parameters())
+    for _ in train(net, data, optimizer, 2):
+        pass
+    with pytest.raises(DataError, match="not that of"):
+        state_flow(net, syms, optimizer.state_dict())
+
+
+def test_one_scale_per_tensor_is_not_adams_average() -> None:
+    net, syms, data = leaky_net()
+    optimizer = torch.optim.AdamW(net.parameters())
+    for _ in train(net, data, optimizer, 2):
+        pass
+    for state in optimizer.state.values():
+        state["exp_avg_sq"] = state["exp_avg_sq"].mean()
+    with pytest.raises(DataError, match="shape"):
+        state_flow(net, syms, optimizer)
+
+
+def test_muon_for_matrices_and_adamw_for_the_rest() -> None:
+    """What Muon steps is left out with the reason; what AdamW steps alone is answered."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3)).double()
+    gain = nf.declare(net, "scalar", [("1.weight", 0), ("1.bias", 0)], [])
+    both = nf.declare(net, "diagonal", [("1.weight", 0), ("1.bias", 0)], [("2.weight", 1)])
+    muon = torch.optim.Muon([net[0].weight, net[2].weight])
+    adamw = torch.optim.AdamW([p for p in net.parameters() if p.ndim == 1])
+    data = (torch.randn(64, 6, dtype=torch.float64), torch.randn(64, 3, dtype=torch.float64))
+    for _ in train(net, data, adamw, 3):
+        muon.step()
+    assert "whole matrices" in state_flow(net, both, [muon, adamw]).excluded[both[0].name]
+    assert len(state_flow(net, gain, [muon, adamw]).details) == 1
+    with pytest.raises(DataError, match="whole matrices"):
+        state_flow(net, gain, [muon])
+    half = [torch.optim.AdamW([p]) for p in (net[1].weight, net[1].bias)]
+    for _ in train(net, data, half[0], 3):
+        half[1].step()
+    assert len(state_flow(net, gain, half).details) == 1
+    slower = torch.optim.AdamW([net[1].bias], betas=(0.9, 0.9))
+    slower.step()
+    with pytest.raises(DataError, match="different laws"):
+        state_flow(net, gain, [half[0], slower])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from noetherflow.core.held import Held, held_by, held_in, is_saved_optimizer
+from noetherflow.core.optimizers import kind_of
 from noetherflow.core.rates import Rates
 from noetherflow.core.tensors import tensors_of
 from noetherflow.core.unwrap import unwrap_optimizer
@@ -113,7 +114,7 @@ def read_averages(model: nn.Module, optimizer: Any, lr: float | None = None) -> 
     Args:
         model: the model that it trains.
         optimizer: SGD with momentum, Adam, AdamW or RMSprop of torch, maybe wrapped by accelerate; or what its
-            `state_dict()` gave.
+            `state_dict()` gave; or a list of such, with optimisers beside them whose parameters are left out.
         lr: learning rate to use in place of the stored ones, which a schedule may have taken to 0.
 
     Returns:
@@ -129,9 +130,59 @@ def read_averages(model: nn.Module, optimizer: Any, lr: float | None = None) -> 
         raise DataError(
             f"expected an optimiser's state_dict() with 'state' and 'param_groups', got keys {list(optimizer)[:6]}"
         )
+    elif isinstance(optimizer, list | tuple):
+        return _united([read_averages(model, part, lr) for part in _readable(optimizer)], _unreadable(model, optimizer))
     else:
-        held = held_by(unwrap_optimizer(optimizer), tensors_of(model))
+        inner = unwrap_optimizer(optimizer)
+        kind_of(inner)
+        held = held_by(inner, tensors_of(model))
     return averages_of(held, lr)
+
+
+def _readable(optimizers: Sequence[Any]) -> list[Any]:
+    """Those of several optimisers that have a theory; all saved states.
+
+    Raises:
+        DataError: none has.
+    """
+    out = [o for o in optimizers if is_saved_optimizer(o) or _refusal(o) is None]
+    if not out:
+        raise DataError("; ".join(dict.fromkeys(str(_refusal(o)) for o in optimizers)) or "no optimiser given")
+    return out
+
+
+def _refusal(optimizer: Any) -> str | None:
+    """Why nothing is predicted for a living optimiser."""
+    try:
+        kind_of(unwrap_optimizer(optimizer))
+    except DataError as why:
+        return str(why)
+    return None
+
+
+def _unreadable(model: nn.Module, optimizers: Sequence[Any]) -> dict[str, str]:
+    """The parameters of optimisers without a theory (Muon for the matrices, say), with the reason."""
+    tensors = tensors_of(model)
+    out: dict[str, str] = {}
+    for optimizer in optimizers:
+        why = None if is_saved_optimizer(optimizer) else _refusal(optimizer)
+        if why is not None:
+            out |= {h.name: why for h in held_by(unwrap_optimizer(optimizer), tensors)}
+    return out
+
+
+def _united(parts: Sequence[OptimizerAverages], left_out: Mapping[str, str]) -> OptimizerAverages:
+    """The averages of several optimisers that step by one law.
+
+    Raises:
+        DataError: their laws differ.
+    """
+    laws = {p.law for p in parts}
+    if len(laws) > 1:
+        raise DataError(f"the optimisers step by different laws, read one at a time: {sorted(map(str, laws))[:3]}")
+    by_name = {n: a for p in parts for n, a in p.by_name.items()}
+    lacking = {n: why for p in parts for n, why in p.left_out.items()} | dict(left_out)
+    return OptimizerAverages(parts[0].law, by_name, lacking)
 
 
 def averages_of(held: list[Held], lr: float | None = None) -> OptimizerAverages:
@@ -171,7 +222,7 @@ def _law_of(held: Held) -> AveragingLaw:
     for option in ("amsgrad", "maximize", "dampening", "centered"):
         if s.get(option):
             raise DataError(f"{option}={s[option]!r} is outside the theory of averages; {INSTEAD}")
-    if keys <= STATE_KEYS["sgd"] and "momentum" in s and "betas" not in s:
+    if keys <= STATE_KEYS["sgd"] and {"momentum", "dampening"} <= s.keys():
         return AveragingLaw("sgd", float(s["momentum"]), None, None, False, bool(s.get("nesterov")))
     if keys <= STATE_KEYS["rmsprop"] and "alpha" in s:
         return AveragingLaw("rmsprop", float(s.get("momentum", 0.0)), float(s["alpha"]), float(s["eps"]), False, False)
@@ -203,6 +254,12 @@ def _decoupled(settings: Mapping[str, Any]) -> bool:
 def _averages(held: Held, law: AveragingLaw, lr: float | None) -> Averages:
     """The averages of one parameter; RMSprop's momentum of preconditioned gradients is brought to Adam's form."""
     state, settings = held.state, held.settings
+    for key in SHAPED:
+        if isinstance(state.get(key), Tensor) and state[key].shape != held.parameter.shape:
+            raise DataError(
+                f"{key} of {held.name} has shape {tuple(state[key].shape)}, the parameter "
+                f"{tuple(held.parameter.shape)}: not the state of Adam or SGD as torch has it; {INSTEAD}"
+            )
     rates = Rates(float(settings["lr"]) if lr is None else lr, float(settings.get("weight_decay", 0.0)))
     steps = int(state["step"]) if "step" in state else None
     if law.kind == "sgd":
