@@ -748,6 +748,29 @@ def test_minibatch_estimate_is_unbiased(sampling: Any, complete: bool) -> None:
     assert (error < 0.05 * truth).all()
 
 
+def test_meter_refuses_gradients_that_a_scaler_has_scaled():
+    """Second moments would be off by the square of the scale; unscaled, or divided by it, they are right."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2).double(), torch.randn(8, 3, dtype=torch.float64)
+    syms = declare(model, "diagonal", [("weight", 0)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    (wanted,) = torch.autograd.grad(model(x).square().mean(), [model.weight])
+    for way in ("refused", "divided", "unscaled"):
+        optimizer.zero_grad()
+        scaler.scale(model(x).square().mean()).backward()
+        meter = MinibatchMeter(model, syms, 8)
+        if way == "refused":
+            with pytest.raises(MomentError, match=r"unscale_.*scale=scaler\.get_scale"):
+                meter.observe(0.0)
+            continue
+        if way == "unscaled":
+            scaler.unscale_(optimizer)
+        meter.observe(0.0, scale=scaler.get_scale() if way == "divided" else None)
+        (second,) = meter.result().second[syms[0].name]
+        torch.testing.assert_close(second, wanted.square().sum(1).cpu())
+
+
 def test_minibatch_meter_reads_gradients_in_training() -> None:
     model = net()
     syms = hidden(model)

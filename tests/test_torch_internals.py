@@ -1,7 +1,7 @@
 """Each private part of torch that the library uses still does what it is used for.
 
 A failure here after an update of torch means: rewrite the one function named in the test, in
-`src/noetherflow/core/torch_internals.py`, so that the test passes again. Nothing else relies on the private part.
+`src/noetherflow/core/internals.py`, so that the test passes again. Nothing else relies on the private part.
 """
 
 from __future__ import annotations
@@ -141,3 +141,23 @@ def test_kinds_of_intercepted_calls() -> None:
     assert kinds["__get__"] == (True, False)
     assert kinds["relu"] == (False, True)
     assert kinds["linear"] == (False, False)
+
+
+def test_a_scaler_says_whether_gradients_are_still_scaled():
+    """Between `scale` and `unscale_`; not after `step` and `update`, and not for a scaler that is switched off."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    idle, off = torch.amp.GradScaler("cpu"), torch.amp.GradScaler("cpu", enabled=False)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    off.scale(weight.sum())
+    for _ in range(2):
+        optimizer.zero_grad()
+        scaler.scale(weight.sum()).backward()
+        assert internals.awaits_unscaling(scaler), "torch.amp.GradScaler keeps its stage elsewhere now"
+        scaler.unscale_(optimizer)
+        assert not internals.awaits_unscaling(scaler)
+        scaler.step(optimizer)
+        scaler.update()
+    alive = internals.scalers_alive()
+    assert any(s is scaler for s in alive)
+    assert not any(s is idle or s is off for s in alive)

@@ -6,6 +6,7 @@ function must go on doing; nothing outside this module needs to change.
 
 from __future__ import annotations
 
+import gc
 import types
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -103,3 +104,27 @@ def is_python_function_of_torch(func: Any) -> bool:
 def is_attribute_access(func: Any) -> bool:
     """Whether a call that a mode intercepts only reads or sets an attribute, such as `tensor.shape` or `tensor.T`."""
     return type(func) is types.MethodWrapperType
+
+
+def scalers_alive() -> list[torch.amp.GradScaler]:
+    """The gradient scalers of this process that have scaled a loss. Looks through all objects: a tenth of a second."""
+    made = [o for o in gc.get_objects() if type(o).__name__ == "GradScaler" and isinstance(o, torch.amp.GradScaler)]
+    return [s for s in made if s.is_enabled() and s._scale is not None]
+
+
+def awaits_unscaling(scaler: torch.amp.GradScaler) -> bool:
+    """Whether gradients of a loss that this scaler scaled are still scaled: no `unscale_` since its last `update`.
+
+    Example:
+        >>> scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        >>> weight = nn.Parameter(torch.ones(1))
+        >>> optimizer = torch.optim.SGD([weight], lr=0.1)
+        >>> scaler.scale(weight.sum()).backward()
+        >>> awaits_unscaling(scaler)
+        True
+        >>> scaler.unscale_(optimizer)
+        >>> awaits_unscaling(scaler)
+        False
+    """
+    stages = [state["stage"].name for state in scaler._per_optimizer_states.values()]
+    return scaler.get_scale() != 1 and not any(stage in ("UNSCALED", "STEPPED") for stage in stages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from noetherflow.core.inputs import LossFn
 from noetherflow.core.settings import SGDConfig
+from noetherflow.core.torch_internals import awaits_unscaling, scalers_alive
 from noetherflow.core.unwrap import unwrap
 from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.batch import (
@@ -140,6 +142,7 @@ class MinibatchMeter:
     groups: int = 16
     replicates: int = field(default=0, init=False)
     _sums: dict[int, Sums] = field(default_factory=dict, init=False)
+    _scalers: weakref.WeakSet[torch.amp.GradScaler] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.model = unwrap(self.model)
@@ -154,9 +157,23 @@ class MinibatchMeter:
         """Mean loss so far."""
         return sum(s.loss for s in self._sums.values()) / max(1, self.replicates)
 
-    def observe(self, loss: float, gradients: Iterable[Tensor | None] | None = None) -> None:
-        """Add one replicate: the given gradients, in the order of `params`, or the model's `.grad`."""
+    def observe(
+        self, loss: float, gradients: Iterable[Tensor | None] | None = None, *, scale: float | None = None
+    ) -> None:
+        """Add one replicate.
+
+        Args:
+            loss: the batch's mean loss, for the record.
+            gradients: its gradients, in the order of `params`; None takes the model's `.grad`.
+            scale: what the gradients are to be divided by: `scaler.get_scale()` of a gradient scaler. None: they are
+                taken as they are, and refused where a scaler seems to have scaled them.
+
+        Raises:
+            MomentError: no gradient reaches a parameter, or a gradient scaler has scaled the model's `.grad`.
+        """
         refuse_evaluation(self.model, self.syms)
+        if gradients is None and scale is None:
+            self._refuse_scaled()
         given = [p.grad for p in self.params.values()] if gradients is None else list(gradients)
         missing = [n for n, g in zip(self.params, given, strict=True) if g is None]
         if missing:
@@ -167,10 +184,21 @@ class MinibatchMeter:
         sums = self._sums[index]
         for name, g in zip(self.params, given, strict=True):
             if g is not None:
-                sums.target(name).add_dense(g.detach().to_dense().unsqueeze(0))
+                dense = g.detach().to_dense()
+                sums.target(name).add_dense((dense if scale is None else dense / scale).unsqueeze(0))
         sums.samples += 1
         sums.loss += loss
         self.replicates += 1
+
+    def _refuse_scaled(self) -> None:
+        """Second moments of gradients times 65536 would be wrong by 4e9."""
+        if self._scalers is None:
+            self._scalers = weakref.WeakSet(scalers_alive())
+        if any(awaits_unscaling(scaler) for scaler in self._scalers):
+            raise MomentError(
+                "a gradient scaler has scaled these gradients: call scaler.unscale_(optimizer) before observe(), or "
+                "pass observe(loss, scale=scaler.get_scale()); scale=1.0 says that they are not scaled"
+            )
 
     def result(self, ranks: Any = None) -> GradientMoments:
         """The moments so far, of all `ranks` if a process group is given.
