@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import noetherflow as nf
+from noetherflow.equilibrium.charge_flow import ChargeFlow
+from noetherflow.equilibrium.potential import epoch_factor
 
 F64 = torch.float64
 
@@ -45,11 +47,12 @@ class Data:
     def syms(self) -> nf.SymmetrySet:
         return nf.declare(self.model, "general_linear", [("0.weight", 0)], [("1.weight", 1)])
 
-    def moments(self) -> nf.GradientMoments:
-        def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-            return (model(batch[0]) - batch[1]).square().sum(1)
+    @staticmethod
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return (model(batch[0]) - batch[1]).square().sum(1)
 
-        return nf.gradient_moments(self.model, loss, [(self.x, self.y)], self.syms)
+    def moments(self) -> nf.GradientMoments:
+        return nf.gradient_moments(self.model, self.loss, [(self.x, self.y)], self.syms)
 
 
 class Sampler:
@@ -69,23 +72,37 @@ class Sampler:
         return self.left.pop()
 
 
-def simulate(data: Data, sgd: nf.SGDConfig, seeds: int, steps: int, sampling: str) -> Tensor:
-    """Charges `[seeds]`, averaged over the second half of `steps` steps of torch's SGD rule."""
-    sampler = Sampler(len(data.x), sgd.batch_size, seeds, sampling)
-    w, u = (p.detach().expand(seeds, *p.shape).clone() for p in data.model.parameters())
-    buffers = [torch.zeros_like(w), torch.zeros_like(u)]
-    total = torch.zeros(seeds, dtype=F64)
-    for k in range(steps):
-        pick = sampler.draw()
-        x, y = data.x[pick], data.y[pick]
-        h = x @ w.mT
-        r = 2 * (h @ u.mT - y) / sgd.batch_size
-        for p, b, g in zip((w, u), buffers, ((r @ u).mT @ x, r.mT @ h), strict=True):
+class Run:
+    """SGD of torch's rule on `u w^T x`, as many seeds side by side as `w` has rows; the gradient's buffer is kept."""
+
+    def __init__(self, data: Data, sgd: nf.SGDConfig, seeds: int, sampling: str) -> None:
+        self.data, self.sgd, self.sampler = data, sgd, Sampler(len(data.x), sgd.batch_size, seeds, sampling)
+        self.w, self.u = (p.detach().expand(seeds, *p.shape).clone() for p in data.model.parameters())
+        self.buffers = [torch.zeros_like(p) for p in (self.w, self.u)]
+
+    def step(self) -> None:
+        sgd, pick = self.sgd, self.sampler.draw()
+        x, y = self.data.x[pick], self.data.y[pick]
+        h = x @ self.w.mT
+        r = 2 * (h @ self.u.mT - y) / sgd.batch_size
+        gradients = ((r @ self.u).mT @ x, r.mT @ h)
+        for p, b, g in zip((self.w, self.u), self.buffers, gradients, strict=True):
             d = g + sgd.weight_decay * p
             b.mul_(sgd.momentum).add_(d)
             p.sub_(d + sgd.momentum * b if sgd.nesterov else b, alpha=sgd.lr)
+
+    @property
+    def charge(self) -> Tensor:
+        return self.w.square().sum((1, 2)) - self.u.square().sum((1, 2))
+
+
+def simulate(data: Data, sgd: nf.SGDConfig, seeds: int, steps: int, sampling: str) -> Tensor:
+    """Charges `[seeds]`, averaged over the second half of `steps` steps of torch's SGD rule."""
+    run, total = Run(data, sgd, seeds, sampling), torch.zeros(seeds, dtype=F64)
+    for k in range(steps):
+        run.step()
         if k >= steps // 2:
-            total += w.square().sum((1, 2)) - u.square().sum((1, 2))
+            total += run.charge
     return total / (steps - steps // 2)
 
 
@@ -120,6 +137,63 @@ def test_momentum_with_decay_reaches_the_predicted_equilibrium() -> None:
     assert abs(predicted(data, dataclasses.replace(sgd, momentum=0.0)) - predicted(data, sgd)) > 10 * error
 
 
+def drift(data: Data, sgd: nf.SGDConfig, seeds: int, epochs: int, sampling: str) -> tuple[float, float]:
+    """Mean change of the charge per step over whole epochs after the buffer has filled, and its standard error."""
+    run, length = Run(data, sgd, seeds, sampling), len(data.x) // sgd.batch_size
+    for _ in range(length * math.ceil(200 / length)):
+        run.step()
+    start = run.charge
+    for _ in range(length * epochs):
+        run.step()
+    changes = (run.charge - start) / (length * epochs)
+    return float(changes.mean()), float(changes.std()) / seeds**0.5
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("batches", [4, 16, 128])
+def test_drift_under_momentum_and_shuffled_epochs(batches: int, nesterov: bool) -> None:
+    """At a learning rate at which nothing moves: independent batches would drift several times as fast."""
+    data = Data.of(2 * batches)
+    sgd = nf.SGDConfig(1e-6, 2, momentum=0.9, nesterov=nesterov, dataset_size=2 * batches, sampling="epoch")
+    expected = [float(_flow(data, dataclasses.replace(sgd, sampling=s)).drift) for s in ("epoch", "independent")]
+    for sampling, value in zip(("epoch", "independent"), expected, strict=True):
+        mean, error = drift(data, sgd, 64, math.ceil(1500 / batches), sampling)
+        assert abs(mean - value) < 3 * error, sampling
+        assert error < 0.05 * abs(value)
+    assert abs(expected[0] - expected[1]) > 2 * error
+
+
+def test_curvature_brings_the_noise_of_epochs_back_towards_that_of_independent_batches() -> None:
+    """The buffer's squares of both layers: above the leading order, and below what the largest curvature would give."""
+    data, lr, ratios = Data.of(64), 1e-3, []
+    sgd = nf.SGDConfig(lr, 2, momentum=0.9, dataset_size=64)
+    squares = {kind: _buffer_squares(data, sgd, 256, 20, kind) for kind in ("epoch", "independent")}
+    for epoch, independent in zip(*squares.values(), strict=True):
+        means = float(epoch.mean()), float(independent.mean())
+        error = math.hypot(float(epoch.std()) / means[1], means[0] * float(independent.std()) / means[1] ** 2) / 16
+        ratios.append((means[0] / means[1], error))
+    top = nf.top_eigenvalue(data.model, data.loss, [(data.x, data.y)])
+    low, high = (epoch_factor(0.9, 32, lr_curvature=lr * k) for k in (0.0, top))
+    assert high - low > 0.1
+    for ratio, error in ratios:
+        assert low + 3 * error < ratio < high + 3 * error
+
+
+def _buffer_squares(data: Data, sgd: nf.SGDConfig, seeds: int, epochs: int, sampling: str) -> tuple[Tensor, Tensor]:
+    """The mean over whole epochs of `|b|^2` of both layers' momentum buffers, by seed."""
+    run, length = Run(data, sgd, seeds, sampling), len(data.x) // sgd.batch_size
+    sums = [torch.zeros(seeds, dtype=F64) for _ in run.buffers]
+    for k in range(length * (epochs + 7)):
+        run.step()
+        if k >= 7 * length:
+            sums = [total + b.square().sum((1, 2)) for total, b in zip(sums, run.buffers, strict=True)]
+    return sums[0] / (epochs * length), sums[1] / (epochs * length)
+
+
+def _flow(data: Data, sgd: nf.SGDConfig) -> ChargeFlow:
+    return nf.noether_flow(data.model, data.syms, data.moments(), sgd).details[0]
+
+
 CASES = {
     "plain": (nf.SGDConfig(0.04, 2), 4096, "replacement"),
     "momentum": (nf.SGDConfig(0.004, 2, momentum=0.9), 4096, "replacement"),
@@ -127,7 +201,17 @@ CASES = {
     "decay": (nf.SGDConfig(0.04, 2, weight_decay=1e-2), 4096, "replacement"),
     "momentum-decay": (nf.SGDConfig(0.004, 2, weight_decay=1e-2, momentum=0.9), 4096, "replacement"),
     "without-replacement": (nf.SGDConfig(0.06, 4, weight_decay=1e-2, dataset_size=8), 8, "independent"),
-    "epochs": (nf.SGDConfig(0.06, 4, weight_decay=1e-2, dataset_size=8), 8, "epoch"),
+    "epochs": (nf.SGDConfig(0.06, 4, weight_decay=1e-2, dataset_size=8, sampling="epoch"), 8, "epoch"),
+    "epochs-momentum": (
+        nf.SGDConfig(0.02, 2, weight_decay=1e-2, momentum=0.9, dataset_size=8, sampling="epoch"),
+        8,
+        "epoch",
+    ),
+    "epochs-nesterov": (
+        nf.SGDConfig(0.01, 2, weight_decay=1e-2, momentum=0.9, nesterov=True, dataset_size=32, sampling="epoch"),
+        32,
+        "epoch",
+    ),
 }
 
 
@@ -141,5 +225,5 @@ def test_simulated_equilibrium_tends_to_the_predicted_one(case: str) -> None:
     assert abs(value) < 3 * error
     assert error < 0.02 * predicted(data, sgd)
     if sgd.dataset_size:
-        other = predicted(data, dataclasses.replace(sgd, replacement=True))
+        other = predicted(data, dataclasses.replace(sgd, replacement=True, sampling="independent"))
         assert abs(other - predicted(data, sgd)) > 10 * error, "the factor (N - S)/(N - 1) must matter"

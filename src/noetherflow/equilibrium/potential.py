@@ -98,7 +98,8 @@ def epoch_factor(momentum: float, batches: int, *, nesterov: bool = False, lr_cu
 
     A curvature `k` returns the weights to where they were, and forgets within `(1 - m) / (lr k)` steps or one
     oscillation of the heavy ball: of the correlations inside an epoch fewer survive, and the factor rises towards 1.
-    It matters from `lr k` of about `(1 - m) / n` on. The formula is exact for a quadratic loss of curvature `k`.
+    It matters from `lr k` of about `(1 - m) / n` on. The formula is exact for a quadratic loss of curvature `k`;
+    where the noise meets several curvatures, each leg's factor lies between those of the smallest and the largest.
 
     Args:
         momentum: `m`.
