@@ -363,6 +363,36 @@ MUTANTS = (
         "test_flow.py::test_expected_drift_is_the_mean_of_real_steps",
     ),
     Mutant(
+        f"{EQ}/invariance.py",
+        "return self.value.abs() > allowance.mean * self.mean + allowance.noise * self.noise",
+        "return self.value.abs() > self.mean",
+        "test_equilibrium_objective.py::test_a_loss_that_breaks_the_symmetry_is_refused",
+    ),
+    Mutant(
+        f"{EQ}/conditioning.py",
+        "return {n for n, value in self.by_name.items() if value > self.trusted}",
+        "return set()",
+        "test_equilibrium_objective.py::test_stretched_factors_reach_the_same_point_by_measuring_again",
+    ),
+    Mutant(
+        f"{EQ}/regime.py",
+        "return Regime(share, moments.loss / (sgd.effective_lr * square))",
+        "return Regime(share, moments.loss / (sgd.lr * square))",
+        "test_equilibrium_regime.py::test_horizon_is_the_loss_over_what_a_step_along_the_mean_gradient_takes",
+    ),
+    Mutant(
+        f"{EQ}/regime.py",
+        "c * traces[name] + d * square",
+        "square",
+        "test_equilibrium_regime.py::test_the_mean_gradients_square_leaves_out_the_noise_of_the_samples",
+    ),
+    Mutant(
+        f"{EQ}/sharpness.py",
+        "f * self.noise / (2 * (1 - sgd.momentum))",
+        "f * self.noise / 2",
+        "test_sharpness.py::test_the_load_is_where_minibatches_stop_being_stable_in_mean_square",
+    ),
+    Mutant(
         f"{EQ}/flow.py",
         "torch.linalg.eigvalsh(root @ k[finite] @ root).amax(-1) / 4",
         "torch.linalg.eigvalsh(root @ k[finite] @ root).amin(-1) / 4",

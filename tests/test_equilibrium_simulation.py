@@ -203,7 +203,7 @@ CASES = {
     "without-replacement": (nf.SGDConfig(0.06, 4, weight_decay=1e-2, dataset_size=8), 8, "independent"),
     "epochs": (nf.SGDConfig(0.06, 4, weight_decay=1e-2, dataset_size=8, sampling="epoch"), 8, "epoch"),
     "epochs-momentum": (
-        nf.SGDConfig(0.02, 2, weight_decay=1e-2, momentum=0.9, dataset_size=8, sampling="epoch"),
+        nf.SGDConfig(0.008, 2, weight_decay=1e-2, momentum=0.9, dataset_size=8, sampling="epoch"),
         8,
         "epoch",
     ),

@@ -41,9 +41,9 @@ class Regime:
     def advice(self) -> str:
         """What is valid beyond the horizon."""
         return (
-            f"by step {self._steps()} the measured mean gradient would have used up the loss, so gradients and "
-            f"noise "
-            "are others by then; measure again along the run (nf.Ledger, MinibatchMeter or gradient_moments at later "
+            f"by step {self._steps()} the measured mean gradient would have used up the loss, so gradients and noise "
+            f"are "
+            "others by then; measure again along the run (nf.Ledger, MinibatchMeter or gradient_moments at later "
             "steps) "
             "and add up the drifts"
         )
@@ -91,8 +91,9 @@ def regime_of(symmetries: Sequence[Symmetry], moments: GradientMoments, sgd: SGD
 
 
 def mean_gradient_square(symmetries: Sequence[Symmetry], moments: GradientMoments, sgd: SGDConfig) -> float:
-    """`|gbar|^2` over the measured parameters, less what the noise of finitely many samples adds where it is known;
-    0 where that is all of it.
+    """`|gbar|^2` over the measured parameters, less what the noise of finitely many samples adds where that is known.
+
+    An unbiased estimate: at a minimum it scatters around 0 and may be negative.
     """
     _, (c, d) = moments.batch_weights(sgd)
     traces = {n: float(t.sum()) for n, t in moments.squares.items()}
@@ -105,4 +106,4 @@ def mean_gradient_square(symmetries: Sequence[Symmetry], moments: GradientMoment
     for name, mean in moments.mean.items():
         square = float(mean.double().square().sum())
         total += c * traces[name] + d * square if name in traces else square
-    return max(0.0, total)
+    return total
