@@ -16,15 +16,16 @@ def product(ctx: ShiftContext, x: Shifted, y: Shifted, spec: str) -> list[ShiftT
     """The terms of `einsum(spec, x, y)`.
 
     A key bias in `einsum("td,sd->ts", q, k)` moves entry `(t, s)` by `sum_d q[t, d] b[d]`: equal along `s`, which only
-    the keys have, and different along `t`.
+    the keys have, and different along `t`. A shift that moves both factors does more than that, and is killed.
     """
     inputs, output = spec.split("->")
     left, right = inputs.split(",")
-    if ctx.store.shares_labels(x.terms, y.terms):
-        ctx.kill(x, y)
-        return []
-    sides = [(x, left, right), (y, right, left)]
-    found = [_term(ctx, t, mine, other, output) for tensor, mine, other in sides for t in tensor.terms]
+    sides = [(x, y, left, right), (y, x, right, left)]
+    found: list[ShiftTerm | None] = []
+    for tensor, partner, mine, other in sides:
+        own = [t for t in tensor.terms if not ctx.store.shares_labels([t], partner.terms)]
+        ctx.store.kill([t for t in tensor.terms if t not in own])
+        found += [_term(ctx, t, mine, other, output) for t in own]
     return [t for t in found if t is not None]
 
 
