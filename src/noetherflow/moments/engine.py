@@ -269,8 +269,7 @@ class Meter:
                 f"no gradient reaches {unused}: the loss does not use them. "
                 "Freeze them (requires_grad_(False)) and take syms.trainable(model)"
             )
-        parts = [s.moments(tuple(self.uncovered)) for _, s in sorted(groups.items())]
-        moments = in_groups(parts)
+        moments = in_groups(s.moments(tuple(self.uncovered)) for _, s in sorted(groups.items()))
         return replace(moments, unresolved=unresolved(moments, self.syms))
 
 

@@ -218,6 +218,5 @@ class MinibatchMeter:
                 f"{count} batches of {self.batch_size} are more than an epoch of dataset_size={self.dataset_size}: "
                 "they share samples; give sampling='independent' or 'replacement', or measure one epoch"
             )
-        parts = [replace(s.moments(()), replicates=replicates) for _, s in sorted(sums.items())]
-        moments = in_groups(parts)
+        moments = in_groups(replace(s.moments(()), replicates=replicates) for _, s in sorted(sums.items()))
         return replace(moments, unresolved=unresolved(moments, self.syms))

@@ -11,7 +11,7 @@ samples is kept exactly, and the groups are never added up to an estimate.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -92,6 +92,36 @@ class PackedTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.held)
+
+
+@dataclass(eq=False)
+class SampleSum:
+    """Adds up means over disjoint samples, in float64.
+
+    Example:
+        >>> total = SampleSum()
+        >>> total.add(1, {"w": torch.tensor([4.0])})
+        >>> total.add(3, {"w": torch.tensor([0.0])})
+        >>> total.mean()
+        {'w': tensor([1.])}
+    """
+
+    samples: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+    def add(self, samples: int, means: Mapping[str, Tensor]) -> None:
+        """Add the means over so many more samples."""
+        self.samples += samples
+        for name, t in means.items():
+            if name in self.sums:
+                self.sums[name].add_(t, alpha=samples)
+            else:
+                self.sums[name], self.dtypes[name] = t.double() * samples, t.dtype
+
+    def mean(self) -> dict[str, Tensor]:
+        """The means over all samples, in the types given."""
+        return {n: (t / self.samples).to(self.dtypes[n]) for n, t in self.sums.items()}
 
 
 class LeftOut(Mapping[str, Tensor]):

@@ -14,7 +14,7 @@ from noetherflow.core.printing import count, show, table
 from noetherflow.core.rates import BatchDraws
 from noetherflow.core.settings import SGDConfig
 from noetherflow.errors import MomentError
-from noetherflow.moments.packed import LeftOut, PackedTensors
+from noetherflow.moments.packed import LeftOut, PackedTensors, SampleSum
 from noetherflow.symmetry.symmetry import Symmetry
 
 Sampling = Literal["replacement", "independent", "epoch"]
@@ -271,17 +271,29 @@ def merge_moments(parts: list[GradientMoments]) -> GradientMoments:
     return merged
 
 
-def in_groups(parts: Sequence[GradientMoments]) -> GradientMoments:
+def in_groups(parts: Iterable[GradientMoments]) -> GradientMoments:
     """The moments of all samples, with those of each part of them as a group for jackknife errors.
 
     Groups keep their mean gradients and squares in one byte per entry; the moments of all samples are exact. There
     are no groups where leaving one out would leave less than the two samples (or minibatches) that a covariance takes.
+
+    Args:
+        parts: the moments of disjoint samples, taken one by one, so that no two need be in memory at a time.
+
+    Raises:
+        MomentError: as `merge_moments`.
     """
-    merged = merge_moments(list(parts))
-    if any(merged.samples - p.samples < 2 for p in parts):
-        return replace(merged, groups=())
-    packed = (replace(p, mean=PackedTensors.of(p.mean), squares=PackedTensors.of(p.squares)) for p in parts)
-    return replace(merged, groups=tuple(packed))
+    mean, squares = SampleSum(), SampleSum()
+    groups: list[GradientMoments] = []
+    for part in parts:
+        mean.add(part.samples, part.mean)
+        squares.add(part.samples, part.squares)
+        groups.append(replace(part, mean=PackedTensors.of(part.mean), squares=PackedTensors.of(part.squares)))
+    legs = merge_moments([_legs_alone(g) for g in groups])
+    enough = all(legs.samples - g.samples >= 2 for g in groups)
+    merged = replace(legs, mean=mean.mean(), squares=squares.mean(), groups=tuple(groups) if enough else ())
+    _refuse_not_finite(merged)
+    return merged
 
 
 def unresolved(moments: GradientMoments, syms: Iterable[Symmetry]) -> tuple[str, ...]:
