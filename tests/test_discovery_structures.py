@@ -59,6 +59,11 @@ def experts(s: Net, x: Tensor, between: Callable[[Tensor], Tensor]) -> Tensor:
     return (torch.bmm(between(torch.bmm(x.expand(3, -1, -1), s.w) + s.b[:, None]), s.v) + s.c[:, None]).sum(0)
 
 
+def chosen(x: Tensor) -> Tensor:
+    """Numbers 0 to 4, all of which occur."""
+    return (100 * x).abs().long() % 5
+
+
 def attention_parts() -> dict[str, Any]:
     return {"q": L(3, 6), "k": L(3, 6), "v": L(3, 6), "o": L(6, 2)}
 
@@ -186,6 +191,31 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[[], dict[str, Any]], tupl
     # weights that are computed
     "norm along the kernel": (lambda s, x: s.a(x.mT).tanh(), kernel_norm(2), SEQUENCE, 3),
     "norm along the channels": (lambda s, x: s.a(x.mT).tanh(), kernel_norm(0), SEQUENCE, 4),
+    # rows that data choose
+    "a norm of each row": (
+        lambda s, i: s.o(F.rms_norm(s.e(chosen(i)), (4,)).tanh()),
+        lambda: {"e": nn.Embedding(5, 4), "o": L(4, 2)},
+        ROWS,
+        5,
+    ),
+    "normalised to length one": (
+        lambda s, i: s.o(s.g * F.normalize(s.e(chosen(i)), dim=-1)),
+        lambda: {"e": nn.Embedding(5, 4), "g": drawn(4), "o": L(4, 2)},
+        ROWS,
+        5 + 4,
+    ),
+    "a norm of sums of rows": (
+        lambda s, i: s.o(F.rms_norm(s.e(chosen(i)).sum(1), (4,)).tanh()),
+        lambda: {"e": nn.Embedding(5, 4), "o": L(4, 2)},
+        ROWS,
+        1,
+    ),
+    "a norm of each row, and the row": (
+        lambda s, i: (lambda h: s.o(F.rms_norm(h, (4,)).tanh()) + s.p(h))(s.e(chosen(i))),
+        lambda: {"e": nn.Embedding(5, 4), "o": L(4, 2), "p": L(4, 2)},
+        ROWS,
+        1,
+    ),
     # one motion that several coordinates give
     "depthwise before a batch norm": (lambda s, x: s.n(x), depthwise(nn.GELU), IMAGE, 4),
     "depthwise between units": (lambda s, x: s.n(x), depthwise(nn.ReLU), IMAGE, 4 + 4),

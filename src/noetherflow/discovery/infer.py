@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from noetherflow.discovery.axes import axis_atoms, output_shapes, stack_sides
 from noetherflow.discovery.constants import known_values
 from noetherflow.discovery.export import Graph, module_path, operator_name
-from noetherflow.discovery.gauges import AxisAtoms, Gauge
+from noetherflow.discovery.gauges import AxisAtoms, Field, Gauge
 from noetherflow.discovery.offsets import Offsets, offsets_of
 from noetherflow.discovery.rules import Context, find_rule, gauges_in
 from noetherflow.discovery.store import Store
@@ -45,12 +45,32 @@ def infer(graph: Graph) -> Inference:
     store, leaves, unknown, offsets = Store(), Leaves(graph), UnknownOperators(), offsets_of(graph)
     nodes = tuple(graph.nodes)
     known = known_values(graph)
-    first = _Pass(graph, store, leaves, unknown, offsets.sums, known, start=0)
+    lookups = _free_lookups(graph, nodes, offsets.sums, known)
+    first = _Pass(graph, store, leaves, unknown, offsets.sums, known, lookups, start=0)
     first.run(nodes)
     if first.stood_in:
-        _Pass(graph, store, leaves, unknown, offsets.sums, known, start=1).run(nodes)
+        _Pass(graph, store, leaves, unknown, offsets.sums, known, lookups, start=1).run(nodes)
+    store.end_lookups()
     store.end_decoys()
     return Inference(graph, store, nodes, unknown.listed(), offsets)
+
+
+def _free_lookups(
+    graph: Graph, nodes: tuple[fx.Node, ...], sums: dict[fx.Node, str], known: dict[fx.Node, Tensor]
+) -> frozenset[fx.Node]:
+    """The embeddings whose rows may be scaled one by one, because each goes straight into a norm of its own.
+
+    Found by a pass for trial, in which all embeddings have free rows: those are right of which nothing was demanded.
+    """
+    found = frozenset(node for node in nodes if operator_name(node).startswith("aten.embedding."))
+    while found:
+        trial = Store()
+        _Pass(graph, trial, Leaves(graph), UnknownOperators(), sums, known, found, start=0).run(nodes)
+        free = frozenset(nodes[k] for k in trial.free_lookups())
+        if free == found:
+            break
+        found = free
+    return found
 
 
 class Leaves:
@@ -114,6 +134,8 @@ class _Pass:
     sums: dict[fx.Node, str]
     """Nodes that add a constant to a parameter which then transforms as the sum (`offsets.py`)."""
     known: dict[fx.Node, Tensor]
+    lookups: frozenset[fx.Node]
+    """Nodes at which data choose rows that may be scaled one by one."""
     start: int
     """Where stand-ins for unknown positions begin; a second walk with another one makes them sound."""
     stood_in: bool = False
@@ -168,7 +190,9 @@ class _Pass:
         if rule is None:
             out = self._without_rule(node, inputs)
         else:
-            out = rule(Context(self.store, node, shapes, self._buffer, self._stand_in, self.known), *args, **kwargs)
+            lookup = self.store.chosen if node in self.lookups else _all_rows_alike
+            context = Context(self.store, node, shapes, self._buffer, self._stand_in, self.known, lookup)
+            out = rule(context, *args, **kwargs)
         return _with_data(out) if any("data" in g.marks for g in inputs) else out
 
     def _without_rule(self, node: fx.Node, inputs: list[Gauge]) -> Any:
@@ -192,6 +216,10 @@ class _Pass:
             return None
         self.stood_in = True
         return (torch.arange(count) + self.start) % length
+
+
+def _all_rows_alike(rows: Field, shape: tuple[int, ...]) -> None:
+    """The rows that data choose have no scales of their own."""
 
 
 def _with_data(out: Any) -> Any:

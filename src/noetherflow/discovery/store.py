@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ class Store:
         self.approximations: list[tuple[Equation, float]] = []
         self.events: list[tuple[int, str, Array]] = []
         self._decoys: list[tuple[int, Field, str]] = []
+        self._lookups: list[_Lookup] = []
         self._node = 0
 
     @property
@@ -114,6 +115,33 @@ class Store:
             with self.visiting(node):
                 self.demand([field], why)
         self._decoys = []
+
+    def chosen(self, rows: Field, shape: tuple[int, ...]) -> Field:
+        """New scales for rows that data choose, one for each position of this shape. Rows do not mix."""
+        self.singletons([rows])
+        start = self.fresh(int(np.prod(shape)))
+        found = Field(torch.arange(start, self.size).reshape(*shape, 1), rows.exponent)
+        self._lookups.append(_Lookup(self._node, rows, found))
+        return found
+
+    def free_lookups(self) -> frozenset[int]:
+        """The nodes of those choices of which nothing was demanded: whatever the scales are, a norm takes them out."""
+        demanded = np.zeros(self.size, dtype=bool)
+        for equation in self.equations:
+            demanded[equation.ids.reshape(-1)] = True
+        return frozenset(c.node for c in self._lookups if not demanded[c.found.ids.reshape(-1).numpy()].any())
+
+    def end_lookups(self) -> None:
+        """Carry what was noticed of chosen rows over to all rows: that an operator met them, and with which eps."""
+        for lookup in self._lookups:
+            atoms, rows = lookup.found.ids.reshape(-1).numpy(), lookup.rows.ids.reshape(-1).numpy()
+            self.touched[rows] = True
+            for equation, eps in list(self.approximations):
+                column = np.flatnonzero(np.isin(equation.ids[0], atoms))
+                if column.size:
+                    ids = np.repeat(equation.ids[:1], rows.size, axis=0)
+                    ids[:, column[0]] = rows
+                    self.approximations.append((replace(equation, ids=ids), eps))
 
     def canonical(self, ids: Array) -> Array:
         """Atoms with all equalities applied that are already known for certain."""
@@ -310,6 +338,15 @@ class Store:
                 self.vanish([*partners, f], why)
                 return [g for g in fields if g is not f and g not in partners]
         return fields
+
+
+@dataclass(frozen=True, eq=False)
+class _Lookup:
+    """Rows of a parameter that data choose at a node, and the scales of what was found."""
+
+    node: int
+    rows: Field
+    found: Field
 
 
 def _placed(axis: AxisAtoms, shape: tuple[int, ...], start: int) -> Tensor:

@@ -41,7 +41,8 @@ class Context:
 
     `shapes` are the shapes of the outputs (None for one that is no tensor), `buffer` gives a gauge to a buffer that
     moves with the weights, `stand_in(count, length)` gives positions in place of `count` unknown ones (or None),
-    `known` holds the values of nodes that are constants of the code.
+    `known` holds the values of nodes that are constants of the code. `lookup(rows, shape)` gives the scales of rows
+    that data choose, at positions of this shape, where rows may be scaled one by one (else None).
     """
 
     store: Store
@@ -50,6 +51,7 @@ class Context:
     buffer: Callable[[Gauge, float], Gauge]
     stand_in: Callable[[int, int], Tensor | None]
     known: Mapping[fx.Node, Tensor]
+    lookup: Callable[[Field, tuple[int, ...]], Field | None]
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -146,9 +146,14 @@ def _cut_to(fields: Sequence[Field], shape: Sequence[int]) -> tuple[Field, ...]:
 
 @rule("aten.embedding")
 def embedding(ctx: Context, weight: Gauge, ids: Gauge, *_: Any) -> Gauge:
-    fields = ctx.store.constant_along(weight.fields, (0,), BY_DATA)
+    """Rows chosen by data: all must be scaled alike, but where every one goes straight into a norm of its own."""
+    rows = [f for f in weight.fields if f.spans((0,)) and not f.spans((1,))]
+    chosen = ctx.lookup(rows[0], ids.shape) if len(rows) == 1 else None
+    left = weight.fields if chosen is None else [f for f in weight.fields if f is not rows[0]]
+    fields = ctx.store.constant_along(left, (0,), BY_DATA)
     lead = [1] * len(ids.shape)
-    return ctx.out(tuple(Field(f.ids.reshape(*lead, -1), f.exponent) for f in fields))
+    columns = tuple(Field(f.ids.reshape(*lead, -1), f.exponent) for f in fields)
+    return ctx.out(columns if chosen is None else (chosen, *columns))
 
 
 MAXIMUM = 2
