@@ -641,3 +641,95 @@ on_two(
     lambda s, x: s.o((s.a(x)[:, None, :] * s.b(x)[:, :, None])[:, [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]),
     10,
 )
+
+# --- negative controls: what the rules above must not let through ---
+
+add(
+    "control: Bilinear of a tanh",
+    lambda s, x: s.o(s.a(x).tanh(), s.b(x)),
+    lambda: {"a": L(3, 4), "b": L(3, 5), "o": nn.Bilinear(4, 5, 2)},
+    rows,
+    25,
+)
+add(
+    "control: bag weighed by a learned number",
+    lambda s, i: s.o(F.embedding_bag(i, s.e, per_sample_weights=s.w.expand(8, 3), mode="sum").relu()),
+    lambda: {"e": P(9, 5), "w": P(3), "o": L(5, 2)},
+    lambda: torch.randint(9, (8, 3)),
+    5,
+)
+add(
+    "control: RNNCell tanh with a learned state",
+    lambda s, x, h: s.o(s.c(x, s.g(h))),
+    lambda: {"g": L(2, 5), "c": nn.RNNCell(3, 5), "o": L(5, 2)},
+    lambda: (X(8, 3), X(8, 2)),
+    25,
+)
+add("control: cosine of a tanh", lambda s, x: F.cosine_similarity(s.a(x).tanh(), s.c, dim=-1),
+    lambda: {"a": L(3, 4), "c": P(4)}, rows, 1)  # fmt: skip
+add(
+    "control: distance to data", lambda s, x: s.o(torch.cdist(s.a(x), x)), lambda: {"a": L(3, 3), "o": L(8, 2)}, rows, 0
+)
+on_two("control: clamp by data", lambda s, x: s.o(torch.clamp(s.a(x), min=x.repeat(1, 2)[:, :5])), 0)
+on_two("control: hypot with data", lambda s, x: s.o(torch.hypot(s.a(x), x.repeat(1, 2)[:, :5])), 0)
+on_two("control: atan2 with a tanh", lambda s, x: s.o(torch.atan2(s.a(x), s.b(x).tanh())), 0)
+on_two("control: compared with another", lambda s, x: s.o(s.a(x) * (s.a(x) > s.b(x).tanh())), 0)
+units("control: compared with one", lambda h: h * (h > 1), 0)
+units("control: sign added", lambda h: h + h.sign(), 0)
+units("control: sorted over units", lambda h: h.sort(-1).values, 1)
+units("control: largest unit", lambda h: h * (h == h.max(-1, keepdim=True).values), 1)
+units("control: filled with one", lambda h: h.masked_fill(h > 0.5, 1.0), 0)
+over_time("control: norm plus one", lambda h: 1 + h.norm(dim=1), 0)
+over_time("control: product of sums", lambda h: (1 + h).prod(1), 0)
+over_time("control: median of a tanh", lambda h: h.tanh().median(1).values, 0)
+over_time("control: transform over units", lambda h: torch.fft.rfft(h, n=6).abs(), 1)
+over_space("control: pool of a tanh", lambda h: F.lp_pool2d(h.tanh(), 2, 2), 0)
+over_space("control: pad with one", lambda h: F.pad(h, (1, 1, 1, 1), value=1.0), 0)
+on_two("control: slice_scatter into a tanh", lambda s, x: s.o(
+    torch.slice_scatter(s.b(x).tanh(), s.a(x).relu()[:, :2], 1, 0, 2)), 2)  # fmt: skip
+on_two("control: copied, then tanh of a part", lambda s, x: s.o(
+    torch.empty_like(s.a(x)).copy_(s.a(x).relu())) + s.o(s.a(x).tanh()), 0)  # fmt: skip
+on_two("control: rows joined, one a tanh", lambda s, x: s.o(torch.vstack((s.a(x), s.b(x).tanh()))), 0)
+add("control: kron in front of tanh", lambda s, x: s.o((x @ torch.kron(s.a, s.b)).tanh()),
+    lambda: {"a": P(2, 2), "b": P(3, 2), "o": L(4, 2)}, lambda: X(8, 6), 1)  # fmt: skip
+add("control: einsum of a square", lambda s, x: torch.einsum("bd,bd,dk->bk", s.a(x), s.a(x), s.u),
+    lambda: {"a": L(3, 4), "u": P(4, 2)}, rows, 4)  # fmt: skip
+add("control: used at both signs, linear readers", lambda s, x: (s.a(x) * s.v) @ s.u + (s.a(x) / s.v) @ s.w,
+    lambda: {"a": L(3, 4), "v": P(4), "u": P(4, 2), "w": P(4, 2)}, rows, 8)  # fmt: skip
+add("control: used at both signs, tanh", lambda s, x: s.o((s.a(x) * s.v).tanh() + (s.a(x) / s.v).tanh()),
+    lambda: {"a": L(3, 4), "v": P(4), "o": L(4, 2)}, rows, 0)  # fmt: skip
+add("control: inverse of a tanh", lambda s, x: s.o(x @ torch.linalg.inv(s.w.tanh()) @ s.v),
+    lambda: {"w": P(3, 3), "v": P(3, 4), "o": L(4, 2)}, rows, 16)  # fmt: skip
+
+# --- weights of three axes ---
+
+add(
+    "attention with weights [width, heads, head width]",
+    lambda s, x: _attention(s, torch.einsum("bti,ihd->bthd", x, s.q), torch.einsum("bti,ihd->bthd", x, s.k), x),
+    lambda: {"q": P(3, 2, 4), "k": P(3, 2, 4), "v": P(3, 2, 4), "o": P(2, 4, 3)},
+    steps,
+    2 * (16 + 16),
+)
+add(
+    "control: the same with tanh on the values",
+    lambda s, x: _attention(s, torch.einsum("bti,ihd->bthd", x, s.q), torch.einsum("bti,ihd->bthd", x, s.k), x, True),
+    lambda: {"q": P(3, 2, 4), "k": P(3, 2, 4), "v": P(3, 2, 4), "o": P(2, 4, 3)},
+    steps,
+    2 * 16,
+)
+add("units [heads, width]", lambda s, x: torch.einsum("bhd,hdk->bk", torch.einsum("bi,ihd->bhd", x, s.q).relu(), s.o),
+    lambda: {"q": P(3, 2, 4), "o": P(2, 4, 5)}, rows, 8)  # fmt: skip
+add(
+    "weights mixed by data",
+    lambda s, x: torch.einsum("be,eio->bio", x, s.w)[:, 0] @ s.u,
+    lambda: {"w": P(3, 2, 4), "u": P(4, 2)},
+    rows,
+    16,
+)
+
+
+def _attention(s: Any, q: Tensor, k: Tensor, x: Tensor, bounded: bool = False) -> Tensor:
+    weights = torch.einsum("bqhd,bkhd->bhqk", q, k).softmax(-1)
+    values = torch.einsum("bti,ihd->bthd", x, s.v)
+    mixed = torch.einsum("bhqk,bkhd->bqhd", weights, values.tanh() if bounded else values)
+    return torch.einsum("bqhd,hdi->bqi", mixed, s.o)
