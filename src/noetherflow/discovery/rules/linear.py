@@ -25,6 +25,7 @@ def with_bias(ctx: Context, fields: Sequence[Field], zero: bool, bias: Gauge | N
 
 @rule("aten.linear")
 def linear(ctx: Context, x: Gauge, weight: Gauge, bias: Gauge | None = None) -> Gauge:
+    """Columns of the weight undo the input's scales; the output has those of the rows, and the bias must share them."""
     lead = LETTERS[: len(x.shape) - 1]
     zero = x.zero or weight.zero
     if len(weight.shape) == 1:
@@ -106,6 +107,7 @@ def conv_transposed(
     groups: int = 1,
     dilation: Any = 1,
 ) -> Gauge:
+    """The nine parameters are those of `aten.conv_transpose2d`, which puts `groups` before `dilation`."""
     return _convolve(ctx, x, weight, bias, groups, True)
 
 
@@ -122,10 +124,12 @@ def convolution(
     output_padding: Any,
     groups: int,
 ) -> Gauge:
+    """The ten parameters are those of `aten.convolution`, in its order; where it convolves does not matter here."""
     return _convolve(ctx, x, weight, bias, groups, transposed)
 
 
 def _convolve(ctx: Context, x: Gauge, weight: Gauge, bias: Gauge | None, groups: int, transposed: bool) -> Gauge:
+    """A convolution is a linear layer over channels at every place, one per group of channels."""
     k = len(weight.shape) - 2
     lead = len(x.shape) - k - 1
     if x.zero or weight.zero:

@@ -49,6 +49,7 @@ def _with_ones(ids: Tensor, axes: Sequence[int], ndim: int) -> Tensor:
 
 @rule("aten.cumsum")
 def cumsum(ctx: Context, x: Gauge, dim: int, **_: Any) -> Gauge:
+    """What is summed up must scale alike along the axis; channels beside it mix as before."""
     return ctx.out(ctx.store.constant_along(x.fields, normal_axes(dim, len(x.shape)), "is summed cumulatively"))
 
 
@@ -58,6 +59,7 @@ MOST_FACTORS = 64
 
 @rule("aten.prod.dim_int")
 def product_over(ctx: Context, x: Gauge, dim: int, keepdim: bool = False, **_: Any) -> Gauge:
+    """A product of n entries that scale by p scales by p^n; of entries with scales of their own, by their product."""
     axis = dim % max(len(x.shape), 1)
     if not x.shape or x.shape[axis] > MOST_FACTORS:
         ctx.trivial(x)
@@ -317,6 +319,7 @@ def group_norm(
 def native_group_norm(
     ctx: Context, x: Gauge, weight: Gauge | None, bias: Gauge | None, n: int, c: int, hw: int, groups: int, eps: float
 ) -> Any:
+    """The nine parameters are those of `aten.native_group_norm`: batch, channels and places are given as numbers."""
     return group_norm(ctx, x, groups, weight, bias, eps)
 
 
@@ -341,6 +344,7 @@ def batch_norm(
     eps: float,
     *_: Any,
 ) -> Any:
+    """The ten parameters are those of `aten.batch_norm`, in its order; training or not, the statistics move along."""
     return _batch_norm(ctx, x, weight, bias, mean, var, eps)
 
 
