@@ -400,20 +400,20 @@ MUTANTS = (
     ),
     Mutant(
         f"{EQ}/potential.py",
-        "return lr * weight_decay * (2 - lr * weight_decay) / (1 - momentum)",
-        "return 2 * lr * weight_decay / (1 - momentum)",
+        "rate: Number = lr * weight_decay * (2 - lr * weight_decay) / (1 - momentum)",
+        "rate: Number = 2 * lr * weight_decay / (1 - momentum)",
         "test_brute_force.py::test_coefficients_of_the_drift_by_hand",
     ),
     Mutant(
         f"{EQ}/potential.py",
-        "return lr**2 / (1 - momentum) ** 2",
-        "return lr**2 / (1 - momentum)",
+        "rate: Number = lr**2 / (1 - momentum) ** 2",
+        "rate: Number = lr**2 / (1 - momentum)",
         "test_brute_force.py::test_coefficients_of_the_drift_by_hand",
     ),
     Mutant(
         f"{EQ}/potential.py",
-        "first = 1 + momentum - nesterov * 2 * momentum * (1 - momentum)",
-        "first = 1 + momentum",
+        "(1 + momentum - nesterov * 2 * momentum * (1 - momentum))",
+        "(1 + momentum)",
         "test_equilibrium_potential.py",
     ),
     Mutant(
@@ -471,13 +471,13 @@ MUTANTS = (
         "test_flow.py::test_forecast_starts_with_the_drift_and_ends_at_the_equilibrium",
     ),
     Mutant(
-        f"{EQ}/sharpness.py",
+        f"{EQ}/curvature.py",
         "return total, total - now + then",
         "return now, then",
         "test_sharpness.py::test_trace_at_the_equilibrium_is_predicted_without_moving",
     ),
     Mutant(
-        f"{EQ}/sharpness.py",
+        f"{EQ}/curvature.py",
         "((a - b) / 4).cpu()",
         "((a - b) / 2).cpu()",
         "test_sharpness.py::test_trace_at_the_equilibrium_is_predicted_without_moving",
