@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from noetherflow_paper.experiment import Results
-from noetherflow_paper.experiments import adam
+from noetherflow_paper.experiments import adam, basis
 from noetherflow_paper.experiments.adam import LeakyStudent, OptimizerRun
 from noetherflow_paper.records import ExperimentPoint
 
@@ -53,3 +53,36 @@ def test_sgd_and_adam_settle_at_different_points_both_predicted():
     assert abs(apart.mean() - (predicted["Adam"] - predicted["SGD"]).mean()) < 3 * error + 0.03
     assert apart.mean() > 10 * error, "told apart"
     assert np.abs(ends["AdamW"].mean(0) - ends["Adam"].mean(0)).max() > 0.1, "decay moves the point"
+
+
+def test_the_starts_of_basis_are_one_map_and_the_unrotated_one_is_at_the_bound():
+    target = basis.WhitenedTarget.of(basis.SCALES["quick"])
+    w, u = target.starts(4, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(u @ w, target.net.product.expand(4, -1, -1), rtol=1e-10, atol=1e-12)
+    root = target.singular.sqrt()
+    a, b = target.sigma_x.sqrt().sum(), target.sigma_eps.sqrt().sum()
+    share = b / a
+    modes_w = (root / share.sqrt())[:, None] * target.right / target.sigma_x.sqrt()
+    modes_u = target.left * (root * share.sqrt()) / target.sigma_eps.sqrt()[:, None]
+    there = target.record([modes_w[None], modes_u[None]])
+    torch.testing.assert_close(there["psi"], torch.ones(1, dtype=torch.float64))
+    assert float(there["overlap"]) < 1e-12
+    assert float(target.record([w, u])["psi"].min()) > 1
+
+
+def test_gradient_noise_of_the_target_makes_psi_the_sum_of_roots():
+    """At the target `E[g^2]` of an entry factors, so that `sum s` is Psi up to a factor that all entries share."""
+    config = replace(basis.SCALES["quick"], batch=1)
+    target = basis.WhitenedTarget.of(config)
+    start = target.starts(6, torch.Generator().manual_seed(1))
+    rng = torch.Generator().manual_seed(2)
+    wide = [p.repeat_interleave(4000, 0) for p in start]
+    squares = [torch.zeros_like(p) for p in start]
+    for _ in range(10):
+        for total, g in zip(squares, target.net.minibatch_gradient(wide, rng), strict=True):
+            total += g.square().reshape(6, 4000, *total.shape[1:]).mean(1) / 10
+    sums = sum(s.sqrt().sum((-2, -1)) for s in squares)
+    psi = target.record(start)["psi"] * target.bound()
+    ratio = sums / psi
+    assert float(ratio.std() / ratio.mean()) < 0.005
+    assert float(psi.std() / psi.mean()) > 0.015, "the starts differ in Psi itself"

@@ -40,6 +40,7 @@ REGISTRY: tuple[str, ...] = (
     "rates",
     "momentum",
     "adam",
+    "basis",
     "sharpness",
     "neurons",
     "warmup",
