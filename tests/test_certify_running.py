@@ -430,3 +430,38 @@ def test_a_row_of_padding_gets_no_gradient() -> None:
     assert row.verdict == "broken"
     assert "padding_idx" in row.note
     assert [row.verdict for row in certify(model, syms, ids.clamp_min(1))] == ["exact"]
+
+
+def _casts_itself(module: nn.Module, h: Tensor) -> Tensor:
+    module.b.half()  # type: ignore[operator, union-attr]
+    module.b.float()  # type: ignore[operator, union-attr]
+    return h
+
+
+def _leaves_torch(module: nn.Module, h: Tensor) -> Tensor:
+    return h * float(module.a.weight.detach().numpy().mean())  # type: ignore[operator, union-attr]
+
+
+def _branches(module: nn.Module, h: Tensor) -> Tensor:
+    return h if h.sum() > 0 else -h
+
+
+def warn_if_padding_and_no_attention_mask(h: Tensor) -> Tensor:
+    """A name of transformers: it looks into the inputs for padding when no mask is given."""
+    return h if (h[0] > 0).any() else -h
+
+
+TRACED: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str]] = {
+    "casts its weights": (_casts_itself, "do that once, outside forward"),
+    "numpy": (_leaves_torch, r"keep to torch operators(.|\n)*nf\.declare"),
+    "branch": (_branches, r"control flow(.|\n)*nf\.declare"),
+    "mask": (lambda module, h: warn_if_padding_and_no_attention_mask(h), "add attention_mask"),
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_a_failed_trace_names_its_cause(name: str) -> None:
+    between, remedy = TRACED[name]
+    with pytest.raises(ExportError, match=remedy) as caught:
+        find_symmetries(Units(between), X)
+    assert ("control flow" in str(caught.value)) == (name == "branch")

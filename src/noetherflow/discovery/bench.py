@@ -17,7 +17,8 @@ from noetherflow.core.copies import copy_of
 from noetherflow.core.inputs import LossFn, ModelInputs
 from noetherflow.core.unwrap import unwrap
 from noetherflow.discovery.copies import ModelCopy, flat_outputs
-from noetherflow.discovery.export import first_line, own_failure, place, stale
+from noetherflow.discovery.export import stale
+from noetherflow.discovery.failures import first_line, own_failure, place
 from noetherflow.discovery.outputs import floating_tensors
 from noetherflow.discovery.repeat import ModelState, same_draws
 from noetherflow.discovery.wide import WideFloats

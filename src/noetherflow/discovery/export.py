@@ -5,12 +5,10 @@ from __future__ import annotations
 import functools
 import io
 import logging
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,12 +23,10 @@ from noetherflow.core.inputs import ModelInputs
 from noetherflow.core.tensors import named_tensors, tensors_of
 from noetherflow.core.unwrap import plain_name, unwrap
 from noetherflow.discovery.expand import expanded
+from noetherflow.discovery.failures import explain_failure
 from noetherflow.discovery.outputs import plain_output
 from noetherflow.errors import ExportError, NoetherflowError
 
-FOREIGN = (Path(torch.__file__).parent, Path(__file__).parent)
-"""Folders whose files are not the user's code."""
-STANDARD_LIBRARY = Path(traceback.__file__).parent
 REMEDIES: dict[type, str] = {
     WeightNorm: "use torch.nn.utils.parametrizations.weight_norm instead",
     SpectralNorm: "use torch.nn.utils.parametrizations.spectral_norm instead",
@@ -216,7 +212,7 @@ def export(model: nn.Module, example_inputs: Any) -> Graph:
             raise ExportError(str(error)) from error
         except Exception as error:
             failure = failure or error
-    raise ExportError(_explain(inner, example_inputs, failure)) from failure
+    raise ExportError(explain_failure(inner, example_inputs, failure)) from failure
 
 
 def untraceable(model: nn.Module) -> str | None:
@@ -299,21 +295,6 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _explain(model: nn.Module, example_inputs: Any, failure: Exception | None) -> str:
-    name = type(model).__name__
-    if (own := own_failure(model, example_inputs)) is not None:
-        return (
-            f"{name} itself fails on these example inputs, {own}\n"
-            f"Their shapes: {ModelInputs.of(example_inputs).shapes()}. "
-            "Pass a tensor, a tuple of arguments or a dict of keyword arguments."
-        )
-    return (
-        f"{name} could not be exported: {first_line(failure)}{place(failure)}\n"
-        "torch.export needs control flow that does not depend on tensor values. Rewrite that branch (torch.where, "
-        "torch.cond), or name the symmetries yourself: nf.declare(model, kind, plus=[(parameter, axis)], minus=[...])."
-    )
-
-
 @contextmanager
 def sizes_known(graph: Graph) -> Iterator[None]:
     """Raises ExportError in place of torch's error where the block asks for a size that depends on data."""
@@ -334,37 +315,7 @@ def _open_size(graph: Graph) -> str:
     else:
         where = ""
     return (
-        f"a size in this model depends on data{where}, so that its graph has no fixed shapes: write the selection with "
-        "torch.where or a multiplication by the mask, or name the symmetries yourself: "
-        "nf.declare(model, kind, plus=[(parameter, axis)], minus=[...])"
+        f"a size in this model depends on data{where}, or a number is read with .item() or .tolist(), so that its "
+        "graph is not fixed: write a selection with torch.where or a product with the mask, or name the symmetries "
+        "yourself: nf.declare(model, kind, plus=[(parameter, axis)], minus=[...])"
     )
-
-
-def place(failure: Exception | None) -> str:
-    """` (file:line: code)` of the innermost line outside torch, this library and Python's own."""
-    frames = traceback.extract_tb(None if failure is None else failure.__traceback__)
-    user = [f for f in frames if f.line and not _foreign(Path(f.filename))]
-    return f" ({user[-1].filename}:{user[-1].lineno}: {user[-1].line})" if user else ""
-
-
-def _foreign(file: Path) -> bool:
-    return file.parent == STANDARD_LIBRARY or any(folder in file.parents for folder in FOREIGN)
-
-
-def own_failure(model: nn.Module, example_inputs: Any) -> str | None:
-    """The error of a plain forward, None if it runs."""
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    inputs = ModelInputs.of(example_inputs).map(lambda x: x.to(dtype) if x.is_floating_point() else x)
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            buffers = {n: b.clone() for n, b in model.named_buffers()}
-            torch.func.functional_call(model, buffers, inputs.args, inputs.kwargs)
-    except Exception as error:
-        return f"{type(error).__name__}: {first_line(error)}"
-    return None
-
-
-def first_line(error: Exception | None) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
