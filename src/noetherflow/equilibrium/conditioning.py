@@ -77,12 +77,19 @@ def stretch(symmetry: Symmetry, tensors: Mapping[str, Tensor]) -> float:
     """
     if symmetry.is_torus:
         return 1.0
-    worst = 1.0
-    for sign in (1, -1):
-        spectrum = _used(*_factor_svd(symmetry, tensors, sign))[1]
-        low = torch.where(spectrum > 0, spectrum, torch.inf).amin(-1)
-        worst = max(worst, float((spectrum.amax(-1) / low).max()))
-    return worst
+    return max(_condition(*_stacked(symmetry, tensors, sign)) for sign in (1, -1))
+
+
+def _condition(factor: Tensor, eps: float) -> float:
+    """The largest condition number of any block `[blocks, n, m]`, from its Gram where that resolves it."""
+    if not factor.numel():
+        return 1.0
+    squares = torch.linalg.eigvalsh(factor @ factor.mT)
+    if bool((squares[:, 0] > 1e-9 * squares[:, -1]).all()):
+        return math.sqrt(float((squares[:, -1] / squares[:, 0]).max()))
+    spectrum = _used(*_factor_svd(factor), eps)[1]
+    low = torch.where(spectrum > 0, spectrum, torch.inf).amin(-1)
+    return max(1.0, float((spectrum.amax(-1) / low).max()))
 
 
 def orthogonalising(symmetry: Symmetry, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -92,7 +99,8 @@ def orthogonalising(symmetry: Symmetry, tensors: Mapping[str, Tensor]) -> Tensor
     geometric mean of `s`, and 1 in directions that the weights do not use.
     """
     sign = 1 if any(bool(tensors[leg.parameter].any()) for leg in symmetry.weight_legs if leg.sign > 0) else -1
-    u, s = _used(*_factor_svd(symmetry, tensors, sign))
+    factor, eps = _stacked(symmetry, tensors, sign)
+    u, s = _used(*_factor_svd(factor), eps)
     used = s > 0
     logs = torch.where(used, s, torch.ones_like(s)).log()
     level = logs.sum(-1, keepdim=True) / used.sum(-1, keepdim=True).clamp_min(1)
@@ -109,19 +117,22 @@ def moved_copy(model: nn.Module, moves: Sequence[tuple[Symmetry, Tensor]], *, do
     return other
 
 
-def _factor_svd(symmetry: Symmetry, tensors: Mapping[str, Tensor], sign: int) -> tuple[Tensor, Tensor, float]:
-    """Left singular vectors and values of the stacked legs of one sign, and the relative rounding of the weights."""
+def _stacked(symmetry: Symmetry, tensors: Mapping[str, Tensor], sign: int) -> tuple[Tensor, float]:
+    """The legs of one sign side by side, `[blocks, n, columns]`, and the relative rounding of the weights."""
     own = [leg for leg in symmetry.weight_legs if leg.sign == sign]
     if not own:
-        eye = torch.eye(symmetry.dim, dtype=torch.float64).expand(symmetry.blocks, -1, -1)
-        return eye, torch.zeros(symmetry.blocks, symmetry.dim, dtype=torch.float64), 0.0
-    stacked = torch.cat([leg.unfold(tensors[leg.parameter].detach().double().cpu()) for leg in own], dim=-1)
-    if stacked.shape[-1] > symmetry.dim:
-        stacked = torch.linalg.qr(stacked.mT, mode="r").R.mT
-    u, s, _ = torch.linalg.svd(stacked, full_matrices=True)
-    missing = symmetry.dim - s.shape[-1]
+        return torch.zeros(symmetry.blocks, symmetry.dim, 0, dtype=torch.float64), 0.0
     eps = max(torch.finfo(tensors[leg.parameter].dtype).eps for leg in own)
-    return u, torch.nn.functional.pad(s, (0, missing)), eps
+    return torch.cat([leg.unfold(tensors[leg.parameter].detach().double().cpu()) for leg in own], dim=-1), eps
+
+
+def _factor_svd(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors `[blocks, n, n]` and values `[blocks, n]`, 0 where there are fewer columns than rows."""
+    n = factor.shape[-2]
+    if factor.shape[-1] > n:
+        factor = torch.linalg.qr(factor.mT, mode="r").R.mT
+    u, s, _ = torch.linalg.svd(factor, full_matrices=True)
+    return u, torch.nn.functional.pad(s, (0, n - s.shape[-1]))
 
 
 def _used(u: Tensor, s: Tensor, eps: float) -> tuple[Tensor, Tensor]:
