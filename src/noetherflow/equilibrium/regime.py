@@ -43,9 +43,8 @@ class Regime:
         return (
             f"by step {self._steps()} the measured mean gradient would have used up the loss, so gradients and noise "
             f"are "
-            "others by then; measure again along the run (nf.Ledger, MinibatchMeter or gradient_moments at later "
-            "steps) "
-            "and add up the drifts"
+            "others by then; valid is the drift along the run: nf.Ledger books it step by step, and snapshots of the "
+            "momentum buffer give it, nf.noether_flow(model, syms, optimizer=optimizer)"
         )
 
     def to_dict(self) -> dict[str, Any]:
