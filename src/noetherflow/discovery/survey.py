@@ -204,7 +204,7 @@ class Obedience:
         """
         blocks = item.blocks if isinstance(item, Symmetry) else item.leg.blocks
         legs = len(item.weight_legs) if isinstance(item, Symmetry) else 1
-        worst, seen = 0.0, torch.zeros(legs, blocks, dtype=torch.bool)
+        worst, seen = 0.0, torch.zeros(legs, blocks, dtype=torch.bool, device="cpu")
         for baseline in baselines:
             if not baseline.gradients or not baseline.gradients[0].keys() >= set(item.parameters):
                 continue
