@@ -77,6 +77,9 @@ def test_one_file_with_both(tmp_path: Path) -> None:
     weights = weights_for(net, run.weights)
     assert all(torch.equal(weights[n], p) for n, p in net.named_parameters())
     assert run.optimizer["state"][0]["exp_avg"].shape == (4, 3)
+    both = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(both, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert read_run(tmp_path / "old.pt").optimizer["state"][0]["exp_avg"].shape == (4, 3)
     other = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
     with pytest.raises(CheckpointError, match="instead of"):
         weights_for(other, run.weights)

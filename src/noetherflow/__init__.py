@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from noetherflow.equilibrium.joint import noise_equilibrium
     from noetherflow.equilibrium.result import Equilibrium
     from noetherflow.equilibrium.sharpness import sharpness_forecast
+    from noetherflow.equilibrium.state_flow import StateFlow
     from noetherflow.equilibrium.step import step_identity
     from noetherflow.equilibrium.validity import SquareMemory, square_memory
     from noetherflow.moments.engine import gradient_moments
@@ -70,6 +71,7 @@ _LAZY = {
     "equilibrium.result": ("Equilibrium",),
     "equilibrium.curvature": ("curvature_moments", "top_eigenvalue"),
     "equilibrium.sharpness": ("sharpness_forecast",),
+    "equilibrium.state_flow": ("StateFlow",),
     "equilibrium.validity": ("SquareMemory", "square_memory"),
     "moments.engine": ("gradient_moments",),
     "moments.factors": ("gradient_factors",),
@@ -96,6 +98,7 @@ __all__ = [
     "LionConfig",
     "SGDConfig",
     "SquareMemory",
+    "StateFlow",
     "Symmetry",
     "SymmetrySet",
     "Translation",

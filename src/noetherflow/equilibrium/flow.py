@@ -213,13 +213,18 @@ def noether_flow(
         raise DataError("noether_flow needs moments and settings (mom, sgd), or optimizer= for the state of a run")
     if lr is not None:
         raise DataError("lr= goes with optimizer=; with moments the learning rate is in the settings")
-    syms = syms.trainable(model)
     check_settings(sgd)
-    if not isinstance(sgd, SGDConfig) or sgd.groups:
-        drift = adaptive_drift(model, syms, mom, sgd)
-        excluded = dict(drift.symmetries.excluded)
-        return Flow(drift.details, sgd, mom.loss, excluded, mom, drift.orbit, True, drift.regime)
-    return _sgd_flow(model, syms, mom, sgd, samples)
+    return _measured_flow(model, syms.trainable(model), mom, sgd, samples)
+
+
+def _measured_flow(
+    model: nn.Module, syms: SymmetrySet, mom: GradientMoments, sgd: Settings, samples: Samples | None
+) -> Flow:
+    """The flow of trainable symmetries from moments; entry by entry where the optimiser or its groups ask for it."""
+    if isinstance(sgd, SGDConfig) and not sgd.groups:
+        return _sgd_flow(model, syms, mom, sgd, samples)
+    drift = adaptive_drift(model, syms, mom, sgd)
+    return Flow(drift.details, sgd, mom.loss, dict(drift.symmetries.excluded), mom, drift.orbit, True, drift.regime)
 
 
 def _sgd_flow(

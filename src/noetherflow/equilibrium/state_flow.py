@@ -55,10 +55,8 @@ class StateFlow:
 
     def families(self) -> list[dict[str, Any]]:
         """One row per family of symmetries, in the words of `printing.MEANING`."""
-        return [_family([d for d in self.details if d.family == f]) for f in dict.fromkeys(self._families())]
-
-    def _families(self) -> list[str]:
-        return [d.family for d in self.details]
+        names = dict.fromkeys(d.family for d in self.details)
+        return [_family([d for d in self.details if d.family == name]) for name in names]
 
     def assumptions(self) -> list[str]:
         """What the numbers rest on, one sentence each."""
