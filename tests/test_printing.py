@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import noetherflow as nf
 from noetherflow.core.printing import MEANING, Table, count, legend, show, table, transposed
 from noetherflow.core.terminal import rich_table
+from noetherflow.equilibrium.state_flow import StateFlow
 from noetherflow.report.analysis import analysis_sections
 
 
@@ -26,6 +27,16 @@ def analysis() -> nf.Analysis:
     model = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.ReLU(), nn.Linear(5, 2)).double()
     x, y = torch.randn(32, 4).double(), torch.randn(32, 2).double()
     return nf.analyze(model, loss, [(x, y)], nf.SGDConfig(0.1, 4), x[:4])
+
+
+def of_a_run() -> StateFlow:
+    """The flow of a net from the state of its optimiser after one step."""
+    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)).double()
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(torch.randn(8, 4).double()).square().sum().backward()
+    optimizer.step()
+    syms = nf.declare(net, "diagonal", [("0.weight", 0), ("0.bias", 0)], [("2.weight", 1)])
+    return nf.noether_flow(net, syms, optimizer=optimizer)
 
 
 def columns(text: str) -> set[str]:
@@ -57,7 +68,7 @@ def test_one_quantity_has_one_name_in_every_table(analysis: nf.Analysis) -> None
     for name in ("outputs changed by", "gradients off by", "largest factor", "family", "blocks", "charges"):
         assert name in printed & on_page
     curvature = dataclasses.replace(analysis.moments, kind="hessian")
-    everything = f"{analysis}\n{analysis.moments}\n{curvature}" + "".join(s.prose for s in page.values())
+    everything = f"{analysis}\n{analysis.moments}\n{curvature}\n{of_a_run()}" + "".join(s.prose for s in page.values())
     for name, meaning in MEANING.items():
         assert f"{name}: {meaning}" in " ".join(everything.split()), f"no table explains {name}"
 
