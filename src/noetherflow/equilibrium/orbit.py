@@ -27,8 +27,13 @@ Remeasure = Callable[[nn.Module], GradientMoments]
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """What is known at one point of the orbit: per symmetry the `(K, M)` of its legs, `||theta||^2` and `Tr M` of
-    the moved parameters (None where only leg Grams are measured)."""
+    """What is known at one point of the orbit.
+
+    Attributes:
+        pairs: Per symmetry and leg the Grams `(K, M)` of weights and gradient noise.
+        norm: `||theta||^2` of the moved parameters.
+        trace: `Tr M` of the moved parameters, None where only leg Grams are measured.
+    """
 
     pairs: list[list[LegPair]]
     norm: float
@@ -36,7 +41,11 @@ class Point:
 
 
 class Orbit(Protocol):
-    """Leg Grams along the orbit under group elements, one per symmetry (tori: vectors, GL: matrices)."""
+    """All points that the group makes of one model, and the leg Grams at each of them.
+
+    A point is named by one group element per symmetry, a vector for tori and matrices for general_linear; the
+    identity is the model as it is.
+    """
 
     @property
     def symmetries(self) -> tuple[Symmetry, ...]: ...
@@ -50,7 +59,7 @@ class Orbit(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class MeasuredOrbit:
-    """The whole orbit from one measurement."""
+    """The whole orbit from one measurement: each term knows how its Grams scale with the group elements."""
 
     symmetries: tuple[Symmetry, ...]
     potential: Potential

@@ -19,15 +19,21 @@ from noetherflow.symmetry.symmetry_set import SymmetrySet
 class Settled:
     """One symmetry at the equilibrium.
 
-    `element` moves the model there (layout `symmetry.shape`; the identity on coordinates without a finite equilibrium;
-    general_linear elements `G` are as good as `R G` for any rotation `R`). `classification`: `finite`; `one-sided`:
-    nothing holds the norm back (all legs scale the same way, no decay); `degenerate`: some coordinates have no finite
-    equilibrium, for `reason`; `ill-conditioned`: general_linear factors too stretched for their Grams to tell.
-    `finite`: true for the coordinates (torus) or blocks (general_linear) that have one, `[blocks]`. `charge_now`,
-    `charge`: the charge today and predicted at `element`; `weight_grams`, `noise_grams`: predicted leg Grams there.
-    `imbalance`: relative Noether flow left, per coordinate or block. `eps`: the normalisation constant that makes
-    the symmetry only approximate, where there is one; charge and imbalance are then those for `eps = 0`.
-    `log_error`: standard error of `1/2 log(G^T G)`, `log element` for a torus, entry by entry.
+    Attributes:
+        name, family, kind: Of the symmetry.
+        element: Moves the model there, in the layout `symmetry.shape`; the identity on coordinates without a finite
+            equilibrium. A general_linear element `G` is as good as `R G` for any rotation `R`.
+        classification: `finite`; `one-sided`: nothing holds the norm back (all legs scale the same way, no decay);
+            `degenerate`: some coordinates have no finite equilibrium; `ill-conditioned`: general_linear factors too
+            stretched for their Grams to tell.
+        charge_now, charge: The charge today, and predicted at `element`.
+        weight_grams, noise_grams: Predicted leg Grams `K` and `M` there, empty where nothing moves.
+        imbalance_now, imbalance: Relative Noether flow today and left at `element`, per coordinate or block.
+        finite: True for the coordinates (torus) or blocks (general_linear) that have an equilibrium, `[blocks]`.
+        reason: Why not all of them have one, or why digits are lost; empty where all is well.
+        log_error: Standard error of `1/2 log(G^T G)` (`log element` of a torus), entry by entry.
+        eps: The normalisation constant that makes the symmetry only approximate, where there is one; charge and
+            imbalance are then those for `eps = 0`.
     """
 
     name: str
@@ -79,13 +85,23 @@ class Settled:
 
 @dataclass(frozen=True, eq=False)
 class Equilibrium:
-    """The joint equilibrium of a model's symmetries under one objective.
+    """The joint equilibrium of a model's symmetries under one objective; printing it shows a table by family.
 
-    `objective`: the one asked for, `noise` where there is no decay to add. `imbalance`: the largest relative Noether
-    flow left over all finite coordinates. `evaluations`: how often the leg Grams were formed (or measured).
-    `trace_now`, `trace`: `Tr M` of the moved parameters, weighted as in the objective, so their ratio is the fall of
-    the noise (or curvature) part; None where the model was re-measured instead. `assumptions`: what the answer rests on
-    beyond the noise regime, a sentence each (adaptive optimisers).
+    Attributes:
+        objective: The one asked for, `noise` where there is no decay to add.
+        settled: One Settled per symmetry; `eq["0 -> 2"]` finds it by name.
+        imbalance_now, imbalance: The largest relative Noether flow today and at the equilibrium, over all coordinates
+            that have one.
+        iterations: Sweeps over all symmetries.
+        evaluations: How often the leg Grams were formed (or measured).
+        converged: The imbalance is below the tolerance asked for.
+        joint: All symmetries move together; else each with the others held.
+        norm_now, norm: Squared norm of the moved parameters.
+        trace_now, trace: `Tr M` of the moved parameters, weighed as in the objective, so that their ratio is the
+            fall of the noise (or curvature) part; None where the model was measured again instead.
+        symmetries: Those that the equilibrium is of; `excluded` lists the others.
+        regime: Share of the mean gradient in the drift and how long it lasts; None for objectives without an optimiser.
+        assumptions: What the answer rests on beyond the noise regime, a sentence each (adaptive optimisers).
     """
 
     objective: str

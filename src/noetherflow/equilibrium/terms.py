@@ -17,7 +17,10 @@ from noetherflow.symmetry.symmetry import Symmetry
 
 
 class OrbitTerm(Protocol):
-    """A part of the model that knows its leg Grams, and how charges change, on the whole orbit."""
+    """A part of the model that knows its leg Grams, and how charges change, on the whole orbit.
+
+    Example: the Gram `K` of a torus leg `+` becomes `p^2 K` under the element `p`, and that of its gradients `M / p^2`.
+    """
 
     def add(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
         """Write `(K, M)` of this part's legs into `out[symmetry][leg]`; return its `||theta||^2` and `Tr M`."""
