@@ -14,6 +14,9 @@ from noetherflow.core.tensors import tensors_of
 from noetherflow.symmetry.symmetry import Symmetry
 from noetherflow.symmetry.symmetry_set import positions_of
 
+ROUNDING = 10
+"""Singular values of an `n`-row factor below `ROUNDING n eps` times the largest are rounding of the weights."""
+
 
 def rank_tolerance(model: nn.Module, symmetries: Sequence[Symmetry]) -> float:
     """Eigenvalues of Grams below this fraction of the largest are rounding: `10 n eps` of the dtype that sums them (at
@@ -85,7 +88,8 @@ def _condition(factor: Tensor, eps: float) -> float:
     if not factor.numel():
         return 1.0
     squares = torch.linalg.eigvalsh(factor @ factor.mT)
-    if bool((squares[:, 0] > 1e-9 * squares[:, -1]).all()):
+    resolved = max(1e-9, (ROUNDING * factor.shape[-2] * eps) ** 2)
+    if bool((squares[:, 0] > resolved * squares[:, -1]).all()):
         return math.sqrt(float((squares[:, -1] / squares[:, 0]).max()))
     spectrum = _used(*_factor_svd(factor), eps)[1]
     low = torch.where(spectrum > 0, spectrum, torch.inf).amin(-1)
@@ -137,4 +141,4 @@ def _factor_svd(factor: Tensor) -> tuple[Tensor, Tensor]:
 
 def _used(u: Tensor, s: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The same with singular values at the rounding of the weights set to 0."""
-    return u, torch.where(s > 10 * s.shape[-1] * eps * s.amax(-1, keepdim=True), s, torch.zeros_like(s))
+    return u, torch.where(s > ROUNDING * s.shape[-1] * eps * s.amax(-1, keepdim=True), s, torch.zeros_like(s))
