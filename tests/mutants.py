@@ -739,7 +739,8 @@ def tried(mutant: Mutant, memory: Memory) -> Iterator[Run | None]:
     """The outcome of one fault, after None for every look in vain: first by the test that noticed it last time."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         source = faulty_source(mutant, Path(folder))
-        first = existing(memory.noticed_by.get(mutant.title, ""))
+        last = memory.noticed_by.get(mutant.title, "")
+        first = existing(last) if last.startswith(tuple(mutant.tests.split())) else []
         for tests in filter(None, (first, existing(mutant.tests))):
             run = None
             for run in Child(source, tests).outcome():
