@@ -306,3 +306,100 @@ def test_estimates_under_a_gradient_scaler_are_of_unscaled_gradients() -> None:
     scaled, plain = drives(1024.0), drives(None)
     assert any(abs(v) > 1e-6 for v in plain)
     assert scaled == pytest.approx(plain, rel=1e-4)
+
+
+# Where the finder, the certificate and the rules must not take too much
+
+
+class RowShifted(nn.Module):
+    """A layer norm over two axes, to whose input a number per row is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.norm, self.out = nn.Parameter(torch.randn(4, 1)), nn.LayerNorm((4, 5)), nn.Linear(20, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(x + self.rows).flatten(1))
+
+
+def test_a_norm_over_two_axes_ignores_their_common_mean_only() -> None:
+    """Adding one number to all rows does nothing, adding it to one row does: one translation of four numbers."""
+    torch.manual_seed(0)
+    model, x = RowShifted().double(), torch.randn(3, 4, 5, dtype=F64)
+    with torch.no_grad():
+        before = model(x)
+        model.rows += 1.0
+        assert (model(x) - before).abs().max() < 1e-12
+        model.rows[0] += 1.0
+        assert (model(x) - before).abs().max() > 1e-2
+    syms = nf.find_symmetries(model, x)
+    shifts = [t for t in syms.translations if "rows" in t.parameters]
+    assert sum(t.leg.blocks for t in shifts) <= 1
+    assert all(row.verdict == "exact" for row in nf.certify(model, syms, x))
+
+
+class Rescaled(nn.Module):
+    """All gradients multiplied by the norm of the first layer, which the symmetry changes; the outputs as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, factor = self.net(x), self.net[0].weight.norm().detach()
+        return factor * y - ((factor - 1) * y).detach()
+
+
+def test_gradients_that_are_not_those_of_the_moved_point_are_noticed() -> None:
+    """They still satisfy `theta^T A g = 0`, so only the comparison at the moved point shows it."""
+    torch.manual_seed(0)
+    model, x = Rescaled().double(), torch.randn(6, 3, dtype=F64)
+    incoming, outgoing = [("net.0.weight", 0), ("net.0.bias", 0)], [("net.2.weight", 1)]
+    torch.testing.assert_close(model(x), model.net(x))
+    syms = nf.declare(model, "diagonal", plus=incoming, minus=outgoing)
+    assert [row.verdict for row in nf.certify(model, syms, x)] == ["broken"]
+    own = nf.declare(model.net, "diagonal", plus=[("0.weight", 0), ("0.bias", 0)], minus=[("2.weight", 1)])
+    assert [row.verdict for row in nf.certify(model.net, own, x)] == ["exact"]
+
+
+class Weighed(nn.Module):
+    """`beta b + alpha x W`, with numbers that the rule of `addmm` does not cover."""
+
+    def __init__(self, beta: float, alpha: float) -> None:
+        super().__init__()
+        self.b, self.w = nn.Parameter(torch.randn(2)), nn.Parameter(torch.randn(3, 2))
+        self.beta, self.alpha = beta, alpha
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.b, x, self.w, beta=self.beta, alpha=self.alpha)
+
+
+class EvenKernel(nn.Module):
+    """A convolution padded to the same length, one more on the right than on the left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(2, 3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv1d(x, self.w, padding="same")
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (lambda: Weighed(1.0, 1.0), (5, 3)),
+        (lambda: Weighed(0.5, 1.0), (5, 3)),
+        (lambda: Weighed(1.0, 2.0), (5, 3)),
+        (EvenKernel, (5, 3, 7)),
+    ],
+)
+def test_what_a_rule_does_not_cover_is_measured_all_the_same(model, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    net, x = model().double(), torch.randn(shape, dtype=F64)
+    loss = lambda m, b: m(b).square().flatten(1).sum(1)
+    names = [n for n, _ in net.named_parameters()]
+    moments = nf.gradient_moments(net, loss, [x], nf.SymmetrySet(()), entries=True, parameters=names)
+    for name, g in per_sample_gradients(net, loss, x).items():
+        torch.testing.assert_close(moments.squares[name], g.square().mean(0), rtol=1e-10, atol=1e-14)
