@@ -15,8 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
 from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["FakeTensor", "FakeTensorMode", "TorchDispatchMode"]
+"""Classes of torch that are documented for extensions and yet live in private modules."""
 
 
 def run_backward(outputs: Tensor, weights: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

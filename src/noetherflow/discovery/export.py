@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -21,6 +20,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from noetherflow.core.copies import attributes_with_graph, copy_of
 from noetherflow.core.inputs import ModelInputs
 from noetherflow.core.tensors import named_tensors, tensors_of
+from noetherflow.core.torch_internals import FakeTensor, FakeTensorMode
 from noetherflow.core.unwrap import plain_name, unwrap
 from noetherflow.discovery.expand import expanded
 from noetherflow.discovery.failures import explain_failure

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from noetherflow.core.torch_internals import TorchDispatchMode
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 CAST = torch.ops.aten._to_copy.default

@@ -269,7 +269,9 @@ class Meter:
                 f"no gradient reaches {unused}: the loss does not use them. "
                 "Freeze them (requires_grad_(False)) and take syms.trainable(model)"
             )
-        moments = in_groups(s.moments(tuple(self.uncovered)) for _, s in sorted(groups.items()))
+        moments = in_groups(
+            s.moments(tuple(n for n in self._needs if n in self.uncovered)) for _, s in sorted(groups.items())
+        )
         return replace(moments, unresolved=unresolved(moments, self.syms))
 
 
