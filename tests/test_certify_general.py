@@ -170,3 +170,24 @@ def test_running_statistics_of_a_fresh_model_do_not_hide_a_missing_leg() -> None
     assert len(legs) < len(symmetry.legs)
     wrong = replace(found, symmetries=(replace(symmetry, legs=legs),))
     assert certify(model, wrong, X).broken == (symmetry.name,)
+
+
+class Branches(nn.Module):
+    """The rows of one branch above those of the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.out(torch.vstack((torch.relu(self.a(x)), torch.relu(self.b(x)))))
+
+
+def test_weights_that_act_on_the_last_rows_only_are_looked_at_too():
+    torch.manual_seed(0)
+    model, x = Branches().double(), torch.randn(5, 3, dtype=torch.float64)
+    certificate = certify(model, find_symmetries(model, x), x)
+    assert [row.verdict for row in certificate] == ["exact"]
+    legs = {"plus": [("a.weight", 0), ("a.bias", 0)], "minus": [("out.weight", 1)]}
+    half = declare(model, "diagonal", **legs)
+    assert [row.verdict for row in certify(model, half, x)] == ["broken"]

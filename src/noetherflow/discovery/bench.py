@@ -151,7 +151,7 @@ class Bench:
             return flat_outputs(self.model, at.inputs)
 
     def gradients(self, at: Trial) -> tuple[dict[str, Tensor], ...]:
-        """The gradients of the first samples in a trial, by parameter name."""
+        """The gradients of the first samples in a trial, and that of all other samples together, by parameter name."""
         if not self.parameters:
             return ()
         with self._running(at), self._casts(), torch.enable_grad():
@@ -165,7 +165,9 @@ class Bench:
         )
 
     def _differentiated(self, at: Trial) -> list[tuple[Tensor | None, ...]]:
-        """The gradients of the first samples by all parameters.
+        """The gradients of the first samples by all parameters, and that of the sum of the others.
+
+        Some weights act on single rows only (rows of two branches stacked, a branch chosen by data).
 
         Raises:
             DataError: the model checkpoints activations in torch's older way, which hides the weights inside.
@@ -178,10 +180,12 @@ class Bench:
                 if REENTRANT not in str(warning):
                     raise
                 raise DataError(NO_REENTRANT) from warning
-        rows = min(at.loss.samples, len(losses)) if losses.requires_grad else 0
         leaves = list(self.parameters.values())
+        first, others = losses[: at.loss.samples], losses[at.loss.samples :]
+        parts = [*first, others.sum()] if len(others) else [*first]
         found: list[tuple[Tensor | None, ...]] = [
-            torch.autograd.grad(losses[k], leaves, retain_graph=True, allow_unused=True) for k in range(rows)
+            torch.autograd.grad(part, leaves, retain_graph=True, allow_unused=True)
+            for part in (parts if losses.requires_grad else ())
         ]
         if any(g is None for row in found for g in row) and _reentrant(losses):
             raise DataError(NO_REENTRANT)
