@@ -208,7 +208,7 @@ MUTANTS = (
         f"{FIND}/verdict.py",
         "return max(v.loss, v.conserved)\n\n\ndef uns",
         "return v.loss\n\n\ndef uns",
-        "test_certify_backward.py::test_an_altered_backward_is_broken_and_named",
+        "test_brute_force.py::test_an_example_of_zeros_does_not_hide_an_altered_backward",
     ),
     Mutant(
         f"{FIND}/verdict.py",

@@ -312,30 +312,30 @@ def test_estimates_under_a_gradient_scaler_are_of_unscaled_gradients() -> None:
 
 
 class RowShifted(nn.Module):
-    """A layer norm over two axes, to whose input a number per row is added."""
+    """A layer norm over two axes, behind a linear map whose bias adds one number to every row."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.rows, self.norm, self.out = nn.Parameter(torch.randn(4, 1)), nn.LayerNorm((4, 5)), nn.Linear(20, 2)
+        self.rows, self.norm, self.out = nn.Linear(3, 4), nn.LayerNorm((4, 5)), nn.Linear(20, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.norm(x + self.rows).flatten(1))
+        return self.out(self.norm(self.rows(x).mT).flatten(1))
 
 
 def test_a_norm_over_two_axes_ignores_their_common_mean_only() -> None:
-    """Adding one number to all rows does nothing, adding it to one row does: one translation of four numbers."""
+    """Adding one number to all four rows does nothing, adding it to one row does."""
     torch.manual_seed(0)
-    model, x = RowShifted().double(), torch.randn(3, 4, 5, dtype=F64)
+    model, x = RowShifted().double(), torch.randn(3, 5, 3, dtype=F64)
     with torch.no_grad():
         before = model(x)
-        model.rows += 1.0
-        assert (model(x) - before).abs().max() < 1e-12
-        model.rows[0] += 1.0
+        model.rows.bias += 1.0
+        assert (model(x) - before).abs().max() < 1e-10
+        model.rows.bias[0] += 1.0
         assert (model(x) - before).abs().max() > 1e-2
     syms = nf.find_symmetries(model, x)
-    shifts = [t for t in syms.translations if "rows" in t.parameters]
-    assert sum(t.leg.blocks for t in shifts) <= 1
-    assert all(row.verdict == "exact" for row in nf.certify(model, syms, x))
+    (shift,) = [t for t in syms.translations if t.parameters == ("rows.bias",)]
+    assert (shift.leg.blocks, shift.leg.dim) == (1, 4)
+    assert all(row.verdict in ("exact", "approximate") for row in nf.certify(model, syms, x))
 
 
 class Rescaled(nn.Module):
@@ -360,6 +360,27 @@ def test_gradients_that_are_not_those_of_the_moved_point_are_noticed() -> None:
     assert [row.verdict for row in nf.certify(model, syms, x)] == ["broken"]
     own = nf.declare(model.net, "diagonal", plus=[("0.weight", 0), ("0.bias", 0)], minus=[("2.weight", 1)])
     assert [row.verdict for row in nf.certify(model.net, own, x)] == ["exact"]
+
+
+class Stopped(nn.Module):
+    """Half of the output passes no gradient to the first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.first(x))
+        return self.last(h) + self.last(h.detach())
+
+
+def test_an_example_of_zeros_does_not_hide_an_altered_backward() -> None:
+    """At zero inputs all gradients vanish, so that `theta^T A g = 0` says nothing there."""
+    torch.manual_seed(0)
+    model = Stopped().double()
+    syms = nf.declare(model, "diagonal", plus=[("first.weight", 0)], minus=[("last.weight", 1)])
+    for x in (torch.zeros(6, 3, dtype=F64), torch.randn(6, 3, dtype=F64)):
+        assert [row.verdict for row in nf.certify(model, syms, x)] == ["broken"]
 
 
 class Weighed(nn.Module):
