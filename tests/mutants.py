@@ -232,7 +232,7 @@ MUTANTS = (
         f"{FIND}/raw_axes.py",
         "(self.size * (self.size + 1) // 2 if symmetric else self.size**2)",
         "self.size**2",
-        "test_oracle.py",
+        "test_docs.py::test_examples_in_docstrings_run_and_print_what_is_shown[noetherflow.discovery.raw_axes]",
     ),
     # moments
     Mutant(
