@@ -329,6 +329,8 @@ linear_over_time("var_mean", lambda h: torch.var_mean(h, 1)[0], 4)
 linear_over_time("product over time", lambda h: h[:, :2].prod(1), 4)
 on_two("hypot", lambda s, x: s.o(torch.hypot(s.a(x), s.b(x))), 5)
 on_two("atan2", lambda s, x: s.o(torch.atan2(s.a(x), s.b(x))), 5)
+add("ldexp", lambda s, x: s.o(torch.ldexp(s.a(x), torch.full((), 2))), lambda: {"a": L(3, 4), "o": L(4, 2)}, rows, 16)
+on_two("ldexp by a learned power", lambda s, x: s.o(torch.ldexp(s.a(x), s.b(x))), 5)
 on_two("addcdiv", lambda s, x: s.o(torch.addcdiv(s.a(x), s.b(x), s.a(x))), 5)
 on_two("clamp by a tensor", lambda s, x: s.o(torch.clamp(s.a(x), min=s.b(x).relu())), 5)
 
@@ -672,6 +674,12 @@ add(
 )
 on_two("control: clamp by data", lambda s, x: s.o(torch.clamp(s.a(x), min=x.repeat(1, 2)[:, :5])), 0)
 on_two("control: hypot with data", lambda s, x: s.o(torch.hypot(s.a(x), x.repeat(1, 2)[:, :5])), 0)
+on_two(
+    "control: ldexp, its power read besides",
+    lambda s, x: torch.ldexp(x[:, :1], s.b(x)).sum(1, True) + s.o(s.b(x)),
+    0,
+)
+on_two("control: ldexp by a learned power", lambda s, x: s.o(torch.ldexp(s.a(x), s.b(x)).tanh()), 0)
 on_two("control: atan2 with a tanh", lambda s, x: s.o(torch.atan2(s.a(x), s.b(x).tanh())), 0)
 on_two("control: compared with another", lambda s, x: s.o(s.a(x) * (s.a(x) > s.b(x).tanh())), 0)
 units("control: compared with one", lambda h: h * (h > 1), 0)

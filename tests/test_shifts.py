@@ -70,6 +70,12 @@ PASSED: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]], dict[s
     "standard deviation": (lambda s, x: s.o(standardised(s.a(x)).relu()), lambda: {"a": L(3, 5), "o": L(5, 2)}, WHOLE),
     "softmax by hand": (lambda s, x: s.o(stable_softmax(s.a(x))), lambda: {"a": L(3, 5), "o": L(5, 2)}, WHOLE),
     "logsumexp": (lambda s, x: log_probabilities(s.a(x)), lambda: {"a": L(3, 5)}, WHOLE),
+    "ldexp": (lambda s, x: torch.ldexp(s.a(x), torch.full((), 2)).softmax(-1), lambda: {"a": L(3, 5)}, WHOLE),
+    "ldexp by a power per row": (
+        lambda s, x: torch.ldexp(s.a(x), x[..., :1]).softmax(-1),
+        lambda: {"a": L(3, 5)},
+        WHOLE,
+    ),
     "stack": (
         lambda s, x: s.o(norm(torch.stack((s.a(x), s.b(x)), 1))),
         lambda: {"a": L(3, 5), "b": L(3, 5), "o": L(5, 2)},
@@ -124,6 +130,14 @@ KILLED: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "padding in the average": (
         lambda s, x: s.o(F.group_norm(F.avg_pool2d(s.a(x[:, :2, None]), 3, 1, 1), 1).relu()),
         lambda: {"a": C(2, 4, 1), "o": C(4, 2, 1)},
+    ),
+    "ldexp by different powers": (
+        lambda s, x: torch.ldexp(s.a(x), torch.arange(5)).softmax(-1),
+        lambda: {"a": L(3, 5)},
+    ),
+    "the power of an ldexp": (
+        lambda s, x: torch.ldexp(x[..., :1], s.a(x)) + s.a(x).softmax(-1),
+        lambda: {"a": L(3, 5)},
     ),
     "active dropout": (lambda s, x: s.o(norm(F.dropout(s.a(x), 0.5, True))), lambda: {"a": L(3, 5), "o": L(5, 2)}),
     "the stream is read besides": (

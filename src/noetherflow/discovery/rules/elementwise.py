@@ -147,6 +147,13 @@ def _only_summed(node: fx.Node) -> bool:
     return bool(names) and set(names) <= {"sum", "mean"} and node.args[0] is not node.args[1]
 
 
+@rule("aten.ldexp")
+def ldexp(ctx: Context, x: Gauge, exponent: Gauge) -> Gauge:
+    """`x * 2 ** exponent`: scales of `x` pass as through a product with a constant, the exponent stays as it is."""
+    ctx.trivial(exponent)
+    return _product(ctx, x, Gauge(exponent.shape), 1.0)
+
+
 @rule("aten.div", "aten.divide", "aten.true_divide")
 def div(ctx: Context, x: Any, y: Any, **mode: Any) -> Gauge:
     if mode.get("rounding_mode"):

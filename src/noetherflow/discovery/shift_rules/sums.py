@@ -87,6 +87,15 @@ def _varied(ctx: ShiftContext, t: ShiftTerm, long: Sequence[int]) -> ShiftTerm |
     return ShiftTerm(t.label, torch.arange(math.prod(sizes)).reshape(sizes), ctx.store.source(), 1.0, t.family)
 
 
+@shift_rule("aten.ldexp")
+def ldexp(ctx: ShiftContext, x: Shifted, exponent: Shifted) -> Shifted:
+    """As a product with a factor that is not known; a shift of the exponent is none of the output."""
+    ctx.kill(exponent)
+    long = [1] * (len(ctx.shape) - exponent.ndim) + list(exponent.shape)
+    terms = (_varied(ctx, term.aligned(len(ctx.shape)), long) for term in x.terms)
+    return ctx.out(t for t in terms if t is not None)
+
+
 @shift_rule("aten.masked_fill")
 def masked_fill(ctx: ShiftContext, x: Shifted, mask: Any, value: Any) -> Shifted:
     if is_number(value) and value < HIDDEN:
