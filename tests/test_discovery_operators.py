@@ -89,3 +89,31 @@ def test_a_program_of_known_operators_is_returned_as_it_is() -> None:
     net = Net(lambda s, x: s.a(x).relu(), {"a": torch.nn.Linear(3, 4)})
     program = torch.export.export(net, (torch.randn(2, 3),)).run_decompositions({})
     assert expanded(program) is program
+
+
+class Reduced(torch.nn.Module):
+    def __init__(self, last):
+        super().__init__()
+        self.a, self.o, self.last = torch.nn.Linear(3, 4), torch.nn.Linear(1, 2), last
+
+    def forward(self, x):
+        return self.o(self.last(self.a(x)))
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        lambda h: h.sum().reshape(1, 1),
+        lambda h: h.mean()[None],
+        lambda h: h.norm().view(1),
+        lambda h: h.sum().expand(1),
+        lambda h: torch.stack([h.sum()]),
+        lambda h: torch.trace(h[:, :3].mT @ h[:, :3])[None],
+    ],
+    ids=["reshape", "index", "view", "expand", "stack", "trace"],
+)
+def test_numbers_are_put_back_into_tensors(last):
+    model, x = Reduced(last).double(), torch.randn(5, 3, dtype=torch.float64)
+    syms = find_symmetries(model, x)
+    assert syms.n_charges() >= 1
+    assert {row.verdict for row in certify(model, syms, x)} <= {"exact"}

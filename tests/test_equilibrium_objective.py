@@ -322,3 +322,33 @@ def test_the_gradient_term_of_the_step_identity_is_taken_at_the_decayed_weights(
     torch.testing.assert_close(step.gradient, step.residual, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(step.decay, (0.7**2 - 1) * wrong[0].charge(before), rtol=1e-12, atol=0)
     assert float(step.gradient.abs().max()) > 1e-2
+
+
+@pytest.mark.usefixtures("clean_registry")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (3.5, r"must give a Potential\(norm=..., second=..., mean=...\), got 3.5"),
+        (extend.Potential(float("nan"), 1.0, 0.0), "finite coefficients"),
+        (extend.Potential(float("inf"), 1.0, 0.0), "finite coefficients"),
+        (extend.Potential(0.0, 0.0, 0.0), "not all 0"),
+        (extend.Potential(0.1, 1.0, -20.0), "second \\+ mean must not be negative"),
+        (extend.Potential(-0.1, 1.0, 0.0), "must not be negative"),
+    ],
+)
+def test_coefficients_without_a_minimum_are_refused(given, message) -> None:
+    extend.objective("odd", meaning="odd")(lambda moments, sgd: given)
+    problem = mlp((4, 5, 3))
+    with pytest.raises(DataError, match=message):
+        nf.noise_equilibrium(problem.model, problem.syms, problem.measure(), objective="odd")
+
+
+@pytest.mark.usefixtures("clean_registry")
+def test_pure_noise_is_an_objective_and_weighing_gradients_without_moments_is_none() -> None:
+    extend.objective("pure noise", meaning="")(lambda moments, sgd: extend.Potential(0.0, 1.0, -1.0))
+    extend.objective("lying", meaning="", moments="none")(lambda moments, sgd: extend.Potential(1.0, 1.0, 0.0))
+    problem = mlp((4, 5, 3))
+    moments = problem.measure()
+    assert nf.noise_equilibrium(problem.model, problem.syms, moments, objective="pure noise").converged
+    with pytest.raises(DataError, match="moments='none' but weighs gradients"):
+        nf.noise_equilibrium(problem.model, problem.syms, moments, objective="lying")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import noetherflow as nf
 from noetherflow import extend
 from noetherflow.discovery.rules.base import RULES
-from noetherflow.errors import DeclarationError
+from noetherflow.errors import DeclarationError, ExportError
 
 
 @torch.library.custom_op("noethertests::half", mutates_args=())
@@ -73,3 +73,16 @@ def test_every_operator_without_a_rule_on_a_path_is_listed() -> None:
     both = {"aten.linalg_matrix_exp.default", "noethertests.half.default"}
     assert unknown_of(torch.relu) == both
     assert unknown_of(torch.tanh) == {"aten.linalg_matrix_exp.default"}, "nothing scales behind tanh, rule or no rule"
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (lambda context, x: None, r"gauge rule of noethertests.half.default must answer with a Gauge .*got None"),
+        (lambda context: context.out(), "gauge rule of noethertests.half.default failed: TypeError"),
+    ],
+)
+def test_a_faulty_rule_is_named(monkeypatch: pytest.MonkeyPatch, rule, message) -> None:
+    monkeypatch.setitem(RULES, "noethertests.half", rule)
+    with pytest.raises(ExportError, match=message):
+        nf.find_symmetries(Chain(torch.tanh), torch.randn(4, 4))

@@ -20,6 +20,7 @@ from noetherflow.monitor import measure
 from noetherflow.monitor.books import FIELDS
 from noetherflow.monitor.ledger import Ledger
 from noetherflow.monitor.log import LOG_NAME, read_log
+from noetherflow.monitor.rules import SGDRule
 from noetherflow.monitor.rundata import RunData
 from noetherflow.report.run import summary
 from noetherflow.symmetry.leg import Leg
@@ -445,3 +446,19 @@ def test_symmetries_of_offset_gains_are_left_out_and_named(tmp_path):
     assert [s["name"] for s in json.loads(header)["symmetries"]] == ["0 -> 2"]
     assert ledger.excluded == {"offset": "acts on 0.bias +1: the ledger splits updates along the weight itself"}
     assert json.loads(header)["excluded"] == ledger.excluded
+
+
+def test_a_rule_that_asks_for_an_unknown_product_is_refused():
+    class Misspelt(SGDRule):
+        def before(self, c, t):
+            return {"weight_grad": (t["weight"], t["weight"])}
+
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    syms = nf.find_symmetries(model, torch.randn(2, 4))
+    with nf.Ledger(model, optimizer, syms, rule=Misspelt()):
+        model(torch.randn(8, 4)).square().mean().backward()
+        with pytest.raises(
+            DataError, match=r"Misspelt.before asks for \['weight_grad'\], and SGDProducts has the fields"
+        ):
+            optimizer.step()

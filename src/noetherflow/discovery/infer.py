@@ -15,7 +15,9 @@ from noetherflow.discovery.export import Graph, module_path, operator_name
 from noetherflow.discovery.gauges import AxisAtoms, Field, Gauge
 from noetherflow.discovery.offsets import Offsets, offsets_of
 from noetherflow.discovery.rules import Context, find_rule, gauges_in
+from noetherflow.discovery.rules.base import GaugeRule
 from noetherflow.discovery.store import Store
+from noetherflow.errors import ExportError
 from noetherflow.symmetry.symmetry_set import UnknownOperator
 
 
@@ -192,7 +194,7 @@ class _Pass:
         else:
             lookup = self.store.chosen if node in self.lookups else _all_rows_alike
             context = Context(self.store, node, shapes, self._buffer, self._stand_in, self.known, lookup)
-            out = rule(context, *args, **kwargs)
+            out = _applied(rule, context, args, kwargs)
         return _with_data(out) if any("data" in g.marks for g in inputs) else out
 
     def _without_rule(self, node: fx.Node, inputs: list[Gauge]) -> Any:
@@ -220,6 +222,18 @@ class _Pass:
 
 def _all_rows_alike(rows: Field, shape: tuple[int, ...]) -> None:
     """The rows that data choose have no scales of their own."""
+
+
+def _applied(rule: GaugeRule, context: Context, args: Any, kwargs: Any) -> Any:
+    """What a rule answers. Raises ExportError naming the operator where the rule fails or answers with no gauge."""
+    name = operator_name(context.node)
+    try:
+        out = rule(context, *args, **kwargs)
+    except (TypeError, ValueError, AttributeError, IndexError, KeyError) as cause:
+        raise ExportError(f"the gauge rule of {name} failed: {type(cause).__name__}: {cause}") from cause
+    if not gauges_in(out):
+        raise ExportError(f"the gauge rule of {name} must answer with a Gauge (context.out(...)), got {out!r:.80}")
+    return out
 
 
 def _with_data(out: Any) -> Any:

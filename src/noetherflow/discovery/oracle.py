@@ -215,7 +215,7 @@ def _count(probe: GeneratorProbe, found: Equations) -> SymmetryCount:
     kept = {n: touched(axes, found.used[n], probe.symmetric) for n, axes in probe.plan.items()}
     relations = sum(_relations(axes, found.used[n], kept[n], probe.symmetric) for n, axes in probe.plan.items())
     matrix = found.matrix[:, torch.cat(list(kept.values()))]
-    if not bool(torch.isfinite(matrix).all()):
+    if not matrix.numel() or not bool(torch.isfinite(matrix).all()):
         raise DataError("gradients are not finite at random weights; the oracle needs a smooth model")
     values = _singular_values(matrix)
     null = int((values < GAP).sum())

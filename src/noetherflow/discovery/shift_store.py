@@ -48,7 +48,7 @@ class ShiftTerm:
 
     def map(self, act: Callable[[Tensor], Tensor], shape: Sequence[int]) -> ShiftTerm:
         """The term after a re-indexing operator, run on labels and values of a tensor of this shape."""
-        label, value = (narrow(act(t.expand(*shape))) for t in (self.label, self.value))
+        label, value = (narrow(act(t.expand(tuple(shape)))) for t in (self.label, self.value))
         return replace(self, label=label, value=value)
 
     def aligned(self, ndim: int) -> ShiftTerm:

@@ -126,9 +126,7 @@ def noise_equilibrium(
         raise MomentError(f"objective {chosen.name!r} needs moments: pass nf.gradient_moments(...) of this model")
     if mom is None or chosen.moments == "none":
         mom = no_moments(model, tuple(syms))
-    potential = chosen.potential(mom, sgd)
-    if potential.norm < 0 or potential.second < 0:
-        raise DataError(f"objective {chosen.name!r} has no minimum: negative coefficients in {potential}")
+    potential = chosen.coefficients(mom, sgd)
     if chosen.moments != "none":
         refuse_other_moments(model, syms, mom)
     return _answer(model, Question(syms, mom, sgd, chosen, potential, options))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -32,6 +33,32 @@ class Objective:
     meaning: str
     potential: PotentialOf
     moments: MomentsNeeded = "gradient"
+
+    def coefficients(self, moments: GradientMoments, sgd: SGDConfig | None) -> Potential:
+        """The potential, made sure to be convex along every orbit.
+
+        Raises:
+            DataError: the function gave no Potential, coefficients that are not finite or all 0, or a Phi that is not
+                convex: `norm`, `second` and `second + mean` must not be negative, since `E[g g^T]` is at least `gbar
+                gbar^T`.
+        """
+        found = self.potential(moments, sgd)
+        if not isinstance(found, Potential):
+            raise DataError(
+                f"objective {self.name!r} must give a Potential(norm=..., second=..., mean=...), got {found!r:.80}; "
+                "these three quadratic terms are all that a measurement of second moments determines on an orbit"
+            )
+        numbers = (found.norm, found.second, found.mean)
+        if not all(map(math.isfinite, numbers)) or not any(numbers):
+            raise DataError(f"objective {self.name!r} needs finite coefficients that are not all 0, got {found}")
+        if min(found.norm, found.second, found.second * (1 + 1e-9) + found.mean) < 0:
+            raise DataError(
+                f"objective {self.name!r} has no minimum: norm, second and second + mean must not be negative, got "
+                f"{found}"
+            )
+        if self.moments == "none" and (found.second or found.mean):
+            raise DataError(f"objective {self.name!r} is registered with moments='none' but weighs gradients: {found}")
+        return found
 
 
 _OBJECTIVES: dict[str, Objective] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -107,6 +107,7 @@ class StepMeter:
         self._named = list(watched.items())
         self.sharded = any(sharding.is_sharded(p) for p in watched.values())
         self.carried = {"weight_square": "weight_square_after", **rule.carried}
+        self._products = frozenset(f.name for f in fields(rule.products))
         self.forget()
 
     def forget(self) -> None:
@@ -268,10 +269,20 @@ class StepMeter:
             row[j] = value
 
     def _charge_and_before(self, c: StepSettings, t: StepTensors) -> Pairs:
-        return {**_charge_before(c, t), **self.rule.before(c, t)}
+        return {**_charge_before(c, t), **self._known(self.rule.before(c, t), "before")}
 
     def _charge_and_after(self, c: StepSettings, t: StepTensors) -> Pairs:
-        return {**_charge_after(c, t), **self.rule.after(c, t)}
+        return {**_charge_after(c, t), **self._known(self.rule.after(c, t), "after")}
+
+    def _known(self, pairs: Pairs, method: str) -> Pairs:
+        """The pairs that a rule asks for. Raises DataError for a name that its record of products does not have."""
+        if not pairs.keys() <= self._products:
+            rule, record = type(self.rule).__name__, self.rule.products
+            raise DataError(
+                f"{rule}.{method} asks for {sorted(pairs.keys() - self._products)}, and {record.__name__} has the "
+                f"fields {sorted(self._products)}: the names must be the same"
+            )
+        return pairs
 
     def _steps_made(self) -> dict[str, float]:
         """Steps the optimiser has made per parameter, read with one transfer."""

@@ -97,12 +97,12 @@ def aligned(gauge: Gauge, ndim: int) -> tuple[Field, ...]:
 
 def reshaped(fields: Sequence[Field], old: Sequence[int], new: Sequence[int]) -> tuple[Field, ...]:
     """Fields of a tensor of shape `old` after a reshape to `new`."""
-    return tuple(Field(narrow(f.ids.expand(*old).reshape(*new)), f.exponent) for f in fields)
+    return tuple(Field(narrow(f.ids.expand(tuple(old)).reshape(*new)), f.exponent) for f in fields)
 
 
 def on_ids(fields: Sequence[Field], shape: Sequence[int], act: Callable[[Tensor], Tensor]) -> tuple[Field, ...]:
     """Fields after a re-indexing operator, run on the atoms themselves."""
-    return tuple(Field(narrow(act(f.ids.expand(*shape))), f.exponent) for f in fields)
+    return tuple(Field(narrow(act(f.ids.expand(tuple(shape)))), f.exponent) for f in fields)
 
 
 def normal_axes(axes: Any, ndim: int) -> tuple[int, ...]:

@@ -79,7 +79,7 @@ def split(ctx: Context, x: Gauge, *args: Any, **kwargs: Any) -> list[Gauge]:
     target: Any = ctx.node.target
     pieces: list[list[Field]] = [[] for _ in ctx.shapes]
     for f in x.fields:
-        after = [Field(narrow(p), f.exponent) for p in target(f.ids.expand(*x.shape), *args, **kwargs)]
+        after = [Field(narrow(p), f.exponent) for p in target(f.ids.expand(tuple(x.shape)), *args, **kwargs)]
         separate_pieces(ctx, f, after)
         for piece, g in zip(pieces, after, strict=True):
             piece.append(g)
@@ -155,7 +155,7 @@ def _piece(ctx: Context, part: Gauge, found: Sequence[Tensor], long: set[int], f
     if part.zero and free:
         return ctx.store.wildcard(tuple(sizes)).ids
     ids = found[0] if found else torch.zeros([1] * len(sizes), dtype=torch.int64)
-    return ids.expand(*sizes)
+    return ids.expand(tuple(sizes))
 
 
 @rule("aten.slice_scatter")
@@ -182,7 +182,7 @@ def diagonal_scatter(ctx: Context, x: Gauge, source: Gauge, *where: int) -> Gaug
     ctx.store.singletons([*x.fields, *source.fields])
     target: Any = ctx.node.target
     blank = torch.zeros(x.shape, dtype=torch.int64)
-    placed = [Field(target(blank, f.ids.expand(*source.shape), *where), f.exponent) for f in source.fields]
+    placed = [Field(target(blank, f.ids.expand(tuple(source.shape)), *where), f.exponent) for f in source.fields]
     written = target(blank, torch.ones(source.shape, dtype=torch.int64), *where).bool()
     parts = (x, Gauge(x.shape, tuple(placed), source.zero))
     fields = joined(ctx, parts, set(range(len(x.shape))), lambda pieces: torch.where(written, pieces[1], pieces[0]))

@@ -49,7 +49,7 @@ def split(ctx: ShiftContext, x: Shifted, *args: Any, **kwargs: Any) -> list[Shif
     act: Any = ctx.node.target
     pieces: list[list[ShiftTerm]] = [[] for _ in ctx.shapes]
     for t in x.terms:
-        labels, values = (act(ids.expand(*x.shape), *args, **kwargs) for ids in (t.label, t.value))
+        labels, values = (act(ids.expand(tuple(x.shape)), *args, **kwargs) for ids in (t.label, t.value))
         for piece, label, value in zip(pieces, labels, values, strict=True):
             piece.append(ShiftTerm(narrow(label), narrow(value), t.source, t.scale, t.family))
     return [Shifted(shape or (), tuple(terms)) for shape, terms in zip(ctx.shapes, pieces, strict=True)]
@@ -99,8 +99,8 @@ def pad(ctx: ShiftContext, x: Shifted, widths: Sequence[int], *_: Any) -> Shifte
     """What is padded is constant and does not move."""
     out = []
     for t in x.terms:
-        label = F.pad(t.label.expand(*x.shape), list(widths), value=0)
-        value = F.pad(t.value.expand(*x.shape), list(widths), value=-1)
+        label = F.pad(t.label.expand(tuple(x.shape)), list(widths), value=0)
+        value = F.pad(t.value.expand(tuple(x.shape)), list(widths), value=-1)
         out.append(ShiftTerm(narrow(label), narrow(value), t.source, t.scale, t.family))
     return ctx.out(out)
 
