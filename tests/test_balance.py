@@ -218,7 +218,10 @@ def test_several_optimisers_move_and_parameters_of_none_are_listed() -> None:
     for n, p in other.model.named_parameters():
         moved = (first if n in params else second).state[named[n]]["momentum_buffer"]
         torch.testing.assert_close(moved, both.state[p]["momentum_buffer"], rtol=0, atol=0)
-    report = balance_(problem.model, eq, first, example_inputs=problem.data[0])
+    far = mlp()
+    partial = torch.optim.SGD([p for n, p in far.model.named_parameters() if n in params], lr=1e-3)
+    eq = noise_equilibrium(far.model, far.syms, far.measure(), SGD)
+    report = balance_(far.model, eq, partial, example_inputs=far.data[0])
     assert [line.split(":")[0] for line in report.unmoved] == ["2.weight", "2.bias", "4.weight"]
     assert all("in no optimiser given" in line for line in report.unmoved)
 

@@ -241,3 +241,27 @@ def test_composite_optimisers_are_looked_into_and_shared_state_moves_once() -> N
     torch.testing.assert_close(optimizer.state[weight]["momentum_buffer"], buffer * old[0] / weight.detach())
     moved = optimizer.parts["rest"][0].state[bias]["exp_avg_sq"]
     torch.testing.assert_close(moved, square * (old[1] / bias.detach()) ** 2)
+
+
+def test_an_equilibrium_is_not_applied_twice_nor_to_another_model() -> None:
+    problem = mlp(scales=(3, 1, 1))
+    eq, inputs = solved(problem), problem.data[0]
+    nf.balance_(problem.model, eq, example_inputs=inputs)
+    at_equilibrium = problem.tensors()
+    other = mlp(scales=(1, 1, 3), seed=5)
+    for model in (problem.model, other.model):
+        with pytest.raises(DataError, match="has the model been moved or trained since"):
+            nf.balance_(model, eq, example_inputs=inputs)
+    assert all(torch.equal(problem.tensors()[n], t) for n, t in at_equilibrium.items())
+
+
+def test_a_forward_that_draws_is_compared_with_equal_draws() -> None:
+    class Noisy(torch.nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.dropout(super().forward(x), 0.5, True)
+
+    problem = mlp(scales=(3, 1, 1))
+    eq, noisy = solved(problem), Noisy(*problem.model)
+    report = nf.balance_(noisy, eq, example_inputs=problem.data[0])
+    assert report.output_change is not None
+    assert report.output_change < 1e-12

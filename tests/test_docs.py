@@ -25,6 +25,28 @@ NUMBER = re.compile(r"-?\d[\d,]*\.?\d*(?:e[+-]\d+)?")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
+REGISTRIES = [
+    ("noetherflow.equilibrium.objective", "_OBJECTIVES"),
+    ("noetherflow.discovery.rules.base", "RULES"),
+    ("noetherflow.discovery.shift_rules.base", "SHIFT_RULES"),
+    ("noetherflow.balance.state_rules", "_RULES"),
+    ("noetherflow.monitor.rule", "_RULES"),
+    ("noetherflow.moments.rules.registry", "RULES"),
+    ("noetherflow_paper.experiment", "_REGISTERED"),
+]
+
+
+@pytest.fixture(autouse=True)
+def registries_as_they_were():
+    """What examples register is gone after them: other tests of the process know nothing of it."""
+    held = [getattr(pkgutil.resolve_name(module), name) for module, name in REGISTRIES]
+    before = [dict(registry) for registry in held]
+    yield
+    for registry, entries in zip(held, before, strict=True):
+        registry.clear()
+        registry.update(entries)
+
+
 def blocks(page: Path, language: str) -> list[str]:
     return [body for lang, body in FENCE.findall(page.read_text()) if lang == language]
 

@@ -77,7 +77,7 @@ def test_no_mean_gradient_lasts_for_ever() -> None:
     regime = regime_of(tuple(problem.syms), at_rest, whole(30))
     assert math.isinf(regime.horizon)
     assert regime.to_dict()["horizon"] is None
-    assert str(regime).endswith("lasts")
+    assert str(regime) == "mean gradient: 0% of the drift"
 
 
 def test_forecasts_beyond_the_horizon_are_marked() -> None:
@@ -198,3 +198,13 @@ def test_the_new_users_case_measured_early_with_momentum() -> None:
     booked = sum(r["change"] for r in rows)
     assert booked == pytest.approx(float(change.sum()), rel=1e-6)
     assert isinstance(forecast.regime, Regime)
+
+
+def test_a_drift_whose_mean_gradient_does_not_last_momentums_memory_is_marked() -> None:
+    problem = mlp((4, 6, 3), samples=200)
+    moments = problem.measure()
+    early = nf.noether_flow(problem.model, problem.syms, moments, nf.SGDConfig(0.5, 4, momentum=0.9))
+    assert early.regime.horizon < 10
+    assert "NOT VALID as a drift: momentum remembers 10 steps" in str(early)
+    for sgd in (nf.SGDConfig(1e-4, 4, momentum=0.9), nf.SGDConfig(0.5, 4)):
+        assert "NOT VALID as a drift" not in str(nf.noether_flow(problem.model, problem.syms, moments, sgd))

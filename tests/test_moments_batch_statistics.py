@@ -134,3 +134,22 @@ def test_two_minibatches_have_moments_but_no_error() -> None:
     assert moments.groups == ()
     assert nf.noether_flow(model, scales, moments, nf.SGDConfig(0.1, BATCH))[scales[0].name].error is None
     assert len(nf.minibatch_moments(model, per_sample, batches[:3], scales, batch_size=BATCH).groups) == 3
+
+
+def test_minibatches_at_fixed_weights_are_tested_as_samples_are() -> None:
+    """A small penalty inside the loss breaks the symmetry; along a run only a large one can be told from the motion."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 3)).double()
+    x, y = torch.randn(256, 12, dtype=torch.float64), torch.randn(256, 3, dtype=torch.float64)
+    syms, batches = nf.find_symmetries(net, x[:2]), list(zip(x.split(16), y.split(16), strict=True))
+    sgd = nf.SGDConfig(0.01, 16, dataset_size=256)
+
+    def loss(penalty):
+        return lambda m, b: (m(b[0]) - b[1]).square().sum(1) + penalty * m[0].weight.square().sum()
+
+    fine = nf.minibatch_moments(net, loss(0.0), batches, syms, batch_size=16, dataset_size=256)
+    assert not fine.replicates.moving
+    assert nf.noether_flow(net, syms, fine, sgd).details
+    broken = nf.minibatch_moments(net, loss(1e-3), batches, syms, batch_size=16, dataset_size=256)
+    with pytest.raises(MomentError, match="if the loss breaks the symmetry"):
+        nf.noether_flow(net, syms, broken, sgd)

@@ -212,3 +212,17 @@ def test_analyze_takes_an_optimizer(capsys: Any) -> None:
         printed = capsys.readouterr().out
         assert word.lower() in printed.lower()
         assert "assumed" in printed
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": "0.1", "batch_size": 4}, "lr must be a number, got '0.1'"),
+        ({"lr": True, "batch_size": 4}, "lr must be a number, got True"),
+        ({"lr": 0.1, "batch_size": 4.5}, "batch_size must be a whole number of samples, got 4.5"),
+        ({"lr": 0.1, "batch_size": None}, "batch_size must be a whole number of samples, got None"),
+    ],
+)
+def test_settings_that_are_no_numbers_are_named(settings, message):
+    with pytest.raises(DataError, match=message):
+        nf.SGDConfig(**settings)

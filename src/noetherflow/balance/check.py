@@ -14,6 +14,7 @@ from noetherflow.balance.motion import Motion
 from noetherflow.core.inputs import ModelInputs
 from noetherflow.discovery.certificate import Certificate
 from noetherflow.discovery.copies import floating_tensors
+from noetherflow.discovery.repeat import same_draws
 from noetherflow.errors import CertificateError, DataError, NoetherflowError
 from noetherflow.symmetry.symmetry import Symmetry
 
@@ -140,12 +141,19 @@ def _unproven(symmetries: Sequence[Symmetry], certificate: Certificate | None) -
     )
 
 
+def _devices(model: nn.Module) -> tuple[int, ...]:
+    """Indices of the CUDA devices that hold the model."""
+    return tuple({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+
+
 def _run(model: nn.Module, inputs: Any) -> tuple[Tensor, ...]:
-    """Copies of the floating tensors that the model returns in evaluation mode; its training flags are put back."""
+    """Copies of the floating tensors that the model returns in evaluation mode, with equal random draws in every call;
+    its training flags are put back.
+    """
     flags = {m: m.training for m in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), same_draws(0, _devices(model)):
             out = ModelInputs.of(inputs).call(model)
     finally:
         for module, flag in flags.items():

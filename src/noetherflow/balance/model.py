@@ -137,9 +137,9 @@ def balance_(
     Raises:
         CertificateError: nothing proves the move, a moved symmetry is broken, a weight would leave the range of its
             dtype, or outputs change by more than the tolerance.
-        DataError: an equilibrium of another model, inputs that the model does not run on, outputs without a finite
-            entry, or state that seems to be an iterate of the weights and has no rule. These and any other error or
-            interruption leave model, gradients and optimiser as they were.
+        DataError: an equilibrium of another model or of other weights (moved already), inputs that the model does not
+            run on, outputs without a finite entry, or state that seems to be an iterate of the weights and has no rule.
+            These and any other error or interruption leave model, gradients and optimiser as they were.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
@@ -158,6 +158,28 @@ def balance_(
     return balance_values(model, eq, OutputCheck(example_inputs, certificate, tolerance, unchecked), optimizers)
 
 
+ELSEWHERE = 0.02
+"""Difference of a charge, relative to the squares of its legs, beyond which an equilibrium is of other weights."""
+
+
+def _refuse_elsewhere(eq: Equilibrium, motion: Motion, tensors: Mapping[str, Tensor]) -> None:
+    """Raises DataError where the charges are not those that the equilibrium was solved at.
+
+    Charges of adaptive optimisers (`eq.assumptions`) are preconditioned, which the weights alone do not tell.
+    """
+    for s in motion.symmetries if not eq.assumptions else ():
+        grams = s.grams(s.positions({n: tensors[n].detach().double().cpu() for n in s.parameters}))
+        solved = eq[s.name].charge_now
+        off = float(torch.linalg.vector_norm(s.combine(grams) - solved))
+        size = sum(float(torch.linalg.vector_norm(k)) for k in grams)
+        if not off <= ELSEWHERE * size:
+            raise DataError(
+                f"symmetry {s.name!r}: the charge of these weights is {off / size if size else off:.2g} of their "
+                "squares away from where the equilibrium was solved: has the model been moved or trained since, or is "
+                "it another one? Measure and solve again"
+            )
+
+
 def balance_values(
     model: nn.Module,
     eq: Equilibrium,
@@ -168,8 +190,9 @@ def balance_values(
     """`balance_`, with the values (and dtypes) of `stored` in place of the model's own."""
     motion, tensors = Motion.of(eq), tensors_of(model)
     check_same_model(tensors, motion.by_parameter, eq.symmetries.shapes, "the equilibrium belongs", REMEDY, DataError)
-    before = check.before(model, motion, eq.symmetries.example_inputs)
     source = {**tensors, **(stored or {})}
+    _refuse_elsewhere(eq, motion, source)
+    before = check.before(model, motion, eq.symmetries.example_inputs)
     new, rounding = moved_tensors(source, motion)
     changes = {n: _relative(t.double(), source[n].detach().double()) for n, t in new.items()}
     precisions = [t.dtype for t in (*tensors.values(), *new.values()) if t.is_floating_point()]

@@ -81,6 +81,9 @@ def check_rates(lr: float, weight_decay: float) -> None:
     Raises:
         DataError: `lr` is not positive, `weight_decay` is negative, either is not finite, or their product reaches 2.
     """
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise DataError(f"{name} must be a number, got {value!r}")
     if not (math.isfinite(lr) and lr > 0):
         raise DataError(f"lr must be a positive finite number, got {lr!r}")
     if not (math.isfinite(weight_decay) and weight_decay >= 0):
@@ -99,6 +102,8 @@ def check_batches(batch_size: int, dataset_size: int | None, replacement: bool, 
         DataError: an empty batch, an unknown way of sampling, epochs or replacement without the size of the data, or a
             batch larger than the data that it is drawn from without replacement.
     """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+        raise DataError(f"batch_size must be a whole number of samples, got {batch_size!r}")
     if batch_size < 1:
         raise DataError(f"batch_size must be at least 1, got {batch_size!r}")
     if sampling not in get_args(Sampling):

@@ -104,7 +104,7 @@ class Bench:
 
     def _first_run(self, source: nn.Module, inputs: ModelInputs) -> None:
         """Finds out whether casts are to be widened. Raises DataError where the copy does not run either way."""
-        failures: list[RuntimeError] = []
+        failures: list[Exception] = []
         for widened in (True, False):
             self.widened, self.narrow = widened, not widened
             try:
@@ -114,11 +114,14 @@ class Bench:
                         inputs.call(self.model)
                 self.widened = mode is not None and mode.widened > 0
                 break
-            except RuntimeError as cause:
+            except (RuntimeError, TypeError, IndexError) as cause:
                 failures.append(cause)
         else:
-            if own_failure(copy_of(source).eval(), inputs) is not None:
-                raise failures[-1]
+            if (own := own_failure(copy_of(source).eval(), inputs)) is not None:
+                raise DataError(
+                    f"{type(source).__name__} itself fails on these example inputs, {own}\nTheir shapes: "
+                    f"{inputs.shapes()}. Pass a tensor, a tuple of arguments or a dict of keyword arguments"
+                ) from failures[-1]
             raise DataError(_no_float64(self.model, failures[-1])) from failures[-1]
         if (why := stale(unwrap(source), self.model, inputs)) is not None:
             raise DataError(why)

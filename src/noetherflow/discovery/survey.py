@@ -134,7 +134,7 @@ def survey(bench: Bench, example_inputs: Any, looks: Looks, items: Sequence[Item
     far: list[Baseline] = []
     while len(far) < REDRAWN or (len(far) < MOST_REDRAWN and without_effect(items, [*near, *far])):
         weights = {**kept(redrawn_weights(movable, rng)), **redrawn_statistics(bench.model, bench.tensors, rng)}
-        trial = Trial(random_inputs(inputs, rng), projected, weights)
+        trial = Trial(random_inputs(inputs, rng), projected, weights, draws=1 + len(far))
         found = _first_that_runs(bench, [trial, replace(trial, inputs=inputs)])
         if not found:
             break

@@ -67,6 +67,11 @@ def holds(v: Violations, tolerance: float, statistics: bool) -> bool:
     return conserved(v, statistics) < DRAWN_SLACK * tolerance and (statistics or v.loss < GRADIENT_SLACK * tolerance)
 
 
+ALTERED = 0.05
+"""Share of `sum |theta| |g|` from which gradients tell of an altered backward pass where an eps that cannot be varied
+may be all that a weight acts through (a norm over copies of one number)."""
+
+
 def conserved(v: Violations, statistics: bool) -> float:
     """The violation of `theta^T A g = 0` that counts: with batch statistics for a symmetry that moves them."""
     if statistics:
@@ -116,7 +121,7 @@ def rule_with_eps(v: Violations, sizes: Sequence[EpsSize], eps: float, tolerance
             return Ruling("broken", CHANGED_BACKWARD, "any")
         return _proved("approximate", f"eps of a normalisation: {shown}", v, tolerance, statistics)
     if v.outputs < 1e-3 and not varied:
-        if not statistics and v.loss > max(1e3 * v.outputs, GRADIENT_SLACK * tolerance):
+        if not statistics and min(v.loss, v.conserved) > max(1e3 * v.outputs, ALTERED):
             return Ruling("broken", CHANGED_BACKWARD, "any")
         note = "the eps is written into the code and could not be varied"
         return _proved("approximate", note, v, tolerance, statistics)

@@ -122,10 +122,24 @@ class Flow:
             lines.append("charges are preconditioned: every squared weight times the root mean square of its gradient")
         if not isinstance(self.sgd, SGDConfig) or self.sgd.groups:
             lines += [f"assumed: {text}" for text in assumptions(self.sgd)]
-        lines += [str(self.regime), *(few_samples(self.moments.samples) if self.moments.groups else [])]
+        lines += [
+            str(self.regime),
+            *self._caution(),
+            *(few_samples(self.moments.samples) if self.moments.groups else []),
+        ]
         return "\n".join([*lines, *(f"excluded: {n}: {why}" for n, why in self.excluded.items())])
 
     __repr__ = __str__
+
+    def _caution(self) -> list[str]:
+        """What to say where the mean gradient changes faster than momentum's memory, which takes it to be constant."""
+        memory = 1 / (1 - self.sgd.momentum) if isinstance(self.sgd, SGDConfig) and self.sgd.momentum else 0.0
+        if self.regime.horizon >= memory or self.regime.mean_share < 0.1:
+            return []
+        return [
+            f"NOT VALID as a drift: momentum remembers {memory:.0f} steps and counts the mean gradient as constant "
+            f"over them, but it lasts {self.regime.horizon:.2g}; {self.regime.advice}"
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -112,7 +112,7 @@ def refuse_other_moments(model: nn.Module, syms: SymmetrySet, moments: GradientM
 
 def _allowance(model: nn.Module, syms: SymmetrySet, symmetry: Symmetry, moments: GradientMoments) -> Allowance:
     """By the dtype of the weights; float32 where the model casts to it inside."""
-    if symmetry.eps is not None or moments.replicates is not None:
+    if symmetry.eps is not None or (moments.replicates is not None and moments.replicates.moving):
         return COARSE
     eps = machine_epsilon(model, (symmetry,))
     if syms.casts:

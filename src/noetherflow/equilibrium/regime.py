@@ -31,8 +31,8 @@ class Regime:
     horizon: float
 
     def __str__(self) -> str:
-        lasts = "lasts" if math.isinf(self.horizon) else f"lasts about {self._steps()} steps"
-        return f"mean gradient: {self.mean_share:.0%} of the drift, {lasts}"
+        lasts = "" if math.isinf(self.horizon) else f", lasts about {self._steps()} steps"
+        return f"mean gradient: {self.mean_share:.0%} of the drift{lasts}"
 
     def _steps(self) -> str:
         return f"{self.horizon:,.0f}" if 10 <= self.horizon < 1e7 else show(self.horizon)

@@ -98,7 +98,15 @@ def minibatch_moments(
             meter.observe(float(loss.detach()), torch.autograd.grad(loss, params, allow_unused=True))
             if progress is not None:
                 progress(meter.replicates, meter.loss)
-    return meter.result(ranks_of(model, process_group))
+    found = meter.result(ranks_of(model, process_group))
+    return at_fixed_weights(found)
+
+
+def at_fixed_weights(moments: GradientMoments) -> GradientMoments:
+    """Minibatch moments, their groups included, marked as measured while the weights stayed as they were."""
+    drawn = None if moments.replicates is None else replace(moments.replicates, moving=False)
+    groups = tuple(replace(group, replicates=drawn) for group in moments.groups)
+    return replace(moments, replicates=drawn, groups=groups)
 
 
 def _mean_loss(losses: Any, batch: Any, batch_size: int, model: nn.Module) -> Tensor:

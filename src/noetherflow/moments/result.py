@@ -26,7 +26,7 @@ class Replicates:
     """How minibatches of `batch_size` (S) were drawn from `dataset_size` (N) samples.
 
     `sampling` is `replacement` (or fresh data), `independent` for batches without replacement inside each, or `epoch`
-    for batches that share no sample.
+    for batches that share no sample. `moving`: the weights changed from batch to batch (a training run).
 
     Example:
         >>> Replicates(8, None, "replacement").of_mean(4)  # the mean of 4 batches of 8 is that of 32 samples
@@ -38,6 +38,7 @@ class Replicates:
     batch_size: int
     dataset_size: int | None
     sampling: Sampling
+    moving: bool = True
 
     def of_mean(self, replicates: int) -> float:
         """`v`, where the mean of K replicates has covariance `v Sigma`, Sigma that of one sample.
