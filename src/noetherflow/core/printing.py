@@ -17,6 +17,7 @@ MEANING = {
     "gradients off by": "the same for per-sample gradients, against what the symmetry predicts",
     "mean squared gradient": "E |g|^2 of per-sample gradients g by parameter, + and - the sides of the symmetry",
     "Hessian trace": "of the mean loss over the weights of a parameter, + and - the sides of the symmetry",
+    "noise scale": "tr(noise covariance) / |mean gradient|^2 in samples; at least, at most: 95 % interval",
     "charge": "norm of C = squared weights on the + side minus the - side",
     "preconditioned charge": "norm of the charge with each weight over its step size: Adam's (s + eps) theta^2",
     "drift per step: noise": "by gradients, 'from squares' (v) if uncorrelated, 'from momentum' (m) in any case",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from noetherflow.core.settings import SGDConfig
 from noetherflow.errors import MomentError
 from noetherflow.moments.packed import LeftOut, PackedTensors, SampleSum
 from noetherflow.symmetry.symmetry import Symmetry
+
+if TYPE_CHECKING:
+    from noetherflow.moments.noise_scale import NoiseScales
 
 Sampling = Literal["replacement", "independent", "epoch"]
 Kind = Literal["gradient", "hessian"]
@@ -131,6 +134,35 @@ class GradientMoments:
             raise MomentError("one sample (or minibatches of all samples) has no covariance; measure at least two")
         q, f = 1 / (one - v), sgd.covariance_factor
         return (f * q, -f * q), (-v * q, 1 + v * q)
+
+    def noise_scale(self, dataset_size: int | None = None) -> NoiseScales:
+        """The gradient noise scale `tr(Sigma) / |gbar|^2` in samples, of all measured parameters and of each layer.
+
+        It needs `entries=True`; parameters without a symmetry count if they were measured too (`parameters=`).
+
+        Args:
+            dataset_size: samples in the data set, if it is all there is; None for fresh data.
+
+        Returns:
+            `.value` in samples, `.interval()`, `.layers[name]`; print it for a table.
+
+        Raises:
+            MomentError: Hessian moments, or moments without entry-wise squares.
+
+        Example:
+            >>> model, x = nn.Linear(3, 1), torch.randn(64, 3)
+            >>> loss_fn = lambda m, b: (m(b) - b.sum(1, keepdim=True)).square().sum(1)
+            >>> none = nf.SymmetrySet(())
+            >>> moments = nf.gradient_moments(model, loss_fn, [x], none, entries=True, parameters=["weight", "bias"])
+            >>> scale = moments.noise_scale()
+            >>> scale.interval()[0] < scale.value < scale.interval()[1]
+            True
+
+        Source: McCandlish et al. 2018; theory.md section 1.
+        """
+        from noetherflow.moments.noise_scale import noise_scales
+
+        return noise_scales(self, dataset_size)
 
     def __str__(self) -> str:
         groups = count(max(1, len(self.groups)), "group", "groups")
