@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,8 +13,10 @@ from torch import Tensor
 from noetherflow.core.printing import show, table
 from noetherflow.core.settings import SGDConfig
 from noetherflow.errors import MomentError
-from noetherflow.moments.result import GradientMoments
 from noetherflow.moments.statistics import jackknife, t_quantile
+
+if TYPE_CHECKING:
+    from noetherflow.moments.result import GradientMoments
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,11 +14,9 @@ from noetherflow.core.printing import count, show, table
 from noetherflow.core.rates import BatchDraws
 from noetherflow.core.settings import SGDConfig
 from noetherflow.errors import MomentError
+from noetherflow.moments.noise_scale import NoiseScales, noise_scales
 from noetherflow.moments.packed import LeftOut, PackedTensors, SampleSum
 from noetherflow.symmetry.symmetry import Symmetry
-
-if TYPE_CHECKING:
-    from noetherflow.moments.noise_scale import NoiseScales
 
 Sampling = Literal["replacement", "independent", "epoch"]
 Kind = Literal["gradient", "hessian"]
@@ -160,8 +158,6 @@ class GradientMoments:
 
         Source: McCandlish et al. 2018; theory.md section 1.
         """
-        from noetherflow.moments.noise_scale import noise_scales
-
         return noise_scales(self, dataset_size)
 
     def __str__(self) -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from noetherflow.errors import DataError, MomentError
-from noetherflow.moments.result import GradientMoments
 
-Statistic = Callable[[GradientMoments], Tensor | float]
+if TYPE_CHECKING:
+    from noetherflow.moments.result import GradientMoments
+
+Statistic = Callable[["GradientMoments"], Tensor | float]
 
 
 def t_quantile(level: float, groups: int) -> float:
