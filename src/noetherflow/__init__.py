@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from noetherflow import extend
     from noetherflow.analysis import Analysis, analyze
     from noetherflow.balance.checkpoint import balance_checkpoint, load_checkpoint_, read_checkpoint
+    from noetherflow.balance.gains import gains_to_one
     from noetherflow.balance.model import BalanceReport, balance_
+    from noetherflow.balance.move import move_, move_checkpoint
     from noetherflow.balance.schedule import BalanceSchedule
     from noetherflow.discovery.certificate import Certificate
     from noetherflow.discovery.certify import certify
@@ -58,7 +60,9 @@ __version__ = "0.2.0"
 _LAZY = {
     "analysis": ("Analysis", "analyze"),
     "balance.checkpoint": ("balance_checkpoint", "load_checkpoint_", "read_checkpoint"),
+    "balance.gains": ("gains_to_one",),
     "balance.model": ("BalanceReport", "balance_"),
+    "balance.move": ("move_", "move_checkpoint"),
     "balance.schedule": ("BalanceSchedule",),
     "discovery.certificate": ("Certificate",),
     "discovery.certify": ("certify",),
@@ -112,12 +116,15 @@ __all__ = [
     "explain",
     "extend",
     "find_symmetries",
+    "gains_to_one",
     "gradient_factors",
     "gradient_moments",
     "load_checkpoint_",
     "load_moments",
     "merge_moments",
     "minibatch_moments",
+    "move_",
+    "move_checkpoint",
     "noether_flow",
     "noise_equilibrium",
     "optimizer_config",

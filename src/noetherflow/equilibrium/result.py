@@ -57,7 +57,7 @@ class Settled:
         """The largest factor, or its inverse, by which the element stretches any direction."""
         e = self.element
         spectrum = e if e.ndim == 1 else torch.linalg.svdvals(e)
-        return float(spectrum.log().abs().max().exp())
+        return float(spectrum.abs().log().abs().max().exp())
 
     def row(self) -> dict[str, Any]:
         return {
