@@ -50,6 +50,41 @@ def unseen_by_modes() -> AbstractContextManager[None]:
     return context
 
 
+def coarsest_epsilon(output: Tensor) -> float:
+    """The largest machine epsilon among the results of the operators that `output` was differentiably made by.
+
+    Under autocast that is bfloat16's, while weights and output are float32. Where torch multiplies float32 matrices in
+    a shorter type (`torch.set_float32_matmul_precision`, convolutions on a GPU), that type counts.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> coarsest_epsilon(x.sum()) == torch.finfo(torch.float32).eps
+        True
+        >>> coarsest_epsilon(x.bfloat16().float().sum()) == torch.finfo(torch.bfloat16).eps
+        True
+    """
+    largest = torch.finfo(output.dtype).eps
+    waiting, seen, convolved = [output.grad_fn], set(), False
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        convolved = convolved or "Convolution" in node.name()
+        for result in getattr(node, "_input_metadata", ()):
+            if result.dtype.is_floating_point:
+                largest = max(largest, torch.finfo(result.dtype).eps)
+        waiting += [parent for parent, _ in node.next_functions]
+    single = largest >= torch.finfo(torch.float32).eps
+    return max(largest, _short_products(output.is_cuda and convolved)) if single else largest
+
+
+def _short_products(convolutions: bool) -> float:
+    """The machine epsilon of the type in which float32 numbers are multiplied, where that is not float32."""
+    kept = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}[torch.get_float32_matmul_precision()]
+    return max(kept, 2.0**-10) if convolutions and torch.backends.cudnn.allow_tf32 else kept
+
+
 def under_functional_transform() -> bool:
     """Whether this code runs inside `torch.func.vmap` or `grad`, where tensors hide an axis or a level."""
     return torch._C._functorch.maybe_current_level() is not None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.adaptive import adaptive_equilibrium, adaptive_regime, covered
 from noetherflow.equilibrium.charge_flow import ChargeFlow
-from noetherflow.equilibrium.invariance import refuse_other_moments
+from noetherflow.equilibrium.invariance import cautions, refuse_other_moments
 from noetherflow.equilibrium.orbit import MeasuredOrbit
 from noetherflow.equilibrium.regime import Regime
 from noetherflow.equilibrium.result import Settled
@@ -37,13 +37,14 @@ DIFFERENCE = 1e-3
 @dataclass(frozen=True, eq=False)
 class AdaptiveDrift:
     """What `noether_flow` needs of an adaptive optimiser: the drift of every symmetry, the orbit they span together,
-    which symmetries are covered, and the regime.
+    which symmetries are covered, the regime, and what takes away from the answer.
     """
 
     details: tuple[ChargeFlow, ...]
     orbit: MeasuredOrbit
     symmetries: SymmetrySet
     regime: Regime
+    cautions: tuple[str, ...]
 
 
 def adaptive_drift(
@@ -65,7 +66,7 @@ def adaptive_drift(
 
     Source: theory.md section 13.
     """
-    refuse_other_moments(model, syms, moments)
+    said = cautions(moments, refuse_other_moments(model, syms, moments))
     syms = covered(syms, config)
     alone = adaptive_equilibrium(model, syms, moments, config, SolveOptions(joint=False))
     slow = _relaxation(model, syms, moments, config, alone.settled)
@@ -75,7 +76,7 @@ def adaptive_drift(
         for s, settled in zip(syms, alone.settled, strict=True)
     )
     orbit = root_orbit(model, tuple(syms), moments, config)
-    return AdaptiveDrift(details, orbit, syms, adaptive_regime(tuple(syms), moments, config))
+    return AdaptiveDrift(details, orbit, syms, adaptive_regime(tuple(syms), moments, config), said)
 
 
 def root_decay(

@@ -47,6 +47,7 @@ class Flow:
     orbit: MeasuredOrbit
     joint: bool
     regime: Regime
+    cautions: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> ChargeFlow:
         for row in self.details:
@@ -124,6 +125,7 @@ class Flow:
             lines += [f"assumed: {text}" for text in assumptions(self.sgd)]
         lines += [
             str(self.regime),
+            *(f"CAUTION: {text}" for text in self.cautions),
             *self._caution(),
             *(few_samples(self.moments.samples) if self.moments.groups else []),
         ]
@@ -146,6 +148,7 @@ class Flow:
             "sgd": self.sgd.to_dict(),
             "loss": self.loss,
             "regime": self.regime.to_dict(),
+            "cautions": list(self.cautions),
             "excluded": dict(self.excluded),
             "symmetries": [r.to_dict() for r in self.details],
         }
@@ -238,7 +241,8 @@ def _measured_flow(
     if isinstance(sgd, SGDConfig) and not sgd.groups:
         return _sgd_flow(model, syms, mom, sgd, samples)
     drift = adaptive_drift(model, syms, mom, sgd)
-    return Flow(drift.details, sgd, mom.loss, dict(drift.symmetries.excluded), mom, drift.orbit, True, drift.regime)
+    left_out = dict(drift.symmetries.excluded)
+    return Flow(drift.details, sgd, mom.loss, left_out, mom, drift.orbit, True, drift.regime, drift.cautions)
 
 
 def _sgd_flow(
@@ -254,7 +258,7 @@ def _sgd_flow(
     )
     orbit, joint = _orbit(model, tuple(syms), mom, potential, samples)
     regime = regime_of(tuple(syms), mom, sgd)
-    return Flow(details, sgd, mom.loss, dict(syms.excluded), mom, orbit, joint, regime)
+    return Flow(details, sgd, mom.loss, dict(syms.excluded), mom, orbit, joint, regime, alone.cautions)
 
 
 def _charge_flow(

@@ -15,7 +15,7 @@ from noetherflow.core.optimizers import Settings
 from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.adaptive import adaptive_equilibrium, without_decay
 from noetherflow.equilibrium.conditioning import Stretches, moved_copy, orthogonalising
-from noetherflow.equilibrium.invariance import refuse_other_moments
+from noetherflow.equilibrium.invariance import cautions, refuse_other_moments
 from noetherflow.equilibrium.objective import Objective, objective_of
 from noetherflow.equilibrium.orbit import Remeasure, Samples
 from noetherflow.equilibrium.potential import LegPair
@@ -116,9 +116,9 @@ def noise_equilibrium(
         return state_equilibrium(model, syms, optimizer, options)
     if isinstance(sgd, AdamConfig | LionConfig) or (sgd is not None and sgd.groups):
         if chosen.name in ("noise+decay", "noise") and mom is not None:
-            refuse_other_moments(model, syms, mom)
+            said = cautions(mom, refuse_other_moments(model, syms, mom))
             config = sgd if chosen.name == "noise+decay" else without_decay(sgd)
-            return adaptive_equilibrium(model, syms, mom, config, options)
+            return replace(adaptive_equilibrium(model, syms, mom, config, options), cautions=said)
         sgd = None
     if chosen.name == "noise+decay" and sgd is not None:
         syms = syms.without({s.name: why for s in syms if (why := s.pulled(lambda _: sgd.weight_decay > 0))})
@@ -127,9 +127,8 @@ def noise_equilibrium(
     if mom is None or chosen.moments == "none":
         mom = no_moments(model, tuple(syms))
     potential = chosen.coefficients(mom, sgd)
-    if chosen.moments != "none":
-        refuse_other_moments(model, syms, mom)
-    return _answer(model, Question(syms, mom, sgd, chosen, potential, options))
+    said = cautions(mom, refuse_other_moments(model, syms, mom)) if chosen.moments != "none" else ()
+    return replace(_answer(model, Question(syms, mom, sgd, chosen, potential, options)), cautions=said)
 
 
 def _answer(model: nn.Module, question: Question) -> Equilibrium:

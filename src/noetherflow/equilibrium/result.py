@@ -102,6 +102,8 @@ class Equilibrium:
         symmetries: Those that the equilibrium is of; `excluded` lists the others.
         regime: Share of the mean gradient in the drift and how long it lasts; None for objectives without an optimiser.
         assumptions: What the answer rests on beyond the noise regime, a sentence each (adaptive optimisers).
+        cautions: What takes away from the answer by how the moments were measured, a sentence each: batch norms in
+            evaluation mode, arithmetic too coarse to notice a penalty inside the loss.
     """
 
     objective: str
@@ -119,6 +121,7 @@ class Equilibrium:
     symmetries: SymmetrySet
     regime: Regime | None = None
     assumptions: tuple[str, ...] = ()
+    cautions: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Settled:
         for item in self.settled:
@@ -154,6 +157,7 @@ class Equilibrium:
         ]
         lines += [] if self.regime is None else [str(self.regime)]
         lines += [f"assumed: {text}" for text in self.assumptions]
+        lines += [f"CAUTION: {text}" for text in self.cautions]
         lines += self._approximate()
         lines += [f"{s.name}: {s.classification}: {s.reason}" for s in self.settled if s.reason][:20]
         lines += [f"excluded: {name}: {why}" for name, why in self.excluded.items()]
@@ -197,6 +201,7 @@ class Equilibrium:
             "objective": self.objective,
             "regime": None if self.regime is None else self.regime.to_dict(),
             "assumptions": list(self.assumptions),
+            "cautions": list(self.cautions),
             "converged": self.converged,
             "joint": self.joint,
             "imbalance_now": self.imbalance_now,

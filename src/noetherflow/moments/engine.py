@@ -17,6 +17,7 @@ from noetherflow.core.unwrap import unwrap
 from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.batch import Share, Subject, refuse_hooked, refuse_renormalising
 from noetherflow.moments.batch_statistics import refuse_batch_statistics, refuse_running_statistics
+from noetherflow.moments.conditions import Conditions
 from noetherflow.moments.distributed import in_step, is_sharded, ranks_of, refuse_sharded
 from noetherflow.moments.fallback import Fallback
 from noetherflow.moments.groups import GroupSums
@@ -156,6 +157,7 @@ class Meter:
         if not is_sharded(self.model):  # sharding hooks parameters of its own
             refuse_hooked(wanted)
         self._used: set[str] = set()
+        self._conditions = Conditions()
 
     @property
     def groups(self) -> dict[int, Sums]:
@@ -186,6 +188,7 @@ class Meter:
             raise MomentError(f"cannot resume: earlier and present shapes differ: {other}")
         self._sums.restore(moments)
         self._used.update(moments.mean)
+        self._conditions = moments.conditions
         self.uncovered.update(dict.fromkeys(moments.fallback, "fallback in the moments resumed from"))
 
     def update(self, batch: Any, groups: Iterable[int] = (0,), of: int = 1) -> None:
@@ -212,6 +215,7 @@ class Meter:
         shared: frozenset[CallId] = frozenset()
         while True:
             weighted = weigh(self._covered, batch, shared)
+            self._conditions = self._conditions.joined(weighted.conditions)
             shared = weighted.shared
             if self._leave_to_fallback(weighted.uncovered):
                 continue
@@ -272,7 +276,7 @@ class Meter:
         moments = in_groups(
             s.moments(tuple(n for n in self._needs if n in self.uncovered)) for _, s in sorted(groups.items())
         )
-        return replace(moments, unresolved=unresolved(moments, self.syms))
+        return replace(moments, unresolved=unresolved(moments, self.syms), conditions=self._conditions)
 
 
 def _refuse_other_losses(loss_fn: Any) -> None:

@@ -23,6 +23,7 @@ from noetherflow.moments.batch import (
     refuse_renormalising,
 )
 from noetherflow.moments.batch_statistics import refuse_evaluation
+from noetherflow.moments.conditions import Conditions
 from noetherflow.moments.distributed import added_over_ranks, ranks_of, refuse_sharded
 from noetherflow.moments.result import GradientMoments, Replicates, Sampling, in_groups, unresolved
 from noetherflow.moments.target import Sums, needs_of, trainable_parameters
@@ -91,15 +92,16 @@ def minibatch_moments(
     meter = MinibatchMeter(model, syms, batch_size, dataset_size, sampling, entries, groups)
     refuse_renormalising(meter.model.named_modules())
     refuse_accumulation_hooks(meter.params)
-    params = list(meter.params.values())
+    params, conditions = list(meter.params.values()), Conditions()
     with buffers_kept(tuple(meter.model.modules())):
         for batch in batches:
             loss = _mean_loss(loss_fn(meter.model, batch), batch, batch_size, meter.model)
+            conditions = conditions if conditions.rounding else Conditions.of(meter.model, loss)
             meter.observe(float(loss.detach()), torch.autograd.grad(loss, params, allow_unused=True))
             if progress is not None:
                 progress(meter.replicates, meter.loss)
     found = meter.result(ranks_of(model, process_group))
-    return at_fixed_weights(found)
+    return replace(at_fixed_weights(found), conditions=conditions)
 
 
 def at_fixed_weights(moments: GradientMoments) -> GradientMoments:

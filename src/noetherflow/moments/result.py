@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from noetherflow.core.printing import count, show, table
 from noetherflow.core.rates import BatchDraws
 from noetherflow.core.settings import SGDConfig
 from noetherflow.errors import MomentError
+from noetherflow.moments.conditions import Conditions
 from noetherflow.moments.noise_scale import NoiseScales, noise_scales
 from noetherflow.moments.packed import LeftOut, PackedTensors, SampleSum
 from noetherflow.symmetry.symmetry import Symmetry
@@ -66,7 +68,7 @@ class GradientMoments:
     `replicates`: set when each "sample" is one minibatch gradient (`minibatch_moments`). `legs[symmetry]`: names of the
     legs, as printed. `unresolved`: symmetries along which samples differ by less than the rounding of the type that
     gradients were summed in, so that their noise is not known. `kind`: `hessian` for `curvature_moments`, whose samples
-    are Hessian products, without a loss.
+    are Hessian products, without a loss. `conditions`: how the model ran meanwhile.
     """
 
     samples: int
@@ -80,6 +82,7 @@ class GradientMoments:
     legs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     kind: Kind = "gradient"
     unresolved: tuple[str, ...] = ()
+    conditions: Conditions = field(default_factory=Conditions)
 
     @property
     def repeated(self) -> int:
@@ -174,7 +177,7 @@ class GradientMoments:
 
     def _cautions(self) -> list[str]:
         """What takes away from the meaning of the numbers."""
-        said = []
+        said = [*self.conditions.caution]
         if self.repeated:
             said.append(
                 f"{count(self.repeated, 'group holds', 'groups hold')} the same samples as another: "
@@ -212,6 +215,7 @@ class GradientMoments:
             "traces": self._traces(),
             "repeated": self.repeated,
             "unresolved": list(self.unresolved),
+            "conditions": asdict(self.conditions),
         }
 
     def leave_one_out(self) -> Iterator[GradientMoments]:
@@ -280,6 +284,7 @@ def merge_moments(parts: list[GradientMoments]) -> GradientMoments:
         )
 
     first = parts[0]
+    conditions = reduce(Conditions.joined, (p.conditions for p in parts))
     merged = GradientMoments(
         samples=total,
         loss=sum(w * p.loss for w, p in zip(weights, parts, strict=True)),
@@ -295,6 +300,7 @@ def merge_moments(parts: list[GradientMoments]) -> GradientMoments:
         legs=first.legs,
         kind=first.kind,
         unresolved=tuple(dict.fromkeys(n for p in parts for n in p.unresolved)),
+        conditions=conditions,
     )
     _refuse_not_finite(merged)
     return merged

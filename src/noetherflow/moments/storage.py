@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,16 @@ from torch import Tensor
 
 from noetherflow.core.files import replacing
 from noetherflow.errors import CheckpointError
+from noetherflow.moments.conditions import Conditions
 from noetherflow.moments.packed import PackedTensor, PackedTensors
 from noetherflow.moments.result import GradientMoments, Replicates
 
 FORMAT = 2
 """1 kept the groups' mean gradients and squares in float64; both are read."""
+
+
+UNRECORDED = Conditions(rounding=torch.finfo(torch.bfloat16).eps)
+"""Of files written before conditions were: any arithmetic."""
 
 
 def save_moments(moments: GradientMoments, path: str | Path) -> None:
@@ -88,6 +94,7 @@ def _header(moments: GradientMoments) -> dict[str, Any]:
         "unresolved": list(moments.unresolved),
         "replicates": moments.to_dict()["replicates"],
         "legs": moments.legs,
+        "conditions": asdict(moments.conditions),
     }
 
 
@@ -125,6 +132,12 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: t if owners[name] == name else t.clone() for name, t in tensors.items()}
 
 
+def _conditions(header: Mapping[str, Any]) -> Conditions:
+    """How the model ran."""
+    held = header.get("conditions")
+    return UNRECORDED if held is None else Conditions(float(held["rounding"]), tuple(held["running"]))
+
+
 def _unpack(
     header: Mapping[str, Any],
     prefix: str,
@@ -147,4 +160,5 @@ def _unpack(
         legs={name: tuple(legs) for name, legs in header.get("legs", {}).items()},
         kind=header.get("kind", "gradient"),
         unresolved=tuple(header.get("unresolved", ())),
+        conditions=_conditions(header),
     )

@@ -28,6 +28,7 @@ from noetherflow.moments.batch import (
     forward_backward,
     whole_batch_total,
 )
+from noetherflow.moments.conditions import Conditions
 from noetherflow.moments.distributed import over_ranks
 from noetherflow.moments.layout import SampleLayout
 from noetherflow.moments.origins import Source
@@ -115,7 +116,7 @@ class WeightedPass(BatchPass):
     `uncovered`: parameters left to the fallback, with the reason. `newly_shared`: calls in whose output no axis can
     hold the samples, so that it must be one output for all of them. `projections`: by use, the weighted output gradient
     of each sample on one direction, for every way in which samples may lie. `rows`: the same of every feature vector.
-    `totals`: by use and operand, the gradient summed by rule.
+    `totals`: by use and operand, the gradient summed by rule. `conditions`: how the model ran.
     """
 
     subject: Subject
@@ -127,9 +128,11 @@ class WeightedPass(BatchPass):
     projections: dict[CallId, list[tuple[SampleLayout, Tensor]]] = field(default_factory=dict)
     rows: dict[CallId, Tensor] = field(default_factory=dict)
     totals: dict[tuple[CallId, int], Total] = field(default_factory=dict)
+    conditions: Conditions = field(default_factory=Conditions, init=False)
     leaf: bool = field(default=True, init=False)
 
     def begin(self, losses: Tensor, recorder: Recorder) -> Tensor | None:
+        self.conditions = Conditions.of(self.subject.model, losses)
         check_finite(losses, self.batch, self.subject.model)
         self.uncovered.update({n: ", ".join(sorted(ops)) for n, ops in recorder.trace.uncovered.items()})
         for use in recorder.trace.uses:
