@@ -11,7 +11,7 @@ from noetherflow.core import spd
 from noetherflow.core.settings import SGDConfig
 from noetherflow_paper import closed_form as cf
 from noetherflow_paper import generic
-from noetherflow_paper.alignment import at_norm_balance, correlation, matrices, noisy_share
+from noetherflow_paper.alignment import at_norm_balance, correlation, distance, matrices, noisy_share
 from noetherflow_paper.experiment import Results
 from noetherflow_paper.experiments import fig1, fig2, fig3, fig5, fig5_runs, rates, repnorm, thm43, thm54
 from noetherflow_paper.experiments import repnorm_inputs as treated
@@ -28,9 +28,10 @@ def test_alignment_of_norm_balanced_and_of_noise_balanced_factors():
     rows = torch.linalg.qr(torch.randn(width, d, dtype=F64, generator=torch.Generator().manual_seed(1))).Q.mT
     balanced = [rows.mT[None], rows[None]]
     a, b = matrices(balanced, variances)
-    expected = at_norm_balance(d, variance)
+    expected = at_norm_balance(variances)
     assert float(correlation(a, b)) == pytest.approx(expected[0], rel=1e-12)
     assert float(noisy_share(balanced, a, b)) == pytest.approx(expected[1], rel=1e-12)
+    assert float(distance(a, b)) == pytest.approx(expected[2], rel=1e-12)
     root = variances**0.25
     aligned = [(rows.mT * root)[None], (rows / root[:, None])[None]]
     a, b = matrices(aligned, variances)
@@ -98,19 +99,19 @@ def test_fig2_entries_are_judged_against_an_exponential_theory():
     assert np.abs(fig2.entry_ends(results)).max() < 0.04
 
 
-def test_fig5_counts_learned_directions_and_compares_starts_at_one_rate():
-    points = {p.name: p for p in fig5_runs.points(fig5_runs.SCALES["quick"])}
-    for name in ("sgd", "gaussian"):
-        near, half = points[name + fig5_runs.NEAR], points[name + fig5_runs.HALF]
-        assert near.section9 == half.section9
-        assert near.lr == points[name].lr == 2 * half.lr
-        assert near.lr * near.steps == half.lr * half.steps
+def test_fig5_counts_learned_directions_and_starts_on_the_orbit():
     singular = np.broadcast_to([[2.0, 0.9, 0.1], [2.0, 1.1, 0.9]], (8, 2, 3)).tolist()
     data = (
         (fig5_runs.Fig5Point(name="theory"), {"singular": [2.0, 1.0, 0.5]}),
         (fig5_runs.Fig5Point(name="sgd"), {"singular": singular}),
     )
-    assert fig5.learned(Results(fig5_runs.SCALES["quick"], data), "sgd") == 2.5
+    config = fig5_runs.SCALES["quick"]
+    assert fig5.learned(Results(config, data), "sgd") == 2.5
+    layers = [torch.randn(3, 3, dtype=F64, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    moved = fig5_runs.moved(layers, config, torch.Generator().manual_seed(9))
+    product = layers[3] @ layers[2] @ layers[1] @ layers[0]
+    assert torch.allclose(moved[3] @ moved[2] @ moved[1] @ moved[0], product.expand(8, -1, -1), atol=1e-12)
+    assert moved[1].norm(dim=(1, 2)).std() > 0.05, "the norms are all over the orbit"
 
 
 def test_fig1_orders_of_gd_growth():
@@ -260,7 +261,7 @@ def test_repnorm_small_run_is_judged_and_drawn():
         "seeds": 2,
         "widths": dict.fromkeys(treated.WIDTHS, 4),
     }
-    config = changed(repnorm.SCALES["quick"], {**small, "hidden": {"early": [2, 6]}})
+    config = changed(repnorm.SCALES["quick"], {**small, "hidden": {"window": [0.5, 0.75]}})
     results = Results(config, tuple((p, repnorm.compute(config, p)) for p in repnorm.points(config)))
     claims = [v.claim for v in repnorm.verdicts(results)]
     assert len(set(claims)) == len(claims)

@@ -20,6 +20,7 @@ from noetherflow_paper.cli import _parsed
 from noetherflow_paper.differences import DIFFERENCES
 from noetherflow_paper.experiment import (
     REGISTRY,
+    Coarser,
     Experiment,
     Results,
     Setting,
@@ -35,10 +36,11 @@ from noetherflow_paper.experiment import (
 )
 from noetherflow_paper.experiments import fig5_runs
 from noetherflow_paper.gallery import _explained
-from noetherflow_paper.outcome import finished_in
+from noetherflow_paper.outcome import Score, finished_in
 from noetherflow_paper.provenance import library_digest, merged, reached, source_of
 from noetherflow_paper.records import Config, ExperimentPoint, as_json, changed, from_json
 from noetherflow_paper.runner import compute_point
+from noetherflow_paper.statements import statement
 
 CALLS: list[str] = []
 
@@ -308,19 +310,27 @@ def test_report_holds_everything(toy, tmp_path):
     summary = run(["toy"], out=tmp_path / "quick", vary=True, progress=None)
     run(["toy"], out=tmp_path / "paper", scale="paper", progress=None)
     text = write_markdown(summary, tmp_path / "report.md", tmp_path / "paper").read_text()
-    lines = text.splitlines()
-    assert "**1 of 2 claims hold.**" in text
-    assert "| [toy](#toy) A toy | 2 | 1 | 0 | 1 of 2 hold, 0 s |" in lines
+    page, choices = ((tmp_path / "report" / name).read_text() for name in ("toy.md", "choices.md"))
+    lines = [*text.splitlines(), *page.splitlines(), *choices.splitlines()]
+    assert "**1 of 2 claims hold (0 of 0 values within 3 standard errors; 1 of 2 values within a registered" in text
+    assert (tmp_path / "report" / "toy.png").read_bytes() == (tmp_path / "quick" / "toy.png").read_bytes()
+    assert "| not in the paper | What follows from the same theory" in text
+    assert "- theorem 4.3: On every orbit" in text.split("Not tested by any claim here:")[1]
+    assert "| [toy](report/toy.md) A toy | 2 | 1 | 0 | 1 of 2 hold, 0 s |" in lines
     assert "Estimates" not in text, "all were run"
-    assert any(line.startswith("- [toy](#toy), b is <three>:") and line.endswith("not three") for line in lines)
+    assert any(
+        line.startswith("- [toy](report/toy.md), b is <three>:") and line.endswith("not three") for line in lines
+    )
     (row,) = [line for line in lines if line.startswith("| a is one | 1 within 5 % |")]
-    assert row.count("|") == 6, "the last column is the paper's scale"
+    assert row.count("|") == 7, "the last column is the paper's scale"
     at_paper = lines[lines.index("At the sizes of the paper:") :]
-    assert any(line.startswith("- [toy](#toy), b is <three>:") and line.endswith("not three") for line in at_paper)
-    assert any(line.startswith("| 4 | t_equi") and "[toy](#toy), a is one" in line for line in lines)
-    assert "- [toy](#toy): Five per cent, after a look." in lines
-    assert any(line.startswith("| [toy](#toy) | shifted by one | 1 of 2 | a is one:") for line in lines)
-    assert "| [toy](#toy) | more seeds | 1 of 2 | none |" in lines
+    assert any(
+        line.startswith("- [toy](report/toy.md), b is <three>:") and line.endswith("not three") for line in at_paper
+    )
+    assert any(line.startswith("| 4 | t_equi") and "[toy](report/toy.md), a is one" in line for line in lines)
+    assert "- [toy](toy.md): Five per cent, after a look." in lines
+    assert any(line.startswith("| [toy](toy.md) | shifted by one | 1 of 2 | a is one:") for line in lines)
+    assert "| [toy](toy.md) | more seeds | 1 of 2 | none |" in lines
     assert "| offset \\| start | one and two | none |" in lines
     assert not any(line.startswith("| 1 |") for line in lines), "a difference nobody demonstrates is left out"
     for before, line in itertools.pairwise(lines):
@@ -339,6 +349,7 @@ def test_report_estimates_what_was_not_run_and_says_how_to_write_it_again(toy, m
     monkeypatch.setitem(registry._REGISTERED, "rates", twin)
     fixed = {**summary.finished[0].to_dict(), "id": "rates", "scale": "paper"}
     (paper / "rates.json").write_text(json.dumps(fixed))
+    (tmp_path / "quick" / "rates.png").write_bytes((tmp_path / "quick" / "toy.png").read_bytes())
     page = write_markdown(summary, tmp_path / "report.md", paper).read_text()
     assert "| not run; about 13 min (estimate) |" in page, "200 s for 4 seeds, 800 s for 16"
     assert "Estimates for experiments not run" in page
@@ -411,7 +422,7 @@ def test_command_writes_the_report_and_exits_3_when_a_claim_fails(toy, tmp_path)
     assert done.exit_code == 3, done.output
     assert "1 of 2 claims hold" in done.output
     assert "with shifted by one: [FAILS] a is one" in done.output
-    assert "| [toy](#toy) | shifted by one | 1 of 2 |" in page.read_text()
+    assert "| [toy](toy.md) | shifted by one | 1 of 2 |" in (tmp_path / "report" / "choices.md").read_text()
 
 
 def test_every_difference_from_the_print_is_demonstrated():
@@ -589,3 +600,75 @@ def test_code_that_cannot_be_read_is_refused(toy):
     exec("def compute(config, point): return {}", namespace)
     with pytest.raises(DataError, match="put the experiment into a module file"):
         dataclasses.replace(toy, compute=namespace["compute"]).fingerprint(ToyConfig(), ToyPoint(name="a", offset=1))
+
+
+def test_values_hold_within_three_standard_errors_unless_a_tolerance_is_registered():
+    assert Verdict("", 1.0, 1.029, 0.01).holds
+    assert not Verdict("", 1.0, 1.031, 0.01).holds
+    assert Verdict("", 1.0, 1.029, 0.01).z == pytest.approx(2.9)
+    assert math.isnan(Verdict("", 1.0, 2.0, 0.1, relation="above").z)
+    assert [Verdict("", 1.0, 1.0, **k).kind for k in ({}, {"relation": "above"}, {"identity": True})] == [
+        "two-sided",
+        "one-sided",
+        "identity",
+    ]
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_limits_are_extrapolated_from_two_rates_with_the_error_of_repeated_experiments(order):
+    rng, factor, rate = np.random.default_rng(3), 1.5, 0.1
+    noise = 0.01 * rng.normal(size=(2, 4000))
+    theory = {1: 2.0, factor: 3.0}  # predictions may depend on the rate; deviations are relative to them
+    fine = theory[1] * (1 + 0.4 * rate**order) + noise[0]
+    rough = theory[factor] * (1 + 0.4 * (factor * rate) ** order) + noise[1]
+    judged = [
+        Verdict("", theory[1], a, 0.01, order=order).extrapolated(Verdict("", theory[factor], b, 0.01), factor)
+        for a, b in zip(fine, rough, strict=True)
+    ]
+    measured = np.array([v.measured for v in judged])
+    assert measured.mean() == pytest.approx(2.0, abs=4 * measured.std() / math.sqrt(len(measured)))
+    assert judged[0].error == pytest.approx(measured.std(), rel=0.05)
+    wrong = Verdict("", 2.0, 2.1, 0.001, order=order).extrapolated(Verdict("", 2.0, 2.1, 0.001), factor)
+    assert not wrong.holds, "a deviation that does not fall with the rate is one of theory"
+
+
+def test_claims_about_the_limit_are_judged_with_the_results_at_the_larger_rate(toy, tmp_path):
+    def claims(results):
+        off = 0.1 * (1 + results.config.shift)
+        return [Verdict("limit", 1.0, 1.0 + off, 0.001, order=1), Verdict("plain", 1.0, 1.0 + off, 1.0)]
+
+    limit = dataclasses.replace(
+        TOY, id="limit", verdicts=claims, coarser=Coarser(2.0, lambda c: changed(c, {"shift": 1})), variations={}
+    )
+    register(limit)
+    (found,) = run(["limit"], out=tmp_path, progress=None).finished
+    assert CALLS == ["a", "b"] * 2, "once at the rate and once at twice the rate"
+    assert [v.measured for v in found.verdicts] == pytest.approx([1.0, 1.1])
+    assert "at 2 times the rate +0.2, at the rate +0.1" in found.verdicts[0].analysis
+    assert run(["limit"], out=tmp_path, progress=None).computed == 0
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_every_experiment_names_the_statement_it_tests_and_gives_every_tolerance_a_reason(name):
+    found = find_experiment(name)
+    assert statement(found.statement)
+    source = inspect.getsource(sys.modules[found.verdicts.__module__])
+    for reference in re.findall(r'statement="([a-z-]+)"', source):
+        assert statement(reference)
+    assert bool(re.search(r'order(=|": )', source)) == (found.coarser is not None)
+
+
+def test_scores_count_identities_apart():
+    verdicts = [
+        Verdict("exact", 0, 0.0, tolerance=1e-6, relative=False, identity=True),
+        Verdict("near", 1.0, 1.01, 0.01),
+        Verdict("far", 1.0, 1.1, 0.01),
+        Verdict("roughly", 1.0, 1.1, 0.01, tolerance=0.2, reason="no theory of it"),
+        Verdict("large", 1.0, 3.0, 0.1, relation="above"),
+    ]
+    score = Score.of(verdicts)
+    assert score.counted == (3, 4)
+    assert str(score) == (
+        "3 of 4 claims hold (1 of 2 values within 3 standard errors; 1 of 1 values within a registered tolerance; "
+        "1 of 1 thresholds; identities, not counted: 1 of 1)"
+    )

@@ -28,7 +28,9 @@ def reproduce(
     dask: Annotated[str | None, typer.Option(help="Address of a dask scheduler to run on.")] = None,
     device: Annotated[str, typer.Option(help="Where tensors live: cpu or cuda.")] = "cpu",
     vary: Annotated[bool, typer.Option(help="Judge all claims again with one setting changed at a time.")] = False,
-    markdown: Annotated[Path | None, typer.Option(help="Write the report to this file as well.")] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write the report to this .md file, and a page per experiment beside it.")
+    ] = None,
     paper: Annotated[Path | None, typer.Option(help="Folder of a paper-scale run to show in that report.")] = None,
     as_json: Json = False,
     debug: Debug = False,

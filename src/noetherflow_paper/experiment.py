@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import entry_points
 from typing import Any, Generic, Literal, TypeVar
 
@@ -47,18 +47,45 @@ REGISTRY: tuple[str, ...] = (
 )
 """Ids of the paper's experiments, in the order of the gallery; each is a module of `noetherflow_paper.experiments`."""
 
+SERIES = 0
+"""Which seeds are used. A new series begins once tolerances are registered that were settled on an older one."""
+
 GROUP = "noetherflow.experiments"
 """The entry point group by which an installed package adds experiments."""
+
+
+ERRORS = 3.0
+"""A two-sided claim without a registered tolerance holds when it is off by fewer standard errors than this."""
+
+Kind = Literal["identity", "one-sided", "two-sided"]
 
 
 @dataclass(frozen=True)
 class Verdict:
     """One claim, judged: `measured +- error` (standard error over seeds) against `predicted`.
 
-    `equals` holds when the whole interval `measured +- 2 error` lies within `tolerance` of `predicted` (absolute, or
-    relative to `predicted` when `relative`); `above` / `below` when the whole interval lies beyond `predicted` (then a
-    threshold). `error` is 0 for deterministic quantities. Not-a-number never holds. `analysis` says why a claim fails,
-    `difference` which difference from the print (`differences.py`) it demonstrates.
+    A two-sided claim (`equals`) holds when `|z| < 3`, `z = (measured - predicted) / error`. Where theory leaves out
+    terms of the learning rate's `order` and beyond, `z` is that of the limit eta -> 0, extrapolated from two rates
+    (`extrapolated`). Where there is no theory of the deviation, or nothing random (`error` 0), a `tolerance` decides:
+    the whole interval `measured +- 2 error` must lie within it (absolute, or relative to `predicted` when
+    `relative`), and `reason` says where it comes from; it is registered, that is, written into the module before the
+    seeds it judges were first run. One-sided claims (`above`, `below`) hold when the whole interval lies beyond
+    `predicted`, then a threshold. Not-a-number never holds.
+
+    Attributes:
+        claim: what is claimed, unique within the experiment.
+        predicted: the value of theory, or the threshold.
+        measured: the value found.
+        error: its standard error; 0 where nothing random enters.
+        tolerance: 0 to judge by standard errors.
+        relation: two-sided (`equals`) or one-sided.
+        relative: whether the tolerance is relative.
+        analysis: why the claim fails, when it does.
+        difference: the difference from the print that it demonstrates (`differences.py`), 0 for none.
+        identity: exact by construction (two computations of one thing): listed apart and not counted.
+        reason: where a tolerance comes from.
+        statement: id of the statement that it tests (`statements.py`), where it is not the experiment's own.
+        order: the power of the learning rate with which the deviation from theory vanishes; 0 to judge at this rate.
     """
 
     claim: str
@@ -70,6 +97,49 @@ class Verdict:
     relative: bool = True
     analysis: str = ""
     difference: int = 0
+    identity: bool = False
+    reason: str = ""
+    statement: str = ""
+    order: int = 0
+
+    def extrapolated(self, coarse: Verdict, factor: float) -> Verdict:
+        """The claim in the limit eta -> 0, from this verdict and that of `factor` times the learning rate.
+
+        With a deviation `d` in proportion to `eta^order` the limit is `d + (d - d_coarse) / (factor^order - 1)`,
+        which is put on top of this rate's prediction. `d` is relative to the prediction where `relative`, as
+        predictions too may differ between the rates, and `measured - predicted` otherwise.
+
+        Example:
+            >>> fine = Verdict("norm", predicted=1.0, measured=1.01, error=0.001, order=1)
+            >>> rough = Verdict("norm", predicted=1.0, measured=1.02, error=0.001, order=1)
+            >>> round(fine.extrapolated(rough, factor=2).measured, 6)
+            1.0
+        """
+        relative = self.relative and self.predicted and coarse.predicted
+        scale, other = (abs(v.predicted) if relative else 1.0 for v in (self, coarse))
+        here, there = (self.measured - self.predicted) / scale, (coarse.measured - coarse.predicted) / other
+        weight = 1 / (factor**self.order - 1)
+        told = f"Deviation at {factor:g} times the rate {there:+.3g}, at the rate {here:+.3g}."
+        return replace(
+            self,
+            measured=self.predicted + scale * (here + weight * (here - there)),
+            error=scale * math.hypot((1 + weight) * self.error / scale, weight * coarse.error / other),
+            analysis=f"{told} {self.analysis}".strip(),
+        )
+
+    @property
+    def kind(self) -> Kind:
+        """`identity`, or whether theory predicts a value (`two-sided`) or a threshold (`one-sided`)."""
+        if self.identity:
+            return "identity"
+        return "two-sided" if self.relation == "equals" else "one-sided"
+
+    @property
+    def z(self) -> float:
+        """Standard errors between measurement and prediction; nan for what is not two-sided or has no error."""
+        if self.kind != "two-sided" or not self.error:
+            return math.nan
+        return (self.measured - self.predicted) / self.error
 
     @property
     def holds(self) -> bool:
@@ -80,14 +150,18 @@ class Verdict:
             return self.measured - reach > self.predicted
         if self.relation == "below":
             return self.measured + reach < self.predicted
+        if self.error and not self.tolerance:
+            return abs(self.z) < ERRORS
         allowed = self.tolerance * (abs(self.predicted) if self.relative else 1.0)
         return abs(self.measured - self.predicted) + reach <= allowed
 
     @property
     def criterion(self) -> str:
-        """The prediction as text: `= 0.6 within 3 %`, `> 10`."""
+        """The prediction as text: `= 0.6`, `= 0.6 within 3 %`, `> 10`."""
         if self.relation != "equals":
             return f"{'>' if self.relation == 'above' else '<'} {self.predicted:.4g}"
+        if not self.tolerance:
+            return f"{self.predicted:.5g}" + (", eta -> 0" if self.order else "")
         allowed = f"{100 * self.tolerance:.3g} %" if self.relative else f"{self.tolerance:.2g}"
         return f"{self.predicted:.5g} within {allowed}"
 
@@ -95,6 +169,11 @@ class Verdict:
     def found(self) -> str:
         """The measurement as text: `0.598 ± 0.002`."""
         return f"{self.measured:.5g} ± {self.error:.2g}" if self.error else f"{self.measured:.5g}"
+
+    @property
+    def deviation(self) -> str:
+        """`z` as text, empty where there is none: `-1.3`."""
+        return f"{self.z:+.1f}" if math.isfinite(self.z) else ""
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "holds": self.holds, "criterion": self.criterion}
@@ -106,7 +185,8 @@ class Verdict:
 
     def __str__(self) -> str:
         mark = "holds" if self.holds else "FAILS"
-        return f"[{mark}] {self.claim}: measured {self.found}, predicted {self.criterion}"
+        z = f" (z {self.deviation})" if self.deviation else ""
+        return f"[{mark}] {self.claim}: measured {self.found}, predicted {self.criterion}{z}"
 
 
 def _mean_and_error(values: Any) -> tuple[float, float]:
@@ -118,19 +198,10 @@ def _mean_and_error(values: Any) -> tuple[float, float]:
     return float(v.mean()), float(v.std(ddof=1) / math.sqrt(len(v))) if len(v) > 1 else math.nan
 
 
-def from_seeds(
-    claim: str,
-    predicted: float,
-    values: Any,
-    tolerance: float = 0.0,
-    relation: Relation = "equals",
-    relative: bool = True,
-    analysis: str = "",
-    difference: int = 0,
-) -> Verdict:
-    """A verdict whose measurement is the mean of `values`, one per independent seed."""
+def from_seeds(claim: str, predicted: float, values: Any, tolerance: float = 0.0, **judged: Any) -> Verdict:
+    """A verdict whose measurement is the mean of `values`, one per independent seed; `judged`: fields of `Verdict`."""
     mean, error = _mean_and_error(np.reshape(values, -1))
-    return Verdict(claim, float(predicted), mean, error, tolerance, relation, relative, analysis, difference)
+    return Verdict(claim, float(predicted), mean, error, tolerance, **judged)
 
 
 def from_ratio(claim: str, predicted: float, over: Any, under: Any, tolerance: float = 0.0, **judged: Any) -> Verdict:
@@ -221,6 +292,19 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Coarser(Generic[C]):
+    """How a configuration becomes one with a larger learning rate, for claims about the limit eta -> 0.
+
+    Attributes:
+        factor: the larger rate over the rate.
+        change: the configuration at the larger rate, as long in relaxation times (steps over `factor` squared).
+    """
+
+    factor: float
+    change: Callable[[C], C]
+
+
+@dataclass(frozen=True)
 class Experiment(Generic[C, P]):
     """One experiment: what it computes, the figure, the claims judged, and the words about them.
 
@@ -237,6 +321,8 @@ class Experiment(Generic[C, P]):
         exploratory: what was settled only after looking at runs, so that those claims are no blind predictions.
         variations: by label, other values of some settings of the quick scale, under which all claims are judged again.
         beyond: whether it goes beyond the paper.
+        statement: id of the statement of the paper (`statements.py`) that its claims test, unless they say otherwise.
+        coarser: how to run at a larger rate, where claims are about the limit eta -> 0 (`Verdict.order`).
         work: a number in proportion to the processor time (replicas times steps, say), from which the time at another
             scale is estimated.
     """
@@ -253,6 +339,8 @@ class Experiment(Generic[C, P]):
     exploratory: str = ""
     variations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     beyond: bool = False
+    statement: str = "beyond"
+    coarser: Coarser[C] | None = None
     work: Callable[[C], float] | None = None
 
     def config(self, scale: str, seeds: int | None = None) -> C:
@@ -267,6 +355,14 @@ class Experiment(Generic[C, P]):
             raise DataError(f"an error bar needs at least 2 seeds, got {seeds}")
         chosen = self.scales[scale]
         return changed(chosen, {"seeds": seeds}) if seeds is not None and "seeds" in setting_names(chosen) else chosen
+
+    def judged(self, results: Results[C, P], coarse: Results[C, P] | None = None) -> tuple[Verdict, ...]:
+        """Every claim, those about the limit eta -> 0 extrapolated with the results at the larger rate."""
+        fine = self.verdicts(results)
+        if self.coarser is None or coarse is None:
+            return tuple(fine)
+        factor, rough = self.coarser.factor, self.verdicts(coarse)
+        return tuple(v.extrapolated(w, factor) if v.order else v for v, w in zip(fine, rough, strict=True))
 
     def figure(self, results: Results[C, P]) -> Any:
         """`plot(results)` in the common style: a matplotlib Figure."""
@@ -348,4 +444,4 @@ def plain(value: Any) -> Any:
 
 def generator(seed: int) -> torch.Generator:
     """A generator for one point, on the device of the run."""
-    return torch.Generator(device=torch.get_default_device()).manual_seed(seed)
+    return torch.Generator(device=torch.get_default_device()).manual_seed(1000 * SERIES + seed)

@@ -6,17 +6,19 @@ import base64
 import json
 import shlex
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from noetherflow.core.files import write_text
+from noetherflow.core.files import replacing, write_text
 from noetherflow.errors import DataError, require
 from noetherflow_paper.differences import DIFFERENCES
-from noetherflow_paper.experiment import Verdict, experiment_ids
-from noetherflow_paper.outcome import Finished, Summary, finished_in
+from noetherflow_paper.experiment import SERIES, Verdict, experiment_ids
+from noetherflow_paper.outcome import Finished, Score, Summary, finished_in
 from noetherflow_paper.provenance import merged
 from noetherflow_paper.records import as_json
+from noetherflow_paper.statements import BEYOND, STATEMENTS, Statement
 
 
 def write_gallery(summary: Summary) -> Path:
@@ -26,25 +28,69 @@ def write_gallery(summary: Summary) -> Path:
 
 
 def write_markdown(summary: Summary, path: Path, paper: Path | None = None) -> Path:
-    """Every claim with predicted, measured ± standard error and verdict, what is not in the paper, and its effect.
+    """The report: an index at `path`, and beside it a folder of its name with a page and a figure per experiment.
 
-    `paper`: the folder of a run at paper scale, shown beside; of experiments that did not finish there an estimate of
-    the processor time from `summary`, for those that declare their `work`. Raises DataError as `check_report`.
+    The index has the score, the statements of the paper with the claims that test them, the claims that fail, and the
+    differences from the print; `choices.md` in the folder what was settled after exploratory runs, and the variations.
+
+    Args:
+        summary: the finished experiments.
+        path: the index, an `.md` file in an existing folder.
+        paper: the folder of a run at paper scale, shown beside; of experiments that did not finish there an estimate
+            of the processor time from `summary`, for those that declare their `work`.
+
+    Returns:
+        `path`.
+
+    Raises:
+        DataError: as `check_report`.
     """
     check_report(path, paper)
+    folder = path.with_suffix("")
+    folder.mkdir(exist_ok=True)
     earlier = {f.experiment.id: f for f in (finished_in(paper) if paper is not None else ())}
+    for f in summary.finished:
+        with replacing(folder / f"{f.experiment.id}.png") as scratch:
+            scratch.write_bytes((summary.out / f"{f.experiment.id}.png").read_bytes())
+        large = {v.claim: v for v in earlier[f.experiment.id].verdicts} if f.experiment.id in earlier else {}
+        _render("experiment.md.j2", folder / f"{f.experiment.id}.md", summary, f=f, large=large, index=path.name)
+    _render("choices.md.j2", folder / "choices.md", summary, index=path.name)
     told = {f.experiment.id: _beside(f, earlier.get(f.experiment.id)) for f in summary.finished}
     return _render(
         "report.md.j2",
         path,
         summary,
+        folder=folder.name,
+        statements=_tested(summary),
+        series=SERIES,
         command=_command(summary, paper is not None),
         complete=_complete(summary),
         paper=told if paper is not None else {},
         paper_versions=merged(f.versions for f in earlier.values()),
         paper_failing=_explained((name, v) for name, f in earlier.items() for v in f.failing),
-        at_paper={name: {v.claim: v for v in f.verdicts} for name, f in earlier.items()},
     )
+
+
+@dataclass(frozen=True)
+class TestedStatement:
+    """A statement of the paper, the experiments that test it, and the score of their claims about it."""
+
+    statement: Statement
+    experiments: tuple[str, ...]
+    score: Score
+
+
+def _tested(summary: Summary) -> list[TestedStatement]:
+    """Every statement, those that no claim tests with an empty score."""
+    claims: dict[str, list[tuple[str, Verdict]]] = {s.id: [] for s in (*STATEMENTS, BEYOND)}
+    for f in summary.finished:
+        for v in f.verdicts:
+            claims[v.statement or f.experiment.statement].append((f.experiment.id, v))
+    return [
+        TestedStatement(s, tuple(dict.fromkeys(name for name, _ in found)), Score.of(v for _, v in found))
+        for s in (*STATEMENTS, BEYOND)
+        for found in [claims[s.id]]
+    ]
 
 
 def check_report(path: Path, paper: Path | None) -> None:

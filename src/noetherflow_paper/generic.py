@@ -166,4 +166,4 @@ def largest_gap(generic: Tensor, closed: Tensor) -> float:
 def agreement(what: str, gaps: Any, tolerance: float) -> Verdict:
     """The generic machinery and the closed form give the same: the largest of the relative gaps is zero."""
     claim = f"{what}: generic machinery against closed form, largest relative difference"
-    return Verdict(claim, 0, float(np.max(gaps)), tolerance=tolerance, relative=False)
+    return Verdict(claim, 0, float(np.max(gaps)), tolerance=tolerance, relative=False, identity=True)

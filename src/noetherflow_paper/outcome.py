@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,55 @@ from typing import Any
 from noetherflow.errors import DataError
 from noetherflow_paper.experiment import AnyExperiment, Results, Verdict, experiment_ids, find_experiment
 from noetherflow_paper.records import as_json, from_json
+
+
+@dataclass(frozen=True)
+class Score:
+    """How claims were judged: identities apart, one-sided ones, and two-sided ones by what decided.
+
+    Attributes:
+        identities: claims that hold by construction, not counted below.
+        one_sided: thresholds, and how many of them hold.
+        by_errors: values judged by standard errors, and how many lie within three.
+        by_tolerance: values judged by a registered tolerance, and how many lie within.
+    """
+
+    identities: tuple[int, int]
+    one_sided: tuple[int, int]
+    by_errors: tuple[int, int]
+    by_tolerance: tuple[int, int]
+
+    @classmethod
+    def of(cls, verdicts: Iterable[Verdict]) -> Score:
+        """`(held, all)` for each kind."""
+        every = list(verdicts)
+
+        def count(chosen: list[Verdict]) -> tuple[int, int]:
+            return sum(v.holds for v in chosen), len(chosen)
+
+        two_sided = [v for v in every if v.kind == "two-sided"]
+        return cls(
+            identities=count([v for v in every if v.kind == "identity"]),
+            one_sided=count([v for v in every if v.kind == "one-sided"]),
+            by_errors=count([v for v in two_sided if not v.tolerance]),
+            by_tolerance=count([v for v in two_sided if v.tolerance]),
+        )
+
+    @property
+    def counted(self) -> tuple[int, int]:
+        """`(held, all)` without the identities."""
+        parts = (self.one_sided, self.by_errors, self.by_tolerance)
+        return sum(held for held, _ in parts), sum(total for _, total in parts)
+
+    def __str__(self) -> str:
+        held, total = self.counted
+        shares = (
+            f"{self.by_errors[0]} of {self.by_errors[1]} values within 3 standard errors",
+            f"{self.by_tolerance[0]} of {self.by_tolerance[1]} values within a registered tolerance",
+            f"{self.one_sided[0]} of {self.one_sided[1]} thresholds",
+            f"identities, not counted: {self.identities[0]} of {self.identities[1]}",
+        )
+        return f"{held} of {total} claims hold ({'; '.join(shares)})"
 
 
 @dataclass(frozen=True)
@@ -56,6 +105,10 @@ class Finished:
     def failing(self) -> list[Verdict]:
         return [v for v in self.verdicts if not v.holds]
 
+    @property
+    def score(self) -> Score:
+        return Score.of(self.verdicts)
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "id": self.experiment.id,
@@ -89,8 +142,8 @@ class Finished:
 
     def headline(self) -> str:
         """How many claims hold, and those that fail."""
-        held = len(self.verdicts) - len(self.failing)
-        lines = [f"{self.experiment.id}: {held} of {len(self.verdicts)} claims hold"]
+        held, total = self.score.counted
+        lines = [f"{self.experiment.id}: {held} of {total} claims hold"]
         return "\n".join([*lines, *(f"  {v} {v.analysis}" for v in self.failing)])
 
     def __str__(self) -> str:
@@ -124,10 +177,13 @@ class Summary:
     def failing(self) -> list[tuple[str, Verdict]]:
         return [(name, v) for name, v in self.verdicts if not v.holds]
 
+    @property
+    def score(self) -> Score:
+        return Score.of(v for _, v in self.verdicts)
+
     def __str__(self) -> str:
-        held = len(self.verdicts) - len(self.failing)
         tail = (
-            f"{held} of {len(self.verdicts)} claims hold; {self.seconds:.0f} s "
+            f"{self.score}; {self.seconds:.0f} s "
             f"({self.computed} points computed, {self.skipped} found in {self.out}); gallery: {self.out / 'index.html'}"
         )
         return "\n\n".join([*(str(f) for f in self.finished), tail])

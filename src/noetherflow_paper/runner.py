@@ -16,7 +16,7 @@ import torch
 from noetherflow.core.files import replacing, write_text
 from noetherflow.errors import DataError, require
 from noetherflow.report import style
-from noetherflow_paper.experiment import AnyExperiment, Results, experiment_ids, find_experiment
+from noetherflow_paper.experiment import AnyExperiment, Results, Verdict, experiment_ids, find_experiment
 from noetherflow_paper.gallery import write_gallery
 from noetherflow_paper.outcome import Finished, Summary, Varied, finished_in
 from noetherflow_paper.provenance import merged, versions
@@ -45,16 +45,29 @@ class _Job:
 
 @dataclass
 class _Batch:
-    """All points of one experiment at one configuration; `label` names the variation, empty for none."""
+    """All points of one experiment at one configuration; `label` names the variation, empty for none.
+
+    `coarser`: the same at a larger learning rate, for experiments with claims about the limit eta -> 0.
+    """
 
     experiment: AnyExperiment
     label: str
     config: Config
     jobs: list[_Job]
+    coarser: _Batch | None = None
+
+    @property
+    def rates(self) -> list[_Batch]:
+        """This batch, and that at the larger learning rate where there is one."""
+        return [self] if self.coarser is None else [self, self.coarser]
 
     @property
     def done(self) -> bool:
-        return all(job.computed is not None for job in self.jobs)
+        return all(job.computed is not None for batch in self.rates for job in batch.jobs)
+
+    def judged(self) -> tuple[Verdict, ...]:
+        coarse = None if self.coarser is None else self.coarser.results()
+        return self.experiment.judged(self.results(), coarse)
 
     @property
     def computed(self) -> list[Computed]:
@@ -115,7 +128,7 @@ def run(
     if without:
         say(f"the number of seeds does not apply to {', '.join(without)}")
     batches = {e.id: _batches_of(e, configs[e.id], vary, folder, device) for e in chosen}
-    every = [job for group in batches.values() for b in group for job in b.jobs]
+    every = [job for group in batches.values() for b in group for rate in b.rates for job in rate.jobs]
     todo = sum(job.computed is None for job in every)
     if todo < len(every):
         say(f"{len(every) - todo} finished points found in {folder}")
@@ -131,7 +144,8 @@ def _finished(
     """Every experiment as soon as its last point is there; computes and stores the points that are missing."""
     for group in batches.values():
         yield from _concluded(group, scale, folder, say)
-    todo = [(b, job) for group in batches.values() for b in group for job in b.jobs if job.computed is None]
+    rates = [rate for group in batches.values() for b in group for rate in b.rates]
+    todo = [(rate, job) for rate in rates for job in rate.jobs if job.computed is None]
     for number, ((batch, job), computed) in enumerate(_computed(todo, machines), start=1):
         job.computed = computed
         write_text(job.path, json.dumps({"point": as_json(job.point), **vars(computed)}))
@@ -196,8 +210,18 @@ def _writable(folder: Path, scale: str) -> Path:
 def _batches_of(e: AnyExperiment, config: Config, vary: bool, folder: Path, device: str) -> list[_Batch]:
     """The unchanged configuration, then the variations where they are asked for."""
     changes = {"": {}, **(e.variations if vary else {})}
-    configs = {label: changed(config, change) for label, change in changes.items()}
-    return [_Batch(e, label, c, list(_jobs_of(e, c, folder, device))) for label, c in configs.items()]
+
+    def batch(label: str, config: Config, coarser: _Batch | None = None) -> _Batch:
+        return _Batch(e, label, config, list(_jobs_of(e, config, folder, device)), coarser)
+
+    batches = []
+    for label, change in changes.items():
+        used = changed(config, change)
+        larger = None
+        if e.coarser is not None:
+            larger = batch(f"{label}{' ' if label else ''}larger rate", e.coarser.change(used))
+        batches.append(batch(label, used, larger))
+    return batches
 
 
 def _jobs_of(e: AnyExperiment, config: Config, folder: Path, device: str) -> Iterator[_Job]:
@@ -298,14 +322,14 @@ def _conclude(batches: list[_Batch], scale: str, folder: Path) -> Finished:
     """Judge, draw and store an experiment whose points are all there."""
     own, *others = batches
     e, results = own.experiment, own.results()
-    verdicts = tuple(e.verdicts(results))
-    varied = tuple(Varied(b.label, tuple(e.verdicts(b.results())), verdicts) for b in others)
+    verdicts = own.judged()
+    varied = tuple(Varied(b.label, b.judged(), verdicts) for b in others)
     figure = e.figure(results)
     for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
         with replacing(folder / f"{e.id}.{suffix}") as scratch:
             style.save(figure, scratch, metadata=metadata)
-    seconds = sum(c.seconds for c in own.computed)
-    made_with = merged(c.versions for b in batches for c in b.computed)
+    seconds = sum(c.seconds for rate in own.rates for c in rate.computed)
+    made_with = merged(c.versions for b in batches for rate in b.rates for c in rate.computed)
     done = Finished(e, scale, results, verdicts, seconds, varied, made_with)
     write_text(folder / f"{e.id}.json", json.dumps(done.to_dict()))
     return done

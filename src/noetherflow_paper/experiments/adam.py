@@ -215,6 +215,9 @@ def plot(results: Results[AdamConfigs, ExperimentPoint]) -> Any:
     return fig
 
 
+FINITE = "at a finite rate; terms of first order in the rate, taken out by the claims with the rate extrapolated to 0"
+
+
 def verdicts(results: Results[AdamConfigs, ExperimentPoint]) -> list[Verdict]:
     """End points unit by unit, their distance, and what is left of the start."""
     out = []
@@ -222,19 +225,28 @@ def verdicts(results: Results[AdamConfigs, ExperimentPoint]) -> list[Verdict]:
         at_end, target = ends(results, name), results.array(name, "predicted")
         for unit, where in enumerate(target):
             claim = f"{name}: log scale of hidden unit {unit + 1}"
-            out.append(from_seeds(claim, where, at_end[:, unit], 0.08, relative=False))
+            out.append(from_seeds(claim, where, at_end[:, unit], 0.08, relative=False, reason=FINITE))
         start = results.array(name, "start")
         kept = [float(np.polyfit(start[:, unit], at_end[:, unit], 1)[0]) for unit in range(len(target))]
-        out.append(from_seeds(f"{name}: part of the start that is left", 0, kept, 0.15, relative=False))
+        out.append(
+            from_seeds(
+                f"{name}: part of the start that is left",
+                0,
+                kept,
+                0.15,
+                relative=False,
+                reason="what is left of the starts",
+            )
+        )
     apart = (ends(results, "Adam") - ends(results, "SGD")).mean(1)
     expected = float((results.array("Adam", "predicted") - results.array("SGD", "predicted")).mean())
-    out.append(from_seeds("Adam minus SGD, mean over hidden units", expected, apart, 0.05, relative=False))
+    out.append(from_seeds("Adam minus SGD, mean over hidden units", expected, apart, relative=False))
     half, whole = ends(results, "Adam, half the rate"), ends(results, "Adam")
     for unit, where in enumerate(results.array("Adam", "predicted")):
         claim = f"Adam, rate extrapolated to 0: log scale of hidden unit {unit + 1}"
-        out.append(from_seeds(claim, where, (2 * half - whole)[:, unit], 0.03, relative=False))
+        out.append(from_seeds(claim, where, (2 * half - whole)[:, unit], relative=False))
     memory = (ends(results, "Adam without memory") - whole).mean(1)
-    out.append(from_seeds("Adam without memory minus with, mean over units", 0, memory, 0.03, relative=False))
+    out.append(from_seeds("Adam without memory minus with, mean over units", 0, memory, relative=False))
     return out
 
 

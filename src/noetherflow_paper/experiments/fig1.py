@@ -177,12 +177,19 @@ def verdicts(results: Results[Fig1Config, Fig1Point]) -> list[Verdict]:
     slope = lambda key: float(np.polyfit(rates, np.log(results.array("orders", key)), 1)[0])
     law = quartic_law(results, results.array("sgd", "steps"))[-1] - 1
     return [
-        Verdict("exactness check: GD, growth of |theta|^2 in one step ~ eta^p, p", 2, slope("step"), tolerance=0.01),
+        Verdict(
+            "exactness check: GD, growth of |theta|^2 in one step ~ eta^p, p",
+            2,
+            slope("step"),
+            tolerance=0.01,
+            identity=True,
+        ),
         Verdict(
             f"GD: growth of |theta|^2 up to the time eta k = {TIME:g} ~ eta^p, p",
             1,
             slope("fixed_time"),
             tolerance=0.05,
+            reason="no noise; the next order in eta bends the line, by 2 % over these rates",
         ),
         from_ratio("growth of |theta|^2 under GD / under SGD", 0.05, gd[-1] - gd[0], growth, relation="below"),
         Verdict(
@@ -190,21 +197,28 @@ def verdicts(results: Results[Fig1Config, Fig1Point]) -> list[Verdict]:
             -1e-12,
             float(results.array("sgd", "smallest").min()),
             relation="above",
+            identity=True,
         ),
         from_seeds(
             "SGD: growth of |theta|^2 / sum of eta^2 Tr R_B (0.5 would fit the print)",
             1,
             growth / expected[-1],
-            0.05,
             difference=1,
         ),
-        from_seeds("SGD: growth of |theta|^2, continuous-time law", law, growth, 0.1),
+        from_seeds(
+            "SGD: growth of |theta|^2, continuous-time law",
+            law,
+            growth,
+            0.1,
+            reason="the law leaves out the time in which the direction is found",
+        ),
     ]
 
 
 EXPERIMENT = Experiment(
     id="fig1",
     title="On a scale-invariant loss GD stops near its circle, SGD leaves it for ever",
+    statement="drift",
     setup=(
         "theta in R^2, l = |theta/|theta| - z|^2 with z ~ N((1, 0), I), batch 2, learning rate 0.05, 64 seeds. GD's "
         "growth is eta^2 |gbar|^2 in a step, of order eta once the direction is found: 16 % at this rate."

@@ -14,7 +14,7 @@ from noetherflow_paper.experiment import generator, plain
 from noetherflow_paper.generic import closed_form_gaps
 from noetherflow_paper.records import Config, ExperimentPoint
 from noetherflow_paper.simulate import LinearNet, Method, Params, normal, reduced_width, simulate
-from noetherflow_paper.theory import first_order_equilibrium
+from noetherflow_paper.theory import finite_step_gammas, first_order_equilibrium, orbit_flow
 
 
 class Schedule(NamedTuple):
@@ -90,7 +90,7 @@ SCALES = {
         strong_decay=0.01,
         gd_decay=0.016,
         gd=Schedule(0.03, 1, 8000),
-        main=Schedule(0.04, 100, 11_000),
+        main=Schedule(0.04, 100, 16_000),
         lrs=(Schedule(0.08, 200, 4500), Schedule(0.04, 100, 9000), Schedule(0.02, 50, 18_000)),
         seeds=5,
     ),
@@ -180,9 +180,32 @@ def compute(config: Fig3Config, point: Fig3Point) -> dict[str, Any]:
     run = simulate(net, now, steps, lr, rng, record, at=marks, method=point.method, weight_decay=decay)
     shaped: dict[str, Any] = {k: v.mean(0).reshape(len(point.phis), seeds) for k, v in run.records.items()}
     shaped |= {"diverged": run.diverged.double().reshape(-1, seeds), "predicted_trace": predicted}
+    if point.name in FLOWING:
+        shaped["flow"] = flow_ratios(point, marks)
     if point.name.startswith("lr"):
         shaped["first_order"] = first_order_ratio(config, lr, batch)
     return plain(shaped)
+
+
+FLOWING = ("sgd", "sgd decay", "strong decay")
+"""The points whose norm ratios are predicted along the way, so that they need not have settled."""
+
+
+def flow_ratios(point: Fig3Point, marks: range) -> Tensor:
+    """`||U||^2/||W||^2` for every phi along the Noether flow at first order in eta, from the run's own start, `[phis]`.
+
+    Averaged over the steps `marks`, as the run's is.
+    """
+    lr, batch, _ = point.run or Schedule(0, 1, 0)
+    sigma_x, eye = covariances(point, point.d)
+    w, u = start(point.start, sigma_x, 2 * point.d, generator(1))
+    for factor, steps in (*point.before, Phase(1, marks[-1])):
+        sgd = SGDConfig(factor * lr, batch, factor * point.decay)
+        at = [steps] if factor != 1 else list(marks)
+        us, ws = orbit_flow(u, w, finite_step_gammas(sigma_x, eye, sgd, point.scale), sgd, at, point.scale)
+        u, w = us[-1], ws[-1]
+    ratios = [u.square().sum((1, 2)) / w.square().sum((1, 2)) for u, w in zip(us, ws, strict=True)]
+    return torch.stack(ratios).mean(0)
 
 
 def generic_gaps(config: Fig3Config) -> dict[str, Any]:

@@ -47,13 +47,14 @@ class Fig5Config(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class Fig5Point(ExperimentPoint):
-    """One training: on images or Gaussian data, from random layers or from section 9; `theory` trains nothing."""
+    """One training: on images or Gaussian data, from random layers or from the orbit of section 9's solution.
+
+    `theory` trains nothing.
+    """
 
     method: Method = "sgd"
     gaussian: bool = False
-    section9: bool = False
-    lr: float = 0.0
-    steps: int = 0
+    orbit: bool = False
 
 
 SCALES = {
@@ -62,32 +63,22 @@ SCALES = {
 }
 
 
-NEAR, HALF = ", from section 9", ", half rate"
+NEAR = ", from the orbit"
 
 
 def points(config: Fig5Config) -> list[Fig5Point]:
-    """Predictions; SGD on the images and on Gaussian data of the same covariances; GD; two rates from section 9.
+    """Predictions; SGD on the images and on Gaussian data of the same covariances, and GD.
 
-    At half the rate twice the steps; from section 9, where there is nothing to learn, half as many on the images.
+    From random layers, and from section 9's solution moved by a random element of the orbit, where every direction is
+    learned.
     """
-    lr, steps = config.lr, config.steps
-
-    def random(name: str, method: Method, gaussian: bool) -> Fig5Point:
-        return Fig5Point(name=name, method=method, gaussian=gaussian, lr=lr, steps=steps)
-
-    def near(name: str, gaussian: bool, share: float, length: float) -> Fig5Point:
-        count = round(length * steps / share)
-        return Fig5Point(name=name, gaussian=gaussian, section9=True, lr=share * lr, steps=count)
-
     return [
         Fig5Point(name="theory"),
-        random("sgd", "sgd", False),
-        random("gaussian", "sgd", True),
-        random("gd", "gd", True),
-        near(f"sgd{NEAR}", False, 1, 0.5),
-        near(f"gaussian{NEAR}", True, 1, 1),
-        near(f"sgd{HALF}", False, 0.5, 0.5),
-        near(f"gaussian{HALF}", True, 0.5, 1),
+        Fig5Point(name="sgd"),
+        Fig5Point(name="gaussian", gaussian=True),
+        Fig5Point(name="gd", method="gd", gaussian=True),
+        Fig5Point(name=f"sgd{NEAR}", orbit=True),
+        Fig5Point(name=f"gaussian{NEAR}", gaussian=True, orbit=True),
     ]
 
 
@@ -139,8 +130,7 @@ def compute(config: Fig5Config, point: Fig5Point) -> dict[str, Any]:
     closed = cf.deep_linear(v, sigma_x, sigma_eps, config.depth)
     if point.name == "theory":
         return predictions(config, closed, x, y)
-    many = (2 * config.seeds, -1, -1)
-    start = [w.expand(many) for w in closed] if point.section9 else starts(config, generator(4))
+    start = moved(closed, config, generator(6)) if point.orbit else starts(config, generator(4))
     network = Network(forward, squared_distance, from_data(x, y), (x[None], y[None]), config.batch)
     surrogate = LinearNet.of(v, sigma_x, sigma_eps, config.batch)
 
@@ -151,12 +141,12 @@ def compute(config: Fig5Config, point: Fig5Point) -> dict[str, Any]:
             "singular": torch.linalg.svdvals(forward(params, eye)),
         }
 
-    marks = checkpoints(point.steps, 80)
+    marks = checkpoints(config.steps, 80)
     run = simulate(
         surrogate if point.gaussian else network,
         start,
-        point.steps,
-        point.lr,
+        config.steps,
+        config.lr,
         generator(5),
         record,
         at=marks,
@@ -171,6 +161,21 @@ def starts(config: Fig5Config, rng: torch.Generator) -> Params:
     sizes = torch.stack([torch.ones(depth), torch.tensor(config.scales)]).double().repeat_interleave(seeds, 0)
     layers = [normal((2 * seeds, k, k), rng) for _ in range(depth)]
     return [1.7 * sizes[:, i, None, None] * w / w.norm(dim=(1, 2), keepdim=True) for i, w in enumerate(layers)]
+
+
+def moved(solution: Params, config: Fig5Config, rng: torch.Generator) -> Params:
+    """Copies of a solution, each with its own random `G_i` between neighbouring layers, `[2 seeds, k, k]`.
+
+    `W_i -> G_i W_i`, `W_{i+1} -> W_{i+1} G_i^-1` with `G_i = Q exp(s)`, Q orthogonal and s diagonal of deviation 0.3.
+    """
+    count, k = 2 * config.seeds, config.components
+    layers = [w.expand(count, -1, -1) for w in solution]
+    for i in range(len(layers) - 1):
+        q = torch.linalg.qr(normal((count, k, k), rng)).Q
+        scale = (0.3 * normal((count, k), rng)).exp()
+        layers[i] = scale.unsqueeze(-1) * (q @ layers[i])
+        layers[i + 1] = layers[i + 1] @ q.mT / scale.unsqueeze(-2)
+    return layers
 
 
 def predictions(config: Fig5Config, closed: Params, x: Tensor, y: Tensor) -> dict[str, Any]:

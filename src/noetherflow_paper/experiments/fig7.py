@@ -146,19 +146,24 @@ def verdicts(results: Results[Fig7Config, Fig7Point]) -> list[Verdict]:
     for net in NETS:
         sgd, gd = growth(results, f"sgd {net}"), growth(results, f"gd {net}")
         out += [
-            from_seeds(f"exactness check: Net-{net}, SGD, growth of the squared norm", 0, sgd, relation="above"),
+            from_seeds(
+                f"exactness check: Net-{net}, SGD, growth of the squared norm", 0, sgd, relation="above", identity=True
+            ),
             from_seeds(
                 f"exactness check: Net-{net}, SGD, (growth - sum of eta^2 |g_B|^2) / squared norm",
                 0,
                 results.array(f"sgd {net}", "unclosed"),
                 1e-12,
                 relative=False,
+                identity=True,
             ),
             from_ratio(f"Net-{net}: growth under GD / under SGD", 0.05, gd, sgd, relation="below"),
         ]
     for key, label in (("w2", "|w|^2"), ("u2", "|u|^2")):
         grown = growth(results, "sgd B", key)
-        out.append(from_seeds(f"exactness check: Net-B, SGD, growth of {label}", 0, grown, relation="above"))
+        out.append(
+            from_seeds(f"exactness check: Net-B, SGD, growth of {label}", 0, grown, relation="above", identity=True)
+        )
     smallest = min((growth(results, "sgd A", k) for k in ("w2", "u2")), key=lambda g: float(g.mean()))
     out.append(
         from_seeds("Net-A, SGD: growth of the layer that grows least (it shrinks)", 0, smallest, relation="below")
@@ -169,6 +174,7 @@ def verdicts(results: Results[Fig7Config, Fig7Point]) -> list[Verdict]:
 EXPERIMENT = Experiment(
     id="fig7",
     title="The norm of scale-invariant nets grows under SGD, hardly under GD",
+    statement="scale",
     setup=(
         "Net-A: sum_j u_j/|w| tanh(w_j.x/|u|), Net-B: sum_j u_j/|u| tanh(w_j.x/|w|) (given); x in R^10, y = v.x + eps, "
         "width 16, learning rate 0.01, batch 4."

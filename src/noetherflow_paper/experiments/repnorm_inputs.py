@@ -45,12 +45,15 @@ class Dataset:
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenTraining:
-    """Training of the nets with a normalised hidden layer; the steps `early` measure what predicts the final norm."""
+    """Training of the nets with a normalised hidden layer.
+
+    The gradients in the `window`, given in parts of the run, predict the final norm.
+    """
 
     lr: float = 0.02
     batch: int = 16
     decay: float = 0.02
-    early: tuple[int, int] = (400, 700)
+    window: tuple[float, float] = (0.5, 0.75)
 
 
 DATASETS = (

@@ -14,6 +14,7 @@ from noetherflow.core.settings import SGDConfig
 from noetherflow.report import style
 from noetherflow_paper import closed_form as cf
 from noetherflow_paper.experiment import (
+    Coarser,
     Experiment,
     Results,
     Setting,
@@ -64,7 +65,7 @@ class SharpnessPoint(ExperimentPoint):
 
 
 SCALES = {
-    "quick": SharpnessConfig(steps=18_000, fit=3000, seeds=5),
+    "quick": SharpnessConfig(steps=30_000, fit=3000, seeds=5),
     "paper": SharpnessConfig(steps=100_000, fit=20_000, seeds=16),
 }
 
@@ -142,13 +143,22 @@ def plot(results: Results[SharpnessConfig, SharpnessPoint]) -> Any:
     return fig
 
 
-ANALYSIS = {
-    "linear": "",
-    "relu": (
-        "the forecast moves along the orbit of today's function; the ReLU net also moves across orbits (its function "
-        "and its set of active units change under noise), which no single measurement can know"
-    ),
-}
+ACROSS = (
+    "the forecast moves along the orbit of today's function; the ReLU net also moves across orbits (its "
+    "function and its "
+    "set of active units change under noise), which no single measurement can know"
+)
+
+
+def _scored(point: SharpnessPoint) -> dict[str, Any]:
+    """How a forecast is judged: in the limit eta -> 0 for the linear net, within 12 % for the ReLU net."""
+    return {"tolerance": 0.12, "reason": ACROSS, "analysis": ACROSS} if point.activation else {"order": 1}
+
+
+def larger_rate(config: SharpnessConfig) -> SharpnessConfig:
+    """1.5 times all rates, as many relaxation times."""
+    cases = {name: replace(case, lr=1.5 * case.lr) for name, case in config.cases.items()}
+    return replace(config, cases=cases, steps=round(config.steps / 2.25))
 
 
 def verdicts(results: Results[SharpnessConfig, SharpnessPoint]) -> list[Verdict]:
@@ -159,11 +169,20 @@ def verdicts(results: Results[SharpnessConfig, SharpnessPoint]) -> list[Verdict]
         for i, factor in enumerate(results.config.imbalances):
             label = f"{point.name}, U times {factor:g}: Tr H at the end / at the start"
             ratio = trace[-6:, i].mean(0) / trace[0, i]
-            out.append(from_seeds(label, forecasts[i, 1] / forecasts[i, 0], ratio, 0.12, analysis=ANALYSIS[point.name]))
+            out.append(from_seeds(label, forecasts[i, 1] / forecasts[i, 0], ratio, **_scored(point)))
         spread = trace[-6:].mean(0)
         claim = f"{point.name}: largest / smallest final Tr H over the starts"
         analysis = _arrival(results.config.imbalances, trace.mean(-1), forecasts[:, 1])
-        out.append(from_seeds(claim, 1, spread.max(0) / spread.min(0), 0.1, analysis=analysis))
+        out.append(
+            from_seeds(
+                claim,
+                1,
+                spread.max(0) / spread.min(0),
+                0.1,
+                analysis=analysis,
+                reason="a maximum over starts",
+            )
+        )
     return out
 
 
@@ -180,6 +199,8 @@ def _arrival(factors: Sequence[float], trace: np.ndarray, forecast: np.ndarray) 
 EXPERIMENT = Experiment(
     id="sharpness",
     title="Beyond the paper: sharpening and flattening forecast from one measurement",
+    statement="sharpness",
+    coarser=Coarser(1.5, larger_rate),
     setup=(
         "Two-layer linear and ReLU nets fitted by GD to y = x (d = 8, anisotropic inputs and label noise), then "
         "rescaled along the orbit by 0.5, 1 and 2. The forecast uses gradient and curvature moments at step 0 only; "
@@ -201,7 +222,9 @@ EXPERIMENT = Experiment(
     ),
     exploratory=(
         "The run length was raised from 8,000 to 18,000 steps after a run in which four of the eight claims failed "
-        "because the larger starts had not arrived (linear, U times 2: 0.608 against 0.536 predicted)."
+        "because the larger starts had not arrived (linear, U times 2: 0.608 against 0.536 predicted), and to "
+        "30,000 for the "
+        "same reason later. The 12 % of the ReLU net was settled on the first series of seeds."
     ),
     variations={
         "learning rate 0.028, half the steps": {

@@ -290,12 +290,14 @@ def verdicts(results: Results[Thm43Config, ExperimentPoint]) -> list[Verdict]:
             float(np.abs(ends - roots[:, None]).max()),
             tolerance=0.05,
             relative=False,
+            reason="no noise; what is left of the distance 1 after the time integrated",
         ),
         Verdict(
             "root moves in proportion to a small change of the weights: median ratio for a doubled change",
             2,
             float(np.median(shifts[near, 1] / shifts[near, 0])),
             tolerance=0.05,
+            reason="no noise; the second derivative of the root",
         ),
     ]
 
@@ -303,6 +305,7 @@ def verdicts(results: Results[Thm43Config, ExperimentPoint]) -> list[Verdict]:
 EXPERIMENT = Experiment(
     id="thm43",
     title="Every orbit has one attracting noise equilibrium",
+    statement="fixed-point",
     setup=(
         "Random ReLU, linear, attention (plain and rotary), gated, max-pooled and scale-invariant nets; all symmetries "
         "found in them, of every family the library knows (rescaling, linear-linear, attention-qk, attention-vo, "
