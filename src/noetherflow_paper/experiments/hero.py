@@ -245,7 +245,8 @@ EXPERIMENT = Experiment(
     ),
     exploratory=(
         "The thresholds 0.03 (spread), 0.15 and 0.5 (distances) were set after a first run. The mean log(|U|/|W|) was "
-        "first compared with the limit eta -> 0 (0.209), within 0.04, then with the theory of first order, within 0.01; "
+        "first compared with the limit eta -> 0 (0.209), within 0.04, then with the theory of first order, "
+        "within 0.01; "
         "what is left of it falls with the rate and is extrapolated since."
     ),
     variations={
