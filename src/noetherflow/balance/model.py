@@ -35,7 +35,7 @@ class BalanceReport:
     `approximate_state`: those for which no exact rule exists, with the rule used. `unmoved`: what belongs to moved
     tensors and was left as it was. `averages`: dicts of a checkpoint that moved like the weights. `converged`,
     `imbalance`: of the equilibrium given; without convergence the model is on its orbit, but not balanced. `dry_run`:
-    nothing was written.
+    nothing was written. `notes`: what was found out about a checkpoint's files.
     """
 
     moved: dict[str, float]
@@ -50,6 +50,7 @@ class BalanceReport:
     converged: bool = True
     imbalance: float = 0.0
     dry_run: bool = False
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         change = "not measured" if self.output_change is None else f"{self.output_change:.2e} relative"
@@ -63,6 +64,7 @@ class BalanceReport:
             lines.append(
                 f"NOT balanced: the equilibrium given had not converged (relative Noether flow {self.imbalance:.2e})"
             )
+        lines += _shown("note", self.notes)
         lines += _shown("NOT moved", self.unmoved)
         lines += _shown("moved like the weights", self.averages)
         lines += _shown("approximate", self.approximate_state)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from noetherflow.balance.checkpoint import STATE_KEYS
+from noetherflow.balance.torch_file import STATE_KEYS
 from noetherflow.core.held import is_saved_optimizer
 from noetherflow.core.tensors import named_tensors
 from noetherflow.errors import CheckpointError

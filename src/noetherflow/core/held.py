@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from noetherflow.core.tensors import tensors_of
+from noetherflow.core.prefix import prefix_of
+from noetherflow.core.tensors import named_tensors, tensors_of
 from noetherflow.errors import CheckpointError
 
 
@@ -56,17 +57,51 @@ def is_saved_optimizer(value: Any) -> bool:
     )
 
 
-def held_in(saved: Mapping[str, Any], model: nn.Module, shaped: Collection[str]) -> list[Held]:
+def names_in(saved: Mapping[str, Any], model: nn.Module) -> list[str] | None:
+    """The model's names of the parameters in an `optimizer.state_dict()`, where the file itself has them.
+
+    Args:
+        saved: what `optimizer.state_dict()` gave, its `param_groups` with `param_names` or names in place of indices.
+        model: the model that the optimiser trained.
+
+    Returns:
+        One canonical name per parameter, in the order of the file; None where it holds indices only.
+
+    Raises:
+        CheckpointError: names that are not the model's.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> names_in(torch.optim.SGD(net.named_parameters(), lr=0.1).state_dict(), net)
+        ['weight', 'bias']
+    """
+    labels = [n for g in saved["param_groups"] for n in g.get("param_names", g["params"])]
+    if not labels or not all(isinstance(n, str) for n in labels):
+        return None
+    canonical = {id(t): n for n, t in tensors_of(model).items()}
+    named = {n: canonical[id(t)] for n, t in named_tensors(model) if isinstance(t, nn.Parameter)}
+    prefix = prefix_of(labels, named)
+    names = [prefix.name(n) or n for n in labels]
+    unknown = [label for label, n in zip(labels, names, strict=True) if n not in named]
+    if unknown:
+        raise CheckpointError(f"its parameter names are not the model's: {unknown[:3]} ({len(unknown)} in all)")
+    return [named[n] for n in names]
+
+
+def held_in(
+    saved: Mapping[str, Any], model: nn.Module, shaped: Collection[str], given: Sequence[str] | None = None
+) -> list[Held]:
     """The state in an `optimizer.state_dict()`, under the model's parameter names.
 
-    Parameters are known by `param_names` (or names in place of indices) where the file has them, else by their order,
-    which is taken to be that of `model.parameters()` (all, or the trainable ones), within each group.
+    Parameters are known by the names `given`, else by those in the file (`names_in`), else by their order, which is
+    taken to be that of `model.parameters()` (all, or the trainable ones), within each group.
 
     Args:
         saved: what `optimizer.state_dict()` gave.
         model: the model that the optimiser trained.
         shaped: keys of the state that hold one number per entry of the parameter, such as `exp_avg`; their shapes
             check the order.
+        given: the names in the order of the file, where the caller knows them.
 
     Returns:
         One record per parameter, in the order of the file.
@@ -76,15 +111,12 @@ def held_in(saved: Mapping[str, Any], model: nn.Module, shaped: Collection[str])
             another shape, or several groups that hold parameters of the same shape.
     """
     groups = saved["param_groups"]
-    labels = [n for g in groups for n in g.get("param_names", g["params"])]
     indices = [i for g in groups for i in g["params"]]
     tensors = tensors_of(model)
-    canonical = {id(t): n for n, t in tensors.items()}
-    named = {n: canonical[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
-    by_name = bool(labels) and all(n in named for n in labels)
+    known = names_in(saved, model) if given is None else given
     shapes = [_shape(saved["state"].get(i, {}), shaped) for i in indices]
     numbers = [number for number, g in enumerate(groups) for _ in g["params"]]
-    names = [named[n] for n in labels] if by_name else _in_order(shapes, numbers, tensors)
+    names = _in_order(shapes, numbers, tensors) if known is None else known
     held = [
         Held(name, tensors[name], saved["state"].get(index, {}), _settings(groups[number]))
         for index, number, name in zip(indices, numbers, names, strict=True)
@@ -95,7 +127,7 @@ def held_in(saved: Mapping[str, Any], model: nn.Module, shaped: Collection[str])
                 raise CheckpointError(
                     f"its {key} of shape {tuple(value.shape)} does not fit {h.name}, shape {tuple(h.parameter.shape)}"
                 )
-    if not by_name:
+    if known is None:
         _refuse_doubtful_order(numbers, held)
     return held
 

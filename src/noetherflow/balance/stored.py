@@ -1,0 +1,102 @@
+"""Named tensors on disk, read one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from noetherflow.balance.safetensors_file import SafetensorsFile
+
+
+class StoredTensors(Protocol):
+    """The named tensors of a checkpoint. Their shapes and dtypes are known; a tensor is read when it is asked for."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in memory of its own, which the caller may change."""
+
+    def view(self, name: str) -> Tensor:
+        """The tensor to look at: mapped from the disk where possible."""
+
+
+@dataclass(frozen=True)
+class ShardedTensors:
+    """The tensors of one safetensors file, or of several that make up one checkpoint."""
+
+    files: tuple[SafetensorsFile, ...]
+
+    @cached_property
+    def _file_of(self) -> dict[str, SafetensorsFile]:
+        return {n: file for file in self.files for n in file.entries}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._file_of[name].entries[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._file_of[name].entries[name].dtype
+
+    def read(self, name: str) -> Tensor:
+        return self._file_of[name].read(name)
+
+    def view(self, name: str) -> Tensor:
+        return self._file_of[name].mapped(name)
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedTensors:
+    """Tensors that are there already: of a PyTorch file, mapped from the disk where its format allows."""
+
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
+    def read(self, name: str) -> Tensor:
+        return self.tensors[name].detach().clone()
+
+    def view(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+@dataclass(frozen=True, eq=False)
+class RenamedTensors(Mapping[str, Tensor]):
+    """Stored tensors under the model's names, as a mapping that reads when it is asked.
+
+    Attributes:
+        stored: where they lie.
+        name_of: the name in the file by the model's canonical name.
+    """
+
+    stored: StoredTensors
+    name_of: Mapping[str, str]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.stored.view(self.name_of[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.name_of)
+
+    def __len__(self) -> int:
+        return len(self.name_of)

@@ -1,0 +1,123 @@
+"""PyTorch files read without running anything that they contain."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy._core.multiarray as multiarray
+import torch
+from torch import Tensor
+
+from noetherflow.core.held import is_saved_optimizer
+from noetherflow.errors import CheckpointError
+
+STATE_KEYS = ("state_dict", "model", "model_state_dict", "module", "net", "network", "weights", "params")
+"""Keys under which training scripts keep the weights."""
+SAFE = (
+    argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, np.ndarray, np.dtype,
+    multiarray._reconstruct, multiarray.scalar,
+    *(kind for name, kind in vars(np.dtypes).items() if name.endswith("DType")),
+)  # fmt: skip
+"""Classes beside torch's own that only hold values, and may therefore be read."""
+
+
+def load_torch(path: Path) -> Any:
+    """The content of a PyTorch file, mapped into memory where its format allows.
+
+    Only tensors, plain containers, numbers, strings, numpy arrays, paths and `argparse.Namespace` are read, and what
+    the user has allowed by `torch.serialization.add_safe_globals`.
+
+    Raises:
+        CheckpointError: the file is missing, is no PyTorch file, or holds objects of other classes.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    allowed = [*torch.serialization.get_safe_globals(), *SAFE]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as cause:
+        found = re.search(r"(?:Unsupported global: GLOBAL|Unsupported class|Trying to call) ([\w.]+)", str(cause))
+        if found is not None:
+            raise CheckpointError(
+                f"{path} holds an object of {found[1]}, which could run code when it is read. Where you trust the "
+                f"file, allow it: torch.serialization.add_safe_globals([{found[1].rsplit('.', 1)[-1]}]); or save the "
+                "weights again without it"
+            ) from cause
+        text = str(cause).splitlines()[0] if str(cause) else ""
+        raise CheckpointError(f"{path} is not a readable checkpoint ({type(cause).__name__}: {text})") from cause
+
+
+def weights_in(content: Any, path: Path, key: str | None = None) -> dict[str, Any]:
+    """The dictionary in a file's content that holds the weights by name; other entries may lie among them.
+
+    Args:
+        content: what `load_torch` gave.
+        path: for messages.
+        key: where they lie, keys of nested dictionaries joined by dots; the usual ones are tried without it.
+
+    Raises:
+        CheckpointError: nothing there, or nothing under the usual keys and several dictionaries that could be it.
+
+    Example:
+        >>> weights_in({"epoch": 3, "model": {"w": torch.zeros(2)}}, Path("run.pt"))
+        {'w': tensor([0., 0.])}
+    """
+    if isinstance(content, argparse.Namespace):
+        content = vars(content)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dictionary of named tensors")
+    if key is not None:
+        return _under(content, path, key)
+    found = next((content[k] for k in STATE_KEYS if _holds_tensors(content.get(k))), None)
+    if found is not None:
+        return dict_of(found)
+    if _holds_tensors(content):
+        return content
+    nested = [k for k, v in content.items() if _holds_tensors(v) and not is_saved_optimizer(v)]
+    if len(nested) == 1:
+        return dict_of(content[nested[0]])
+    several = f"; weights may lie under {nested}: say which by key= (--key)" if nested else ""
+    raise CheckpointError(f"{path} holds no named tensors (keys: {list(content)[:6]}{several})")
+
+
+def dict_of(value: Any) -> dict[str, Any]:
+    """A mapping as the dictionary that it is."""
+    assert isinstance(value, dict)
+    return value
+
+
+def _under(content: Mapping[str, Any], path: Path, key: str) -> dict[str, Any]:
+    node: Any = content
+    rest = key
+    while rest:
+        if isinstance(node, argparse.Namespace):
+            node = vars(node)
+        keys = (
+            [k for k in node if isinstance(k, str) and (rest == k or rest.startswith(k + "."))]
+            if isinstance(node, dict)
+            else []
+        )
+        if not keys:
+            raise CheckpointError(f"{path} has nothing under {key!r}; keys: {list(content)[:8]}")
+        longest = max(keys, key=len)
+        node, rest = node[longest], rest[len(longest) + 1 :]
+    if not _holds_tensors(node):
+        raise CheckpointError(f"{path} holds no named tensors under {key!r}, but {type(node).__name__}")
+    return dict_of(node)
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and any(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+
+
+def tensors_in(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors among the entries."""
+    return {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}

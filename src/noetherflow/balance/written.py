@@ -1,0 +1,278 @@
+"""Write moved checkpoints: files tensor by tensor, folders with everything in them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from noetherflow.balance.content import ContentMover, FileMove
+from noetherflow.balance.layout import SUFFIXES, TORCH_SUFFIXES, OpenCheckpoint
+from noetherflow.balance.optimizer_state import StatePlan
+from noetherflow.balance.pieces import Shift, move_in_place
+from noetherflow.balance.safetensors_file import SafetensorsFile, header_of, write_tensor
+from noetherflow.balance.staging import check_space, staged
+from noetherflow.balance.torch_file import load_torch
+from noetherflow.core.tensors import tensors_of
+from noetherflow.errors import CheckpointError
+
+UNTOUCHED = re.compile(r"(scheduler|scaler|rng_state|random_states|training_args|trainer_state).*")
+"""PyTorch files of a run that hold nothing of the weights."""
+STATE_BESIDE = re.compile(r"optim|(^|[_.-])(ema|swa)([_.-]|$)", re.IGNORECASE)
+"""Names of files that hold an optimiser's state or averages of weights."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was done to the files.
+
+    Attributes:
+        shifts: what the move did to the weights, by canonical name.
+        state: what moved of the optimiser states, and lines on what did not.
+        averages: dicts and files that moved like the weights.
+        notes: lines on what else was found.
+    """
+
+    shifts: dict[str, Shift] = field(default_factory=dict)
+    state: StatePlan = field(default_factory=StatePlan)
+    averages: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, mover: ContentMover) -> Written:
+        """What a walk through the content of a PyTorch file did."""
+        return cls(dict(mover.shifts), StatePlan.joined(mover.plans), tuple(mover.averages))
+
+    def __add__(self, other: Written) -> Written:
+        return Written(
+            {**other.shifts, **self.shifts},
+            StatePlan.joined([self.state, other.state]),
+            self.averages + other.averages,
+            self.notes + other.notes,
+        )
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Errors of the disk, and of torch.save about it, as one of the library's own."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as cause:
+        raise CheckpointError(f"could not write {path}: {cause}") from cause
+
+
+def bytes_needed(opened: OpenCheckpoint) -> int:
+    """How much a moved checkpoint takes on the disk."""
+    files = opened.files if opened.folder is None else [p for p in opened.folder.rglob("*") if p.is_file()]
+    return sum(p.stat().st_size for p in files)
+
+
+def moved_files(opened: OpenCheckpoint, move: FileMove, target: Path) -> Written:
+    """What writing `target` would do; nothing is written."""
+    return _folder(None, opened, move) if _as_folder(opened, target) else _file(None, opened, move, target)
+
+
+def write_files(opened: OpenCheckpoint, move: FileMove, target: Path) -> Written:
+    """Write the moved checkpoint at `target`, whole or not at all.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written; what was at the target is as it was.
+    """
+    with writing(target):
+        check_space(target, bytes_needed(opened))
+        with staged(target) as scratch:
+            if _as_folder(opened, target):
+                return _folder(scratch, opened, move)
+            done = _file(scratch, opened, move, target)
+            shutil.copymode(target if target.exists() else opened.files[0], scratch)
+            return done
+
+
+def _as_folder(opened: OpenCheckpoint, target: Path) -> bool:
+    return opened.folder is not None and target.suffix not in (".safetensors", *TORCH_SUFFIXES)
+
+
+def _file(scratch: Path | None, opened: OpenCheckpoint, move: FileMove, target: Path) -> Written:
+    """One file; what it cannot hold of the source is listed."""
+    if target.suffix == ".safetensors":
+        done = _one_safetensors(scratch, opened, move)
+        return done + Written(state=StatePlan(unmoved=tuple(_not_written(opened))))
+    if opened.kind == "torch" and len(opened.files) == 1:
+        mover = ContentMover(move, opened.states[0])
+        content = mover.moved(opened.contents[0], "")
+        if scratch is not None:
+            torch.save(content, scratch)
+        return Written.of(mover) + Written(state=StatePlan(unmoved=tuple(_beside(opened))))
+    mover = ContentMover(move, {})
+    content = mover.weights({n: opened.stored.view(n) for n in opened.stored.names}, True)
+    if scratch is not None:
+        torch.save(content, scratch)
+    return Written.of(mover) + Written(state=StatePlan(unmoved=tuple(_not_written(opened))))
+
+
+def _not_written(opened: OpenCheckpoint) -> list[str]:
+    """A line for everything of the source that a file of weights cannot hold."""
+    others = [
+        k for content, state in zip(opened.contents, opened.states, strict=True) if content is not state
+        for k, v in content.items() if v is not state
+    ]  # fmt: skip
+    return [f"{k}: not written, the target holds weights only" for k in others] + _beside(opened)
+
+
+def _beside(opened: OpenCheckpoint) -> list[str]:
+    """A line for every file beside the weights that holds state of them, and stays as it is."""
+    folder = opened.files[0].parent
+    mine = {p.name for p in opened.files}
+    found = sorted(p.name for p in folder.iterdir() if p.name not in mine and _holds_state(p))
+    return [
+        f"{name} beside {opened.files[0].name}: it belongs to the weights as they were; to move both, balance the "
+        f"folder: {folder}"
+        for name in found
+    ]
+
+
+def _holds_state(path: Path) -> bool:
+    known = path.is_dir() or path.suffix in (*TORCH_SUFFIXES, ".safetensors")
+    return known and not path.name.startswith(".") and STATE_BESIDE.search(path.stem) is not None
+
+
+def _one_safetensors(scratch: Path | None, opened: OpenCheckpoint, move: FileMove) -> Written:
+    """A single safetensors file of all the weights."""
+    if opened.kind == "safetensors" and len(opened.files) == 1:
+        return _safetensors(scratch, SafetensorsFile.open(opened.files[0]), move)
+    stored, shifts = opened.stored, dict[str, Shift]()
+    header = header_of(((n, stored.dtype(n), stored.shape(n)) for n in stored.names), {"format": "pt"})
+    with _binary(scratch) as file:
+        if file is not None:
+            file.write(header)
+        for name in stored.names:
+            own, tensor = move.canonical(name), stored.read(name)
+            if own is not None:
+                shifts.setdefault(own, move_in_place(move.motion, own, tensor))
+            if file is not None:
+                write_tensor(file, tensor)
+            move.progress(name)
+    return Written(shifts)
+
+
+def _safetensors(scratch: Path | None, source: SafetensorsFile, move: FileMove) -> Written:
+    """A safetensors file with the same header: bytes are copied, or moved tensor by tensor."""
+    shifts: dict[str, Shift] = {}
+    with _binary(scratch) as file:
+        if file is not None:
+            file.write(source.header)
+        for name in source.entries:
+            own = move.canonical(name)
+            if own is not None:
+                tensor = source.read(name)
+                shifts.setdefault(own, move_in_place(move.motion, own, tensor))
+                if file is not None:
+                    write_tensor(file, tensor)
+                del tensor
+            elif file is not None:
+                source.copy_bytes(name, file)
+            move.progress(name)
+    return Written(shifts)
+
+
+@contextmanager
+def _binary(path: Path | None) -> Iterator[BinaryIO | None]:
+    with ExitStack() as stack:
+        yield None if path is None else stack.enter_context(path.open("wb"))
+
+
+def _folder(scratch: Path | None, opened: OpenCheckpoint, move: FileMove) -> Written:
+    """A folder: weights shard by shard, states and averages of them, everything else as it is, the index last."""
+    folder = opened.folder
+    assert folder is not None
+    if scratch is not None:
+        scratch.mkdir()
+        shutil.copymode(folder, scratch)
+    done = Written()
+    for position, path in enumerate(opened.files):
+        out = None if scratch is None else scratch / path.name
+        done += _shard(out, opened, position, move)
+        _like(path, out)
+    mine = {*opened.files, opened.index}
+    for path in sorted(folder.iterdir()):
+        if path not in mine:
+            done += _other(path, None if scratch is None else scratch / path.name, move)
+    if opened.index is not None and scratch is not None:
+        shutil.copy2(opened.index, scratch / opened.index.name)
+    return done
+
+
+def _shard(out: Path | None, opened: OpenCheckpoint, position: int, move: FileMove) -> Written:
+    if opened.kind == "safetensors":
+        return _safetensors(out, SafetensorsFile.open(opened.files[position]), move)
+    mover = ContentMover(move, opened.states[position])
+    content = mover.moved(opened.contents[position], "")
+    if out is not None:
+        torch.save(content, out)
+    return Written.of(mover)
+
+
+def _like(source: Path, out: Path | None) -> None:
+    if out is not None:
+        shutil.copymode(source, out)
+
+
+def _other(path: Path, out: Path | None, move: FileMove) -> Written:
+    """A file or folder beside the weights."""
+    if path.is_dir():
+        if out is not None:
+            shutil.copytree(path, out)
+        inside = [p for p in path.rglob("*") if p.suffix in SUFFIXES]
+        lines = (f"{path.name}/: a folder inside with {len(inside)} weight or state files, copied as it was",)
+        return Written(state=StatePlan(unmoved=lines)) if inside else Written()
+    if path.suffix == ".safetensors":
+        return _other_safetensors(path, out, move)
+    if path.suffix in TORCH_SUFFIXES and not UNTOUCHED.match(path.name):
+        return _other_torch(path, out, move)
+    if out is not None:
+        shutil.copy2(path, out)
+    return Written()
+
+
+def _other_safetensors(path: Path, out: Path | None, move: FileMove) -> Written:
+    """Averages of the weights in a file of their own move like them; other tensors stay."""
+    file, known = SafetensorsFile.open(path), tensors_of(move.model)
+    owners = {n: move.names.canonical_name(n) or "" for n in file.entries}
+    agree = all(own in known and file.entries[n].shape == tuple(known[own].shape) for n, own in owners.items())
+    if agree and any(move.canonical(n) is not None for n in owners):
+        _safetensors(out, file, move)
+        _like(path, out)
+        return Written(averages=(f"{path.name} ({len(owners)} tensors)",))
+    if out is not None:
+        shutil.copy2(path, out)
+    line = f"{path.name} ({len(owners)} tensors): names or shapes are not those of the model's weights"
+    return Written(state=StatePlan(unmoved=(line,)))
+
+
+def _other_torch(path: Path, out: Path | None, move: FileMove) -> Written:
+    """An optimiser's state or averages of the weights move; what cannot be read is copied and listed."""
+    done, content = Written(), None
+    try:
+        content = load_torch(path)
+    except CheckpointError as why:
+        done = Written(state=StatePlan(unmoved=(f"{path.name}: copied as it was, not looked into: {why}",)))
+    if content is not None:
+        mover = ContentMover(move, {})
+        new: Any = mover.moved(content, path.name)
+        done = Written.of(mover)
+        if done.state.moves or done.averages:
+            if out is not None:
+                torch.save(new, out)
+                _like(path, out)
+            return done
+    if out is not None:
+        shutil.copy2(path, out)
+    return done
