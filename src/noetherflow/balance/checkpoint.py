@@ -18,7 +18,7 @@ from noetherflow.balance.motion import Motion
 from noetherflow.balance.names import match_names
 from noetherflow.balance.state_naming import StateNaming, StateOrder
 from noetherflow.balance.stored import RenamedTensors
-from noetherflow.balance.written import Written, moved_files, write_files, writing
+from noetherflow.balance.written import FilesWritten, moved_files, write_files, writing
 from noetherflow.core.files import check_writable
 from noetherflow.core.tensors import tensors_of
 from noetherflow.core.unwrap import unwrap_optimizer
@@ -152,7 +152,7 @@ def balance_checkpoint(
 
 
 def _report(
-    eq: Equilibrium, done: Written, change: float | None, notes: tuple[str, ...], dry_run: bool
+    eq: Equilibrium, done: FilesWritten, change: float | None, notes: tuple[str, ...], dry_run: bool
 ) -> BalanceReport:
     return BalanceReport(
         {n: s.change for n, s in done.shifts.items()},

@@ -29,7 +29,7 @@ STATE_BESIDE = re.compile(r"optim|(^|[_.-])(ema|swa)([_.-]|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Written:
+class FilesWritten:
     """What was done to the files.
 
     Attributes:
@@ -45,12 +45,12 @@ class Written:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, mover: ContentMover) -> Written:
+    def of(cls, mover: ContentMover) -> FilesWritten:
         """What a walk through the content of a PyTorch file did."""
         return cls(dict(mover.shifts), StatePlan.joined(mover.plans), tuple(mover.averages))
 
-    def __add__(self, other: Written) -> Written:
-        return Written(
+    def __add__(self, other: FilesWritten) -> FilesWritten:
+        return FilesWritten(
             {**other.shifts, **self.shifts},
             StatePlan.joined([self.state, other.state]),
             self.averages + other.averages,
@@ -75,12 +75,12 @@ def bytes_needed(opened: OpenCheckpoint) -> int:
     return sum(p.stat().st_size for p in files)
 
 
-def moved_files(opened: OpenCheckpoint, move: FileMove, target: Path) -> Written:
+def moved_files(opened: OpenCheckpoint, move: FileMove, target: Path) -> FilesWritten:
     """What writing `target` would do; nothing is written."""
     return _folder(None, opened, move) if _as_folder(opened, target) else _file(None, opened, move, target)
 
 
-def write_files(opened: OpenCheckpoint, move: FileMove, target: Path) -> Written:
+def write_files(opened: OpenCheckpoint, move: FileMove, target: Path) -> FilesWritten:
     """Write the moved checkpoint at `target`, whole or not at all.
 
     Raises:
@@ -100,22 +100,22 @@ def _as_folder(opened: OpenCheckpoint, target: Path) -> bool:
     return opened.folder is not None and target.suffix not in (".safetensors", *TORCH_SUFFIXES)
 
 
-def _file(scratch: Path | None, opened: OpenCheckpoint, move: FileMove, target: Path) -> Written:
+def _file(scratch: Path | None, opened: OpenCheckpoint, move: FileMove, target: Path) -> FilesWritten:
     """One file; what it cannot hold of the source is listed."""
     if target.suffix == ".safetensors":
         done = _one_safetensors(scratch, opened, move)
-        return done + Written(state=StatePlan(unmoved=tuple(_not_written(opened))))
+        return done + FilesWritten(state=StatePlan(unmoved=tuple(_not_written(opened))))
     if opened.kind == "torch" and len(opened.files) == 1:
         mover = ContentMover(move, opened.states[0])
         content = mover.moved(opened.contents[0], "")
         if scratch is not None:
             torch.save(content, scratch)
-        return Written.of(mover) + Written(state=StatePlan(unmoved=tuple(_beside(opened))))
+        return FilesWritten.of(mover) + FilesWritten(state=StatePlan(unmoved=tuple(_beside(opened))))
     mover = ContentMover(move, {})
     content = mover.weights({n: opened.stored.view(n) for n in opened.stored.names}, True)
     if scratch is not None:
         torch.save(content, scratch)
-    return Written.of(mover) + Written(state=StatePlan(unmoved=tuple(_not_written(opened))))
+    return FilesWritten.of(mover) + FilesWritten(state=StatePlan(unmoved=tuple(_not_written(opened))))
 
 
 def _not_written(opened: OpenCheckpoint) -> list[str]:
@@ -144,7 +144,7 @@ def _holds_state(path: Path) -> bool:
     return known and not path.name.startswith(".") and STATE_BESIDE.search(path.stem) is not None
 
 
-def _one_safetensors(scratch: Path | None, opened: OpenCheckpoint, move: FileMove) -> Written:
+def _one_safetensors(scratch: Path | None, opened: OpenCheckpoint, move: FileMove) -> FilesWritten:
     """A single safetensors file of all the weights."""
     if opened.kind == "safetensors" and len(opened.files) == 1:
         return _safetensors(scratch, SafetensorsFile.open(opened.files[0]), move)
@@ -160,10 +160,10 @@ def _one_safetensors(scratch: Path | None, opened: OpenCheckpoint, move: FileMov
             if file is not None:
                 write_tensor(file, tensor)
             move.progress(name)
-    return Written(shifts)
+    return FilesWritten(shifts)
 
 
-def _safetensors(scratch: Path | None, source: SafetensorsFile, move: FileMove) -> Written:
+def _safetensors(scratch: Path | None, source: SafetensorsFile, move: FileMove) -> FilesWritten:
     """A safetensors file with the same header: bytes are copied, or moved tensor by tensor."""
     shifts: dict[str, Shift] = {}
     with _binary(scratch) as file:
@@ -180,7 +180,7 @@ def _safetensors(scratch: Path | None, source: SafetensorsFile, move: FileMove) 
             elif file is not None:
                 source.copy_bytes(name, file)
             move.progress(name)
-    return Written(shifts)
+    return FilesWritten(shifts)
 
 
 @contextmanager
@@ -189,14 +189,14 @@ def _binary(path: Path | None) -> Iterator[BinaryIO | None]:
         yield None if path is None else stack.enter_context(path.open("wb"))
 
 
-def _folder(scratch: Path | None, opened: OpenCheckpoint, move: FileMove) -> Written:
+def _folder(scratch: Path | None, opened: OpenCheckpoint, move: FileMove) -> FilesWritten:
     """A folder: weights shard by shard, states and averages of them, everything else as it is, the index last."""
     folder = opened.folder
     assert folder is not None
     if scratch is not None:
         scratch.mkdir()
         shutil.copymode(folder, scratch)
-    done = Written()
+    done = FilesWritten()
     for position, path in enumerate(opened.files):
         out = None if scratch is None else scratch / path.name
         done += _shard(out, opened, position, move)
@@ -210,14 +210,14 @@ def _folder(scratch: Path | None, opened: OpenCheckpoint, move: FileMove) -> Wri
     return done
 
 
-def _shard(out: Path | None, opened: OpenCheckpoint, position: int, move: FileMove) -> Written:
+def _shard(out: Path | None, opened: OpenCheckpoint, position: int, move: FileMove) -> FilesWritten:
     if opened.kind == "safetensors":
         return _safetensors(out, SafetensorsFile.open(opened.files[position]), move)
     mover = ContentMover(move, opened.states[position])
     content = mover.moved(opened.contents[position], "")
     if out is not None:
         torch.save(content, out)
-    return Written.of(mover)
+    return FilesWritten.of(mover)
 
 
 def _like(source: Path, out: Path | None) -> None:
@@ -225,24 +225,24 @@ def _like(source: Path, out: Path | None) -> None:
         shutil.copymode(source, out)
 
 
-def _other(path: Path, out: Path | None, move: FileMove) -> Written:
+def _other(path: Path, out: Path | None, move: FileMove) -> FilesWritten:
     """A file or folder beside the weights."""
     if path.is_dir():
         if out is not None:
             shutil.copytree(path, out)
         inside = [p for p in path.rglob("*") if p.suffix in SUFFIXES]
         lines = (f"{path.name}/: a folder inside with {len(inside)} weight or state files, copied as it was",)
-        return Written(state=StatePlan(unmoved=lines)) if inside else Written()
+        return FilesWritten(state=StatePlan(unmoved=lines)) if inside else FilesWritten()
     if path.suffix == ".safetensors":
         return _other_safetensors(path, out, move)
     if path.suffix in TORCH_SUFFIXES and not UNTOUCHED.match(path.name):
         return _other_torch(path, out, move)
     if out is not None:
         shutil.copy2(path, out)
-    return Written()
+    return FilesWritten()
 
 
-def _other_safetensors(path: Path, out: Path | None, move: FileMove) -> Written:
+def _other_safetensors(path: Path, out: Path | None, move: FileMove) -> FilesWritten:
     """Averages of the weights in a file of their own move like them; other tensors stay."""
     file, known = SafetensorsFile.open(path), tensors_of(move.model)
     owners = {n: move.names.canonical_name(n) or "" for n in file.entries}
@@ -250,24 +250,24 @@ def _other_safetensors(path: Path, out: Path | None, move: FileMove) -> Written:
     if agree and any(move.canonical(n) is not None for n in owners):
         _safetensors(out, file, move)
         _like(path, out)
-        return Written(averages=(f"{path.name} ({len(owners)} tensors)",))
+        return FilesWritten(averages=(f"{path.name} ({len(owners)} tensors)",))
     if out is not None:
         shutil.copy2(path, out)
     line = f"{path.name} ({len(owners)} tensors): names or shapes are not those of the model's weights"
-    return Written(state=StatePlan(unmoved=(line,)))
+    return FilesWritten(state=StatePlan(unmoved=(line,)))
 
 
-def _other_torch(path: Path, out: Path | None, move: FileMove) -> Written:
+def _other_torch(path: Path, out: Path | None, move: FileMove) -> FilesWritten:
     """An optimiser's state or averages of the weights move; what cannot be read is copied and listed."""
-    done, content = Written(), None
+    done, content = FilesWritten(), None
     try:
         content = load_torch(path)
     except CheckpointError as why:
-        done = Written(state=StatePlan(unmoved=(f"{path.name}: copied as it was, not looked into: {why}",)))
+        done = FilesWritten(state=StatePlan(unmoved=(f"{path.name}: copied as it was, not looked into: {why}",)))
     if content is not None:
         mover = ContentMover(move, {})
         new: Any = mover.moved(content, path.name)
-        done = Written.of(mover)
+        done = FilesWritten.of(mover)
         if done.state.moves or done.averages:
             if out is not None:
                 torch.save(new, out)
