@@ -20,7 +20,7 @@ from noetherflow.discovery.shift_rules.base import SHIFT_RULES, ShiftContext, Sh
 from noetherflow.discovery.shift_rules.base import shift_rule as register_shift_rule
 from noetherflow.discovery.shift_rules.products import product as shifted_product
 from noetherflow.discovery.shift_store import ShiftTerm
-from noetherflow.equilibrium.objective import objective
+from noetherflow.equilibrium.objective import level_objective, objective
 from noetherflow.equilibrium.potential import Drift, Potential
 from noetherflow.errors import DeclarationError, MomentError
 from noetherflow.moments.forms import Dense, Form, OneToken, Outer
@@ -61,6 +61,7 @@ __all__ = [
     "last_axes",
     "ledger_rule",
     "left",
+    "level_objective",
     "moment_rule",
     "objective",
     "on_ids",

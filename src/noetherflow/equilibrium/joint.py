@@ -16,7 +16,8 @@ from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.adaptive import adaptive_equilibrium, without_decay
 from noetherflow.equilibrium.conditioning import Stretches, moved_copy, orthogonalising
 from noetherflow.equilibrium.invariance import cautions, refuse_other_moments
-from noetherflow.equilibrium.objective import Objective, objective_of
+from noetherflow.equilibrium.levels import level_equilibrium
+from noetherflow.equilibrium.objective import AnyObjective, LevelObjective, objective_of
 from noetherflow.equilibrium.orbit import Remeasure, Samples
 from noetherflow.equilibrium.potential import LegPair
 from noetherflow.equilibrium.result import Equilibrium, Settled
@@ -39,7 +40,7 @@ def noise_equilibrium(
     sgd: Settings | None = None,
     *,
     optimizer: Any = None,
-    objective: str | Objective = "noise+decay",
+    objective: str | AnyObjective = "noise+decay",
     joint: bool = True,
     approximate: bool = True,
     remeasure: Remeasure | None = None,
@@ -64,14 +65,15 @@ def noise_equilibrium(
         syms: Its symmetries; those on frozen parameters are excluded and listed.
         mom: Moments of per-sample gradients at these weights. Leg Grams do where legs share no entries, `entries=True`
             where tori meet; where a general_linear leg meets another one, give `samples` or `remeasure` too. None for
-            an objective that needs no gradients (`norm`).
+            an objective that needs no gradients (`norm`, `range`).
         sgd: Learning rate, batch size, weight decay, momentum; needed for the noise objectives. With AdamConfig or
             LionConfig these are the minimum of `Psi = sum (lr s + 2 w s theta^2)` over the tori (theory.md section 13),
             `s` the root mean square of each entry of the minibatch gradient; moments with `entries=True`.
         optimizer: In place of `mom` and `sgd`: momentum SGD, Adam, AdamW or RMSprop of a run, or its `state_dict()`;
             its averages of gradients are the noise, along scalar and diagonal symmetries (docs/adaptive.md).
         objective: `noise+decay`, `noise` (weight decay left out), `norm` (least norm), `fisher`, `hessian` (least
-            trace; `mom` from `curvature_moments`), or one of your own (`docs/extend/objective.md`).
+            trace; `mom` from `curvature_moments`), `range` (equal largest weights on both sides of each channel, as
+            before quantisation), `nf.smoothing(...)` of activations, or your own (`docs/extend/objective.md`).
         joint: All symmetries move together; `False`: each with the others held.
         approximate: `False` leaves symmetries in place that a normalisation's eps makes approximate.
         remeasure: `remeasure(model) -> moments`, called on moved copies: at every sweep where one measurement does not
@@ -114,6 +116,8 @@ def noise_equilibrium(
         if mom is not None or sgd is not None or chosen.name != "noise+decay":
             raise DataError("optimizer= stands in place of mom and sgd, with objective='noise+decay'")
         return state_equilibrium(model, syms, optimizer, options)
+    if isinstance(chosen, LevelObjective):
+        return level_equilibrium(model, syms, chosen, options)
     if isinstance(sgd, AdamConfig | LionConfig) or (sgd is not None and sgd.groups):
         if chosen.name in ("noise+decay", "noise") and mom is not None:
             said = cautions(mom, refuse_other_moments(model, syms, mom))

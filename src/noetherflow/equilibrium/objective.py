@@ -1,12 +1,16 @@
-"""Objectives: which point of an orbit is asked for, as the coefficients of the convex potential Phi it minimises."""
+"""Objectives: which point of an orbit is asked for, as the least value of a potential Phi or as equal levels on both
+sides of every symmetry.
+"""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, get_args
+
+from torch import Tensor
 
 from noetherflow.core.settings import SGDConfig
 from noetherflow.equilibrium.potential import Drift, Potential, samples_needed
@@ -61,10 +65,61 @@ class Objective:
         return found
 
 
-_OBJECTIVES: dict[str, Objective] = {}
+LevelOf = Callable[[Tensor], Tensor]
 
 
-def register(objective: Objective) -> None:
+@dataclass(frozen=True, eq=False)
+class LevelObjective:
+    """A named point of every orbit: where the levels of the channels are equal on both sides of every symmetry.
+
+    A channel is one coordinate of a scalar or diagonal symmetry (of general_linear ones the diagonal part is used). It
+    has some weights on the `+` side, which are multiplied by its scale, and some on the `-` side, which are divided.
+    Without gradients, without data.
+
+    Attributes:
+        name: What `noise_equilibrium(..., objective=name)` asks for.
+        meaning: One line for tables and command-line help.
+        level: `level(rows)` gives one number for each row of absolute weights `[channels, entries]`, twice as large for
+            rows that are twice as large: their maximum, their mean, a quantile.
+        met: Levels of the activations that the `-` legs read, `[blocks]` by symmetry name, in place of the `+` side.
+            Where it is not empty, symmetries without an entry stay.
+        share: At the point asked for, `(+ level)^share = (- level)^(1 - share)`.
+    """
+
+    name: str
+    meaning: str
+    level: LevelOf
+    met: Mapping[str, Tensor] = field(default_factory=dict)
+    share: float = 0.5
+    moments: ClassVar[MomentsNeeded] = "none"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise DataError(f"objective {self.name!r}: the share must lie between 0 and 1, got {self.share!r}")
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """The levels of rows of weights.
+
+        Args:
+            rows: `[channels, entries]`, of any sign.
+
+        Raises:
+            DataError: The function gave anything else than one finite number of at least 0 for each channel.
+        """
+        found = self.level(rows.abs())
+        if not isinstance(found, Tensor) or tuple(found.shape) != (len(rows),):
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise DataError(f"objective {self.name!r} must give {len(rows)} levels, one for each row, got {got}")
+        if not bool((found.isfinite() & (found >= 0)).all()):
+            raise DataError(f"objective {self.name!r} gave levels that are negative or not finite")
+        return found
+
+
+AnyObjective = Objective | LevelObjective
+_OBJECTIVES: dict[str, AnyObjective] = {}
+
+
+def register(objective: AnyObjective) -> None:
     """Make an objective known by its name.
 
     Raises:
@@ -109,7 +164,38 @@ def objective(name: str, *, meaning: str, moments: MomentsNeeded = "gradient") -
     return add
 
 
-def objectives() -> tuple[Objective, ...]:
+def level_objective(name: str, *, meaning: str) -> Callable[[LevelOf], LevelOf]:
+    """Register a function as an objective that makes levels of channels equal on both sides of every symmetry.
+
+    Args:
+        name: Its name.
+        meaning: One line for tables and command-line help.
+
+    Returns:
+        A decorator for a function `(rows) -> levels`: one number for each row of absolute weights `[channels,
+        entries]`, twice as large for rows that are twice as large. The function stays as it is.
+
+    Raises:
+        DataError: The name is taken.
+
+    Example:
+        >>> @level_objective("mean-size", meaning="equal mean absolute weights of both sides of each channel")
+        ... def mean_size(rows):
+        ...     return rows.mean(1)
+        >>> objective_of("mean-size").meaning
+        'equal mean absolute weights of both sides of each channel'
+
+    Source: docs/extend/objective.md.
+    """
+
+    def add(function: LevelOf) -> LevelOf:
+        register(LevelObjective(name, meaning, function))
+        return function
+
+    return add
+
+
+def objectives() -> tuple[AnyObjective, ...]:
     """All known objectives, the library's own first.
 
     Example:
@@ -119,13 +205,13 @@ def objectives() -> tuple[Objective, ...]:
     return tuple(_OBJECTIVES.values())
 
 
-def objective_of(objective: str | Objective) -> Objective:
-    """The objective of that name (an Objective as it is).
+def objective_of(objective: str | AnyObjective) -> AnyObjective:
+    """The objective of that name (an objective itself as it is).
 
     Raises:
         DataError: There is none; the error lists the names.
     """
-    if isinstance(objective, Objective):
+    if isinstance(objective, AnyObjective):
         return objective
     if objective in _OBJECTIVES:
         return _OBJECTIVES[objective]
@@ -166,11 +252,17 @@ def _hessian(moments: GradientMoments, sgd: SGDConfig | None) -> Potential:
     return Potential(norm=0.0, second=1.0, mean=0.0)
 
 
-for _own in (
+def _range(rows: Tensor) -> Tensor:
+    return rows.amax(1)
+
+
+_OWN: tuple[AnyObjective, ...] = (
     Objective("noise+decay", "where gradient noise and weight decay balance", _noise_and_decay),
     Objective("noise", "the same with weight decay left out", _noise),
     Objective("norm", "least norm of the weights; needs no gradients", _norm, moments="none"),
     Objective("fisher", "least trace of the empirical Fisher matrix, E[g g^T]", _fisher),
     Objective("hessian", "least trace of the Hessian, from curvature_moments", _hessian, moments="curvature"),
-):
+    LevelObjective("range", "equal largest weights on both sides of each channel (for quantisation); no data", _range),
+)
+for _own in _OWN:
     register(_own)
