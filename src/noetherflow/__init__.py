@@ -28,12 +28,15 @@ from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 if TYPE_CHECKING:
     from noetherflow import extend
-    from noetherflow.analysis import Analysis, analyze
+    from noetherflow.analysis import Analysis, analyze, diagnose
     from noetherflow.balance.checkpoint import balance_checkpoint, load_checkpoint_, read_checkpoint
     from noetherflow.balance.gains import gains_to_one
     from noetherflow.balance.model import BalanceReport, balance_
     from noetherflow.balance.move import move_, move_checkpoint
     from noetherflow.balance.schedule import BalanceSchedule
+    from noetherflow.core.losses import per_sample
+    from noetherflow.diagnosis.finding import Diagnosis, Finding
+    from noetherflow.diagnosis.of_run import diagnose_run
     from noetherflow.discovery.certificate import Certificate
     from noetherflow.discovery.certify import certify
     from noetherflow.discovery.explain import explain
@@ -58,12 +61,15 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _LAZY = {
-    "analysis": ("Analysis", "analyze"),
+    "analysis": ("Analysis", "analyze", "diagnose"),
     "balance.checkpoint": ("balance_checkpoint", "load_checkpoint_", "read_checkpoint"),
     "balance.gains": ("gains_to_one",),
     "balance.model": ("BalanceReport", "balance_"),
     "balance.move": ("move_", "move_checkpoint"),
     "balance.schedule": ("BalanceSchedule",),
+    "core.losses": ("per_sample",),
+    "diagnosis.finding": ("Diagnosis", "Finding"),
+    "diagnosis.of_run": ("diagnose_run",),
     "discovery.certificate": ("Certificate",),
     "discovery.certify": ("certify",),
     "discovery.explain": ("explain",),
@@ -93,7 +99,9 @@ __all__ = [
     "BalanceReport",
     "BalanceSchedule",
     "Certificate",
+    "Diagnosis",
     "Equilibrium",
+    "Finding",
     "Flow",
     "GradientMoments",
     "GroupRates",
@@ -113,6 +121,8 @@ __all__ = [
     "count_symmetries",
     "curvature_moments",
     "declare",
+    "diagnose",
+    "diagnose_run",
     "explain",
     "extend",
     "find_symmetries",
@@ -128,6 +138,7 @@ __all__ = [
     "noether_flow",
     "noise_equilibrium",
     "optimizer_config",
+    "per_sample",
     "read_checkpoint",
     "save_moments",
     "sharpness_forecast",

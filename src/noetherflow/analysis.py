@@ -1,31 +1,67 @@
-"""`analyze`: find, certify, measure, forecast and settle in one call."""
+"""`analyze` and `diagnose`: from a model, its loss, its data and its optimiser to numbers and to plain words."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
 
+from noetherflow.core.adaptive import AdamConfig
 from noetherflow.core.inputs import LossFn
-from noetherflow.core.optimizers import Settings, check_settings
+from noetherflow.core.losses import chosen_loss
+from noetherflow.core.optimizers import Settings, check_settings, optimizer_config
+from noetherflow.core.settings import SGDConfig
+from noetherflow.core.tensors import tensors_of
+from noetherflow.core.torch_internals import has_gradient_hooks
+from noetherflow.core.unwrap import unwrap, unwrap_optimizer
+from noetherflow.diagnosis.finding import Diagnosis
+from noetherflow.diagnosis.of_model import Examined, diagnose_measurement
 from noetherflow.discovery import Certificate, certify, find_symmetries
 from noetherflow.equilibrium import Equilibrium, noise_equilibrium
 from noetherflow.equilibrium.charge_flow import norm_where
 from noetherflow.equilibrium.flow import Flow, noether_flow
+from noetherflow.equilibrium.sharpness import Sharpness, sharpness_forecast
+from noetherflow.equilibrium.validity import SquareMemory, square_memory
+from noetherflow.errors import DataError, NoetherflowError
 from noetherflow.moments import GradientMoments, gradient_moments, minibatch_moments
 from noetherflow.moments.batch import tensors_in
 from noetherflow.moments.batch_statistics import running_statistics, uses_batch_statistics
+from noetherflow.symmetry.heads import with_scales
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 BATCH_STATISTICS = "holds with batch statistics only: model.train()"
+SAMPLES, CURVED, PROBES = 2048, 256, 16
+"""Samples taken from a loader for gradients, and of these for curvature; Hessian products for its trace."""
+LARGE = 2_000_000
+"""Trainable entries above which curvature is measured only on request."""
+STEPS, EPOCHS = 1000, 10
+"""Length of the run looked at where none is given: so many epochs of the loader, at least so many steps."""
+LABELS = ("labels", "label", "targets", "target", "y")
 
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """What the symmetries of one model do under one optimiser, from one measurement."""
+    """What the symmetries of one model do under one optimiser, from one measurement.
+
+    Attributes:
+        symmetries: found, certified and measured.
+        certificate: the numerical proof of each.
+        moments: of the gradients.
+        flow: how charges change per step.
+        equilibrium: where that ends.
+        sgd: the optimiser's settings.
+        curvature: what becomes of sharpness and the stable learning rate (SGD), or whether Adam's `v` is slow enough
+            and its largest stable learning rate; None where it was not measured.
+        diagnosis: what all that means, in plain words.
+    """
 
     symmetries: SymmetrySet
     certificate: Certificate
@@ -33,6 +69,8 @@ class Analysis:
     flow: Flow
     equilibrium: Equilibrium
     sgd: Settings
+    curvature: Sharpness | SquareMemory | None
+    diagnosis: Diagnosis
 
     def rows(self) -> list[dict[str, Any]]:
         """`Flow.families` with the number of charges and the equilibrium charge of the joint solution."""
@@ -49,7 +87,9 @@ class Analysis:
         }
 
     def __str__(self) -> str:
-        return "\n\n".join(str(part) for part in (self.symmetries, self.certificate, self.flow, self.equilibrium))
+        parts = [self.symmetries, self.certificate, self.flow, self.equilibrium]
+        parts += [] if self.curvature is None else [self.curvature]
+        return "\n\n".join(str(part) for part in (*parts, self.diagnosis))
 
     __repr__ = __str__
 
@@ -61,36 +101,225 @@ class Analysis:
             "flow": self.flow.to_dict(),
             "equilibrium": self.equilibrium.to_dict(),
             "samples": self.moments.samples,
+            "curvature": None if self.curvature is None else self.curvature.to_dict(),
+            "diagnosis": self.diagnosis.to_dict(),
         }
+
+
+def diagnose(
+    model: nn.Module,
+    loss_fn: LossFn | nn.Module | None,
+    loader: Iterable[Any],
+    optimizer: Any,
+    example_inputs: Any = None,
+    *,
+    steps: int | None = None,
+    warmup: int | None = None,
+    **options: Any,
+) -> Diagnosis:
+    """What this model and this optimiser will do to each other, in plain words: what to change, what to watch.
+
+    Args:
+        model: the model, in the mode in which it is trained; left as it is.
+        loss_fn: `loss_fn(model, batch)` with one loss per sample, a criterion such as `nn.CrossEntropyLoss()` for
+            batches `(inputs, targets)`, or None for batches with `labels` (transformers).
+        loader: a DataLoader, or a list of batches.
+        optimizer: of torch (SGD, Adam, AdamW, RMSprop, Lion), or `nf.SGDConfig`, `nf.AdamConfig`, `nf.LionConfig`.
+        example_inputs: what `find_symmetries` takes; by default the inputs of the first batch.
+        steps: of training still to come; by default ten epochs, at least 1000.
+        warmup: steps of learning rate warmup planned, to have their number checked.
+        options: as in `analyze`.
+
+    Returns:
+        A Diagnosis: print it for an answer to each question, read `.changes` for what to do.
+
+    Raises:
+        ExportError, MomentError, DataError: of the stages of `analyze`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> data = [(torch.randn(16, 4), torch.randint(3, (16,))) for _ in range(8)]
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.5))
+        >>> nf.diagnose(model, nn.CrossEntropyLoss(), data, optimizer)["memory-of-squares"].severity
+        'act'
+
+    Source: docs/diagnosis.md.
+    """
+    return analyze(model, loss_fn, loader, optimizer, example_inputs, steps=steps, warmup=warmup, **options).diagnosis
 
 
 def analyze(
     model: nn.Module,
-    loss_fn: LossFn,
-    batches: Sequence[Any],
-    sgd: Settings,
-    example_inputs: Any,
+    loss_fn: LossFn | nn.Module | None,
+    batches: Iterable[Any],
+    sgd: Any,
+    example_inputs: Any = None,
     *,
+    steps: int | None = None,
+    warmup: int | None = None,
+    batch_size: int | None = None,
+    samples: int = SAMPLES,
+    curvature: bool | None = None,
     approximate: bool = True,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Analysis:
-    """Find and certify the model's symmetries, measure the gradient noise along them, forecast and solve.
+    """Find and certify the model's symmetries, measure the gradient noise along them, forecast, settle and diagnose.
 
-    `loss_fn(model, batch)` returns per-sample losses `[batch]`; `batches` can be iterated more than once. Symmetries on
+    It chooses by itself how to measure. Symmetries on
     frozen parameters and those whose certificate says broken are excluded and listed; a model that uses batch
     statistics (BatchNorm in training mode) is measured by its minibatches, and in evaluation mode without the
-    symmetries that hold with batch statistics only; with `approximate=False` the
-    equilibrium leaves those in place that a normalisation's eps makes approximate. `progress` hears each stage.
+    symmetries that hold with batch statistics only. Under Adam and Lion matrix symmetries count by the scale of each
+    head. There are many parameters because each choice can be overruled.
 
-    Raises the errors of the stages: ExportError, MomentError, DataError.
+    Args:
+        model: the model, in the mode in which it is trained; left as it is.
+        loss_fn: `loss_fn(model, batch)` with per-sample losses `[batch]`, a criterion for batches `(inputs, targets)`,
+            or None for batches with `labels`.
+        batches: a DataLoader, or a list of batches (all of a list is measured).
+        sgd: the optimiser, or its settings (`nf.SGDConfig` and the like).
+        example_inputs: what `find_symmetries` takes; by default the inputs of the first batch.
+        steps: of training still to come, for the diagnosis.
+        warmup: steps of warmup planned, for the diagnosis.
+        batch_size: samples per optimiser step, where it is not the loader's (accumulation, several devices).
+        samples: how many to take from a loader.
+        curvature: measure sharpness; by default up to two million trainable entries.
+        approximate: False leaves those symmetries in place that a normalisation's eps makes approximate.
+        progress: hears each stage.
+
+    Returns:
+        An Analysis; print it, or look at `.diagnosis`, `.flow`, `.equilibrium`, `.moments.noise_scale()`.
+
+    Raises:
+        ExportError, MomentError, DataError: of the stages.
     """
-    check_settings(sgd)
-    measured = measure(model, loss_fn, batches, example_inputs, progress=progress)
+    settings = settings_of(sgd, batches, batch_size, model)
+    data = _taken(batches, samples)
+    loss = chosen_loss(loss_fn, model, data[0])
+    inputs = inputs_of(data[0]) if example_inputs is None else example_inputs
+    scales = not isinstance(settings, SGDConfig) or bool(settings.groups)
+    measured = measure(model, loss, data, inputs, scales=scales, progress=progress)
     progress("integrating the Noether flow")
-    flow = noether_flow(model, measured.symmetries, measured.moments, sgd)
+    flow = noether_flow(model, measured.symmetries, measured.moments, settings)
     progress("solving for the noise equilibrium")
-    eq = measured.equilibrium(model, sgd, approximate=approximate)
-    return Analysis(measured.symmetries, measured.certificate, measured.moments, flow, eq, sgd)
+    eq = measured.equilibrium(model, settings, approximate=approximate)
+    found = _curvature(measured, model, loss, data, flow, eq, curvature)
+    examined = Examined(
+        model=unwrap(model),
+        symmetries=measured.symmetries,
+        refused=measured.certificate.refused,
+        moments=measured.moments,
+        flow=flow,
+        equilibrium=eq,
+        settings=settings,
+        curvature=found,
+        steps=_steps(batches) if steps is None else steps,
+        warmup=warmup,
+        started=bool(getattr(sgd, "state", None)),
+    )
+    diagnosis = diagnose_measurement(examined)
+    return Analysis(measured.symmetries, measured.certificate, measured.moments, flow, eq, settings, found, diagnosis)
+
+
+def settings_of(optimizer: Any, batches: Iterable[Any], batch_size: int | None, model: nn.Module) -> Settings:
+    """The optimiser's settings at the largest learning rate of its schedule, as far as that is written in its groups.
+
+    Raises:
+        DataError: neither settings nor an optimiser that the theory covers.
+    """
+    inner = unwrap_optimizer(optimizer)
+    if not isinstance(inner, torch.optim.Optimizer):
+        check_settings(inner)
+        settings: Settings = inner
+        return settings
+    size = batch_size or getattr(batches, "batch_size", None) or samples_in(next(iter(batches)))
+    at_peak = copy.copy(inner)
+    at_peak.param_groups = [
+        {**g, "lr": max(float(g["lr"]), float(g.get("initial_lr", 0.0)))} for g in inner.param_groups
+    ]
+    if not isinstance(batches, DataLoader):
+        return optimizer_config(at_peak, size, model=model)
+    try:
+        return optimizer_config(at_peak, size, batches, model=model)
+    except DataError as cause:
+        if "loader draws" not in str(cause):
+            raise
+        return optimizer_config(at_peak, size, model=model)
+
+
+def samples_in(batch: Any) -> int:
+    """How many samples a batch has: the length of its first tensor that has one."""
+    return next((len(t) for t in tensors_in(batch) if t.ndim), 0)
+
+
+def _taken(batches: Iterable[Any], samples: int) -> list[Any]:
+    """All batches of a list, of a loader as many as hold the samples wanted.
+
+    Raises:
+        DataError: there is no batch, or one tuple of tensors in place of a list of batches.
+    """
+    if isinstance(batches, tuple) and all(isinstance(b, Tensor) for b in batches):
+        raise DataError("batches is an iterable of batches, got one tuple of tensors; for a single batch: [(x, y)]")
+    if isinstance(batches, Sequence):
+        taken = list(batches)
+    else:
+        taken, found = [], 0
+        for batch in batches:
+            taken.append(batch)
+            found += samples_in(batch)
+            if found >= samples:
+                break
+    if not taken:
+        raise DataError("there are no batches; give at least one")
+    return taken
+
+
+def _steps(batches: Iterable[Any]) -> int:
+    return (
+        max(STEPS, EPOCHS * len(batches)) if isinstance(batches, DataLoader) and hasattr(batches, "__len__") else STEPS
+    )
+
+
+def inputs_of(batch: Any, samples: int = 2) -> Any:
+    """The model's inputs in a batch: the first item of a pair, a dict without its labels, or the batch itself.
+
+    Example:
+        >>> inputs_of((torch.zeros(5, 3), torch.zeros(5))).shape
+        torch.Size([2, 3])
+    """
+    if isinstance(batch, Mapping):
+        inputs: Any = {n: v for n, v in dict(batch).items() if n not in LABELS}
+    else:
+        inputs = batch[0] if isinstance(batch, tuple | list) else batch
+    return pytree.tree_map(lambda t: t[:samples] if isinstance(t, Tensor) and t.ndim else t, inputs)
+
+
+def _curvature(
+    measured: MeasuredModel,
+    model: nn.Module,
+    loss_fn: LossFn,
+    data: Sequence[Any],
+    flow: Flow,
+    eq: Equilibrium,
+    wanted: bool | None,
+) -> Sharpness | SquareMemory | None:
+    """Sharpness under SGD, the memory of squares under Adam; None where it is not wanted or cannot be measured.
+
+    Raises:
+        NoetherflowError: it cannot be measured, and was asked for.
+    """
+    size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if wanted is False or (wanted is None and size > LARGE):
+        return None
+    some = list(islice(data, max(1, CURVED // max(1, samples_in(data[0])))))
+    try:
+        if isinstance(flow.sgd, SGDConfig):
+            return sharpness_forecast(model, loss_fn, some, eq, flow, probes=PROBES)
+        if isinstance(flow.sgd, AdamConfig):
+            return square_memory(model, loss_fn, some, measured.moments, flow.sgd)
+    except NoetherflowError:
+        if wanted:
+            raise
+    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,25 +342,39 @@ def measure(
     batches: Sequence[Any],
     example_inputs: Any,
     *,
+    scales: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> MeasuredModel:
-    """The first stages of `analyze`: find and certify the symmetries, measure the gradient noise along them."""
+    """The first stages of `analyze`: find and certify the symmetries, measure the gradient noise along them.
+
+    With `scales` matrix symmetries are replaced by the scale of each block once they are certified.
+    """
     progress("tracing the model")
     syms = find_symmetries(model, example_inputs).trainable(model)
     progress("certifying the symmetries")
     certificate = certify(model, syms, example_inputs)
     syms = syms.without(certificate.refused)
+    syms = with_scales(syms) if scales else syms
     progress("measuring gradient moments")
     if uses_batch_statistics(model.modules()):
         again = _by_minibatch(loss_fn, batches, syms)
-    else:
-        syms = syms.without(dict.fromkeys(running_statistics(syms), BATCH_STATISTICS))
-        again = partial(gradient_moments, loss_fn=loss_fn, batches=batches, syms=syms, entries=True)
-    return MeasuredModel(syms, certificate, again(model), again)
+        return MeasuredModel(syms, certificate, again(model), again)
+    syms = syms.without(dict.fromkeys(running_statistics(syms), BATCH_STATISTICS))
+    again = partial(gradient_moments, loss_fn=loss_fn, batches=batches, syms=syms, entries=True)
+    return MeasuredModel(syms, certificate, again(model, parameters=_used(model, loss_fn, batches[0])), again)
+
+
+def _used(model: nn.Module, loss_fn: LossFn, batch: Any) -> list[str]:
+    """The trainable parameters that the loss of a batch depends on, but for those with hooks on their gradients."""
+    named = {n: t for n, t in tensors_of(unwrap(model)).items() if t.requires_grad and not has_gradient_hooks(t)}
+    if not named:
+        return []
+    found = torch.autograd.grad(loss_fn(model, batch).sum(), list(named.values()), allow_unused=True)
+    return [n for n, g in zip(named, found, strict=True) if g is not None]
 
 
 def _by_minibatch(loss_fn: LossFn, batches: Sequence[Any], syms: SymmetrySet) -> Callable[[nn.Module], GradientMoments]:
     """`minibatch_moments` of a model, each batch a replicate; batches of another size than the first are left out."""
-    sizes = [next((len(t) for t in tensors_in(batch) if t.ndim), 0) for batch in batches]
+    sizes = [samples_in(batch) for batch in batches]
     whole = [b for b, size in zip(batches, sizes, strict=True) if size == sizes[0]]
     return partial(minibatch_moments, loss_fn=loss_fn, batches=whole, syms=syms, batch_size=sizes[0], entries=True)

@@ -9,6 +9,7 @@ import typer
 from noetherflow.cli.analyze import analyze
 from noetherflow.cli.balance import balance
 from noetherflow.cli.demo import demo
+from noetherflow.cli.diagnose import diagnose
 from noetherflow.cli.find import find
 from noetherflow.cli.flow import flow
 from noetherflow.cli.runs import report, watch
@@ -19,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (find, analyze, flow, balance, report, watch, demo):
+for command in (find, analyze, diagnose, flow, balance, report, watch, demo):
     app.command()(command)
 for entry in entry_points(group="noetherflow.commands"):
     app.command(entry.name)(entry.load())

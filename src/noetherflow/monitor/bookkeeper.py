@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -150,6 +150,15 @@ class Bookkeeper:
             for e in self._estimates
             for i, label in enumerate(labels)
         ]
+
+    def as_log(self, header: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """The rows in memory as lines of a log that begins with `header`."""
+        rows = list(self._history.rows("family"))
+        yield {**header, "step": rows[0][0] if rows else 0}
+        for step, lr, row in rows:
+            yield {"kind": "step", "step": step, "lr": lr, "family": {f: row[f].tolist() for f in FIELDS}}
+        for e in self._estimates:
+            yield {"kind": "estimates", "step": e.step, "symmetry": {k: v.tolist() for k, v in e.columns.items()}}
 
     def rewind(self, step: int) -> None:
         """Forget everything from `step` on."""

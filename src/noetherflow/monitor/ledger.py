@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+import noetherflow as nf
 from noetherflow.core.tensors import named_tensors
 from noetherflow.core.unwrap import unwrap_optimizer
 from noetherflow.errors import DataError
@@ -29,8 +30,12 @@ from noetherflow.monitor.log import FORMAT
 from noetherflow.monitor.measure import Measurement, StepMeter, one_number
 from noetherflow.monitor.rule import AnyRule, LedgerRule
 from noetherflow.monitor.rules import rule_for
+from noetherflow.monitor.rundata import RunData
 from noetherflow.monitor.watching import parameters_of, untraced, watch_closure
 from noetherflow.symmetry.symmetry_set import SymmetrySet
+
+if TYPE_CHECKING:
+    from noetherflow import Diagnosis
 
 
 @dataclass
@@ -281,7 +286,8 @@ class Ledger:
 
     def _write_header(self) -> None:
         header, names = self._books.header(self.step, type(self.optimizer).__name__, self.every)
-        self._journal.header(header | {"excluded": self.excluded}, names)
+        momentum = float(self.optimizer.param_groups[0].get("momentum", 0.0))
+        self._journal.header(header | {"excluded": self.excluded, "momentum": momentum}, names)
         self._journal.write()
 
     def records(self, by: Level = "family") -> list[dict[str, Any]]:
@@ -297,6 +303,22 @@ class Ledger:
         """One row per estimated step and symmetry; `docs/ledger.md` explains the columns."""
         self.flush()
         return self._books.estimates()
+
+    def run_data(self) -> RunData:
+        """The run as arrays: all of it where there is a log, else the steps in memory.
+
+        Raises DataError before the first recorded step.
+        """
+        self.flush()
+        if self._journal.log is not None:
+            return RunData.load(self._journal.log.path.parent)
+        header, _ = self._books.header(0, type(self.optimizer).__name__, self.every)
+        header["momentum"] = float(self.optimizer.param_groups[0].get("momentum", 0.0))
+        return RunData.of([*self._books.as_log(header), *self.events], "the ledger")
+
+    def diagnose(self) -> Diagnosis:
+        """What the run so far says in plain words; see `docs/diagnosis.md`. Raises DataError before the first step."""
+        return nf.diagnose_run(self.run_data())
 
     # -- state and hooks ----------------------------------------------------------------------------------------------
 

@@ -1,0 +1,30 @@
+"""`noetherflow diagnose`: what a run or a model says in plain words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from noetherflow.cli import tables
+from noetherflow.cli.options import Debug, Json
+
+
+def diagnose(
+    run_dir: Annotated[Path, typer.Argument(help="Folder given to the ledger as run_dir.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say in plain words what a training run does, what to watch and what to change, from its ledger.
+
+    For a model before training: nf.diagnose(model, loss_fn, loader, optimizer) in Python, or `noetherflow analyze`.
+    """
+    from noetherflow.diagnosis.of_run import diagnose_run
+
+    found = diagnose_run(run_dir)
+    if as_json:
+        print(json.dumps(found.to_dict()))
+        return
+    tables.out().print(str(found), markup=False, soft_wrap=True)

@@ -1,0 +1,225 @@
+"""Rules on layers and heads: far from their noise equilibrium, dead, or frozen out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from noetherflow.core.printing import show
+from noetherflow.diagnosis.facts import LayerBalance, PartActivity, RunBalance
+from noetherflow.diagnosis.finding import Evidence, Finding, Severity, calm
+
+FAR, VERY_FAR = math.log(3.0), math.log(10.0)
+LAYER_FAR, LAYER_VERY_FAR = math.log(10.0), math.log(30.0)
+CERTAIN = 2.0
+SOME_DEAD, MANY_DEAD = 0.1, 0.5
+SILENT = 1e-6
+FAINT, FROZEN_OUT = 0.1, 0.01
+SHOWN = 4
+
+
+def far_from_equilibrium(facts: Sequence[LayerBalance], steps: float) -> list[Finding]:
+    """Units, heads and layers whose two sides are far from where gradient noise will put them.
+
+    A coordinate that must be moved by a factor `f` has gradients of `f` times the balanced size on its small side and
+    curvature of `f^2` times. Threshold for one unit or head against the median of its layer: `f = 3` is to watch, a
+    curvature of 9 times, more than random initialisation scatters; `f = 10` to act on, a curvature of 100 times, which
+    lowers the stable learning rate of the whole model as much. For a layer as a whole: 10 and 30, since gains of 1 in
+    front of weights of standard deviation 0.02, the usual start of a transformer, are 1 / sqrt(0.02) = 7 off. Two
+    standard errors are taken off first, so that sampling alone finds nothing.
+    """
+    parts = [(f, _beyond(f)) for f in facts if np.isfinite(f.factors).any()]
+    if not parts:
+        return []
+    found: list[Finding] = []
+    lone = [(f, s) for f, s in parts if s.max() >= FAR]
+    if lone:
+        found.append(_outliers(lone, steps))
+    whole = [f for f, _ in parts if _level(f) >= LAYER_FAR]
+    if whole:
+        found.append(_layers(whole, steps))
+    if found:
+        return found
+    worst = max((f for f, _ in parts), key=lambda f: float(np.nanmax(np.abs(f.factors))))
+    at = int(np.nanargmax(np.abs(worst.factors)))
+    title = (
+        f"None is far from its noise equilibrium: the farthest, {worst.part} {at} of `{worst.name}`, is a factor of "
+    )
+    title += f"{math.exp(abs(float(worst.factors[at]))):.2g} away."
+    return [calm("balance", "balance", title, _sure(worst, at))]
+
+
+def _beyond(fact: LayerBalance) -> np.ndarray:
+    """`|log factor - median of the layer|` less two standard errors; 0 where there is no equilibrium."""
+    away = np.abs(fact.factors - np.nanmedian(fact.factors))
+    return np.nan_to_num(np.maximum(away - CERTAIN * np.nan_to_num(fact.errors, posinf=0.0), 0.0))
+
+
+def _level(fact: LayerBalance) -> float:
+    """`|median log factor|` of a layer less two standard errors of a coordinate's."""
+    level, error = abs(float(np.nanmedian(fact.factors))), np.nan_to_num(fact.errors, posinf=0.0)
+    return level - CERTAIN * float(np.median(error)) / math.sqrt(len(error))
+
+
+def _outliers(lone: Sequence[tuple[LayerBalance, np.ndarray]], steps: float) -> Finding:
+    """Single units or heads far from the others of their layer."""
+    ranked = sorted(lone, key=lambda r: -float(r[1].max()))
+    worst, sizes = ranked[0]
+    at = int(sizes.argmax())
+    factor = math.exp(abs(float(worst.factors[at])))
+    named = [f"{_listed(f, np.flatnonzero(s >= FAR))} of `{f.name}`" for f, s in ranked]
+    title = f"{_some(named)}: up to {factor:.3g} times from the noise equilibrium, unlike the rest of the layer "
+    title += f"(worst: {worst.part} {at} of `{worst.name}`)."
+    severity: Severity = "act" if sizes.max() >= VERY_FAR else "watch"
+    numbers = tuple(_number(f, int(s.argmax())) for f, s in ranked[:SHOWN])
+    means, advice, names = _means(factor, worst, steps), ADVICE, tuple(f.name for f, _ in ranked)
+    weight = float(sizes.max())
+    return Finding("balance", "balance", severity, title, means, advice, _sure(worst, at), numbers, names, weight)
+
+
+ADVICE = "move it without changing the function: nf.balance_(model, nf.analyze(...).equilibrium, optimizer)"
+
+
+def _layers(whole: Sequence[LayerBalance], steps: float) -> Finding:
+    """Layers that stand as a whole on one side of their equilibrium."""
+    ranked = sorted(whole, key=lambda f: -_level(f))
+    worst, level = ranked[0], _level(ranked[0])
+    at = int(np.nanargmin(np.abs(np.abs(worst.factors) - level)))
+    factor = math.exp(abs(float(np.nanmedian(worst.factors))))
+    title = f"{_some([f'`{f.name}`' for f in ranked])}: as a layer up to {factor:.3g} times from the noise equilibrium."
+    severity: Severity = "act" if level >= LAYER_VERY_FAR else "watch"
+    numbers = tuple(Evidence(f"median log factor of {f.name}", float(np.nanmedian(f.factors))) for f in ranked[:SHOWN])
+    means, names = _means(factor, worst, steps), tuple(f.name for f in ranked)
+    return Finding("balance-layer", "balance", severity, title, means, ADVICE, _sure(worst, at), numbers, names, level)
+
+
+def far_during_run(facts: Sequence[RunBalance], steps: float) -> list[Finding]:
+    """The same from the estimates of a ledger, which keep the median and the largest log factor of each layer."""
+    known = [f for f in facts if math.isfinite(f.largest)]
+    if not known:
+        return []
+    worst = max(known, key=lambda f: max(f.largest - f.median - FAR, f.median - LAYER_FAR))
+    lone, whole = worst.largest - worst.median, worst.median
+    numbers = (Evidence(f"largest log factor of {worst.name}", worst.largest), Evidence("median", worst.median))
+    sure = "likely: a running estimate from single minibatches"
+    factor = math.exp(worst.largest)
+    if lone < FAR and whole < LAYER_FAR:
+        title = f"None is far from its noise equilibrium: at most a factor of {factor:.2g} (`{worst.name}`)."
+        return [calm("balance", "balance", title, sure, numbers)]
+    severity: Severity = "act" if lone >= VERY_FAR or whole >= LAYER_VERY_FAR else "watch"
+    where = "a part of it" if lone >= FAR else "the whole layer"
+    title = f"`{worst.name}` is up to {factor:.3g} times from its noise equilibrium, {where}."
+    means = "The small side has gradients and curvature above the balanced ones, which holds down the stable learning "
+    means += f"rate. {_phase(worst.steps, steps)}"
+    names = tuple(f.name for f in known if f.largest - f.median >= FAR or f.median >= LAYER_FAR)
+    return [Finding("balance", "balance", severity, title, means, ADVICE, sure, numbers, names, worst.largest)]
+
+
+def _number(fact: LayerBalance, at: int) -> Evidence:
+    error = float(fact.errors[at])
+    what = f"{fact.part} {at} of {fact.name}, log factor"
+    return Evidence(what, float(fact.factors[at]), error if math.isfinite(error) else None)
+
+
+def _means(factor: float, fact: LayerBalance, steps: float) -> str:
+    means = f"The small side has gradients about {factor:.2g} times and curvature {factor**2:.2g} times the balanced "
+    means += "one, which holds down the stable learning rate. "
+    return means + _phase(fact.steps, steps)
+
+
+def _phase(needed: float, steps: float) -> str:
+    """How long noise takes to even an imbalance out, against the run."""
+    if not needed > 0 or math.isinf(needed):
+        return "How long noise takes to even that out is not known."
+    phase = "within this run (fast phase)" if needed <= steps else "longer than this run (slow phase)"
+    return f"Noise evens it out over some {show(round(needed))} steps, {phase}."
+
+
+def _listed(fact: LayerBalance, which: np.ndarray) -> str:
+    names = ", ".join(str(i) for i in which[:6])
+    return f"{fact.part}{'s' if len(which) > 1 else ''} {names}{', ...' if len(which) > 6 else ''}"
+
+
+def _some(named: Sequence[str]) -> str:
+    return "; ".join(named[:3]) + (f" and {len(named) - 3} more layers" if len(named) > 3 else "")
+
+
+def _sure(fact: LayerBalance, at: int) -> str:
+    error = float(fact.errors[at])
+    if not math.isfinite(error):
+        return "likely: no error bar here, measure more batches for one"
+    return f"factor known to {math.exp(error) - 1:.1%}; it is the balance of the function as it is now"
+
+
+def dead_units(facts: Sequence[PartActivity]) -> list[Finding]:
+    """Units that no measured sample sends any gradient through.
+
+    A unit that is active for one sample of thousands still has a hundredth of the usual root mean squared gradient;
+    below `1e-6` of the layer's median it is rounding. Threshold: a tenth of a layer is to watch, for that much of its
+    width is lost; half of it to act on. Single dead units are normal in wide ReLU layers and are only mentioned.
+    """
+    layers = [(f, _dead(f)) for f in facts if f.part != "head"]
+    if not layers:
+        return []
+    worst, which = max(layers, key=lambda r: len(r[1]) / len(r[0].gradient))
+    share, total = len(which) / len(worst.gradient), sum(len(w) for _, w in layers)
+    if share < SOME_DEAD:
+        title = f"{total} units are dead, at most {share:.0%} of a layer: normal." if total else "No unit is dead."
+        return [calm("dead-units", "balance", title, "sure on the data measured")]
+    units = ", ".join(str(i) for i in which[:8]) + (", ..." if len(which) > 8 else "")
+    title = f"{len(which)} of {len(worst.gradient)} {worst.part}s of `{worst.name}` are dead ({units})."
+    means = "No sample sends a gradient through them, so they never learn again; only weight decay moves them."
+    advice = f"lower the learning rate or the biases of `{worst.name}`, draw these {worst.part}s anew, or use a leaky "
+    advice += "activation"
+    sure = "sure on the data measured; a unit that is active for rare samples only looks the same"
+    severity: Severity = "act" if share >= MANY_DEAD else "watch"
+    numbers = (Evidence(f"dead {worst.part}s of {worst.name}", float(len(which)), unit=f"of {len(worst.gradient)}"),)
+    names = tuple(f.name for f, w in layers if len(w) >= SOME_DEAD * len(f.gradient))
+    return [Finding("dead-units", "balance", severity, title, means, advice, sure, numbers, names, share)]
+
+
+def _dead(fact: PartActivity) -> np.ndarray:
+    alive = fact.gradient[fact.gradient > 0]
+    level = float(np.median(alive)) if alive.size else 0.0
+    return np.flatnonzero(fact.gradient <= SILENT * level)
+
+
+def frozen_heads(facts: Sequence[PartActivity]) -> list[Finding]:
+    """Attention heads that contribute next to nothing beside the others of their layer, or get no gradient.
+
+    Compared is the product of the norms of both sides (value and output, query and key), and the root mean squared
+    gradient, with the layer's median. Threshold: a tenth is to watch; a hundredth to act on: the gradient of each side
+    is the other side's size, so such a head also learns ten times or more slower than its neighbours and stays behind.
+    """
+    layers = [f for f in facts if f.part == "head" and len(f.weight) > 1]
+    if not layers:
+        return []
+    found = [(f, h, share) for f in layers for h, share in _faint(f)]
+    if not found:
+        return [calm("frozen-heads", "balance", "No attention head is frozen out.", "sure on the data measured")]
+    ranked = sorted(found, key=lambda r: r[2])
+    worst, head, share = ranked[0]
+    listed = ", ".join(f"head {h} of `{f.name}`" for f, h, _ in ranked[:SHOWN]) + (
+        ", ..." if len(ranked) > SHOWN else ""
+    )
+    title = f"Frozen out: {listed}, at {share:.2g} of its layer's median head."
+    means = "It adds next to nothing (values and outputs) or looks everywhere alike (queries and keys), and its "
+    means += "gradients are as small, so it does not catch up by itself."
+    advice = f"draw head {head} of `{worst.name}` anew or prune it; look for a mask or a skipped initialisation"
+    severity: Severity = "act" if share < FROZEN_OUT else "watch"
+    numbers = tuple(Evidence(f"head {h} of {f.name} over the median", s) for f, h, s in ranked[:SHOWN])
+    names, weight = tuple(dict.fromkeys(f.name for f, _, _ in ranked)), -math.log(max(share, 1e-12))
+    sure = "sure on the data measured"
+    return [Finding("frozen-heads", "balance", severity, title, means, advice, sure, numbers, names, weight)]
+
+
+def _faint(fact: PartActivity) -> list[tuple[int, float]]:
+    """Heads below `FAINT` of the median, with their share of it, by weights or by gradients."""
+    shares = np.ones(len(fact.weight))
+    for values in (fact.weight, fact.gradient):
+        level = float(np.median(values))
+        if level > 0:
+            shares = np.minimum(shares, values / level)
+    return [(int(h), float(shares[h])) for h in np.flatnonzero(shares < FAINT)]

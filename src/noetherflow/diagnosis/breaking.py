@@ -1,0 +1,102 @@
+"""Rules on what breaks symmetries: the loss, the optimiser, other hands on the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from noetherflow.core.printing import count
+from noetherflow.diagnosis.finding import Evidence, Finding, Severity, calm
+
+BROKEN = 0.01
+MOVED = 0.5
+TOUCHED = 0.01
+OUTSIDE_EVENTS = ("edited", "unexplained", "replaced")
+
+
+def broken_by_the_loss(refused: Mapping[str, str]) -> list[Finding]:
+    """Symmetries of the architecture that the certificate found broken: by name the reason.
+
+    Threshold: the certificate's own, which compares in float64 with rounding; nothing is left to choose here.
+    """
+    if not refused:
+        return [calm("certificate", "invariance", "All symmetries hold, checked in float64.")]
+    name, why = next(iter(refused.items()))
+    title = f"{count(len(refused), 'symmetry is', 'symmetries are')} broken (`{name}`: {why})."
+    means = "What is said about norms and balance leaves these layers out."
+    advice = (
+        "nf.explain(model, example_inputs, parameter) says what breaks it, often a detach, a hook or an own backward"
+    )
+    sure = "sure: checked in float64"
+    names = tuple(refused)
+    return [Finding("certificate", "invariance", "watch", title, means, advice, sure, (), names, len(refused))]
+
+
+def violated_in_training(checks: Sequence[tuple[str, float]]) -> list[Finding]:
+    """Symmetries that the gradients of a run violate: `(name, |theta^T A g| / (|theta| |g|))`.
+
+    Threshold: rounding leaves 1e-6 in float32 and 1e-3 in bfloat16, a normalisation's eps rarely 1e-3; at 0.01 the loss
+    itself depends on the position along the symmetry (a penalty on weights or logits, dropout between the legs).
+    """
+    known = [(n, c) for n, c in checks if math.isfinite(c)]
+    if not known:
+        return []
+    name, worst = max(known, key=lambda r: r[1])
+    number = (Evidence(f"violation of {name}", worst),)
+    if worst < BROKEN:
+        return [calm("violation", "invariance", f"Gradients obey all symmetries, to {worst:.1g}.", "measured", number)]
+    title = f"The loss breaks `{name}`: its gradients violate it by {worst:.2g}."
+    means = "Something besides the model's function enters the loss: a penalty, or noise between the two layers."
+    advice = f"if no penalty on `{name}` is meant, look for one; else take its charge as driven by it"
+    return [Finding("violation", "invariance", "watch", title, means, advice, "measured", number, (name,), worst)]
+
+
+def moved_by_preconditioner(moved: Sequence[tuple[str, float, float]]) -> list[Finding]:
+    """What an adaptive optimiser does to charges that gradient descent keeps: `(family, by preconditioner, norm)`.
+
+    Adam divides the two sides of a symmetry by different numbers, so it moves charges at first order. Threshold: more
+    than half of the squared weights have moved from one side to the other, so the layers' balance is Adam's making.
+    """
+    known = [(f, abs(c) / n) for f, c, n in moved if n > 0 and math.isfinite(c)]
+    if not known:
+        return []
+    family, share = max(known, key=lambda r: r[1])
+    number = (Evidence(f"charge moved by the preconditioner over the squared weights, {family}", share),)
+    if share < MOVED:
+        title = f"Adam treats the two sides of a symmetry differently; that moved {share:.2g} of the squared weights."
+        title = "The optimiser treats both sides of every symmetry alike." if share == 0 else title
+        return [calm("preconditioner", "optimiser", title, "measured", number)]
+    title = (
+        f"Adam breaks the symmetry `{family}`: it moved {share:.2g} of the squared weights from one side to the other."
+    )
+    means = "Its two layers get different step sizes; their balance is the optimiser's, not that of SGD's noise."
+    advice = (
+        f"nothing, unless one side of `{family}` has grown too large: then weight decay or a rate of its own for it"
+    )
+    return [Finding("preconditioner", "optimiser", "watch", title, means, advice, "measured", number, (family,), share)]
+
+
+def touched_from_outside(shares: Sequence[tuple[str, float]], events: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """Weights that something else than the watched optimiser changed: `(family, |outside| over norm)`, and the events.
+
+    Threshold: 1 % of the squared weights over the run, or an event of the ledger, which notices single writes: to
+    watch. Half of the squared weights is to act on: the run is then not the optimiser's.
+    """
+    noticed = [e for e in events if e.get("event") in OUTSIDE_EVENTS]
+    known = [(f, s) for f, s in shares if math.isfinite(s)]
+    family, share = max(known, key=lambda r: r[1], default=("", 0.0))
+    if not noticed and share < TOUCHED:
+        title = "Nobody but the optimiser changed the weights."
+        return [calm("outside", "invariance", title, "sure for recorded steps")]
+    when = f", first at step {noticed[0]['step']}" if noticed else ""
+    much = f" ({share:.2g} of the squared weights of `{family}`)" if share >= TOUCHED else ""
+    title = f"Parameters were changed from outside the optimiser{when}{much}."
+    means = "A second optimiser, clipping of weights, averaging or a loaded checkpoint writes to them: neither the "
+    means += "optimiser's state nor any prediction knows of it."
+    advice = "if that is not meant, look for code that writes to parameters between steps"
+    severity: Severity = "act" if share >= MOVED else "watch"
+    numbers = (Evidence("noticed events", float(len(noticed))), Evidence("share of squared weights", share))
+    names = (family,) if share >= TOUCHED else ()
+    sure = "sure: torch counts writes"
+    return [Finding("outside", "invariance", severity, title, means, advice, sure, numbers, names, share)]

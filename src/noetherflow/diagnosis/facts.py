@@ -1,0 +1,229 @@
+"""What the rules know: small records of numbers, whether they come from a measurement or from a run's log."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from noetherflow.moments.noise_scale import NoiseScales
+
+
+@dataclass(frozen=True)
+class ScaleInvariantNorm:
+    """A weight whose scale the loss ignores, for it stands in front of a normalisation.
+
+    Attributes:
+        name: of the symmetry.
+        norm_square: `|W|^2` now (preconditioned under Adam: only ratios of it are used).
+        growth: what gradients add to it per step, by noise and mean gradient; never negative.
+        growth_error: standard error of that, None where unknown.
+        decay: the share of it that weight decay takes per step.
+        power: how fast growth falls as the norm rises: 2 under SGD (growth goes as `1 / |W|^2`, the effective learning
+            rate is `lr / |W|^2`), 1 under Adam (growth constant, effective learning rate `lr / |W|`).
+    """
+
+    name: str
+    norm_square: float
+    growth: float
+    growth_error: float | None
+    decay: float
+    power: int
+
+    def norm_factor(self, steps: float) -> float:
+        """By which factor `|W|^2` changes in so many steps, the direction of the weight taken as it is.
+
+        With `n = |W|^2`, growth `g` and decay `d` per step: SGD `d(n^2)/dk = 2 g n_0 - 2 d n^2`, Adam `dn/dk = g - d
+        n`; both are linear.
+
+        Example:
+            >>> ScaleInvariantNorm("w", 1.0, 0.5, None, 0.0, 2).norm_factor(8)  # (1 + 2 * 0.5 * 8)^(1/2)
+            3.0
+
+        Source: theory.md section 7.
+        """
+        rate, push = self.decay * self.power, self.growth / self.norm_square * self.power
+        left = math.exp(-rate * steps)
+        raised = left + (push * steps if rate == 0 else push * (1 - left) / rate)
+        return float(raised ** (1 / self.power))
+
+    def learning_rate_factor(self, steps: float) -> float:
+        """By which factor the effective learning rate changes in so many steps at a constant learning rate."""
+        return float(self.norm_factor(steps) ** (-self.power / 2))
+
+    @property
+    def settling(self) -> float:
+        """Steps until the norm has come within 37 % of where decay holds it; infinite without decay."""
+        return 1 / (self.decay * self.power) if self.decay > 0 else math.inf
+
+
+@dataclass(frozen=True, eq=False)
+class LayerBalance:
+    """How far the coordinates of one symmetry (units, heads) stand from their noise equilibrium.
+
+    Attributes:
+        name: of the symmetry.
+        family: its family.
+        part: what a coordinate is: `unit`, `head`, `channel`.
+        factors: by which the weights of each coordinate must be stretched on one side and shrunk on the other to be
+            there, as the signed logarithm; NaN where there is no equilibrium. `[coordinates]`.
+        errors: standard errors of `factors`, NaN where unknown.
+        steps: until a small deviation is down to 37 %, median over coordinates; NaN where unknown.
+    """
+
+    name: str
+    family: str
+    part: str
+    factors: np.ndarray
+    errors: np.ndarray
+    steps: float
+
+
+@dataclass(frozen=True, eq=False)
+class PartActivity:
+    """How much the units or heads of one layer carry and learn.
+
+    Attributes:
+        name: of the symmetry.
+        part: what a coordinate is: `unit`, `head`.
+        weight: the product of the norms of both sides, the size of what a coordinate contributes. `[coordinates]`.
+        gradient: the root of the mean squared gradient on both sides together. `[coordinates]`.
+    """
+
+    name: str
+    part: str
+    weight: np.ndarray
+    gradient: np.ndarray
+
+
+@dataclass(frozen=True)
+class StepStability:
+    """How the learning rate stands to the curvature.
+
+    Attributes:
+        lr: the learning rate asked about, the largest of the run.
+        load: `lr` over the largest that full-batch steps are stable at here; NaN where it was not measured.
+        noisy_load: the same with minibatches, in mean square; NaN where unknown.
+        load_later: `load` at the noise equilibrium; NaN where unknown.
+        sharpening: by which factor the curvature changes on the way to the noise equilibrium; NaN where unknown.
+        needed: steps of a linear warmup that keep the load below 1; None where no length does, NaN where unknown.
+        safe: steps that keep the load with minibatches below 1/2, likewise.
+        planned: steps of warmup that the run has; None where nobody said.
+        started: the optimiser has made steps with these weights.
+    """
+
+    lr: float
+    load: float
+    noisy_load: float
+    load_later: float
+    sharpening: float
+    needed: float | None
+    safe: float | None
+    planned: int | None
+    started: bool
+
+    @property
+    def stable(self) -> float:
+        """The largest learning rate at which full-batch steps are stable."""
+        return self.lr / self.load if self.load > 0 else math.inf
+
+
+@dataclass(frozen=True)
+class NormHistory:
+    """What became of the norm of a scale-invariant weight in a run.
+
+    Attributes:
+        name: of the symmetry.
+        norm_factor: `|W|^2` at the end over the beginning.
+        rate_factor: effective learning rate at the end over the beginning, changes of the learning rate taken out.
+    """
+
+    name: str
+    norm_factor: float
+    rate_factor: float
+
+
+@dataclass(frozen=True)
+class RunBalance:
+    """How far one symmetry stood from its noise equilibrium at the end of a run, as the ledger estimates it.
+
+    Attributes:
+        name: of the symmetry.
+        median: median over coordinates of the log factor.
+        largest: the largest of them.
+        steps: until the distance has fallen to 37 %, NaN where unknown.
+    """
+
+    name: str
+    median: float
+    largest: float
+    steps: float
+
+
+@dataclass(frozen=True)
+class LossCourse:
+    """What the loss and the learning rate did in a run.
+
+    Attributes:
+        warmup: steps over which the learning rate rose from its start.
+        spikes: steps at which the loss jumped far above its level.
+        broken: the first step with numbers that are not finite, None without.
+        steps: made.
+    """
+
+    warmup: int
+    spikes: tuple[int, ...]
+    broken: int | None
+    steps: int
+
+
+@dataclass(frozen=True)
+class NormTrend:
+    """How fast the norm of one weight changes now.
+
+    Attributes:
+        name: of the parameter.
+        norm_square: `|W|^2` now.
+        change: of it per step, by mean gradient, noise and decay.
+    """
+
+    name: str
+    norm_square: float
+    change: float
+
+
+@dataclass(frozen=True)
+class BatchRegime:
+    """How minibatches stand to the gradient noise.
+
+    Attributes:
+        batch_size: samples per step.
+        scales: gradient noise scales.
+        mean_share: the mean gradient's share of what gradients add to the charges.
+        horizon: steps for which the measured mean gradient lasts.
+    """
+
+    batch_size: int
+    scales: NoiseScales
+    mean_share: float
+    horizon: float
+
+
+@dataclass(frozen=True)
+class LogitGrowth:
+    """Query and key weights of one attention layer: their norms bound the attention logits.
+
+    Attributes:
+        name: of the symmetry.
+        head: the head concerned, None for the whole layer.
+        factor: by which `|W_q|^2 + |W_k|^2` grows over the steps looked at.
+        steps: over how many steps.
+        measured: it has grown by that much; else it will, by noise and decay alone.
+    """
+
+    name: str
+    head: int | None
+    factor: float
+    steps: float
+    measured: bool

@@ -1,0 +1,197 @@
+"""Findings in plain words, and the diagnosis that collects them."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from noetherflow.core.printing import WIDTH, count, show
+
+Severity = Literal["act", "watch", "good", "open"]
+"""`act`: change something; `watch`: look again later; `good`: nothing to do; `open`: this measurement cannot tell."""
+Topic = Literal["norms", "warmup", "balance", "decay", "batch", "optimiser", "invariance"]
+QUESTIONS: dict[Topic, str] = {
+    "norms": "Which norms grow?",
+    "warmup": "Is the learning rate stable, the warmup long enough?",
+    "balance": "Which layers and heads are imbalanced?",
+    "decay": "Does weight decay bite?",
+    "batch": "Is the batch size right?",
+    "optimiser": "Does the optimiser do what it should?",
+    "invariance": "Do the symmetries hold?",
+}
+"""What each topic answers, in the order in which answers are printed."""
+NOTHING = "nothing to do"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One number behind a finding.
+
+    Attributes:
+        what: in words, with the layer or head by name.
+        value: the number.
+        error: its standard error, None where it is not known.
+        unit: what it counts.
+
+    Example:
+        >>> print(Evidence("noise scale", 812.0, 31.0, "samples"))
+        noise scale: 812 samples, +- 31
+    """
+
+    what: str
+    value: float
+    error: float | None = None
+    unit: str = ""
+
+    def __str__(self) -> str:
+        sure = "" if self.error is None else f", +- {self.error:.2g}"
+        return f"{self.what}: {show(float(self.value))}{' ' + self.unit if self.unit else ''}{sure}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One answer in plain words.
+
+    Attributes:
+        rule: the rule that made it, a short name for programs.
+        topic: which question it answers.
+        severity: how urgent it is.
+        title: one sentence with the number that matters.
+        means: what follows from it for the training.
+        advice: what to do; `nothing to do` where that is so.
+        sure: how sure that is, and what would change it.
+        evidence: the numbers.
+        where: names of the symmetries, layers or heads concerned.
+        weight: how far beyond its threshold; within one severity larger ones are printed first.
+
+    Example:
+        >>> calm("decay-bites", "decay", "Weight decay acts over 500 steps.").question
+        'Does weight decay bite?'
+    """
+
+    rule: str
+    topic: Topic
+    severity: Severity
+    title: str
+    means: str
+    advice: str
+    sure: str
+    evidence: tuple[Evidence, ...] = ()
+    where: tuple[str, ...] = ()
+    weight: float = 0.0
+
+    @property
+    def question(self) -> str:
+        """The question that it answers."""
+        return QUESTIONS[self.topic]
+
+    def __str__(self) -> str:
+        lines = [_wrapped(f"{self.severity.upper():<6}{self.title}", 6)]
+        if self.severity == "good":
+            return lines[0]
+        rows = [("means", self.means), ("do", self.advice), ("sure", self.sure)]
+        rows += [("numbers", "; ".join(str(e) for e in self.evidence))] if self.evidence else []
+        return "\n".join([*lines, *(_wrapped(f"      {name}: {text}", 8) for name, text in rows if text)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
+        return {**asdict(self), "question": self.question}
+
+
+def calm(rule: str, topic: Topic, title: str, sure: str = "sure", evidence: tuple[Evidence, ...] = ()) -> Finding:
+    """A good answer: nothing to do."""
+    return Finding(rule, topic, "good", title, "", NOTHING, sure, evidence)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All findings on one model or run, the most urgent first; printing it answers each question in words.
+
+    Attributes:
+        subject: what was looked at, for the first line.
+        findings: ranked: act, watch, open, good, and within these by weight.
+    """
+
+    subject: str
+    findings: tuple[Finding, ...]
+
+    @classmethod
+    def of(cls, subject: str, findings: Sequence[Finding]) -> Diagnosis:
+        """The findings, ranked."""
+        rank: tuple[Severity, ...] = ("act", "watch", "open", "good")
+        return cls(subject, tuple(sorted(findings, key=lambda f: (rank.index(f.severity), -f.weight))))
+
+    def __iter__(self) -> Iterator[Finding]:
+        return iter(self.findings)
+
+    def __len__(self) -> int:
+        return len(self.findings)
+
+    def __getitem__(self, rule: str) -> Finding:
+        for finding in self.findings:
+            if finding.rule == rule:
+                return finding
+        raise KeyError(f"no finding by rule {rule!r}; found: {[f.rule for f in self.findings]}")
+
+    def about(self, topic: Topic) -> tuple[Finding, ...]:
+        """The findings that answer one question, the most urgent first."""
+        return tuple(f for f in self.findings if f.topic == topic)
+
+    def severity(self, severity: Severity) -> tuple[Finding, ...]:
+        """The findings of one severity."""
+        return tuple(f for f in self.findings if f.severity == severity)
+
+    @property
+    def verdict(self) -> Severity:
+        """The most urgent severity; `good` where nothing was found."""
+        return self.findings[0].severity if self.findings else "good"
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """What to change, the most urgent first; empty where there is nothing to do."""
+        return tuple(dict.fromkeys(f.advice for f in self.findings if f.severity in ("act", "watch") and f.advice))
+
+    def __str__(self) -> str:
+        counts = [
+            count(len(self.severity(s)), *words)
+            for s, words in zip(get_args(Severity), SEVERITY_WORDS, strict=True)
+            if self.severity(s)
+        ]
+        lines = [_wrapped(f"{self.subject}: {', '.join(counts) or 'nothing found'}.", 2)]
+        for topic, question in QUESTIONS.items():
+            if found := self.about(topic):
+                lines += ["", question, *(str(f) for f in found)]
+        lines += ["", "What should I change?"]
+        lines += [_wrapped(f"  {i}. {text}", 5) for i, text in enumerate(self.changes, 1)] or ["  Nothing to do."]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per finding."""
+        names = ("severity", "topic", "rule", "title", "advice", "sure")
+        return [{n: getattr(f, n) for n in names} for f in self.findings]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
+        return {
+            "subject": self.subject,
+            "verdict": self.verdict,
+            "changes": list(self.changes),
+            "findings": [f.to_dict() for f in self.findings],
+        }
+
+
+SEVERITY_WORDS = (
+    ("thing to act on", "things to act on"),
+    ("to watch", "to watch"),
+    ("good answer", "good answers"),
+    ("open question", "open questions"),
+)
+"""How many of each severity there are, in words, in the order of `Severity`."""
+
+
+def _wrapped(text: str, indent: int) -> str:
+    return textwrap.fill(text, WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False)

@@ -1,0 +1,173 @@
+"""Rules on norms: those that grow without a counterweight, weight decay against growth, attention logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from noetherflow.core.printing import count
+from noetherflow.diagnosis.facts import LogitGrowth, NormHistory, NormTrend, ScaleInvariantNorm
+from noetherflow.diagnosis.finding import Evidence, Finding, Severity, calm
+
+HALVED, TENTH = 2.0, 10.0
+BITES, TOO_SMALL = 1.0, 0.1
+LOGITS, LOGITS_SATURATE = 3.0, 10.0
+TRENDS = 3
+
+
+def norm_growth(facts: Sequence[ScaleInvariantNorm], steps: float) -> list[Finding]:
+    """What the norms of scale-invariant weights do to the effective learning rate over the steps to come.
+
+    Threshold: a change by a factor of 2 is to watch, since it is what halving the learning rate by hand would do, a
+    step that schedules take on purpose; by a factor of 10 to act on, since most schedules end at a tenth of the peak,
+    so that the hidden schedule is then as strong as the one that was chosen.
+    """
+    if not facts:
+        title = "No norm can grow unseen: the loss feels the scale of every watched weight."
+        return [calm("norm-growth", "norms", title, "sure, as far as the symmetries were found")]
+    worst = max(facts, key=lambda f: _size(f, steps))
+    size, change = _size(worst, steps), worst.learning_rate_factor(steps)
+    number = count(len(facts), "scale-invariant weight", "scale-invariant weights")
+    error = None if worst.growth_error is None else worst.growth_error / worst.norm_square
+    numbers = (
+        Evidence(f"squared norm's growth by gradients per step, {worst.name}", worst.growth / worst.norm_square, error),
+        Evidence("what weight decay takes of it per step", worst.decay),
+    )
+    if size < HALVED:
+        title = (
+            f"None that matters: the norms of {number} change the effective learning rate by a factor of {size:.2g} "
+        )
+        title += f"at most in {steps:,.0f} steps (`{worst.name}`)."
+        return [calm("norm-growth", "norms", title, _sure(worst), numbers)]
+    over = [f for f in facts if _size(f, steps) >= HALVED]
+    severity: Severity = "act" if size >= TENTH else "watch"
+    title = f"{len(over)} of {number} {'grows' if change < 1 else 'shrinks'}: the norm of `{worst.name}` becomes "
+    title += f"{worst.norm_factor(steps) ** 0.5:.2g} times as large in {steps:,.0f} steps, its effective learning rate "
+    title += f"{change:.2g} times today's."
+    means = "The loss ignores this norm, but a larger one makes every step turn the weight by less: a learning rate "
+    means += "schedule that nobody wrote."
+    names = tuple(f.name for f in over)
+    advice, weight = _advice(worst, change), math.log(size)
+    return [Finding("norm-growth", "norms", severity, title, means, advice, _sure(worst), numbers, names, weight)]
+
+
+def _size(fact: ScaleInvariantNorm, steps: float) -> float:
+    """The factor by which the effective learning rate changes, up or down."""
+    factor = fact.learning_rate_factor(steps)
+    return max(factor, 1 / factor)
+
+
+def _advice(worst: ScaleInvariantNorm, change: float) -> str:
+    if change > 1:
+        return f"lower the weight decay of `{worst.name}`: it shrinks the norm, so the effective learning rate rises"
+    if worst.decay == 0:
+        return f"give `{worst.name}` weight decay, so that its norm settles, or count the fall into the schedule"
+    return f"raise the weight decay of `{worst.name}` (its norm is below where decay holds it), or count the fall in"
+
+
+def _sure(worst: ScaleInvariantNorm) -> str:
+    if worst.growth_error is None or not worst.growth > 0:
+        return "likely: gradients as they are now, at a constant learning rate"
+    share = worst.growth_error / worst.growth
+    return f"sampling error {share:.0%}; gradients as they are now, at a constant learning rate"
+
+
+def norms_so_far(facts: Sequence[NormHistory], steps: float) -> list[Finding]:
+    """What norms of scale-invariant weights did to the effective learning rate over a run; thresholds as above."""
+    known = [f for f in facts if math.isfinite(f.rate_factor) and f.rate_factor > 0]
+    if not known:
+        title = "No scale-invariant weight is watched: the loss feels the scale of every watched weight."
+        return [calm("norm-growth", "norms", title, "sure, as far as the symmetries were found")]
+    worst = max(known, key=lambda f: abs(math.log(f.rate_factor)))
+    size = max(worst.rate_factor, 1 / worst.rate_factor)
+    numbers = (Evidence(f"squared norm of {worst.name}, at the end over the beginning", worst.norm_factor),)
+    number = count(len(known), "scale-invariant weight", "scale-invariant weights")
+    if size < HALVED:
+        title = (
+            f"None that matters: norms of {number} changed the effective learning rate by a factor of {size:.2g} at "
+        )
+        title += f"most in {steps:,.0f} steps (`{worst.name}`)."
+        return [calm("norm-growth", "norms", title, "measured", numbers)]
+    over = tuple(f.name for f in known if abs(math.log(f.rate_factor)) >= math.log(HALVED))
+    severity: Severity = "act" if size >= TENTH else "watch"
+    verb = "grew" if worst.norm_factor > 1 else "shrank"
+    title = f"{len(over)} of {number} {verb}: the norm of `{worst.name}` is {worst.norm_factor**0.5:.2g} times what it "
+    title += f"was {steps:,.0f} steps ago, its effective learning rate {worst.rate_factor:.2g} times, schedule apart."
+    means = "The loss ignores this norm, but a larger one makes every step turn the weight by less: a learning rate "
+    means += "schedule that nobody wrote."
+    advice = f"set weight decay on `{worst.name}` so that its norm settles, or count this into the schedule"
+    weight = math.log(size)
+    return [Finding("norm-growth", "norms", severity, title, means, advice, "measured", numbers, over, weight)]
+
+
+def fastest_norms(facts: Sequence[NormTrend]) -> list[Finding]:
+    """Which weights' norms grow fastest now; no threshold, since the loss feels these norms and guides them."""
+    rising = sorted((f for f in facts if f.change > 0 and f.norm_square > 0), key=lambda f: -f.change / f.norm_square)
+    if not rising:
+        return [calm("fastest-norms", "norms", "No weight's norm grows at present.", "the present gradients alone")]
+    shown = rising[:TRENDS]
+    listed = ", ".join(f"`{f.name}` {50 * f.change / f.norm_square:+.2g} %" for f in shown)
+    title = f"{len(rising)} of {len(facts)} weights grow at present, fastest (norm per step): {listed}."
+    numbers = tuple(Evidence(f"squared norm's change per step, {f.name}", f.change / f.norm_square) for f in shown)
+    return [calm("fastest-norms", "norms", title, "the present gradients alone", numbers)]
+
+
+def decay_bites(decays: Sequence[float], steps: float) -> list[Finding]:
+    """Whether weight decay has time to act within the run: `decays` are its shares of squared weights per step.
+
+    Threshold: `share * steps < 0.1` removes less than a tenth of any squared norm, 5 % of a norm, in the whole run, as
+    if there were no decay: to watch. From 1 on it removes 63 % and more, so that norms are where decay and growth
+    balance, whatever they began with.
+    """
+    decaying = [d for d in decays if d > 0]
+    if not decaying:
+        return [calm("decay-bites", "decay", "There is no weight decay; norms are what gradients make of them.")]
+    share, memory = max(decaying) * steps, 1 / max(decaying)
+    taken = 1 - math.exp(-share)
+    numbers = (
+        Evidence("share of squared weights that decay takes per step", max(decaying)),
+        Evidence("memory of decay", memory, unit="steps"),
+        Evidence("run looked at", steps, unit="steps"),
+    )
+    sure = "sure for a constant learning rate; a schedule that lowers it makes decay weaker still"
+    if share < TOO_SMALL:
+        title = f"Weight decay is too small to matter in this run: it takes {taken:.2g} of the squared norms in "
+        title += f"{steps:,.0f} steps."
+        means = f"It acts over {memory:,.0f} steps, so norms never settle; the run goes as if it had none."
+        advice = f"raise weight decay about {BITES / share:,.0f} times to have norms settle within the run, or drop it"
+        weight = math.log(TOO_SMALL / share)
+        return [Finding("decay-bites", "decay", "watch", title, means, advice, sure, numbers, weight=weight)]
+    if share < BITES:
+        title = f"Partly: it takes {taken:.0%} of squared norms in {steps:,.0f} steps, so they do not settle yet."
+        return [calm("decay-bites", "decay", title, sure, numbers)]
+    title = f"Yes: it acts over {memory:,.0f} steps, so norms reach the balance of decay and growth in this run."
+    return [calm("decay-bites", "decay", title, sure, numbers)]
+
+
+def logit_growth(facts: Sequence[LogitGrowth]) -> list[Finding]:
+    """Attention logits that query and key norms drive up.
+
+    Logits are at most `|W_q| |W_k| |x|^2`, so the squared norms bound their growth. Threshold: measured growth by a
+    factor of 3 is to watch: logits of an untrained model spread by about 1, and e^3 = 20 turns a soft maximum over a
+    few tokens into a choice. By 10 it is to act on: e^-10 is below what bfloat16 tells from 0 beside 1. Predicted
+    growth, an upper bound, is only ever to watch, from 10 on.
+    """
+    if not facts:
+        return []
+    worst = max(facts, key=lambda f: f.factor / (1 if f.measured else LOGITS_SATURATE / LOGITS))
+    head = "" if worst.head is None else f"head {worst.head} of "
+    numbers = (Evidence(f"growth of {head}{worst.name}", worst.factor, unit="times"),)
+    sure = "measured" if worst.measured else "noise and decay alone: an upper bound, for curvature holds weights back"
+    if worst.factor < (LOGITS if worst.measured else LOGITS_SATURATE):
+        title = f"Attention logits are calm: squared query and key norms grow at most {worst.factor:.2g} times in "
+        return [calm("logit-growth", "norms", f"{title}{worst.steps:,.0f} steps.", sure, numbers)]
+    severity: Severity = "act" if worst.factor >= LOGITS_SATURATE and worst.measured else "watch"
+    verb = "have grown" if worst.measured else "are pushed to grow"
+    title = (
+        f"Attention logits grow: squared query and key norms of {head}`{worst.name}` {verb} {worst.factor:.2g} times "
+    )
+    title += f"in {worst.steps:,.0f} steps."
+    means = "Their product bounds the logits; large ones turn attention into a hard choice and stop its gradient."
+    advice = f"give the queries and keys of `{worst.name}` weight decay, normalise them (QK-norm), or lower their rate"
+    weight = math.log(worst.factor / LOGITS)
+    return [Finding("logit-growth", "norms", severity, title, means, advice, sure, numbers, (worst.name,), weight)]

@@ -1,0 +1,325 @@
+"""The facts that rules need, from one measurement of a model and its optimiser's settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from noetherflow.core.adaptive import AdamConfig
+from noetherflow.core.optimizers import Settings, described
+from noetherflow.core.settings import SGDConfig
+from noetherflow.core.tensors import tensors_of
+from noetherflow.diagnosis import balance, breaking, norms, sampling, stability
+from noetherflow.diagnosis.facts import (
+    BatchRegime,
+    LayerBalance,
+    LogitGrowth,
+    NormTrend,
+    PartActivity,
+    ScaleInvariantNorm,
+    StepStability,
+)
+from noetherflow.diagnosis.finding import Diagnosis, Finding
+from noetherflow.equilibrium.charge_flow import ChargeFlow
+from noetherflow.equilibrium.flow import Flow
+from noetherflow.equilibrium.potential import Drift
+from noetherflow.equilibrium.result import Equilibrium, Settled
+from noetherflow.equilibrium.sharpness import Sharpness
+from noetherflow.equilibrium.validity import SquareMemory
+from noetherflow.moments.result import GradientMoments
+from noetherflow.symmetry.heads import scales_of
+from noetherflow.symmetry.symmetry import Symmetry
+from noetherflow.symmetry.symmetry_set import SymmetrySet
+
+HEADS = ("attention-qk", "attention-vo", "rotary-qk")
+"""Families whose blocks or coordinates belong to attention heads."""
+FILLED = 2.0
+"""Warmup of Adam in memories of `v`: over `2 / (1 - b2)` steps its average fills up with gradients of the settled run
+(Ma and Yarats, On the adequacy of untuned warmup for adaptive optimization, 2019).
+"""
+QUERY_KEY = ("attention-qk", "rotary-qk")
+
+
+@dataclass(frozen=True, eq=False)
+class Examined:
+    """All that was measured of one model.
+
+    Attributes:
+        model: at the weights that were measured.
+        symmetries: those that were measured.
+        refused: by name, why the certificate refused others.
+        moments: of the gradients, with `entries=True`.
+        flow: under `settings`.
+        equilibrium: where it ends.
+        settings: the optimiser's.
+        curvature: the sharpness forecast (SGD), the memory of squares (Adam), or None where it was not measured.
+        steps: of training to come.
+        warmup: steps of warmup planned, None where nobody said.
+        started: the optimiser has made steps.
+    """
+
+    model: nn.Module
+    symmetries: SymmetrySet
+    refused: dict[str, str]
+    moments: GradientMoments
+    flow: Flow
+    equilibrium: Equilibrium
+    settings: Settings
+    curvature: Sharpness | SquareMemory | None
+    steps: int
+    warmup: int | None
+    started: bool
+
+
+def diagnose_measurement(examined: Examined) -> Diagnosis:
+    """All findings that one measurement supports."""
+    found: list[Finding] = [
+        *norms.norm_growth(list(_invariant_norms(examined)), examined.steps),
+        *norms.fastest_norms(list(_trends(examined))),
+        *norms.decay_bites(_decays(examined), examined.steps),
+        *norms.logit_growth(list(_logits(examined))),
+        *balance.far_from_equilibrium(list(_balances(examined)), examined.steps),
+        *balance.dead_units(list(_activities(examined))),
+        *balance.frozen_heads(list(_activities(examined))),
+        *stability.learning_rate(_stability(examined)),
+        *stability.sharpening(_stability(examined)),
+        *stability.memory_of_squares(examined.settings),
+        *sampling.batch_size(_regime(examined)),
+        *breaking.broken_by_the_loss(examined.refused),
+    ]
+    samples = f"{examined.moments.samples:,} {'minibatches' if examined.moments.replicates else 'samples'}"
+    subject = f"{type(examined.model).__name__} under {described(examined.settings)}, for {examined.steps:,} steps"
+    return Diagnosis.of(f"{subject}, from {samples}", found)
+
+
+def _named(examined: Examined) -> Iterator[tuple[Symmetry, ChargeFlow, Settled]]:
+    """Every symmetry that flow and equilibrium cover, with its flow and where it settles."""
+    flows = {r.name: r for r in examined.flow.details}
+    for settled in examined.equilibrium:
+        if settled.name in flows:
+            yield examined.symmetries[settled.name], flows[settled.name], settled
+
+
+def _invariant_norms(examined: Examined) -> Iterator[ScaleInvariantNorm]:
+    power = 2 if isinstance(examined.settings, SGDConfig) else 1
+    for symmetry, flow, _ in _named(examined):
+        charge = abs(float(flow.charge.sum()))
+        if not symmetry.one_sided or charge == 0:
+            continue
+        sign = symmetry.weight_legs[0].sign
+        growth = max(0.0, sign * float((flow.noise + flow.step_size).sum()))
+        error = None if flow.error is None else float(flow.error.norm())
+        decay = abs(float(flow.decay.sum())) / charge
+        yield ScaleInvariantNorm(symmetry.name, charge, growth, error, decay, power)
+
+
+def decay_share(settings: Settings, parameter: str) -> float:
+    """What weight decay takes of a squared weight per step, `2 lr w` (with momentum `m` over `1 - m`).
+
+    0 for Adam's coupled decay, whose share depends on the gradients.
+
+    Example:
+        >>> decay_share(SGDConfig(lr=0.1, batch_size=8, weight_decay=0.01, momentum=0.9), "any")
+        0.02
+    """
+    rates = settings.rates(parameter)
+    if isinstance(settings, AdamConfig) and not settings.decoupled:
+        return 0.0
+    memory = 1 - settings.momentum if isinstance(settings, SGDConfig) else 1.0
+    return round(2 * rates.lr * rates.weight_decay / memory, 15)
+
+
+def _decays(examined: Examined) -> list[float]:
+    return [decay_share(examined.settings, n) for n in examined.moments.mean]
+
+
+def part_of(symmetry: Symmetry) -> str:
+    """What one coordinate of a symmetry is, in words."""
+    if symmetry.family in HEADS:
+        return "head"
+    return "channel" if symmetry.family in ("norm-gain", "one-sided") else "unit"
+
+
+def heads_in(symmetry: Symmetry, syms: SymmetrySet) -> int:
+    """How many heads share the coordinates of an attention symmetry.
+
+    A matrix symmetry has one block per head; where rotary positions leave single pairs of coordinates, the value and
+    output weights of the same layer tell.
+    """
+    if not symmetry.is_torus or symmetry.family != "rotary-qk":
+        return symmetry.blocks
+    layer = symmetry.parameters[0].rpartition(".")[0].rpartition(".")[0]
+    siblings = [s for s in syms if s.family == "attention-vo" and s.parameters[0].startswith(f"{layer}.")]
+    blocks = siblings[0].blocks if siblings else symmetry.blocks
+    return blocks if symmetry.blocks % blocks == 0 else symmetry.blocks
+
+
+def _trends(examined: Examined) -> Iterator[NormTrend]:
+    """How the norms of matrices change per step: `-2 lr <W, mean step> + lr^2 |step|^2 - decay`."""
+    settings, tensors = examined.settings, tensors_of(examined.model)
+    for name, mean in examined.moments.mean.items():
+        weight = tensors[name].detach().double().cpu()
+        norm = float(weight.square().sum())
+        if weight.ndim < 2 or norm == 0 or name not in examined.moments.squares:
+            continue
+        lr = settings.rates(name).lr
+        g, square = mean.double().cpu(), examined.moments.squares[name].double().cpu()
+        batch = square * settings.covariance_factor + g.square() * (1 - settings.covariance_factor)
+        if isinstance(settings, SGDConfig):
+            along, added = (
+                settings.effective_lr * float((weight * g).sum()),
+                Drift.of(settings).noise * float(batch.sum()),
+            )
+        else:
+            along = lr * float((weight * g / batch.sqrt().clamp_min(1e-12)).sum())
+            added = lr**2 * weight.numel()
+        yield NormTrend(name, norm, added - 2 * along - decay_share(settings, name) * norm)
+
+
+def _balances(examined: Examined) -> Iterator[LayerBalance]:
+    for symmetry, flow, settled in _named(examined):
+        if symmetry.one_sided:
+            continue
+        logs = _logs(settled)
+        logs = torch.where(settled.finite, logs, torch.nan)
+        errors = _log_errors(symmetry, examined.moments, settled)
+        times = flow.relaxation_steps[flow.finite & (flow.relaxation_steps > 0)]
+        if symmetry.family in HEADS:
+            heads = heads_in(symmetry, examined.symmetries)
+            logs, errors = _by_head(logs, heads), _by_head(errors, heads)
+        yield LayerBalance(
+            symmetry.name,
+            symmetry.family,
+            part_of(symmetry),
+            logs.numpy(),
+            errors.numpy(),
+            float(times.median()) if times.numel() else math.nan,
+        )
+
+
+def _logs(settled: Settled) -> Tensor:
+    """The signed log factor of each coordinate; of a matrix the mean over its directions."""
+    element = settled.element.double()
+    if element.ndim == 1:
+        return element.log()
+    return torch.linalg.svdvals(element).log().mean(-1)
+
+
+def _by_head(values: Tensor, heads: int) -> Tensor:
+    """Means over the coordinates of each head, NaN left out."""
+    return values.reshape(heads, -1).nanmean(1)
+
+
+def _log_errors(symmetry: Symmetry, moments: GradientMoments, settled: Settled) -> Tensor:
+    """Standard errors of `1/4 log(M_- / M_+)`, the factor that noise asks for, from groups of samples; NaN without."""
+    unknown = torch.full((symmetry.blocks,), math.nan, dtype=torch.float64)
+    if len(moments.groups) < 2:
+        return unknown
+    parts = [_log_ratio(symmetry, m.second[symmetry.name]) for m in moments.groups]
+    spread: Tensor = torch.stack(parts).std(0) / len(parts) ** 0.5
+    return torch.where(settled.finite, spread, unknown)
+
+
+def _log_ratio(symmetry: Symmetry, second: Sequence[Tensor]) -> Tensor:
+    sides = [torch.zeros(symmetry.blocks, dtype=torch.float64) for _ in range(2)]
+    for leg, gram in zip(symmetry.weight_legs, second, strict=True):
+        own = gram if gram.ndim == 1 else gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+        sides[0 if leg.sign > 0 else 1] += own.double().cpu()
+    return 0.25 * (sides[1] / sides[0]).log()
+
+
+def _activities(examined: Examined) -> Iterator[PartActivity]:
+    tensors = {n: t.detach() for n, t in tensors_of(examined.model).items()}
+    for symmetry in examined.symmetries:
+        if symmetry.one_sided or symmetry.name not in examined.moments.second:
+            continue
+        scales = scales_of(symmetry)
+        weights = scales.grams(scales.positions(tensors))
+        sides = [
+            sum_of([w for w, leg in zip(weights, scales.weight_legs, strict=True) if leg.sign == sign])
+            for sign in (1, -1)
+        ]
+        second = [_diagonal(g) for g in examined.moments.second[symmetry.name]]
+        weight, gradient = (sides[0] * sides[1]).sqrt(), sum_of(second)
+        if symmetry.family in HEADS:
+            heads = heads_in(symmetry, examined.symmetries)
+            weight, gradient = weight.reshape(heads, -1).mean(1), gradient.reshape(heads, -1).sum(1)
+        yield PartActivity(symmetry.name, part_of(symmetry), weight.numpy(), gradient.sqrt().numpy())
+
+
+def sum_of(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of some tensors on the host, in float64."""
+    return torch.stack([p.double().cpu() for p in parts]).sum(0)
+
+
+def _diagonal(gram: Tensor) -> Tensor:
+    """Second moments per coordinate or block."""
+    return gram if gram.ndim == 1 else gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _stability(examined: Examined) -> StepStability:
+    found, lr = examined.curvature, examined.settings.lr
+    fact = StepStability(
+        lr, math.nan, math.nan, math.nan, math.nan, math.nan, math.nan, examined.warmup, examined.started
+    )
+    if isinstance(found, Sharpness):
+        return replace(
+            fact,
+            load=lr / found.stable_lr_now,
+            noisy_load=found.load_now,
+            load_later=lr / found.stable_lr_equilibrium,
+            sharpening=found.ratio,
+            needed=_or_none(found.full_batch_warmup_steps),
+            safe=_or_none(found.warmup_steps),
+        )
+    if isinstance(found, SquareMemory):
+        steps = FILLED / (1 - found.square_memory)
+        return replace(fact, load=lr / found.stable_lr, needed=steps, safe=steps)
+    return fact
+
+
+def _or_none(steps: int | None) -> float | None:
+    return None if steps is None else float(steps)
+
+
+def _regime(examined: Examined) -> BatchRegime:
+    settings, regime = examined.settings, examined.flow.regime
+    scales = examined.moments.noise_scale(settings.dataset_size)
+    return BatchRegime(settings.batch_size, scales, regime.mean_share, regime.horizon)
+
+
+def _logits(examined: Examined) -> Iterator[LogitGrowth]:
+    """Growth of query and key norms by noise and decay alone over the steps to come."""
+    tensors = {n: t.detach() for n, t in tensors_of(examined.model).items()}
+    for symmetry in examined.symmetries:
+        if symmetry.family not in QUERY_KEY or symmetry.name not in examined.moments.second:
+            continue
+        scales = scales_of(symmetry)
+        heads = heads_in(symmetry, examined.symmetries)
+        norm = sum_of(scales.grams(scales.positions(tensors))).reshape(heads, -1).sum(1)
+        growth = _growth(symmetry, examined).reshape(heads, -1).sum(1) / norm
+        decay = decay_share(examined.settings, symmetry.parameters[0])
+        left = math.exp(-decay * examined.steps)
+        reach = examined.steps if decay == 0 else (1 - left) / decay
+        factors = left + growth.numpy() * reach
+        head = int(np.argmax(factors))
+        yield LogitGrowth(symmetry.name, head, float(factors[head]), examined.steps, measured=False)
+
+
+def _growth(symmetry: Symmetry, examined: Examined) -> Tensor:
+    """What noise adds to the squared weights of each coordinate per step: `lr^2 E|g|^2` under SGD, `lr^2` per entry
+    under optimisers whose steps have one size.
+    """
+    settings = examined.settings
+    if isinstance(settings, SGDConfig):
+        return Drift.of(settings).noise * sum_of(
+            [_diagonal(g) for g in examined.moments.batch_grams(symmetry, settings)]
+        )
+    scales = scales_of(symmetry)
+    ones = {n: torch.ones_like(t) for n, t in tensors_of(examined.model).items() if n in symmetry.parameters}
+    return settings.lr**2 * sum_of(scales.grams(ones))

@@ -1,0 +1,141 @@
+"""The facts that rules need, from the log of a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+
+from noetherflow.diagnosis import balance, breaking, norms, sampling, stability
+from noetherflow.diagnosis.facts import LogitGrowth, LossCourse, NormHistory, RunBalance
+from noetherflow.diagnosis.finding import Diagnosis, Finding
+from noetherflow.diagnosis.of_model import QUERY_KEY
+from noetherflow.monitor.rundata import RunData
+
+RECENT = 5
+"""Estimates whose median stands for the present: single ones scatter with the minibatch."""
+
+
+def diagnose_run(run: RunData | str | os.PathLike[str]) -> Diagnosis:
+    """What the ledger of a run says in plain words; `ledger.diagnose()` and `noetherflow diagnose RUN_DIR` are this.
+
+    Args:
+        run: the folder given to the ledger as `run_dir`, or a RunData.
+
+    Returns:
+        A Diagnosis of the steps recorded so far.
+
+    Raises:
+        DataError: there is no log, or no step in it.
+    """
+    data = run if isinstance(run, RunData) else RunData.load(run)
+    steps = float(data.steps[-1] - data.steps[0] + 1)
+    found: list[Finding] = [
+        *norms.norms_so_far(list(_norms(data)), steps),
+        *norms.decay_bites(_decays(data), steps),
+        *norms.logit_growth(list(_logits(data, steps))),
+        *balance.far_during_run(list(_balances(data)), steps),
+        *stability.loss_course(_course(data)),
+        *stability.turning([(n, recent(data, "angular", i)) for i, n in enumerate(data.symmetries)]),
+        *sampling.noise_share(_batch_ratio(data), "median of all layers"),
+        *breaking.violated_in_training([(n, recent(data, "check", i)) for i, n in enumerate(data.symmetries)]),
+        *breaking.moved_by_preconditioner(list(_preconditioned(data))),
+        *breaking.touched_from_outside(list(_outside(data)), data.events),
+    ]
+    optimizer = data.header.get("optimizer", "an optimiser")
+    return Diagnosis.of(f"Run under {optimizer}, steps {int(data.steps[0]):,} to {int(data.steps[-1]):,}", found)
+
+
+def recent(data: RunData, column: str, symmetry: int) -> float:
+    """The median of the last known estimates of one symmetry, NaN without any."""
+    if column not in data.estimates:
+        return float("nan")
+    values = data.estimates[column][:, symmetry]
+    known = values[np.isfinite(values)][-RECENT:]
+    return float(np.median(known)) if known.size else float("nan")
+
+
+def _ends(values: np.ndarray) -> tuple[float, float] | None:
+    """First and last known value, None with fewer than two."""
+    known = values[np.isfinite(values) & (values > 0)]
+    return (float(known[0]), float(known[-1])) if known.size > 1 else None
+
+
+def _norms(data: RunData) -> Iterator[NormHistory]:
+    if "norm" not in data.estimates or "effective_lr" not in data.estimates:
+        return
+    rate = np.interp(data.estimate_steps, data.steps, data.lr) if len(data.steps) else np.zeros(0)
+    for i in np.flatnonzero(data.one_sided):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            plain = data.estimates["effective_lr"][:, i] / rate
+        norm, effective = _ends(data.estimates["norm"][:, i]), _ends(plain)
+        if norm and effective:
+            yield NormHistory(data.symmetries[i], norm[1] / norm[0], effective[1] / effective[0])
+
+
+def _decays(data: RunData) -> list[float]:
+    """What decay took of each family's charge per step: the slope of its entries on the charges.
+
+    With momentum the entry is the first touch of a step's decay; its memory carries on to `1 / (1 - m)` of it.
+    """
+    shares, memory = [], 1 - float(data.header.get("momentum", 0.0))
+    for i, _ in enumerate(data.families):
+        charge, decay = data.family["charge"][:, i], data.family["decay"][:, i]
+        known = np.isfinite(charge) & np.isfinite(decay)
+        square = float(np.sum(charge[known] ** 2))
+        if square > 0:
+            shares.append(max(0.0, -float(np.sum(charge[known] * decay[known])) / square) / memory)
+    return shares
+
+
+def _logits(data: RunData, steps: float) -> Iterator[LogitGrowth]:
+    if "norm" not in data.estimates:
+        return
+    for i, symmetry in enumerate(data.header["symmetries"]):
+        ends = _ends(data.estimates["norm"][:, i])
+        if symmetry.get("family") in QUERY_KEY and ends:
+            yield LogitGrowth(symmetry["name"], None, ends[1] / ends[0], steps, measured=True)
+
+
+def _balances(data: RunData) -> Iterator[RunBalance]:
+    for i in np.flatnonzero(~data.one_sided):
+        values = (recent(data, column, int(i)) for column in ("distance", "distance_max", "steps"))
+        yield RunBalance(data.symmetries[i], *values)
+
+
+def _batch_ratio(data: RunData) -> float:
+    """Batch size over noise scale: with the share `s` of the mean gradient in a minibatch's square, `s / (1 - s)`."""
+    shares = np.array([recent(data, "mean_share", i) for i in range(len(data.symmetries))])
+    known = shares[np.isfinite(shares)]
+    if not known.size:
+        return float("nan")
+    share = float(np.clip(np.median(known), 0.0, 1.0))
+    return share / (1 - share) if share < 1 else float("inf")
+
+
+def _course(data: RunData) -> LossCourse:
+    peak = int(np.argmax(data.lr >= np.max(data.lr) * (1 - 1e-9))) if np.isfinite(data.lr).any() else 0
+    warmup = int(data.steps[peak] - data.steps[0]) if len(data.steps) else 0
+    spikes = tuple(e["step"] for e in data.spikes() if e["where"] == "loss")
+    broken = [e["step"] for e in data.events if e["event"] == "non-finite"]
+    broken += [int(s) for s in data.steps[np.isnan(data.family["charge"]).any(axis=1)][:1]]
+    return LossCourse(warmup, spikes, min(broken, default=None), int(data.steps[-1] - data.steps[0]) + 1)
+
+
+def _preconditioned(data: RunData) -> Iterator[tuple[str, float, float]]:
+    if data.header.get("rule") not in ADAPTIVE:
+        return
+    for i, family in enumerate(data.families):
+        moved, norm = np.nansum(data.family["preconditioner"][:, i]), np.nanmean(data.family["norm"][:, i])
+        yield family, float(moved), float(norm)
+
+
+ADAPTIVE = ("AdamRule",)
+"""Ledger rules with an entry `preconditioner`."""
+
+
+def _outside(data: RunData) -> Iterator[tuple[str, float]]:
+    for i, family in enumerate(data.families):
+        outside, norm = np.nansum(np.abs(data.family["outside"][:, i])), np.nanmean(data.family["norm"][:, i])
+        yield family, float(outside / norm) if norm > 0 else float("nan")

@@ -1,0 +1,77 @@
+"""Rules on minibatches: noise or mean gradient, and how large a batch is worth its samples."""
+
+from __future__ import annotations
+
+import math
+
+from noetherflow.core.printing import show
+from noetherflow.diagnosis.facts import BatchRegime
+from noetherflow.diagnosis.finding import Evidence, Finding, calm
+
+WASTED, NOISY = 10.0, 0.1
+LAYERS_SHOWN = 4
+
+
+def batch_size(fact: BatchRegime) -> list[Finding]:
+    """Batch size against the gradient noise scale.
+
+    With `r = batch size / noise scale` a step makes `r / (1 + r)` of the progress of a full-batch step (McCandlish et
+    al. 2018). Threshold: above `r = 10` it makes over 91 % of it, so nine tenths of the samples buy nothing: the mean
+    gradient's regime, to watch. The upper end of the noise scale's 95 % interval decides, where there is one. Below `r
+    = 0.1` steps are nearly all noise: normal, and a batch twice as large would take about half the steps.
+    """
+    scale, size = fact.scales.total, fact.batch_size
+    low, high = scale.interval()
+    most = scale.value if math.isnan(high) else high
+    numbers = _numbers(fact, low, high)
+    sure = f"noise scale {_interval(low, high)}; it grows as the loss falls"
+    if size > WASTED * most:
+        title = (
+            f"Mean-gradient regime: batches of {size:,} are far above the noise scale of {show(scale.value)} samples."
+        )
+        means = "Nearly all of a step is the mean gradient: smaller batches would make the same progress per step, and "
+        means += "noise does not drive the symmetries, so noise equilibria are not where this run goes."
+        least = max(1, math.ceil(scale.value))
+        advice = f"batches of about {least:,} samples save samples at nearly the same number of steps"
+        weight = math.log(size / most) if most > 0 else math.inf
+        return [Finding("batch-size", "batch", "watch", title, means, advice, sure, numbers, weight=weight)]
+    title = f"Batches of {size:,} against a noise scale of {show(scale.value)} samples: "
+    if size < NOISY * scale.value:
+        title += "noise regime; larger batches would save steps almost in proportion."
+    else:
+        title += "near the best trade between samples and steps."
+    return [calm("batch-size", "batch", title, sure, numbers)]
+
+
+def _numbers(fact: BatchRegime, low: float, high: float) -> tuple[Evidence, ...]:
+    """The noise scale of all, and of the layers with the smallest and the largest."""
+    layers = sorted(fact.scales.layers.items(), key=lambda item: item[1].value)
+    shown = layers if len(layers) <= LAYERS_SHOWN else [*layers[: LAYERS_SHOWN // 2], *layers[-LAYERS_SHOWN // 2 :]]
+    return (
+        Evidence("gradient noise scale", fact.scales.value, unit=_interval(low, high)),
+        Evidence("mean gradient's share of the drift", fact.mean_share),
+        *(Evidence(f"noise scale of {name}", s.value, unit="samples") for name, s in shown),
+    )
+
+
+def _interval(low: float, high: float) -> str:
+    return "samples" if math.isnan(low) else f"samples, 95 % between {show(low)} and {show(high)}"
+
+
+def noise_share(ratio: float, layer: str) -> list[Finding]:
+    """The same from a run's momentum buffer: `ratio` is the batch size over the noise scale of the layer.
+
+    Threshold as in `batch_size`.
+    """
+    if not math.isfinite(ratio):
+        return []
+    number = (Evidence(f"batch size over noise scale, {layer}", ratio),)
+    sure = "likely: from the momentum buffer, which scatters"
+    if ratio > WASTED:
+        title = f"Mean-gradient regime: batches are {ratio:.3g} times the noise scale."
+        means = "Nearly all of a step is the mean gradient; smaller batches would make the same progress per step."
+        advice = f"batches about {ratio:.2g} times smaller save samples"
+        return [Finding("batch-size", "batch", "watch", title, means, advice, sure, number, weight=math.log(ratio))]
+    what = "noise regime; larger batches would save steps" if ratio < NOISY else "near the best trade"
+    times = f"{ratio:.2g} times" if ratio > 0.01 else "less than 0.01 times"
+    return [calm("batch-size", "batch", f"Batches are {times} the noise scale: {what}.", sure, number)]

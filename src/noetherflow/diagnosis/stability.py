@@ -1,0 +1,213 @@
+"""Rules on the learning rate: stability, warmup, sharpening to come, and Adam's memory of squares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from noetherflow.core.adaptive import AdamConfig
+from noetherflow.core.optimizers import Settings
+from noetherflow.core.printing import show
+from noetherflow.diagnosis.facts import LossCourse, StepStability
+from noetherflow.diagnosis.finding import NOTHING, Evidence, Finding, Severity, calm
+
+EDGE = 2.0
+NOISY = 1.0
+SHARPER = 2.0
+SHORT_MEMORY, LLM_MEMORY = 0.9, 0.95
+TURN, BIG_TURN = 0.1, 0.3
+CURVED = "likely: curvature on the data measured, the function taken to stay as it is meanwhile"
+
+
+def learning_rate(fact: StepStability) -> list[Finding]:
+    """Whether the learning rate is stable at this curvature, and the warmup long enough until it is.
+
+    Threshold: `load = lr / stable lr`; at 1 the error along the stiffest direction stops shrinking, full batch or not,
+    so a fresh run with a load of 1 needs a warmup: to act on. A run whose optimiser has made steps lives at the edge of
+    stability (load about 1, measured within 2), where the curvature adapts to the learning rate: to watch, no more. A
+    load of 1 with minibatches alone bounds the mean square on a quadratic loss; losses that flatten out, as cross
+    entropy does, survive it: to watch.
+    """
+    if math.isnan(fact.load):
+        advice = "nf.diagnose(..., curvature=True) measures it"
+        title = "Not measured: the curvature is not known here."
+        return [Finding("learning-rate", "warmup", "open", title, "", advice, "open")]
+    if fact.load < 1:
+        return [_stable(fact)]
+    if fact.started and fact.load < EDGE:
+        title = f"The learning rate {fact.lr:g} is at the edge of stability: {fact.load:.2g} times the stable one."
+        means = "A running training often settles there; a sharper stretch makes the loss spike."
+        advice = f"lower the learning rate below {show(fact.stable)} if the loss spikes"
+        return [
+            Finding("learning-rate", "warmup", "watch", title, means, advice, CURVED, _numbers(fact), weight=fact.load)
+        ]
+    return [_warmup(fact)]
+
+
+def _numbers(fact: StepStability) -> tuple[Evidence, ...]:
+    found = [Evidence("learning rate", fact.lr), Evidence("largest stable one here, full batches", fact.stable)]
+    if fact.noisy_load > 0:
+        found.append(Evidence("with these minibatches", fact.lr / fact.noisy_load))
+    if fact.load_later > 0:
+        found.append(Evidence("at the noise equilibrium, full batches", fact.lr / fact.load_later))
+    return tuple(found)
+
+
+def _stable(fact: StepStability) -> Finding:
+    """A load below 1: stable with full batches."""
+    title = f"Stable: the learning rate {fact.lr:g} is {fact.load:.2g} of the largest stable one ({show(fact.stable)})"
+    if fact.noisy_load >= NOISY:
+        return Finding(
+            "learning-rate",
+            "warmup",
+            "watch",
+            f"{title}, but {fact.noisy_load:.2g} times what these minibatches allow on a quadratic loss.",
+            "Fluctuations along the stiffest directions are held only where the loss flattens out.",
+            f"if the loss is noisy, a learning rate below {show(fact.lr / fact.noisy_load)} or larger batches",
+            CURVED,
+            _numbers(fact),
+            weight=fact.noisy_load,
+        )
+    warm = "no warmup is needed for that"
+    if fact.planned:
+        warm = f"the planned warmup of {fact.planned:,} steps is more than that needs"
+    return calm("learning-rate", "warmup", f"{title}; {warm}.", CURVED, _numbers(fact))
+
+
+def _warmup(fact: StepStability) -> Finding:
+    """A load that no edge of stability explains: what warmup does about it, and what it promises."""
+    severity: Severity = "act"
+    lower = f"lower the peak learning rate below {show(fact.stable)}"
+    means = (
+        f"Steps of {fact.lr:g} overshoot here, at {fact.load:.2g} times the stable learning rate {show(fact.stable)}."
+    )
+    if fact.needed is None:
+        title = f"The learning rate {fact.lr:g} is too large, and no warmup along the noise flow makes it stable."
+        advice = lower
+    elif math.isnan(fact.needed):
+        title, advice = (
+            f"The learning rate {fact.lr:g} is {fact.load:.2g} times the stable one.",
+            f"warm up, or {lower}",
+        )
+    elif fact.planned is None:
+        title = f"The learning rate {fact.lr:g} needs a warmup of about {fact.needed:,.0f} steps; none was named."
+        advice = (
+            f"warm up linearly over {fact.needed:,.0f} steps or more (warmup=steps checks a planned one), or {lower}"
+        )
+    elif fact.planned < fact.needed:
+        title = f"The warmup of {fact.planned:,} steps is too short: stability asks for about {fact.needed:,.0f}."
+        advice = f"lengthen the warmup to {fact.needed:,.0f} steps or more, or {lower}"
+    elif fact.safe is not None and fact.planned < fact.safe:
+        severity = "watch"
+        title = f"The warmup of {fact.planned:,} steps is enough for full batches (about {fact.needed:,.0f}), "
+        title += f"short for these minibatches (about {fact.safe:,.0f})."
+        advice = f"lengthen the warmup towards {fact.safe:,.0f} steps if runs diverge"
+    else:
+        severity, advice = "good", NOTHING
+        title = f"The warmup of {fact.planned:,} steps is long enough: stability asks for about {fact.needed:,.0f}."
+    return Finding("learning-rate", "warmup", severity, title, means, advice, CURVED, _numbers(fact), weight=fact.load)
+
+
+def sharpening(fact: StepStability) -> list[Finding]:
+    """Whether the noise flow will sharpen the minimum or flatten it.
+
+    Threshold: a factor of 2 either way; less is within what the curvature of one batch differs from another's. It is to
+    watch where sharpening takes the load beyond 1, else good to know.
+    """
+    if math.isnan(fact.sharpening):
+        return []
+    factor = max(fact.sharpening, 1 / fact.sharpening)
+    numbers = (Evidence("curvature at the noise equilibrium over today's", fact.sharpening),)
+    sure = "the function taken as it is now"
+    if fact.sharpening >= SHARPER and fact.load_later >= 1:
+        title = f"Sharpening to come: noise will raise the curvature {factor:.2g} times."
+        means = f"The learning rate becomes {fact.load_later:.2g} times the stable one on the way."
+        advice = "plan a lower learning rate for later, or larger batches"
+        return [Finding("sharpening", "warmup", "watch", title, means, advice, sure, numbers, weight=factor)]
+    word = "sharpening" if fact.sharpening >= 1 else "flattening"
+    title = f"Noise leaves the curvature as it is (a factor of {fact.sharpening:.2g})."
+    if factor >= SHARPER:
+        title = f"{word.capitalize()} to come, by a factor of {factor:.2g}; the learning rate stays stable."
+    return [calm("sharpening", "warmup", title, sure, numbers)]
+
+
+def memory_of_squares(settings: Settings) -> list[Finding]:
+    """Whether Adam's average of squares is long enough to be a scale, not noise.
+
+    It averages `n = 1 / (1 - b2)` gradients, so that each entry's step size scatters by `1 / sqrt(2 n)` of itself.
+    Threshold: at `b2 < 0.9` that is over 22 % from step to step, the step is close to a sign of the last gradients, and
+    `v` follows the very fluctuations it divides by. At 0.95 and below, as large language models use it, training is
+    fine, but predictions of the noise equilibrium are off by factors (docs/adaptive.md): good, and said.
+    """
+    if not isinstance(settings, AdamConfig):
+        return []
+    b2 = settings.betas[1]
+    steps = 1 / (1 - b2)
+    numbers = (Evidence("b2", b2), Evidence("gradients that v averages", steps))
+    if b2 < SHORT_MEMORY:
+        title = f"Adam's b2 = {b2:g} is tiny: v averages {steps:.2g} gradients."
+        means = (
+            f"Step sizes scatter by about {1 / math.sqrt(2 * steps):.0%} from step to step, and rare large gradients "
+        )
+        means += "are divided by themselves: nearly sign descent, without Adam's scaling."
+        advice = "set betas=(0.9, 0.999), or 0.95 for the second with large batches"
+        sure = "sure: a matter of the setting alone"
+        weight = SHORT_MEMORY - b2
+        return [Finding("memory-of-squares", "optimiser", "act", title, means, advice, sure, numbers, weight=weight)]
+    caution = (
+        "" if b2 > LLM_MEMORY else "; fine for training, too few for predicted equilibria, which are off by factors"
+    )
+    title = f"Adam's v averages {steps:,.0f} gradients{caution}."
+    return [calm("memory-of-squares", "optimiser", title, evidence=numbers)]
+
+
+def loss_course(fact: LossCourse) -> list[Finding]:
+    """Whether the loss of a run stayed in hand, and the warmup long enough for that.
+
+    Threshold: the ledger's own for a spike, ten times the 90 % quantile of what the loss did in the 50 steps before.
+    One spike is to watch. Numbers that are not finite, or spikes that begin within twice the warmup, are to act on:
+    there the learning rate had just come to its peak, and the curvature had not fallen with it.
+    """
+    early = [s for s in fact.spikes if fact.warmup and s <= 2 * fact.warmup]
+    first = fact.broken if fact.broken is not None else fact.spikes[0] if fact.spikes else None
+    if first is None:
+        title = f"The loss stayed in hand over {fact.steps:,} steps"
+        title += f", with a warmup of {fact.warmup:,} steps." if fact.warmup else ", without a warmup."
+        return [calm("loss-course", "warmup", title, "measured")]
+    what = "Numbers were not finite" if fact.broken is not None else f"The loss spiked {len(fact.spikes)} times, first"
+    numbers = (Evidence("warmup", float(fact.warmup), unit="steps"), Evidence("first trouble at step", float(first)))
+    severity: Severity = "act" if early or fact.broken is not None else "watch"
+    short = first <= 2 * fact.warmup if fact.warmup else first <= max(100, fact.steps // 10)
+    if short:
+        title = f"The warmup of {fact.warmup:,} steps is too short: {what.lower()} at step {first:,}."
+        advice = "warm up longer (nf.diagnose(model, ..., optimizer) says how long), or lower the peak learning rate"
+    else:
+        title = f"{what} at step {first:,}, long after the warmup."
+        advice = "look at the data of that step; clip gradients, or lower the learning rate from there on"
+    means = "The learning rate was above the stable one at that point."
+    return [
+        Finding("loss-course", "warmup", severity, title, means, advice, "measured", numbers, weight=len(fact.spikes))
+    ]
+
+
+def turning(angles: Sequence[tuple[str, float]]) -> list[Finding]:
+    """How far one step turns scale-invariant weights: `(name, radians per step)`.
+
+    Threshold: 0.1 radians forget a direction within about 100 steps (a random walk of angle 1), fewer than most data
+    sets have batches: to watch. 0.3 forget it within 10: to act on.
+    """
+    known = [(n, a) for n, a in angles if math.isfinite(a)]
+    if not known:
+        return []
+    name, worst = max(known, key=lambda r: r[1])
+    number = (Evidence(f"angle per step of {name}", worst, unit="radians"),)
+    if worst < TURN:
+        title = f"Steps are small: scale-invariant weights turn by at most {worst:.2g} radians a step."
+        return [calm("turning", "warmup", title, "measured", number)]
+    severity: Severity = "act" if worst >= BIG_TURN else "watch"
+    title = f"Each step turns `{name}` by {worst:.2g} radians: its effective learning rate is too large."
+    means = f"Its direction is forgotten within about {1 / worst**2:,.0f} steps."
+    advice = (
+        f"lower the learning rate or the weight decay of `{name}`: at a stationary norm the angle is sqrt(2 lr decay)"
+    )
+    return [Finding("turning", "warmup", severity, title, means, advice, "measured", number, (name,), worst)]

@@ -1,0 +1,34 @@
+"""The scales inside matrix symmetries: one number per head."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from noetherflow.symmetry.symmetry import Symmetry
+from noetherflow.symmetry.symmetry_set import SymmetrySet
+
+
+def scales_of(symmetry: Symmetry) -> Symmetry:
+    """The subgroup of a general_linear symmetry that multiplies each block by one number; a torus as it is.
+
+    Optimisers that treat every entry by itself have no theory for matrices, but have one for these scales: the balance
+    of each head's value weights against its output weights.
+
+    Returns:
+        A diagonal symmetry of the same name with one coordinate per block.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False))
+        >>> syms = nf.find_symmetries(model, torch.randn(2, 3))
+        >>> syms[0].kind, scales_of(syms[0]).kind, scales_of(syms[0]).blocks
+        ('general_linear', 'diagonal', 1)
+    """
+    if symmetry.is_torus:
+        return symmetry
+    legs = tuple(replace(leg, index=leg.index.reshape(leg.blocks, 1, leg.dim * leg.replicas)) for leg in symmetry.legs)
+    return Symmetry(symmetry.name, symmetry.family, "diagonal", legs, symmetry.eps, symmetry.note)
+
+
+def with_scales(syms: SymmetrySet) -> SymmetrySet:
+    """The same set with every general_linear symmetry replaced by its scales."""
+    return replace(syms, symmetries=tuple(scales_of(s) for s in syms))

@@ -1,0 +1,284 @@
+"""Every rule of the diagnosis on a planted record and on a healthy one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import noetherflow as nf
+from noetherflow.diagnosis import balance, breaking, norms, sampling, stability
+from noetherflow.diagnosis.facts import (
+    BatchRegime,
+    LayerBalance,
+    LogitGrowth,
+    LossCourse,
+    NormHistory,
+    NormTrend,
+    PartActivity,
+    RunBalance,
+    ScaleInvariantNorm,
+    StepStability,
+)
+from noetherflow.diagnosis.finding import QUESTIONS, Diagnosis, Evidence, Finding, calm
+from noetherflow.moments.noise_scale import NoiseScale, NoiseScales
+
+NAN = math.nan
+GROWING = ScaleInvariantNorm("conv", 4.0, 0.04, 0.001, 0.0, 2)
+STABLE = StepStability(0.1, 0.2, 0.3, 0.1, 0.5, 0.0, 0.0, None, False)
+
+
+def layer(factors, errors=None, part="unit", name="0 -> 2", steps=500.0):
+    values = np.array(factors, dtype=float)
+    return LayerBalance(name, "rescaling", part, values, np.array(errors or [0.01] * len(values)), steps)
+
+
+def activity(weight, gradient, part="unit"):
+    return PartActivity("0 -> 2", part, np.array(weight, dtype=float), np.array(gradient, dtype=float))
+
+
+def scale(noise=100.0, signal=1.0, error=0.0005):
+    one = NoiseScale(noise, signal, error * noise, error, 16)
+    return NoiseScales(one, {"a": one, "b": replace(one, noise=2 * noise)})
+
+
+def one(found, rule=None):
+    chosen = [f for f in found if rule is None or f.rule == rule]
+    assert len(chosen) == 1
+    return chosen[0]
+
+
+class TestNorms:
+    @pytest.mark.parametrize(("power", "decay"), [(2, 0.0), (2, 0.003), (1, 0.0), (1, 0.003)])
+    def test_the_closed_form_is_the_recursion(self, power, decay):
+        """Step by step: growth `g n_0 / n` (SGD) or `g` (Adam), less `decay n`."""
+        n = start = 4.0
+        for _ in range(2000):
+            n += (0.001 * (start / n if power == 2 else 1.0)) - decay * n
+        fact = ScaleInvariantNorm("w", start, 0.001, None, decay, power)
+        assert fact.norm_factor(2000) == pytest.approx(n / start, rel=2e-3)
+        effective = (1 / n if power == 2 else n**-0.5) / (1 / start if power == 2 else start**-0.5)
+        assert fact.learning_rate_factor(2000) == pytest.approx(effective, rel=2e-3)
+
+    def test_growth(self):
+        found = one(norms.norm_growth([GROWING, replace(GROWING, name="calm", growth=1e-6)], 1000))
+        assert found.severity == "watch"
+        assert found.where == ("conv",)
+        assert "`conv`" in found.title
+        assert "weight decay" in found.advice
+        assert one(norms.norm_growth([GROWING], 100_000)).severity == "act"
+
+    def test_shrinking_is_told_from_growing(self):
+        found = one(norms.norm_growth([replace(GROWING, growth=1e-6, decay=0.01)], 1000))
+        assert found.severity in ("act", "watch")
+        assert "lower the weight decay" in found.advice
+
+    def test_healthy(self):
+        assert one(norms.norm_growth([replace(GROWING, growth=1e-4)], 1000)).severity == "good"
+        balanced = replace(GROWING, decay=0.01)  # growth 0.01 of the norm, decay 0.01 of it
+        assert one(norms.norm_growth([balanced], 100_000)).severity == "good"
+        assert one(norms.norm_growth([], 1000)).severity == "good"
+
+    def test_history(self):
+        assert one(norms.norms_so_far([NormHistory("conv", 5.0, 0.2)], 100)).severity == "watch"
+        assert one(norms.norms_so_far([NormHistory("conv", 20.0, 0.05)], 100)).severity == "act"
+        assert one(norms.norms_so_far([NormHistory("conv", 1.2, 0.9)], 100)).severity == "good"
+        assert one(norms.norms_so_far([NormHistory("conv", NAN, NAN)], 100)).severity == "good"
+
+    def test_trends_name_the_fastest(self):
+        found = one(norms.fastest_norms([NormTrend("slow", 1.0, 0.001), NormTrend("fast", 1.0, 0.1)]))
+        assert found.title.index("fast`") < found.title.index("slow`")
+        assert "No weight" in one(norms.fastest_norms([NormTrend("slow", 1.0, -0.1)])).title
+
+    def test_decay(self):
+        found = one(norms.decay_bites([0.0, 2e-6], 1000))
+        assert found.severity == "watch"
+        assert "too small to matter in this run" in found.title
+        assert "500 times" in found.advice
+        for share in (0.0, 2e-4, 2e-2):
+            assert one(norms.decay_bites([share], 1000)).severity == "good"
+
+    def test_logits(self):
+        assert norms.logit_growth([]) == []
+        grown = LogitGrowth("q -> k", 3, 5.0, 1000, measured=True)
+        found = one(norms.logit_growth([grown, replace(grown, head=1, factor=2.0)]))
+        assert found.severity == "watch"
+        assert "head 3" in found.title
+        assert one(norms.logit_growth([replace(grown, factor=30.0)])).severity == "act"
+        assert one(norms.logit_growth([replace(grown, factor=1.5)])).severity == "good"
+        assert one(norms.logit_growth([replace(grown, factor=5.0, measured=False)])).severity == "good"
+        assert one(norms.logit_growth([replace(grown, factor=30.0, measured=False)])).severity == "watch"
+
+
+class TestBalance:
+    def test_a_unit_scaled_by_thirty(self):
+        found = one(balance.far_from_equilibrium([layer([0.1, math.log(30), -0.2, 0.0])], 1000))
+        assert found.severity == "act"
+        assert "unit 1 of `0 -> 2`" in found.title
+        assert "within this run" in found.means
+        slow = one(balance.far_from_equilibrium([layer([0.1, math.log(30), -0.2, 0.0], steps=5000.0)], 1000))
+        assert "slow phase" in slow.means
+
+    def test_moderate_is_to_watch_and_uncertain_is_nothing(self):
+        factors = [0.0, math.log(5), 0.0, 0.0]
+        assert one(balance.far_from_equilibrium([layer(factors)], 1000)).severity == "watch"
+        assert one(balance.far_from_equilibrium([layer(factors, [0.5] * 4)], 1000)).severity == "good"
+
+    def test_a_whole_layer(self):
+        found = one(balance.far_from_equilibrium([layer([math.log(15)] * 4)], 1000), "balance-layer")
+        assert found.severity == "watch"
+        assert one(balance.far_from_equilibrium([layer([math.log(50)] * 4)], 1000), "balance-layer").severity == "act"
+        assert one(balance.far_from_equilibrium([layer([math.log(7)] * 4)], 1000)).severity == "good"
+
+    def test_healthy_and_unknown(self):
+        assert one(balance.far_from_equilibrium([layer([0.3, -0.5, 0.1])], 1000)).severity == "good"
+        assert one(balance.far_from_equilibrium([layer([0.3, NAN, 0.1], [NAN] * 3)], 1000)).severity == "good"
+        assert balance.far_from_equilibrium([layer([NAN, NAN])], 1000) == []
+
+    def test_during_a_run(self):
+        assert one(balance.far_during_run([RunBalance("a", 0.1, math.log(30), 10.0)], 100)).severity == "act"
+        assert one(balance.far_during_run([RunBalance("a", 0.1, 0.5, 10.0)], 100)).severity == "good"
+        assert balance.far_during_run([RunBalance("a", NAN, NAN, NAN)], 100) == []
+
+    def test_dead_units(self):
+        found = one(balance.dead_units([activity([1] * 4, [1, 0, 1e-9, 2])]))
+        assert found.severity == "act"
+        assert "(1, 2)" in found.title
+        assert one(balance.dead_units([activity([1] * 8, [0, *[1] * 7])])).severity == "watch"
+        assert one(balance.dead_units([activity([1] * 20, [0, *[1] * 19])])).severity == "good"
+        assert one(balance.dead_units([activity([1] * 4, [1, 1e-3, 1, 2])])).severity == "good"
+
+    def test_frozen_heads(self):
+        found = one(balance.frozen_heads([activity([1, 1e-4, 1, 1], [1, 1e-2, 1, 1], "head")]))
+        assert found.severity == "act"
+        assert "head 1" in found.title
+        silent = one(balance.frozen_heads([activity([1, 1, 1, 1], [1, 0, 1, 1], "head")]))
+        assert silent.severity == "act"
+        assert one(balance.frozen_heads([activity([1, 0.05, 1], [1, 1, 1], "head")])).severity == "watch"
+        assert one(balance.frozen_heads([activity([1, 0.5, 2], [1, 0.4, 1], "head")])).severity == "good"
+        assert balance.frozen_heads([activity([1, 0], [1, 0])]) == []
+
+
+class TestStability:
+    def test_too_short_a_warmup(self):
+        fast = replace(STABLE, load=2.0, needed=200.0, safe=400.0, planned=20)
+        found = one(stability.learning_rate(fast))
+        assert found.severity == "act"
+        assert "warmup of 20 steps is too short" in found.title
+        assert "200" in found.advice
+        assert one(stability.learning_rate(replace(fast, planned=None))).severity == "act"
+        assert one(stability.learning_rate(replace(fast, planned=300))).severity == "watch"
+        assert one(stability.learning_rate(replace(fast, planned=500))).severity == "good"
+        assert "lower the peak" in one(stability.learning_rate(replace(fast, needed=None))).advice
+
+    def test_edge_of_stability_is_no_alarm(self):
+        assert one(stability.learning_rate(replace(STABLE, load=1.2, started=True))).severity == "watch"
+        assert one(stability.learning_rate(replace(STABLE, load=3.0, needed=10.0, started=True))).severity == "act"
+
+    def test_healthy_noisy_and_unknown(self):
+        assert one(stability.learning_rate(STABLE)).severity == "good"
+        assert one(stability.learning_rate(replace(STABLE, noisy_load=1.5))).severity == "watch"
+        assert one(stability.learning_rate(replace(STABLE, load=NAN))).severity == "open"
+
+    def test_sharpening(self):
+        assert one(stability.sharpening(replace(STABLE, sharpening=4.0, load_later=1.3))).severity == "watch"
+        assert one(stability.sharpening(replace(STABLE, sharpening=4.0, load_later=0.3))).severity == "good"
+        assert one(stability.sharpening(replace(STABLE, sharpening=0.1))).severity == "good"
+        assert stability.sharpening(replace(STABLE, sharpening=NAN)) == []
+
+    def test_memory_of_squares(self):
+        tiny = nf.AdamConfig(lr=1e-3, batch_size=8, betas=(0.9, 0.3))
+        assert one(stability.memory_of_squares(tiny)).severity == "act"
+        for b2 in (0.95, 0.99, 0.999):
+            assert one(stability.memory_of_squares(replace(tiny, betas=(0.9, b2)))).severity == "good"
+        assert stability.memory_of_squares(nf.SGDConfig(lr=0.1, batch_size=8)) == []
+
+    def test_turning(self):
+        assert one(stability.turning([("conv", 0.5), ("other", 0.01)])).severity == "act"
+        assert one(stability.turning([("conv", 0.15)])).severity == "watch"
+        assert one(stability.turning([("conv", 0.01)])).severity == "good"
+        assert stability.turning([("conv", NAN)]) == []
+
+    def test_loss_course(self):
+        calm_run = LossCourse(100, (), None, 1000)
+        assert one(stability.loss_course(calm_run)).severity == "good"
+        early = one(stability.loss_course(replace(calm_run, spikes=(120, 130))))
+        assert early.severity == "act"
+        assert "too short" in early.title
+        assert one(stability.loss_course(replace(calm_run, spikes=(900,)))).severity == "watch"
+        assert one(stability.loss_course(replace(calm_run, broken=900))).severity == "act"
+
+
+class TestSampling:
+    def test_mean_gradient_regime(self):
+        found = one(sampling.batch_size(BatchRegime(4096, scale(), 0.9, 50.0)))
+        assert found.severity == "watch"
+        assert found.title.startswith("Mean-gradient regime")
+        uncertain = one(sampling.batch_size(BatchRegime(4096, scale(error=0.01), 0.9, 50.0)))
+        assert uncertain.severity == "good"
+
+    def test_healthy(self):
+        for size in (2, 64, 512):
+            assert one(sampling.batch_size(BatchRegime(size, scale(), 0.2, 50.0))).severity == "good"
+
+    def test_from_the_momentum_buffer(self):
+        assert one(sampling.noise_share(40.0, "all")).severity == "watch"
+        assert one(sampling.noise_share(0.5, "all")).severity == "good"
+        assert sampling.noise_share(NAN, "all") == []
+
+
+class TestBreaking:
+    def test_certificate(self):
+        assert one(breaking.broken_by_the_loss({"0 -> 2": "outputs change"})).severity == "watch"
+        assert one(breaking.broken_by_the_loss({})).severity == "good"
+
+    def test_violation(self):
+        assert one(breaking.violated_in_training([("a", 0.2), ("b", 1e-7)])).where == ("a",)
+        assert one(breaking.violated_in_training([("a", 1e-6)])).severity == "good"
+        assert breaking.violated_in_training([("a", NAN)]) == []
+
+    def test_preconditioner(self):
+        assert one(breaking.moved_by_preconditioner([("rescaling", -3.0, 4.0)])).severity == "watch"
+        assert one(breaking.moved_by_preconditioner([("rescaling", 0.1, 4.0)])).severity == "good"
+        assert breaking.moved_by_preconditioner([]) == []
+
+    def test_outside(self):
+        edited = [{"event": "edited", "step": 7}]
+        assert "step 7" in one(breaking.touched_from_outside([("rescaling", 0.0)], edited)).title
+        assert one(breaking.touched_from_outside([("rescaling", 0.2)], [])).severity == "watch"
+        assert one(breaking.touched_from_outside([("rescaling", 0.9)], [])).severity == "act"
+        assert (
+            one(breaking.touched_from_outside([("rescaling", 1e-5)], [{"event": "resumed", "step": 1}])).severity
+            == "good"
+        )
+
+
+class TestDiagnosis:
+    def found(self):
+        watch = Finding("w", "norms", "watch", "W.", "means", "do w", "sure", (Evidence("n", 1.0, 0.1),), weight=1.0)
+        return [calm("g", "decay", "G."), watch, replace(watch, rule="v", weight=2.0, advice="do v"),
+                replace(watch, rule="a", severity="act", advice="do a")]  # fmt: skip
+
+    def test_the_most_urgent_comes_first(self):
+        diagnosis = Diagnosis.of("Model", self.found())
+        assert [f.rule for f in diagnosis] == ["a", "v", "w", "g"]
+        assert diagnosis.verdict == "act"
+        assert diagnosis.changes == ("do a", "do v", "do w")
+        assert diagnosis["g"].severity == "good"
+        with pytest.raises(KeyError, match="no finding by rule 'x'"):
+            diagnosis["x"]
+
+    def test_printed(self):
+        text = str(Diagnosis.of("Model", self.found()))
+        assert text.startswith("Model: 1 thing to act on, 2 to watch, 1 good answer.")
+        assert QUESTIONS["decay"] in text
+        assert "1. do a" in text
+        assert text.index("ACT") < text.index("WATCH")
+
+    def test_nothing_to_do_is_said(self):
+        assert str(Diagnosis.of("Model", [calm("g", "decay", "G.")])).endswith("Nothing to do.")
+
+    def test_json(self):
+        assert Diagnosis.of("Model", self.found()).to_dict()["findings"][0]["question"] == QUESTIONS["norms"]
