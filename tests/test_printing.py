@@ -68,7 +68,10 @@ def test_one_quantity_has_one_name_in_every_table(analysis: nf.Analysis) -> None
     for name in ("outputs changed by", "gradients off by", "largest factor", "family", "blocks", "charges"):
         assert name in printed & on_page
     curvature = dataclasses.replace(analysis.moments, kind="hessian")
-    everything = f"{analysis}\n{analysis.moments}\n{curvature}\n{of_a_run()}" + "".join(s.prose for s in page.values())
+    scales = analysis.moments.noise_scale()
+    everything = f"{analysis}\n{analysis.moments}\n{curvature}\n{of_a_run()}\n{scales}" + "".join(
+        s.prose for s in page.values()
+    )
     for name, meaning in MEANING.items():
         assert f"{name}: {meaning}" in " ".join(everything.split()), f"no table explains {name}"
 

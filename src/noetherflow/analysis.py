@@ -226,11 +226,11 @@ def settings_of(optimizer: Any, batches: Iterable[Any], batch_size: int | None, 
     Raises:
         DataError: neither settings nor an optimiser that the theory covers.
     """
-    inner = unwrap_optimizer(optimizer)
-    if not isinstance(inner, torch.optim.Optimizer):
-        check_settings(inner)
-        settings: Settings = inner
+    if not hasattr(optimizer, "param_groups"):
+        check_settings(optimizer)
+        settings: Settings = optimizer
         return settings
+    inner = unwrap_optimizer(optimizer)
     size = batch_size or getattr(batches, "batch_size", None) or samples_in(next(iter(batches)))
     at_peak = copy.copy(inner)
     at_peak.param_groups = [
