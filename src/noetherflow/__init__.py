@@ -20,6 +20,7 @@ from noetherflow.core.adaptive import AdamConfig, LionConfig
 from noetherflow.core.optimizers import optimizer_config
 from noetherflow.core.rates import GroupRates
 from noetherflow.core.settings import SGDConfig
+from noetherflow.core.shown import Drawer
 from noetherflow.core.tensors import tensors_of
 from noetherflow.symmetry.declare import declare
 from noetherflow.symmetry.leg import Leg
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from noetherflow.moments.statistics import standard_error
     from noetherflow.moments.storage import load_moments, save_moments
     from noetherflow.monitor.ledger import Ledger
+    from noetherflow.report.plots import plot
 
 __version__ = "0.2.0"
 
@@ -90,6 +92,7 @@ _LAZY = {
     "moments.statistics": ("standard_error",),
     "moments.storage": ("load_moments", "save_moments"),
     "monitor.ledger": ("Ledger",),
+    "report.plots": ("plot",),
 }
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
@@ -139,6 +142,7 @@ __all__ = [
     "noise_equilibrium",
     "optimizer_config",
     "per_sample",
+    "plot",
     "read_checkpoint",
     "save_moments",
     "sharpness_forecast",
@@ -156,6 +160,9 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f"noetherflow.{_HOME[name]}"), name)
     raise AttributeError(f"module 'noetherflow' has no attribute {name!r}")
+
+
+Drawer.load = lambda: __getattr__("plot")
 
 
 def __dir__() -> list[str]:

@@ -17,15 +17,18 @@ from torch.utils.data import DataLoader
 from noetherflow.core.adaptive import AdamConfig
 from noetherflow.core.inputs import LossFn
 from noetherflow.core.losses import chosen_loss
-from noetherflow.core.optimizers import Settings, check_settings, optimizer_config
+from noetherflow.core.optimizers import Settings, check_settings, described, optimizer_config
+from noetherflow.core.printing import count, legend_lines
 from noetherflow.core.settings import SGDConfig
+from noetherflow.core.shown import Shown
 from noetherflow.core.tensors import tensors_of
 from noetherflow.core.torch_internals import has_gradient_hooks
 from noetherflow.core.unwrap import unwrap, unwrap_optimizer
 from noetherflow.diagnosis.finding import Diagnosis
 from noetherflow.diagnosis.of_model import Examined, diagnose_measurement
 from noetherflow.discovery import Certificate, certify, find_symmetries
-from noetherflow.equilibrium import Equilibrium, noise_equilibrium
+from noetherflow.equilibrium import Equilibrium, noise_equilibrium, result
+from noetherflow.equilibrium import flow as flows
 from noetherflow.equilibrium.charge_flow import norm_where
 from noetherflow.equilibrium.flow import Flow, noether_flow
 from noetherflow.equilibrium.sharpness import Sharpness, sharpness_forecast
@@ -34,6 +37,7 @@ from noetherflow.errors import DataError, NoetherflowError
 from noetherflow.moments import GradientMoments, gradient_moments, minibatch_moments
 from noetherflow.moments.batch import tensors_in
 from noetherflow.moments.batch_statistics import running_statistics, uses_batch_statistics
+from noetherflow.symmetry import symmetry_set
 from noetherflow.symmetry.heads import with_scales
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
@@ -48,7 +52,7 @@ LABELS = ("labels", "label", "targets", "target", "y")
 
 
 @dataclass(frozen=True, eq=False)
-class Analysis:
+class Analysis(Shown):
     """What the symmetries of one model do under one optimiser, from one measurement.
 
     Attributes:
@@ -86,12 +90,20 @@ class Analysis:
             "equilibrium charge, joint": norm_where(settled),
         }
 
-    def __str__(self) -> str:
-        parts = [self.symmetries, self.certificate, self.flow, self.equilibrium]
-        parts += [] if self.curvature is None else [self.curvature]
-        return "\n\n".join(str(part) for part in (*parts, self.diagnosis))
+    def table_rows(self) -> list[dict[str, Any]]:
+        """`rows()`."""
+        return self.rows()
 
-    __repr__ = __str__
+    def describe(self, *, verbose: bool = False, legend: bool = True) -> str:
+        """The parts one after another, the meaning of their columns once at the end; see `Shown.describe`."""
+        settled = sum(s.classification == "finite" for s in self.equilibrium)
+        found = count(len(self.symmetries), "symmetry", "symmetries")
+        first = f"{found} under {described(self.sgd)}: {settled:,} settle at a noise equilibrium"
+        parts = (self.symmetries, self.certificate, self.flow, self.equilibrium)
+        below = (*symmetry_set.EXPLAINED, "outputs changed by", "gradients off by", *flows.EXPLAINED, *result.EXPLAINED)
+        texts = [part.describe(verbose=verbose, legend=False) for part in parts]
+        texts += [str(part) for part in (self.curvature, self.diagnosis) if part is not None]
+        return "\n\n".join([first, *texts, *(["\n".join(legend_lines(*dict.fromkeys(below)))] if legend else [])])
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -93,13 +94,44 @@ def table(rows: Sequence[Mapping[str, Any]], *explained: str) -> str:
 
     Args:
         rows: one mapping `{column: value}` a row.
-        explained: names out of `MEANING`.
+        explained: names out of `MEANING`; without any there is no legend.
 
     Returns:
         Several lines of text; the last ones are the legend, broken at `WIDTH` characters.
     """
-    below = textwrap.fill(legend(*explained), WIDTH, initial_indent="  ", subsequent_indent="  ")
-    return "\n".join([*Table.of(rows).text().splitlines(), below])
+    return "\n".join([*Table.of(rows).text().splitlines(), *legend_lines(*explained)])
+
+
+def legend_lines(*names: str) -> list[str]:
+    """The legend of the columns `names` as indented lines of at most `WIDTH` characters; none for no names."""
+    return textwrap.wrap(legend(*names), WIDTH, initial_indent="  ", subsequent_indent="  ")
+
+
+def grouped(what: str, reasons: Mapping[str, str], verbose: bool = False) -> list[str]:
+    """One line per reason for which things were left out, with the names of the first three.
+
+    Reasons that differ only in names and numbers (words with a dot or a digit) count as one.
+
+    Args:
+        what: the word at the start of each line, as "excluded".
+        reasons: by the name of each thing, why it was left out.
+        verbose: one line per thing instead.
+
+    Example:
+        >>> print(*grouped("excluded", {f"{i} -> out": f"frozen parameter {i}.weight" for i in range(5)}), sep="\\n")
+        excluded: 5 (0 -> out, 1 -> out, 2 -> out and 2 more): frozen parameter …
+    """
+    alike: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        alike.setdefault(re.sub(r"\S*[.\d]\S*\w", "…", why), []).append(name)
+    lines = []
+    for why, names in alike.items():
+        if verbose or len(names) == 1:
+            lines += [f"{what}: {name}: {reasons[name]}" for name in names]
+            continue
+        more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+        lines.append(f"{what}: {len(names):,} ({', '.join(names[:3])}{more}): {why}")
+    return lines
 
 
 def transposed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from noetherflow.core.printing import table
+from noetherflow.core.shown import Shown
 
 Verdict = Literal["exact", "approximate", "broken", "undetermined"]
 """`exact`: holds to rounding. `approximate`: up to a normalisation's eps. `broken`: does not hold, or the gradients of
@@ -49,8 +51,8 @@ class CertificateRow:
     mode: Mode = "any"
 
 
-@dataclass(frozen=True)
-class Certificate:
+@dataclass(frozen=True, repr=False)
+class Certificate(Shown):
     """One row per symmetry and translation.
 
     Attributes:
@@ -84,9 +86,10 @@ class Certificate:
         """The symmetries that must not be relied on, by name, with the reason: those broken and those undetermined."""
         return {r.name: f"certificate: {r.verdict}" for r in self.rows if r.verdict in ("broken", "undetermined")}
 
-    def __str__(self) -> str:
+    def table_rows(self) -> list[dict[str, Any]]:
+        """One row per symmetry: the verdict, and the numbers behind it."""
         noted = any(r.note for r in self.rows)
-        rows = [
+        return [
             {
                 "symmetry": r.name,
                 "family": r.family,
@@ -98,13 +101,26 @@ class Certificate:
             }
             for r in self.rows
         ]
-        lines = [table(rows, "outputs changed by", "gradients off by")] if rows else ["(nothing to certify)"]
+
+    def _verdicts(self) -> str:
+        """The first sentence: how many symmetries hold."""
+        if not self.rows:
+            return "nothing to certify"
+        found = Counter(r.verdict for r in self.rows)
+        if len(found) == 1:
+            return f"checked in float64: {'the symmetry' if len(self.rows) == 1 else f'all {len(self.rows):,}'} " + (
+                f"{'is' if len(self.rows) == 1 else 'are'} {self.rows[0].verdict}"
+            )
+        return "checked in float64: " + ", ".join(f"{n:,} {verdict}" for verdict, n in found.most_common())
+
+    def describe(self, *, verbose: bool = False, legend: bool = True) -> str:
+        """How many symmetries hold, and a row for each; see `Shown.describe`."""
+        explained = ("outputs changed by", "gradients off by") if legend else ()
+        lines = [self._verdicts(), *([table(self.table_rows(), *explained)] if self.rows else [])]
         if self.casts:
             shown = f"{'; '.join(self.casts[:3])}{' ...' if len(self.casts) > 3 else ''}"
             lines.append(f"the model itself casts to a lower precision in {len(self.casts)} places: {shown}")
         return "\n".join([*lines, *self.notes])
-
-    __repr__ = __str__
 
     def to_dict(self) -> dict[str, Any]:
         """The certificate as plain data, for JSON."""

@@ -15,8 +15,9 @@ from noetherflow.core import spd
 from noetherflow.core.adaptive import AdamConfig
 from noetherflow.core.host import on_host
 from noetherflow.core.optimizers import Settings, check_settings
-from noetherflow.core.printing import table, transposed
+from noetherflow.core.printing import count, grouped, table, transposed
 from noetherflow.core.settings import SGDConfig
+from noetherflow.core.shown import Shown
 from noetherflow.equilibrium.adaptive import assumptions
 from noetherflow.equilibrium.adaptive_flow import adaptive_drift
 from noetherflow.equilibrium.charge_flow import ChargeFlow, flat, norm_of, norm_where, signed_sum
@@ -36,7 +37,7 @@ from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 
 @dataclass(frozen=True, eq=False)
-class Flow:
+class Flow(Shown):
     """The Noether flow of a model: one `ChargeFlow` per symmetry, and forecasts of the charges from one measurement."""
 
     details: tuple[ChargeFlow, ...]
@@ -70,17 +71,20 @@ class Flow:
         Raises:
             ValueError: `steps` are not whole, non-negative and increasing.
         """
+        families = {r.name: r.family for r in self.details}
         if not isinstance(self.sgd, SGDConfig) or self.sgd.groups:
             memory = self.sgd.betas[1] if isinstance(self.sgd, AdamConfig) else 0.0
             charges = lagging_forecast(self.orbit, steps, memory)
-            return Forecast(whole_steps(steps), charges, {}, self.joint, self.regime, self.moments.samples)
+            return Forecast(
+                whole_steps(steps), charges, {}, self.joint, self.regime, self.moments.samples, families=families
+            )
         charges = orbit_forecast(self.orbit, steps)
         found = {}
         if errors and len(self.moments.groups) > 1 and not self.orbit.needs_samples:
             found = jackknife(self.moments, charges, partial(self._charges, steps), self.sgd.dataset_size)
         errors_by_name = {n: e.error for n, e in found.items()}
         measured = (self.moments.samples, len(self.moments.groups))
-        return Forecast(whole_steps(steps), charges, errors_by_name, self.joint, self.regime, *measured)
+        return Forecast(whole_steps(steps), charges, errors_by_name, self.joint, self.regime, *measured, families)
 
     def _charges(self, steps: Sequence[int] | Tensor, moments: GradientMoments) -> dict[str, Tensor]:
         assert isinstance(self.sgd, SGDConfig)
@@ -114,11 +118,23 @@ class Flow:
             "equilibrium charge, others held": norm_where([(r.equilibrium, r.finite) for r in own]),
         }
 
-    def __str__(self) -> str:
-        lines = [
-            f"Noether flow at lr {self.sgd.lr:g}, batch size {self.sgd.batch_size}, loss {self.loss:.4g}",
-            table(transposed(self.families()), *EXPLAINED) if self.details else "(no symmetry)",
-        ]
+    def table_rows(self) -> list[dict[str, Any]]:
+        """`rows()`."""
+        return self.rows()
+
+    def _sentence(self) -> str:
+        """Of how many symmetries, under what optimiser, and how long it takes."""
+        times = [r.relaxation_steps[r.finite] for r in self.details]
+        known = torch.cat(times) if times else torch.zeros(0)
+        settle = f": settles in about {np.median(known.numpy()):,.0f} steps" if known.numel() else ""
+        where = f"at lr {self.sgd.lr:g}, batch size {self.sgd.batch_size}, loss {self.loss:.4g}"
+        return f"Noether flow of {count(len(self.details), 'symmetry', 'symmetries')} {where}{settle}"
+
+    def describe(self, *, verbose: bool = False, legend: bool = True) -> str:
+        """A sentence, a table by family, and what the numbers rest on; see `Shown.describe`."""
+        lines = [self._sentence()]
+        if self.details:
+            lines.append(table(transposed(self.families()), *(EXPLAINED if legend else ())))
         if not isinstance(self.sgd, SGDConfig):
             lines.append("charges are preconditioned: every squared weight times the root mean square of its gradient")
         if not isinstance(self.sgd, SGDConfig) or self.sgd.groups:
@@ -129,9 +145,7 @@ class Flow:
             *self._caution(),
             *(few_samples(self.moments.samples) if self.moments.groups else []),
         ]
-        return "\n".join([*lines, *(f"excluded: {n}: {why}" for n, why in self.excluded.items())])
-
-    __repr__ = __str__
+        return "\n".join([*lines, *grouped("excluded", self.excluded, verbose)])
 
     def _caution(self) -> list[str]:
         """What to say where the mean gradient changes faster than momentum's memory, which takes it to be constant."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from noetherflow.core import spd
+from noetherflow.core.printing import count, show
+from noetherflow.core.shown import Shown
 from noetherflow.equilibrium import stabilised
+from noetherflow.equilibrium.comparison import Comparison, Recorded, SignedSum, added, compared
 from noetherflow.equilibrium.orbit import MeasuredOrbit
 from noetherflow.equilibrium.regime import Regime, few_samples
 from noetherflow.equilibrium.terms import FactorTerm, LegTerm, SampleTerm
@@ -24,7 +27,7 @@ DENSE = 500
 
 
 @dataclass(frozen=True, eq=False)
-class Forecast:
+class Forecast(Shown):
     """Charges ahead of time.
 
     Attributes:
@@ -36,6 +39,7 @@ class Forecast:
             valid.
         samples: Samples (or minibatches) measured.
         groups: Groups of samples that the errors come from; their t distribution has one degree of freedom less.
+        families: The family of each symmetry, by name.
     """
 
     steps: tuple[int, ...]
@@ -45,6 +49,7 @@ class Forecast:
     regime: Regime
     samples: int = 0
     groups: int = 0
+    families: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def valid(self) -> tuple[bool, ...]:
@@ -77,11 +82,54 @@ class Forecast:
             for i, (k, valid) in enumerate(zip(self.steps, self.valid, strict=True))
         ]
 
-    def __str__(self) -> str:
+    def compare(self, ledger: Recorded, *, start: int | None = None) -> Comparison:
+        """These charges beside those of a training that was watched; `print` and `plot()` show both.
+
+        Args:
+            ledger: The `nf.Ledger` of the training. With `detail="symmetry"` (or finer) symmetries are compared one by
+                one, else their sums by family.
+            start: The step of the ledger before which the moments were measured; its first recorded one by default.
+
+        Returns:
+            Forecast and measured charges at every step of the forecast that the ledger recorded.
+
+        Raises:
+            DataError: The ledger has recorded none of these steps.
+        """
+        by = "family" if ledger.detail == "family" else "symmetry"
+        return compared(by, self._signed_sums(by), ledger.records(by), start)
+
+    def _signed_sums(self, by: str) -> list[SignedSum]:
+        """The sum of the charge's coordinates (for general_linear the trace) by symmetry or family at each step."""
+        sums: dict[str, list[SignedSum]] = {}
+        for name, charge in self.charges.items():
+            error = self.errors.get(name)
+            for i, k in enumerate(self.steps):
+                spread = float("nan") if error is None else float(_diagonal(error[i]).norm())
+                key = name if by == "symmetry" else self.families.get(name, "")
+                sums.setdefault(key, []).append(SignedSum(key, k, float(_diagonal(charge[i]).sum()), spread))
+        return [total for own in sums.values() for total in added(own)]
+
+    def table_rows(self) -> list[dict[str, Any]]:
+        """`rows()`."""
+        return self.rows()
+
+    def _sentence(self) -> str:
+        """What is forecast, and where most happens."""
+        what = f"forecast of {count(len(self.charges), 'charge', 'charges')} over {self.steps[-1]:,} steps"
+        if not self.charges:
+            return what
+        norms = {n: (float(c[0].norm()), float(c[-1].norm())) for n, c in self.charges.items()}
+        name = max(norms, key=lambda n: abs(norms[n][1] - norms[n][0]))
+        return f"{what}; most happens to {name}: {show(norms[name][0])} -> {show(norms[name][1])}"
+
+    def describe(self, *, verbose: bool = False, legend: bool = True) -> str:
+        """A sentence and the norms of the charges after so many steps; see `Shown.describe`."""
         how = "all symmetries together" if self.joint else "each symmetry with the others held"
         sure = "; +-: standard error of the measurement" if self.errors else ""
         heads = [f"{k:,}" + ("" if valid else "*") for k, valid in zip(self.steps, self.valid, strict=True)]
         lines = [
+            self._sentence(),
             f"charge (norm) after that many steps, {how}{sure}",
             f"{'symmetry':<40}" + "".join(f"{head:>12}" for head in heads),
         ]
@@ -90,8 +138,6 @@ class Forecast:
             if name in self.errors:
                 lines.append(f"{'':<37}+- " + self._cells([float(e.norm()) for e in self.errors[name]], ".2g"))
         return "\n".join([*lines, str(self.regime), *self._cautions()])
-
-    __repr__ = __str__
 
     def _cautions(self) -> list[str]:
         out = [] if all(self.valid) else [f"* not valid: {self.regime.advice}"]
@@ -111,6 +157,11 @@ class Forecast:
             "charges": {n: c.tolist() for n, c in self.charges.items()},
             "errors": {n: c.tolist() for n, c in self.errors.items()},
         }
+
+
+def _diagonal(values: Tensor) -> Tensor:
+    """The coordinates that a signed sum adds up: all of a torus, the diagonals of general_linear matrices."""
+    return values.diagonal(dim1=-2, dim2=-1).flatten() if values.ndim == 3 else values
 
 
 def whole_steps(steps: Sequence[int] | Tensor) -> tuple[int, ...]:

@@ -9,7 +9,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from noetherflow.core.printing import count, show, table
+from noetherflow.core.printing import count, grouped, show, table
+from noetherflow.core.shown import Shown
 from noetherflow.equilibrium.regime import Regime
 from noetherflow.equilibrium.verdict import Class
 from noetherflow.symmetry.symmetry_set import SymmetrySet
@@ -83,8 +84,12 @@ class Settled:
         }
 
 
+EXPLAINED = ("finite, one-sided, degenerate", "largest factor", "imbalance")
+"""Names of `printing.MEANING` that the table of an equilibrium needs."""
+
+
 @dataclass(frozen=True, eq=False)
-class Equilibrium:
+class Equilibrium(Shown):
     """The joint equilibrium of a model's symmetries under one objective; printing it shows a table by family.
 
     Attributes:
@@ -146,21 +151,28 @@ class Equilibrium:
         """One row per symmetry."""
         return [s.row() for s in self.settled]
 
-    def __str__(self) -> str:
+    def table_rows(self) -> list[dict[str, Any]]:
+        """`rows()`."""
+        return self.rows()
+
+    def describe(self, *, verbose: bool = False, legend: bool = True) -> str:
+        """Whether and how far, a table by family, and why some never settle; see `Shown.describe`."""
         state = "converged" if self.converged else "NOT converged"
         lines = [
             f"{self.objective} equilibrium of {count(len(self.settled), 'symmetry', 'symmetries')}"
             + ("" if self.joint else " (each alone, the others held)")
             + f": {state} in {count(self.iterations, 'sweep', 'sweeps')}, imbalance {show(self.imbalance_now)} -> "
             + show(self.imbalance),
-            table(self._families(), "finite, one-sided, degenerate", "largest factor", "imbalance"),
+            table(self._families(), *(EXPLAINED if legend else ())),
         ]
         lines += [] if self.regime is None else [str(self.regime)]
         lines += [f"assumed: {text}" for text in self.assumptions]
         lines += [f"CAUTION: {text}" for text in self.cautions]
         lines += self._approximate()
-        lines += [f"{s.name}: {s.classification}: {s.reason}" for s in self.settled if s.reason][:20]
-        lines += [f"excluded: {name}: {why}" for name, why in self.excluded.items()]
+        for kind in dict.fromkeys(s.classification for s in self.settled if s.reason):
+            own = {s.name: s.reason for s in self.settled if s.reason and s.classification == kind}
+            lines += grouped(kind, own, verbose)
+        lines += grouped("excluded", self.excluded, verbose)
         if not self.converged:
             lines.append("raise max_iterations, or look at the symmetries with the largest imbalance in rows()")
         return "\n".join(lines)
@@ -193,8 +205,6 @@ class Equilibrium:
             "move, "
             "or leave them in place with approximate=False"
         ]
-
-    __repr__ = __str__
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -14,6 +14,7 @@ from torch import Tensor
 from noetherflow.core.printing import count, show, table
 from noetherflow.core.rates import BatchDraws
 from noetherflow.core.settings import SGDConfig
+from noetherflow.core.shown import Shown
 from noetherflow.errors import MomentError
 from noetherflow.moments.conditions import Conditions
 from noetherflow.moments.noise_scale import NoiseScales, noise_scales
@@ -57,7 +58,7 @@ class Replicates:
 
 
 @dataclass(frozen=True, eq=False)
-class GradientMoments:
+class GradientMoments(Shown):
     """Moments of the per-sample gradient `g_z` over `samples` samples (theory.md sections 1 and 2).
 
     `second[symmetry]`: one tensor per charge-carrying leg, `E_z[dX dX^T]` in the symmetry's layout, float64, uncentred.
@@ -163,17 +164,27 @@ class GradientMoments:
         """
         return noise_scales(self, dataset_size)
 
-    def __str__(self) -> str:
+    def table_rows(self) -> list[dict[str, Any]]:
+        """One row per symmetry and leg: the mean squared per-sample gradient there."""
+        return [
+            {"symmetry": s, "leg": leg, self._quantity: value}
+            for s, traces in self._traces().items()
+            for leg, value in zip(self._leg_names(s, len(traces)), traces, strict=True)
+        ]
+
+    @property
+    def _quantity(self) -> str:
+        return "mean squared gradient" if self.kind == "gradient" else "Hessian trace"
+
+    def describe(self, *, verbose: bool = False, legend: bool = True) -> str:
+        """What was measured on how many samples, and a row per symmetry; see `Shown.describe`."""
         groups = count(max(1, len(self.groups)), "group", "groups")
         loss = f", mean loss {self.loss:.6g}" if self.kind == "gradient" else ""
         lines = [f"{count(self.samples, *self._unit())} in {groups}{loss}"]
         lines += [f"by fallback, not by rule: {', '.join(self.fallback)}"] if self.fallback else []
         lines += self._cautions()
-        name = "mean squared gradient" if self.kind == "gradient" else "Hessian trace"
-        rows = [{"symmetry": s, name: self._by_leg(s, t)} for s, t in self._traces().items()]
-        return "\n".join([*lines, table(rows, name)] if rows else lines)
-
-    __repr__ = __str__
+        rows = [{"symmetry": s, self._quantity: self._by_leg(s, t)} for s, t in self._traces().items()]
+        return "\n".join([*lines, table(rows, *((self._quantity,) if legend else ()))] if rows else lines)
 
     def _cautions(self) -> list[str]:
         """What takes away from the meaning of the numbers."""
@@ -197,8 +208,11 @@ class GradientMoments:
         return ("sample", "samples") if self.replicates is None else ("minibatch", "minibatches")
 
     def _by_leg(self, symmetry: str, traces: list[float]) -> str:
-        names = self.legs.get(symmetry) or [f"leg {k}" for k in range(len(traces))]
+        names = self._leg_names(symmetry, len(traces))
         return "  ".join(f"{name} {show(value)}" for name, value in zip(names, traces, strict=True))
+
+    def _leg_names(self, symmetry: str, legs: int) -> Sequence[str]:
+        return self.legs.get(symmetry) or [f"leg {k}" for k in range(legs)]
 
     def _traces(self) -> dict[str, list[float]]:
         return {name: [float(trace(leg)) for leg in legs] for name, legs in self.second.items()}

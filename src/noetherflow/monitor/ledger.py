@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 import noetherflow as nf
+from noetherflow.core.printing import count, show, table
+from noetherflow.core.shown import Shown
 from noetherflow.core.tensors import named_tensors
 from noetherflow.core.unwrap import unwrap_optimizer
 from noetherflow.errors import DataError
@@ -47,7 +49,7 @@ class _Open:
     found_inf: Any = None
 
 
-class Ledger:
+class Ledger(Shown):
     """`C' - C = gradient + momentum + decay + preconditioner + second_order`, per symmetry and step (theory.md 3).
 
     Call `before_step()` when the gradients are final (unscaled, clipped) and `after_step()` after `optimizer.step()`;
@@ -134,6 +136,22 @@ class Ledger:
     def __repr__(self) -> str:
         made, families = f"{self.step} steps of {type(self.optimizer).__name__}", ", ".join(self._books.index.families)
         return f"Ledger({made}, families {families or 'none'}, every={self.every})"
+
+    def table_rows(self) -> list[dict[str, Any]]:
+        """`records()`."""
+        return self.records()
+
+    def describe(self, *, verbose: bool = False, legend: bool = True) -> str:
+        """How many steps are recorded, and each family's charge now; `verbose`: all events; see `Shown.describe`."""
+        rows = self.records()
+        made = f"{count(self.step, 'step', 'steps')} of {type(self.optimizer).__name__}"
+        lines = [f"ledger of {made}, {count(len(rows), 'row', 'rows')} in memory"]
+        latest = {row["family"]: row for row in rows}
+        shown = ("charge", "change", "residual", "norm")
+        lines += [table([{"family": f, **{k: r[k] for k in shown}} for f, r in latest.items()])] if rows else []
+        told = self.events if verbose else self.events[-3:]
+        lines += [f"step {show(event['step'])}: {event['event']}" for event in told]
+        return "\n".join(lines)
 
     def _begin(self, resume: bool | None) -> None:
         """Number the step to come: one after the last in the log, if that is the same run."""

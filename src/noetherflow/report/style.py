@@ -15,9 +15,13 @@ OTHER = "#8a6fb0"
 ACCENT = "#e08e2b"
 THEORY = "#111111"
 MUTED = "#8c8c8c"
+CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#333333")
+"""Colours of lines of one kind, apart for every eye (Okabe and Ito)."""
 
 RC = {
     "figure.dpi": 100,
+    "figure.constrained_layout.w_pad": 0.08,
+    "figure.constrained_layout.h_pad": 0.08,
     "savefig.dpi": 110,
     "font.size": 10,
     "font.family": "DejaVu Sans",

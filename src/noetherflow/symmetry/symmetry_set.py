@@ -9,12 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from noetherflow.core.printing import table
+from noetherflow.core.printing import count, grouped, table
+from noetherflow.core.shown import Shown
 from noetherflow.core.tensors import check_same_model, tensors_of
 from noetherflow.errors import DeclarationError
 from noetherflow.symmetry.symmetry import Symmetry, Translation
 
 FORMAT = 1
+EXPLAINED = ("family", "blocks", "charges")
+"""Columns of the table by family that its legend explains."""
 
 
 def positions_of(model: nn.Module, symmetries: Iterable[Symmetry]) -> dict[str, Tensor]:
@@ -34,7 +37,7 @@ class UnknownOperator:
 
 
 @dataclass(frozen=True, eq=False)
-class SymmetrySet:
+class SymmetrySet(Shown):
     """The continuous symmetries of one model.
 
     Iterates over its exponential symmetries; `translations` holds the linear families. `shapes` are the parameter
@@ -166,10 +169,28 @@ class SymmetrySet:
             row["charges"] += t.n_charges(self.shapes[t.leg.parameter]) if self.shapes else t.leg.blocks
         return list(rows.values())
 
-    def __str__(self) -> str:
+    def table_rows(self) -> list[dict[str, Any]]:
+        """One row per symmetry: its family and group, its numbers, and the parameters that it moves."""
+        return [
+            {
+                "symmetry": item.name,
+                "family": item.family,
+                "group": (item.kind if item.is_torus else f"GL({item.dim})") if isinstance(item, Symmetry) else "shift",
+                "blocks": item.blocks if isinstance(item, Symmetry) else item.leg.blocks,
+                "parameters": ", ".join(item.parameters),
+            }
+            for item in self.all_items
+        ]
+
+    def describe(self, *, verbose: bool = False, legend: bool = True) -> str:
+        """A sentence, a table by family, what was left out, and unknown operators; see `Shown.describe`."""
         rows = self.summary()
-        lines = [table(rows, "family", "blocks", "charges") if rows else self._none()]
-        lines += [f"excluded: {name}: {why}" for name, why in self.excluded.items()]
+        families = count(len({r["family"] for r in rows}), "family", "families")
+        found = count(len(self.all_items), "continuous symmetry", "continuous symmetries")
+        charges = count(self.n_charges(), "independent Noether charge", "independent Noether charges")
+        lines = [f"{found} of {families}, with {charges}"] if rows else [self._none()]
+        lines += [table(rows, *(EXPLAINED if legend else ()))] if rows else []
+        lines += grouped("excluded", self.excluded, verbose)
         lines += [
             f"unknown operator {u.operator} at {u.module or u.node}"
             + (f" (x{u.count})" if u.count > 1 else "")
@@ -177,8 +198,6 @@ class SymmetrySet:
             for u in self.unknown
         ]
         return "\n".join(lines)
-
-    __repr__ = __str__
 
     def _none(self) -> str:
         parameter = next(iter(self.shapes), "parameter")

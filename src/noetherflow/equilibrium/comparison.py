@@ -1,0 +1,130 @@
+"""A forecast of charges beside the training that followed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from noetherflow.core.printing import count, show, table
+from noetherflow.core.shown import Shown
+from noetherflow.errors import DataError
+
+
+class Recorded(Protocol):
+    """What a forecast is compared with: `nf.Ledger`."""
+
+    detail: Any
+
+    def records(self, by: Any) -> list[dict[str, Any]]:
+        """One row per recorded step and family or symmetry: `step`, its name and the `charge` before the step."""
+
+
+@dataclass(frozen=True)
+class SignedSum:
+    """One forecast number: the signed sum of the charges of a symmetry or family after `step` steps, with the standard
+    error of the measurement (NaN where it is not known).
+    """
+
+    name: str
+    step: int
+    value: float
+    error: float
+
+
+@dataclass(frozen=True)
+class ComparedCharge:
+    """One charge at one step: forecast with its standard error, and measured in training."""
+
+    name: str
+    step: int
+    forecast: float
+    error: float
+    measured: float
+
+
+@dataclass(frozen=True, repr=False)
+class Comparison(Shown):
+    """Forecast and measured charges, each the signed sum over the coordinates of a symmetry or family.
+
+    Attributes:
+        by: `symmetry` or `family`.
+        charges: by name, then step.
+    """
+
+    by: str
+    charges: tuple[ComparedCharge, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The symmetries or families, each once."""
+        return tuple(dict.fromkeys(c.name for c in self.charges))
+
+    def of(self, name: str) -> tuple[ComparedCharge, ...]:
+        """The charges of one symmetry or family, in order of steps."""
+        return tuple(c for c in self.charges if c.name == name)
+
+    def table_rows(self) -> list[dict[str, Any]]:
+        """One row per symmetry (or family) and step."""
+        return [
+            {self.by: c.name, "step": c.step, "forecast": c.forecast, "error": c.error, "measured": c.measured}
+            for c in self.charges
+        ]
+
+    def _sentence(self) -> str:
+        """How much of the change in training was foretold, over all charges: `1 - |F - C| / |C - C_0|`."""
+        last = [self.of(name)[-1] for name in self.names]
+        first = [self.of(name)[0] for name in self.names]
+        missed = math.dist([c.forecast for c in last], [c.measured for c in last])
+        moved = math.dist([c.measured for c in last], [c.measured for c in first])
+        what = count(len(last), *{"symmetry": ("symmetry", "symmetries"), "family": ("family", "families")}[self.by])
+        told = "" if moved == 0 else f"; the forecast missed {missed / moved:.0%} of the change in training"
+        return f"forecast against training of {what} over {last[0].step:,} steps{told}"
+
+    def describe(self, *, verbose: bool = False, legend: bool = True) -> str:
+        """How much of the change was foretold, and first and last charges; see `Shown.describe`."""
+        ends = [(self.of(name)[0], self.of(name)[-1]) for name in self.names]
+        rows = [
+            {
+                self.by: first.name,
+                "at the start": first.measured,
+                f"forecast of step {show(last.step)}": last.forecast,
+                "measured": last.measured,
+                "s.e. of the forecast": last.error,
+            }
+            for first, last in ends
+        ]
+        return "\n".join([self._sentence(), table(self.table_rows() if verbose else rows)])
+
+
+def added(parts: Sequence[SignedSum]) -> list[SignedSum]:
+    """One sum per step over symmetries of one name; errors of different symmetries count as independent."""
+    out: dict[int, SignedSum] = {}
+    for part in parts:
+        was = out.get(part.step, SignedSum(part.name, part.step, 0.0, 0.0))
+        out[part.step] = SignedSum(part.name, part.step, was.value + part.value, math.hypot(was.error, part.error))
+    return list(out.values())
+
+
+def compared(by: str, sums: Sequence[SignedSum], rows: Sequence[dict[str, Any]], start: int | None) -> Comparison:
+    """Forecast sums beside the ledger's rows of the same name and step.
+
+    Raises:
+        DataError: no step is in both.
+    """
+    first = min((row["step"] for row in rows), default=0) if start is None else start
+    measured = {(row[by], row["step"] - first): row["charge"] for row in rows}
+    found = tuple(
+        ComparedCharge(s.name, s.step, s.value, s.error, measured[s.name, s.step])
+        for s in sums
+        if (s.name, s.step) in measured
+    )
+    if not found:
+        steps = sorted({row["step"] for row in rows})
+        held = f"steps {steps[0]} to {steps[-1]}" if steps else "no step"
+        raise DataError(
+            f"nothing to compare: the ledger holds {held} in memory (Ledger(..., capacity=...)), the forecast begins "
+            f"at step {first} of it and has steps {sorted({s.step for s in sums})[:6]}"
+        )
+    return Comparison(by, found)

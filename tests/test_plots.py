@@ -1,0 +1,193 @@
+"""Results draw themselves, become data frames and notebook tables, and print quietly."""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import noetherflow as nf
+from noetherflow.core.printing import grouped
+from noetherflow.core.shown import ROWS, Shown
+from noetherflow.errors import DataError, MissingExtraError
+from noetherflow.report import plots
+from noetherflow.report.drawings import courses_of, fastest, sides_of
+from noetherflow.report.labels import labels_of, short
+from noetherflow.report.network_map import network_map
+
+matplotlib = pytest.importorskip("matplotlib")
+matplotlib.use("Agg")
+
+
+def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    x, y = batch
+    return (model(x) - y).square().sum(1)
+
+
+@pytest.fixture(scope="module")
+def world() -> types.SimpleNamespace:
+    """A net with a torus and a scale, its analysis, and a training that a ledger has watched."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)).double()
+    x, y = torch.randn(64, 4).double(), torch.randn(64, 2).double()
+    sgd = nf.SGDConfig(0.01, 4)
+    analysis = nf.analyze(net, loss, [(x, y)], sgd, x[:4])
+    forecast = analysis.flow.forecast([0, 10, 20])
+    optimizer = torch.optim.SGD(net.parameters(), lr=sgd.lr)
+    ledger = nf.Ledger(net, optimizer, analysis.symmetries, detail="symmetry").attach()
+    for _ in range(25):
+        chosen = torch.randint(64, (4,))
+        optimizer.zero_grad()
+        loss(net, (x[chosen], y[chosen])).mean().backward()
+        optimizer.step()
+    ledger.close()
+    return types.SimpleNamespace(analysis=analysis, forecast=forecast, ledger=ledger)
+
+
+def results(world: types.SimpleNamespace) -> list[Shown]:
+    a = world.analysis
+    compared = world.forecast.compare(world.ledger)
+    return [a.symmetries, a.certificate, a.moments, a.flow, world.forecast, compared, a.equilibrium, world.ledger, a]
+
+
+def test_every_kind_draws_itself_with_labelled_axes(world: types.SimpleNamespace) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    drawn = {type(r) for r in results(world)} - {nf.Certificate}
+    assert drawn == set(plots.DRAWINGS)
+    for result in results(world):
+        if isinstance(result, nf.Certificate):
+            with pytest.raises(DataError, match=r"nf\.plot draws SymmetrySet, .*to_frame"):
+                result.plot()
+            continue
+        figure, axes = result.plot()
+        for ax in np.ravel(axes):
+            assert ax.get_xlabel()
+            assert ax.get_title(loc="left")
+            assert ax.lines or ax.containers
+        figure.canvas.draw()
+        same, _ = nf.plot(result)
+        assert len(same.axes) == len(figure.axes)
+    pyplot.close("all")
+
+
+def test_what_is_drawn_is_what_was_measured(world: types.SimpleNamespace) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    _, ax = world.forecast.compare(world.ledger).plot()
+    dots = [line for line in ax.lines if line.get_marker() == "o" and len(line.get_xdata())]
+    rows = world.ledger.records(by="symmetry")
+    for line in dots:
+        first, last = line.get_ydata()[[0, -1]]
+        assert any(r["charge"] == first for r in rows if r["step"] == 0)
+        assert any(r["charge"] == last for r in rows if r["step"] == 20)
+    assert len(dots) == len(world.analysis.symmetries)
+    _, ax = world.forecast.plot()
+    curves = {line.get_label(): line.get_ydata() for line in ax.lines}
+    for name, charge in world.forecast.charges.items():
+        np.testing.assert_allclose(curves[labels_of([name])[0]], charge.flatten(1).norm(dim=1), rtol=1e-12)
+    pyplot.close("all")
+
+
+def test_a_forecast_is_compared_by_family_where_the_ledger_keeps_no_more(world: types.SimpleNamespace) -> None:
+    coarse = types.SimpleNamespace(detail="family", records=world.ledger.records)
+    by_family, by_symmetry = world.forecast.compare(coarse), world.forecast.compare(world.ledger)
+    for family in by_family.names:
+        own = [s.name for s in world.analysis.symmetries if s.family == family]
+        expected = sum(by_symmetry.of(name)[-1].forecast for name in own)
+        assert by_family.of(family)[-1].forecast == pytest.approx(expected, rel=1e-12)
+    late = world.forecast.compare(world.ledger, start=10)
+    assert late.charges[1].measured == by_symmetry.charges[2].measured
+    with pytest.raises(DataError, match="nothing to compare: the ledger holds steps 0 to 24"):
+        world.forecast.compare(world.ledger, start=1000)
+
+
+def test_charts_show_the_extreme_ones_first(world: types.SimpleNamespace) -> None:
+    a = world.analysis
+    speeds = [float(r.drift.norm() / r.charge.norm()) for r in fastest(a.flow.details, 9)]
+    assert speeds == sorted(speeds, reverse=True)
+    (one,) = [s for s in sides_of(a.moments, 9) if "[scale]" in s.name]
+    assert one.minus == 0
+    assert one.plus == pytest.approx(sum(float(leg.sum()) for leg in a.moments.second[one.name]))
+    course = courses_of(world.ledger.records(), 1)[0]
+    last = len(course.steps) - 1
+    explained = sum(v[last - 1] for v in course.causes.values())
+    assert explained == pytest.approx(course.charge[-1] - course.charge[0], abs=1e-9)
+
+
+def test_the_map_has_a_row_per_module_and_joins_repeated_blocks() -> None:
+    def block() -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.Tanh())
+
+    net = nn.Sequential(*(block() for _ in range(5)))
+    syms = nf.find_symmetries(net, torch.randn(2, 3))
+    whole, joined = network_map(syms, False), network_map(syms, True)
+    assert whole.modules == tuple(f"{i}.{j}" for i in range(5) for j in (0, 2))
+    assert [c.marks for c in whole.columns] == [((2 * i, 1), (2 * i + 1, -1)) for i in range(5)]
+    assert [(c.marks, c.repeats) for c in joined.columns] == [(((0, -1), (0, 1)), 5)]
+
+
+def test_printing_opens_with_a_sentence_and_explains_a_column_once(world: types.SimpleNamespace) -> None:
+    for result in results(world):
+        first = str(result).splitlines()[0]
+        assert re.match(r"(noise|[\w,]+ )", first), first
+        assert "  " not in first
+    assert str(world.analysis).count("charges: independent Noether charges") == 1
+    assert "independent Noether charges;" not in world.analysis.describe(legend=False)
+
+
+def test_left_out_things_are_grouped_unless_asked_for() -> None:
+    reasons = {f"{i} -> out": f"frozen parameter {i}.weight" for i in range(5)} | {"other": "certificate: broken"}
+    assert grouped("excluded", reasons) == [
+        "excluded: 5 (0 -> out, 1 -> out, 2 -> out and 2 more): frozen parameter …",
+        "excluded: other: certificate: broken",
+    ]
+    assert grouped("excluded", reasons, verbose=True) == [f"excluded: {n}: {why}" for n, why in reasons.items()]
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    for p in net.parameters():
+        p.requires_grad_(False)
+    syms = nf.find_symmetries(net, torch.randn(2, 3)).trainable(net)
+    assert str(syms).count("excluded:") == 1
+    assert syms.describe(verbose=True).count("excluded:") == 2
+
+
+def test_notebooks_show_a_table_and_fold_the_text(world: types.SimpleNamespace) -> None:
+    for result in results(world):
+        html = result._repr_html_()
+        assert html.count("<table>") == 1
+        assert html.count("<details>") == 1
+    many = types.SimpleNamespace(rows=[{"a<b": k} for k in range(ROWS + 3)])
+
+    class Long(Shown):
+        def table_rows(self) -> list[dict[str, Any]]:
+            return many.rows
+
+        def describe(self, *, verbose: bool = False, legend: bool = True) -> str:
+            return "x < y"
+
+    html = Long()._repr_html_()
+    assert "x &lt; y" in html
+    assert "a&lt;b" in html
+    assert "3 more rows" in html
+
+
+def test_rows_become_a_data_frame(world: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", types.SimpleNamespace(DataFrame=list))
+    for result in results(world):
+        assert result.to_frame() == result.table_rows()
+        assert len(result.table_rows()) > 0
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(MissingExtraError, match=r"noetherflow\[frame\]"):
+        world.analysis.to_frame()
+
+
+def test_labels_keep_layer_and_role() -> None:
+    names = [f"m.layers.{i}.self_attn.very_long_inner_name.q_proj -> m.layers.{i}.self_attn.o_proj" for i in range(2)]
+    assert labels_of(names) == ["0…q_proj → 0…o_proj", "1…q_proj → 1…o_proj"]
+    alike = [f"m.0.{'x' * 40}{c}.{'y' * 40}" for c in "ab"]
+    assert len(set(labels_of(alike))) == 2
+    assert short("0 -> 2") == "0 -> 2"
