@@ -8,7 +8,7 @@ import torch
 
 from noetherflow.monitor.books import FIELDS, Columns, History, Page
 from noetherflow.monitor.charge_map import axis_sums
-from noetherflow.monitor.measure import tabulate
+from noetherflow.monitor.sums import tabulate
 
 
 @pytest.mark.parametrize("axes", [(0,), (1,), (-1,), (0, 2), (2, 1), (0, 1, 2)])

@@ -16,7 +16,7 @@ from torch import nn
 
 import noetherflow as nf
 from noetherflow.errors import DataError, DeclarationError
-from noetherflow.monitor import measure
+from noetherflow.monitor import sums
 from noetherflow.monitor.books import FIELDS
 from noetherflow.monitor.ledger import Ledger
 from noetherflow.monitor.log import LOG_NAME, read_log
@@ -423,7 +423,7 @@ def test_a_replaced_parameter_is_told() -> None:
 def test_slices_of_any_size_add_up(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
     for size in (1 << 20, 100):
-        monkeypatch.setattr(measure, "SLICE", size)
+        monkeypatch.setattr(sums, "SLICE", size)
         model, made, ledger = watched(optimizer)
         train(model, made, 3)
         rows.append(ledger.records())

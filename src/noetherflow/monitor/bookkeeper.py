@@ -16,8 +16,9 @@ from noetherflow.monitor.charge_map import ChargeMap
 from noetherflow.monitor.estimates import Estimator, LegSquares, rotation_rows
 from noetherflow.monitor.journal import Journal
 from noetherflow.monitor.log import FORMAT, plain
-from noetherflow.monitor.measure import Measurement, Value, tabulate
+from noetherflow.monitor.measure import Measurement
 from noetherflow.monitor.rule import AnyRule
+from noetherflow.monitor.sums import Value, tabulate
 
 UNEXPLAINED = 1e-3
 """A residual above this share of the norm says that something else wrote to the weights within the step."""

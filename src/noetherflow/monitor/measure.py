@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,17 +15,15 @@ from torch import Tensor, nn
 from noetherflow.errors import DataError
 from noetherflow.monitor import sharding
 from noetherflow.monitor.charge_map import ChargeMap, Watched
+from noetherflow.monitor.parameter import Grouping, Lasting, WatchedParameter
 from noetherflow.monitor.rule import AnyRule, Pairs, State, StepSettings, StepTensors
+from noetherflow.monitor.sums import Value, tabulate, totals
 from noetherflow.symmetry.leg import accumulation_dtype
 from noetherflow.symmetry.symmetry import Symmetry
 
-SLICE = 1 << 18
-PLAIN = (torch.float32, torch.float64)
-Value = float | Tensor
 Rows = dict[str, list[Value]]
 """Inner products by name, one value per watched parameter: a number, or a tensor of all its leg values."""
-Stamps = Mapping[str, tuple[Tensor, int, int]]
-PairsOf = Callable[[Any, StepTensors], Mapping[str, tuple[Tensor, Tensor]]]
+PairsOf = Callable[[StepTensors], Pairs]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +36,10 @@ class StepTable:
     def of(self, parameter: int) -> StepSettings:
         """The settings of one parameter, by its place among the watched ones."""
         return self.distinct[self.which[parameter]]
+
+    def moves(self, parameter: int) -> bool:
+        """Whether the optimiser moves it in this step; the first of the distinct settings stands for those left."""
+        return self.which[parameter] > 0
 
 
 @dataclass
@@ -56,42 +59,7 @@ class Measurement:
     blocks: Rows = field(default_factory=dict)
     matrix_charges: Sequence[Value] = ()
     kept: dict[str, Tensor] = field(default_factory=dict)
-    moving: frozenset[int] = frozenset()
     edited: bool = False
-
-
-class ParameterMemory:
-    """One parameter between steps: what was measured of it and its state, and flat views of these tensors.
-
-    `known[q]`, measured after the last step, holds before the next one while nothing is `touched`. A write through
-    `tensor.data` cannot be seen; it shows up in the residual.
-    """
-
-    def __init__(self) -> None:
-        self.known: dict[str, Value] = {}
-        self._seen: Stamps = {}
-        self._viewed: Stamps = {}
-        self._parts: list[StepTensors] | None = None
-
-    def touched(self, lasting: Stamps) -> list[str]:
-        """Which of these are not the tensors of the last `settle`, or were written to since."""
-        return [k for k, stamp in lasting.items() if not _same(stamp, self._seen.get(k), 3)]
-
-    def settle(self, lasting: Stamps, known: dict[str, Value]) -> None:
-        """Remember what was measured of these tensors as they are."""
-        self._seen, self.known = lasting, known
-
-    def parts(self, lasting: Stamps, passing: StepTensors) -> list[StepTensors] | None:
-        """All tensors as flat views, in slices on a CPU; None where that or single precision cannot be had.
-
-        Views of `lasting` are made again only when these are other tensors, or lie elsewhere.
-        """
-        if len(lasting) != len(self._viewed) or not all(_same(v, self._viewed.get(k), 2) for k, v in lasting.items()):
-            self._viewed, self._parts = lasting, slices(_tensors(lasting))
-        if self._parts is None or not passing:
-            return self._parts
-        more = slices(passing)
-        return None if more is None else [{**a, **b} for a, b in zip(self._parts, more, strict=True)]
 
 
 class StepMeter:
@@ -104,38 +72,40 @@ class StepMeter:
         self, layout: ChargeMap, rule: AnyRule, optimizer: torch.optim.Optimizer, watched: Mapping[str, nn.Parameter]
     ) -> None:
         self.layout, self.rule, self.optimizer, self.watched = layout, rule, optimizer, watched
-        self._named = list(watched.items())
         self.sharded = any(sharding.is_sharded(p) for p in watched.values())
         self.carried = {"weight_square": "weight_square_after", **rule.carried}
+        self._each = [WatchedParameter(name, p, name in layout.totals_only) for name, p in watched.items()]
+        self._grouping = Grouping([one.parameter for one in self._each])
+        self._idle = rule.step_settings.idle()
         self._products = frozenset(f.name for f in fields(rule.products))
-        self.forget()
 
     def forget(self) -> None:
         """Do not rely on what was measured after the last step."""
-        self._memories = {name: ParameterMemory() for name in self.watched}
+        for one in self._each:
+            one.forget()
 
     def before(self, step: int) -> Measurement:
         """The part of a measurement that needs the weights, gradients and state before the step."""
         with torch.no_grad():
-            group_of = self._groups()
-            moving = frozenset(j for j, p in enumerate(self.watched.values()) if self._moves(p, group_of))
-            lr = float(self.optimizer.param_groups[0].get("lr", float("nan")))
-            now = Measurement(step, lr, self._settings(moving, group_of), moving=moving)
-            for j in range(len(self.watched)):
-                self._measure_before(now, j)
+            states = self._states()
+            lasting = self._lasting(states)
+            lr = float(self.optimizer.param_groups[0].get("lr", math.nan))
+            now = Measurement(step, lr, self._settings(states, lasting))
+            for j, one in enumerate(self._each):
+                self._measure_before(now, j, one, lasting[j])
         return now
 
     def after(self, now: Measurement) -> None:
         """Complete a measurement once the step is made; what the step wrote last comes first, still in the cache."""
         with torch.no_grad():
-            for j, (name, parameter) in reversed(list(enumerate(self.watched.items()))):
-                lasting = self._lasting(parameter, self.optimizer.state.get(parameter, {}))
-                passing = {"weight_before": now.kept[name]} if name in now.kept else {}
-                pairs_of = self._charge_and_after if j in now.moving else _charge_after
-                found = self._inner(name, lasting, passing, pairs_of, now.settings.of(j))
+            lasting = self._lasting(self._states())
+            for j in reversed(range(len(self._each))):
+                one, c = self._each[j], now.settings.of(j)
+                passing = {"weight_before": now.kept[one.name]} if one.name in now.kept else {}
+                pairs_of = partial(self._pairs_after, c) if now.settings.moves(j) else _charge_after
+                found = self._inner(one, lasting[j], passing, pairs_of)
                 self._write(now.values, j, found)
-                known = {q: found[r] for q, r in self.carried.items() if r in found}
-                self._memories[name].settle(lasting, known)
+                one.settle(lasting[j], {q: found[r] for q, r in self.carried.items() if r in found})
             now.kept.clear()
 
     def gradients(self, layout: ChargeMap) -> Rows:
@@ -185,113 +155,95 @@ class StepMeter:
             table = total.cpu().numpy()
         return dict(zip(names, table, strict=True))
 
-    def _groups(self) -> dict[Tensor, int]:
-        """The number of the parameter group of each parameter that the optimiser holds."""
-        return {p: i for i, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
+    def _states(self) -> list[State]:
+        """The optimiser's state of every watched parameter."""
+        state = self.optimizer.state
+        nothing: State = {}
+        return [state.get(one.parameter, nothing) for one in self._each]
 
-    def _moves(self, parameter: nn.Parameter, group_of: Mapping[Tensor, int]) -> bool:
-        return parameter in group_of and (parameter.grad is not None or self.rule.keeps_copy)
+    def _lasting(self, states: Sequence[State]) -> list[Lasting]:
+        """Weights and optimiser state of every watched parameter, as they are now."""
+        keys = self.rule.state_keys
+        return [one.lasting(keys, state) for one, state in zip(self._each, states, strict=True)]
 
-    def _settings(self, moving: frozenset[int], group_of: Mapping[Tensor, int]) -> StepTable:
+    def _settings(self, states: Sequence[State], lasting: Sequence[Lasting]) -> StepTable:
         """The settings of all watched parameters, made once for those that share group, state and step count."""
-        distinct = [self.rule.step_settings.idle()]
-        which = [0] * len(self.watched)
+        groups, rule = self.optimizer.param_groups, self.rule
+        distinct, which = [self._idle], [0] * len(self._each)
         place: dict[tuple[int, bool, float], int] = {}
-        steps = self._steps_made() if self.rule.counts_steps else {}
+        steps = _steps_made(states) if rule.counts_steps else {}
         scale = getattr(self.optimizer, "grad_scale", None)
-        for j, (name, parameter) in enumerate(self.watched.items()):
-            if j not in moving:
+        for j, group in enumerate(self._grouping.of(groups)):
+            if group is None or (self._each[j].parameter.grad is None and not rule.keeps_copy):
                 continue
-            state = self.optimizer.state.get(parameter, {})
-            started = any(state.get(k) is not None for k in self.rule.state_keys)
-            key = (group_of[parameter], started, steps.get(name, 0.0))
+            key = (group, len(lasting[j].places) > 1, steps.get(j, 0.0))
             if key not in place:
                 place[key] = len(distinct)
-                c = self.rule.settings(self.optimizer.param_groups[key[0]], state, key[2])
-                distinct.append(c if scale is None else self.rule.unscaled(c, float(scale)))
+                c = rule.settings(groups[group], states[j], key[2])
+                distinct.append(c if scale is None else rule.unscaled(c, float(scale)))
             which[j] = place[key]
         return StepTable(distinct, which)
 
-    def _measure_before(self, now: Measurement, j: int) -> None:
+    def _measure_before(self, now: Measurement, j: int, one: WatchedParameter, lasting: Lasting) -> None:
         """One parameter before the step: what is still known of it, and what else the rule asks for."""
-        name, parameter = self._named[j]
-        rule, c, gradient, moves = self.rule, now.settings.of(j), parameter.grad, j in now.moving
-        reads = moves and gradient is not None and rule.reads_gradient(c)
-        passing: StepTensors = {"gradient": _dense(gradient)} if reads and gradient is not None else {}
-        lasting = self._lasting(parameter, self.optimizer.state.get(parameter, {}))
-        memory = self._memories[name]
-        touched = memory.touched(lasting)
-        now.edited |= bool(memory.known) and "weight" in touched
-        known = {} if touched else memory.known
+        c, gradient, moves = now.settings.of(j), one.parameter.grad, now.settings.moves(j)
+        known = one.known
+        if one.touched(lasting):
+            now.edited |= one.weight_touched(lasting)
+            known = {}
         self._write(now.values, j, known)
+        reads = moves and gradient is not None and self.rule.reads_gradient(c)
+        passing: StepTensors = {"gradient": _dense(gradient)} if reads and gradient is not None else {}
         if passing or len(known) < len(self.carried):
-            pairs_of = self._charge_and_before if moves else _charge_before
-            missing = [q for q in pairs_of(c, {**_tensors(lasting), **passing}) if q not in known]
-            self._write(now.values, j, self._inner(name, lasting, passing, pairs_of, c, missing) if missing else {})
-        if rule.keeps_copy and moves:
-            now.kept[name] = sharding.local(parameter, name in self.layout.totals_only).clone()
-
-    def _lasting(self, parameter: Tensor, state: State) -> Stamps:
-        """Weights and optimiser state of one parameter, as they are now."""
-        found = {"weight": _stamp(parameter)}
-        for key in self.rule.state_keys:
-            if (value := state.get(key)) is not None:
-                found[key] = _stamp(value)
-        return found
+            pairs_of = partial(self._pairs_before, c) if moves else _charge_before
+            self._write(now.values, j, self._inner(one, lasting, passing, pairs_of, known))
+        if self.rule.keeps_copy and moves:
+            now.kept[one.name] = sharding.local(one.parameter, one.totals_only).clone()
 
     def _inner(
         self,
-        name: str,
-        lasting: Stamps,
+        one: WatchedParameter,
+        lasting: Lasting,
         passing: StepTensors,
         pairs_of: PairsOf,
-        c: StepSettings,
-        only: Sequence[str] | None = None,
+        known: Container[str] = (),
     ) -> Mapping[str, Value]:
-        """`<a, b>` on the legs of one parameter for the pairs (`only` those) that `pairs_of(c, .)` makes of tensors."""
-
-        def chosen(t: StepTensors) -> Mapping[str, tuple[Tensor, Tensor]]:
-            pairs = pairs_of(c, t)
-            return pairs if only is None else {q: pairs[q] for q in only}
-
-        only_totals = name in self.layout.totals_only
-        parts = self._memories[name].parts(lasting, passing) if only_totals else None
-        if parts is None:
-            tensors = {k: sharding.local(t, only_totals) for k, t in {**_tensors(lasting), **passing}.items()}
-            return self.layout.inner(name, chosen({k: accumulation_dtype(t) for k, t in tensors.items()}))
-        return totals(parts, chosen)
+        """`<a, b>` on the legs of one parameter for the pairs that `pairs_of` makes of tensors, but those `known`."""
+        parts = one.parts(lasting, passing) if one.totals_only else None
+        if parts is not None:
+            found: Mapping[str, Value] = totals(parts, pairs_of, known)
+        else:
+            local = {k: sharding.local(t, one.totals_only) for k, t in {**lasting.tensors, **passing}.items()}
+            pairs = pairs_of({k: accumulation_dtype(t) for k, t in local.items()})
+            found = self.layout.inner(one.name, {q: pair for q, pair in pairs.items() if q not in known})
+        return found
 
     def _write(self, values: Rows, j: int, found: Mapping[str, Value]) -> None:
         for q, value in found.items():
             row = values.get(q)
             if row is None:
-                values[q] = row = [0.0] * len(self.watched)
+                values[q] = row = [0.0] * len(self._each)
             row[j] = value
 
-    def _charge_and_before(self, c: StepSettings, t: StepTensors) -> Pairs:
-        return {**_charge_before(c, t), **self._known(self.rule.before(c, t), "before")}
-
-    def _charge_and_after(self, c: StepSettings, t: StepTensors) -> Pairs:
-        return {**_charge_after(c, t), **self._known(self.rule.after(c, t), "after")}
-
-    def _known(self, pairs: Pairs, method: str) -> Pairs:
-        """The pairs that a rule asks for. Raises DataError for a name that its record of products does not have."""
+    def _pairs_before(self, c: StepSettings, t: StepTensors) -> Pairs:
+        pairs = self.rule.before(c, t)
         if not pairs.keys() <= self._products:
-            rule, record = type(self.rule).__name__, self.rule.products
-            raise DataError(
-                f"{rule}.{method} asks for {sorted(pairs.keys() - self._products)}, and {record.__name__} has the "
-                f"fields {sorted(self._products)}: the names must be the same"
-            )
-        return pairs
+            self._refuse(pairs, "before")
+        return {**_charge_before(t), **pairs}
 
-    def _steps_made(self) -> dict[str, float]:
-        """Steps the optimiser has made per parameter, read with one transfer."""
-        states = {n: self.optimizer.state.get(p, {}).get("step") for n, p in self.watched.items()}
-        found = {n: torch.as_tensor(s) for n, s in states.items() if s is not None}
-        device = next((s.device for s in found.values() if s.device.type != "cpu"), None)
-        if device is None:
-            return {n: s.item() for n, s in found.items()}
-        return dict(zip(found, torch.stack([s.to(device) for s in found.values()]).tolist(), strict=True))
+    def _pairs_after(self, c: StepSettings, t: StepTensors) -> Pairs:
+        pairs = self.rule.after(c, t)
+        if not pairs.keys() <= self._products:
+            self._refuse(pairs, "after")
+        return {**_charge_after(t), **pairs}
+
+    def _refuse(self, pairs: Pairs, method: str) -> None:
+        """Raises DataError for names that the rule's record of products does not have."""
+        rule, record = type(self.rule).__name__, self.rule.products
+        raise DataError(
+            f"{rule}.{method} asks for {sorted(pairs.keys() - self._products)}, and {record.__name__} has the "
+            f"fields {sorted(self._products)}: the names must be the same"
+        )
 
 
 def one_number(loss: Any) -> float | Tensor:
@@ -313,61 +265,28 @@ def one_number(loss: Any) -> float | Tensor:
     raise DataError(f"the loss of a step is one real number, got {what}; note(loss.mean())")
 
 
-def totals(
-    parts: Sequence[StepTensors], pairs_of: Callable[[StepTensors], Mapping[str, tuple[Tensor, Tensor]]]
-) -> dict[str, Value]:
-    """`<a, b>` for all pairs, summed over slices; on a CPU plain numbers, the slices added in double precision.
-
-    Slices keep what `pairs_of` forms, and what several products read, in the cache and small.
-    """
-    sums: dict[str, Value] = {}
-    for part in parts:
-        for q, (a, b) in pairs_of(part).items():
-            product = torch.dot(a, b)
-            value: Value = product.item() if product.device.type == "cpu" else product
-            sums[q] = sums[q] + value if q in sums else value
-    return sums
-
-
-def slices(tensors: StepTensors) -> list[StepTensors] | None:
-    """Flat views of local tensors of one shape, in slices on a CPU; None if one is not contiguous or half precision."""
-    tensors = {k: sharding.local(t, True) for k, t in tensors.items()}
-    if any(t.dtype not in PLAIN or not t.is_contiguous() for t in tensors.values()):
-        return None
-    pieces = [t.view(-1).split(SLICE) if t.device.type == "cpu" else [t.view(-1)] for t in tensors.values()]
-    return [dict(zip(tensors, piece, strict=True)) for piece in zip(*pieces, strict=True)]
+def _steps_made(states: Sequence[State]) -> dict[int, float]:
+    """Steps the optimiser has made by the place of the parameter; those on a device are read with one transfer."""
+    made: dict[int, float] = {}
+    elsewhere: dict[int, Tensor] = {}
+    for j, state in enumerate(states):
+        count = state.get("step")
+        if isinstance(count, Tensor) and not count.is_cpu:
+            elsewhere[j] = count
+        elif count is not None:
+            made[j] = float(count)
+    if elsewhere:
+        device = next(iter(elsewhere.values())).device
+        counts = torch.stack([count.to(device) for count in elsewhere.values()]).tolist()
+        made |= dict(zip(elsewhere, counts, strict=True))
+    return made
 
 
-def tabulate(rows: Sequence[Sequence[Sequence[Value]]], sizes: Sequence[int]) -> np.ndarray:
-    """`rows[q][t][j]`, `sizes[j]` numbers each (a plain number stands for all of them), as float64 `[q, t, n]`."""
-    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(int)
-    tensors: list[Tensor] = []
-    places: list[tuple[int, int, int]] = []
-    for q, steps in enumerate(rows):
-        for t, row in enumerate(steps):
-            for j, value in enumerate(row):
-                if isinstance(value, Tensor):
-                    tensors.append(value.reshape(-1))
-                    places.append((q, t, j))
-    if not tensors and all(s == 1 for s in sizes):
-        return np.array(rows, dtype=np.float64).reshape(len(rows), len(rows[0]), len(sizes))
-    table = np.zeros((len(rows), len(rows[0]), starts[-1]))
-    for q, steps in enumerate(rows):
-        for t, row in enumerate(steps):
-            table[q, t] = np.repeat([v if isinstance(v, float) else 0.0 for v in row], sizes)
-    host = torch.cat(tensors).double().cpu().numpy() if tensors else np.zeros(0)
-    end = 0
-    for q, t, j in places:
-        table[q, t, starts[j] : starts[j + 1]] = host[end : end + sizes[j]]
-        end += sizes[j]
-    return table
-
-
-def _charge_before(c: StepSettings, t: StepTensors) -> Pairs:
+def _charge_before(t: StepTensors) -> Pairs:
     return {"weight_square": (t["weight"], t["weight"])}
 
 
-def _charge_after(c: StepSettings, t: StepTensors) -> Pairs:
+def _charge_after(t: StepTensors) -> Pairs:
     return {"weight_square_after": (t["weight"], t["weight"])}
 
 
@@ -378,20 +297,6 @@ def _squares(t: StepTensors) -> Pairs:
         if name in t:
             pairs |= {f"weight_{name}": (t["weight"], t[name]), f"{name}_square": (t[name], t[name])}
     return pairs
-
-
-def _stamp(tensor: Tensor) -> tuple[Tensor, int, int]:
-    """A tensor, where its data lie and how often they were written."""
-    plain = sharding.local(tensor, True)
-    return tensor, plain.data_ptr(), plain._version
-
-
-def _same(a: tuple[Tensor, int, int], b: tuple[Tensor, int, int] | None, fields: int) -> bool:
-    return b is not None and a[0] is b[0] and a[1:fields] == b[1:fields]
-
-
-def _tensors(lasting: Stamps) -> StepTensors:
-    return {k: stamp[0] for k, stamp in lasting.items()}
 
 
 def _dense(gradient: Tensor) -> Tensor:
