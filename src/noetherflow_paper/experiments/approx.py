@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from noetherflow_paper.experiment import (
     plain,
 )
 from noetherflow_paper.records import Config
-from noetherflow_paper.simulate import METHODS, LinearNet, MethodPoint, Params, checkpoints, simulate
+from noetherflow_paper.simulate import METHODS, LinearNet, Method, MethodPoint, Params, checkpoints, simulate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,8 @@ class ApproxConfig(Config):
     preferred: float = 2.5
     starts: tuple[float, ...] = (0.6, 4.0)
     log10_zetas: tuple[float, ...] = (-6, -5, -4, -3.5, -3, -2.5, -2, -1)
+    depth: int = 3
+    kappas: tuple[float, ...] = (0.01, 0.3, 1.0, 3.0, 10.0)
     steps: int
     seeds: int
 
@@ -49,26 +52,40 @@ SCALES = {
 
 @dataclass(frozen=True, eq=False)
 class Broken:
-    """`net`'s loss plus `zeta / (2 d) (||U||_F^2 - d preferred)^2`; `zeta` is `[R]`."""
+    """`net`'s loss plus an asymmetric term, given by its gradient."""
 
     net: LinearNet
-    zeta: Tensor
-    preferred: float
-
-    def _extra(self, params: Params) -> Params:
-        w, u = params
-        d = u.shape[-2]
-        pull = 2 * self.zeta * (u.square().sum((1, 2)) / d - self.preferred)
-        return [torch.zeros_like(w), pull[:, None, None] * u]
+    asymmetric: Callable[[Params], Params]
 
     def minibatch_gradient(self, params: Params, rng: torch.Generator) -> Params:
-        return [a + b for a, b in zip(self.net.minibatch_gradient(params, rng), self._extra(params), strict=True)]
+        return [a + b for a, b in zip(self.net.minibatch_gradient(params, rng), self.asymmetric(params), strict=True)]
 
     def mean_gradient(self, params: Params) -> Params:
-        return [a + b for a, b in zip(self.net.mean_gradient(params), self._extra(params), strict=True)]
+        return [a + b for a, b in zip(self.net.mean_gradient(params), self.asymmetric(params), strict=True)]
 
     def gaussian_noise(self, params: Params, rng: torch.Generator) -> Params:
         return self.net.gaussian_noise(params, rng)
+
+
+def preference(zeta: Tensor, preferred: float) -> Callable[[Params], Params]:
+    """The gradient of `zeta / (2 d) (||U||_F^2 - d preferred)^2` by `[W, U]`; `zeta` is `[R]`."""
+
+    def gradient(params: Params) -> Params:
+        w, u = params
+        d = u.shape[-2]
+        pull = 2 * zeta * (u.square().sum((1, 2)) / d - preferred)
+        return [torch.zeros_like(w), pull[:, None, None] * u]
+
+    return gradient
+
+
+def shrinking_last(zeta: Tensor) -> Callable[[Params], Params]:
+    """The gradient of `zeta / 2 ||W_D||_F^2`: decay of the last layer only; `zeta` is `[R]`."""
+
+    def gradient(params: Params) -> Params:
+        return [*(torch.zeros_like(w) for w in params[:-1]), zeta[:, None, None] * params[-1]]
+
+    return gradient
 
 
 def predicted(zeta: float, config: ApproxConfig) -> float:
@@ -81,37 +98,71 @@ def predicted(zeta: float, config: ApproxConfig) -> float:
     return float(brentq(balance, 0.01, 100))
 
 
+def predicted_deep(kappa: float, depth: int) -> float:
+    """`q = ||W_D||^2 / d` where the Noether flow and the decay of the last layer balance.
+
+    For unit covariances and layers that are `q_i^1/2` times rotations, `q_1 ... q_D = 1`, noise moves `q_i` by
+    `(4 eta^2 d / S) / q_i` a step and the decay `q_D` by `-2 eta zeta q_D`. With `kappa = zeta S / (2 eta d)` the other
+    layers' common `q_1 = q^(-1 / (D - 1))` fulfils `1 / q_1 = 1 / q - kappa q`.
+    """
+    others = lambda q: q ** (-1 / (depth - 1))
+    return float(brentq(lambda q: 1 / others(q) - 1 / q + kappa * q, 1e-3, 1))
+
+
 def points(config: ApproxConfig) -> list[MethodPoint]:
-    """SGD and GD; all zetas and starts are replicas of one run."""
-    return [MethodPoint(name=m, method=m) for m in METHODS]
+    """SGD and GD on the two-layer net, SGD on the deep one; all zetas and starts are replicas of one run."""
+    return [*(MethodPoint(name=m, method=m) for m in METHODS), MethodPoint(name="deep", method="sgd")]
 
 
 def compute(config: ApproxConfig, point: MethodPoint) -> dict[str, Any]:
-    """`||U||^2 / d` averaged over the last third, `[zeta, start, seeds]`."""
+    """`||U||^2 / d` (two layers) or `||W_D||^2 / d` (deep) over the last third, `[zeta, start, seeds]`."""
+    return deep(config) if point.name == "deep" else two_layer(config, point)
+
+
+def two_layer(config: ApproxConfig, point: MethodPoint) -> dict[str, Any]:
+    """`||U||^2 / d`, with a preferred value."""
     zetas, starts, d = 10.0 ** np.asarray(config.log10_zetas, dtype=float), config.starts, config.d
     seeds = config.seeds if point.name == "sgd" else 1
-    eye = torch.eye(d, dtype=torch.float64)
     zeta = torch.as_tensor(zetas).repeat_interleave(len(starts) * seeds)
     p = torch.tensor(starts, dtype=torch.float64).repeat_interleave(seeds).repeat(len(zetas))[:, None, None]
-    problem = Broken(LinearNet.of(eye, eye, eye, config.batch), zeta, config.preferred)
-    record = lambda params: {"p": params[1].square().sum((1, 2)) / d}
-    run = simulate(
-        problem,
-        [eye / p.sqrt(), p.sqrt() * eye],
-        config.steps,
-        config.lr,
-        generator(8),
-        record,
-        at=checkpoints(config.steps, 90),
-        method=point.method,
-    )
-    values = run.records["p"]
-    return plain({"p": values[-30:].mean(0).reshape(len(zetas), len(starts), seeds)})
+    eye = torch.eye(d, dtype=torch.float64)
+    start = [eye / p.sqrt(), p.sqrt() * eye]
+    found = ends(config, preference(zeta, config.preferred), start, generator(8), point.method)
+    return plain({"p": found.reshape(len(zetas), len(starts), seeds)})
+
+
+def deep(config: ApproxConfig) -> dict[str, Any]:
+    """`||W_D||^2 / d`, with decay of the last layer; starts with `q_D` of `config.starts`, the others equal."""
+    starts, seeds, depth = config.starts, config.seeds, config.depth
+    kappas = torch.tensor(config.kappas, dtype=torch.float64).repeat_interleave(len(starts) * seeds)
+    zeta = kappas * 2 * config.lr * config.d / config.batch
+    q = torch.tensor(starts, dtype=torch.float64).repeat_interleave(seeds).repeat(len(config.kappas))[:, None, None]
+    eye = torch.eye(config.d, dtype=torch.float64)
+    start = [q ** (-0.5 / (depth - 1)) * eye] * (depth - 1) + [q.sqrt() * eye]
+    found = ends(config, shrinking_last(zeta), start, generator(9), "sgd")
+    return plain({"p": found.reshape(len(config.kappas), len(starts), seeds)})
+
+
+def ends(
+    config: ApproxConfig,
+    asymmetric: Callable[[Params], Params],
+    start: Params,
+    rng: torch.Generator,
+    method: Method,
+) -> Tensor:
+    """`||W_D||^2 / d` averaged over the last third of a training, `[R]`."""
+    d = config.d
+    eye = torch.eye(d, dtype=torch.float64)
+    problem = Broken(LinearNet.of(eye, eye, eye, config.batch), asymmetric)
+    record = lambda params: {"p": params[-1].square().sum((1, 2)) / d}
+    marks = checkpoints(config.steps, 90)
+    run = simulate(problem, start, config.steps, config.lr, rng, record, at=marks, method=method)
+    return run.records["p"][-30:].mean(0)
 
 
 def plot(results: Results[ApproxConfig, MethodPoint]) -> Any:
     """End point against zeta."""
-    fig, (ax,) = style.figure(1, width=8.0, height=3.8)
+    fig, (ax, deeper) = style.figure(2, width=5.6, height=3.8)
     c = results.config
     zetas = 10.0 ** np.asarray(c.log10_zetas, dtype=float)
     fine = np.logspace(np.log10(zetas[0]), np.log10(zetas[-1]), 200)
@@ -129,8 +180,27 @@ def plot(results: Results[ApproxConfig, MethodPoint]) -> Any:
         ylabel=r"$\|U\|^2/d$ at the end",
         title="small and large breaking of the symmetry",
     )
-    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    ax.set_ylim(0, 1.6 * max(c.starts))
+    ax.legend(fontsize=7.5, ncols=2, loc="upper left")
+    _plot_deep(deeper, results)
     return fig
+
+
+def _plot_deep(ax: Any, results: Results[ApproxConfig, MethodPoint]) -> None:
+    """The last layer's size at the end of the deep net's training against the strength of its decay."""
+    c = results.config
+    fine = np.geomspace(c.kappas[0], c.kappas[-1], 100)
+    ax.plot(fine, [predicted_deep(k, c.depth) for k in fine], "--", color=style.THEORY, label="theory")
+    for i, (start, marker) in enumerate(zip(c.starts, "o^", strict=True)):
+        style.dots(ax, c.kappas, results.array("deep", "p")[:, i], style.SGD, f"SGD from {start}", marker)
+    ax.axhline(1, color=style.MUTED, ls=":", label="noise equilibrium")
+    ax.set(
+        xscale="log",
+        xlabel=r"strength of the decay $\kappa=\zeta S/(2\eta d)$",
+        ylabel=rf"$\|W_{c.depth}\|^2/d$ at the end",
+        title=f"depth {c.depth}, decay of the last layer only",
+    )
+    ax.legend(fontsize=8)
 
 
 def verdicts(results: Results[ApproxConfig, MethodPoint]) -> list[Verdict]:
@@ -148,6 +218,16 @@ def verdicts(results: Results[ApproxConfig, MethodPoint]) -> list[Verdict]:
         (means[-1], c.preferred, "the largest zeta: relative distance from the minimum of the asymmetric term"),
     ):
         out.append(from_seeds(claim, 0.03, np.abs(p / target - 1), relation="below"))
+    out += [
+        from_seeds(
+            f"depth {c.depth}, decay of the last layer only, kappa = {kappa:g}: ||W_{c.depth}||^2 / d (mean of "
+            f"both starts)",
+            predicted_deep(kappa, c.depth),
+            q.mean(0),
+            order=1,
+        )
+        for kappa, q in zip(c.kappas, results.array("deep", "p"), strict=True)
+    ]
     logs = np.log(sgd)
     worst = logs[np.abs(np.diff(logs.mean(-1))).argmax()]
     out.append(
@@ -185,7 +265,9 @@ EXPERIMENT = Experiment(
     coarser=Coarser(2, larger_rate),
     setup=(
         "Two-layer linear net, d = 8, unit covariances, plus zeta/(2d) (||U||^2 - 2.5 d)^2, which prefers "
-        "||U||^2 = 2.5 d; two starts on the orbit, learning rate 0.01, batch 16."
+        "||U||^2 = 2.5 d; two starts on the orbit, learning rate 0.01, batch 16. Right: depth 3, zeta / 2 "
+        "||W_3||^2, decay "
+        "of one layer, which has no minimum on the orbit."
     ),
     scales=SCALES,
     points=points,
