@@ -30,6 +30,7 @@ from noetherflow.symmetry.symmetry_set import SymmetrySet
 if TYPE_CHECKING:
     from noetherflow import extend
     from noetherflow.analysis import Analysis, analyze, diagnose
+    from noetherflow.balance.align import Alignment, align, orbit_distance
     from noetherflow.balance.checkpoint import balance_checkpoint, load_checkpoint_, read_checkpoint
     from noetherflow.balance.gains import gains_to_one
     from noetherflow.balance.model import BalanceReport, balance_
@@ -64,6 +65,7 @@ __version__ = "0.2.0"
 
 _LAZY = {
     "analysis": ("Analysis", "analyze", "diagnose"),
+    "balance.align": ("Alignment", "align", "orbit_distance"),
     "balance.checkpoint": ("balance_checkpoint", "load_checkpoint_", "read_checkpoint"),
     "balance.gains": ("gains_to_one",),
     "balance.model": ("BalanceReport", "balance_"),
@@ -98,6 +100,7 @@ _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
 __all__ = [
     "AdamConfig",
+    "Alignment",
     "Analysis",
     "BalanceReport",
     "BalanceSchedule",
@@ -117,6 +120,7 @@ __all__ = [
     "Symmetry",
     "SymmetrySet",
     "Translation",
+    "align",
     "analyze",
     "balance_",
     "balance_checkpoint",
@@ -141,6 +145,7 @@ __all__ = [
     "noether_flow",
     "noise_equilibrium",
     "optimizer_config",
+    "orbit_distance",
     "per_sample",
     "plot",
     "read_checkpoint",

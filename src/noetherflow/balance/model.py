@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -192,9 +192,43 @@ def balance_values(
     """`balance_`, with the values (and dtypes) of `stored` in place of the model's own."""
     motion, tensors = Motion.of(eq), tensors_of(model)
     check_same_model(tensors, motion.by_parameter, eq.symmetries.shapes, "the equilibrium belongs", REMEDY, DataError)
+    _refuse_elsewhere(eq, motion, {**tensors, **(stored or {})})
+    report = move_values(model, motion, eq.symmetries.example_inputs, check, optimizers, stored)
+    return replace(
+        report,
+        skipped={**eq.excluded, **{s.name: s.reason for s in eq if s.reason}},
+        converged=eq.converged,
+        imbalance=eq.imbalance,
+    )
+
+
+def move_values(
+    model: nn.Module,
+    motion: Motion,
+    remembered: Any,
+    check: OutputCheck,
+    optimizers: Sequence[torch.optim.Optimizer] = (),
+    stored: Mapping[str, Tensor] | None = None,
+) -> BalanceReport:
+    """Carry out a motion of a model's own symmetries, all of it or nothing.
+
+    Args:
+        model: what moves.
+        motion: how.
+        remembered: the inputs that the symmetries were found with, for the check where it has none.
+        check: what proves that the function stays.
+        optimizers: whose state moves along.
+        stored: values (and dtypes) in place of the model's own.
+
+    Returns:
+        What moved.
+
+    Raises:
+        CertificateError: nothing proves the move, or outputs change; the model is as it was.
+    """
+    tensors = tensors_of(model)
     source = {**tensors, **(stored or {})}
-    _refuse_elsewhere(eq, motion, source)
-    before = check.before(model, motion, eq.symmetries.example_inputs)
+    before = check.before(model, motion, remembered)
     new, rounding = moved_tensors(source, motion)
     changes = {n: _relative(t.double(), source[n].detach().double()) for n, t in new.items()}
     precisions = [t.dtype for t in (*tensors.values(), *new.values()) if t.is_floating_point()]
@@ -217,11 +251,8 @@ def balance_values(
         rounding,
         len(state.moves),
         state.approximate,
-        skipped={**eq.excluded, **{s.name: s.reason for s in eq if s.reason}},
         gradients=len(gradients),
         unmoved=(*sparse, *state.unmoved),
-        converged=eq.converged,
-        imbalance=eq.imbalance,
     )
 
 

@@ -10,15 +10,34 @@ import torch
 from torch import Tensor
 
 from noetherflow.equilibrium.result import Equilibrium
+from noetherflow.symmetry.leg import Leg
 from noetherflow.symmetry.symmetry import Symmetry
 
 
 @dataclass(frozen=True, eq=False)
+class Reordering:
+    """Channels that change places: block `i` of every leg becomes what block `order[i]` was."""
+
+    legs: tuple[Leg, ...]
+    order: Tensor
+
+    def of(self, name: str, tensor: Tensor) -> Tensor:
+        """One parameter, or what has an entry for each of its entries, reordered on all its legs."""
+        for leg in self.legs:
+            if leg.parameter == name:
+                tensor = leg.fold(tensor, leg.unfold(tensor)[self.order.to(tensor.device)])
+        return tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Motion:
-    """`theta -> G theta` for several symmetries, one group element each by name. Results are float64."""
+    """`theta -> G P theta` for several symmetries, one group element each by name, after the permutations `P` of
+    `reorderings` (none, as a rule). Results are float64.
+    """
 
     symmetries: Sequence[Symmetry]
     elements: Mapping[str, Tensor]
+    reorderings: tuple[Reordering, ...] = ()
 
     @classmethod
     def of(cls, eq: Equilibrium) -> Motion:
@@ -28,8 +47,8 @@ class Motion:
 
     @cached_property
     def by_parameter(self) -> dict[str, list[Symmetry]]:
-        """The symmetries with a leg on each moved tensor."""
-        out: dict[str, list[Symmetry]] = {}
+        """The symmetries with a leg on each moved tensor; none where it is only reordered."""
+        out: dict[str, list[Symmetry]] = {leg.parameter: [] for r in self.reorderings for leg in r.legs}
         for s in self.symmetries:
             for name in dict.fromkeys(leg.parameter for leg in s.legs):
                 out.setdefault(name, []).append(s)
@@ -53,6 +72,8 @@ class Motion:
 
     def _each(self, name: str, tensor: Tensor, move: Callable[[Symmetry, Tensor], Tensor]) -> Tensor:
         out = tensor.detach().double()
+        for reordering in self.reorderings:
+            out = reordering.of(name, out)
         for s in self.by_parameter.get(name, ()):
             out = move(s, out)
         return out
