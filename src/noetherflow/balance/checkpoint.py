@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from noetherflow.balance.file_check import checked_change, refuse_elsewhere, ref
 from noetherflow.balance.layout import INDEX, TORCH_SUFFIXES, OpenCheckpoint, open_checkpoint
 from noetherflow.balance.model import BalanceReport
 from noetherflow.balance.motion import Motion
-from noetherflow.balance.names import match_names
+from noetherflow.balance.names import NameMap, match_names
 from noetherflow.balance.state_naming import StateNaming, StateOrder
 from noetherflow.balance.stored import RenamedTensors
 from noetherflow.balance.written import FilesWritten, moved_files, write_files, writing
@@ -74,9 +74,10 @@ def load_checkpoint_(
         raise CheckpointError(
             f"{meta} of the model is on the meta device: make memory for it first, model.to_empty(...)"
         )
+    weights = _weights(opened, names, model)
     with torch.no_grad():
-        for stored, own in names.canonical.items():
-            tensors[own].copy_(opened.stored.view(stored))
+        for own in weights:
+            tensors[own].copy_(weights[own])
     return {n: opened.stored.view(n) for n in opened.stored.names}
 
 
@@ -138,17 +139,17 @@ def balance_checkpoint(
         check_target(target, folder=_is_folder(Path(source)))
     opened = open_checkpoint(source, key)
     names = match_names(model, opened.stored, opened.path, prefix, opened.adapter)
-    motion, weights = Motion.of(eq), RenamedTensors(opened.stored, names.stored_name)
-    _refuse_absent(motion, names.stored_name, opened)
-    refuse_other_weights(model, opened.stored, names, opened.path)
+    motion, weights = Motion.of(eq), _weights(opened, names, model)
+    _refuse_absent(motion, weights, opened)
+    refuse_other_weights(model, weights, opened.path)
     refuse_elsewhere(eq, motion, weights)
     check = OutputCheck(example_inputs, certificate, tolerance, unchecked)
     change = checked_change(model, motion, weights, check, eq.symmetries.example_inputs)
     given = [] if optimizer is None else optimizer if isinstance(optimizer, Sequence) else [optimizer]
-    naming = StateNaming(tuple(unwrap_optimizer(o) for o in given), state_order)
+    naming, said = _naming(opened, tuple(unwrap_optimizer(o) for o in given), state_order)
     move = FileMove(model, motion, names, weights, naming, progress or _silent)
     done = moved_files(opened, move, target) if dry_run else write_files(opened, move, target)
-    return _report(eq, done, change, names.notes, dry_run)
+    return _report(eq, done, change, (*names.notes, *said), dry_run)
 
 
 def _report(
@@ -170,6 +171,20 @@ def _report(
     )
 
 
+def _naming(
+    opened: OpenCheckpoint, optimizers: tuple[torch.optim.Optimizer, ...], order: StateOrder
+) -> tuple[StateNaming, tuple[str, ...]]:
+    """How the parameters of saved optimisers are known, and a line where that rests on who wrote the folder."""
+    trainer = opened.folder is not None and (opened.folder / "trainer_state.json").is_file()
+    if trainer and not optimizers and order == "checked":
+        said = (
+            "optimiser state without names is taken in the order of the Trainer's own groups (trainer_state.json is "
+            "there); where it was given an optimizer of your own making, pass optimizer="
+        )
+        return StateNaming((), "parameters"), (said,)
+    return StateNaming(optimizers, order), ()
+
+
 def _silent(name: str) -> None:
     """No progress to show."""
 
@@ -178,8 +193,14 @@ def _is_folder(source: Path) -> bool:
     return source.is_dir() or source.name.endswith(INDEX)
 
 
-def _refuse_absent(motion: Motion, stored: Mapping[str, str], opened: OpenCheckpoint) -> None:
-    absent = [n for n in motion.by_parameter if n not in stored]
+def _weights(opened: OpenCheckpoint, names: NameMap, model: nn.Module) -> RenamedTensors:
+    """The stored tensors under the model's names."""
+    shapes = {n: tuple(t.shape) for n, t in tensors_of(model).items()}
+    return RenamedTensors(opened.stored, names.stored_names, names.parts, shapes)
+
+
+def _refuse_absent(motion: Motion, weights: RenamedTensors, opened: OpenCheckpoint) -> None:
+    absent = [n for n in motion.by_parameter if n not in weights]
     if absent:
         raise CheckpointError(
             f"the equilibrium moves {absent[:3]} ({len(absent)} in all), which {opened.path} does not hold; freeze "

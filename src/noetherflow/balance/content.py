@@ -46,6 +46,22 @@ class FileMove:
         name = self.names.canonical_name(stored)
         return name if name in self.motion.by_parameter else None
 
+    def part(self, stored: str, wholes: dict[str, tuple[Tensor, Shift]]) -> tuple[Tensor, Shift]:
+        """A part of a moved tensor that the file keeps in several.
+
+        Args:
+            stored: its name in the file.
+            wholes: tensors moved before, by canonical name; the last two are kept for the parts that follow.
+        """
+        name = self.names.canonical[stored]
+        if name not in wholes:
+            for old in list(wholes)[:-1]:
+                del wholes[old]
+            whole = self.weights[name]
+            wholes[name] = whole, move_in_place(self.motion, name, whole)
+        whole, shift = wholes[name]
+        return self.names.parts[stored].of(whole).contiguous(), shift
+
 
 @dataclass
 class ContentMover:
@@ -57,6 +73,7 @@ class ContentMover:
     averages: list[str] = field(default_factory=list)
     shifts: dict[str, Shift] = field(default_factory=dict)
     done: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    wholes: dict[str, tuple[Tensor, Shift]] = field(default_factory=dict)
 
     def moved(self, node: Any, path: str) -> Any:
         """A copy of `node` in which weights, their averages and optimiser state are moved; the rest as it was."""
@@ -89,7 +106,10 @@ class ContentMover:
         out = dict(tensors)
         for stored, tensor in tensors.items():
             name = self.move.canonical(stored)
-            if name is not None:
+            if name is not None and stored in self.move.names.parts:
+                out[stored], shift = self.move.part(stored, self.wholes)
+                self.shifts.setdefault(name, shift)
+            elif name is not None:
                 key = (name, tensor.data_ptr())
                 if key not in self.done:
                     self.done[key] = tensor.detach().clone()
@@ -104,6 +124,7 @@ class ContentMover:
         known = tensors_of(self.move.model)
         agree = all(
             (own := known.get(self.move.names.canonical_name(n) or "")) is not None
+            and n not in self.move.names.parts
             and t.shape == own.shape
             and t.is_floating_point() == own.is_floating_point()
             for n, t in tensors.items()

@@ -13,15 +13,14 @@ from torch import Tensor, nn
 from noetherflow.balance.check import OutputCheck, too_much
 from noetherflow.balance.model import ELSEWHERE
 from noetherflow.balance.motion import Motion
-from noetherflow.balance.names import NameMap
 from noetherflow.balance.pieces import leg_gram_of, move_in_place
-from noetherflow.balance.stored import StoredTensors
+from noetherflow.balance.stored import RenamedTensors
 from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.result import Equilibrium
 from noetherflow.errors import CertificateError, CheckpointError, DataError
 
 
-def refuse_other_weights(model: nn.Module, stored: StoredTensors, names: NameMap, where: Path) -> None:
+def refuse_other_weights(model: nn.Module, weights: RenamedTensors, where: Path) -> None:
     """Compare the file with the model, in the model's dtype, into which the file was loaded; a model on the meta device
     has nothing to compare.
 
@@ -29,12 +28,12 @@ def refuse_other_weights(model: nn.Module, stored: StoredTensors, names: NameMap
         CheckpointError: a tensor differs.
     """
     tensors = tensors_of(model)
-    for name, own in names.canonical.items():
+    for own, names in weights.names_of.items():
         mine = tensors[own].detach()
-        if not mine.is_meta and not torch.equal(mine.cpu(), stored.view(name).to(mine.dtype)):
+        if not mine.is_meta and not torch.equal(mine.cpu(), weights[own].to(mine.dtype)):
             raise CheckpointError(
-                f"{name} of {where} differs from the model the equilibrium was solved for; load the checkpoint first "
-                f"(load_checkpoint_), measure and solve on it"
+                f"{names[0]} of {where} differs from the model the equilibrium was solved for; load the checkpoint "
+                f"first (load_checkpoint_), measure and solve on it"
             )
 
 

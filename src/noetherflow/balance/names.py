@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from noetherflow.balance.parts import Part, parts_of
 from noetherflow.balance.stored import StoredTensors
 from noetherflow.core.prefix import Prefix, prefix_of
 from noetherflow.core.tensors import tensors_of
@@ -24,6 +26,7 @@ class NameMap:
         canonical: the model's canonical name of each stored tensor that belongs to it.
         aliases: the model's canonical name by every name it has for a tensor.
         prefix: what was done to the stored names.
+        parts: of stored tensors that are parts of one of the model's.
         others: stored tensors that a prefix given by the user leaves aside.
         notes: what was found out on the way, a line each.
     """
@@ -31,6 +34,7 @@ class NameMap:
     canonical: Mapping[str, str]
     aliases: Mapping[str, str]
     prefix: Prefix
+    parts: Mapping[str, Part] = field(default_factory=dict)
     others: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -39,11 +43,14 @@ class NameMap:
         return self.canonical.get(stored) or self.aliases.get(self.prefix.name(stored) or "")
 
     @property
-    def stored_name(self) -> dict[str, str]:
-        """The first stored name by canonical name."""
-        out: dict[str, str] = {}
+    def stored_names(self) -> dict[str, tuple[str, ...]]:
+        """By canonical name the first stored name, or the names of all its parts."""
+        out: dict[str, tuple[str, ...]] = {}
         for stored, name in self.canonical.items():
-            out.setdefault(name, stored)
+            if name not in out:
+                out[name] = (stored,)
+            elif stored in self.parts:
+                out[name] += (stored,)
         return out
 
 
@@ -71,16 +78,18 @@ def match_names(
     named = all_tensors(model)
     wanted = _adapter_names(model, named, where) if adapter else {n: n for n in named}
     found = prefix_of(stored.names, wanted) if prefix is None else Prefix(stored=prefix, given=True)
-    names = {n: wanted.get(found.name(n) or "", found.name(n)) for n in stored.names}
+    every = {} if adapter else parts_of(model)
+    parts = {n: every[own] for n in stored.names if (own := found.name(n) or "") in every}
+    names = {n: _own_name(found.name(n), wanted, parts.get(n)) for n in stored.names}
     mine = {n: own for n, own in names.items() if own is not None}
-    _refuse_mismatch(mine, {n: named[n] for n in wanted.values()}, stored, where, found)
+    _refuse_mismatch(mine, {n: named[n] for n in wanted.values()}, parts, stored, where, found)
     canonical_of = {id(t): n for n, t in tensors_of(model).items()}
     aliases = {n: canonical_of[id(t)] for n, t in named.items()}
     canonical = {n: aliases[own] for n, own in mine.items()}
-    _refuse_contradictions(canonical, stored, where)
+    _refuse_contradictions({n: own for n, own in canonical.items() if n not in parts}, stored, where)
     others = tuple(n for n, own in names.items() if own is None)
     said = str(found) if found.stored or found.model else ""
-    return NameMap(canonical, aliases, found, others, (said,) if said else ())
+    return NameMap(canonical, aliases, found, parts, others, (said,) if said else ())
 
 
 def _adapter_names(model: nn.Module, named: Mapping[str, Tensor], where: Path) -> dict[str, str]:
@@ -101,16 +110,29 @@ def _adapter_names(model: nn.Module, named: Mapping[str, Tensor], where: Path) -
     return out
 
 
+def _own_name(name: str | None, wanted: Mapping[str, str], part: Part | None) -> str | None:
+    """The model's name of a stored tensor whose own name, without the prefix, is `name`."""
+    return part.whole if part is not None else wanted.get(name or "", name)
+
+
 def _refuse_mismatch(
-    names: Mapping[str, str], named: Mapping[str, Tensor], stored: StoredTensors, where: Path, prefix: Prefix
+    names: Mapping[str, str],
+    named: Mapping[str, Tensor],
+    parts: Mapping[str, Part],
+    stored: StoredTensors,
+    where: Path,
+    prefix: Prefix,
 ) -> None:
     present = {id(named[own]) for own in names.values() if own in named}
-    missing = [n for n, t in named.items() if id(t) not in present]
+    entries = Counter[str]()
+    for n, part in parts.items():
+        entries[part.whole] += torch.Size(stored.shape(n)).numel()
+    missing = [n for n, t in named.items() if id(t) not in present or entries.get(n, t.numel()) != t.numel()]
     unexpected = [n for n, own in names.items() if own not in named]
     shapes = [
-        f"{n}: file {stored.shape(n)}, model {tuple(named[own].shape)}"
+        f"{n}: file {stored.shape(n)}, model {shape}"
         for n, own in names.items()
-        if own in named and stored.shape(n) != tuple(named[own].shape)
+        if own in named and stored.shape(n) != (shape := parts[n].shape if n in parts else tuple(named[own].shape))
     ]
     problems = {"missing in the file": missing, "unknown to the model": unexpected, "of another shape": shapes}
     found = [f"{what}: {lines[:3]} ({len(lines)} in all)" for what, lines in problems.items() if lines]

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from noetherflow.balance.parts import Part
 from noetherflow.balance.safetensors_file import SafetensorsFile
 
 
@@ -86,17 +87,27 @@ class RenamedTensors(Mapping[str, Tensor]):
 
     Attributes:
         stored: where they lie.
-        name_of: the name in the file by the model's canonical name.
+        names_of: by the model's canonical name the name in the file, or all the names of its parts.
+        parts: the parts by the name in the file.
+        shapes: the shapes of tensors that are kept in parts, by canonical name.
     """
 
     stored: StoredTensors
-    name_of: Mapping[str, str]
+    names_of: Mapping[str, tuple[str, ...]]
+    parts: Mapping[str, Part]
+    shapes: Mapping[str, tuple[int, ...]]
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.stored.view(self.name_of[name])
+        names = self.names_of[name]
+        if names[0] not in self.parts:
+            return self.stored.view(names[0])
+        whole = torch.empty(self.shapes[name], dtype=self.stored.dtype(names[0]))
+        for stored in names:
+            self.parts[stored].of(whole).copy_(self.stored.view(stored))
+        return whole
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.name_of)
+        return iter(self.names_of)
 
     def __len__(self) -> int:
-        return len(self.name_of)
+        return len(self.names_of)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 from noetherflow.balance.content import ContentMover, FileMove
 from noetherflow.balance.layout import SUFFIXES, TORCH_SUFFIXES, OpenCheckpoint
@@ -148,7 +149,7 @@ def _one_safetensors(scratch: Path | None, opened: OpenCheckpoint, move: FileMov
     """A single safetensors file of all the weights."""
     if opened.kind == "safetensors" and len(opened.files) == 1:
         return _safetensors(scratch, SafetensorsFile.open(opened.files[0]), move)
-    stored, shifts = opened.stored, dict[str, Shift]()
+    stored, shifts, wholes = opened.stored, dict[str, Shift](), dict[str, tuple[Tensor, Shift]]()
     header = header_of(((n, stored.dtype(n), stored.shape(n)) for n in stored.names), {"format": "pt"})
     with _binary(scratch) as file:
         if file is not None:
@@ -156,7 +157,8 @@ def _one_safetensors(scratch: Path | None, opened: OpenCheckpoint, move: FileMov
         for name in stored.names:
             own, tensor = move.canonical(name), stored.read(name)
             if own is not None:
-                shifts.setdefault(own, move_in_place(move.motion, own, tensor))
+                tensor, shift = _moved(name, own, tensor, move, wholes)
+                shifts.setdefault(own, shift)
             if file is not None:
                 write_tensor(file, tensor)
             move.progress(name)
@@ -165,15 +167,15 @@ def _one_safetensors(scratch: Path | None, opened: OpenCheckpoint, move: FileMov
 
 def _safetensors(scratch: Path | None, source: SafetensorsFile, move: FileMove) -> FilesWritten:
     """A safetensors file with the same header: bytes are copied, or moved tensor by tensor."""
-    shifts: dict[str, Shift] = {}
+    shifts, wholes = dict[str, Shift](), dict[str, tuple[Tensor, Shift]]()
     with _binary(scratch) as file:
         if file is not None:
             file.write(source.header)
         for name in source.entries:
             own = move.canonical(name)
             if own is not None:
-                tensor = source.read(name)
-                shifts.setdefault(own, move_in_place(move.motion, own, tensor))
+                tensor, shift = _moved(name, own, source.read(name), move, wholes)
+                shifts.setdefault(own, shift)
                 if file is not None:
                     write_tensor(file, tensor)
                 del tensor
@@ -181,6 +183,15 @@ def _safetensors(scratch: Path | None, source: SafetensorsFile, move: FileMove) 
                 source.copy_bytes(name, file)
             move.progress(name)
     return FilesWritten(shifts)
+
+
+def _moved(
+    stored: str, own: str, tensor: Tensor, move: FileMove, wholes: dict[str, tuple[Tensor, Shift]]
+) -> tuple[Tensor, Shift]:
+    """A stored tensor, which may be written in place, at the moved weights."""
+    if stored in move.names.parts:
+        return move.part(stored, wholes)
+    return tensor, move_in_place(move.motion, own, tensor)
 
 
 @contextmanager

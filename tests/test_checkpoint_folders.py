@@ -1,0 +1,121 @@
+"""Folders as people hold them: sharded models come back with the same function, a Trainer resumes as a twin would."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import noetherflow as nf
+from noetherflow.balance.checkpoint import balance_checkpoint, read_checkpoint
+
+tf: Any = pytest.importorskip("transformers")
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+IDS = torch.randint(3, 48, (2, 6), generator=torch.Generator().manual_seed(0))
+
+
+def llama(tied: bool = False) -> nn.Module:
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES, tie_word_embeddings=tied))
+
+
+def gpt2() -> nn.Module:
+    return tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=48, n_positions=32))
+
+
+def qwen3() -> nn.Module:
+    return tf.Qwen3ForCausalLM(tf.Qwen3Config(**SIZES, head_dim=8))
+
+
+def mixtral() -> nn.Module:
+    return tf.MixtralForCausalLM(tf.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2))
+
+
+def gemma() -> nn.Module:
+    return tf.GemmaForCausalLM(tf.GemmaConfig(**SIZES, head_dim=8))
+
+
+def resnet() -> nn.Module:
+    config = tf.ResNetConfig(
+        num_channels=3, embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic", num_labels=3
+    )
+    return tf.ResNetForImageClassification(config)
+
+
+MODELS = {
+    "gpt2": gpt2, "llama": llama, "llama-tied": lambda: llama(True), "qwen3": qwen3, "mixtral": mixtral,
+    "gemma": gemma, "resnet": resnet,
+}  # fmt: skip
+
+
+def made(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A model far from balance, and inputs for it."""
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    model.config._experts_implementation = "eager"  # type: ignore[union-attr]
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            p.mul_(2.0 if "q_proj" in n or "up_proj" in n or "0.convolution" in n else 1.0).add_(
+                0.02 * torch.randn_like(p)
+            )
+    inputs = {"pixel_values": torch.randn(2, 3, 32, 32)} if name == "resnet" else {"input_ids": IDS, "use_cache": False}
+    return model, inputs
+
+
+def logits(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    dtype = next(model.parameters()).dtype
+    model.config._experts_implementation = "eager"  # type: ignore[union-attr]
+    with torch.no_grad():
+        out = model(**{n: t.to(dtype) if n == "pixel_values" else t for n, t in inputs.items()})
+    return out.logits.double()
+
+
+def least_norm(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    syms = nf.find_symmetries(model, inputs)
+    return nf.noise_equilibrium(model, syms, None, objective="norm", approximate=False, joint=False)
+
+
+def in_five(model: nn.Module, folder: Path) -> None:
+    """`save_pretrained` in five shards or a few more."""
+    total = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    for parts in (5, 6, 8, 10, 14):
+        model.save_pretrained(folder, max_shard_size=total // parts)  # type: ignore[operator]
+        if len(list(folder.glob("*.safetensors"))) >= 5:
+            return
+        for file in folder.iterdir():
+            file.unlink()
+    raise AssertionError("the model cannot be split")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sharded_folder_comes_back_with_the_same_function(tmp_path: Path, name: str) -> None:
+    model, inputs = made(name)
+    coarse = copy.deepcopy(model).bfloat16()
+    wide = copy.deepcopy(coarse).double()
+    eq = least_norm(wide, {n: t.double() if n == "pixel_values" else t for n, t in inputs.items()})
+    for dtype, saved in ((torch.float64, wide), (torch.bfloat16, coarse)):
+        source, target = tmp_path / f"in-{dtype}", tmp_path / f"out-{dtype}"
+        in_five(saved, source)
+        before = {p.name: p.read_bytes() for p in source.iterdir()}
+        report = balance_checkpoint(source, target, saved, eq, unchecked=True)
+        assert {p.name: p.read_bytes() for p in source.iterdir()} == before, "the source is as it was"
+        assert {p.name for p in target.iterdir()} == set(before)
+        assert all((target / n).read_bytes() == before[n] for n in before if n.endswith(".json"))
+        assert len(list(tmp_path.iterdir())) == (2 if dtype == torch.float64 else 4), "no litter"
+        assert max(report.moved.values()) > 0.05
+        again = type(model).from_pretrained(target, dtype=dtype).eval()  # type: ignore[attr-defined]
+        old, new = logits(wide, inputs), logits(again.double(), inputs)
+        change = float((new - old).abs().max() / old.abs().max())
+        exact = 1e-6 if name == "gemma" else 1e-12  # Gemma's norms compute in float32 whatever the weights are
+        assert change < (exact if dtype == torch.float64 else 0.05)
+        assert report.rounding <= (0 if dtype == torch.float64 else 2**-8)
+        moved, stored = read_checkpoint(target), read_checkpoint(source)
+        assert moved.keys() == stored.keys()
+        assert all(moved[n].dtype == stored[n].dtype and moved[n].shape == stored[n].shape for n in stored)
