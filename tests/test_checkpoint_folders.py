@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import noetherflow as nf
-from noetherflow.balance.checkpoint import balance_checkpoint, read_checkpoint
+from noetherflow.balance.checkpoint import balance_checkpoint, load_checkpoint_, read_checkpoint
 
 tf: Any = pytest.importorskip("transformers")
 
@@ -97,8 +97,11 @@ def in_five(model: nn.Module, folder: Path) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_sharded_folder_comes_back_with_the_same_function(tmp_path: Path, name: str) -> None:
     model, inputs = made(name)
-    coarse = copy.deepcopy(model).bfloat16()
-    wide = copy.deepcopy(coarse).double()
+    wide = copy.deepcopy(model).double()
+    with torch.no_grad():
+        for t in wide.state_dict().values():
+            t.copy_(t.bfloat16())
+    coarse = copy.deepcopy(wide).bfloat16()
     eq = least_norm(wide, {n: t.double() if n == "pixel_values" else t for n, t in inputs.items()})
     for dtype, saved in ((torch.float64, wide), (torch.bfloat16, coarse)):
         source, target = tmp_path / f"in-{dtype}", tmp_path / f"out-{dtype}"
@@ -119,3 +122,59 @@ def test_sharded_folder_comes_back_with_the_same_function(tmp_path: Path, name: 
         moved, stored = read_checkpoint(target), read_checkpoint(source)
         assert moved.keys() == stored.keys()
         assert all(moved[n].dtype == stored[n].dtype and moved[n].shape == stored[n].shape for n in stored)
+
+
+def trainer(folder: Path, steps: int, callbacks: list[Any]) -> Any:
+    """The Hugging Face Trainer on a tiny Llama, with a checkpoint after three steps."""
+    pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    model = llama()
+    data = [{"input_ids": row, "labels": row} for row in torch.randint(3, 48, (24, 6))]
+    arguments = tf.TrainingArguments(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-3, weight_decay=0.1,
+        save_steps=3, report_to=[], use_cpu=True, disable_tqdm=True, seed=1,
+        dataloader_pin_memory=False, lr_scheduler_type="constant",
+    )  # fmt: skip
+    return tf.Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
+
+
+class BalanceAt(tf.TrainerCallback):
+    """Balances the living model, and its optimiser's state, after three steps."""
+
+    def __init__(self, eq: Any) -> None:
+        self.eq = eq
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            nf.balance_(kwargs["model"], self.eq, kwargs["optimizer"], unchecked=True)
+
+
+@pytest.mark.slow
+def test_the_trainer_resumes_as_a_twin_that_lived_there(tmp_path: Path) -> None:
+    trainer(tmp_path / "run", 3, []).train()
+    source, target = tmp_path / "run" / "checkpoint-3", tmp_path / "balanced" / "checkpoint-3"
+    before = {p.name: p.read_bytes() for p in source.iterdir()}
+    model = llama()
+    load_checkpoint_(model, source)
+    eq = least_norm(model, {"input_ids": IDS, "use_cache": False})
+    report = balance_checkpoint(source, target, model, eq, unchecked=True)
+    assert report.state_entries > 20
+    assert not [line for line in report.unmoved if "optimizer" in line]
+    assert "Trainer's own groups" in str(report)
+    after = {p.name: p.read_bytes() for p in target.iterdir()}
+    assert after.keys() == before.keys() == {p.name for p in source.iterdir()}
+    assert {n for n in after if after[n] != before[n]} == {"model.safetensors", "optimizer.pt"}
+    resumed = trainer(tmp_path / "balanced", 6, [])
+    resumed.train(resume_from_checkpoint=str(target))
+    twin = trainer(tmp_path / "twin", 6, [BalanceAt(eq)])
+    twin.train()
+    stale = trainer(tmp_path / "stale", 6, [])
+    (target / "optimizer.pt").write_bytes(before["optimizer.pt"])
+    stale.train(resume_from_checkpoint=str(target))
+
+    def apart(other: Any) -> float:
+        pairs = zip(other.model.state_dict().values(), twin.model.state_dict().values(), strict=True)
+        return max(float((a - b).norm() / b.norm()) for a, b in pairs)
+
+    assert apart(resumed) < 1e-6
+    assert apart(stale) > 1e-4, "the state of the old weights gives another run"

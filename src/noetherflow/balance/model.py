@@ -16,6 +16,7 @@ from noetherflow.balance.optimizer_state import StatePlan, optimizers_in, plan_s
 from noetherflow.balance.state_rules import state_rule_of
 from noetherflow.core.held import held_by
 from noetherflow.core.tensors import check_same_model, tensors_of
+from noetherflow.core.unwrap import unwrap_optimizer
 from noetherflow.discovery.certificate import Certificate
 from noetherflow.equilibrium.result import Equilibrium
 from noetherflow.errors import CertificateError, DataError
@@ -156,7 +157,8 @@ def balance_(
 
     Source: theory.md section 5.
     """
-    optimizers = [] if optimizer is None else optimizer if isinstance(optimizer, Sequence) else [optimizer]
+    given = [] if optimizer is None else optimizer if isinstance(optimizer, Sequence) else [optimizer]
+    optimizers = [unwrap_optimizer(o) if isinstance(o, torch.optim.Optimizer) else o for o in given]
     return balance_values(model, eq, OutputCheck(example_inputs, certificate, tolerance, unchecked), optimizers)
 
 
