@@ -311,7 +311,7 @@ def test_general_linear_flow_of_momentum() -> None:
 def test_errors_are_those_of_repeated_averages() -> None:
     """Momentum of independent Gaussian gradients with correlated entries, drawn many times."""
     net, syms, data = leaky_net()
-    optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99), eps=0.0)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1.0, betas=(0.9, 0.99), eps=0.0)  # steps of the averages' size
     for _ in train(net, data, optimizer, 2):
         pass
     torch.manual_seed(1)
@@ -433,7 +433,14 @@ def test_rmsprop_with_momentum_is_adam_with_that_memory() -> None:
 def test_dead_and_undecayed_directions_are_named() -> None:
     """A scale that a normalisation ignores, without decay, and a unit whose gradients are all 0."""
     net, syms, data = leaky_net()
-    one_sided = nf.declare(net, "scalar", [(A, 0)], [])
+    normalised = nn.Sequential(net[0], nn.LayerNorm(4, eps=1e-12, elementwise_affine=False), nn.Linear(4, 3).double())
+    one_sided = nf.declare(normalised, "scalar", [(A, 0)], [])
+    optimizer = torch.optim.AdamW(normalised.parameters(), weight_decay=0.0)
+    for _ in train(normalised, data, optimizer, 5):
+        pass
+    (scale,) = state_flow(normalised, one_sided, optimizer).details
+    assert not bool(scale.best.finite.any())
+    assert float(scale.best.element) == 1
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.0)
     for _ in train(net, data, optimizer, 5):
         pass
@@ -441,9 +448,6 @@ def test_dead_and_undecayed_directions_are_named() -> None:
         for key in ("exp_avg", "exp_avg_sq"):
             optimizer.state[net[0].weight][key][1] = 0
             optimizer.state[net[2].weight][key][:, 1] = 0
-    (scale,) = state_flow(net, one_sided, optimizer).details
-    assert not bool(scale.best.finite.any())
-    assert float(scale.best.element) == 1
     (unit,) = state_flow(net, syms, optimizer).details
     assert unit.best.finite.tolist() == [True, False, True, True]
     assert all(bool(torch.isfinite(t).all()) for t in (unit.best.element, unit.best.error, unit.persistence))
@@ -598,7 +602,8 @@ def test_one_scale_per_tensor_is_not_adams_average() -> None:
 def test_muon_for_matrices_and_adamw_for_the_rest() -> None:
     """What Muon steps is left out with the reason; what AdamW steps alone is answered."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3)).double()
+    last = nn.LayerNorm(3, eps=1e-12, elementwise_affine=False)
+    net = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3, bias=False), last).double()
     gain = nf.declare(net, "scalar", [("1.weight", 0), ("1.bias", 0)], [])
     both = nf.declare(net, "diagonal", [("1.weight", 0), ("1.bias", 0)], [("2.weight", 1)])
     muon = torch.optim.Muon([net[0].weight, net[2].weight])

@@ -41,6 +41,7 @@ REGISTRY: tuple[str, ...] = (
     "momentum",
     "adam",
     "basis",
+    "transformer",
     "sharpness",
     "neurons",
     "warmup",

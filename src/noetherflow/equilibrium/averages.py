@@ -77,6 +77,7 @@ class Averages:
         rates: learning rate and weight decay.
         steps: optimiser steps made; None where the state does not say.
         persistence: `(1 + b1) / (1 - b1)` of its law.
+        initial_lr: the learning rate that a schedule began with; None without a schedule.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Averages:
     rates: Rates
     steps: int | None
     persistence: float = 1.0
+    initial_lr: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +206,8 @@ def averages_of(held: list[Held], lr: float | None = None) -> OptimizerAverages:
         if averages.rates.lr == 0:
             left_out[h.name] = "learning rate 0 in its parameter group"
         else:
-            found[h.name] = averages
+            initial_lr = h.settings.get("initial_lr")
+            found[h.name] = replace(averages, initial_lr=None if initial_lr is None else float(initial_lr))
     if not found:
         initial = [h.settings["initial_lr"] for h in with_state if "initial_lr" in h.settings]
         hint = f" (the schedule began at {float(initial[0]):g})" if initial else ""

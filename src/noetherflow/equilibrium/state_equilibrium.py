@@ -15,6 +15,7 @@ from noetherflow.core.settings import SGDConfig
 from noetherflow.equilibrium.adaptive import adaptive_equilibrium
 from noetherflow.equilibrium.averages import Averages, OptimizerAverages, read_averages
 from noetherflow.equilibrium.result import Equilibrium
+from noetherflow.equilibrium.state_invariance import refuse_broken, state_invariance
 from noetherflow.equilibrium.task import SolveOptions
 from noetherflow.moments.result import GradientMoments, Replicates
 from noetherflow.symmetry.symmetry_set import SymmetrySet
@@ -42,7 +43,7 @@ def state_equilibrium(
         The equilibrium; symmetries of which the state says nothing are excluded.
 
     Raises:
-        DataError: another optimiser, or no state.
+        DataError: another optimiser, no state, or one that is not of a loss with these symmetries.
 
     Source: theory.md section 13.
     """
@@ -54,6 +55,7 @@ def state_equilibrium(
         if name not in read.by_name
     }
     syms = syms.without(lacking)
+    refuse_broken({s.name: state_invariance(s, (read,)) for s in syms}, read.law)
     found = adaptive_equilibrium(model, syms, _moments(read.by_name), _settings(read), replace(options, errors=False))
     source = "v" if read.law.kind != "sgd" else "one snapshot of the momentum buffer, which scatters"
     said = f"noise is read off {source}, the mean gradient's own persistence is not told from it"

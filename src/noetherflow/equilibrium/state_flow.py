@@ -14,6 +14,7 @@ from noetherflow.core.host import on_host
 from noetherflow.core.printing import table, transposed
 from noetherflow.equilibrium.averages import Averages, AveragingLaw, OptimizerAverages, read_averages
 from noetherflow.equilibrium.state_estimate import FlowEstimate, LegOrbit, Source, estimate, scaled_sums
+from noetherflow.equilibrium.state_invariance import StateInvariance, refuse_broken, state_invariance
 from noetherflow.equilibrium.state_matrix import matrix_flow
 from noetherflow.equilibrium.state_sums import LegSums, independent_entries, leg_sums
 from noetherflow.symmetry.symmetry import Symmetry
@@ -64,6 +65,7 @@ class StateFlow:
             "'from momentum' holds for any gradients; one snapshot of it scatters, average several",
             "equilibria are those of the function as it is now, every symmetry with the others held",
         ]
+        out += self._tested()
         b2 = self.law.square_memory
         if b2 is None:
             return [*out, "Nesterov's state leaves up to 10 % of the noise open"] if self.law.nesterov else out
@@ -75,6 +77,25 @@ class StateFlow:
         )
         if self.steps is not None and self.steps * (1 - b2) < 1:
             out.append(f"after {self.steps:,} steps v still averages over the whole run, early gradients included")
+        return out
+
+    def _tested(self) -> list[str]:
+        """What the test of the state against the symmetries found."""
+        open_ = [d.name for d in self.details if d.invariance.outcome == "undecided"]
+        closed = [d.invariance.resolved for d in self.details if d.invariance.outcome == "holds"]
+        out = []
+        if closed:
+            out.append(
+                "the loss has these symmetries: theta^T A m is what the optimiser's own steps make of it; a penalty or "
+                f"a detached branch that moves charges by more than {100 * max(closed):.0f} % of all that pushes them "
+                "would have shown, a smaller one would not"
+            )
+        if open_:
+            more = f" and {len(open_) - 1:,} more" if len(open_) > 1 else ""
+            out.append(
+                f"whether the loss has {open_[0]}{more} cannot be decided from this state: it is taken to, and a "
+                "penalty inside it would be in the drift unseen"
+            )
         return out
 
     def __str__(self) -> str:
@@ -119,6 +140,7 @@ class StateDrift:
         persistence: by leg, the second over the first; 1 where gradients are uncorrelated, above 1 where a mean
             gradient carries the weights, below 1 where shuffled epochs take back what they gave. `[legs, blocks]`.
         entries: by leg, how many independent numbers the average of gradients holds. `[legs, blocks]`.
+        invariance: whether the state is that of a loss with this symmetry; it cannot be decided for RMSprop.
     """
 
     name: str
@@ -131,6 +153,7 @@ class StateDrift:
     from_momentum: FlowEstimate | None
     persistence: Tensor | None
     entries: Tensor | None
+    invariance: StateInvariance
 
     @property
     def best(self) -> FlowEstimate:
@@ -168,6 +191,7 @@ class StateDrift:
             "family": self.family,
             "kind": self.kind,
             "legs": list(self.legs),
+            "loss": vars(self.invariance),
             **{n: None if t is None else t.tolist() for n, t in plain.items()},
             **{n: None if e is None else _listed(e) for n, e in estimates.items()},
         }
@@ -224,7 +248,9 @@ def state_flow(
     reasons = {s.name: why for s in syms if (why := _why_not(s, read)) is not None}
     syms = syms.without(reasons)
     reference = max(a.rates.lr for a in read.by_name.values())
-    details = tuple(_torus_flow(s, read, reference) if s.is_torus else _matrix_drift(s, read, reference) for s in syms)
+    tests = {s.name: state_invariance(s, (read,)) for s in syms}
+    refuse_broken(tests, read.law)
+    details = tuple(_drift(s, read, reference, tests[s.name]) for s in syms)
     return StateFlow(details, read.law, reference, read.steps, dict(syms.excluded))
 
 
@@ -242,7 +268,11 @@ def _why_not(symmetry: Symmetry, read: OptimizerAverages) -> str | None:
     return None
 
 
-def _torus_flow(symmetry: Symmetry, read: OptimizerAverages, lr: float) -> StateDrift:
+def _drift(symmetry: Symmetry, read: OptimizerAverages, lr: float, test: StateInvariance) -> StateDrift:
+    return (_torus_flow if symmetry.is_torus else _matrix_drift)(symmetry, read, lr, test)
+
+
+def _torus_flow(symmetry: Symmetry, read: OptimizerAverages, lr: float, test: StateInvariance) -> StateDrift:
     """The flow of one scalar or diagonal symmetry."""
     law, averages = read.law, {n: read.by_name[n] for n in symmetry.parameters}
     legs = leg_sums(symmetry, averages, law, lr)
@@ -268,6 +298,7 @@ def _torus_flow(symmetry: Symmetry, read: OptimizerAverages, lr: float) -> State
         from_momentum=flow("momentum"),
         persistence=_persistence(legs),
         entries=entries,
+        invariance=test,
     )
 
 
@@ -312,7 +343,7 @@ def _relative_errors(entries: Tensor, law: AveragingLaw, source: Source, steps: 
     return (share / (2 * entries)).sqrt()
 
 
-def _matrix_drift(symmetry: Symmetry, read: OptimizerAverages, lr: float) -> StateDrift:
+def _matrix_drift(symmetry: Symmetry, read: OptimizerAverages, lr: float, test: StateInvariance) -> StateDrift:
     """The flow of one general_linear symmetry under SGD."""
     found = matrix_flow(symmetry, {n: read.by_name[n] for n in symmetry.parameters}, read.law, lr)
     return StateDrift(
@@ -326,6 +357,7 @@ def _matrix_drift(symmetry: Symmetry, read: OptimizerAverages, lr: float) -> Sta
         from_momentum=found.estimate,
         persistence=None,
         entries=None,
+        invariance=test,
     )
 
 

@@ -161,6 +161,15 @@ def independent_entries(leg: Leg, averages: Averages) -> Tensor:
     return by_size.clamp(max=by_direction).clamp_min(1.0)
 
 
+def entries_of_whole(leg: Leg, averages: Averages) -> float:
+    """How many independent numbers the average of gradients holds in a leg with all its coordinates, at least 1."""
+    assert averages.mean is not None
+    mean = accumulation_dtype(averages.mean)
+    sums, fourth = (float(leg.row_sums(mean**power).double().sum()) for power in (2, 4))
+    by_size = 3 * sums**2 / fourth if fourth > 0 else 1.0
+    return max(1.0, min(by_size, _of_whole(mean)))
+
+
 def _directions(rows: Tensor) -> float:
     """One over the mean squared cosine between rows; infinite where there is but one that is not 0."""
     chosen = rows[:: max(1, len(rows) // ROWS)][:ROWS].double()
