@@ -102,14 +102,15 @@ class TestNorms:
 
     def test_logits(self):
         assert norms.logit_growth([]) == []
-        grown = LogitGrowth("q -> k", 3, 5.0, 1000, measured=True)
-        found = one(norms.logit_growth([grown, replace(grown, head=1, factor=2.0)]))
+        grown = LogitGrowth("q -> k", 3, 5.0, 4.0, 1000, measured=True)
+        found = one(norms.logit_growth([grown, replace(grown, head=1, spread=2.0)]))
         assert found.severity == "watch"
         assert "head 3" in found.title
-        assert one(norms.logit_growth([replace(grown, factor=30.0)])).severity == "act"
+        assert one(norms.logit_growth([replace(grown, spread=30.0)])).severity == "act"
         assert one(norms.logit_growth([replace(grown, factor=1.5)])).severity == "good"
-        assert one(norms.logit_growth([replace(grown, factor=5.0, measured=False)])).severity == "good"
-        assert one(norms.logit_growth([replace(grown, factor=30.0, measured=False)])).severity == "watch"
+        assert one(norms.logit_growth([replace(grown, spread=0.5)])).severity == "good"
+        assert one(norms.logit_growth([replace(grown, measured=False)])).severity == "good"
+        assert one(norms.logit_growth([replace(grown, factor=30.0, spread=30.0, measured=False)])).severity == "watch"
 
 
 class TestBalance:
@@ -131,16 +132,17 @@ class TestBalance:
         assert found.severity == "watch"
         assert one(balance.far_from_equilibrium([layer([math.log(50)] * 4)], 1000), "balance-layer").severity == "act"
         assert one(balance.far_from_equilibrium([layer([math.log(7)] * 4)], 1000)).severity == "good"
+        assert one(balance.far_from_equilibrium([layer([math.log(15)] * 4, part="channel")], 1000)).severity == "good"
 
     def test_healthy_and_unknown(self):
         assert one(balance.far_from_equilibrium([layer([0.3, -0.5, 0.1])], 1000)).severity == "good"
         assert one(balance.far_from_equilibrium([layer([0.3, NAN, 0.1], [NAN] * 3)], 1000)).severity == "good"
-        assert balance.far_from_equilibrium([layer([NAN, NAN])], 1000) == []
+        assert one(balance.far_from_equilibrium([layer([NAN, NAN])], 1000)).severity == "good"
 
     def test_during_a_run(self):
         assert one(balance.far_during_run([RunBalance("a", 0.1, math.log(30), 10.0)], 100)).severity == "act"
         assert one(balance.far_during_run([RunBalance("a", 0.1, 0.5, 10.0)], 100)).severity == "good"
-        assert balance.far_during_run([RunBalance("a", NAN, NAN, NAN)], 100) == []
+        assert one(balance.far_during_run([RunBalance("a", NAN, NAN, NAN)], 100)).severity == "open"
 
     def test_dead_units(self):
         found = one(balance.dead_units([activity([1] * 4, [1, 0, 1e-9, 2])]))
@@ -218,6 +220,14 @@ class TestSampling:
         assert found.title.startswith("Mean-gradient regime")
         uncertain = one(sampling.batch_size(BatchRegime(4096, scale(error=0.01), 0.9, 50.0)))
         assert uncertain.severity == "good"
+
+    def test_a_fresh_run_is_given_time_and_a_full_batch_has_no_noise(self):
+        fresh = BatchRegime(4096, scale(), 0.9, 50.0, started=False)
+        found = one(sampling.batch_size(fresh))
+        assert found.severity == "good"
+        assert "mean-gradient regime for now" in found.title
+        assert one(sampling.batch_size(replace(fresh, batch_size=40_000))).severity == "watch"
+        assert "hold all samples" in one(sampling.batch_size(replace(fresh, noise_share=0.0))).title
 
     def test_healthy(self):
         for size in (2, 64, 512):

@@ -42,8 +42,10 @@ from noetherflow.symmetry.heads import with_scales
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 BATCH_STATISTICS = "holds with batch statistics only: model.train()"
-SAMPLES, CURVED, PROBES = 2048, 256, 16
-"""Samples taken from a loader for gradients, and of these for curvature; Hessian products for its trace."""
+SAMPLES, CURVED, PROBES = 2048, 128, 16
+REPLICATES = 64
+"""Samples taken from a loader for gradients, and of these for curvature; Hessian products for its trace;
+minibatches where each is one replicate (batch statistics), for which a loader is gone through again."""
 LARGE = 2_000_000
 """Trainable entries above which curvature is measured only on request."""
 STEPS, EPOCHS = 1000, 10
@@ -205,7 +207,7 @@ def analyze(
         ExportError, MomentError, DataError: of the stages.
     """
     settings = settings_of(sgd, batches, batch_size, model)
-    data = _taken(batches, samples)
+    data = _taken(batches, samples, REPLICATES if uses_batch_statistics(model.modules()) else 1)
     loss = chosen_loss(loss_fn, model, data[0])
     inputs = inputs_of(data[0]) if example_inputs is None else example_inputs
     scales = not isinstance(settings, SGDConfig) or bool(settings.groups)
@@ -263,8 +265,8 @@ def samples_in(batch: Any) -> int:
     return next((len(t) for t in tensors_in(batch) if t.ndim), 0)
 
 
-def _taken(batches: Iterable[Any], samples: int) -> list[Any]:
-    """All batches of a list, of a loader as many as hold the samples wanted.
+def _taken(batches: Iterable[Any], samples: int, least: int) -> list[Any]:
+    """All batches of a list; of a loader as many as hold the samples wanted, and at least so many batches.
 
     Raises:
         DataError: there is no batch, or one tuple of tensors in place of a list of batches.
@@ -274,14 +276,23 @@ def _taken(batches: Iterable[Any], samples: int) -> list[Any]:
     if isinstance(batches, Sequence):
         taken = list(batches)
     else:
-        taken, found = [], 0
-        for batch in batches:
-            taken.append(batch)
-            found += samples_in(batch)
-            if found >= samples:
-                break
+        taken = _from_loader(batches, samples)
+        while taken and len(taken) < least and isinstance(batches, DataLoader):
+            taken += islice(batches, least - len(taken))
     if not taken:
         raise DataError("there are no batches; give at least one")
+    return taken
+
+
+def _from_loader(batches: Iterable[Any], samples: int) -> list[Any]:
+    """The first batches that hold so many samples together."""
+    taken: list[Any] = []
+    found = 0
+    for batch in batches:
+        taken.append(batch)
+        found += samples_in(batch)
+        if found >= samples:
+            break
     return taken
 
 

@@ -14,6 +14,7 @@ from noetherflow.cli.options import Debug, Json
 
 def diagnose(
     run_dir: Annotated[Path, typer.Argument(help="Folder given to the ledger as run_dir.")],
+    steps: Annotated[int | None, typer.Option(help="Steps of the whole run, where it is still going on.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -23,7 +24,7 @@ def diagnose(
     """
     from noetherflow.diagnosis.of_run import diagnose_run
 
-    found = diagnose_run(run_dir)
+    found = diagnose_run(run_dir, steps)
     if as_json:
         print(json.dumps(found.to_dict()))
         return

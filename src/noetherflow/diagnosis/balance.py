@@ -13,6 +13,7 @@ from noetherflow.diagnosis.finding import Evidence, Finding, Severity, calm
 
 FAR, VERY_FAR = math.log(3.0), math.log(10.0)
 LAYER_FAR, LAYER_VERY_FAR = math.log(10.0), math.log(30.0)
+GAINS = math.log(3.0)
 CERTAIN = 2.0
 SOME_DEAD, MANY_DEAD = 0.1, 0.5
 SILENT = 1e-6
@@ -27,12 +28,14 @@ def far_from_equilibrium(facts: Sequence[LayerBalance], steps: float) -> list[Fi
     curvature of `f^2` times. Threshold for one unit or head against the median of its layer: `f = 3` is to watch, a
     curvature of 9 times, more than random initialisation scatters; `f = 10` to act on, a curvature of 100 times, which
     lowers the stable learning rate of the whole model as much. For a layer as a whole: 10 and 30, since gains of 1 in
-    front of weights of standard deviation 0.02, the usual start of a transformer, are 1 / sqrt(0.02) = 7 off. Two
-    standard errors are taken off first, so that sampling alone finds nothing.
+    front of weights of standard deviation 0.02, the usual start of a transformer, are 1 / sqrt(0.02) = 7 off under SGD
+    and up to 12 under Adam; gains, one number against a column of weights, get three times as much. Two standard errors
+    are taken off first, so that sampling alone finds nothing.
     """
     parts = [(f, _beyond(f)) for f in facts if np.isfinite(f.factors).any()]
     if not parts:
-        return []
+        title = "No two layers can trade scale here, so none is imbalanced."
+        return [calm("balance", "balance", title, "sure, as far as the symmetries were found")]
     found: list[Finding] = []
     lone = [(f, s) for f, s in parts if s.max() >= FAR]
     if lone:
@@ -58,8 +61,9 @@ def _beyond(fact: LayerBalance) -> np.ndarray:
 
 
 def _level(fact: LayerBalance) -> float:
-    """`|median log factor|` of a layer less two standard errors of a coordinate's."""
+    """`|median log factor|` of a layer less two standard errors of a coordinate's, and less what gains are granted."""
     level, error = abs(float(np.nanmedian(fact.factors))), np.nan_to_num(fact.errors, posinf=0.0)
+    level -= GAINS if fact.part == "channel" else 0.0
     return level - CERTAIN * float(np.median(error)) / math.sqrt(len(error))
 
 
@@ -99,7 +103,9 @@ def far_during_run(facts: Sequence[RunBalance], steps: float) -> list[Finding]:
     """The same from the estimates of a ledger, which keep the median and the largest log factor of each layer."""
     known = [f for f in facts if math.isfinite(f.largest)]
     if not known:
-        return []
+        title = "Not in the log: a ledger estimates noise equilibria under SGD with momentum only."
+        advice = "nf.diagnose(model, loss_fn, loader, optimizer) measures them"
+        return [Finding("balance", "balance", "open", title, "", advice, "open")]
     worst = max(known, key=lambda f: max(f.largest - f.median - FAR, f.median - LAYER_FAR))
     lone, whole = worst.largest - worst.median, worst.median
     numbers = (Evidence(f"largest log factor of {worst.name}", worst.largest), Evidence("median", worst.median))

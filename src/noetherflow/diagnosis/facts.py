@@ -202,12 +202,16 @@ class BatchRegime:
         scales: gradient noise scales.
         mean_share: the mean gradient's share of what gradients add to the charges.
         horizon: steps for which the measured mean gradient lasts.
+        started: the optimiser has made steps.
+        noise_share: covariance of a minibatch gradient over that of fresh batches of its size; 0 for the full batch.
     """
 
     batch_size: int
     scales: NoiseScales
     mean_share: float
     horizon: float
+    started: bool = True
+    noise_share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -218,6 +222,8 @@ class LogitGrowth:
         name: of the symmetry.
         head: the head concerned, None for the whole layer.
         factor: by which `|W_q|^2 + |W_k|^2` grows over the steps looked at.
+        spread: about the root mean square of the logits at the end, `|W_q| |W_k| / head width` for inputs with entries
+            of about 1, as a normalisation gives them.
         steps: over how many steps.
         measured: it has grown by that much; else it will, by noise and decay alone.
     """
@@ -225,5 +231,6 @@ class LogitGrowth:
     name: str
     head: int | None
     factor: float
+    spread: float
     steps: float
     measured: bool

@@ -11,6 +11,7 @@ from noetherflow.diagnosis.finding import Evidence, Finding, Severity, calm
 
 HALVED, TENTH = 2.0, 10.0
 BITES, TOO_SMALL = 1.0, 0.1
+GROWN, GROWN_PREDICTED = 3.0, 10.0
 LOGITS, LOGITS_SATURATE = 3.0, 10.0
 TRENDS = 3
 
@@ -147,27 +148,28 @@ def decay_bites(decays: Sequence[float], steps: float) -> list[Finding]:
 def logit_growth(facts: Sequence[LogitGrowth]) -> list[Finding]:
     """Attention logits that query and key norms drive up.
 
-    Logits are at most `|W_q| |W_k| |x|^2`, so the squared norms bound their growth. Threshold: measured growth by a
-    factor of 3 is to watch: logits of an untrained model spread by about 1, and e^3 = 20 turns a soft maximum over a
-    few tokens into a choice. By 10 it is to act on: e^-10 is below what bfloat16 tells from 0 beside 1. Predicted
-    growth, an upper bound, is only ever to watch, from 10 on.
+    Logits are at most `|W_q| |W_k| |x|^2`, so the squared norms bound their growth. Threshold: growth by a factor of 3
+    (measured; 10 where it is a prediction, an upper bound) to a spread of at least 3 is to watch: `e^3 = 20` turns a
+    soft maximum over a few tokens into a choice. A measured spread of 10 is to act on: `e^-10` is below what bfloat16
+    tells from 0 beside 1. Growth from tiny initial weights to a spread below 3 is how attention begins to work.
     """
     if not facts:
         return []
-    worst = max(facts, key=lambda f: f.factor / (1 if f.measured else LOGITS_SATURATE / LOGITS))
+    worst = max(facts, key=lambda f: f.spread)
     head = "" if worst.head is None else f"head {worst.head} of "
-    numbers = (Evidence(f"growth of {head}{worst.name}", worst.factor, unit="times"),)
-    sure = "measured" if worst.measured else "noise and decay alone: an upper bound, for curvature holds weights back"
-    if worst.factor < (LOGITS if worst.measured else LOGITS_SATURATE):
-        title = f"Attention logits are calm: squared query and key norms grow at most {worst.factor:.2g} times in "
-        return [calm("logit-growth", "norms", f"{title}{worst.steps:,.0f} steps.", sure, numbers)]
-    severity: Severity = "act" if worst.factor >= LOGITS_SATURATE and worst.measured else "watch"
-    verb = "have grown" if worst.measured else "are pushed to grow"
-    title = (
-        f"Attention logits grow: squared query and key norms of {head}`{worst.name}` {verb} {worst.factor:.2g} times "
+    numbers = (
+        Evidence(f"growth of squared norms, {head}{worst.name}", worst.factor, unit="times"),
+        Evidence("spread of its logits then, about", worst.spread),
     )
-    title += f"in {worst.steps:,.0f} steps."
+    sure = "measured" if worst.measured else "noise and decay alone: an upper bound, for curvature holds weights back"
+    if worst.factor < (GROWN if worst.measured else GROWN_PREDICTED) or worst.spread < LOGITS:
+        title = f"Attention logits are calm: a spread of about {worst.spread:.2g} at most ({head}`{worst.name}`)."
+        return [calm("logit-growth", "norms", title, sure, numbers)]
+    severity: Severity = "act" if worst.spread >= LOGITS_SATURATE and worst.measured else "watch"
+    verb = "have grown" if worst.measured else "are pushed to grow"
+    title = f"Attention logits grow: squared query and key norms of {head}`{worst.name}` {verb} {worst.factor:.2g} "
+    title += f"times in {worst.steps:,.0f} steps, to logits of about {worst.spread:.2g}."
     means = "Their product bounds the logits; large ones turn attention into a hard choice and stop its gradient."
     advice = f"give the queries and keys of `{worst.name}` weight decay, normalise them (QK-norm), or lower their rate"
-    weight = math.log(worst.factor / LOGITS)
+    weight = math.log(worst.spread)
     return [Finding("logit-growth", "norms", severity, title, means, advice, sure, numbers, (worst.name,), weight)]

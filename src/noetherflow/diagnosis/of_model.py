@@ -106,13 +106,15 @@ def _named(examined: Examined) -> Iterator[tuple[Symmetry, ChargeFlow, Settled]]
 
 
 def _invariant_norms(examined: Examined) -> Iterator[ScaleInvariantNorm]:
+    """Norms without a counterweight; the mean gradient's growth counts for as long as it lasts, spread over the run."""
     power = 2 if isinstance(examined.settings, SGDConfig) else 1
     for symmetry, flow, _ in _named(examined):
         charge = abs(float(flow.charge.sum()))
         if not symmetry.one_sided or charge == 0:
             continue
         sign = symmetry.weight_legs[0].sign
-        growth = max(0.0, sign * float((flow.noise + flow.step_size).sum()))
+        lasts = min(1.0, examined.flow.regime.horizon / examined.steps)
+        growth = max(0.0, sign * float((flow.noise + lasts * flow.step_size).sum()))
         error = None if flow.error is None else float(flow.error.norm())
         decay = abs(float(flow.decay.sum())) / charge
         yield ScaleInvariantNorm(symmetry.name, charge, growth, error, decay, power)
@@ -290,7 +292,8 @@ def _or_none(steps: int | None) -> float | None:
 def _regime(examined: Examined) -> BatchRegime:
     settings, regime = examined.settings, examined.flow.regime
     scales = examined.moments.noise_scale(settings.dataset_size)
-    return BatchRegime(settings.batch_size, scales, regime.mean_share, regime.horizon)
+    share = settings.covariance_factor * settings.batch_size
+    return BatchRegime(settings.batch_size, scales, regime.mean_share, regime.horizon, examined.started, share)
 
 
 def _logits(examined: Examined) -> Iterator[LogitGrowth]:
@@ -308,7 +311,9 @@ def _logits(examined: Examined) -> Iterator[LogitGrowth]:
         reach = examined.steps if decay == 0 else (1 - left) / decay
         factors = left + growth.numpy() * reach
         head = int(np.argmax(factors))
-        yield LogitGrowth(symmetry.name, head, float(factors[head]), examined.steps, measured=False)
+        width = 2 * symmetry.blocks / heads if symmetry.is_torus else symmetry.dim
+        spread = float(norm[head]) * factors[head] / (2 * width)
+        yield LogitGrowth(symmetry.name, head, float(factors[head]), spread, examined.steps, measured=False)
 
 
 def _growth(symmetry: Symmetry, examined: Examined) -> Tensor:

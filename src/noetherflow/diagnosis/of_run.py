@@ -17,11 +17,12 @@ RECENT = 5
 """Estimates whose median stands for the present: single ones scatter with the minibatch."""
 
 
-def diagnose_run(run: RunData | str | os.PathLike[str]) -> Diagnosis:
+def diagnose_run(run: RunData | str | os.PathLike[str], steps: int | None = None) -> Diagnosis:
     """What the ledger of a run says in plain words; `ledger.diagnose()` and `noetherflow diagnose RUN_DIR` are this.
 
     Args:
         run: the folder given to the ledger as `run_dir`, or a RunData.
+        steps: of the whole run where it is still going on, for what decay and noise reach until its end.
 
     Returns:
         A Diagnosis of the steps recorded so far.
@@ -30,12 +31,13 @@ def diagnose_run(run: RunData | str | os.PathLike[str]) -> Diagnosis:
         DataError: there is no log, or no step in it.
     """
     data = run if isinstance(run, RunData) else RunData.load(run)
-    steps = float(data.steps[-1] - data.steps[0] + 1)
+    made = float(data.steps[-1] - data.steps[0] + 1)
+    whole = made if steps is None else float(steps)
     found: list[Finding] = [
-        *norms.norms_so_far(list(_norms(data)), steps),
-        *norms.decay_bites(_decays(data), steps),
-        *norms.logit_growth(list(_logits(data, steps))),
-        *balance.far_during_run(list(_balances(data)), steps),
+        *norms.norms_so_far(list(_norms(data)), made),
+        *norms.decay_bites(_decays(data), whole),
+        *norms.logit_growth(list(_logits(data, made))),
+        *balance.far_during_run(list(_balances(data)), whole),
         *stability.loss_course(_course(data)),
         *stability.turning([(n, recent(data, "angular", i)) for i, n in enumerate(data.symmetries)]),
         *sampling.noise_share(_batch_ratio(data), "median of all layers"),
@@ -95,7 +97,9 @@ def _logits(data: RunData, steps: float) -> Iterator[LogitGrowth]:
     for i, symmetry in enumerate(data.header["symmetries"]):
         ends = _ends(data.estimates["norm"][:, i])
         if symmetry.get("family") in QUERY_KEY and ends:
-            yield LogitGrowth(symmetry["name"], None, ends[1] / ends[0], steps, measured=True)
+            shape = symmetry["shape"]
+            width = 2 * shape[0] if len(shape) == 1 else shape[0] * shape[1]
+            yield LogitGrowth(symmetry["name"], None, ends[1] / ends[0], ends[1] / (2 * width), steps, measured=True)
 
 
 def _balances(data: RunData) -> Iterator[RunBalance]:

@@ -8,7 +8,7 @@ from noetherflow.core.printing import show
 from noetherflow.diagnosis.facts import BatchRegime
 from noetherflow.diagnosis.finding import Evidence, Finding, calm
 
-WASTED, NOISY = 10.0, 0.1
+WASTED, WASTED_AT_FIRST, NOISY = 10.0, 100.0, 0.1
 LAYERS_SHOWN = 4
 
 
@@ -18,25 +18,30 @@ def batch_size(fact: BatchRegime) -> list[Finding]:
     With `r = batch size / noise scale` a step makes `r / (1 + r)` of the progress of a full-batch step (McCandlish et
     al. 2018). Threshold: above `r = 10` it makes over 91 % of it, so nine tenths of the samples buy nothing: the mean
     gradient's regime, to watch. The upper end of the noise scale's 95 % interval decides, where there is one. Below `r
-    = 0.1` steps are nearly all noise: normal, and a batch twice as large would take about half the steps.
+    = 0.1` steps are nearly all noise: normal, and a batch twice as large would take about half the steps. In a fresh
+    run the gradients of all samples agree at first (a language model learns how frequent tokens are) and the noise
+    scale rises ten to a hundred times within hundreds of steps, so there `r` may be 100.
     """
     scale, size = fact.scales.total, fact.batch_size
     low, high = scale.interval()
     most = scale.value if math.isnan(high) else high
     numbers = _numbers(fact, low, high)
-    sure = f"noise scale {_interval(low, high)}; it grows as the loss falls"
-    if size > WASTED * most:
-        title = (
-            f"Mean-gradient regime: batches of {size:,} are far above the noise scale of {show(scale.value)} samples."
-        )
+    sure = f"noise scale in {_interval(low, high)}; it grows as the loss falls"
+    size_or_all = size / fact.noise_share if fact.noise_share > 0 else math.inf
+    ratio = size_or_all / most if most > 0 else math.inf
+    if ratio > (WASTED if fact.started else WASTED_AT_FIRST):
+        title = f"Mean-gradient regime: batches of {size:,} are far above the noise scale, {show(scale.value)} samples."
+        if math.isinf(ratio):
+            title = f"Mean-gradient regime: batches of {size:,} hold all samples, so there is no gradient noise."
         means = "Nearly all of a step is the mean gradient: smaller batches would make the same progress per step, and "
         means += "noise does not drive the symmetries, so noise equilibria are not where this run goes."
         least = max(1, math.ceil(scale.value))
         advice = f"batches of about {least:,} samples save samples at nearly the same number of steps"
-        weight = math.log(size / most) if most > 0 else math.inf
-        return [Finding("batch-size", "batch", "watch", title, means, advice, sure, numbers, weight=weight)]
+        return [Finding("batch-size", "batch", "watch", title, means, advice, sure, numbers, weight=math.log(ratio))]
     title = f"Batches of {size:,} against a noise scale of {show(scale.value)} samples: "
-    if size < NOISY * scale.value:
+    if ratio > WASTED:
+        title += "mean-gradient regime for now, as fresh runs are; the noise scale rises as the loss falls."
+    elif size < NOISY * scale.value:
         title += "noise regime; larger batches would save steps almost in proportion."
     else:
         title += "near the best trade between samples and steps."

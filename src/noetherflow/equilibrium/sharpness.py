@@ -192,7 +192,8 @@ def sharpness_forecast(
         there = curvature_moments(moved, loss_fn, data, syms, probes=probes)
         trace_now, trace_then = curvature_trace(curvature), curvature_trace(there)
     now, then = (_curvature(m, loss_fn, data) for m in (model, moved))
-    way = _Way.of(flow, eq)
+    asked = now.load(sgd) >= SAFE or now.full_batch_load(sgd) >= 1
+    way = _Way.of(flow, eq) if asked else _Way([], [])
     return Sharpness(
         trace_now=trace_now,
         trace_equilibrium=trace_then,

@@ -334,9 +334,12 @@ class Ledger(Shown):
         header["momentum"] = float(self.optimizer.param_groups[0].get("momentum", 0.0))
         return RunData.of([*self._books.as_log(header), *self.events], "the ledger")
 
-    def diagnose(self) -> Diagnosis:
-        """What the run so far says in plain words; see `docs/diagnosis.md`. Raises DataError before the first step."""
-        return nf.diagnose_run(self.run_data())
+    def diagnose(self, steps: int | None = None) -> Diagnosis:
+        """What the run so far says in plain words (`docs/diagnosis.md`); `steps` of the whole run, where it goes on.
+
+        Raises DataError before the first step.
+        """
+        return nf.diagnose_run(self.run_data(), steps)
 
     # -- state and hooks ----------------------------------------------------------------------------------------------
 

@@ -1,0 +1,266 @@
+"""`nf.diagnose`, `ledger.diagnose` and the command on planted faults, each found and named, and on healthy runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from typer.testing import CliRunner
+
+import noetherflow as nf
+from noetherflow.cli.app import app
+from noetherflow.diagnosis.finding import QUESTIONS
+from noetherflow.errors import DataError
+
+FIVE = ("norms", "warmup", "balance", "decay")
+
+
+def classes(samples=1024, seed=0, noise=0.0):
+    """Inputs of a noisy linear classifier."""
+    torch.manual_seed(seed)
+    x = torch.randn(samples, 12)
+    logits = x @ torch.randn(12, 5) + noise * torch.randn(samples, 5)
+    return x, logits.argmax(1)
+
+
+def loader(x, y, batch=32):
+    return DataLoader(TensorDataset(x, y), batch_size=batch, shuffle=True, generator=torch.Generator().manual_seed(0))
+
+
+def mlp(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 5))
+
+
+class Attention(nn.Module):
+    """One attention layer without biases, in front of a classifier of the last token."""
+
+    def __init__(self, heads: int = 4, width: int = 16, vocabulary: int = 11) -> None:
+        super().__init__()
+        self.heads = heads
+        self.embed = nn.Embedding(vocabulary, width)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, vocabulary)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(split(self.q(x)), split(self.k(x)), split(self.v(x)))
+        x = x + self.o(mixed.transpose(1, 2).flatten(2))
+        return self.out(self.norm(x))[:, -1]
+
+
+def tokens(samples=512):
+    torch.manual_seed(1)
+    ids = torch.randint(11, (samples, 6))
+    return ids, ids.sum(1) % 11
+
+
+def train(model, data, optimizer, steps, ledger=None):
+    done = 0
+    while done < steps:
+        for x, y in data:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            if ledger is not None:
+                ledger.note(loss)
+            optimizer.step()
+            done += 1
+            if done == steps:
+                return
+
+
+def sgd(model, **options):
+    return torch.optim.SGD(model.parameters(), **({"lr": 0.02, "momentum": 0.9} | options))
+
+
+def adamw(model, **options):
+    return torch.optim.AdamW(model.parameters(), **({"lr": 1e-3, "weight_decay": 0.1} | options))
+
+
+class TestPlanted:
+    @pytest.mark.parametrize("make", [sgd, adamw])
+    def test_a_unit_scaled_by_thirty(self, make):
+        """The function is the same: only the balance of unit 3 is off."""
+        model = mlp()
+        healthy = nf.diagnose(model, nn.CrossEntropyLoss(), loader(*classes()), make(model), curvature=False)
+        with torch.no_grad():
+            model[0].weight[3] *= 30
+            model[0].bias[3] *= 30
+            model[2].weight[:, 3] /= 30
+        found = nf.diagnose(model, nn.CrossEntropyLoss(), loader(*classes()), make(model), curvature=False)["balance"]
+        assert found.severity == "act"
+        assert "unit 3 of `0 -> 2`" in found.title
+        assert healthy["balance"].severity == "good"
+
+    @pytest.mark.parametrize("make", [sgd, adamw])
+    def test_a_frozen_out_head(self, make):
+        model, data = Attention(), loader(*tokens())
+        healthy = nf.diagnose(model, nn.CrossEntropyLoss(), data, make(model), curvature=False)
+        with torch.no_grad():
+            model.v.weight[8:12] *= 1e-2
+            model.o.weight[:, 8:12] *= 1e-2
+        found = nf.diagnose(model, nn.CrossEntropyLoss(), data, make(model), curvature=False)["frozen-heads"]
+        assert found.severity == "act"
+        assert "head 2 of `v -> o`" in found.title
+        assert healthy["frozen-heads"].severity == "good"
+
+    def test_decay_too_small_to_matter_in_this_run(self):
+        model, data = mlp(), loader(*classes())
+        small = adamw(model, weight_decay=1e-4)
+        found = nf.diagnose(model, nn.CrossEntropyLoss(), data, small, steps=2000, curvature=False)
+        assert found["decay-bites"].severity == "watch"
+        assert "too small to matter in this run" in found["decay-bites"].title
+        longer = nf.diagnose(model, nn.CrossEntropyLoss(), data, small, steps=50_000_000, curvature=False)
+        assert longer["decay-bites"].severity == "good"
+
+    def test_a_warmup_too_short(self):
+        """Two layers unbalanced by a factor of 8: the same function, a learning rate beyond 2 / lambda_max."""
+        torch.manual_seed(0)
+        x = torch.randn(512, 6)
+        y = 0.4 * x @ torch.randn(6, 6) + 0.5 * torch.randn(512, 6)
+        model = nn.Sequential(nn.Linear(6, 12, bias=False), nn.ReLU(), nn.Linear(12, 6, bias=False))
+        with torch.no_grad():
+            model[0].weight *= 8**0.5
+            model[2].weight /= 8**0.5
+        squared = lambda m, b: (m(b[0]) - b[1]).square().sum(1)
+        data = loader(x, y, 8)
+        top = nf.top_eigenvalue(model, squared, [(x, y)])
+        fast = torch.optim.SGD(model.parameters(), lr=3 / top)
+        short = nf.diagnose(model, squared, data, fast, warmup=2)["learning-rate"]
+        assert short.severity == "act"
+        assert "warmup of 2 steps is too short" in short.title
+        assert nf.diagnose(model, squared, data, fast, warmup=1_000_000)["learning-rate"].severity == "good"
+        slow = torch.optim.SGD(model.parameters(), lr=0.3 / top)
+        assert nf.diagnose(model, squared, data, slow)["learning-rate"].severity == "good"
+
+    def test_adam_with_a_tiny_b2(self):
+        model, data = mlp(), loader(*classes())
+        tiny = nf.diagnose(model, nn.CrossEntropyLoss(), data, adamw(model, betas=(0.9, 0.5)), curvature=False)
+        assert tiny["memory-of-squares"].severity == "act"
+        assert "b2 = 0.5" in tiny["memory-of-squares"].title
+        usual = nf.diagnose(model, nn.CrossEntropyLoss(), data, adamw(model), curvature=False)
+        assert usual["memory-of-squares"].severity == "good"
+
+    def test_the_mean_gradient_regime(self):
+        """A quadratic loss far from its minimum, all samples alike; beside it labels at random."""
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+        x = torch.ones(512, 6) + 0.01 * torch.randn(512, 6)
+        squared = lambda m, b: (m(b[0]) - b[1]).square().sum(1)
+        alike = loader(x, 5 * torch.ones(512, 2), 64)
+        found = nf.diagnose(model, squared, alike, sgd(model), curvature=False)["batch-size"]
+        assert found.severity == "watch"
+        assert found.title.startswith("Mean-gradient regime")
+        random = loader(torch.randn(512, 6), torch.randn(512, 2), 8)
+        assert nf.diagnose(model, squared, random, sgd(model), curvature=False)["batch-size"].severity == "good"
+
+    def test_growing_norms(self):
+        """A normalised layer without decay at a large learning rate; with enough decay its norm stands still."""
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 16, bias=False), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 5))
+        data = loader(*classes(noise=3.0))
+        run = lambda **options: nf.diagnose(
+            model, nn.CrossEntropyLoss(), data, sgd(model, momentum=0.0, **options), steps=20_000, curvature=False
+        )
+        found = run(lr=1.0)["norm-growth"]
+        assert found.severity in ("watch", "act")
+        assert "0" in found.where[0]
+        assert "weight decay" in found.advice
+        assert run(lr=0.01)["norm-growth"].severity == "good"
+
+    def test_dead_units(self):
+        model, data = mlp(), loader(*classes())
+        with torch.no_grad():
+            model[0].bias[:6] -= 100
+        found = nf.diagnose(model, nn.CrossEntropyLoss(), data, sgd(model), curvature=False)["dead-units"]
+        assert found.severity == "watch"
+        assert "6 of 24 units of `0 -> 2`" in found.title
+
+
+HEALTHY = {
+    "MLP, momentum": (mlp, lambda: classes(noise=1.0), sgd),
+    "MLP, AdamW": (mlp, lambda: classes(noise=1.0), adamw),
+    "attention, AdamW": (Attention, tokens, lambda m: adamw(m, betas=(0.9, 0.95))),
+    "BatchNorm, momentum and decay": (
+        lambda: nn.Sequential(nn.Linear(12, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 5)),
+        lambda: classes(noise=1.0),
+        lambda m: sgd(m, weight_decay=5e-4),
+    ),
+    "LayerNorm, SGD": (
+        lambda: nn.Sequential(nn.Linear(12, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 5)),
+        lambda: classes(noise=1.0),
+        lambda m: sgd(m, lr=0.05, momentum=0.0, weight_decay=1e-3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_a_healthy_run_has_no_red_finding(name):
+    """Before training, by the ledger of 200 steps, and after them."""
+    make, data, optimiser = HEALTHY[name]
+    torch.manual_seed(0)
+    model, (x, y) = make(), data()
+    batches, optimizer = loader(x, y), optimiser(model)
+    before = nf.diagnose(model, nn.CrossEntropyLoss(), batches, optimizer, steps=2000)
+    with nf.Ledger(model, optimizer, nf.find_symmetries(model, x[:4]), estimate_every=10) as ledger:
+        train(model, batches, optimizer, 200, ledger)
+    during = ledger.diagnose(steps=2000)
+    after = nf.diagnose(model, nn.CrossEntropyLoss(), batches, optimizer, steps=2000)
+    for diagnosis in (before, during, after):
+        assert not diagnosis.severity("act"), str(diagnosis)
+        assert all(diagnosis.about(topic) for topic in FIVE)
+
+
+class TestRun:
+    def ledger(self, tmp_path=None, steps=60, spoil=lambda model, step: None, **options):
+        model, data = mlp(), classes()
+        optimizer = adamw(model, **options)
+        syms = nf.find_symmetries(model, data[0][:4])
+        with nf.Ledger(model, optimizer, syms, run_dir=tmp_path, estimate_every=10) as ledger:
+            for k in range(steps):
+                spoil(model, k)
+                train(model, loader(*data), optimizer, 1, ledger)
+        return ledger
+
+    def test_with_and_without_a_log_it_says_the_same(self, tmp_path):
+        logged = self.ledger(tmp_path / "run")
+        assert str(logged.diagnose()) == str(self.ledger().diagnose())
+        assert str(logged.diagnose()) == str(nf.diagnose_run(tmp_path / "run"))
+
+    def test_weights_changed_from_outside_are_named(self):
+        def clip(model, step):
+            if step == 30:
+                with torch.no_grad():
+                    model[0].weight.mul_(0.5)
+
+        found = self.ledger(spoil=clip).diagnose()["outside"]
+        assert found.severity in ("watch", "act")
+        assert "step 30" in found.title
+        assert self.ledger().diagnose()["outside"].severity == "good"
+
+    def test_the_decay_of_a_run_is_the_setting(self):
+        evidence = self.ledger().diagnose()["decay-bites"].evidence
+        assert evidence[0].value == pytest.approx(2 * 1e-3 * 0.1, rel=1e-3)
+        assert self.ledger().diagnose(steps=50_000)["decay-bites"].severity == "good"
+
+    def test_nothing_recorded_is_said(self):
+        model = mlp()
+        ledger = nf.Ledger(model, sgd(model), nf.find_symmetries(model, torch.randn(2, 12)))
+        with pytest.raises(DataError, match="no recorded step"):
+            ledger.diagnose()
+
+    def test_command(self, tmp_path: Path):
+        self.ledger(tmp_path / "run")
+        shown = CliRunner().invoke(app, ["diagnose", str(tmp_path / "run")])
+        assert shown.exit_code == 0
+        assert QUESTIONS["decay"] in shown.stdout
+        assert "What should I change?" in shown.stdout
+        asked = CliRunner().invoke(app, ["diagnose", str(tmp_path / "run"), "--json", "--steps", "100000"])
+        assert json.loads(asked.stdout)["verdict"] in ("good", "watch", "open")
