@@ -47,11 +47,13 @@ if TYPE_CHECKING:
     from noetherflow.equilibrium.curvature import curvature_moments, top_eigenvalue
     from noetherflow.equilibrium.flow import Flow, noether_flow
     from noetherflow.equilibrium.joint import noise_equilibrium
+    from noetherflow.equilibrium.objective import smoothing
     from noetherflow.equilibrium.result import Equilibrium
     from noetherflow.equilibrium.sharpness import sharpness_forecast
     from noetherflow.equilibrium.state_flow import StateFlow
     from noetherflow.equilibrium.step import step_identity
     from noetherflow.equilibrium.validity import SquareMemory, square_memory
+    from noetherflow.moments.activation import ActivationMoments, activation_moments
     from noetherflow.moments.engine import gradient_moments
     from noetherflow.moments.factors import gradient_factors
     from noetherflow.moments.minibatch import minibatch_moments
@@ -82,11 +84,13 @@ _LAZY = {
     "equilibrium.flow": ("Flow", "noether_flow"),
     "equilibrium.step": ("step_identity",),
     "equilibrium.joint": ("noise_equilibrium",),
+    "equilibrium.objective": ("smoothing",),
     "equilibrium.result": ("Equilibrium",),
     "equilibrium.curvature": ("curvature_moments", "top_eigenvalue"),
     "equilibrium.sharpness": ("sharpness_forecast",),
     "equilibrium.state_flow": ("StateFlow",),
     "equilibrium.validity": ("SquareMemory", "square_memory"),
+    "moments.activation": ("ActivationMoments", "activation_moments"),
     "moments.engine": ("gradient_moments",),
     "moments.factors": ("gradient_factors",),
     "moments.minibatch": ("minibatch_moments",),
@@ -99,6 +103,7 @@ _LAZY = {
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
 __all__ = [
+    "ActivationMoments",
     "AdamConfig",
     "Alignment",
     "Analysis",
@@ -120,6 +125,7 @@ __all__ = [
     "Symmetry",
     "SymmetrySet",
     "Translation",
+    "activation_moments",
     "align",
     "analyze",
     "balance_",
@@ -151,6 +157,7 @@ __all__ = [
     "read_checkpoint",
     "save_moments",
     "sharpness_forecast",
+    "smoothing",
     "square_memory",
     "standard_error",
     "step_identity",

@@ -15,6 +15,7 @@ from torch import Tensor
 from noetherflow.core.settings import SGDConfig
 from noetherflow.equilibrium.potential import Drift, Potential, samples_needed
 from noetherflow.errors import DataError, MomentError
+from noetherflow.moments.activation import ActivationMoments
 from noetherflow.moments.result import GradientMoments
 
 MomentsNeeded = Literal["gradient", "curvature", "none"]
@@ -195,6 +196,45 @@ def level_objective(name: str, *, meaning: str) -> Callable[[LevelOf], LevelOf]:
     return add
 
 
+def smoothing(
+    activations: ActivationMoments, alpha: float = 0.5, *, statistic: Literal["largest", "rms"] = "largest"
+) -> LevelObjective:
+    """The objective that moves large activations into weights, as before activations are quantised (SmoothQuant).
+
+    A channel with activations of level `x`, read by weights of level `w`, gets the scale `w^(1 - alpha) / x^alpha`:
+    at `alpha = 0.5` activations and weights end at the same level, a larger one moves more into the weights. Symmetries
+    that were not measured stay.
+
+    Args:
+        activations: From `nf.activation_moments`; measure the symmetries that are to move, those of norm gains
+            (`syms.filter(family="norm-gain")`), as a rule.
+        alpha: Between 0 and 1.
+        statistic: The level of a channel: its `largest` absolute value, or its root mean square (`rms`).
+
+    Returns:
+        What `nf.noise_equilibrium(model, syms, objective=...)` takes.
+
+    Raises:
+        DataError: `alpha` is not between 0 and 1, or an unknown statistic.
+
+    Example:
+        ```
+        gains = syms.filter(family="norm-gain")
+        activations = nf.activation_moments(model, batches, gains)
+        eq = nf.noise_equilibrium(model, gains, objective=nf.smoothing(activations, alpha=0.5))
+        nf.balance_(model, eq)
+        ```
+
+    Source: Xiao et al., SmoothQuant: accurate and efficient post-training quantization, 2023, equation 4.
+    """
+    if statistic not in ("largest", "rms"):
+        raise DataError(f"statistic must be 'largest' or 'rms', got {statistic!r}")
+    largest = statistic == "largest"
+    met = activations.largest if largest else {n: t.sqrt() for n, t in activations.second.items()}
+    meaning = f"activations and the weights that read them, {statistic}, alpha {alpha:g}"
+    return LevelObjective("smoothing", meaning, _range if largest else _root_mean_square, met, alpha)
+
+
 def objectives() -> tuple[AnyObjective, ...]:
     """All known objectives, the library's own first.
 
@@ -254,6 +294,10 @@ def _hessian(moments: GradientMoments, sgd: SGDConfig | None) -> Potential:
 
 def _range(rows: Tensor) -> Tensor:
     return rows.amax(1)
+
+
+def _root_mean_square(rows: Tensor) -> Tensor:
+    return rows.square().mean(1).sqrt()
 
 
 _OWN: tuple[AnyObjective, ...] = (
