@@ -81,13 +81,16 @@ BINARY = (
 class RandomGraph(nn.Module):
     """A program of 5 to 14 steps over values of width 1 to 8, read out by a linear layer from its last values."""
 
+    choices = WIDTHS
+    """Widths of inputs and layers."""
+
     def __init__(self, seed: int) -> None:
         super().__init__()
         self.rng = random.Random(seed)
         self.torch_rng = torch.Generator().manual_seed(seed)
         self.leaves = nn.ParameterDict()
         self.steps: list[Step] = []
-        self.widths = [self.rng.choice(WIDTHS)]
+        self.widths = [self.rng.choice(self.choices)]
         self.input_width = self.widths[0]
         for _ in range(self.rng.randint(5, 14)):
             self._grow()
@@ -126,7 +129,7 @@ class RandomGraph(nn.Module):
         wide, chance = self.widths[k], self.rng.random()
         if chance < 0.45 or k == 0:
             same = self.rng.random() < 0.4 and wide <= 4
-            self._layer(k, wide if same else self.rng.choice(WIDTHS))
+            self._layer(k, wide if same else self.rng.choice(self.choices))
         elif chance < 0.52:
             self._put(
                 wide, self.rng.choice(("gain", "shift", "divide")), (k,), (self._old(wide) or self._parameter(wide),)

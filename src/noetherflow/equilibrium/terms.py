@@ -29,6 +29,14 @@ class OrbitTerm(Protocol):
         """Add to `out[symmetry]` the change of its charge under infinitesimal generators of all symmetries."""
 
 
+def _dual(element: Tensor) -> Tensor:
+    """`G^-T` of every block `[blocks, n, n]`; NaN where a block is singular in float64, which the solver steps back
+    from.
+    """
+    inverse, failed = torch.linalg.inv_ex(element)
+    return torch.where((failed > 0)[:, None, None], torch.nan, inverse).mT
+
+
 @dataclass(frozen=True, eq=False)
 class LegTerm:
     """A leg that shares no entry with any other leg: its two Grams say everything."""
@@ -47,7 +55,7 @@ class LegTerm:
             k, m = self.weight * factor, self.noise / factor
             traces = float(k.sum()), float(m.sum())
         else:
-            dual = torch.linalg.inv(element).mT
+            dual = _dual(element)
             g, h = (element, dual) if self.exponent > 0 else (dual, element)
             k, m = g @ self.weight @ g.mT, h @ self.noise @ h.mT
             traces = _trace(k), _trace(m)
@@ -59,7 +67,7 @@ class LegTerm:
         if self.torus:
             change = 2 * self.exponent**2 * a * self.weight * element ** (2 * self.exponent)
         else:
-            g = element if self.exponent > 0 else torch.linalg.inv(element).mT
+            g = element if self.exponent > 0 else _dual(element)
             k = g @ self.weight @ g.mT
             change = a @ k + k @ a
         out[self.symmetry] = out[self.symmetry] + change
@@ -125,7 +133,7 @@ class _GradientTerm:
         """What gradients are moved by; elements of symmetries without a leg here as they are."""
         duals = list(elements)
         for i, s in self.symmetries:
-            duals[i] = s.inverse(elements[i]) if s.is_torus else torch.linalg.inv(elements[i]).mT
+            duals[i] = s.inverse(elements[i]) if s.is_torus else _dual(elements[i])
         return duals
 
     def _moved(self, values: Tensor, elements: Sequence[Tensor]) -> Tensor:
@@ -196,7 +204,7 @@ def _apply(leg: Leg, symmetry: Symmetry, element: Tensor, x: Tensor) -> None:
     if symmetry.is_torus:
         x[rows] *= (element**leg.exponent).repeat_interleave(leg.replicas)[:, None]
         return
-    g = element if leg.sign > 0 else torch.linalg.inv(element).mT
+    g = element if leg.sign > 0 else _dual(element)
     x[rows] = (g @ x[rows].reshape(leg.blocks, leg.dim, -1)).reshape(len(rows), -1)
 
 
