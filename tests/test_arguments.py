@@ -40,6 +40,18 @@ SYMS = nf.find_symmetries(NET, X[:2])
 MOMENTS = nf.gradient_moments(NET, loss, [(X, Y)], SYMS, entries=True)
 SGD = nf.SGDConfig(lr=0.1, batch_size=8)
 
+FLOW = nf.noether_flow(NET, SYMS, MOMENTS, SGD)
+EQ = nf.noise_equilibrium(NET, SYMS, MOMENTS, SGD)
+ADAM = torch.optim.Adam(NET.parameters())
+
+
+def broken() -> nn.Sequential:
+    net = copy.deepcopy(NET)
+    with torch.no_grad():
+        net[0].weight[3, 4] = torch.nan
+    return net
+
+
 OTHER = r"another model \(0.weight: \(31, 20\) instead of \(30, 20\)"
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "input width": (
@@ -58,7 +70,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "another model, certificate": (lambda: nf.certify(network(31), SYMS, X[:2]), OTHER),
     "objective": (
         lambda: nf.noise_equilibrium(NET, SYMS, MOMENTS, SGD, objective="nois"),  # type: ignore[arg-type]
-        r"'nois' is not one of noise\+decay, noise, norm, fisher, hessian; did you mean 'noise'\?",
+        r"'nois' is not one of noise\+decay, noise, norm, fisher, hessian, range; did you mean 'noise'\?",
     ),
     "statistic": (
         lambda: nf.standard_error(MOMENTS, lambda m: list(m.mean.values())),  # type: ignore[arg-type,return-value]
@@ -69,6 +81,36 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         r"'0.weight' \(30, 20\) is on 'meta'.*to_empty",
     ),
     "analysis": (lambda: nf.analyze(NET, loss, [(X, Y)], X[:2], SGD), r"sgd must be nf.SGDConfig\(.*got tensor"),  # type: ignore[arg-type]
+    "swapped, flow": (lambda: nf.noether_flow(NET, MOMENTS, SYMS, SGD), "syms must be .*got GradientMoments"),  # type: ignore[call-overload]
+    "swapped, settings": (lambda: nf.noise_equilibrium(NET, SYMS, SGD, MOMENTS), "mom must be .*got SGDConfig"),  # type: ignore[arg-type]
+    "rate, equilibrium": (lambda: nf.noise_equilibrium(NET, SYMS, MOMENTS, 0.1), "sgd must be .*got 0.1"),  # type: ignore[arg-type]
+    "no model": (lambda: nf.noether_flow(None, SYMS, MOMENTS, SGD), "model must be .*got NoneType"),  # type: ignore[call-overload]
+    "no symmetries": (lambda: nf.gradient_moments(NET, loss, [(X, Y)], None), "syms must be .*got NoneType"),  # type: ignore[arg-type]
+    "no symmetries, replicates": (
+        lambda: nf.minibatch_moments(NET, loss, [(X, Y)], None, batch_size=64),  # type: ignore[arg-type]
+        "syms must be .*got NoneType",
+    ),
+    "no batches": (lambda: nf.gradient_moments(NET, loss, None, SYMS), "batches must be .*got NoneType"),  # type: ignore[arg-type]
+    "a tensor of batches": (lambda: nf.gradient_moments(NET, loss, X, SYMS), "batches must be .*got one Tensor"),
+    "loose tensors": (
+        lambda: nf.gradient_moments(NET, loss, [X, Y], SYMS),
+        r"shapes \[\(64, 20\), \(64, 5\)\], each taken for a batch.*\[\(x, y\)\]",
+    ),
+    "loose tensors, replicates": (
+        lambda: nf.minibatch_moments(NET, loss, [X, Y], SYMS, batch_size=64),
+        r"each taken for a batch.*\[\(x, y\)\]",
+    ),
+    "a step": (lambda: FLOW.forecast(100), r"steps must be a sequence.*forecast\(\[0, 100\]\), got 100"),  # type: ignore[arg-type]
+    "swapped, certificate": (lambda: nf.certify(NET, X[:2], SYMS), "syms must be .*got Tensor"),  # type: ignore[arg-type]
+    "swapped, balance": (lambda: nf.balance_(EQ, NET), "model must be .*got Equilibrium"),  # type: ignore[arg-type]
+    "no equilibrium": (lambda: nf.balance_(NET, None), "eq must be .*got NoneType"),  # type: ignore[arg-type]
+    "inputs for an optimiser": (lambda: nf.balance_(NET, EQ, X), "optimizer must be .*got Tensor"),  # type: ignore[arg-type]
+    "NaN, flow": (lambda: nf.noether_flow(broken(), SYMS, MOMENTS, SGD), "'0.weight' holds NaN; noether_flow"),
+    "NaN, norm": (
+        lambda: nf.noise_equilibrium(broken(), SYMS, None, objective="norm"),
+        "'0.weight' holds NaN; noise_equilibrium",
+    ),
+    "NaN, state": (lambda: nf.noether_flow(broken(), SYMS, optimizer=ADAM), "'0.weight' holds NaN; noether_flow"),
     "branch": (lambda: nf.find_symmetries(Branch(), X[:2]), r"test_arguments.py:\d+: if x.sum\(\) > 0:\)"),
 }
 

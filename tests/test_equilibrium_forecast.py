@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 import torch
 from scipy.integrate import solve_ivp
+from torch import nn
 
 import noetherflow as nf
 from equilibrium_cases import linear, mlp
+from noetherflow.equilibrium import flow as flow_module
+from noetherflow.equilibrium import forecast
 from noetherflow.equilibrium.forecast import orbit_forecast
 from noetherflow.equilibrium.orbit import measured_orbit
 from noetherflow.equilibrium.potential import Drift, Potential
+from noetherflow.errors import DataError
 
 
 @pytest.mark.parametrize("size", [1e-5, 1e-7])
@@ -64,3 +68,43 @@ def test_blocks_of_different_size_move_as_if_they_were_separate_symmetries() -> 
         torch.testing.assert_close(together[:, block], apart[:, block], rtol=1e-5, atol=0)
         change = torch.linalg.matrix_norm(apart[2, block] - apart[0, block])
         assert float(change) > 0.1 * float(torch.linalg.matrix_norm(apart[0, block]))
+
+
+def test_a_forecast_ends_where_its_evaluations_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flow too fast to be followed: the steps reached are those of a whole forecast, and what is missing is said."""
+    model, syms, moments = _too_fast()
+    flow = nf.noether_flow(model, syms, moments, nf.SGDConfig(0.05, 4))
+    whole = flow.forecast([0, 1, 5, 10**9])
+    monkeypatch.setattr(forecast, "EVALUATIONS", 40)
+    found = flow.forecast([0, 1, 5, 10**9])
+    assert found.steps == whole.steps[: len(found.steps)]
+    assert 1 <= len(found.steps) < 4
+    assert found.asked == 10**9
+    assert not found.errors
+    assert f"STOPPED at step {found.steps[-1]} of 1,000,000,000" in str(found)
+    for name, charge in found.charges.items():
+        torch.testing.assert_close(charge, whole.charges[name][: len(found.steps)])
+    with pytest.raises(DataError, match=r"not one of the steps \[1000000000\] was reached"):
+        flow.forecast([10**9])
+    assert whole.asked == 0
+    assert "STOPPED" not in str(whole)
+
+
+def test_errors_are_left_out_where_a_group_is_too_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, syms, moments = _too_fast()
+    flow = nf.noether_flow(model, syms, moments, nf.SGDConfig(0.05, 4))
+    assert flow.forecast([0, 100]).errors
+    monkeypatch.setattr(flow_module.Flow, "_charges", lambda self, at, m: _refused())
+    assert not flow.forecast([0, 100]).errors
+
+
+def _refused() -> dict[str, torch.Tensor]:
+    raise flow_module._TooFast
+
+
+def _too_fast() -> tuple[nn.Module, nf.SymmetrySet, nf.GradientMoments]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)).double()
+    x = torch.randn(64, 4, dtype=torch.float64)
+    syms = nf.find_symmetries(model, x[:2])
+    return model, syms, nf.gradient_moments(model, lambda m, b: m(b).square().sum(1), list(x.split(8)), syms)

@@ -150,7 +150,7 @@ def drift(data: Data, sgd: nf.SGDConfig, seeds: int, epochs: int, sampling: str)
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("batches", [4, 16, 128])
+@pytest.mark.parametrize("batches", [4, 8, 16, 32, 128])
 def test_drift_under_momentum_and_shuffled_epochs(batches: int, nesterov: bool) -> None:
     """At a learning rate at which nothing moves: independent batches would drift several times as fast."""
     data = Data.of(2 * batches)
@@ -227,3 +227,22 @@ def test_simulated_equilibrium_tends_to_the_predicted_one(case: str) -> None:
     if sgd.dataset_size:
         other = predicted(data, dataclasses.replace(sgd, replacement=True, sampling="independent"))
         assert abs(other - predicted(data, sgd)) > 10 * error, "the factor (N - S)/(N - 1) must matter"
+
+
+EPOCHS = {4: (0.008, 1e-2), 8: (0.008, 1e-2), 32: (0.003, 2e-2), 128: (0.003, 2e-2)}
+"""Learning rate and weight decay by batches an epoch; the more batches, the earlier does curvature count."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("batches", EPOCHS)
+def test_equilibrium_under_momentum_and_shuffled_epochs(batches: int, nesterov: bool) -> None:
+    lr, decay = EPOCHS[batches]
+    data = Data.of(2 * batches)
+    sgd = nf.SGDConfig(lr, 2, decay, momentum=0.9, nesterov=nesterov, dataset_size=2 * batches, sampling="epoch")
+    value, error = deviation(data, sgd, seeds=128, sampling="epoch")
+    print(f"{batches} batches: predicted {predicted(data, sgd):.4f}, simulation off by {value:.4f} +- {error:.4f}")
+    assert abs(value) < 3 * error
+    assert error < 0.02 * predicted(data, sgd)
+    other = predicted(data, dataclasses.replace(sgd, sampling="independent"))
+    assert abs(other - predicted(data, sgd)) > 5 * error, "the order of the batches must matter"

@@ -14,6 +14,7 @@ from noetherflow.balance.check import OutputCheck, too_much
 from noetherflow.balance.motion import Motion
 from noetherflow.balance.optimizer_state import StatePlan, optimizers_in, plan_state, without_optimizer
 from noetherflow.balance.state_rules import state_rule_of
+from noetherflow.core.arguments import A_MODEL, EQUILIBRIUM, OPTIMISER, expect
 from noetherflow.core.held import held_by
 from noetherflow.core.tensors import check_same_model, tensors_of
 from noetherflow.core.unwrap import unwrap_optimizer
@@ -157,6 +158,11 @@ def balance_(
 
     Source: theory.md section 5.
     """
+    call = "balance_(model, eq, optimizer)"
+    expect(call, "model", model, nn.Module, A_MODEL)
+    expect(call, "eq", eq, Equilibrium, EQUILIBRIUM)
+    if isinstance(optimizer, Tensor | nn.Module):
+        expect(call, "optimizer", optimizer, torch.optim.Optimizer, OPTIMISER)
     given = [] if optimizer is None else optimizer if isinstance(optimizer, Sequence) else [optimizer]
     optimizers = [unwrap_optimizer(o) if isinstance(o, torch.optim.Optimizer) else o for o in given]
     return balance_values(model, eq, OutputCheck(example_inputs, certificate, tolerance, unchecked), optimizers)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from noetherflow.core.arguments import A_MODEL, SYMMETRIES, expect
 from noetherflow.core.inputs import LossFn, ModelInputs
 from noetherflow.discovery.bench import Bench, widened
 from noetherflow.discovery.certificate import Certificate, CertificateRow
@@ -88,6 +89,9 @@ def certify(
     Source:
         theory.md section 2.
     """
+    call = "certify(model, syms, example_inputs)"
+    expect(call, "model", model, nn.Module, A_MODEL)
+    expect(call, "syms", syms, SymmetrySet, SYMMETRIES)
     tensors = syms.tensors_in(model)
     refuse_unusable(model, "certify")
     trainable = [n for n, t in tensors.items() if isinstance(t, nn.Parameter) and t.requires_grad]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+
+from torch import Tensor, nn
 
 from noetherflow.core.tensors import tensors_of
 from noetherflow.core.unwrap import unwrap
@@ -35,13 +37,35 @@ def refuse_unusable(model: nn.Module, verb: str) -> None:
             f"{verb} runs the model, and {meta[0]} ({len(meta)} of {len(tensors)} tensors) is on the meta device, "
             "without values: load a checkpoint, or materialise it with model.to_empty(device='cpu') and initialise it"
         )
+    refuse_bad_numbers({n: t for n, t in tensors.items() if isinstance(t, nn.Parameter)}, verb)
+
+
+def refuse_bad_numbers(tensors: Mapping[str, Tensor], verb: str) -> None:
+    """Refuse weights that are no usable numbers.
+
+    Args:
+        tensors: the weights by name; those without values or floating numbers are passed over.
+        verb: what the caller wants to do, for the message.
+
+    Raises:
+        DataError: NaN, infinite or beyond 1e30, named.
+
+    Example:
+        >>> refuse_bad_numbers({"w": torch.tensor([1.0, -2.0])}, "certify")
+    """
     for name, tensor in tensors.items():
-        if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point() or not tensor.numel():
+        if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
             continue
-        largest = float(tensor.detach().abs().max())
+        low, high = (float(extreme) for extreme in wide_float(tensor.detach()).aminmax())
+        largest = max(-low, high)
         if not largest < LARGEST:  # NaN compares false
             what = "holds NaN" if largest != largest else f"has an entry of size {largest:.3g}"
             raise DataError(
-                f"parameter {name!r} {what}; {verb} needs finite weights below {LARGEST:.0e}. Load an earlier "
+                f"{name!r} {what}; {verb} needs finite weights below {LARGEST:.0e}. Load an earlier "
                 "checkpoint, or set these entries right"
             )
+
+
+def wide_float(tensor: Tensor) -> Tensor:
+    """The tensor, types of eight bits in float32: torch has no arithmetic for them."""
+    return tensor.float() if tensor.dtype.itemsize == 1 else tensor

@@ -20,6 +20,7 @@ from noetherflow.core.settings import SGDConfig
 from noetherflow.core.shown import Shown
 from noetherflow.equilibrium.adaptive import assumptions
 from noetherflow.equilibrium.adaptive_flow import adaptive_drift
+from noetherflow.equilibrium.arguments import refuse_strangers
 from noetherflow.equilibrium.charge_flow import ChargeFlow, flat, norm_of, norm_where, signed_sum
 from noetherflow.equilibrium.forecast import Forecast, orbit_forecast, whole_steps
 from noetherflow.equilibrium.joint import noise_equilibrium
@@ -34,6 +35,10 @@ from noetherflow.moments.result import GradientMoments
 from noetherflow.moments.statistics import jackknife
 from noetherflow.symmetry.symmetry import Symmetry
 from noetherflow.symmetry.symmetry_set import SymmetrySet
+
+
+class _TooFast(Exception):
+    """A forecast without one group of samples did not reach the last step."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,30 +71,43 @@ class Flow(Shown):
         determine the orbit without samples, at the cost of one more forecast per group.
 
         Under Adam the charges are preconditioned, each at the `v` of its step, which lags behind; no errors then.
-        Forecasts beyond `regime.horizon` are marked as not valid.
+        Forecasts beyond `regime.horizon` are marked as not valid. Where the flow changes too fast to be followed, the
+        forecast ends before the last step, says so (`Forecast.asked`), and has no errors.
 
         Raises:
-            ValueError: `steps` are not whole, non-negative and increasing.
+            DataError: `steps` are not whole, non-negative and increasing, or not even the first can be reached.
         """
-        families = {r.name: r.family for r in self.details}
+        at, measured = whole_steps(steps), (self.moments.samples, len(self.moments.groups))
         if not isinstance(self.sgd, SGDConfig) or self.sgd.groups:
             memory = self.sgd.betas[1] if isinstance(self.sgd, AdamConfig) else 0.0
-            charges = lagging_forecast(self.orbit, steps, memory)
-            return Forecast(
-                whole_steps(steps), charges, {}, self.joint, self.regime, self.moments.samples, families=families
-            )
-        charges = orbit_forecast(self.orbit, steps)
-        found = {}
-        if errors and len(self.moments.groups) > 1 and not self.orbit.needs_samples:
-            found = jackknife(self.moments, charges, partial(self._charges, steps), self.sgd.dataset_size)
-        errors_by_name = {n: e.error for n, e in found.items()}
-        measured = (self.moments.samples, len(self.moments.groups))
-        return Forecast(whole_steps(steps), charges, errors_by_name, self.joint, self.regime, *measured, families)
+            return self._forecast(at, lagging_forecast(self.orbit, at, memory), {}, (measured[0], 0))
+        charges = orbit_forecast(self.orbit, at)
+        whole = all(len(c) == len(at) for c in charges.values())
+        if not (errors and whole and measured[1] > 1 and not self.orbit.needs_samples):
+            return self._forecast(at, charges, {}, measured)
+        try:
+            found = jackknife(self.moments, charges, partial(self._charges, at), self.sgd.dataset_size)
+        except _TooFast:
+            return self._forecast(at, charges, {}, measured)
+        return self._forecast(at, charges, {n: e.error for n, e in found.items()}, measured)
 
-    def _charges(self, steps: Sequence[int] | Tensor, moments: GradientMoments) -> dict[str, Tensor]:
+    def _forecast(
+        self, at: tuple[int, ...], charges: dict[str, Tensor], errors: dict[str, Tensor], measured: tuple[int, int]
+    ) -> Forecast:
+        """The forecast of the steps that were reached."""
+        reached = min((len(c) for c in charges.values()), default=len(at))
+        asked = 0 if reached == len(at) else at[-1]
+        families = {r.name: r.family for r in self.details}
+        return Forecast(at[:reached], charges, errors, self.joint, self.regime, *measured, families, asked)
+
+    def _charges(self, steps: tuple[int, ...], moments: GradientMoments) -> dict[str, Tensor]:
+        """Charges by moments without one group. Raises _TooFast where not all steps are reached."""
         assert isinstance(self.sgd, SGDConfig)
         potential = Potential.of(Drift.of(self.sgd), moments, self.sgd)
-        return orbit_forecast(self.orbit.with_moments(moments, potential), steps)
+        charges = orbit_forecast(self.orbit.with_moments(moments, potential), steps)
+        if any(len(c) < len(steps) for c in charges.values()):
+            raise _TooFast
+        return charges
 
     def rows(self, steps: float | None = None) -> list[dict[str, Any]]:
         """One row of norms per symmetry; with the `steps` of a training, also the `phase` each symmetry is in."""
@@ -236,6 +254,7 @@ def noether_flow(
 
     Source: theory.md sections 4, 7 and 13.
     """
+    refuse_strangers("noether_flow", model, syms, mom)
     if optimizer is not None:
         if mom is not None or sgd is not None:
             raise DataError("give moments and settings, or optimizer=, not both")

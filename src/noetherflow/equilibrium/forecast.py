@@ -20,10 +20,13 @@ from noetherflow.equilibrium.orbit import MeasuredOrbit
 from noetherflow.equilibrium.regime import Regime, few_samples
 from noetherflow.equilibrium.terms import FactorTerm, LegTerm, SampleTerm
 from noetherflow.equilibrium.velocity import orbit_velocity
+from noetherflow.errors import DataError
 from noetherflow.moments.statistics import t_quantile
 
 DENSE = 500
 """Largest state for which a dense Jacobian is kept."""
+EVALUATIONS = 20_000
+"""Most evaluations of the flow for one forecast of a small state; a few hundred are usual. Large ones: `stabilised`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +43,7 @@ class Forecast(Shown):
         samples: Samples (or minibatches) measured.
         groups: Groups of samples that the errors come from; their t distribution has one degree of freedom less.
         families: The family of each symmetry, by name.
+        asked: The last step asked for, where the flow changes so fast that the forecast ended before; else 0.
     """
 
     steps: tuple[int, ...]
@@ -50,6 +54,7 @@ class Forecast(Shown):
     samples: int = 0
     groups: int = 0
     families: Mapping[str, str] = field(default_factory=dict)
+    asked: int = 0
 
     @property
     def valid(self) -> tuple[bool, ...]:
@@ -141,6 +146,11 @@ class Forecast(Shown):
 
     def _cautions(self) -> list[str]:
         out = [] if all(self.valid) else [f"* not valid: {self.regime.advice}"]
+        if self.asked:
+            out.append(
+                f"STOPPED at step {self.steps[-1]:,} of {self.asked:,}: the flow changes too fast to be followed "
+                "further in reasonable time; forecast fewer steps, or measure again further on"
+            )
         return out + (few_samples(self.samples) if self.errors else [])
 
     @staticmethod
@@ -152,6 +162,7 @@ class Forecast(Shown):
         return {
             "steps": list(self.steps),
             "valid": list(self.valid),
+            "asked": self.asked or self.steps[-1],
             "joint": self.joint,
             "regime": self.regime.to_dict(),
             "charges": {n: c.tolist() for n, c in self.charges.items()},
@@ -168,19 +179,25 @@ def whole_steps(steps: Sequence[int] | Tensor) -> tuple[int, ...]:
     """The steps as integers.
 
     Raises:
-        ValueError: They are not whole numbers, negative, or not increasing.
+        DataError: They are not a sequence of whole, non-negative, increasing numbers. (It is a ValueError.)
     """
-    at = [float(k) for k in steps]
+    try:
+        at = [float(k) for k in steps]
+    except (TypeError, ValueError) as cause:
+        raise DataError(f"steps must be a sequence of whole numbers, forecast([0, 100]), got {steps!r:.80}") from cause
     if not at or at[0] < 0 or any(b <= a for a, b in pairwise(at)) or not all(k.is_integer() for k in at):
-        raise ValueError(f"steps must be whole, non-negative and increasing, got {at[:10]}")
+        raise DataError(f"steps must be whole, non-negative and increasing, got {at[:10]}")
     return tuple(int(k) for k in at)
 
 
 def orbit_forecast(orbit: MeasuredOrbit, steps: Sequence[int] | Tensor) -> dict[str, Tensor]:
-    """Charges by symmetry, `[len(steps), *symmetry.shape]`: `dC/dk = E[C' - C]` integrated along the orbit.
+    """Charges by symmetry, `[reached, *symmetry.shape]`: `dC/dk = E[C' - C]` integrated along the orbit.
+
+    Returns:
+        The charges at the first `reached` of the steps: all of them, unless the flow changes too fast (`states_of`).
 
     Raises:
-        ValueError: `steps` are not whole, non-negative and increasing.
+        DataError: `steps` are not whole, non-negative and increasing, or not even the first was reached.
     """
     return _integrate(orbit, list(whole_steps(steps)))
 
@@ -207,20 +224,43 @@ class SlowState(Protocol):
 def states_of(flow: SlowState, steps: list[int]) -> list[np.ndarray]:
     """The states after the given steps: by LSODA to 1e-7, whose memory is the square of the state's; beyond DENSE
     numbers by `stabilised` to 1e-5.
+
+    Returns:
+        The states after the first of the steps, as far as the evaluations allowed reach; all of them as a rule.
+
+    Raises:
+        DataError: not even the first step was reached, or the equation cannot be solved.
     """
     start, scales = flow.start()
     if steps[-1] == 0:
         return [start]
-    if start.size > DENSE:
-        return stabilised.integrate(flow.velocity, start, steps, 1e-5, 1e-7 * scales)
-    from scipy.integrate import solve_ivp
+    try:
+        if start.size > DENSE:
+            return stabilised.integrate(flow.velocity, start, steps, 1e-5, 1e-7 * scales)
+        return _by_lsoda(flow, start, scales, steps)
+    except stabilised.Unfinished as cause:
+        if cause.found:
+            return cause.found
+        raise DataError(f"{cause} (not one of the steps {steps[:3]} was reached)") from cause
+    except ArithmeticError as cause:
+        raise DataError(str(cause)) from cause
 
-    run = solve_ivp(
-        lambda _, y: flow.velocity(y), (0, steps[-1]), start, "LSODA", t_eval=steps, rtol=1e-7, atol=1e-9 * scales
-    )
-    if not run.success:
-        raise ArithmeticError(f"orbit ODE: {run.message}; forecast fewer steps")
-    return list(run.y.T)
+
+def _by_lsoda(flow: SlowState, start: np.ndarray, scales: np.ndarray, steps: list[int]) -> list[np.ndarray]:
+    """The states by LSODA. Raises ArithmeticError where it fails, Unfinished after EVALUATIONS evaluations."""
+    from scipy.integrate import LSODA
+
+    solver = LSODA(lambda _, y: flow.velocity(y), 0, start, steps[-1], rtol=1e-7, atol=1e-9 * scales)
+    found = [start] if steps[0] == 0 else []
+    while solver.status == "running":
+        message = solver.step()
+        if solver.status == "failed" or not np.isfinite(solver.y).all():
+            raise stabilised.Unfinished(f"orbit ODE: {message or 'not a finite number'}; forecast fewer steps", found)
+        between = solver.dense_output()
+        found += [between(k) for k in steps[len(found) :] if k <= solver.t]
+        if solver.nfev > EVALUATIONS and len(found) < len(steps):
+            raise stabilised.Unfinished(f"orbit ODE: not done after {EVALUATIONS:,} evaluations", found)
+    return found
 
 
 class _OrbitState:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from noetherflow.core.adaptive import AdamConfig, LionConfig
 from noetherflow.core.host import on_host
-from noetherflow.core.optimizers import Settings
+from noetherflow.core.optimizers import Settings, check_settings
 from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.adaptive import adaptive_equilibrium, without_decay
+from noetherflow.equilibrium.arguments import refuse_strangers
 from noetherflow.equilibrium.conditioning import Stretches, moved_copy, orthogonalising
 from noetherflow.equilibrium.invariance import cautions, refuse_other_moments
 from noetherflow.equilibrium.levels import level_equilibrium
@@ -107,6 +108,9 @@ def noise_equilibrium(
 
     Source: theory.md section 5.
     """
+    refuse_strangers("noise_equilibrium", model, syms, mom)
+    if sgd is not None:
+        check_settings(sgd)
     options = SolveOptions(joint, remeasure, samples, tol, max_iterations, recede, errors)
     syms = syms.trainable(model)
     if not approximate:

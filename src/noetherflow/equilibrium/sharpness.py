@@ -246,7 +246,8 @@ class _Way:
         if slowest <= 0:
             return cls([], [])
         steps = [0, *sorted({max(1, round(slowest * x)) for x in np.geomspace(1e-4, 20, 120)})]
-        charges = flow.forecast(steps, errors=False).charges
+        forecast = flow.forecast(steps, errors=False)
+        steps, charges = list(forecast.steps), forecast.charges
         away = torch.stack([_distance(charges[n], eq[n].charge) for n in eq.elements]).square().sum(0).sqrt()
         return cls(steps, (away / away[0]).clamp_max(1.0).tolist())
 

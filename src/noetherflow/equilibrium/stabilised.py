@@ -13,6 +13,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+
+class Unfinished(ArithmeticError):
+    """The evaluations allowed are used up; `found`: the states reached by then."""
+
+    def __init__(self, message: str, found: list[np.ndarray]) -> None:
+        super().__init__(message)
+        self.found = found
+
+
 Velocity = Callable[[np.ndarray], np.ndarray]
 STAGES = 2000
 """Most stages of one step, whose rounding grows as their square; beyond, the step is shortened."""
@@ -28,15 +37,16 @@ def integrate(
 
     The eigenvalues of the Jacobian should be near the negative real axis, as those of a flow down a convex function.
 
-    Raises ArithmeticError where the velocity at the start is not finite, where no step is short enough, or after
-    EVALUATIONS evaluations.
+    Raises ArithmeticError where the velocity at the start is not finite or where no step is short enough, Unfinished
+    after EVALUATIONS evaluations.
     """
-    counted = _Counted(velocity)
+    found: list[np.ndarray] = []
+    counted = _Counted(velocity, found)
     now, y, slope = 0.0, start, counted(start)
     if not np.isfinite(slope).all():
         raise ArithmeticError("orbit ODE: the rate of change at the start is not a finite number")
     radius, direction = _spectral_radius(counted, y, slope, slope)
-    h, taken, found = 0.1 / (radius + _rms(slope, atol + rtol * np.abs(y)) + 1e-300), 0, []
+    h, taken = 0.1 / (radius + _rms(slope, atol + rtol * np.abs(y)) + 1e-300), 0
     for target in times:
         while now < target:
             if taken == REFRESH:
@@ -62,15 +72,15 @@ def integrate(
 
 
 class _Counted:
-    """The velocity, up to EVALUATIONS times."""
+    """The velocity, up to EVALUATIONS times; `found`: the states reached, for the error after that."""
 
-    def __init__(self, velocity: Velocity) -> None:
-        self.velocity, self.left = velocity, EVALUATIONS
+    def __init__(self, velocity: Velocity, found: list[np.ndarray]) -> None:
+        self.velocity, self.left, self.found = velocity, EVALUATIONS, found
 
     def __call__(self, y: np.ndarray) -> np.ndarray:
         self.left -= 1
         if self.left < 0:
-            raise ArithmeticError(f"orbit ODE: not done after {EVALUATIONS:,} evaluations; forecast fewer steps")
+            raise Unfinished(f"orbit ODE: not done after {EVALUATIONS:,} evaluations; forecast fewer steps", self.found)
         with np.errstate(all="ignore"):
             return self.velocity(y)
 

@@ -21,7 +21,7 @@ from noetherflow.core.torch_internals import (
     run_backward,
     unseen_by_modes,
 )
-from noetherflow.errors import DataError, MomentError
+from noetherflow.errors import DataError, MomentError, NoetherflowError
 from noetherflow.moments.forms import Form
 from noetherflow.moments.layout import WHOLE_BATCH, SampleLayout
 from noetherflow.moments.origins import Origins, Source, distinct
@@ -101,6 +101,24 @@ def refuse_accumulation_hooks(params: Mapping[str, Tensor]) -> None:
             f"{changed[:4]} have hooks that run when .grad is complete (register_post_accumulate_grad_hook) and may "
             "change it; remove them while measuring, or measure in training: MinibatchMeter.observe after backward()"
         )
+
+
+@contextmanager
+def loose_tensors_named(batches: Any) -> Iterator[None]:
+    """Raises DataError in place of the loss's own error where `[x, y]` was given for `[(x, y)]`: each tensor is then
+    taken for a batch.
+    """
+    try:
+        yield
+    except (RuntimeError, IndexError, TypeError, ValueError) as cause:
+        loose = isinstance(batches, list) and len(batches) > 1 and all(isinstance(b, Tensor) for b in batches)
+        if not loose or isinstance(cause, NoetherflowError):
+            raise
+        shapes = [tuple(b.shape) for b in batches[:3]]
+        raise DataError(
+            f"loss_fn fails on the first of batches, a tensor ({type(cause).__name__}: {cause}); batches is a list of "
+            f"tensors of shapes {shapes}, each taken for a batch: for a single batch of inputs and targets, [(x, y)]"
+        ) from cause
 
 
 def check_finite(losses: Tensor, batch: Any, model: nn.Module) -> None:

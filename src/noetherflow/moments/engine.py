@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from noetherflow.core.arguments import A_MODEL, BATCHES, SYMMETRIES, expect
 from noetherflow.core.inputs import LossFn
 from noetherflow.core.tensors import tensors_of
 from noetherflow.core.unwrap import unwrap
 from noetherflow.errors import DataError, MomentError
-from noetherflow.moments.batch import Share, Subject, refuse_hooked, refuse_renormalising
+from noetherflow.moments.batch import Share, Subject, loose_tensors_named, refuse_hooked, refuse_renormalising
 from noetherflow.moments.batch_statistics import refuse_batch_statistics, refuse_running_statistics
 from noetherflow.moments.conditions import Conditions
 from noetherflow.moments.distributed import in_step, is_sharded, ranks_of, refuse_sharded
@@ -27,6 +28,8 @@ from noetherflow.moments.taps import CallId
 from noetherflow.moments.target import Sums, needs_of, trainable_parameters
 from noetherflow.moments.verify import weigh
 from noetherflow.symmetry.symmetry_set import SymmetrySet
+
+CALL = "gradient_moments(model, loss_fn, batches, syms)"
 
 
 def gradient_moments(
@@ -89,9 +92,8 @@ def gradient_moments(
     Source: theory.md sections 1 and 2.
     """
     ranks = ranks_of(model, process_group)
-    if isinstance(batches, tuple) and all(isinstance(b, Tensor) for b in batches):
-        raise DataError("batches is an iterable of batches, got one tuple of tensors; for a single batch: [(x, y)]")
     meter = Meter(model, loss_fn, syms, entries=entries, parameters=parameters, sample_axes=sample_axes)
+    _refuse_loose_tensors(batches)
     if resume is not None:
         meter.resume(resume)
     if until is not None and ranks is not None:
@@ -101,7 +103,8 @@ def gradient_moments(
     splits = _splits(batches, groups)
     first = len(meter.groups) if resume is not None else 0
     for k, batch in enumerate(in_step(batches, model, ranks)):
-        meter.update(batch, range(first + k * splits, first + (k + 1) * splits), groups)
+        with loose_tensors_named(batches):
+            meter.update(batch, range(first + k * splits, first + (k + 1) * splits), groups)
         if progress is not None:
             progress(meter.samples, meter.loss)
         if until is not None and meter.noise_error() < until:
@@ -140,6 +143,8 @@ class Meter:
 
     def __post_init__(self) -> None:
         _refuse_other_losses(self.loss_fn)
+        expect(CALL, "model", self.model, nn.Module, A_MODEL)
+        expect(CALL, "syms", self.syms, SymmetrySet, SYMMETRIES)
         self.model = unwrap(self.model)
         self.syms.tensors_in(self.model)
         wanted = trainable_parameters(self.model, [*self.syms.parameters, *self.parameters])
@@ -287,6 +292,15 @@ def _refuse_other_losses(loss_fn: Any) -> None:
             f"{type(loss_fn).__name__}; wrap a criterion with reduction='none': "
             "lambda model, batch: criterion(model(batch[0]), batch[1])"
         )
+
+
+def _refuse_loose_tensors(batches: Any) -> None:
+    """Raises DataError for what is no iterable of batches, `(x, y)` in place of `[(x, y)]` among it."""
+    if isinstance(batches, Tensor | str):
+        raise DataError(f"batches must be {BATCHES}, got one {type(batches).__name__}")
+    expect(CALL, "batches", batches, Iterable, BATCHES)
+    if isinstance(batches, tuple) and all(isinstance(b, Tensor) for b in batches):
+        raise DataError("batches is an iterable of batches, got one tuple of tensors; for a single batch: [(x, y)]")
 
 
 def _eager() -> AbstractContextManager[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from noetherflow.core.arguments import A_MODEL, BATCHES, SYMMETRIES, expect
 from noetherflow.core.inputs import LossFn
 from noetherflow.core.settings import SGDConfig
 from noetherflow.core.torch_internals import awaits_unscaling, scalers_alive
@@ -18,6 +19,7 @@ from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.batch import (
     buffers_kept,
     check_finite,
+    loose_tensors_named,
     refuse_accumulation_hooks,
     refuse_constant,
     refuse_renormalising,
@@ -89,13 +91,15 @@ def minibatch_moments(
 
     Source: theory.md section 1.
     """
+    expect("minibatch_moments(model, loss_fn, batches, syms)", "batches", batches, Iterable, BATCHES)
     meter = MinibatchMeter(model, syms, batch_size, dataset_size, sampling, entries, groups)
     refuse_renormalising(meter.model.named_modules())
     refuse_accumulation_hooks(meter.params)
     params, conditions = list(meter.params.values()), Conditions()
     with buffers_kept(tuple(meter.model.modules())):
         for batch in batches:
-            loss = _mean_loss(loss_fn(meter.model, batch), batch, batch_size, meter.model)
+            with loose_tensors_named(batches):
+                loss = _mean_loss(loss_fn(meter.model, batch), batch, batch_size, meter.model)
             conditions = conditions if conditions.rounding else Conditions.of(meter.model, loss)
             meter.observe(float(loss.detach()), torch.autograd.grad(loss, params, allow_unused=True))
             if progress is not None:
@@ -155,6 +159,8 @@ class MinibatchMeter:
     _scalers: weakref.WeakSet[torch.amp.GradScaler] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        expect("MinibatchMeter(model, syms, batch_size)", "model", self.model, nn.Module, A_MODEL)
+        expect("MinibatchMeter(model, syms, batch_size)", "syms", self.syms, SymmetrySet, SYMMETRIES)
         self.model = unwrap(self.model)
         self.syms.tensors_in(self.model)
         SGDConfig(1.0, self.batch_size, dataset_size=self.dataset_size)

@@ -103,7 +103,7 @@ def _forecast(analysis: Analysis) -> bytes:
     horizon = int(HORIZON * np.median(times)) if times.size else 10_000
     steps = sorted({int(k) for k in np.linspace(0, max(horizon, 10), 31)})
     forecast = analysis.flow.forecast(steps)
-    return forecast_figure(steps, forecast.charges, forecast.errors)
+    return forecast_figure(forecast.steps, forecast.charges, forecast.errors)
 
 
 def _balance(analysis: Analysis) -> bytes:

@@ -1,0 +1,35 @@
+"""Arguments that are another thing than they should be: one sentence for all verbs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from noetherflow.errors import DataError
+
+
+def expect(call: str, name: str, given: Any, kind: Any, what: str) -> None:
+    """Refuse an argument of another kind.
+
+    Args:
+        call: how the verb is called, `certify(model, syms, example_inputs)`.
+        name: the argument.
+        given: its value.
+        kind: the class (or union of classes) that it must be of.
+        what: what it must be, in words.
+
+    Raises:
+        DataError: names the argument, what came, and the order of all.
+
+    Example:
+        >>> expect("certify(model, syms, example_inputs)", "model", nn.Linear(1, 1), nn.Module, "a torch.nn.Module")
+    """
+    if not isinstance(given, kind):
+        raise DataError(f"{call}: {name} must be {what}, got {type(given).__name__}; are the arguments in that order?")
+
+
+A_MODEL = "a torch.nn.Module"
+SYMMETRIES = "the symmetries, nf.find_symmetries(model, example_inputs)"
+MOMENTS = "moments, nf.gradient_moments(model, loss_fn, batches, syms)"
+BATCHES = "an iterable of batches, a DataLoader or [(x, y), ...]"
+EQUILIBRIUM = "an equilibrium, nf.noise_equilibrium(model, syms, mom, sgd)"
+OPTIMISER = "a torch optimiser or a sequence of them"

@@ -1,0 +1,33 @@
+"""Arguments of the verbs that are another thing than they should be, or weights that are no numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from noetherflow.core.arguments import A_MODEL, MOMENTS, SYMMETRIES, expect
+from noetherflow.core.tensors import tensors_of
+from noetherflow.discovery.unusable import refuse_bad_numbers
+from noetherflow.moments.result import GradientMoments
+from noetherflow.symmetry.symmetry_set import SymmetrySet
+
+
+def refuse_strangers(verb: str, model: Any, syms: Any, mom: Any) -> None:
+    """Refuse arguments in another order, and weights that are NaN or infinite.
+
+    Args:
+        verb: the function that was called, as `verb(model, syms, mom, sgd)`.
+        model: what it was given as model.
+        syms: as symmetries.
+        mom: as moments; None where there are none.
+
+    Raises:
+        DataError: names the argument, what came, and the order of all.
+    """
+    call = f"{verb}(model, syms, mom, sgd)"
+    expect(call, "model", model, nn.Module, A_MODEL)
+    expect(call, "syms", syms, SymmetrySet, SYMMETRIES)
+    expect(call, "mom", mom, GradientMoments | None, MOMENTS)
+    weights = tensors_of(model)
+    refuse_bad_numbers({n: weights[n] for n in syms.parameters if n in weights}, verb)
