@@ -377,6 +377,25 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [m.value for m in history] == [r["charge"] for r in rows if r["family"] == "rescaling"]
 
 
+def test_sinks_take_a_prefix() -> None:
+    class Run:
+        def __init__(self) -> None:
+            self.logged: list[dict[str, Any]] = []
+            self.metrics: list[str] = []
+
+        def define_metric(self, name: str, step_metric: str) -> None:
+            self.metrics += [name, step_metric]
+
+        def log(self, values: dict[str, Any], commit: bool) -> None:
+            self.logged.append(values)
+
+    run = Run()
+    logged(sinks.WandbSink(run, prefix="muon"))
+    assert run.metrics == ["muon/*", "muon/step"]
+    assert "muon/family/linear/charge" in run.logged[0]
+    assert not any(name.startswith("noether") for row in run.logged for name in row)
+
+
 def test_scalars_leave_out_what_is_not_finite() -> None:
     row = {"families": ["a"], "symmetries": ["s"], "family": {"charge": [1.5]}, "symmetry": {"steps": [math.nan]}}
     assert sinks.scalars(row) == {"noether/family/a/charge": 1.5}

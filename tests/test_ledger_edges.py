@@ -114,6 +114,44 @@ def test_hidden_edits_become_an_event() -> None:
     assert ledger.events[0]["step"] == 3
 
 
+@pytest.mark.parametrize("factor", [1.0, 1 + 1e-6])
+def test_hidden_edits_count_against_what_the_step_did(factor: float) -> None:
+    """A millionth of the weights is far above all entries of a run whose steps are that small."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-7)
+    with Ledger(model, optimizer, mlp_symmetries(model), every=1) as ledger:
+        train(model, optimizer, 3)
+        model[0].weight.data.mul_(factor)
+        train(model, optimizer, 3)
+    assert events(ledger) == ([] if factor == 1 else ["unexplained"])
+
+
+def test_float32_rounding_is_no_unexplained_change() -> None:
+    model = mlp().float()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    with Ledger(model, optimizer, mlp_symmetries(model), every=1) as ledger:
+        for x, y in batches(5):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x.float()), y).backward()
+            optimizer.step()
+    assert any(abs(r["residual"]) > 1e-3 * abs(r["second_order"]) for r in ledger.records())
+    assert ledger.events == []
+
+
+def test_the_header_tells_the_settings_of_every_group(tmp_path: Path) -> None:
+    model = mlp()
+    parameters = list(model.parameters())
+    groups = [{"params": parameters[:2], "weight_decay": 0.1}, {"params": parameters[2:]}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.0)
+    torch.optim.lr_scheduler.LinearLR(optimizer)
+    notes = {"schedule": "linear", "clipping": 1.0}
+    Ledger(model, optimizer, mlp_symmetries(model), run_dir=tmp_path, notes=notes).close()
+    header = next(iter(read_log(tmp_path)))
+    assert [(g["parameters"], g["weight_decay"]) for g in header["groups"]] == [(2, 0.1), (6, 0.0)]
+    assert header["groups"][0]["betas"] == [0.9, 0.999]
+    assert (header["scheduled"], header["schedule"], header["clipping"]) == (True, "linear", 1.0)
+
+
 @pytest.mark.parametrize("what", ["weights", "state", "reload"])
 def test_what_was_carried_over_is_measured_again_after_an_edit(what: str) -> None:
     """The momentum entry stays `-2 lr mu <theta, A b>` of the buffer that the step really used."""

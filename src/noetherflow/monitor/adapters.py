@@ -80,7 +80,9 @@ class _LightningHooks:
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         optimizer = trainer.optimizers[self._optimizer]
-        options = {"resume": True, **self._options} if self._restored is not None else self._options
+        options = {"notes": _lightning_notes(trainer), **self._options}
+        if self._restored is not None:
+            options = {"resume": True, **options}
         self.ledger = Ledger(pl_module, optimizer, _resolve(self._syms, pl_module), **options)
         if self._restored is not None:
             self.ledger.load_state_dict(self._restored)
@@ -104,6 +106,22 @@ class _LightningHooks:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = dict(state_dict) or None
+
+
+def _lightning_notes(trainer: Any) -> dict[str, Any]:
+    """The schedules and the clipping of a Lightning run, for the log's header."""
+    schedules = [type(c.scheduler).__name__ for c in getattr(trainer, "lr_scheduler_configs", None) or ()]
+    clipping = {"value": trainer.gradient_clip_val, "algorithm": trainer.gradient_clip_algorithm}
+    return {
+        "schedule": ", ".join(schedules),
+        "clipping": {k: None if v is None else getattr(v, "value", v) for k, v in clipping.items()},
+    }
+
+
+def _trainer_notes(args: Any) -> dict[str, Any]:
+    """The schedule and the clipping of a Trainer's run, for the log's header."""
+    schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    return {"schedule": str(schedule), "warmup_steps": args.warmup_steps, "clipping": {"norm": args.max_grad_norm}}
 
 
 def _batch_loss(trainer: Any, module: Any, backpropagated: torch.Tensor) -> torch.Tensor:
@@ -162,7 +180,9 @@ class _TrainerHooks:
         if self.ledger is not None:
             self.ledger.close()
         model = kwargs["model"]
-        options = {"resume": True, **self._options} if state.global_step else self._options
+        options = {"notes": _trainer_notes(args), **self._options}
+        if state.global_step:
+            options = {"resume": True, **options}
         self.ledger = Ledger(model, kwargs["optimizer"], _resolve(self._syms, model), **options)
         if state.global_step:
             folder = Path(self._resume_from or _checkpoint(args, state))

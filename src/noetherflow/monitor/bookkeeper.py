@@ -11,7 +11,17 @@ from typing import Any
 import numpy as np
 
 from noetherflow.errors import DataError
-from noetherflow.monitor.books import FIELDS, LEVELS, Columns, History, Index, Level, Page, close_books, settings_arrays
+from noetherflow.monitor.books import (
+    LEVELS,
+    Columns,
+    History,
+    Index,
+    Level,
+    Page,
+    close_books,
+    close_preconditioned,
+    settings_arrays,
+)
 from noetherflow.monitor.charge_map import ChargeMap
 from noetherflow.monitor.estimates import Estimator, LegSquares, rotation_rows
 from noetherflow.monitor.journal import Journal
@@ -21,7 +31,7 @@ from noetherflow.monitor.rule import AnyRule
 from noetherflow.monitor.sums import Value, tabulate
 
 UNEXPLAINED = 1e-3
-"""A residual above this share of the norm says that something else wrote to the weights within the step."""
+"""A residual above this share of the entries says that something else wrote to the weights within the step."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,37 +59,56 @@ class Bookkeeper:
         estimator: the live estimates, None for none.
         detail: the finest level that is kept.
         capacity: recorded steps and estimates kept.
+        rounding: of the measured charges, as a share of their norm.
     """
 
     def __init__(
-        self, rule: AnyRule, layout: ChargeMap, estimator: Estimator | None, detail: Level, capacity: int
+        self,
+        rule: AnyRule,
+        layout: ChargeMap,
+        estimator: Estimator | None,
+        detail: Level,
+        capacity: int,
+        rounding: float,
     ) -> None:
         self.rule, self.layout, self.estimator, self.detail = rule, layout, estimator, detail
         self.index = Index.of(layout)
         self._history = History(capacity)
         self._estimates: deque[EstimateRow] = deque(maxlen=capacity)
         self._last: LastStep | None = None
+        self._rounding = rounding
 
     def enter(self, pending: Sequence[Measurement], values: Mapping[str, np.ndarray], journal: Journal) -> None:
         """Close the books on some steps, given all their inner products `[steps, leg values]` by name."""
         values = {**values, "outside": self._outside([m.step for m in pending], values)}
-        books = close_books(self.rule, self.layout, values, [m.settings for m in pending])
-        symmetry, family = books.mapped(self.index.to_symmetry), books.mapped(self.index.to_family)
-        levels: dict[Level, Columns] = {"family": family, "symmetry": symmetry, "coordinate": books}
-        tables = {level: levels[level] for level in LEVELS[: LEVELS.index(self.detail) + 1]}
-        self._history.add(Page(np.array([m.step for m in pending]), np.array([m.lr for m in pending]), tables))
-        finite = books.finite()
-        unexplained = family.unexplained() > UNEXPLAINED
-        listed = {level: columns.listed() for level, columns in tables.items()} if journal.log is not None else {}
+        settings = [m.settings for m in pending]
+        books = close_books(self.rule, self.layout, values, settings)
+        preconditioned = close_preconditioned(self.rule, self.layout, values, settings)
+        beside: dict[Level, Columns] = {} if preconditioned is None else self._levels(preconditioned)
+        steps, lr = np.array([m.step for m in pending]), np.array([m.lr for m in pending])
+        page = Page(steps, lr, self._levels(books), beside)
+        self._history.add(page)
+        finite, family = books.finite(), page.tables["family"]
+        unexplained = family.unexplained(self._rounding) > UNEXPLAINED
+        symmetry = books.mapped(self.index.to_symmetry)
+        shown: dict[str, Columns] = dict(page.tables.items())
+        shown |= {f"preconditioned_{level}": c for level, c in page.preconditioned.items()}
+        listed = {name: columns.listed() for name, columns in shown.items()} if journal.log is not None else {}
         for t, m in enumerate(pending):
             row = _row_of(m)
-            line = plain(row) | {level: rows[t] for level, rows in listed.items()}
+            line = plain(row) | {name: rows[t] for name, rows in listed.items()}
             if journal.sinks:
-                row |= {level: table.row(t) for level, table in tables.items()}
+                row |= {name: table.row(t) for name, table in shown.items()}
             journal.emit(row, line)
             if "gradient_square" in m.blocks and finite[t]:
                 self._estimate(m, symmetry.row(t), journal)
             self._warn(m.step, bool(finite[t]), bool(unexplained[t]), journal)
+
+    def _levels(self, books: Columns) -> dict[Level, Columns]:
+        """The books at every level that is kept."""
+        kept = LEVELS[: LEVELS.index(self.detail) + 1]
+        maps: dict[Level, Any] = {"family": self.index.to_family, "symmetry": self.index.to_symmetry}
+        return {level: books.mapped(maps[level]) if level in maps else books for level in kept}
 
     def _outside(self, steps: Sequence[int], values: Mapping[str, np.ndarray]) -> np.ndarray:
         """What the weights' squares changed by since the end of the step before; NaN where that was not recorded."""
@@ -132,14 +161,14 @@ class Bookkeeper:
         names = {"families": self.index.families, "symmetries": self.index.symmetries}
         return header | self.index.header(self.layout), names
 
-    def records(self, by: Level) -> list[dict[str, Any]]:
-        """See `Ledger.records`."""
+    def records(self, by: Level, preconditioned: bool = False) -> list[dict[str, Any]]:
+        """See `Ledger.records`, with `preconditioned` `Ledger.preconditioned`."""
         if LEVELS.index(by) > LEVELS.index(self.detail):
             raise DataError(f"this ledger keeps detail={self.detail!r}; rows by {by!r} need Ledger(..., detail={by!r})")
         labels = self.index.labels(self.layout, by)
         return [
-            {"step": step, **label, "lr": lr} | {f: float(row[f][i]) for f in FIELDS}
-            for step, lr, row in self._history.rows(by)
+            {"step": step, **label, "lr": lr} | {f: float(values[i]) for f, values in row.items()}
+            for step, lr, row in self._history.rows(by, preconditioned)
             for i, label in enumerate(labels)
         ]
 
@@ -155,9 +184,13 @@ class Bookkeeper:
     def as_log(self, header: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """The rows in memory as lines of a log that begins with `header`."""
         rows = list(self._history.rows("family"))
+        beside = {step: row for step, _, row in self._history.rows("family", preconditioned=True)}
         yield {**header, "step": rows[0][0] if rows else 0}
         for step, lr, row in rows:
-            yield {"kind": "step", "step": step, "lr": lr, "family": {f: row[f].tolist() for f in FIELDS}}
+            line = {"kind": "step", "step": step, "lr": lr, "family": {f: v.tolist() for f, v in row.items()}}
+            if step in beside:
+                line["preconditioned_family"] = {f: v.tolist() for f, v in beside[step].items()}
+            yield line
         for e in self._estimates:
             yield {"kind": "estimates", "step": e.step, "symmetry": {k: v.tolist() for k, v in e.columns.items()}}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -12,11 +12,12 @@ import scipy.sparse
 
 from noetherflow.monitor.charge_map import ChargeMap, apply
 from noetherflow.monitor.measure import StepTable
-from noetherflow.monitor.rule import ENTRIES, AnyRule, StepSettings, decompose
+from noetherflow.monitor.rule import ENTRIES, PRECONDITIONED, AnyRule, Products, StepSettings, decompose
 
 Level = Literal["family", "symmetry", "coordinate"]
 LEVELS: tuple[Level, ...] = ("family", "symmetry", "coordinate")
 FIELDS = ("charge", "change", *ENTRIES, "residual", "outside", "norm")
+PRECONDITIONED_FIELDS = ("charge", "change", *PRECONDITIONED, "residual", "norm")
 CAUSES = (*ENTRIES, "outside")
 """What adds up to the course of a charge: the entries of all steps, and what moved it between them."""
 
@@ -24,27 +25,45 @@ CAUSES = (*ENTRIES, "outside")
 @dataclass(frozen=True, eq=False)
 class Columns:
     """A table `[field, T, n]` of the `FIELDS`: charge before the step, measured change, entries, residual, `outside`,
-    and `theta^T |A| theta`.
+    and `theta^T |A| theta`; or of the `PRECONDITIONED_FIELDS`.
     """
 
     table: np.ndarray
+    fields: tuple[str, ...] = FIELDS
+
+    def of(self, field: str) -> np.ndarray:
+        """One field, `[T, n]`."""
+        values: np.ndarray = self.table[self.fields.index(field)]
+        return values
 
     def mapped(self, matrix: scipy.sparse.csr_array) -> Columns:
         """Sums of the columns: `matrix` is `[new n, n]`."""
-        fields, steps, n = self.table.shape
-        return Columns(apply(matrix, self.table.reshape(fields * steps, n)).reshape(fields, steps, matrix.shape[0]))
+        count, steps, n = self.table.shape
+        sums = apply(matrix, self.table.reshape(count * steps, n)).reshape(count, steps, matrix.shape[0])
+        return Columns(sums, self.fields)
+
+    def cut(self, which: slice | np.ndarray) -> Columns:
+        """The chosen steps only, as a copy."""
+        return Columns(self.table[:, which].copy(), self.fields)
 
     def row(self, t: int) -> dict[str, np.ndarray]:
-        return dict(zip(FIELDS, self.table[:, t], strict=True))
+        return dict(zip(self.fields, self.table[:, t], strict=True))
 
-    def unexplained(self) -> np.ndarray:
-        """Largest `|residual| / norm` of each step, `[T]`."""
-        residual, norm = np.abs(self.table[FIELDS.index("residual")]), self.table[FIELDS.index("norm")]
-        return np.divide(residual, norm, out=np.zeros_like(norm), where=norm > 0).max(axis=1, initial=0.0)
+    def unexplained(self, rounding: float) -> np.ndarray:
+        """Largest share of a step's change that no entry explains, over families, `[T]`.
+
+        `|residual|` over the sum of the entries' sizes, and over that of `residual` itself where there are none; what
+        is within `rounding` of the norm counts as nothing.
+        """
+        residual, norm = np.abs(self.of("residual")), self.of("norm")
+        entries = sum(np.abs(np.nan_to_num(self.of(name))) for name in ENTRIES)
+        size = np.maximum(entries, np.abs(self.of("change")))
+        told = (residual > rounding * norm) & (size > 0)
+        return np.divide(residual, size, out=np.zeros_like(norm), where=told).max(axis=1, initial=0.0)
 
     def finite(self) -> np.ndarray:
         """Whether all charges and changes of a step are finite, `[T]`."""
-        measured = self.table[[FIELDS.index(f) for f in ("charge", "change", "second_order", "norm")]]
+        measured = np.stack([self.of(f) for f in ("charge", "change", "second_order", "norm")])
         return np.asarray(np.isfinite(measured).all(axis=(0, 2)))
 
     def listed(self) -> list[dict[str, list[float | None]]]:
@@ -54,7 +73,7 @@ class Columns:
             table = table.astype(object)
             table[unknown] = None
         columns = table.tolist()
-        return [{f: column[t] for f, column in zip(FIELDS, columns, strict=True)} for t in range(table.shape[1])]
+        return [{f: column[t] for f, column in zip(self.fields, columns, strict=True)} for t in range(table.shape[1])]
 
 
 def settings_arrays(rule: AnyRule, layout: ChargeMap, tables: Sequence[StepTable]) -> StepSettings:
@@ -78,8 +97,7 @@ def close_books(
     since the end of the step before: what other hands than the watched optimiser did.
     """
     before, after = values["weight_square"], values["weight_square_after"]
-    zero = np.zeros_like(before)
-    products = rule.products(**{f.name: values.get(f.name, zero) for f in fields(rule.products)})
+    zero, products = np.zeros_like(before), _products(rule, values)
     with np.errstate(invalid="ignore", over="ignore"):
         entries = decompose(rule, products, settings_arrays(rule, layout, tables), layout.reference)
         change = after - before
@@ -91,18 +109,46 @@ def close_books(
     return Columns(np.concatenate([signed, norm[None]]))
 
 
+def close_preconditioned(
+    rule: AnyRule, layout: ChargeMap, values: Mapping[str, np.ndarray], tables: Sequence[StepTable]
+) -> Columns | None:
+    """The books of the preconditioned charge, arguments as for `close_books`; None for a rule without one.
+
+    `norm` is `sum |a| d theta^2` before the step (theory.md section 13).
+    """
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        parts = rule.preconditioned(_products(rule, values), settings_arrays(rule, layout, tables))
+        if parts is None:
+            return None
+        entries = [getattr(parts, name) for name in PRECONDITIONED]
+        change = parts.after - parts.before
+        signed = Columns(np.stack([parts.before, change, *entries, change - sum(entries)])).mapped(layout.matrix).table
+        norm = apply(layout.absolute, parts.before)
+    return Columns(np.concatenate([signed, norm[None]]), PRECONDITIONED_FIELDS)
+
+
+def _products(rule: AnyRule, values: Mapping[str, np.ndarray]) -> Products:
+    """The rule's record of what was measured; zero what was not."""
+    zero = np.zeros_like(values["weight_square"])
+    return rule.products(**{f.name: values.get(f.name, zero) for f in fields(rule.products)})
+
+
 @dataclass(frozen=True, eq=False)
 class Page:
-    """Closed books of some consecutive recorded steps: `tables[level]` for every level kept."""
+    """Closed books of some consecutive recorded steps: `tables[level]` for every level kept.
+
+    `preconditioned[level]` are those of the preconditioned charge, empty where the optimiser has none.
+    """
 
     steps: np.ndarray
     lr: np.ndarray
     tables: Mapping[Level, Columns]
+    preconditioned: Mapping[Level, Columns] = field(default_factory=dict)
 
     def cut(self, which: slice | np.ndarray) -> Page:
         """The chosen steps only."""
-        tables = {level: Columns(columns.table[:, which].copy()) for level, columns in self.tables.items()}
-        return Page(self.steps[which], self.lr[which], tables)
+        kept = [{level: c.cut(which) for level, c in tables.items()} for tables in (self.tables, self.preconditioned)]
+        return Page(self.steps[which], self.lr[which], *kept)
 
 
 class History:
@@ -126,11 +172,13 @@ class History:
         kept = [page.cut(page.steps < step) for page in self.pages]
         self.pages = deque(page for page in kept if len(page.steps))
 
-    def rows(self, level: Level) -> Iterator[tuple[int, float, dict[str, np.ndarray]]]:
-        """`(step, lr, {field: [n]})` per recorded step."""
+    def rows(self, level: Level, preconditioned: bool = False) -> Iterator[tuple[int, float, dict[str, np.ndarray]]]:
+        """`(step, lr, {field: [n]})` per recorded step; of the preconditioned charge where the optimiser has one."""
         for page in self.pages:
+            columns = (page.preconditioned if preconditioned else page.tables).get(level)
             for t, (step, lr) in enumerate(zip(page.steps, page.lr, strict=True)):
-                yield int(step), float(lr), page.tables[level].row(t)
+                if columns is not None:
+                    yield int(step), float(lr), columns.row(t)
 
 
 @dataclass(frozen=True, eq=False)

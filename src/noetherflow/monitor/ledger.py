@@ -33,7 +33,7 @@ from noetherflow.monitor.measure import Measurement, StepMeter, one_number
 from noetherflow.monitor.rule import AnyRule, LedgerRule
 from noetherflow.monitor.rules import rule_for
 from noetherflow.monitor.rundata import RunData
-from noetherflow.monitor.watching import parameters_of, untraced, watch_closure
+from noetherflow.monitor.watching import group_settings, parameters_of, untraced, watch_closure
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 if TYPE_CHECKING:
@@ -74,8 +74,10 @@ class Ledger(Shown):
             beside and begins a new one. With None the first step is refused, unless `load_state_dict` has said where
             to go on.
         rule: how the optimiser's update splits into causes; None takes the one registered for its class
-            (`noetherflow.extend.ledger_rule`). There are many parameters because each is one line of a training
-            script; all but the first three can be left out.
+            (`noetherflow.extend.ledger_rule`).
+        notes: what the log's header should say besides the optimiser's settings, such as
+            `{"schedule": "cosine", "clipping": 1.0}`; the adapters for Lightning and the Trainer fill it in. There are
+            many parameters because each is one line of a training script; all but the first three can be left out.
 
     Raises:
         DeclarationError: a symmetry names a parameter that the model does not have.
@@ -111,6 +113,7 @@ class Ledger(Shown):
         sinks: Iterable[Sink] = (),
         resume: bool | None = None,
         rule: AnyRule | None = None,
+        notes: Mapping[str, Any] | None = None,
     ) -> None:
         if every < 1 or flush_every < 1 or estimate_every < 0:
             raise DataError(
@@ -123,7 +126,7 @@ class Ledger(Shown):
         self.model, self.optimizer = model, unwrap_optimizer(optimizer)
         self.every, self.detail, self.estimate_every, self.flush_every = every, detail, estimate_every, flush_every
         self.rule: AnyRule = rule or rule_for(self.optimizer)
-        self._translations, self._capacity = translations, capacity
+        self._translations, self._capacity, self._notes = translations, capacity, dict(notes or {})
         self._pending: list[Measurement] = []
         self._open: _Open | None = None
         self._loss: Any = None
@@ -175,7 +178,8 @@ class Ledger(Shown):
         self._meter = StepMeter(layout, self.rule, self.optimizer, {n: named[n] for n in layout.parameters})
         blocks = ChargeMap.of(tuple(syms), shapes, "block")
         estimator = Estimator(blocks, self.rule) if self.estimate_every else None
-        self._books = Bookkeeper(self.rule, layout, estimator, self.detail, self._capacity)
+        rounding = self._meter.rounding
+        self._books = Bookkeeper(self.rule, layout, estimator, self.detail, self._capacity, rounding)
 
     @property
     def estimator(self) -> Estimator | None:
@@ -305,7 +309,8 @@ class Ledger(Shown):
     def _write_header(self) -> None:
         header, names = self._books.header(self.step, type(self.optimizer).__name__, self.every)
         momentum = float(self.optimizer.param_groups[0].get("momentum", 0.0))
-        self._journal.header(header | {"excluded": self.excluded, "momentum": momentum}, names)
+        own = {"excluded": self.excluded, "momentum": momentum, **group_settings(self.optimizer), **self._notes}
+        self._journal.header(header | own, names)
         self._journal.write()
 
     def records(self, by: Level = "family") -> list[dict[str, Any]]:
@@ -316,6 +321,25 @@ class Ledger(Shown):
         """
         self.flush()
         return self._books.records(by)
+
+    def preconditioned(self, by: Level = "family") -> list[dict[str, Any]]:
+        """The books of the preconditioned charge `sum a d theta^2` of Adam and AdamW; no rows for other optimisers.
+
+        `d` is one over the preconditioner of a step, `sqrt(v) + eps` after bias correction. This charge is what Adam
+        leaves alone at first order, so that its `gradient` is zero, and `noise` and `decay` predict where it goes.
+
+        Returns:
+            One row per recorded step and family (or symmetry, or coordinate): step, lr, names, `charge` before the step
+            with the `d` of the step before, its `change`, the entries `gradient`, `momentum`, `decay`, `noise` and
+            `transport` (the change of `d`), which add up to it, `residual` and `norm` (`sum |a| d theta^2`).
+
+        Raises:
+            DataError: `by` is finer than the ledger's `detail`.
+
+        Source: theory.md section 13.
+        """
+        self.flush()
+        return self._books.records(by, preconditioned=True)
 
     def estimates(self) -> list[dict[str, Any]]:
         """One row per estimated step and symmetry; `docs/ledger.md` explains the columns."""

@@ -79,6 +79,11 @@ class StepMeter:
         self._idle = rule.step_settings.idle()
         self._products = frozenset(f.name for f in fields(rule.products))
 
+    @property
+    def rounding(self) -> float:
+        """A charge measured twice may differ by this share of its norm; half precision rounds the weights as well."""
+        return max((min(100 * torch.finfo(p.dtype).eps, 1e-3) for p in self.watched.values()), default=0.0)
+
     def forget(self) -> None:
         """Do not rely on what was measured after the last step."""
         for one in self._each:

@@ -78,6 +78,26 @@ class Parts:
 
 
 @dataclass(frozen=True, eq=False)
+class PreconditionedParts:
+    """Where a preconditioned charge `sum a d theta^2` went in a step, `[steps, values]`.
+
+    `d` is one over the preconditioner; `before` has the `d` of the step before and `after` that of this step. The
+    change is the sum of the entries: `transport`, `theta^2` before the step times the change of `d`, comes first; the
+    others are at this step's `d`.
+
+    Source: theory.md section 13.
+    """
+
+    before: Array
+    after: Array
+    gradient: Array
+    momentum: Array
+    decay: Array
+    noise: Array
+    transport: Array
+
+
+@dataclass(frozen=True, eq=False)
 class DriftRates:
     """What weight decay, noise and mean gradient do to a charge per step, `[leg values]` (theory.md section 4).
 
@@ -101,6 +121,8 @@ class MemorySums:
     decay: Number
 
 
+PRECONDITIONED = ("gradient", "momentum", "decay", "noise", "transport")
+"""The entries of the books of a preconditioned charge."""
 FIRST_ORDER = tuple(f.name for f in fields(Parts))
 ENTRIES = (*FIRST_ORDER, "second_order")
 
@@ -168,6 +190,10 @@ class LedgerRule(ABC, Generic[P, S]):
         `picked`: 1 on leg values that together count every watched weight once.
         """
         return 1.0
+
+    def preconditioned(self, q: P, c: S) -> PreconditionedParts | None:
+        """The books of the preconditioned charge; None for an optimiser without one."""
+        return None
 
     def unscaled(self, c: S, scale: float) -> S:
         """The settings when the gradients are still to be divided by a gradient scaler's `scale` within the step."""

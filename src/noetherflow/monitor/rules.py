@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from noetherflow.equilibrium.potential import decay_rate, mean_rate, noise_rate
 from noetherflow.monitor.rule import (
@@ -21,6 +22,7 @@ from noetherflow.monitor.rule import (
     Number,
     Pairs,
     Parts,
+    PreconditionedParts,
     Products,
     State,
     StepSettings,
@@ -166,9 +168,14 @@ class SGDRule(LedgerRule[SGDProducts, SGDSettings]):
 
 @dataclass(frozen=True, eq=False)
 class AdamProducts(Products):
-    """Inner products of weight, average `m` (exp_avg) and direction `p = m / (sqrt(v) + root eps)`."""
+    """Inner products of weight, average `m` (exp_avg) and direction `p = m / (sqrt(v) + root eps)`.
+
+    `scaled_square` is `<(sqrt(v) + root eps) weight, weight>`, with the `root` of the same step as `v`.
+    """
 
     weight_average: Array
+    scaled_square: Array
+    scaled_square_after: Array
     weight_average_after: Array
     weight_direction_after: Array
     direction_square_after: Array
@@ -180,7 +187,8 @@ class AdamProducts(Products):
 class AdamSettings(StepSettings):
     """`update = rate p + lr decoupled weight`, `root = sqrt(1 - b2^k)`, `rate = root lr / (1 - b1^k)` in step k.
 
-    `coupled` and `decoupled` are the weight decay that goes through the averages and that which does not.
+    `root_before` is that of step `k - 1`, zero before the first one. `coupled` and `decoupled` are the weight decay
+    that goes through the averages and that which does not.
     """
 
     coupled: Number
@@ -188,6 +196,7 @@ class AdamSettings(StepSettings):
     beta1: Number
     rate: Number
     root: Number
+    root_before: Number
     eps: Number
     amsgrad: Number
 
@@ -205,7 +214,10 @@ class AdamRule(LedgerRule[AdamProducts, AdamSettings]):
 
     products = AdamProducts
     step_settings = AdamSettings
-    carried: ClassVar[Mapping[str, str]] = {"weight_average": "weight_average_after"}
+    carried: ClassVar[Mapping[str, str]] = {
+        "weight_average": "weight_average_after",
+        "scaled_square": "scaled_square_after",
+    }
     state_keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     counts_steps = True
     lr_power = 1.0
@@ -225,18 +237,27 @@ class AdamRule(LedgerRule[AdamProducts, AdamSettings]):
             beta1=beta1,
             rate=root * lr / (1 - beta1**k),
             root=root,
+            root_before=math.sqrt(1 - beta2**steps),
             eps=float(group["eps"]),
             amsgrad=float(group["amsgrad"]),
         )
 
     def before(self, c: AdamSettings, t: StepTensors) -> Pairs:
-        return {"weight_average": (t["weight"], t["exp_avg"])} if "exp_avg" in t else {}
+        if "exp_avg" not in t:
+            return {}
+        weight = t["weight"]
+        scaled = self._divisor(c, t, c.root_before).mul_(weight)
+        return {"weight_average": (weight, t["exp_avg"]), "scaled_square": (weight, scaled)}
+
+    def _divisor(self, c: AdamSettings, t: StepTensors, root: Number) -> Tensor:
+        """`sqrt(v) + root eps`, a new tensor."""
+        return t["max_exp_avg_sq" if c.amsgrad else "exp_avg_sq"].sqrt().add_(float(root * c.eps))
 
     def after(self, c: AdamSettings, t: StepTensors) -> Pairs:
-        weight, m, v = t["weight"], t["exp_avg"], t["max_exp_avg_sq" if c.amsgrad else "exp_avg_sq"]
-        p = v.sqrt().add_(float(c.root * c.eps))
-        torch.div(m, p, out=p)
+        weight, m, divisor = t["weight"], t["exp_avg"], self._divisor(c, t, c.root)
+        p = m / divisor
         return {
+            "scaled_square_after": (weight, divisor.mul_(weight)),
             "weight_average_after": (weight, m),
             "weight_direction_after": (weight, p),
             "direction_square_after": (p, p),
@@ -261,6 +282,33 @@ class AdamRule(LedgerRule[AdamProducts, AdamSettings]):
         d = c.lr * c.decoupled
         weight_direction = (q.weight_direction_after + c.rate * q.direction_square_after) / (1 - d)
         return c.rate**2 * q.direction_square_after + 2 * c.rate * d * weight_direction + d * d * q.weight_square
+
+    def preconditioned(self, q: AdamProducts, c: AdamSettings) -> PreconditionedParts:
+        """The books of `sum a d theta^2` with `d = sqrt(v)/root + eps`, one over the preconditioner of the step.
+
+        In the first step there is no preconditioner before, and its transport is zero. A parameter that the optimiser
+        does not move has no `d`: it counts nothing. `d p` is `m / root`, and so all follows from the products.
+        """
+        shrink, taken = 1 - c.lr * c.decoupled, c.lr * c.decoupled
+        moving = np.asarray(c.root) > 0
+        root, root_before = np.where(moving, c.root, 1.0), np.asarray(c.root_before)
+        weight_average = (q.weight_average_after + c.rate * q.direction_average_after) / shrink
+        scaled = q.scaled_square_after + c.rate * (q.weight_average_after + shrink * weight_average)
+        middle = scaled / (shrink**2 * root)
+        started = np.where(root_before > 0, root_before, 1.0)
+        before = np.where(root_before > 0, q.scaled_square / started, middle)
+        scale = c.rate / root
+        momentum = -2 * scale * c.beta1 * q.weight_average
+        coupled = -2 * scale * (1 - c.beta1) * c.coupled * q.weight_square
+        return PreconditionedParts(
+            before=before,
+            after=q.scaled_square_after / root,
+            gradient=-2 * scale * weight_average - momentum - coupled,
+            momentum=momentum,
+            decay=coupled - taken * (2 - taken) * middle + 2 * scale * taken * weight_average,
+            noise=scale * c.rate * q.direction_average_after,
+            transport=middle - before,
+        )
 
     def reference(self, q: AdamProducts, picked: Array) -> Number:
         mine = (q.direction_square_after * picked).sum(-1, keepdims=True)

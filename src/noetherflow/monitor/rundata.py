@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from noetherflow.errors import DataError
-from noetherflow.monitor.books import CAUSES, FIELDS
+from noetherflow.monitor.books import CAUSES, FIELDS, PRECONDITIONED_FIELDS
 from noetherflow.monitor.log import LOG_NAME, parse_line, read_log, unreadable
 
 SPIKE = 10.0
@@ -30,6 +30,8 @@ NUMBERS = (int, float, type(None))
 class RunData:
     """One run: `family[field]` `[T, families]` over the recorded `steps`, `estimates[field]` `[E, symmetries]`.
 
+    `preconditioned[field]` `[T, families]` are the books of the preconditioned charge, empty where no step has them.
+
     `loss` and `lr` are `[T]`; unknown numbers are NaN, also estimates that only some of the run's optimisers have.
     `events` as logged, `started` as the first header says. When the watched symmetries were replaced during the run,
     this is the part since the first step recorded after that.
@@ -44,6 +46,7 @@ class RunData:
     estimate_steps: np.ndarray
     estimates: dict[str, np.ndarray]
     events: tuple[dict[str, Any], ...]
+    preconditioned: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def load(cls, run_dir: str | os.PathLike[str]) -> RunData:
@@ -231,6 +234,9 @@ class _Rows:
         self._expected = max(self._last + every, self._expected or 0)
         unknown = [None] * len(self._latest["families"])
         family = {f"family.{f}": row["family"].get(f, unknown) for f in FIELDS}
+        beside = row.get("preconditioned_family")
+        if isinstance(beside, dict):
+            family |= {f"preconditioned.{f}": beside.get(f, unknown) for f in PRECONDITIONED_FIELDS}
         self._steps.add({"step": step, "lr": row.get("lr"), "loss": row.get("loss"), **family})
 
     def _gap(self, expected: int, found: int) -> None:
@@ -256,6 +262,7 @@ class _Rows:
             estimates.pop("step", np.zeros(0)).astype(int),
             estimates,
             tuple(self._events),
+            {f: steps[f"preconditioned.{f}"] for f in PRECONDITIONED_FIELDS if f"preconditioned.{f}" in steps},
         )
 
 
@@ -275,6 +282,9 @@ def _wrong_form(row: dict[str, Any], header: Mapping[str, Any]) -> str:
     if kind == "step":
         family = row.get("family")
         whole = isinstance(family, dict) and all(_is_row(family.get(f), len(header["families"])) for f in NEEDED)
+        beside = row.get("preconditioned_family", {})
+        whole = whole and isinstance(beside, dict)
+        whole = whole and all(_is_row(v, len(header["families"])) for v in beside.values())
         return "" if whole else "a step without the numbers of its families"
     if kind == "estimates":
         columns = row.get("symmetry")

@@ -17,11 +17,16 @@ from typing import IO, Any
 from noetherflow.errors import DataError, require
 from noetherflow.monitor.books import FIELDS
 
+PREFIX = "noether"
 
-def scalars(row: Mapping[str, Any], prefix: str = "noether") -> dict[str, float]:
+
+def scalars(row: Mapping[str, Any], prefix: str = PREFIX) -> dict[str, float]:
     """`prefix/level/name/field -> value` of one row; numbers that are not finite are left out."""
     out = {}
-    for level, names in (("family", row["families"]), ("symmetry", row["symmetries"])):
+    families, symmetries = row["families"], row["symmetries"]
+    levels = {"family": families, "symmetry": symmetries}
+    levels |= {"preconditioned_family": families, "preconditioned_symmetry": symmetries}
+    for level, names in levels.items():
         for field, values in row.get(level, {}).items():
             for name, value in zip(names, values, strict=True):
                 if math.isfinite(value):
@@ -71,9 +76,13 @@ class CSVSink:
 
 
 class TensorBoardSink:
-    """Scalars into a TensorBoard log directory, or an existing SummaryWriter (which cannot be rewound)."""
+    """Scalars into a TensorBoard log directory, or an existing SummaryWriter (which cannot be rewound).
 
-    def __init__(self, target: Any) -> None:
+    `prefix` begins every name: two ledgers of one run need one each, here and in the sinks below.
+    """
+
+    def __init__(self, target: Any, *, prefix: str = PREFIX) -> None:
+        self._prefix = prefix
         self._folder = str(target) if isinstance(target, (str, os.PathLike)) else None
         self._writer = None if self._folder is not None else target
         self._from: int | None = None
@@ -85,8 +94,8 @@ class TensorBoardSink:
             board: Any = require("torch.utils.tensorboard", "track")
             self._writer, self._from = board.SummaryWriter(self._folder, purge_step=self._from), None
         if row["kind"] == "event":
-            self._writer.add_text("noether/events", f"{row['event']} at step {row['step']}", row["step"])
-        for name, value in scalars(row).items() if row["kind"] != "event" else ():
+            self._writer.add_text(f"{self._prefix}/events", f"{row['event']} at step {row['step']}", row["step"])
+        for name, value in scalars(row, self._prefix).items() if row["kind"] != "event" else ():
             self._writer.add_scalar(name, value, row["step"])
 
     def rewind(self, step: int) -> None:
@@ -105,7 +114,7 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """Scalars into a W&B run (any mode, also offline), against their own axis `noether/step`.
+    """Scalars into a W&B run (any mode, also offline), against their own axis `noether/step` (`PREFIX/step`).
 
     `commit=False` leaves W&B's own step to your `run.log` calls: W&B discards a call with a `step=` that it has passed.
     Rows then join the point that your next call ends, and of several in one flush the last counts: for a point per step
@@ -113,19 +122,20 @@ class WandbSink:
     logs with `step=`.
     """
 
-    def __init__(self, run: Any, *, commit: bool = False) -> None:
-        self._run, self._commit = run, commit
-        run.define_metric("noether/*", step_metric="noether/step")
+    def __init__(self, run: Any, *, commit: bool = False, prefix: str = PREFIX) -> None:
+        self._run, self._commit, self._prefix = run, commit, prefix
+        run.define_metric(f"{prefix}/*", step_metric=f"{prefix}/step")
 
     def __call__(self, row: Mapping[str, Any]) -> None:
         if row["kind"] != "event":
-            self._run.log({"noether/step": row["step"], **scalars(row)}, commit=self._commit)
+            self._run.log({f"{self._prefix}/step": row["step"], **scalars(row, self._prefix)}, commit=self._commit)
 
 
 class MLflowSink:
     """Metrics into an MLflow run: the active one, or `run_id` through `client`. Raises DataError without a run."""
 
-    def __init__(self, client: Any = None, run_id: str | None = None) -> None:
+    def __init__(self, client: Any = None, run_id: str | None = None, *, prefix: str = PREFIX) -> None:
+        self._prefix = prefix
         mlflow: Any = require("mlflow", "track")
         active = mlflow.active_run()
         if run_id is None and active is None:
@@ -137,7 +147,7 @@ class MLflowSink:
     def __call__(self, row: Mapping[str, Any]) -> None:
         if row["kind"] == "event":
             return
-        clean = {re.sub(r"[^\w\-. /]", "_", name): value for name, value in scalars(row).items()}
+        clean = {re.sub(r"[^\w\-. /]", "_", name): value for name, value in scalars(row, self._prefix).items()}
         metrics = [self._metric(name, value, 0, row["step"]) for name, value in clean.items()]
         for start in range(0, len(metrics), 1000):
             self._client.log_batch(self._run_id, metrics=metrics[start : start + 1000])

@@ -71,3 +71,29 @@ def watch_closure(args: tuple[Any, ...], kwargs: dict[str, Any], then: Callable[
 def untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
     """A hook that `torch.compile` leaves alone, when it compiles the optimiser's step that calls the hook."""
     return cast(Callable[..., Any], torch.compiler.disable(hook))
+
+
+def group_settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What the log's header says of the optimiser: the settings of each parameter group, and whether lr is scheduled.
+
+    A schedule leaves `initial_lr` in the groups; which schedule it is, and whether gradients are clipped, cannot be
+    seen from the optimiser.
+
+    Example:
+        >>> weight = nn.Parameter(torch.zeros(3))
+        >>> group_settings(torch.optim.SGD([weight], lr=0.1))["groups"][0]["lr"]
+        0.1
+    """
+    groups = []
+    for group in optimizer.param_groups:
+        known = {k: v.item() if isinstance(v, torch.Tensor) and v.numel() == 1 else v for k, v in group.items()}
+        told = {k: list(v) if isinstance(v, tuple) else v for k, v in known.items() if k != "params" and _simple(v)}
+        groups.append({"parameters": len(group["params"]), **told})
+    return {"groups": groups, "scheduled": any("initial_lr" in group for group in optimizer.param_groups)}
+
+
+def _simple(value: Any) -> bool:
+    """Whether a setting is a number, a word or a few of them."""
+    if isinstance(value, tuple):
+        return all(_simple(v) for v in value)
+    return value is None or isinstance(value, (bool, int, float, str))
