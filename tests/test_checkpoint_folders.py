@@ -124,6 +124,30 @@ def test_sharded_folder_comes_back_with_the_same_function(tmp_path: Path, name: 
         assert all(moved[n].dtype == stored[n].dtype and moved[n].shape == stored[n].shape for n in stored)
 
 
+@pytest.mark.parametrize("joint", [True, False])
+@pytest.mark.parametrize("name", ["gpt2", "llama-tied", "gemma", "mixtral"])
+def test_the_stored_solve_is_the_solve_in_memory(tmp_path: Path, name: str, joint: bool) -> None:
+    model, inputs = made(name)
+    model = model.double()
+    in_five(model, tmp_path / "in")
+    syms = nf.find_symmetries(model, inputs)
+    expected = nf.noise_equilibrium(model, syms, None, objective="norm", approximate=False, joint=joint)
+    with torch.device("meta"):
+        outline = MODELS[name]()
+    found = nf.stored_equilibrium(tmp_path / "in", outline, syms, joint=joint)
+    assert found.converged
+    for s in expected.symmetries:
+        a, b = (e.mT @ e if e.ndim == 3 else e for e in (expected[s.name].element, found[s.name].element))
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(expected[s.name].charge, found[s.name].charge, rtol=1e-8, atol=1e-9)
+    assert found.norm == pytest.approx(expected.norm, rel=1e-9)
+    assert found.norm_now == pytest.approx(expected.norm_now, rel=1e-9)
+    balance_checkpoint(tmp_path / "in", tmp_path / "out", outline, found, unchecked=True)
+    again = type(model).from_pretrained(tmp_path / "out", dtype=torch.float64).eval()  # type: ignore[attr-defined]
+    old, new = logits(model, inputs), logits(again, inputs)
+    assert float((new - old).abs().max() / old.abs().max()) < (1e-6 if name == "gemma" else 1e-12)
+
+
 def trainer(folder: Path, steps: int, callbacks: list[Any]) -> Any:
     """The Hugging Face Trainer on a tiny Llama, with a checkpoint after three steps."""
     pytest.importorskip("accelerate")

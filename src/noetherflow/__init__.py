@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from noetherflow.balance.model import BalanceReport, balance_
     from noetherflow.balance.move import move_, move_checkpoint
     from noetherflow.balance.schedule import BalanceSchedule
+    from noetherflow.balance.stored_norm import stored_equilibrium
     from noetherflow.core.losses import per_sample
     from noetherflow.diagnosis.finding import Diagnosis, Finding
     from noetherflow.diagnosis.of_run import diagnose_run
@@ -69,6 +70,7 @@ _LAZY = {
     "analysis": ("Analysis", "analyze", "diagnose"),
     "balance.align": ("Alignment", "align", "orbit_distance"),
     "balance.checkpoint": ("balance_checkpoint", "load_checkpoint_", "read_checkpoint"),
+    "balance.stored_norm": ("stored_equilibrium",),
     "balance.gains": ("gains_to_one",),
     "balance.model": ("BalanceReport", "balance_"),
     "balance.move": ("move_", "move_checkpoint"),
@@ -161,6 +163,7 @@ __all__ = [
     "square_memory",
     "standard_error",
     "step_identity",
+    "stored_equilibrium",
     "tensors_of",
     "top_eigenvalue",
 ]
