@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from noetherflow.balance.move import move_, move_checkpoint
     from noetherflow.balance.schedule import BalanceSchedule
     from noetherflow.balance.stored_norm import stored_equilibrium
+    from noetherflow.core.function_model import FunctionModel
     from noetherflow.core.losses import per_sample
     from noetherflow.diagnosis.finding import Diagnosis, Finding
     from noetherflow.diagnosis.of_run import diagnose_run
@@ -75,6 +76,7 @@ _LAZY = {
     "balance.model": ("BalanceReport", "balance_"),
     "balance.move": ("move_", "move_checkpoint"),
     "balance.schedule": ("BalanceSchedule",),
+    "core.function_model": ("FunctionModel",),
     "core.losses": ("per_sample",),
     "diagnosis.finding": ("Diagnosis", "Finding"),
     "diagnosis.of_run": ("diagnose_run",),
@@ -116,6 +118,7 @@ __all__ = [
     "Equilibrium",
     "Finding",
     "Flow",
+    "FunctionModel",
     "GradientMoments",
     "GroupRates",
     "Ledger",

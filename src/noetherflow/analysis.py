@@ -43,9 +43,10 @@ from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 BATCH_STATISTICS = "holds with batch statistics only: model.train()"
 SAMPLES, CURVED, PROBES = 2048, 128, 16
-REPLICATES = 64
+REPLICATES, MOST_REPLICATES = 12, 256
 """Samples taken from a loader for gradients, and of these for curvature; Hessian products for its trace;
-minibatches where each is one replicate (batch statistics), for which a loader is gone through again."""
+minibatches per `1 - momentum` where each is one replicate (batch statistics), for which a loader is gone through again,
+and how many at most."""
 LARGE = 2_000_000
 """Trainable entries above which curvature is measured only on request."""
 STEPS, EPOCHS = 1000, 10
@@ -207,7 +208,7 @@ def analyze(
         ExportError, MomentError, DataError: of the stages.
     """
     settings = settings_of(sgd, batches, batch_size, model)
-    data = _taken(batches, samples, REPLICATES if uses_batch_statistics(model.modules()) else 1)
+    data = _taken(batches, samples, _replicates(settings) if uses_batch_statistics(model.modules()) else 1)
     loss = chosen_loss(loss_fn, model, data[0])
     inputs = inputs_of(data[0]) if example_inputs is None else example_inputs
     scales = not isinstance(settings, SGDConfig) or bool(settings.groups)
@@ -282,6 +283,12 @@ def _taken(batches: Iterable[Any], samples: int, least: int) -> list[Any]:
     if not taken:
         raise DataError("there are no batches; give at least one")
     return taken
+
+
+def _replicates(settings: Settings) -> int:
+    """How many minibatches tell noise from the mean gradient, which momentum counts `1 / (1 - m)` times as much."""
+    momentum = settings.momentum if isinstance(settings, SGDConfig) else settings.betas[0]
+    return min(MOST_REPLICATES, round(REPLICATES / (1 - momentum)))
 
 
 def _from_loader(batches: Iterable[Any], samples: int) -> list[Any]:

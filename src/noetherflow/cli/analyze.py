@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -40,11 +40,15 @@ def analyze(
     finite_data: Annotated[
         bool, typer.Option(help="Batches are drawn without replacement from exactly this data.")
     ] = False,
+    steps: Annotated[int | None, typer.Option(help="Steps of training still to come, for the diagnosis.")] = None,
+    warmup: Annotated[
+        int | None, typer.Option(help="Steps of learning rate warmup planned; their number is checked.")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML page here.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure MODEL once and say what the optimiser's gradient noise does along its symmetries.
+    """Measure MODEL once; say what gradient noise does along its symmetries, what to watch and what to change.
 
     \f
     Its parameters are many because each is an option of the command line.
@@ -58,7 +62,8 @@ def analyze(
     size = workload.samples if finite_data else None
     sgd = GivenSettings(optimizer, lr, batch_size, weight_decay, momentum, dataset_size=size, betas=betas).settings()
     say = announce(f"{model}: seconds for tracing, then a few gradient passes over {workload.samples:,} samples", 5)
-    analysis = run(workload.model, workload.loss_fn, workload.batches, sgd, workload.example_inputs, progress=say)
+    options: dict[str, Any] = {"steps": steps, "warmup": warmup, "progress": say}
+    analysis = run(workload.model, workload.loss_fn, workload.batches, sgd, workload.example_inputs, **options)
     if report is not None:
         write_analysis(report, analysis, title=model)
     if as_json:
@@ -72,5 +77,8 @@ def analyze(
     tables.of_rows(printed, transposed(analysis.rows()), title)
     printed.print(legend(*EXPLAINED), markup=False)
     printed.print(str(analysis.equilibrium), markup=False)
+    if analysis.curvature is not None:
+        printed.print(str(analysis.curvature), markup=False)
+    printed.print(f"\n{analysis.diagnosis}", markup=False)
     if report is not None:
         printed.print(f"report: {report.resolve()}", markup=False, soft_wrap=True)

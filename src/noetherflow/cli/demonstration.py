@@ -162,7 +162,7 @@ def _analyse(run: Run, printed: Any, say: Callable[[str], None]) -> tuple[Told, 
     printed.print(f"\n{name}: {run.warm:,} SGD steps, loss {loss:.3f}", markup=False)
     batches = noisy_population(run, seed=2)
     say(f"{name}: symmetries, gradient noise and equilibrium")
-    analysis = analyze(model, run.workload.loss_fn, batches, sgd, run.workload.example_inputs)
+    analysis = analyze(model, run.workload.loss_fn, batches, sgd, run.workload.example_inputs, curvature=False)
     title = f"{name}: Noether flow at lr {sgd.lr:g}, batch size {sgd.batch_size}"
     tables.of_rows(printed, transposed(analysis.rows()), title)
     printed.print(str(analysis.equilibrium), markup=False)

@@ -37,7 +37,7 @@ from noetherflow.symmetry.symmetry_set import SymmetrySet
 def certify(
     model: nn.Module,
     syms: SymmetrySet,
-    example_inputs: Any,
+    example_inputs: Any = (),
     loss_fn: LossFn | None = None,
     batch: Any = None,
     *,
@@ -59,7 +59,7 @@ def certify(
     Args:
         model: the model, wrapped or not; it is not changed.
         syms: what to check, found or declared.
-        example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments.
+        example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments; nothing for a model without.
         loss_fn: `loss_fn(model, batch)`, one loss per sample, shape `[batch]`. Without it gradients are those of a
             random projection of each sample's outputs.
         batch: what `loss_fn` gets, `example_inputs` by default.

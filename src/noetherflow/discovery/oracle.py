@@ -66,7 +66,7 @@ class SymmetryCount:
 
 def count_symmetries(
     model: nn.Module,
-    example_inputs: Any,
+    example_inputs: Any = (),
     symmetric: bool = True,
     *,
     affine: bool = False,

@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from noetherflow.core.tensors import tensors_of
@@ -34,7 +33,7 @@ def declare(
         kind: `diagonal` (one positive number per coordinate of the axis), `general_linear` (a matrix per block) or
             `scalar` (one number for all; any axis will do).
         plus: legs `(parameter name, axis)` that the group multiplies. A longer axis whose length is a multiple of the
-            smallest one is read as flattened channels (replicas last).
+            smallest one is read as flattened channels (replicas last). A parameter that is one number has axis 0.
         minus: legs that the inverse multiplies.
         blocks: heads of equal size into which a `general_linear` axis splits.
         name: of the symmetry; the parameters' names by default.
@@ -73,8 +72,9 @@ def declare(
             )
         rows = np.arange(size, dtype=np.int64)
         shape = (blocks, n // blocks, size // n) if kind == "general_linear" else (n, 1, size // n)
-        offset = (offsets or {}).get(parameter, 0.0)
-        legs.append(Leg(parameter, rows.reshape(shape), sign, (axis % tensors[parameter].ndim,), offset=offset))
+        offset, ndim = (offsets or {}).get(parameter, 0.0), tensors[parameter].ndim
+        view = None if ndim else (1,)
+        legs.append(Leg(parameter, rows.reshape(shape), sign, (axis % max(1, ndim),), view, offset=offset))
     label = name or " -> ".join(dict.fromkeys(p for p, _, _ in wanted))
     symmetry = Symmetry(label, family, kind, tuple(legs))
     shapes = {n: tuple(t.shape) for n, t in tensors.items()}
@@ -87,6 +87,7 @@ def _axis_length(tensors: dict[str, Tensor], parameter: str, axis: int) -> int:
         hint = f"; did you mean {close}?" if close else f"; the model has {sorted(tensors)[:8]}"
         raise DeclarationError(f"no parameter named {parameter!r}{hint}")
     tensor = tensors[parameter]
-    if isinstance(tensor, torch.Tensor) and not -tensor.ndim <= axis < tensor.ndim:
+    ndim = max(1, tensor.ndim)
+    if not -ndim <= axis < ndim:
         raise DeclarationError(f"{parameter!r} has shape {tuple(tensor.shape)}, no axis {axis}")
-    return int(tensor.shape[axis])
+    return int(tensor.shape[axis]) if tensor.ndim else 1
