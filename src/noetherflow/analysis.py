@@ -33,7 +33,7 @@ from noetherflow.equilibrium.charge_flow import norm_where
 from noetherflow.equilibrium.flow import Flow, noether_flow
 from noetherflow.equilibrium.sharpness import Sharpness, sharpness_forecast
 from noetherflow.equilibrium.validity import SquareMemory, square_memory
-from noetherflow.errors import DataError, NoetherflowError
+from noetherflow.errors import DataError, MomentError, NoetherflowError
 from noetherflow.moments import GradientMoments, gradient_moments, minibatch_moments
 from noetherflow.moments.batch import tensors_in
 from noetherflow.moments.batch_statistics import running_statistics, uses_batch_statistics
@@ -216,7 +216,7 @@ def analyze(
     progress("integrating the Noether flow")
     flow = noether_flow(model, measured.symmetries, measured.moments, settings)
     progress("solving for the noise equilibrium")
-    eq = measured.equilibrium(model, settings, approximate=approximate)
+    eq = _settled(measured, model, settings, approximate)
     found = _curvature(measured, model, loss, data, flow, eq, curvature)
     examined = Examined(
         model=unwrap(model),
@@ -233,6 +233,14 @@ def analyze(
     )
     diagnosis = diagnose_measurement(examined)
     return Analysis(measured.symmetries, measured.certificate, measured.moments, flow, eq, settings, found, diagnosis)
+
+
+def _settled(measured: MeasuredModel, model: nn.Module, settings: Settings, approximate: bool) -> Equilibrium:
+    """The joint equilibrium; where the samples are too few for it, that of each symmetry with the others held."""
+    try:
+        return measured.equilibrium(model, settings, approximate=approximate)
+    except MomentError:
+        return measured.equilibrium(model, settings, approximate=approximate, joint=False)
 
 
 def settings_of(optimizer: Any, batches: Iterable[Any], batch_size: int | None, model: nn.Module) -> Settings:
