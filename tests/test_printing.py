@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import noetherflow as nf
 from noetherflow.core.printing import MEANING, Table, count, legend, show, table, transposed
 from noetherflow.core.terminal import rich_table
-from noetherflow.equilibrium.state_flow import StateFlow
+from noetherflow.equilibrium.state_result import StateFlow
 from noetherflow.report.analysis import analysis_sections
 
 

@@ -98,3 +98,125 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     torch.save({"weights": 1}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match="holds no weights"):
         read_run(tmp_path / "other.pt")
+
+
+def stored_state(optimizer: torch.optim.Optimizer, model: torch.nn.Module, style: str) -> dict[str, Any]:
+    """Flat tensors of an optimiser's state as three projects name them, contiguous for safetensors."""
+    names = {i: n for i, (n, _) in enumerate(model.named_parameters())}
+    out = {}
+    for i, entries in optimizer.state_dict()["state"].items():
+        for key, value in entries.items():
+            name = {"number": f"state/{i}/{key}", "named": f"optimizer.state.{names[i]}.{key}",
+                    "turned": f"{key}.{names[i]}"}[style]  # fmt: skip
+            out[name] = value.contiguous().clone()
+    return out
+
+
+def small_run(steps: int = 5) -> tuple[torch.nn.Module, torch.optim.Optimizer, nf.SymmetrySet, Any]:
+    """A small net, AdamW on it, its symmetries, and a function that makes a step."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    x, y = torch.randn(64, 6), torch.randn(64, 2)
+
+    def step() -> None:
+        chosen = torch.randint(64, (8,))
+        optimizer.zero_grad()
+        (net(x[chosen]) - y[chosen]).square().mean().backward()
+        optimizer.step()
+
+    for _ in range(steps):
+        step()
+    return net, optimizer, nf.find_symmetries(net, (x[:2],)), step
+
+
+@pytest.mark.parametrize("style", ["number", "named", "turned"])
+@pytest.mark.parametrize("groups", ["metadata", "beside"])
+def test_a_state_in_safetensors(tmp_path: Path, style: str, groups: str) -> None:
+    from safetensors.torch import save_file
+
+    net, optimizer, syms, _ = small_run()
+    save_file({n: p.detach().clone() for n, p in net.named_parameters()}, tmp_path / "model.safetensors")
+    said = optimizer.state_dict()["param_groups"]
+    if style != "number":
+        said = [{k: v for k, v in g.items() if k != "params"} for g in said]
+    text = json.dumps(said)
+    metadata = {"param_groups": text} if groups == "metadata" else None
+    save_file(stored_state(optimizer, net, style), tmp_path / "optimizer.safetensors", metadata)
+    if groups == "beside":
+        with pytest.raises(CheckpointError, match="no parameter groups"):
+            read_run(tmp_path)
+        (tmp_path / "optimizer_param_groups.json").write_text(text)
+    run = read_run(tmp_path)
+    found = state_flow(net, syms, run.optimizer, weights=weights_for(net, run.weights))
+    assert found.to_dict() == state_flow(net, syms, optimizer).to_dict()
+
+
+def test_a_tensor_that_is_no_state_is_named(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
+    save_file({"0.secret": torch.zeros(2)}, tmp_path / "optimizer.safetensors", {"param_groups": '[{"lr": 0.1}]'})
+    with pytest.raises(CheckpointError, match=r"0\.secret"):
+        read_run(tmp_path)
+
+
+def test_several_checkpoints_are_averaged(tmp_path: Path, capsys: Any) -> None:
+    """Mean and standard error over three folders, against the three flows one by one."""
+    net, optimizer, syms, step = small_run(300)
+    singles = []
+    for k in range(3):
+        for _ in range(40):
+            step()
+        torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / f"{k}.pt")
+        singles.append(state_flow(net, syms, optimizer).details[0])
+    model_file = tmp_path / "small_factory.py"
+    model_file.write_text(
+        "import torch\n"
+        "def make():\n"
+        "    net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))\n"
+        "    return net, (torch.randn(2, 6),)\n"
+    )
+    import sys
+
+    sys.path.insert(0, str(tmp_path))
+    try:
+        files = [str(tmp_path / f"{k}.pt") for k in (2, 0, 1)]
+        text = printed(capsys, "flow", *files, "--model", "small_factory:make", "--json")
+        found = json.loads(text)
+        assert "mean of 3 snapshots" in printed(capsys, "flow", *files, "--model", "small_factory:make")
+    finally:
+        sys.path.remove(str(tmp_path))
+    (row,) = [s for s in found["symmetries"] if s["symmetry"] == singles[0].name]
+    assert (found["snapshots"], found["steps"]) == (3, 420)
+    noises = torch.stack([d.from_momentum.noise for d in singles])
+    as_tensor = lambda values: torch.tensor(values, dtype=torch.float64)
+    torch.testing.assert_close(as_tensor(row["from_momentum"]["noise"]), noises.mean(0))
+    torch.testing.assert_close(as_tensor(row["charge"]), torch.stack([d.charge for d in singles]).mean(0))
+    first, second = single_leg_noises(tmp_path, net, syms)
+    expected = ((first.var(0) + second.var(0)) / 3).sqrt()
+    torch.testing.assert_close(as_tensor(row["from_momentum"]["error"]), expected, rtol=1e-6, atol=0.0)
+
+
+def single_leg_noises(folder: Path, net: torch.nn.Module, syms: nf.SymmetrySet) -> tuple[torch.Tensor, torch.Tensor]:
+    """The noise of the rows with their biases and of the columns, `[snapshots, units]`, written out."""
+    rows, columns = [], []
+    for k in range(3):
+        saved = torch.load(folder / f"{k}.pt")["optimizer"]["state"]
+
+        def noise(i: int, saved: Any = saved) -> torch.Tensor:
+            t = int(saved[i]["step"])
+            mean = saved[i]["exp_avg"].double() / (1 - 0.9**t)
+            over = (saved[i]["exp_avg_sq"].double() / (1 - 0.999**t)).sqrt() + 1e-8
+            return 1e-6 * 19 * mean.square() / over
+
+        rows.append(torch.stack([noise(0).sum(1), noise(1)]))
+        columns.append(noise(2).sum(0))
+    apart = torch.stack(rows)  # [snapshots, weight or bias, units]: legs err independently of each other
+    return combined(apart), torch.stack(columns)
+
+
+def combined(apart: torch.Tensor) -> torch.Tensor:
+    """Numbers whose variance over snapshots is the sum of the legs' variances."""
+    spread = apart.var(0).sum(0).sqrt()
+    return torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)[:, None] * spread

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import noetherflow as nf
 from noetherflow.equilibrium.averages import read_averages
-from noetherflow.equilibrium.state_flow import StateFlow, state_flow
+from noetherflow.equilibrium.state_flow import state_flow
+from noetherflow.equilibrium.state_result import StateFlow
 from noetherflow.errors import CheckpointError, DataError
 from noetherflow.workloads import digits
 

@@ -52,7 +52,8 @@ if TYPE_CHECKING:
     from noetherflow.equilibrium.objective import smoothing
     from noetherflow.equilibrium.result import Equilibrium
     from noetherflow.equilibrium.sharpness import sharpness_forecast
-    from noetherflow.equilibrium.state_flow import StateFlow
+    from noetherflow.equilibrium.state_flow import RunSnapshot
+    from noetherflow.equilibrium.state_result import StateFlow
     from noetherflow.equilibrium.step import step_identity
     from noetherflow.equilibrium.validity import SquareMemory, square_memory
     from noetherflow.moments.activation import ActivationMoments, activation_moments
@@ -92,7 +93,8 @@ _LAZY = {
     "equilibrium.result": ("Equilibrium",),
     "equilibrium.curvature": ("curvature_moments", "top_eigenvalue"),
     "equilibrium.sharpness": ("sharpness_forecast",),
-    "equilibrium.state_flow": ("StateFlow",),
+    "equilibrium.state_flow": ("RunSnapshot",),
+    "equilibrium.state_result": ("StateFlow",),
     "equilibrium.validity": ("SquareMemory", "square_memory"),
     "moments.activation": ("ActivationMoments", "activation_moments"),
     "moments.engine": ("gradient_moments",),
@@ -124,6 +126,7 @@ __all__ = [
     "Ledger",
     "Leg",
     "LionConfig",
+    "RunSnapshot",
     "SGDConfig",
     "SquareMemory",
     "StateFlow",

@@ -23,7 +23,19 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-STATE_FILES = ("optimizer.pt", "optimizer.bin", "optimizer.pth")
+STATE_FILES = (
+    "optimizer.pt",
+    "optimizer.bin",
+    "optimizer.pth",
+    "optimizer.safetensors",
+    "optimizer_state.safetensors",
+)
+GROUP_FILES = ("optimizer_param_groups.json", "optimizer.json", "param_groups.json")
+"""Files beside a state in safetensors that may hold its parameter groups; its own metadata comes first."""
+STATE_NAMES = frozenset(
+    {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg"}
+)
+"""Keys of the states that are read from safetensors."""
 OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "optimizer_state", "optim")
 """Keys under which training scripts keep the optimiser's state beside the weights in one file."""
 
@@ -46,8 +58,8 @@ def read_run(path: str | Path) -> RunFiles:
 
     Args:
         path: a folder as the Hugging Face Trainer writes it (`checkpoint-1000/` with `model.safetensors`, sharded or
-            not, or `pytorch_model.bin`, and `optimizer.pt`), or one PyTorch file that holds both, such as
-            `{"model": ..., "optimizer": ...}`.
+            not, or `pytorch_model.bin`, and `optimizer.pt` or `optimizer.safetensors`: `optimizer_in_safetensors`), or
+            one PyTorch file that holds both, such as `{"model": ..., "optimizer": ...}`.
 
     Returns:
         Both, mapped from disk, so that a large model need not fit into memory.
@@ -59,7 +71,7 @@ def read_run(path: str | Path) -> RunFiles:
     if path.is_dir():
         weights = _first(path, WEIGHT_FILES, "weights")
         state = _first(path, STATE_FILES, "optimiser state")
-        return RunFiles(_weights(weights), _optimizer(_load(state), state))
+        return RunFiles(_weights(weights), saved_optimizer(state))
     content = _load(path)
     tensors = next((content[k] for k in STATE_KEYS if isinstance(content.get(k), dict)), None)
     if tensors is None:
@@ -68,6 +80,81 @@ def read_run(path: str | Path) -> RunFiles:
             f"{STATE_FILES[0]}, or a file with both"
         )
     return RunFiles(tensors, _optimizer(content, path))
+
+
+def saved_optimizer(path: Path) -> Mapping[str, Any]:
+    """An optimiser's `state_dict()` from a PyTorch or safetensors file, mapped into memory.
+
+    Raises:
+        CheckpointError: the file is unreadable or holds none.
+    """
+    return optimizer_in_safetensors(path) if path.suffix == ".safetensors" else _optimizer(_load(path), path)
+
+
+def optimizer_in_safetensors(path: Path) -> dict[str, Any]:
+    """An optimiser's `state_dict()` from a safetensors file, whose tensors are named by parameter and key of the state.
+
+    Names are parameter and key in either order, joined by `.` or `/`, perhaps behind `state` or `optimizer`:
+    `state/0/exp_avg`, `layers.0.weight.exp_avg`, `exp_avg.layers.0.weight`. Parameter groups are JSON, in the metadata
+    of the file under `param_groups` or in a file beside it.
+
+    Args:
+        path: the file.
+
+    Raises:
+        CheckpointError: the file is unreadable, a name has no key of a state, or there are no parameter groups.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except Exception as cause:
+        raise CheckpointError(f"{path} is not a readable checkpoint ({type(cause).__name__}: {cause})") from cause
+    state: dict[Any, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        parameter, key = _parameter_and_key(name, path)
+        state.setdefault(parameter, {})[key] = tensor
+    return {"state": state, "param_groups": _groups(metadata, path, list(state))}
+
+
+def _parameter_and_key(name: str, path: Path) -> tuple[int | str, str]:
+    """The parameter, by number or name, and the key of its state in the name of a stored tensor."""
+    parts = name.replace("/", ".").split(".")
+    while len(parts) > 2 and parts[0] in ("state", *OPTIMIZER_KEYS):
+        parts = parts[1:]
+    first, last = parts[0] in STATE_NAMES, parts[-1] in STATE_NAMES
+    if len(parts) < 2 or first == last:
+        raise CheckpointError(
+            f"{path}: {name!r} does not say which entry of an optimiser's state it is; expected names such as "
+            f"'0.exp_avg' or 'layers.0.weight.exp_avg' with one of {', '.join(sorted(STATE_NAMES))}"
+        )
+    key, rest = (parts[0], parts[1:]) if first else (parts[-1], parts[:-1])
+    return int(rest[0]) if len(rest) == 1 and rest[0].isdigit() else ".".join(rest), key
+
+
+def _groups(metadata: Mapping[str, str], path: Path, parameters: list[Any]) -> list[dict[str, Any]]:
+    """The parameter groups of a state in safetensors; one without parameters has them all."""
+    beside = next((path.parent / n for n in GROUP_FILES if (path.parent / n).is_file()), None)
+    text = metadata.get("param_groups") or (None if beside is None else beside.read_text())
+    if text is None:
+        raise CheckpointError(
+            f"{path} has no parameter groups (lr, betas, weight_decay ...): neither 'param_groups' in its metadata nor "
+            f"one of {', '.join(GROUP_FILES)} beside it; write optimizer.state_dict()['param_groups'] there as JSON"
+        )
+    try:
+        content = json.loads(text)
+    except ValueError as cause:
+        raise CheckpointError(f"the parameter groups of {path} are no JSON: {cause}") from cause
+    groups = content.get("param_groups") if isinstance(content, dict) else content
+    if not (isinstance(groups, list) and groups and all(isinstance(g, dict) for g in groups)):
+        raise CheckpointError(f"the parameter groups of {path} are no list of settings: {str(content)[:80]}")
+    if len(groups) == 1 and "params" not in groups[0]:
+        groups = [
+            {**groups[0], "params": sorted(parameters) if all(isinstance(n, int) for n in parameters) else parameters}
+        ]
+    return groups
 
 
 def weights_for(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,10 +13,12 @@ from noetherflow.cli.options import MODEL, Debug, Json, console
 
 
 def flow(
-    checkpoint: Annotated[
-        Path,
+    checkpoints: Annotated[
+        list[Path],
         typer.Argument(
-            help="Folder with weights and optimizer.pt, as the Hugging Face Trainer writes it, or one file with both."
+            metavar="CHECKPOINT...",
+            help="Folder with weights and optimizer.pt (or .safetensors), as the Hugging Face Trainer writes it, or "
+            "one file with both. Several of one run are averaged, with errors from their scatter.",
         ),
     ],
     model: Annotated[
@@ -37,17 +39,17 @@ def flow(
     from noetherflow import discovery
     from noetherflow.balance.run_files import read_run, weights_for
     from noetherflow.cli.models import load_model
-    from noetherflow.equilibrium.state_flow import state_flow
+    from noetherflow.equilibrium.state_flow import RunSnapshot, state_flow
 
-    loaded = load_model(f"hf:{checkpoint}" if model is None else model)
+    loaded = load_model(f"hf:{checkpoints[-1]}" if model is None else model)
     with console.status("tracing the model"):
         syms = discovery.find_symmetries(loaded.model, loaded.example_inputs)
-    with console.status(f"reading {checkpoint}"):
-        run = read_run(checkpoint)
-        weights = weights_for(loaded.model, run.weights)
-        found = state_flow(loaded.model, syms, run.optimizer, lr=lr, weights=weights)
+    with console.status(f"reading {', '.join(map(str, checkpoints))}"):
+        runs = [read_run(path) for path in checkpoints]
+        snapshots = [RunSnapshot(r.optimizer, weights_for(loaded.model, r.weights), lr) for r in runs]
+        found = state_flow(loaded.model, syms, snapshots)
     if as_json:
-        print(json.dumps({"checkpoint": str(checkpoint), **found.to_dict()}))
+        print(json.dumps({"checkpoint": ", ".join(map(str, checkpoints)), **found.to_dict()}))
         return
     printed = tables.out()
     printed.print(str(found), markup=False, soft_wrap=True)

@@ -105,6 +105,15 @@ class OptimizerAverages:
         """The largest number of steps of any parameter."""
         return max((a.steps for a in self.by_name.values() if a.steps is not None), default=None)
 
+    @property
+    def reference_lr(self) -> float:
+        """The largest learning rate of any parameter, by which charges are scaled."""
+        return max(a.rates.lr for a in self.by_name.values())
+
+    def of(self, parameters: Sequence[str]) -> dict[str, Averages]:
+        """The averages of some parameters."""
+        return {n: self.by_name[n] for n in parameters}
+
     def with_weights(self, weights: Mapping[str, Tensor]) -> OptimizerAverages:
         """The same averages with other tensors as the parameters."""
         return replace(self, by_name={n: replace(a, theta=weights[n]) for n, a in self.by_name.items()})

@@ -29,7 +29,8 @@ from noetherflow.equilibrium.orbit import MeasuredOrbit, Samples, measured_orbit
 from noetherflow.equilibrium.potential import Drift, Potential
 from noetherflow.equilibrium.regime import Regime, drift_parts, few_samples, regime_of
 from noetherflow.equilibrium.result import Settled
-from noetherflow.equilibrium.state_flow import StateFlow, state_flow
+from noetherflow.equilibrium.state_flow import state_flow
+from noetherflow.equilibrium.state_result import StateFlow
 from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.result import GradientMoments
 from noetherflow.moments.statistics import jackknife

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,190 +12,51 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow.core.host import on_host
-from noetherflow.core.printing import table, transposed
-from noetherflow.equilibrium.averages import Averages, AveragingLaw, OptimizerAverages, read_averages
+from noetherflow.core.tensors import tensors_of
+from noetherflow.core.unwrap import unwrap_optimizer
+from noetherflow.equilibrium.averages import AveragingLaw, OptimizerAverages, read_averages
 from noetherflow.equilibrium.state_estimate import FlowEstimate, LegOrbit, Source, estimate, scaled_sums
 from noetherflow.equilibrium.state_invariance import StateInvariance, refuse_broken, state_invariance
 from noetherflow.equilibrium.state_matrix import matrix_flow
-from noetherflow.equilibrium.state_sums import LegSums, independent_entries, leg_sums
+from noetherflow.equilibrium.state_result import StateDrift, StateFlow
+from noetherflow.equilibrium.state_sums import LegSums, independent_entries, leg_sums, mean_sums
+from noetherflow.errors import DataError
 from noetherflow.symmetry.symmetry import Symmetry
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 EPS_MATTERS = 1e-3
 """Share of Adam's `eps` in a leg's part of the charge from which on the leg is summed anew along its orbit."""
-EXPLAINED = ("preconditioned charge", "drift per step: noise", "persistence", "imbalance", "relaxation (steps)", "–")
-"""Names of `printing.MEANING` that the table of families needs."""
 
 
 @dataclass(frozen=True, eq=False)
-class StateFlow:
-    """The flow of every symmetry that an optimiser's state determines.
+class RunSnapshot:
+    """Weights and optimiser state of one step of a run.
 
     Attributes:
-        details: one `StateDrift` per symmetry.
-        law: how the optimiser steps, as read from its state.
-        lr: the learning rate that charges are scaled by, the largest of its parameter groups.
-        steps: optimiser steps made, None where the state does not say.
-        excluded: symmetries without an answer, with the reason.
+        optimizer: what `optimizer.state_dict()` gave.
+        weights: the weights by canonical name, after the step that wrote the state.
+        lr: learning rate to use in place of the stored ones.
     """
 
-    details: tuple[StateDrift, ...]
-    law: AveragingLaw
-    lr: float
-    steps: int | None
-    excluded: Mapping[str, str]
+    optimizer: Any
+    weights: Mapping[str, Tensor] | None = None
+    lr: float | None = None
 
-    def __getitem__(self, name: str) -> StateDrift:
-        for detail in self.details:
-            if detail.name == name:
-                return detail
-        raise KeyError(f"no symmetry named {name!r}; names: {[d.name for d in self.details][:20]}")
+    @classmethod
+    def of(cls, model: nn.Module, optimizer: torch.optim.Optimizer) -> RunSnapshot:
+        """A copy of a running model's weights and of its optimiser's state, to average over later.
 
-    def rows(self) -> list[dict[str, Any]]:
-        """One row per symmetry."""
-        return [d.row() for d in self.details]
+        Args:
+            model: the model that the optimiser trains.
+            optimizer: a living optimiser.
+        """
+        weights = {n: t.detach().clone() for n, t in tensors_of(model).items()}
+        return cls(copy.deepcopy(unwrap_optimizer(optimizer).state_dict()), weights)
 
-    def families(self) -> list[dict[str, Any]]:
-        """One row per family of symmetries, in the words of `printing.MEANING`."""
-        names = dict.fromkeys(d.family for d in self.details)
-        return [_family([d for d in self.details if d.family == name]) for name in names]
-
-    def assumptions(self) -> list[str]:
-        """What the numbers rest on, one sentence each."""
-        out = [
-            "'from momentum' holds for any gradients; one snapshot of it scatters, average several",
-            "equilibria are those of the function as it is now, every symmetry with the others held",
-        ]
-        out += self._tested()
-        b2 = self.law.square_memory
-        if b2 is None:
-            return [*out, "Nesterov's state leaves up to 10 % of the noise open"] if self.law.nesterov else out
-        slow = f"{round(1 / (1 - b2)):,} steps"
-        out.append("'from squares' takes gradients as uncorrelated from step to step (persistence 1)")
-        out.append(
-            f"v averages {slow}: it must be slow against the fluctuations of the weights (without curvature it is "
-            "unknown whether it is) and fast against training; near b2 = 0.95 or below equilibria are off by factors"
-        )
-        if self.steps is not None and self.steps * (1 - b2) < 1:
-            out.append(f"after {self.steps:,} steps v still averages over the whole run, early gradients included")
-        return out
-
-    def _tested(self) -> list[str]:
-        """What the test of the state against the symmetries found."""
-        open_ = [d.name for d in self.details if d.invariance.outcome == "undecided"]
-        closed = [d.invariance.resolved for d in self.details if d.invariance.outcome == "holds"]
-        out = []
-        if closed:
-            out.append(
-                "the loss has these symmetries: theta^T A m is what the optimiser's own steps make of it; a penalty or "
-                f"a detached branch that moves charges by more than {100 * max(closed):.0f} % of all that pushes them "
-                "would have shown, a smaller one would not"
-            )
-        if open_:
-            more = f" and {len(open_) - 1:,} more" if len(open_) > 1 else ""
-            out.append(
-                f"whether the loss has {open_[0]}{more} cannot be decided from this state: it is taken to, and a "
-                "penalty inside it would be in the drift unseen"
-            )
-        return out
-
-    def __str__(self) -> str:
-        what = {"sgd": "SGD with momentum", "adam": "Adam", "rmsprop": "RMSprop"}[self.law.kind]
-        when = "" if self.steps is None else f" after {self.steps:,} steps"
-        lines = [f"Noether flow from the state of {what}{when}, lr {self.lr:g}"]
-        lines += [table(transposed(self.families()), *EXPLAINED) if self.details else "(no symmetry)"]
-        lines += [f"  assumed: {a}" for a in self.assumptions()]
-        for why in dict.fromkeys(self.excluded.values()):
-            names = [n for n, reason in self.excluded.items() if reason == why]
-            more = "" if len(names) == 1 else f" and {len(names) - 1:,} more"
-            lines.append(f"excluded: {names[0]}{more}: {why}")
-        return "\n".join(lines)
-
-    __repr__ = __str__
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as numbers and lists, for files."""
-        return {
-            "optimizer": vars(self.law),
-            "lr": self.lr,
-            "steps": self.steps,
-            "assumptions": self.assumptions(),
-            "excluded": dict(self.excluded),
-            "symmetries": [d.to_dict() for d in self.details],
-        }
-
-
-@dataclass(frozen=True, eq=False)
-class StateDrift:
-    """The flow of one symmetry; tensors in its layout, changes per step.
-
-    Attributes:
-        name: of the symmetry.
-        family: its family.
-        kind: its group.
-        legs: `+parameter` or `-parameter`, one per leg.
-        charge: preconditioned, `sum_i a_i (lr / lr_i) (s_i + eps) theta_i^2` for Adam, `theta^T A theta` for SGD.
-        decay: what weight decay takes of it per step.
-        from_squares: the flow from the average of squares, None for SGD and general_linear.
-        from_momentum: the flow from the average of gradients, None for RMSprop without momentum.
-        persistence: by leg, the second over the first; 1 where gradients are uncorrelated, above 1 where a mean
-            gradient carries the weights, below 1 where shuffled epochs take back what they gave. `[legs, blocks]`.
-        entries: by leg, how many independent numbers the average of gradients holds. `[legs, blocks]`.
-        invariance: whether the state is that of a loss with this symmetry; it cannot be decided for RMSprop.
-    """
-
-    name: str
-    family: str
-    kind: str
-    legs: tuple[str, ...]
-    charge: Tensor
-    decay: Tensor
-    from_squares: FlowEstimate | None
-    from_momentum: FlowEstimate | None
-    persistence: Tensor | None
-    entries: Tensor | None
-    invariance: StateInvariance
-
-    @property
-    def best(self) -> FlowEstimate:
-        """The estimate that holds for any gradients, where there is one."""
-        found = self.from_momentum or self.from_squares
-        assert found is not None
-        return found
-
-    def row(self) -> dict[str, Any]:
-        """Norms over the coordinates, medians and largest values."""
-        best = self.best
-        times, held = best.relaxation_steps[best.finite], self.persistence
-        return {
-            "symmetry": self.name,
-            "family": self.family,
-            "kind": self.kind,
-            "charge": _norm(self.charge),
-            "decay": _norm(self.decay),
-            "noise_from_squares": None if self.from_squares is None else _norm(self.from_squares.noise),
-            "noise_from_momentum": None if self.from_momentum is None else _norm(self.from_momentum.noise),
-            "noise_error": _norm(best.error),
-            "drift": _norm(best.drift),
-            "persistence": None if held is None else float(held.median()),
-            "imbalance": float(best.imbalance.max()),
-            "relaxation_steps": float(times.median()) if times.numel() else None,
-            "without_equilibrium": int((~best.finite).sum()),
-        }
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every coordinate, as lists."""
-        plain = {n: getattr(self, n) for n in ("charge", "decay", "persistence", "entries")}
-        estimates = {n: getattr(self, n) for n in ("from_squares", "from_momentum")}
-        return {
-            "symmetry": self.name,
-            "family": self.family,
-            "kind": self.kind,
-            "legs": list(self.legs),
-            "loss": vars(self.invariance),
-            **{n: None if t is None else t.tolist() for n, t in plain.items()},
-            **{n: None if e is None else _listed(e) for n, e in estimates.items()},
-        }
+    def read(self, model: nn.Module) -> OptimizerAverages:
+        """Its averages, with its own weights as the parameters."""
+        read = read_averages(model, self.optimizer, self.lr)
+        return read if self.weights is None else read.with_weights(self.weights)
 
 
 @on_host
@@ -217,7 +79,7 @@ def state_flow(
         model: the model as it was saved together with the state; only read.
         syms: its symmetries, `nf.find_symmetries(model, example_inputs)`.
         optimizer: SGD with momentum, Adam, AdamW or RMSprop of torch (maybe wrapped by accelerate), or what its
-            `state_dict()` gave.
+            `state_dict()` gave; or a list of `RunSnapshot`, whose mean is taken, with errors over them.
         lr: learning rate to use in place of the stored ones, where a schedule has taken them to 0.
         weights: the weights by canonical name where the model has none (on the meta device).
 
@@ -225,7 +87,8 @@ def state_flow(
         The flow by symmetry, printable; `flow[name].from_momentum.element` moves the weights to the equilibrium.
 
     Raises:
-        DataError: another optimiser, options outside the theory, no state yet, a learning rate of 0.
+        DataError: another optimiser, options outside the theory, no state yet, a learning rate of 0, or a state that is
+            not of a loss with these symmetries.
         CheckpointError: a saved state whose parameters cannot be identified beyond doubt.
 
     Example:
@@ -233,7 +96,9 @@ def state_flow(
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
         >>> optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
         >>> for _ in range(5):
-        ...     net(torch.randn(8, 3)).square().mean().backward()
+        ...     loss = net(torch.randn(8, 3)).square().mean()
+        ...     optimizer.zero_grad()
+        ...     loss.backward()
         ...     optimizer.step()
         >>> flow = state_flow(net, nf.find_symmetries(net, (torch.randn(2, 3),)), optimizer)
         >>> flow.details[0].charge.shape
@@ -242,16 +107,34 @@ def state_flow(
     Source: theory.md section 13.
     """
     syms = syms.trainable(model)
-    read = read_averages(model, optimizer, lr)
-    if weights is not None:
-        read = read.with_weights(weights)
-    reasons = {s.name: why for s in syms if (why := _why_not(s, read)) is not None}
-    syms = syms.without(reasons)
-    reference = max(a.rates.lr for a in read.by_name.values())
-    tests = {s.name: state_invariance(s, (read,)) for s in syms}
-    refuse_broken(tests, read.law)
-    details = tuple(_drift(s, read, reference, tests[s.name]) for s in syms)
-    return StateFlow(details, read.law, reference, read.steps, dict(syms.excluded))
+    reads = _reads(model, optimizer, lr, weights)
+    last = reads[-1]
+    syms = syms.without({s.name: why for s in syms if (why := _why_not(s, last)) is not None})
+    tests = {s.name: state_invariance(s, reads) for s in syms}
+    refuse_broken(tests, last.law)
+    details = tuple(_drift(s, reads, tests[s.name]) for s in syms)
+    return StateFlow(details, last.law, last.reference_lr, last.steps, len(reads), dict(syms.excluded))
+
+
+def _reads(
+    model: nn.Module, optimizer: Any, lr: float | None, weights: Mapping[str, Tensor] | None
+) -> list[OptimizerAverages]:
+    """The averages of every snapshot.
+
+    Raises:
+        DataError: they are not of one run: another optimiser, or other parameters have state.
+    """
+    if not (isinstance(optimizer, list | tuple) and any(isinstance(o, RunSnapshot) for o in optimizer)):
+        return [RunSnapshot(optimizer, weights, lr).read(model)]
+    if lr is not None or weights is not None:
+        raise DataError("lr= and weights= go with one optimiser; each RunSnapshot has its own")
+    reads = [snapshot.read(model) for snapshot in optimizer]
+    laws = {read.law for read in reads}
+    if len(laws) > 1:
+        raise DataError(f"the snapshots are not of one run, their optimisers differ: {sorted(map(str, laws))[:3]}")
+    if any(read.by_name.keys() != reads[0].by_name.keys() for read in reads):
+        raise DataError("the snapshots are not of one run: their optimisers hold state of different parameters")
+    return sorted(reads, key=lambda read: read.steps or 0)
 
 
 def _why_not(symmetry: Symmetry, read: OptimizerAverages) -> str | None:
@@ -268,24 +151,29 @@ def _why_not(symmetry: Symmetry, read: OptimizerAverages) -> str | None:
     return None
 
 
-def _drift(symmetry: Symmetry, read: OptimizerAverages, lr: float, test: StateInvariance) -> StateDrift:
-    return (_torus_flow if symmetry.is_torus else _matrix_drift)(symmetry, read, lr, test)
+def _drift(symmetry: Symmetry, reads: Sequence[OptimizerAverages], test: StateInvariance) -> StateDrift:
+    return (_torus_flow if symmetry.is_torus else _matrix_drift)(symmetry, reads, test)
 
 
-def _torus_flow(symmetry: Symmetry, read: OptimizerAverages, lr: float, test: StateInvariance) -> StateDrift:
+def _torus_flow(symmetry: Symmetry, reads: Sequence[OptimizerAverages], test: StateInvariance) -> StateDrift:
     """The flow of one scalar or diagonal symmetry."""
-    law, averages = read.law, {n: read.by_name[n] for n in symmetry.parameters}
-    legs = leg_sums(symmetry, averages, law, lr)
-    orbit = _leg_orbit(symmetry, averages, law, lr, legs)
+    law, states = reads[0].law, [read.of(symmetry.parameters) for read in reads]
+    parts = [leg_sums(symmetry, own, law, read.reference_lr) for own, read in zip(states, reads, strict=True)]
+    legs = mean_sums(parts)
+    orbit = _leg_orbit(symmetry, reads, legs)
     entries = None
     if legs[0].held is not None:
-        entries = torch.stack([independent_entries(g, averages[g.parameter]) for g in symmetry.weight_legs])
+        entries = torch.stack(
+            [_sum(independent_entries(g, own[g.parameter]) for own in states) for g in symmetry.weight_legs]
+        )
     counts = torch.ones(len(legs), symmetry.blocks, dtype=torch.float64) if entries is None else entries
 
     def flow(source: Source) -> FlowEstimate | None:
         if legs[0].noise(source) is None:
             return None
-        return estimate(legs, orbit, law, source, list(_relative_errors(counts, law, source, read.steps)))
+        if len(parts) > 1:
+            return estimate(legs, orbit, law, source, _errors_over(parts, source))
+        return estimate(legs, orbit, law, source, list(_relative_errors(counts, law, source, reads[0].steps)))
 
     return StateDrift(
         name=symmetry.name,
@@ -302,22 +190,41 @@ def _torus_flow(symmetry: Symmetry, read: OptimizerAverages, lr: float, test: St
     )
 
 
-def _leg_orbit(
-    symmetry: Symmetry, averages: Mapping[str, Averages], law: AveragingLaw, lr: float, legs: tuple[LegSums, ...]
-) -> LegOrbit:
+def _sum(tensors: Iterable[Tensor]) -> Tensor:
+    """The sum of tensors of one shape."""
+    return torch.stack(list(tensors)).sum(0)
+
+
+def _leg_orbit(symmetry: Symmetry, reads: Sequence[OptimizerAverages], legs: tuple[LegSums, ...]) -> LegOrbit:
     """The sums elsewhere: powers of the element, or summed anew over the entries of the legs where `eps` counts."""
+    law, states = reads[0].law, [read.of(symmetry.parameters) for read in reads]
     anew = [i for i, leg in enumerate(legs) if float(leg.eps_share.max()) >= EPS_MATTERS]
     if symmetry.self_coupled or not anew:
         return LegOrbit(partial(scaled_sums, legs, law), 1e-10)
 
     def at(element: Tensor) -> Sequence[LegSums]:
         moved = list(scaled_sums(legs, law, element))
-        for i, sums in zip(anew, leg_sums(symmetry, averages, law, lr, element, only=anew), strict=True):
+        parts = [
+            leg_sums(symmetry, own, law, read.reference_lr, element, only=anew)
+            for own, read in zip(states, reads, strict=True)
+        ]
+        for i, sums in zip(anew, mean_sums(parts), strict=True):
             moved[i] = sums
         return moved
 
-    wide = all(a.theta.dtype == torch.float64 for a in averages.values())
+    wide = all(a.theta.dtype == torch.float64 for own in states for a in own.values())
     return LegOrbit(at, 1e-10 if wide else 1e-5)
+
+
+def _errors_over(parts: Sequence[Sequence[LegSums]], source: Source) -> list[Tensor]:
+    """Relative standard error of each leg's mean noise, from its scatter over snapshots, `[blocks]` each."""
+    out = []
+    for leg in zip(*parts, strict=True):
+        noises = torch.stack([n for own in leg if (n := own.noise(source)) is not None])
+        mean = noises.mean(0)
+        error = noises.std(0) / len(noises) ** 0.5
+        out.append(torch.where(mean > 0, error / mean, torch.zeros_like(mean)))
+    return out
 
 
 def _persistence(legs: tuple[LegSums, ...]) -> Tensor | None:
@@ -343,9 +250,9 @@ def _relative_errors(entries: Tensor, law: AveragingLaw, source: Source, steps: 
     return (share / (2 * entries)).sqrt()
 
 
-def _matrix_drift(symmetry: Symmetry, read: OptimizerAverages, lr: float, test: StateInvariance) -> StateDrift:
+def _matrix_drift(symmetry: Symmetry, reads: Sequence[OptimizerAverages], test: StateInvariance) -> StateDrift:
     """The flow of one general_linear symmetry under SGD."""
-    found = matrix_flow(symmetry, {n: read.by_name[n] for n in symmetry.parameters}, read.law, lr)
+    found = matrix_flow(symmetry, reads)
     return StateDrift(
         name=symmetry.name,
         family=symmetry.family,
@@ -359,36 +266,3 @@ def _matrix_drift(symmetry: Symmetry, read: OptimizerAverages, lr: float, test: 
         entries=None,
         invariance=test,
     )
-
-
-def _family(details: list[StateDrift]) -> dict[str, Any]:
-    """One family: norms over all its coordinates, medians over those that have a value."""
-    best = [d.best for d in details]
-    times = torch.cat([b.relaxation_steps[b.finite] for b in best])
-    held = [d.persistence.flatten() for d in details if d.persistence is not None]
-    squares = [d.from_squares.noise.flatten() for d in details if d.from_squares is not None]
-    momentum = [d.from_momentum.noise.flatten() for d in details if d.from_momentum is not None]
-    errors = [d.from_momentum.error.flatten() for d in details if d.from_momentum is not None]
-    return {
-        "family": details[0].family,
-        "symmetries": len(details),
-        "coordinates": sum(len(b.finite) for b in best),
-        "preconditioned charge": _norm(torch.cat([d.charge.flatten() for d in details])),
-        "drift per step: weight decay": _norm(torch.cat([d.decay.flatten() for d in details])),
-        "drift per step: noise, from squares": _norm(torch.cat(squares)) if squares else None,
-        "drift per step: noise, from momentum": _norm(torch.cat(momentum)) if momentum else None,
-        "+- (one snapshot)": _norm(torch.cat(errors)) if errors else None,
-        "persistence (median)": float(torch.cat(held).median()) if held else None,
-        "imbalance": max(float(b.imbalance.max()) for b in best),
-        "relaxation (steps)": float(times.median()) if times.numel() else None,
-        "coordinates without equilibrium": sum(int((~b.finite).sum()) for b in best),
-    }
-
-
-def _norm(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values))
-
-
-def _listed(found: FlowEstimate) -> dict[str, Any]:
-    """The estimate with lists in place of tensors."""
-    return {k: v.tolist() if isinstance(v, Tensor) else v for k, v in vars(found).items()}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from noetherflow.core import spd
-from noetherflow.equilibrium.averages import Averages, AveragingLaw
+from noetherflow.equilibrium.averages import OptimizerAverages
 from noetherflow.equilibrium.blocks import GLClasses, classify_gl
 from noetherflow.equilibrium.solve import finite_gl_step
 from noetherflow.equilibrium.state_estimate import FlowEstimate
@@ -40,14 +40,12 @@ class _LegGrams:
     variance: Tensor
 
 
-def matrix_flow(symmetry: Symmetry, averages: Mapping[str, Averages], law: AveragingLaw, lr: float) -> MatrixFlow:
+def matrix_flow(symmetry: Symmetry, reads: Sequence[OptimizerAverages]) -> MatrixFlow:
     """Charge, drift and equilibrium of one general_linear symmetry under SGD with momentum.
 
     Args:
         symmetry: a general_linear symmetry.
-        averages: by parameter name; the means are momentum buffers.
-        law: SGD's.
-        lr: the learning rate that the charge is scaled by.
+        reads: SGD's averages at one step of a run, or at several, whose mean is taken; the means are momentum buffers.
 
     Returns:
         The flow; its element is the closed form `P = X^-1 # Y` with the others held, the identity in blocks where some
@@ -55,7 +53,7 @@ def matrix_flow(symmetry: Symmetry, averages: Mapping[str, Averages], law: Avera
 
     Source: theory.md sections 5 and 13.
     """
-    legs = [_grams(symmetry, i, averages[g.parameter], law, lr) for i, g in enumerate(symmetry.weight_legs)]
+    legs = [_mean_grams([_grams(symmetry, i, read) for read in reads]) for i in range(len(symmetry.weight_legs))]
     zero = torch.zeros(symmetry.shape, dtype=torch.float64)
     x = sum((g.decay if g.sign > 0 else g.noise for g in legs), zero) / 2
     y = sum((g.noise if g.sign > 0 else g.decay for g in legs), zero) / 2
@@ -82,10 +80,20 @@ def matrix_flow(symmetry: Symmetry, averages: Mapping[str, Averages], law: Avera
     return MatrixFlow(sum((g.sign * g.weight for g in legs), zero), decay, found)
 
 
-def _grams(symmetry: Symmetry, index: int, averages: Averages, law: AveragingLaw, lr: float) -> _LegGrams:
+def _mean_grams(parts: Sequence[_LegGrams]) -> _LegGrams:
+    """The mean over snapshots; the variance of its noise is then that of the mean, from the scatter."""
+    if len(parts) == 1:
+        return parts[0]
+    weight, decay, noise = (torch.stack([getattr(p, n) for p in parts]) for n in ("weight", "decay", "noise"))
+    return _LegGrams(parts[0].sign, weight.mean(0), decay.mean(0), noise.mean(0), noise.var(0) / len(parts))
+
+
+def _grams(symmetry: Symmetry, index: int, read: OptimizerAverages) -> _LegGrams:
     """The Grams of one leg. An entry of a Gram over `n` independent columns has variance `(M_ii M_jj + M_ij^2) / n`."""
+    leg, law, lr = symmetry.weight_legs[index], read.law, read.reference_lr
+    averages = read.by_name[leg.parameter]
     assert averages.mean is not None
-    leg, rates = symmetry.weight_legs[index], averages.rates
+    rates = averages.rates
     weight = leg.gram(averages.theta.detach()).double().cpu() * lr / rates.lr
     buffer = leg.unfold(accumulation_dtype(averages.mean))
     noise = (buffer @ buffer.mT).double().cpu() * law.persistence * lr * rates.lr

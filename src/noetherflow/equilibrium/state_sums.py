@@ -71,6 +71,28 @@ def leg_sums(
     return tuple(_summed(g, _entries(_moved(symmetry, averages[g.parameter], element), law, lr)) for g in legs)
 
 
+def mean_sums(parts: Sequence[Sequence[LegSums]]) -> tuple[LegSums, ...]:
+    """The sums of every leg, averaged over snapshots of a run."""
+    return tuple(_mean_of(leg) for leg in zip(*parts, strict=True))
+
+
+def _mean_of(leg: Sequence[LegSums]) -> LegSums:
+    """The mean of one leg; the share of `eps` is the largest."""
+
+    def mean(values: Sequence[Tensor | None]) -> Tensor | None:
+        known = [v for v in values if v is not None]
+        return torch.stack(known).mean(0) if known else None
+
+    return LegSums(
+        leg[0].exponent,
+        torch.stack([p.weight for p in leg]).mean(0),
+        torch.stack([p.decay for p in leg]).mean(0),
+        mean([p.white for p in leg]),
+        mean([p.held for p in leg]),
+        torch.stack([p.eps_share for p in leg]).amax(0),
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class _Entries:
     """The summands of `LegSums`, of the parameter's shape."""
