@@ -35,6 +35,7 @@ def hooked(case: Case, module: str, axis: int) -> Tensor:
         ("depthwise_cnn", "0 -> 2", "2", 1),  # groups of one channel
         ("depthwise_cnn", "2 -> 4", "4", 1),  # two groups
         ("depthwise_cnn", "4 -> 6", "6", 1),  # transposed
+        ("cnn", "0 -> 3", "3", 1),  # behind a pooling, which torch dispatches in Python
         ("gpt2", "transformer.h.0.ln_1 -> transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_attn", -1),
         ("llama", "model.norm -> lm_head", "lm_head", -1),
         ("llama", "model.layers.0.mlp.up_proj -> model.layers.0.mlp.down_proj", "model.layers.0.mlp.down_proj", -1),
@@ -132,6 +133,15 @@ def test_what_is_not_read_is_named_and_forwards_of_ones_own_work() -> None:
     for name, level in direct.largest.items():
         torch.testing.assert_close(found.largest[name], level, rtol=1e-12, atol=0)
     assert found.to_dict()["values"] > 0
+
+
+def test_legs_on_what_a_weight_makes_have_no_level() -> None:
+    """GPT-2's queries and keys come from one weight: its - leg is on the keys, not on what the weight reads."""
+    case = ZOO["gpt2"]().double()
+    syms = nf.find_symmetries(case.model, case.inputs)
+    found = nf.activation_moments(case.model, [case.inputs], syms)
+    assert {s.name for s in syms if s.family == "attention-qk"} <= set(found.left)
+    assert {s.name for s in syms if s.family == "attention-vo"} <= set(found.largest)
 
 
 def test_faults_are_refused() -> None:

@@ -77,7 +77,7 @@ def test_random_elements_move_model_and_state_as_by_hand(name: str) -> None:
         weights |= s.act(weights, elements[s.name])
         momenta |= s.act_on_gradients(momenta, elements[s.name])
     before = outputs(case)
-    report = nf.move_(case.model, syms, elements, optimizer, tolerance=TOLERANCE.get(name))
+    report = nf.move_(case.model, syms, elements, optimizer)
     assert change(before, outputs(case)) < TOLERANCE.get(name, 1e-12)
     assert report.state_entries > 0
     for n, t in tensors.items():
@@ -95,7 +95,7 @@ def test_gains_become_one(name: str) -> None:
     before = outputs(case)
     with torch.no_grad():
         norms_before = {n: t.clone() for n, t in nf.tensors_of(case.model).items()}
-    report = nf.gains_to_one(case.model, syms, optimizer, tolerance=TOLERANCE.get(name))
+    report = nf.gains_to_one(case.model, syms, optimizer)
     assert change(before, outputs(case)) < TOLERANCE.get(name, 1e-12)
     tensors = nf.tensors_of(case.model)
     offset = 1.0 if name == "gemma" else 0.0

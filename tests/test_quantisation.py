@@ -113,7 +113,7 @@ def in_range(model: nn.Module, inputs: Any) -> nn.Module:
 
 @pytest.mark.slow
 def test_cnn_gains_as_much_as_by_the_pairwise_method() -> None:
-    """Six trainings, logs of ratios. Of this network's five pairs two have a pooling between them, which the pairwise
+    """Six trainings, logs of ratios. Of this network's six pairs two have a pooling between them, which the pairwise
     method does not know; at 8 bits that makes no difference in the mean, and from one training to the next +- 30 %.
     """
     x = digits(images=True)[0][-HELD_OUT:]

@@ -80,7 +80,7 @@ class Alignment:
         """
         optimizers = [] if optimizer is None else optimizer if isinstance(optimizer, Sequence) else [optimizer]
         inputs = _inputs_of(self.symmetries, example_inputs)
-        return move_values(model, self.motion, None, OutputCheck(inputs, tolerance=tolerance), optimizers)
+        return move_values(model, self.motion, self.symmetries, OutputCheck(inputs, tolerance=tolerance), optimizers)
 
     def __str__(self) -> str:
         moved = sum(int((r.order != torch.arange(len(r.order))).sum()) for r in self.reorderings)

@@ -21,6 +21,7 @@ from noetherflow.core.unwrap import unwrap_optimizer
 from noetherflow.discovery.certificate import Certificate
 from noetherflow.equilibrium.result import Equilibrium
 from noetherflow.errors import CertificateError, DataError
+from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 REMEDY = "pass the model it was solved for; inside another module its parameters have other names (model.module)"
 SHOWN = 20
@@ -131,8 +132,8 @@ def balance_(
         example_inputs: one argument, a tuple of positional arguments, or a dict of keyword arguments.
         certificate: of `nf.certify`; what it calls broken is refused. It never widens the tolerance.
         tolerance: largest relative change of outputs; by default `10 eps^(3/4)` of the least precise tensor of the
-            model or its outputs (2e-11 in float64, 6e-5 in float32), or 1e-3 where a normalisation's eps makes a moved
-            symmetry approximate.
+            model or its outputs (2e-11 in float64; 6e-5 in float32, and where the model casts to it inside), or 1e-3
+            where a normalisation's eps makes a moved symmetry approximate.
         unchecked: move even where nothing proves that the function stays.
 
     Returns:
@@ -201,7 +202,7 @@ def balance_values(
     motion, tensors = Motion.of(eq), tensors_of(model)
     check_same_model(tensors, motion.by_parameter, eq.symmetries.shapes, "the equilibrium belongs", REMEDY, DataError)
     _refuse_elsewhere(eq, motion, {**tensors, **(stored or {})})
-    report = move_values(model, motion, eq.symmetries.example_inputs, check, optimizers, stored)
+    report = move_values(model, motion, eq.symmetries, check, optimizers, stored)
     return replace(
         report,
         skipped={**eq.excluded, **{s.name: s.reason for s in eq if s.reason}},
@@ -213,7 +214,7 @@ def balance_values(
 def move_values(
     model: nn.Module,
     motion: Motion,
-    remembered: Any,
+    syms: SymmetrySet,
     check: OutputCheck,
     optimizers: Sequence[torch.optim.Optimizer] = (),
     stored: Mapping[str, Tensor] | None = None,
@@ -223,7 +224,8 @@ def move_values(
     Args:
         model: what moves.
         motion: how.
-        remembered: the inputs that the symmetries were found with, for the check where it has none.
+        syms: the symmetries as they were found: their inputs, for the check where it has none, and where the model
+            casts to a lower precision inside.
         check: what proves that the function stays.
         optimizers: whose state moves along.
         stored: values (and dtypes) in place of the model's own.
@@ -236,10 +238,11 @@ def move_values(
     """
     tensors = tensors_of(model)
     source = {**tensors, **(stored or {})}
-    before = check.before(model, motion, remembered)
+    before = check.before(model, motion, syms.example_inputs)
     new, rounding = moved_tensors(source, motion)
     changes = {n: _relative(t.double(), source[n].detach().double()) for n, t in new.items()}
     precisions = [t.dtype for t in (*tensors.values(), *new.values()) if t.is_floating_point()]
+    precisions += [torch.float32] if syms.casts else []
     state = _state_plan(optimizers, tensors, motion)
     gradients, sparse = _gradients(new, tensors)
     with _all_or_nothing() as write:

@@ -179,7 +179,7 @@ class Reading(TorchFunctionMode):
             name = self._names.get(id(weight))
             if name is not None and read is not None:
                 self._add(name, read)
-        elif is_python_function_of_torch(func):
+        elif is_python_function_of_torch(func) and any(id(a) in self._names for a in (*args, *kwargs.values())):
             with self:
                 return transparent(func)(*args, **kwargs)
         return func(*args, **kwargs)
@@ -250,23 +250,36 @@ class Levels:
 
 
 def _levels(symmetry: Symmetry, sums: Mapping[str, ChannelSums], tensors: Mapping[str, Tensor]) -> Levels | None:
-    """The levels over all `-` legs; None unless every one of them was seen and every channel is on them."""
+    """The levels over all `-` legs; None unless every one of them was seen to multiply the channels themselves."""
     shapes = {n: tuple(tensors[n].shape) for n in symmetry.parameters}
     legs = [leg for of_one in leg_coordinates([symmetry], shapes).values() for leg in of_one if leg.exponent < 0]
     names = [symmetry.weight_legs[leg.leg].parameter for leg in legs]
     if not legs or any(n not in sums for n in names):
         return None
-    parts = [_at(leg, sums[n], shapes[n]) for leg, n in zip(legs, names, strict=True)]
+    found = [_at(leg, sums[n], shapes[n]) for leg, n in zip(legs, names, strict=True)]
+    parts = [part for part in found if part is not None]
+    if len(parts) < len(found):
+        return None
     largest = torch.stack([part.largest for part in parts]).amax(0)
     second = torch.stack([part.second for part in parts]).amax(0)
     return Levels(largest, second, min(part.values for part in parts))
 
 
-def _at(leg: LegCoordinates, sums: ChannelSums, shape: tuple[int, ...]) -> Levels:
-    """The levels of the channels that one leg reads, each the larger one where it reads several with one scale."""
+def _at(leg: LegCoordinates, sums: ChannelSums, shape: tuple[int, ...]) -> Levels | None:
+    """The levels of the channels that one leg reads, each the larger one where it reads several with one scale.
+
+    None where the entries that meet one channel have several scales: then the leg is on what the weight makes, not on
+    what it reads (the keys' side of queries and keys in one weight).
+    """
     coordinates = leg.ids.expand(leg.view).reshape(shape)
     channels = sums.channels.expand(shape)
     own = coordinates >= 0
+    ends = [
+        torch.full(sums.largest.shape, start).scatter_reduce_(0, channels[own], coordinates[own], how)
+        for start, how in ((leg.count, "amin"), (-1, "amax"))
+    ]
+    if bool(((ends[1] >= 0) & (ends[0] != ends[1])).any()):
+        return None
     out = [torch.zeros(leg.count, dtype=torch.float64) for _ in range(2)]
     for level, found in zip(out, (sums.largest, sums.squares / sums.values), strict=True):
         level.scatter_reduce_(0, coordinates[own], found[channels[own]], "amax")
@@ -277,4 +290,4 @@ def _why(symmetry: Symmetry) -> str:
     """Why a symmetry has no levels."""
     if symmetry.one_sided:
         return "nothing reads it: all legs scale the same way"
-    return "a - leg is read by something else than a matrix product or convolution, or was not run"
+    return "a - leg is not multiplied with the channels by a matrix product or convolution, or was not run"
