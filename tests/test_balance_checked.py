@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import noetherflow as nf
 from equilibrium_cases import Problem, mlp
@@ -265,3 +265,33 @@ def test_a_forward_that_draws_is_compared_with_equal_draws() -> None:
     report = nf.balance_(noisy, eq, example_inputs=problem.data[0])
     assert report.output_change is not None
     assert report.output_change < 1e-12
+
+
+def test_an_equilibrium_of_adam_is_not_applied_twice() -> None:
+    """Its charges are preconditioned, which weights alone do not tell; those of the weights are kept beside them."""
+    model, x, syms, moments = _measured()
+    eq = nf.noise_equilibrium(model, syms, moments, nf.AdamConfig(lr=1e-3, batch_size=8, weight_decay=0.1))
+    assert eq.assumptions
+    nf.balance_(model, eq, example_inputs=x)
+    with pytest.raises(DataError, match="away from where the equilibrium was solved"):
+        nf.balance_(model, eq, example_inputs=x)
+
+
+def test_parameters_frozen_after_the_solve_are_not_moved() -> None:
+    model, x, syms, moments = _measured()
+    eq = nf.noise_equilibrium(model, syms, moments, nf.SGDConfig(lr=0.1, batch_size=8))
+    model[0].weight.requires_grad_(False)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(DataError, match=r"'0.weight'.*frozen.*since the equilibrium was solved"):
+        nf.balance_(model, eq, example_inputs=x)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    model[0].weight.requires_grad_(True)
+    assert nf.balance_(model, eq, example_inputs=x).moved
+
+
+def _measured() -> tuple[nn.Sequential, Tensor, nf.SymmetrySet, nf.GradientMoments]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2)).double()
+    x = torch.randn(64, 3, dtype=torch.float64)
+    syms = nf.find_symmetries(model, x[:2])
+    return model, x, syms, nf.gradient_moments(model, lambda m, b: m(b).square().sum(1), [x], syms, entries=True)

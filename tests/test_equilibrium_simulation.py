@@ -229,7 +229,7 @@ def test_simulated_equilibrium_tends_to_the_predicted_one(case: str) -> None:
         assert abs(other - predicted(data, sgd)) > 10 * error, "the factor (N - S)/(N - 1) must matter"
 
 
-EPOCHS = {4: (0.008, 1e-2), 8: (0.008, 1e-2), 32: (0.003, 2e-2), 128: (0.003, 2e-2)}
+EPOCHS = {4: (0.003, 1e-2), 8: (0.008, 1e-2), 32: (0.003, 2e-2), 128: (0.003, 2e-2)}
 """Learning rate and weight decay by batches an epoch; the more batches, the earlier does curvature count."""
 
 

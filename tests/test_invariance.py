@@ -213,3 +213,34 @@ def test_the_drift_of_a_gain_differs_between_the_modes() -> None:
     name = next(s.name for s in syms if s.family == "norm-gain")
     a, b = frozen[name].noise, training[name].noise
     assert float((a - b).norm() / b.norm()) > 0.3
+
+
+class Dropped(nn.Module):
+    """Dropout that is always on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.dropout(F.relu(self.up(x)), 0.5, training=True))
+
+
+def test_a_data_set_measured_whole_has_an_error_where_the_forward_draws_random_numbers() -> None:
+    """The jackknife error is of the order of the scatter over seeds of dropout; without dropout it is zero."""
+    torch.manual_seed(0)
+    model, x = Dropped().double(), torch.randn(128, 4, dtype=torch.float64)
+    syms = nf.find_symmetries(model, x[:2])
+    trace = lambda m: sum(leg.sum() for leg in m.second[syms[0].name])
+    found = [nf.gradient_moments(model, square_loss, list(x.split(8)), syms) for _ in range(20)]
+    assert all(m.conditions.random for m in found)
+    estimates = [nf.standard_error(m, trace, dataset_size=128) for m in found]
+    scatter = float(torch.stack([e.value for e in estimates]).std())
+    error = float(torch.stack([e.error.square() for e in estimates]).mean().sqrt())
+    assert 0.7 * scatter < error < 3 * scatter
+    plain = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).double()
+    own = nf.find_symmetries(plain, x[:2])
+    moments = nf.gradient_moments(plain, square_loss, list(x.split(8)), own)
+    assert not moments.conditions.random
+    whole = nf.standard_error(moments, lambda m: m.second[own[0].name][0].sum(), dataset_size=128)
+    assert float(whole.error) == 0

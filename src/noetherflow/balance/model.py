@@ -142,9 +142,10 @@ def balance_(
     Raises:
         CertificateError: nothing proves the move, a moved symmetry is broken, a weight would leave the range of its
             dtype, or outputs change by more than the tolerance.
-        DataError: an equilibrium of another model or of other weights (moved already), inputs that the model does not
-            run on, outputs without a finite entry, or state that seems to be an iterate of the weights and has no rule.
-            These and any other error or interruption leave model, gradients and optimiser as they were.
+        DataError: an equilibrium of another model or of other weights (moved already), parameters frozen since, inputs
+            that the model does not run on, outputs without a finite entry, or state that seems to be an iterate of the
+            weights and has no rule. These and any other error or interruption leave model, gradients and optimiser as
+            they were.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
@@ -164,9 +165,23 @@ def balance_(
     expect(call, "eq", eq, Equilibrium, EQUILIBRIUM)
     if isinstance(optimizer, Tensor | nn.Module):
         expect(call, "optimizer", optimizer, torch.optim.Optimizer, OPTIMISER)
+    _refuse_frozen(model, eq)
     given = [] if optimizer is None else optimizer if isinstance(optimizer, Sequence) else [optimizer]
     optimizers = [unwrap_optimizer(o) if isinstance(o, torch.optim.Optimizer) else o for o in given]
     return balance_values(model, eq, OutputCheck(example_inputs, certificate, tolerance, unchecked), optimizers)
+
+
+def _refuse_frozen(model: nn.Module, eq: Equilibrium) -> None:
+    """Raises DataError for parameters that were trainable when the equilibrium was solved and are frozen now."""
+    tensors = tensors_of(model)
+    moved = [n for n in Motion.of(eq).by_parameter if n in tensors]
+    frozen = [n for n in moved if isinstance(tensors[n], nn.Parameter) and not tensors[n].requires_grad]
+    if frozen:
+        raise DataError(
+            f"{frozen[:4]}{f' and {len(frozen) - 4} more' if len(frozen) > 4 else ''} have been frozen "
+            "(requires_grad=False) since the equilibrium was solved, and balance_ would move them: solve again for "
+            "syms.trainable(model), or unfreeze them while balancing"
+        )
 
 
 ELSEWHERE = 0.02
@@ -174,13 +189,12 @@ ELSEWHERE = 0.02
 
 
 def _refuse_elsewhere(eq: Equilibrium, motion: Motion, tensors: Mapping[str, Tensor]) -> None:
-    """Raises DataError where the charges are not those that the equilibrium was solved at.
-
-    Charges of adaptive optimisers (`eq.assumptions`) are preconditioned, which the weights alone do not tell.
-    """
-    for s in motion.symmetries if not eq.assumptions else ():
+    """Raises DataError where the charges are not those that the equilibrium was solved at."""
+    for s in motion.symmetries:
+        if s.name not in eq.solved_at:
+            continue
         grams = s.grams(s.positions({n: tensors[n].detach().double().cpu() for n in s.parameters}))
-        solved = eq[s.name].charge_now
+        solved = eq.solved_at[s.name]
         off = float(torch.linalg.vector_norm(s.combine(grams) - solved))
         size = sum(float(torch.linalg.vector_norm(k)) for k in grams)
         if not off <= ELSEWHERE * size:

@@ -53,6 +53,11 @@ class Shown:
     def __repr__(self) -> str:
         return self.describe()
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Keep the text as the representation too: a dataclass writes one of its own where its class has none."""
+        super().__init_subclass__(**options)
+        setattr(cls, "__repr__", Shown.__repr__)  # noqa: B010
+
     def to_frame(self) -> Any:
         """A pandas `DataFrame` with one row per entry of `table_rows()`.
 

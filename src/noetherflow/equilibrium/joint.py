@@ -30,7 +30,7 @@ from noetherflow.equilibrium.verdict import Outcome
 from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.result import GradientMoments
 from noetherflow.symmetry.symmetry import Symmetry
-from noetherflow.symmetry.symmetry_set import SymmetrySet
+from noetherflow.symmetry.symmetry_set import SymmetrySet, positions_of
 
 
 @on_host
@@ -115,7 +115,21 @@ def noise_equilibrium(
     syms = syms.trainable(model)
     if not approximate:
         syms = syms.without({s.name: f"only approximate (eps {s.eps:g})" for s in syms if s.eps is not None})
-    chosen = objective_of(objective)
+    found = _settled(model, syms, mom, sgd, optimizer, objective_of(objective), options)
+    weights = positions_of(model, found.symmetries)
+    return replace(found, solved_at={s.name: s.charge(weights).detach() for s in found.symmetries})
+
+
+def _settled(
+    model: nn.Module,
+    syms: SymmetrySet,
+    mom: GradientMoments | None,
+    sgd: Settings | None,
+    optimizer: Any,
+    chosen: AnyObjective,
+    options: SolveOptions,
+) -> Equilibrium:
+    """The equilibrium by the way that objective and optimiser ask for."""
     if optimizer is not None:
         if mom is not None or sgd is not None or chosen.name != "noise+decay":
             raise DataError("optimizer= stands in place of mom and sgd, with objective='noise+decay'")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
@@ -109,6 +109,7 @@ class Equilibrium(Shown):
         assumptions: What the answer rests on beyond the noise regime, a sentence each (adaptive optimisers).
         cautions: What takes away from the answer by how the moments were measured, a sentence each: batch norms in
             evaluation mode, arithmetic too coarse to notice a penalty inside the loss.
+        solved_at: The charges `theta^T A theta` of the weights it was solved at, by symmetry, whatever the optimiser.
     """
 
     objective: str
@@ -127,6 +128,7 @@ class Equilibrium(Shown):
     regime: Regime | None = None
     assumptions: tuple[str, ...] = ()
     cautions: tuple[str, ...] = ()
+    solved_at: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Settled:
         for item in self.settled:

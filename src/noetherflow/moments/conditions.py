@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from noetherflow.core.torch_internals import coarsest_epsilon
@@ -18,25 +20,35 @@ class Conditions:
         rounding: the largest machine epsilon among the results of the forward's operators, 0 where it is not known. It
             is that of bfloat16 under autocast, whatever type the weights have.
         running: names of the norms that divided by running statistics.
+        random: the forward drew random numbers of torch (dropout), so that a data set measured whole still scatters.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).double().eval()
-        >>> Conditions.of(model, model(torch.ones(3, 2, dtype=torch.float64)).sum(1))
-        Conditions(rounding=2.220446049250313e-16, running=('1',))
+        >>> before = random_states()
+        >>> Conditions.of(model, model(torch.ones(3, 2, dtype=torch.float64)).sum(1), before)
+        Conditions(rounding=2.220446049250313e-16, running=('1',), random=False)
     """
 
     rounding: float = 0.0
     running: tuple[str, ...] = ()
+    random: bool = False
 
     @classmethod
-    def of(cls, model: nn.Module, losses: Tensor) -> Conditions:
-        """Those of a forward of the model that gave `losses`, whose graph is still there."""
-        return cls(coarsest_epsilon(losses), frozen_norms(model))
+    def of(cls, model: nn.Module, losses: Tensor, before: Sequence[Tensor]) -> Conditions:
+        """Those of a forward of the model that gave `losses`, whose graph is still there.
+
+        Args:
+            model: the model.
+            losses: what the forward gave.
+            before: the `random_states()` before it.
+        """
+        drew = not all(torch.equal(a, b) for a, b in zip(before, random_states(), strict=False))
+        return cls(coarsest_epsilon(losses), frozen_norms(model), drew)
 
     def joined(self, other: Conditions) -> Conditions:
         """Those of two measurements together."""
         names = dict.fromkeys((*self.running, *other.running))
-        return Conditions(max(self.rounding, other.rounding), tuple(names))
+        return Conditions(max(self.rounding, other.rounding), tuple(names), self.random or other.random)
 
     @property
     def caution(self) -> list[str]:
@@ -49,6 +61,12 @@ class Conditions:
             "divide by the statistics of each batch and not by running ones; measure with nf.minibatch_moments, the "
             "model in training mode, unless these norms stay in evaluation mode in training too"
         ]
+
+
+def random_states() -> tuple[Tensor, ...]:
+    """The states of torch's random generators: the CPU's, and those of the CUDA devices in use."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    return (torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices))
 
 
 def frozen_norms(model: nn.Module) -> tuple[str, ...]:

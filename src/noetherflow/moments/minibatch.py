@@ -25,7 +25,7 @@ from noetherflow.moments.batch import (
     refuse_renormalising,
 )
 from noetherflow.moments.batch_statistics import refuse_evaluation
-from noetherflow.moments.conditions import Conditions
+from noetherflow.moments.conditions import Conditions, random_states
 from noetherflow.moments.distributed import added_over_ranks, ranks_of, refuse_sharded
 from noetherflow.moments.result import GradientMoments, Replicates, Sampling, in_groups, unresolved
 from noetherflow.moments.target import Sums, needs_of, trainable_parameters
@@ -95,12 +95,12 @@ def minibatch_moments(
     meter = MinibatchMeter(model, syms, batch_size, dataset_size, sampling, entries, groups)
     refuse_renormalising(meter.model.named_modules())
     refuse_accumulation_hooks(meter.params)
-    params, conditions = list(meter.params.values()), Conditions()
+    params, conditions, before = list(meter.params.values()), Conditions(), random_states()
     with buffers_kept(tuple(meter.model.modules())):
         for batch in batches:
             with loose_tensors_named(batches):
                 loss = _mean_loss(loss_fn(meter.model, batch), batch, batch_size, meter.model)
-            conditions = conditions if conditions.rounding else Conditions.of(meter.model, loss)
+            conditions = conditions if conditions.rounding else Conditions.of(meter.model, loss, before)
             meter.observe(float(loss.detach()), torch.autograd.grad(loss, params, allow_unused=True))
             if progress is not None:
                 progress(meter.replicates, meter.loss)

@@ -72,7 +72,7 @@ def standard_error(moments: GradientMoments, statistic: Statistic, *, dataset_si
         moments: measured with `groups` of at least 2.
         statistic: `statistic(moments)` returns a tensor or a number; it is called once per group.
         dataset_size: samples in the data set, if the moments are of some of them; a data set measured whole has no
-            error.
+            error, unless the forward draws random numbers (dropout): then it counts as endless.
 
     Returns:
         The value with its standard error and bias, float64.
@@ -114,7 +114,7 @@ def jackknife(
     pseudo-values `P_j = h_j T - (h_j - 1) T_j`, jackknife mean `J = sum_j P_j / h_j`, variance
     `(1/G) sum_j (P_j - J)^2 / (h_j - 1)`, bias `T - J` (Busing, Meijer, van der Leeden 1999). For groups of one size
     this is the usual delete-a-group jackknife. Both shrink by `1 - n / N` for `n` of the `N = dataset_size` samples:
-    a data set measured whole has no error.
+    a data set measured whole has no error, unless the forward draws random numbers (dropout).
 
     Raises:
         MomentError: fewer than two groups, or groups that hold a part of the samples only.
@@ -129,7 +129,8 @@ def jackknife(
             f"the groups hold {n} of {moments.samples} samples: moments without groups were merged in; measure all "
             "parts with groups="
         )
-    unseen = 1.0 if dataset_size is None or moments.replicates else max(0.0, 1 - n / dataset_size)
+    endless = dataset_size is None or moments.replicates is not None or moments.conditions.random
+    unseen = 1.0 if endless or dataset_size is None else max(0.0, 1 - n / dataset_size)
     if not unseen:
         return {name: Estimate(v, torch.zeros_like(v), torch.zeros_like(v), count) for name, v in values.items()}
     parts = [statistics(m) for m in moments.leave_one_out()]

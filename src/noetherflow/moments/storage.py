@@ -135,7 +135,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _conditions(header: Mapping[str, Any]) -> Conditions:
     """How the model ran."""
     held = header.get("conditions")
-    return UNRECORDED if held is None else Conditions(float(held["rounding"]), tuple(held["running"]))
+    return UNRECORDED if held is None else Conditions(**(held | {"running": tuple(held["running"])}))
 
 
 def _unpack(

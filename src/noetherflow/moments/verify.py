@@ -28,7 +28,7 @@ from noetherflow.moments.batch import (
     forward_backward,
     whole_batch_total,
 )
-from noetherflow.moments.conditions import Conditions
+from noetherflow.moments.conditions import Conditions, random_states
 from noetherflow.moments.distributed import over_ranks
 from noetherflow.moments.layout import SampleLayout
 from noetherflow.moments.origins import Source
@@ -128,11 +128,12 @@ class WeightedPass(BatchPass):
     projections: dict[CallId, list[tuple[SampleLayout, Tensor]]] = field(default_factory=dict)
     rows: dict[CallId, Tensor] = field(default_factory=dict)
     totals: dict[tuple[CallId, int], Total] = field(default_factory=dict)
+    before: tuple[Tensor, ...] = field(default_factory=random_states)
     conditions: Conditions = field(default_factory=Conditions, init=False)
     leaf: bool = field(default=True, init=False)
 
     def begin(self, losses: Tensor, recorder: Recorder) -> Tensor | None:
-        self.conditions = Conditions.of(self.subject.model, losses)
+        self.conditions = Conditions.of(self.subject.model, losses, self.before)
         check_finite(losses, self.batch, self.subject.model)
         self.uncovered.update({n: ", ".join(sorted(ops)) for n, ops in recorder.trace.uncovered.items()})
         for use in recorder.trace.uses:
