@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from noetherflow_paper.experiment import Results
-from noetherflow_paper.experiments import adam, basis
+from noetherflow_paper.experiments import adam, basis, rotational
 from noetherflow_paper.experiments.adam import LeakyStudent, OptimizerRun
+from noetherflow_paper.experiments.rotational import ScaleFreeLayer
 from noetherflow_paper.records import ExperimentPoint
 
 
@@ -86,3 +87,27 @@ def test_gradient_noise_of_the_target_makes_psi_the_sum_of_roots():
     ratio = sums / psi
     assert float(ratio.std() / ratio.mean()) < 0.005
     assert float(psi.std() / psi.mean()) > 0.015, "the starts differ in Psi itself"
+
+
+def test_gradients_of_the_scale_free_layer_are_autograds():
+    config = rotational.SCALES["quick"]
+    layer = ScaleFreeLayer.of(config, 3.0)
+    w = torch.randn(3, *layer.teacher.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    w.requires_grad_()
+    (found,) = layer.minibatch_gradient([w.detach()], torch.Generator().manual_seed(1))
+    x, y = layer.draw(3, config.batch, torch.Generator().manual_seed(1))
+    unit = w / w.flatten(1).norm(dim=1)[:, None, None]
+    (x @ unit.mT - y).square().sum(-1).mean(1).sum().backward()
+    torch.testing.assert_close(found, w.grad)
+    assert float((found * w.detach()).sum((1, 2)).abs().max()) < 1e-12, "the scale does not matter"
+
+
+def test_adamw_holds_a_normalised_layer_where_its_noise_says():
+    """In a short run at a larger rate; the formula for uniform noise is off by far more."""
+    config = replace(rotational.SCALES["quick"], lr=0.01, b2=0.998, steps=4000, starts=12, measured=8000)
+    (_, point) = rotational.points(config)
+    results = Results(config, ((point, rotational.compute(config, point)),))
+    norms, target = rotational.ends(results, point.name), results[point.name]["predicted"]
+    assert abs(norms.mean() / target - 1) < 0.05
+    assert abs(norms.mean() / rotational.uniform_norm(config) - 1) > 0.2
+    assert abs(results.array(point.name, "angles").mean() / rotational.angle(config, target) - 1) < 0.05

@@ -42,6 +42,7 @@ REGISTRY: tuple[str, ...] = (
     "adam",
     "basis",
     "transformer",
+    "rotational",
     "sharpness",
     "neurons",
     "warmup",
