@@ -368,6 +368,7 @@ def test_the_command_leaves_approximate_symmetries_in_place(tmp_path: Path, monk
     model, source, target = normed_case.case()[0], tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     save_file(model.state_dict(), source)
     words = ["balance", str(source), "--model", "normed_case:case", "--out", str(target), "--weight-decay", "0.01"]
+    words += ["--lr", "0.05", "--objective", "noise+decay"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     before, after = load_file(source), load_file(target)

@@ -173,6 +173,37 @@ class BalanceAt(tf.TrainerCallback):
             nf.balance_(kwargs["model"], self.eq, kwargs["optimizer"], unchecked=True)
 
 
+def said(*words: str) -> str:
+    """What the command prints when it ends well."""
+    from typer.testing import CliRunner
+
+    from noetherflow.cli.app import app
+
+    result = CliRunner().invoke(app, list(words))
+    assert result.exit_code == 0, result.output
+    return " ".join(result.output.split())
+
+
+def test_the_command_moves_a_folder(tmp_path: Path) -> None:
+    model, inputs = made("llama-tied")
+    in_five(model, tmp_path / "in")
+    target = tmp_path / "out"
+    shown = said("balance", str(tmp_path / "in"), "--objective", "norm", "--dry-run", "--no-certify")
+    assert "would move" in shown
+    assert "not certified" in shown
+    assert "consider: the function stays" in shown
+    assert not target.exists()
+    said("balance", str(tmp_path / "in"), "--objective", "norm", "--out", str(target), "--no-certify")
+    streamed = said("balance", str(tmp_path / "in"), "--objective", "norm", "--out", str(tmp_path / "s"), "--stream")
+    assert "moves unchecked" in streamed
+    old, moved, other = (read_checkpoint(tmp_path / n) for n in ("in", "out", "s"))
+    assert not torch.equal(old["model.layers.0.mlp.up_proj.weight"], moved["model.layers.0.mlp.up_proj.weight"])
+    for n in moved:
+        torch.testing.assert_close(moved[n], other[n], rtol=1e-3, atol=1e-4)
+    again = type(model).from_pretrained(target).eval()  # type: ignore[attr-defined]
+    assert float((logits(again, inputs) - logits(model, inputs)).abs().max()) < 1e-5
+
+
 @pytest.mark.slow
 def test_the_trainer_resumes_as_a_twin_that_lived_there(tmp_path: Path) -> None:
     trainer(tmp_path / "run", 3, []).train()

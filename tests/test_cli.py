@@ -190,7 +190,7 @@ def test_balance_moves_a_checkpoint_and_keeps_its_function(run, tmp_path):
     x = torch.randn(20, 3, dtype=torch.float64)
     before = model(x)
     save_file(model.state_dict(), tmp_path / "in.safetensors")
-    words = ("balance", "in.safetensors", "--model", "MODULE:good", "--batch-size", "4")
+    words = ("balance", "in.safetensors", "--model", "MODULE:good", "--batch-size", "4", "--objective", "noise+decay")
     code, out, _ = run(*words, "--dry-run")
     assert code == 0
     assert "\nwould move\n" in out
@@ -206,8 +206,11 @@ def test_balance_moves_a_checkpoint_and_keeps_its_function(run, tmp_path):
     model.load_state_dict(moved)
     assert torch.allclose(model(x), before, rtol=1e-11)
     assert run(*words)[0] == 2
+    assert run(*words[:-2], "--dry-run")[0] == 2, "the objective is asked for"
+    code, _, err = run(*words, "--dry-run", "--weight-decay", "0.1")
+    assert (code, "--lr" in err) == (2, True)
     (tmp_path / "bad.safetensors").write_bytes(b"broken")
-    code, _, err = run("balance", "bad.safetensors", "--model", "MODULE:good", "--dry-run", "--batch-size", "4")
+    code, _, err = run("balance", "bad.safetensors", *words[2:], "--dry-run")
     assert code == 1
     assert "bad.safetensors" in err
 
@@ -223,7 +226,8 @@ def test_balance_takes_objective_and_settings_of_the_optimiser(run, tmp_path, mo
     words = ("balance", "in.safetensors", "--model", "MODULE:good", "--batch-size", "4", "--lr", "0.1", "--json")
 
     def elements(*more):
-        code, out, _ = run(*words, "--weight-decay", "0.05", "--dry-run", *more)
+        objective = () if "--objective" in more else ("--objective", "noise+decay")
+        code, out, _ = run(*words, "--weight-decay", "0.05", "--dry-run", *objective, *more)
         assert code == 0
         (settled,) = json.loads(out)["equilibrium"]["settled"]
         return torch.tensor(settled["element"])
@@ -242,10 +246,10 @@ def test_balance_takes_objective_and_settings_of_the_optimiser(run, tmp_path, mo
     assert (code, "did you mean 'noise'?" in err) == (1, True)
     code, _, err = run(*words, "--dry-run", "--objective", "hessian")
     assert (code, "curvature" in err) == (2, True)
-    code, _, err = run(*words, "--out", "in.safetensors/out.safetensors")
+    code, _, err = run(*words, "--objective", "norm", "--out", "in.safetensors/out.safetensors")
     assert code == 1
     assert "could not write" in err
-    code, _, err = run(*words, "--dry-run", "--tolerance", "0")
+    code, _, err = run(*words, "--objective", "noise+decay", "--dry-run", "--tolerance", "0")
     assert code == 1
     assert "more than the tolerance" in err
 
@@ -313,7 +317,7 @@ def test_the_contract_of_a_factory_stands_in_the_help(command):
     (text,) = (p.help for p in parameters if p.name == "model")
     assert CONTRACT in text
     assert "PYTHONPATH" in text
-    assert ("hf:PATH" in text) == (command == "find")
+    assert ("hf:PATH" in text) == (command != "analyze")
 
 
 def test_debug_shows_the_error_itself(run):

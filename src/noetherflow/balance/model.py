@@ -16,6 +16,7 @@ from noetherflow.balance.optimizer_state import StatePlan, optimizers_in, plan_s
 from noetherflow.balance.state_rules import state_rule_of
 from noetherflow.core.arguments import A_MODEL, EQUILIBRIUM, OPTIMISER, expect
 from noetherflow.core.held import held_by
+from noetherflow.core.printing import grouped
 from noetherflow.core.tensors import check_same_model, tensors_of
 from noetherflow.core.unwrap import unwrap_optimizer
 from noetherflow.discovery.certificate import Certificate
@@ -71,7 +72,7 @@ class BalanceReport:
         lines += _shown("NOT moved", self.unmoved)
         lines += _shown("moved like the weights", self.averages)
         lines += _shown("approximate", self.approximate_state)
-        lines += [f"left in place: {name}: {why}" for name, why in self.skipped.items()]
+        lines += grouped("left in place", self.skipped)
         return "\n".join(lines)
 
     __repr__ = __str__

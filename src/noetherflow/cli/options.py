@@ -54,6 +54,13 @@ class OptimizerName(StrEnum):
     lion = "lion"
 
 
+class StateOrderName(StrEnum):
+    """How optimiser state without names is assigned (`balance_checkpoint`)."""
+
+    checked = "checked"
+    parameters = "parameters"
+
+
 LEARNING_RATES = {"sgd": 0.05, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3, "lion": 1e-4}
 """Learning rates where none is given."""
 Optimizer = Annotated[OptimizerName, typer.Option(help="The optimiser whose gradient noise is asked about.")]
