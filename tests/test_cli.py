@@ -20,6 +20,7 @@ from noetherflow.cli.demonstration import Told, summary
 from noetherflow.core.printing import legend
 from noetherflow.equilibrium.flow import EXPLAINED
 from noetherflow.errors import DataError, ExportError
+from noetherflow.report.page import Notice
 from noetherflow.workloads import CONTRACT
 
 FACTORIES = """
@@ -373,16 +374,22 @@ def test_the_summary_of_a_demo_has_the_numbers_of_its_run():
         after=5e-12,
     )
     other = dataclasses.replace(told, name="two", verdicts=("exact",) * 2, steps=500)
-    found, forecast, balanced, reproduced, reading = summary(
-        [told, other], ["Reproduced: 13 of 14 claims hold."]
-    ).prose.split("\n\n")
-    assert "5 continuous symmetries, 3 in `net` (28 charges) and 2 in `two` (28 charges); checked" in found
-    assert found.endswith("group elements, 4 exact and 1 approximate.")
-    assert "`net` over 6,000 steps to 3.1 % of their norm, while training changed them by 81 %; `two` over" in forecast
-    assert "outputs of `net` changed by 3e-16, its imbalance, measured again, from 0.97 to 5e-12" in balanced
-    assert "13 of 14 claims hold" in reproduced
-    assert "a charge is" in reading
-    assert "elements, 2 exact." in summary([other], "").prose
+    reproduced = Notice("watch", "Reproduced: 13 of 14 claims hold.")
+    card = summary([told, other], [reproduced])
+    found, forecast, second, balanced, _, last = card.notices
+    assert "5 continuous symmetries, 3 in `net` (28 charges) and 2 in `two` (28 charges); checked" in found.title
+    assert found.title.endswith("group elements, 4 exact and 1 approximate.")
+    assert (
+        "`net` over 6,000 further steps to 3.1 % of their norm, while training changed them by 81 %" in forecast.title
+    )
+    assert "`two` over 500" in second.title
+    assert "from 0.97 to 5 × 10⁻¹²; its outputs changed by 2.6 × 10⁻¹⁶" in balanced.title
+    assert last is reproduced
+    assert "a charge is" in card.prose
+    assert {n.level for n in card.notices[:-1]} == {"good"}
+    worse = dataclasses.replace(other, verdicts=("exact", "broken"), error=0.9, after=0.98)
+    assert [n.level for n in summary([worse], []).notices] == ["act", "watch", "watch"]
+    assert "elements, 2 exact." in summary([other], []).notices[0].title
 
 
 @pytest.mark.slow
@@ -393,7 +400,7 @@ def test_demo_writes_one_page(run, tmp_path):
     assert f"\nopen {tmp_path / 'demo' / 'index.html'} (" in out
     first, *stages = err.splitlines()
     assert "figure 2 of the paper: 1 to 2 minutes" in first
-    assert [s.split("]")[0] for s in stages] == [f"[{k}/11" for k in range(1, 12)]
+    assert [s.split("]")[0] for s in stages] == [f"[{k}/10" for k in range(1, 11)]
     page = (tmp_path / "demo" / "index.html").read_text()
     assert page.count("data:image/png;base64") >= 7
     assert page.index("<h2>Summary</h2>") == page.index("<h2>")

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from noetherflow.core.printing import show
 from noetherflow.errors import DataError
-from noetherflow.report.page import Figure, Section, render_page, show, write_page
+from noetherflow.report.page import Figure, Notice, Section, render_page, write_page
 
 go = pytest.importorskip("plotly.graph_objects")
 
@@ -73,7 +74,7 @@ def test_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
         "Second paragraph & more.",
         "12,345",
         "a<b",
-        "1.235",
+        "1.23",
     ):
         assert expected in text
     assert "<b>x" not in re.sub(r"<script.*?</script>", "", html, flags=re.S)
@@ -81,6 +82,26 @@ def test_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
     assert [name for name, _ in payloads] == ["plot-2-0", "plot-2-1"]
     assert json.loads(payloads[0][1])["data"][0]["name"] == "</script><b>x"
     assert list(tmp_path.glob("deep/.*")) == []
+
+
+def test_a_verdict_links_to_its_picture_and_tables_are_folded() -> None:
+    notices = [
+        Notice("act", "Do `this`.", ("It matters.",), ("sure",), "curve"),
+        Notice("good", "Fine.", figure="none"),
+    ]
+    figures = [Figure(PNG, "a dot", "curve")]
+    card = Section("v", notices=notices, figures=figures, table=[{"a": 0.0000221}], notes="what a is", code="x = 1 < 2")
+    html = render_page("t", [card])
+    page = parse(html)
+    assert page.references.count("#fig-curve") == 1
+    assert '<figure id="fig-curve"' in html
+    assert "#fig-none" not in page.references
+    text = " ".join(page.texts)
+    for expected in ("It matters.", "x = 1 < 2", "the numbers as a table (1 row)", "what a is", "2.21 × 10⁻⁵"):
+        assert expected in text
+    assert html.index("<details><summary>the numbers") < html.index("<table>")
+    unfolded = render_page("t", [Section("v", table=[{"a": 1}], folded="")])
+    assert "<details>" not in unfolded
 
 
 def test_page_without_plotly_figures_is_small() -> None:

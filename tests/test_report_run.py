@@ -25,7 +25,9 @@ from noetherflow.monitor.books import FIELDS
 from noetherflow.monitor.ledger import Ledger
 from noetherflow.monitor.log import FORMAT, LOG_NAME, RunLog, read_log
 from noetherflow.monitor.rundata import WINDOW, RunData, RunReader, _before
-from noetherflow.report.run import COLUMNS, POINTS, _labels, _layers, _spacing, _training, summary, write_run_report
+from noetherflow.report.labels import labels_of
+from noetherflow.report.run import _layers, _spacing, _training, summary, write_run_report
+from noetherflow.report.run_figures import COLUMNS, POINTS
 from noetherflow.report.watch import sparkline, view, watch
 from test_ledger import backward, batches, mlp, mlp_symmetries
 
@@ -258,9 +260,9 @@ def test_spacing_of_the_estimates() -> None:
 
 
 def test_labels_drop_the_shared_prefix() -> None:
-    assert _labels(["m.layers.0.q -> m.layers.0.k (+2)", "m.layers.1.v [scale]"]) == ["0.q -> 0.k (+2)", "1.v [scale]"]
-    assert _labels(["model.norm -> lm_head"]) == ["model.norm -> lm_head"]
-    assert _labels(["0 -> 2"]) == ["0 -> 2"]
+    assert labels_of(["m.layers.0.q -> m.layers.0.k (+2)", "m.layers.1.v [scale]"]) == ["0.q → 0.k (+2)", "1.v [scale]"]
+    assert labels_of(["model.norm -> lm_head"]) == ["model.norm → lm_head"]
+    assert labels_of(["0 -> 2"]) == ["0 → 2"]
 
 
 def shown(renderable: Any) -> str:
@@ -407,7 +409,7 @@ def test_page_in_a_browser(kind: Any, browser: Any, tmp_path: Path) -> None:
     plots = browser.execute_script("return document.querySelectorAll('.plot').length")
     assert plots >= 4
     wait_for(browser, f"document.querySelectorAll('.plot .main-svg').length >= {plots}")
-    charges = "document.querySelectorAll('.plot')[0]"
+    charges = "document.querySelector('#fig-charges .plot')"
     visible = f"{charges}.data.map(t => t.visible)"
     before = browser.execute_script(f"return {visible}")
     assert any(before)
@@ -429,3 +431,32 @@ def test_page_in_a_browser(kind: Any, browser: Any, tmp_path: Path) -> None:
     )
     assert pdf.startswith(b"%PDF")
     assert 2 <= pdf.count(b"/Type /Page\n") + pdf.count(b"/Type /Page ") + pdf.count(b"/Type /Page/") <= 12
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_page_on_a_phone(scheme: str, browser: Any, tmp_path: Path) -> None:
+    """420 pixels wide: nothing sticks out sideways, text is in the scheme's colour, and nothing is fetched or fails."""
+    record(tmp_path)
+    browser.get_log("browser")
+    size = {"width": 420, "height": 900, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    try:
+        browser.get(write_run_report(tmp_path).as_uri())
+        plots = browser.execute_script("return document.querySelectorAll('.plot').length")
+        wait_for(browser, f"document.querySelectorAll('.plot .main-svg').length >= {plots}")
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= 420
+        font = browser.execute_script("return document.querySelector('.plot')._fullLayout.font.color")
+        assert font == {"light": "#1c2430", "dark": "#e4e8ee"}[scheme]
+        links = browser.execute_script(
+            "return [...document.querySelectorAll('.notices a')].map(a => !!document.querySelector(a.hash))"
+        )
+        assert links
+        assert all(links)
+        assert browser.get_log("browser") == []
+        fetched = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+        assert [name for name in fetched if not name.startswith("data:")] == []
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})

@@ -13,7 +13,7 @@ from noetherflow.cli.options import Debug, Json, console
 from noetherflow.errors import DataError
 
 if TYPE_CHECKING:
-    from noetherflow.report.page import Section
+    from noetherflow.report.page import Notice, Section
 
 
 def reproduce(
@@ -79,9 +79,9 @@ def _parsed(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def figure_two(out: Path, printed: Any) -> tuple[Section, str]:
-    """Figure 2 of the paper for `noetherflow demo`: a section of its page, and a sentence for its summary."""
-    from noetherflow.report.page import Figure, Section
+def figure_two(out: Path, printed: Any) -> tuple[Section, Notice]:
+    """Figure 2 of the paper for `noetherflow demo`: a section of its page, and a verdict for its summary."""
+    from noetherflow.report.page import Figure, Notice, Section
     from noetherflow_paper.runner import run
 
     (finished,) = run(["fig2"], scale="quick", out=out / "experiments", progress=None).finished
@@ -90,6 +90,11 @@ def figure_two(out: Path, printed: Any) -> tuple[Section, str]:
         {"claim": v.claim, "predicted": v.criterion, "measured": v.measured, "s.e.": v.error, "holds": v.holds}
         for v in finished.verdicts
     ]
-    images = [Figure(out / "experiments" / f) for f in finished.files if f.endswith(".png")]
-    sentence = f"Reproduced: figure 2 of the paper, {len(rows) - len(finished.failing)} of {len(rows)} claims hold."
-    return Section(finished.experiment.title, table=rows, figures=images), sentence
+    images = [
+        Figure(out / "experiments" / f, finished.experiment.title, f"figure-two-{i}")
+        for i, f in enumerate(f for f in finished.files if f.endswith(".png"))
+    ]
+    held = len(rows) - len(finished.failing)
+    sentence = f"Reproduced: figure 2 of the paper, {held} of {len(rows)} claims hold."
+    notice = Notice("watch" if finished.failing else "good", sentence, figure="figure-two-0")
+    return Section(f"Figure 2 of the paper: {finished.experiment.title}", table=rows, figures=images), notice

@@ -13,6 +13,7 @@ from typing import Any
 
 from noetherflow.core.files import replacing, write_text
 from noetherflow.errors import DataError, require
+from noetherflow.report.page import stylesheet
 from noetherflow_paper.differences import DIFFERENCES
 from noetherflow_paper.experiment import SERIES, Verdict, experiment_ids
 from noetherflow_paper.outcome import Finished, Score, Summary, finished_in
@@ -23,8 +24,11 @@ from noetherflow_paper.statements import BEYOND, STATEMENTS, Statement
 
 def write_gallery(summary: Summary) -> Path:
     """One self-contained page in `summary.out`: figures embedded, no script, nothing fetched."""
+    markup: Any = require("markupsafe", "report")
     images = {f.experiment.id: _embedded(summary.out / f"{f.experiment.id}.png") for f in summary.finished}
-    return _render("gallery.html.j2", summary.out / "index.html", summary, images=images)
+    return _render(
+        "gallery.html.j2", summary.out / "index.html", summary, images=images, css=markup.Markup(stylesheet())
+    )
 
 
 def write_markdown(summary: Summary, path: Path, paper: Path | None = None) -> Path:

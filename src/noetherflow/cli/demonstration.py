@@ -22,16 +22,18 @@ from noetherflow.balance.model import BalanceReport, balance_
 from noetherflow.cli import tables
 from noetherflow.cli.options import announce, console
 from noetherflow.core.inputs import LossFn
-from noetherflow.core.printing import transposed
+from noetherflow.core.printing import brief, transposed
 from noetherflow.core.settings import SGDConfig
 from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium import Equilibrium, noise_equilibrium
+from noetherflow.equilibrium.charge_flow import signed_sum
 from noetherflow.equilibrium.curvature import curvature_moments, trace_at
 from noetherflow.equilibrium.forecast import Forecast
 from noetherflow.moments import gradient_moments
+from noetherflow.report import drawings
 from noetherflow.report.analysis import analysis_sections
-from noetherflow.report.figures import balance_figure, forecast_figure, orbit_figure
-from noetherflow.report.page import Figure, Section, write_page
+from noetherflow.report.figures import balance_figure, orbit_figure, panel
+from noetherflow.report.page import Figure, Notice, Section, write_page
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 from noetherflow.workloads import Workload, digits, digits_cnn, digits_mlp, minibatches, split
 
@@ -39,15 +41,22 @@ FLIPPED = 0.1
 """Fraction of labels redrawn at random in every batch: gradient noise does not die out, as the theory assumes."""
 
 
+SEED = 1
+"""Of the probes of the Hessian: the same at every place, so that differences between places are not those of probes."""
+
+
 @dataclass(frozen=True)
 class Run:
-    """One classifier of the demo: how long it trains before and after the measurement."""
+    """One classifier of the demo: how long it trains before and after the measurement, and whether the trace of the
+    Hessian falls by enough on the way to its equilibrium for two dozen probes to show.
+    """
 
     workload: Workload
     images: bool
     sgd: SGDConfig
     warm: int
     follow: int
+    sharpness: bool
 
 
 @dataclass(frozen=True)
@@ -71,8 +80,8 @@ def runs(quick: bool) -> tuple[Run, ...]:
     """The two classifiers; `quick` shortens everything for the tests."""
     part = 100 if quick else 1
     return (
-        Run(digits_mlp(), False, SGDConfig(0.05, 4), 20_000 // part, 20_000 // part),
-        Run(digits_cnn(), True, SGDConfig(0.05, 8), 6_000 // part, 6_000 // part),
+        Run(digits_mlp(), False, SGDConfig(0.05, 4), 20_000 // part, 20_000 // part, False),
+        Run(digits_cnn(), True, SGDConfig(0.05, 8), 6_000 // part, 6_000 // part, True),
     )
 
 
@@ -83,7 +92,9 @@ def demonstrate(out: Path, quick: bool) -> None:
     length = "1 to 2 minutes" if quick else "2 to 15 minutes"
     guests = entry_points(group="noetherflow.demo")
     parts = ["two classifiers on scikit-learn's digits trained, forecast and balanced", *guests.names]
-    say = announce(f"{', and '.join(parts)}: {length}", 5 * len(chosen) + len(guests))
+    say = announce(
+        f"{', and '.join(parts)}: {length}", 4 * len(chosen) + sum(run.sharpness for run in chosen) + len(guests)
+    )
     analysed = [_analyse(run, printed, say) for run in chosen]
     added = []
     for guest in guests:
@@ -93,41 +104,68 @@ def demonstrate(out: Path, quick: bool) -> None:
         out / "index.html",
         "noetherflow demo",
         [
-            summary([told for told, _ in analysed], [sentence for _, sentence in added]),
+            summary([told for told, _ in analysed], [notice for _, notice in added]),
             *(s for _, own in analysed for s in own),
             *(section for section, _ in added),
+            _on_your_model(),
         ],
         subtitle=f"{', and '.join(parts).capitalize()}.",
     )
     printed.print(f"\nopen {page.resolve()} ({time.perf_counter() - start:.0f} s)", markup=False, soft_wrap=True)
 
 
-def summary(told: Sequence[Told], added: Sequence[str]) -> Section:
-    """The page's first card: what was found, forecast and moved, in sentences with this run's numbers."""
+def summary(told: Sequence[Told], added: Sequence[Notice]) -> Section:
+    """The page's first card: what was found, forecast and moved, a verdict each with this run's numbers."""
+    notices = [_certified(told), *(_foretold(t) for t in told), *(_balanced(t) for t in told), *added]
+    return Section(
+        "Summary",
+        "How to read it: a charge is the squared norm of the weights on one side of a symmetry minus that on the "
+        "other, for a ReLU unit of what comes in minus what goes out. Gradient flow conserves it; minibatch noise "
+        "moves it, step by step, to the noise equilibrium. The sections below show this classifier by classifier.",
+        notices=notices,
+    )
+
+
+def _certified(told: Sequence[Told]) -> Notice:
     verdicts = Counter(v for t in told for v in t.verdicts)
     checked = " and ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
     found = " and ".join(f"{len(t.verdicts)} in `{t.name}` ({t.charges} charges)" for t in told)
-    forecast = "; ".join(
-        f"`{t.name}` over {t.steps:,} steps to {100 * t.error:.2g} % of their norm, while training changed them by "
-        f"{100 * t.change:.2g} %"
-        for t in told
+    level = "act" if verdicts["broken"] else "good"
+    text = f"Found: {verdicts.total()} continuous symmetries, {found}; checked with random group elements, {checked}."
+    return Notice(level, text)
+
+
+def _foretold(t: Told) -> Notice:
+    return Notice(
+        "good" if t.error < t.change else "watch",
+        f"Forecast: one measurement foretold the charges of `{t.name}` over {t.steps:,} further steps to "
+        f"{100 * t.error:.2g} % of their norm, while training changed them by {100 * t.change:.2g} %.",
+        figure=f"{t.name}-against",
     )
-    moved = "; ".join(
-        f"the outputs of `{t.name}` changed by {t.outputs:.0e}, its imbalance, measured again, from {t.before:.2g} to "
-        f"{t.after:.0e}"
-        for t in told
+
+
+def _balanced(t: Told) -> Notice:
+    return Notice(
+        "good" if t.after < t.before else "watch",
+        f"Balanced: moving `{t.name}` along its symmetries to where the noise pulls equally on both sides took its "
+        f"imbalance, measured again, from {t.before:.2g} to {brief(t.after)}; its outputs changed by "
+        f"{brief(t.outputs)}.",
     )
-    return Section(
-        "Summary",
-        f"Found: {verdicts.total()} continuous symmetries, {found}; checked with random group elements, {checked}.\n\n"
-        f"Forecast: one measurement of the gradient noise foretold the charges of the training that followed: "
-        f"{forecast}.\n\n"
-        f"Balanced: moved along the symmetries to where the noise pulls equally on both sides, {moved}.\n\n"
-        + "".join(f"{sentence}\n\n" for sentence in added)
-        + "How to read it: a charge is the squared norm of the weights on one side of a symmetry minus that on the "
-        "other, for a ReLU unit of what comes in minus what goes out. Gradient flow conserves it; minibatch noise "
-        "moves it, step by step, to the noise equilibrium. The sections below show this classifier by classifier.",
-    )
+
+
+YOURS = """import noetherflow as nf
+
+analysis = nf.analyze(model, loss_fn, loader, optimizer)   # loss_fn(model, batch): one loss per sample
+print(analysis.diagnosis)                                  # what to act on, in plain words
+analysis.plot()
+nf.balance_(model, analysis.equilibrium, optimizer)        # move there; the function stays
+
+with nf.Ledger(model, optimizer, analysis.symmetries, run_dir="run"):
+    train()                                                # then: noetherflow report run"""
+
+
+def _on_your_model() -> Section:
+    return Section("Now on your model", "The same in a few lines, for any PyTorch model:", code=YOURS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +175,15 @@ class Followed:
     steps: list[int]
     forecast: Forecast
     measured: dict[str, Tensor]
+    detail: str = "symmetry"
+
+    def records(self, by: str) -> list[dict[str, Any]]:
+        """The signed sums of the measured charges, as rows of a ledger: what a forecast is compared with."""
+        return [
+            {by: name, "step": k, "charge": signed_sum(charge)}
+            for name, charges in self.measured.items()
+            for k, charge in zip(self.steps, charges, strict=True)
+        ]
 
     def change_and_error(self) -> tuple[float, float]:
         """`|C - C_0| / |C_0|` and `|F - C| / |C|` at the last step, over all charges."""
@@ -171,13 +218,16 @@ def _analyse(run: Run, printed: Any, say: Callable[[str], None]) -> tuple[Told, 
     steps = [int(k) for k in np.linspace(0, run.follow, 11)]
     measured = follow(copy.deepcopy(model), run, analysis.symmetries, stream, steps)
     followed = Followed(steps, analysis.flow.forecast(steps), measured)
-    say(f"{name}: sharpness along the orbit")
-    sharpness = _orbit(model, run, analysis)
+    sharpness = []
+    if run.sharpness:
+        say(f"{name}: sharpness along the orbit")
+        sharpness = [Figure(_orbit(model, run, analysis), "Trace of the Hessian along the orbit.")]
     say(f"{name}: moving to the noise equilibrium and measuring again")
     moved = _move(run, analysis, batches)
     printed.print(f"balanced: {moved.report}", markup=False)
     printed.print(f"imbalance measured again after the move: {moved.again.imbalance_now:.1e}", markup=False)
-    found = [replace(s, heading=f"{name}: {s.heading.lower()}", figures=()) for s in analysis_sections(analysis)]
+    shown = analysis_sections(analysis, prefix=f"{name}-")
+    found = [replace(s, heading=f"{name}: {s.heading}") for s in shown]
     sections = [*found, _forecast_section(run, followed), _balance_section(run, analysis, moved, sharpness)]
     return _told(run, analysis, followed, moved), sections
 
@@ -208,25 +258,26 @@ def _told(run: Run, analysis: Analysis, followed: Followed, moved: Moved) -> Tol
 
 def _forecast_section(run: Run, followed: Followed) -> Section:
     """Forecast charges as lines, those of the trained twin as dots."""
-    forecast = followed.forecast
-    figure = forecast_figure(followed.steps, forecast.charges, forecast.errors, followed.measured)
+    name, forecast = run.workload.name, followed.forecast
+    against = panel(10, drawings.comparison, forecast.compare(followed), 8)
+    changes = panel(10, drawings.changes, forecast, followed.measured)
     return Section(
-        f"{run.workload.name}: forecast against training",
+        f"{name}: forecast against training",
         f"After {run.warm:,} SGD steps the gradient noise was measured once. Lines: the charges this one measurement "
         f"forecasts. Dots: a twin that trained on for {run.follow:,} steps. The band is the statistical error of the "
         "measurement; what lies beyond it is the drift of the loss itself in training, which one measurement cannot "
         f"know. {FLIPPED:.0%} of the labels are redrawn in every batch, so that gradient noise does not die out.",
-        figures=[Figure(figure, "Forecast and training.")],
+        figures=[
+            Figure(against, "Forecast and training, by symmetry.", f"{name}-against"),
+            Figure(changes, "The same, coordinate by coordinate.", f"{name}-changes"),
+        ],
+        table=forecast.compare(followed).table_rows(),
+        folded="forecast and training as a table",
     )
 
 
-def _balance_section(run: Run, analysis: Analysis, moved: Moved, sharpness: bytes) -> Section:
-    """The imbalance before, as predicted and as measured again, and the sharpness along the orbit."""
-    histograms = {
-        "before": np.concatenate([s.imbalance_now.numpy() for s in analysis.equilibrium]),
-        "after, predicted": np.concatenate([s.imbalance.numpy() for s in analysis.equilibrium]),
-        "after, measured again": np.concatenate([s.imbalance_now.numpy() for s in moved.again]),
-    }
+def _balance_section(run: Run, analysis: Analysis, moved: Moved, sharpness: list[Figure]) -> Section:
+    """The imbalance before and as measured again, and the sharpness along the orbit."""
     return Section(
         f"{run.workload.name}: moved to the noise equilibrium",
         "The model was moved along its symmetries to the joint equilibrium and the noise measured again.",
@@ -236,8 +287,8 @@ def _balance_section(run: Run, analysis: Analysis, moved: Moved, sharpness: byte
             ("relative change of outputs", moved.report.output_change),
         ],
         figures=[
-            Figure(balance_figure(histograms), "Noise balance before and after."),
-            Figure(sharpness, "Trace of the Hessian along the orbit."),
+            Figure(balance_figure(analysis.equilibrium, moved.again), "Noise balance before and after."),
+            *sharpness,
         ],
     )
 
@@ -246,7 +297,7 @@ def _orbit(model: nn.Module, run: Run, analysis: Analysis, probes: int = 24) -> 
     """Tr H along `G^s`: predicted from the Hessian probed at s = 0, and probed again on models moved there."""
     syms, elements = analysis.symmetries, analysis.equilibrium.elements
     data = split(*digits(run.images), 2048)
-    here = curvature_moments(model, run.workload.loss_fn, data, syms, probes=probes)
+    here = curvature_moments(model, run.workload.loss_fn, data, syms, probes=probes, seed=SEED)
 
     def at(s: float) -> dict[str, Tensor]:
         return {name: element**s for name, element in elements.items()}
@@ -254,11 +305,11 @@ def _orbit(model: nn.Module, run: Run, analysis: Analysis, probes: int = 24) -> 
     line = np.linspace(-0.2, 1.2, 29)
     predicted = np.array([trace_at(model, syms, here, at(s))[1] for s in line])
     dots, measured = np.linspace(0, 1, 5), []
-    for seed, s in enumerate(dots, start=1):
+    for s in dots:
         moved = copy.deepcopy(model)
         for symmetry in syms:
             symmetry.act_(tensors_of(moved), at(s)[symmetry.name])
-        there = curvature_moments(moved, run.workload.loss_fn, data, syms, probes=probes, seed=seed)
+        there = curvature_moments(moved, run.workload.loss_fn, data, syms, probes=probes, seed=SEED)
         measured.append([float(sum(t.sum() for t in g.squares.values())) for g in there.groups])
     return orbit_figure(line, predicted, dots, np.array(measured))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -33,6 +33,7 @@ MEANING = {
 }
 """What each column says. One quantity has one name, in every table of the library."""
 WIDTH = 110
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def legend(*names: str) -> str:
@@ -62,11 +63,17 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
     @classmethod
-    def of(cls, rows: Sequence[Mapping[str, Any]]) -> Table:
-        """The table of rows given as `{column: value}`; a row without some column shows a dash there."""
+    def of(cls, rows: Sequence[Mapping[str, Any]], written: Callable[[Any], str] | None = None) -> Table:
+        """The table of rows given as `{column: value}`; a row without some column shows a dash there.
+
+        Args:
+            rows: one mapping a row.
+            written: how a value is written; `show` by default.
+        """
+        write = written or show
         names = tuple(dict.fromkeys(name for row in rows for name in row))
         numeric = tuple(not any(isinstance(row.get(name), str) for row in rows) for name in names)
-        return cls(names, numeric, tuple(tuple(show(row.get(name)) for name in names) for row in rows))
+        return cls(names, numeric, tuple(tuple(write(row.get(name)) for name in names) for row in rows))
 
     def text(self) -> str:
         """Aligned columns, two spaces apart, one line a row."""
@@ -143,6 +150,23 @@ def transposed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def count(number: int, one: str, many: str) -> str:
     """`1 symmetry`, `2 symmetries`."""
     return f"{number:,} {one if number == 1 else many}"
+
+
+def brief(value: Any) -> str:
+    """A number for a page: three significant digits, powers of ten as such; anything else as `show`.
+
+    Example:
+        >>> brief(0.0000221), brief(1234.5), brief(0.98765), brief("exact")
+        ('2.21 × 10⁻⁵', '1,230', '0.988', 'exact')
+    """
+    if not isinstance(value, float) or not math.isfinite(value) or value == 0:
+        return show(value)
+    size = abs(value)
+    if 1e-3 <= size < 1e6:
+        rounded = float(f"{value:.3g}")
+        return f"{rounded:,.0f}" if size >= 100 else f"{rounded:g}"
+    mantissa, _, exponent = f"{value:.2e}".partition("e")
+    return f"{float(mantissa):g} × 10{str(int(exponent)).translate(RAISED)}"
 
 
 def show(value: Any) -> str:

@@ -15,7 +15,9 @@ from noetherflow.errors import DataError
 class Recorded(Protocol):
     """What a forecast is compared with: `nf.Ledger`."""
 
-    detail: Any
+    @property
+    def detail(self) -> Any:
+        """`family`, or `symmetry` or finer where rows by symmetry can be had."""
 
     def records(self, by: Any) -> list[dict[str, Any]]:
         """One row per recorded step and family or symmetry: `step`, its name and the `charge` before the step."""

@@ -6,18 +6,26 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from noetherflow.analysis import Analysis
 from noetherflow.core.optimizers import described
-from noetherflow.core.printing import legend, transposed
+from noetherflow.core.printing import brief, count, legend, transposed
 from noetherflow.discovery import CertificateRow
 from noetherflow.equilibrium.flow import EXPLAINED
-from noetherflow.report.figures import balance_figure, forecast_figure
+from noetherflow.report import drawings
+from noetherflow.report.figures import panel, picture
 from noetherflow.report.page import Figure, Section, write_page
+from noetherflow.report.verdicts import headline, verdicts
 
-HORIZON = 3.0
-"""Forecasts run to this many median relaxation times."""
+MOST = 24
+"""Symmetries drawn in one picture; the tables have all."""
+PICTURES = {
+    "norms": "drifts",
+    "decay": "drifts",
+    "balance": "imbalance",
+    "batch": "drifts",
+    "optimiser": "forecast",
+}
+"""Which figure shows what a finding of a topic says."""
 
 
 def write_analysis(path: str | os.PathLike[str], analysis: Analysis, title: str) -> Path:
@@ -26,7 +34,7 @@ def write_analysis(path: str | os.PathLike[str], analysis: Analysis, title: str)
     Args:
         path: the file.
         analysis: what `nf.analyze` returned.
-        title: what was analysed; the page is called "Symmetries of TITLE".
+        title: what was analysed.
 
     Returns:
         The path written.
@@ -34,42 +42,59 @@ def write_analysis(path: str | os.PathLike[str], analysis: Analysis, title: str)
     Raises:
         MissingExtraError: without matplotlib or jinja2.
     """
-    return write_page(path, f"Symmetries of {title}", analysis_sections(analysis), subtitle=_subtitle(analysis))
+    found = [verdicts(analysis.diagnosis, PICTURES, tuple(_facts(analysis))), *analysis_sections(analysis)]
+    return write_page(path, f"{title}: {headline(analysis.diagnosis)}", found, subtitle=_subtitle(analysis))
 
 
 def _subtitle(analysis: Analysis) -> str:
-    return f"{described(analysis.sgd)}; moments of {analysis.moments.samples:,} samples"
+    return f"Analysis of one measurement: {described(analysis.sgd)}; moments of {analysis.moments.samples:,} samples"
 
 
-def analysis_sections(analysis: Analysis) -> list[Section]:
-    """The cards of the page: symmetries, certificate, the flow with its forecast, and the equilibrium."""
+def _facts(analysis: Analysis) -> list[tuple[str, Any]]:
+    return [
+        ("loss", float(analysis.moments.loss)),
+        ("symmetries", len(analysis.symmetries)),
+        ("independent charges", analysis.symmetries.n_charges()),
+        ("largest imbalance", float(analysis.equilibrium.imbalance_now)),
+        ("drift by the mean gradient", f"{analysis.flow.regime.mean_share:.0%}"),
+    ]
+
+
+def analysis_sections(analysis: Analysis, prefix: str = "") -> list[Section]:
+    """The cards of the page: symmetries, the flow with its forecast, the equilibrium, and the certificate.
+
+    Args:
+        analysis: what to show.
+        prefix: put before the names of figures, where a page holds several analyses.
+    """
     return [
         Section(
             "Symmetries",
             f"{analysis.symmetries.n_charges():,} independent Noether charges, found in the traced graph and checked "
-            "numerically in float64: outputs and per-sample gradients before and after random group elements.\n\n"
-            + legend("family", "blocks", "charges"),
+            "numerically in float64: outputs and per-sample gradients before and after random group elements.",
             table=analysis.symmetries.summary(),
-        ),
-        Section(
-            "Certificate",
-            legend("outputs changed by", "gradients off by"),
-            table=[_certificate_row(r) for r in analysis.certificate.rows],
+            notes=legend("family", "blocks", "charges"),
+            figures=[Figure(picture(analysis.symmetries), "A row per layer, a column per symmetry.", f"{prefix}map")],
         ),
         Section(
             "Noether flow",
-            legend(*EXPLAINED),
+            "What moves the charges, how long they take, and where one measurement says that they go.",
             table=transposed(analysis.rows()),
-            figures=[Figure(_forecast(analysis), "Forecast from this one measurement.")],
+            notes=legend(*EXPLAINED),
+            figures=_flow_figures(analysis, prefix),
         ),
         Section(
             "Noise equilibrium",
-            f"{str(analysis.equilibrium).splitlines()[0]}\n\n"
-            + legend("finite, one-sided, degenerate", "largest factor", "imbalance"),
+            _settling(analysis),
             table=[_equilibrium_row(r) for r in analysis.equilibrium.rows()],
-            figures=[
-                Figure(_balance(analysis), "Coordinates with a finite equilibrium, now and predicted after the move.")
-            ],
+            notes=legend("finite, one-sided, degenerate", "largest factor", "imbalance"),
+            figures=_equilibrium_figures(analysis, prefix),
+        ),
+        Section(
+            "Certificate",
+            str(analysis.certificate).splitlines()[0].capitalize() + ".",
+            table=[_certificate_row(r) for r in analysis.certificate.rows],
+            notes=legend("outputs changed by", "gradients off by"),
         ),
     ]
 
@@ -98,18 +123,33 @@ def _equilibrium_row(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _forecast(analysis: Analysis) -> bytes:
-    times = np.concatenate([r.relaxation_steps[r.finite].flatten().numpy() for r in analysis.flow.details])
-    horizon = int(HORIZON * np.median(times)) if times.size else 10_000
-    steps = sorted({int(k) for k in np.linspace(0, max(horizon, 10), 31)})
-    forecast = analysis.flow.forecast(steps)
-    return forecast_figure(forecast.steps, forecast.charges, forecast.errors)
+def _flow_figures(analysis: Analysis, prefix: str) -> list[Figure]:
+    rows = drawings.fastest(analysis.flow.details, MOST)
+    forecast = analysis.flow.forecast(drawings.horizon(analysis.flow))
+    return [
+        Figure(panel(len(rows), drawings.drifts, rows), "Drift of the charges, by cause.", f"{prefix}drifts"),
+        Figure(panel(len(rows), drawings.times, rows), "Relaxation times.", f"{prefix}times"),
+        Figure(panel(10, drawings.forecast, forecast, 8), "Forecast from one measurement.", f"{prefix}forecast"),
+    ]
 
 
-def _balance(analysis: Analysis) -> bytes:
-    pairs = []
-    for settled in analysis.equilibrium:
-        finite = settled.finite.numpy()
-        pairs.append((settled.imbalance_now.numpy()[finite], settled.imbalance.numpy()[finite]))
-    now, after = (np.concatenate(values) for values in zip(*pairs, strict=True))
-    return balance_figure({"now": now, "after the move, predicted": after})
+def _equilibrium_figures(analysis: Analysis, prefix: str) -> list[Figure]:
+    settled = drawings.farthest(analysis.equilibrium, MOST)
+    if not settled:
+        return []
+    away, moves = panel(len(settled), drawings.imbalances, settled), panel(len(settled), drawings.factors, settled)
+    return [
+        Figure(away, "Every coordinate that has an equilibrium.", f"{prefix}imbalance"),
+        Figure(moves, "What the move to the equilibrium multiplies.", f"{prefix}factors"),
+    ]
+
+
+def _settling(analysis: Analysis) -> str:
+    """What became of the search for the equilibrium."""
+    found = analysis.equilibrium
+    state = "converged" if found.converged else "did NOT converge"
+    return (
+        f"The joint {found.objective} equilibrium of {count(len(found.settled), 'symmetry', 'symmetries')}: the search "
+        f"{state}. The largest imbalance is {brief(found.imbalance_now)} today and {brief(found.imbalance)} after the "
+        "move there, which leaves the function as it is."
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,6 +200,24 @@ def comparison(ax: Any, found: Comparison, most: int) -> None:
     ax.set(xlabel="steps after the measurement", ylabel="charge, summed over coordinates")
     ax.set_title("One measurement (lines) against training (dots)")
     ax.legend(loc="best")
+
+
+def changes(ax: Any, found: Forecast, measured: Mapping[str, Tensor]) -> None:
+    """Measured against forecast change of every coordinate over all steps.
+
+    Args:
+        ax: where to draw.
+        found: the forecast.
+        measured: charges in training by symmetry at the forecast's steps, `[len(steps), *symmetry.shape]`.
+    """
+    for (name, charges), colour in zip(found.charges.items(), style.CYCLE * 9, strict=False):
+        change = (charges[-1] - charges[0]).flatten().numpy()
+        seen = (measured[name][len(found.steps) - 1] - measured[name][0]).flatten().numpy()
+        ax.plot(change, seen, "o", color=colour, ms=3.5, alpha=0.7)
+    ends = [*ax.get_xlim(), *ax.get_ylim()]
+    ax.plot([min(ends), max(ends)], [min(ends), max(ends)], color=style.MUTED, lw=1, zorder=0)
+    ax.set(xlabel="forecast change of charge", ylabel="measured change of charge")
+    ax.set_title(f"Every coordinate after {found.steps[-1]:,} steps")
 
 
 def farthest(equilibrium: Equilibrium, most: int) -> list[Settled]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from noetherflow.core.files import write_text
-from noetherflow.core.printing import Table, show
+from noetherflow.core.printing import Table, brief, count
 from noetherflow.errors import DataError, require
 
 
@@ -23,10 +23,31 @@ class Figure:
     Attributes:
         content: a plotly figure, or a PNG as bytes or as the path of a file.
         caption: shown below, and read to those who cannot see the figure.
+        name: what a `Notice` calls it to link there.
     """
 
     content: Any
     caption: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A verdict at the top of a page.
+
+    Attributes:
+        level: `act`, `watch`, `good` or `open`.
+        title: one sentence.
+        details: what it means and what to do, a paragraph each.
+        small: folded away: how sure it is, the numbers.
+        figure: the `name` of the figure that shows it, if the page has one.
+    """
+
+    level: str
+    title: str
+    details: tuple[str, ...] = ()
+    small: tuple[str, ...] = ()
+    figure: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,10 +56,14 @@ class Section:
 
     Attributes:
         heading: the title of the card, and its entry in the page's navigation.
-        prose: text; blank lines part paragraphs, `backquotes` mark code.
+        notices: verdicts.
         facts: pairs `(label, value)`, shown large.
-        table: rows as `{column: value}`.
-        figures: below the table.
+        prose: text; blank lines part paragraphs, `backquotes` mark code.
+        code: a program to copy.
+        figures: pictures.
+        table: rows as `{column: value}`, folded away.
+        notes: what the table's columns mean, folded with it.
+        folded: what the closed table is called; empty to show it open.
     """
 
     heading: str
@@ -46,6 +71,10 @@ class Section:
     facts: Sequence[tuple[str, Any]] = ()
     table: Sequence[Mapping[str, Any]] = ()
     figures: Sequence[Figure] = ()
+    notices: Sequence[Notice] = ()
+    code: str = ""
+    notes: str = ""
+    folded: str = "the numbers as a table"
 
 
 def write_page(path: str | os.PathLike[str], title: str, sections: Sequence[Section], subtitle: str = "") -> Path:
@@ -80,31 +109,59 @@ def render_page(title: str, sections: Sequence[Section], subtitle: str = "") -> 
 
     jinja2: Any = require("jinja2", "report")
     markup: Any = require("markupsafe", "report")
-    prepared = [_prepare(section, i, markup.Markup) for i, section in enumerate(sections)]
+    named = {f.name: f"fig-{f.name}" for section in sections for f in section.figures if f.name}
+    prepared = [_prepare(section, i, markup.Markup, named) for i, section in enumerate(sections)]
     interactive = any(f["kind"] == "plotly" for s in prepared for f in s["figures"])
     offline: Any = require("plotly.offline", "report") if interactive else None
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(
-        resources.files("noetherflow.report").joinpath("page.html.j2").read_text("utf-8")
-    )
+    template = environment.from_string(_resource("page.html.j2"))
     return template.render(
         title=title,
         subtitle=subtitle,
         sections=prepared,
         version=__version__,
+        css=markup.Markup(stylesheet()),
         plotly=markup.Markup(offline.get_plotlyjs()) if interactive else "",
     )
 
 
-def _prepare(section: Section, position: int, safe: Any) -> dict[str, Any]:
+def stylesheet() -> str:
+    """The style of every page: light, dark, on a phone and in print."""
+    return _resource("page.css")
+
+
+def _resource(name: str) -> str:
+    return resources.files("noetherflow.report").joinpath(name).read_text("utf-8")
+
+
+def _prepare(section: Section, position: int, safe: Any, named: Mapping[str, str]) -> dict[str, Any]:
+    rows = len(section.table)
     return {
         "heading": section.heading,
         "anchor": f"s{position}-" + re.sub(r"[^a-z0-9]+", "-", section.heading.lower()).strip("-"),
-        "paragraphs": [_paragraph(p, safe) for p in re.split(r"\n\s*\n", section.prose.strip()) if p],
-        "facts": [(label, show(value)) for label, value in section.facts],
-        "table": safe(Table.of(section.table).html()) if section.table else "",
+        "notices": [_notice(n, safe, named) for n in section.notices],
+        "facts": [(label, brief(value)) for label, value in section.facts],
+        "paragraphs": _paragraphs(section.prose, safe),
+        "code": section.code,
         "figures": [_figure(f, f"plot-{position}-{j}", safe) for j, f in enumerate(section.figures)],
+        "table": safe(Table.of(section.table, brief).html()) if section.table else "",
+        "folded": f"{section.folded} ({count(rows, 'row', 'rows')})" if section.folded else "",
+        "notes": _paragraphs(section.notes, safe),
     }
+
+
+def _notice(notice: Notice, safe: Any, named: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "level": notice.level,
+        "title": _paragraph(notice.title, safe),
+        "details": [_paragraph(text, safe) for text in notice.details],
+        "small": [_paragraph(text, safe) for text in notice.small],
+        "link": named.get(notice.figure, ""),
+    }
+
+
+def _paragraphs(text: str, safe: Any) -> list[Any]:
+    return [_paragraph(p, safe) for p in re.split(r"\n\s*\n", text.strip()) if p]
 
 
 def _paragraph(text: str, safe: Any) -> Any:
@@ -115,7 +172,8 @@ def _paragraph(text: str, safe: Any) -> Any:
 
 def _figure(figure: Figure, name: str, safe: Any) -> dict[str, Any]:
     content = figure.content
-    base = {"id": name, "caption": figure.caption, "alt": figure.caption or "figure"}
+    anchor = f"fig-{figure.name}" if figure.name else f"fig-{name}"
+    base = {"id": name, "anchor": anchor, "caption": figure.caption, "alt": figure.caption or "figure"}
     if hasattr(content, "to_plotly_json"):
         payload = content.to_json().replace("</", "<\\/").replace("<!--", "\\u003c!--")
         return base | {"kind": "plotly", "payload": safe(payload)}

@@ -64,7 +64,8 @@ def _figure(columns: int, width: float, height: float) -> tuple[Any, Any]:
     return figure, axes[0]
 
 
-def _height(lines: int) -> float:
+def height_of(lines: int) -> float:
+    """The height in inches of a chart with so many lines."""
     return min(1.3 + ROW * max(lines, 3), 14.0)
 
 
@@ -77,7 +78,7 @@ def plot_symmetries(syms: SymmetrySet, *, collapse: bool | None = None) -> tuple
     """
     chart: NetworkMap = network_map(syms, collapse)
     width = 3.2 + 0.17 * len(chart.columns)
-    figure, axes = _figure(1, min(max(width, 5.2), 15.0), _height(len(chart.modules)) + 0.5)
+    figure, axes = _figure(1, min(max(width, 5.2), 15.0), height_of(len(chart.modules)) + 0.5)
     draw_map(axes[0], chart)
     return figure, axes[0]
 
@@ -85,7 +86,7 @@ def plot_symmetries(syms: SymmetrySet, *, collapse: bool | None = None) -> tuple
 def plot_moments(moments: GradientMoments, *, most: int = 30) -> tuple[Any, Any]:
     """The mean squared gradient on the + and the - side of the `most` symmetries that are least in balance."""
     sides = drawings.sides_of(moments, most)
-    figure, axes = _figure(1, 6.8, _height(len(sides)))
+    figure, axes = _figure(1, 6.8, height_of(len(sides)))
     drawings.sides(axes[0], sides)
     return figure, axes[0]
 
@@ -93,7 +94,7 @@ def plot_moments(moments: GradientMoments, *, most: int = 30) -> tuple[Any, Any]
 def plot_flow(flow: Flow, *, most: int = 30) -> tuple[Any, Any]:
     """The drift of the `most` charges that drift most, by cause, and how long each takes to settle."""
     rows = drawings.fastest(flow.details, most)
-    figure, axes = _figure(2, 10.5, _height(len(rows)))
+    figure, axes = _figure(2, 10.5, height_of(len(rows)))
     drawings.drifts(axes[0], rows)
     drawings.times(axes[1], rows)
     return figure, axes
@@ -116,7 +117,7 @@ def plot_comparison(comparison: Comparison, *, most: int = 8) -> tuple[Any, Any]
 def plot_equilibrium(equilibrium: Equilibrium, *, most: int = 30) -> tuple[Any, Any]:
     """The imbalance of the `most` symmetries farthest from equilibrium now and after the move, and how far it goes."""
     settled = drawings.farthest(equilibrium, most)
-    figure, axes = _figure(2, 10.5, _height(len(settled)))
+    figure, axes = _figure(2, 10.5, height_of(len(settled)))
     drawings.imbalances(axes[0], settled)
     drawings.factors(axes[1], settled)
     return figure, axes
@@ -135,7 +136,7 @@ def plot_analysis(analysis: Analysis, *, most: int = 12) -> tuple[Any, Any]:
     """Four pictures of one analysis: where the charges drift, how long they take, their imbalance, their forecast."""
     pyplot: Any = require("matplotlib.pyplot", "report")
     rows, settled = drawings.fastest(analysis.flow.details, most), drawings.farthest(analysis.equilibrium, most)
-    height = _height(max(len(rows), len(settled)))
+    height = height_of(max(len(rows), len(settled)))
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 2 * max(height, 3.2)), layout="constrained")
     drawings.drifts(axes[0, 0], rows)
     drawings.times(axes[0, 1], rows)

@@ -18,21 +18,13 @@ from noetherflow.core.terminal import rich_table
 from noetherflow.errors import DataError
 from noetherflow.monitor.log import LOG_NAME
 from noetherflow.monitor.rundata import RunData, RunReader
-from noetherflow.report.run import NAMES, finite_mean
+from noetherflow.report.run_figures import finite_mean
+from noetherflow.report.words import CAUSE_NAMES, ESTIMATES
 
 RECENT = 50
 KEPT = 4 * RECENT
 ROWS = 12
 BARS = "▁▂▃▄▅▆▇█"
-ESTIMATES = (
-    ("norm", "norm"),
-    ("distance", "|lam*|"),
-    ("steps", "steps to go"),
-    ("growth", "growth/step"),
-    ("angular", "angle/step"),
-    ("check", "violation"),
-)
-"""Estimates shown by symmetry, with the heading of each."""
 
 
 def watch(
@@ -114,14 +106,14 @@ def _families(data: RunData) -> list[Text | RichTable]:
     last = slice(-RECENT, None)
     rows = []
     for i, family in enumerate(data.families):
-        means = {name: finite_mean(data.family[name][last, i]) for name in NAMES}
+        means = {name: finite_mean(data.family[name][last, i]) for name in CAUSE_NAMES}
         cause = max(means, key=lambda name: np.nan_to_num(abs(means[name])))
         rows.append(
             {
                 "family": family,
                 "charge": float(data.family["charge"][-1, i]),
                 "per step": finite_mean(data.family["change"][last, i]),
-                "main cause": NAMES[cause] if abs(means[cause]) > 0 else "none",
+                "main cause": CAUSE_NAMES[cause] if abs(means[cause]) > 0 else "none",
             }
         )
     heading = Text(f"charges (drift over the last {RECENT} recorded steps)", style="italic")

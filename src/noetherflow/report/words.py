@@ -20,3 +20,12 @@ CAUSE_COLOURS = {
     "other": "#E69F00",
     "outside": "#8C564B",
 }
+ESTIMATES = (
+    ("norm", "norm"),
+    ("distance", "|lam*|"),
+    ("steps", "steps to go"),
+    ("growth", "growth/step"),
+    ("angular", "angle/step"),
+    ("check", "violation"),
+)
+"""Estimates shown by symmetry, with the heading of each."""
