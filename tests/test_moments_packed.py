@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import noetherflow as nf
 from noetherflow.moments import GradientMoments, load_moments, merge_moments, packed, save_moments, standard_error
 from noetherflow.moments.packed import PackedTensor, PackedTensors
+from noetherflow.moments.placement import GroupPlan
 
 
 @pytest.mark.parametrize("shape", [(3000,), (40, 50), (300, 5), (20, 30, 3, 3), (1500, 1)])
@@ -166,3 +167,98 @@ def test_intervals_cover_the_truth(monkeypatch: pytest.MonkeyPatch, keep: float,
         ).interval()
         hits += bool(lower <= truth.square().sum() <= upper)
     assert low < hits / runs < high, f"{hits / runs:.3f} +- {math.sqrt(0.05 * 0.95 / runs):.3f}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "sized"), [(25, True), (10, True), (10, False), (200, True)])
+def test_measured_intervals_cover_the_truth(monkeypatch: pytest.MonkeyPatch, size: int, sized: bool) -> None:
+    """400 samples drawn from a population of 3,000 whose moments are known: 16 groups of a batch, of several
+    neighbouring batches, joined in pairs where their number is not known, and parts of two batches.
+
+    The statistic is a large batch's second moment on each leg, to which the mean gradient gives as much as the
+    noise.
+    """
+    monkeypatch.setattr(packed, "SMALL", 0)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2)).double()
+    population = torch.randn(3000, 5, dtype=torch.float64) + 0.5
+    syms, loss = nf.find_symmetries(model, population[:2]), lambda m, b: (m(b) - 0.3).square().sum(1)
+    sgd = nf.SGDConfig(0.1, 16)
+    statistic = lambda m: torch.stack([leg.sum() for s in syms for leg in m.batch_grams(s, sgd)])
+    whole = nf.gradient_moments(model, loss, [population], syms, groups=1)
+    truth = torch.stack([(second / 16 + mean * (15 / 16)).sum() for s in syms for second, mean in zip(
+        whole.second[s.name], s.grams({n: whole.mean[n] for n in s.parameters}), strict=True)])  # fmt: skip
+    rng, runs, meter = torch.Generator().manual_seed(1), 500, nf.Meter(model, loss, syms)
+    hits = torch.zeros_like(truth)
+    for _ in range(runs):
+        batches = population[torch.randint(len(population), (400,), generator=rng)].split(size)
+        estimate = standard_error(meter.measure(list(batches) if sized else iter(batches)), statistic)
+        assert 8 < estimate.groups <= 16
+        lower, upper = estimate.interval()
+        hits += (lower <= truth) & (truth <= upper)
+    coverage = float(hits.mean()) / runs
+    assert 0.93 < coverage < 0.97, f"{coverage:.3f}"
+
+
+@pytest.mark.parametrize(("groups", "count"), [(16, 16), (16, 17), (16, 5), (4, 40), (5, 23), (3, 10), (1, 9), (16, 1)])
+@pytest.mark.parametrize("known", [True, False])
+def test_groups_are_neighbours_each_filled_before_the_next(groups: int, count: int, known: bool) -> None:
+    """By brute force: batches in sets, joined as the placements say."""
+    plan, held, level = GroupPlan(groups, count if known else None), dict[int, list[int]](), 1
+    done: set[int] = set()
+    for k in range(count):
+        placed = plan.place(k)
+        while level < placed.level:
+            level *= 2
+            joined: dict[int, list[int]] = {}
+            for g, batches in sorted(held.items()):
+                joined.setdefault(g // 2, []).extend(batches)
+            held, done = joined, set()
+        assert not done & set(placed.groups), "a complete group was added to"
+        for g in placed.groups:
+            held.setdefault(g, []).append(k)
+        done |= set(placed.groups) if placed.complete else set()
+    assert sorted({k for batches in held.values() for k in batches}) == list(range(count))
+    if known:
+        assert sorted(held) == list(range(max(groups, 1) if count else 0))
+    else:
+        assert min(groups, count) / 2 <= len(held) <= groups
+    if known or groups > 3:
+        assert [k for _, batches in sorted(held.items()) for k in batches] == sorted(
+            k for batches in held.values() for k in batches
+        )
+
+
+class Live:
+    """Bytes of tensors allocated and not freed, and their peak, while torch works."""
+
+    def __init__(self, work: Any) -> None:
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            work()
+        self.now = self.peak = 0
+        for event in seen.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                self.now += event.nbytes()
+                self.peak = max(self.peak, self.now)
+
+
+@pytest.mark.parametrize(("entries", "limit"), [(False, 24), (True, 40.5)])
+@pytest.mark.parametrize("count", [16, 3])
+def test_bytes_per_parameter_while_measuring(entries: bool, limit: float, count: int) -> None:
+    """Beyond what one group takes for forward and backward: 16 bytes for 16 groups, 4 for the mean (8 and 32)."""
+    width, depth = 192, 30
+    model = nn.Sequential(*(k for _ in range(depth) for k in (nn.Linear(width, width, bias=False), nn.ReLU())))
+    x = torch.randn(16 * count, width)
+    syms = nf.find_symmetries(model, x[:2])
+    parameters = sum(p.numel() for p in model.parameters())
+    meter = nf.Meter(model, lambda m, b: m(b).square().sum(1), syms, entries=entries)
+    meter.measure(list(x.split(16)))
+    kept: list[GradientMoments] = []
+    peak = Live(lambda: kept.append(meter.measure(list(x.split(16))))).peak / parameters
+    grams = 8 * sum(leg.numel() for m in (kept[0], *kept[0].groups) for legs in m.second.values() for leg in legs)
+    layers = 3 * 8 * width**2  # two parameters of a symmetry in float64, and a square
+    assert peak < limit + (2 * grams + layers) / parameters + 1, "beside: activations, the scales of packed rows"
+    assert peak > limit - 5, "the measure measures"
+    assert len(kept[0].groups) == 16

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from noetherflow.equilibrium.step import step_identity
     from noetherflow.equilibrium.validity import SquareMemory, square_memory
     from noetherflow.moments.activation import ActivationMoments, activation_moments
-    from noetherflow.moments.engine import gradient_moments
+    from noetherflow.moments.engine import Meter, gradient_moments
     from noetherflow.moments.factors import gradient_factors
     from noetherflow.moments.minibatch import minibatch_moments
     from noetherflow.moments.result import GradientMoments, merge_moments
@@ -97,7 +97,7 @@ _LAZY = {
     "equilibrium.state_result": ("StateFlow",),
     "equilibrium.validity": ("SquareMemory", "square_memory"),
     "moments.activation": ("ActivationMoments", "activation_moments"),
-    "moments.engine": ("gradient_moments",),
+    "moments.engine": ("Meter", "gradient_moments"),
     "moments.factors": ("gradient_factors",),
     "moments.minibatch": ("minibatch_moments",),
     "moments.result": ("GradientMoments", "merge_moments"),
@@ -126,6 +126,7 @@ __all__ = [
     "Ledger",
     "Leg",
     "LionConfig",
+    "Meter",
     "RunSnapshot",
     "SGDConfig",
     "SquareMemory",

@@ -26,8 +26,9 @@ from noetherflow.moments.forms import Form
 from noetherflow.moments.layout import WHOLE_BATCH, SampleLayout
 from noetherflow.moments.origins import Origins, Source, distinct
 from noetherflow.moments.rules import Site
+from noetherflow.moments.sums import Sums, Totals
 from noetherflow.moments.taps import CallId, Receiver, Recorder, Trace, Use
-from noetherflow.moments.target import Scratch, Sums, Workspace
+from noetherflow.moments.target import Scratch, Workspace
 
 CHUNK_ENTRIES = 1 << 22
 
@@ -238,11 +239,20 @@ def used_once(trace: Trace) -> frozenset[str]:
 
 
 class Share(NamedTuple):
-    """Samples `lo .. hi - 1` of a batch, and the sums they are added to."""
+    """Samples `lo .. hi - 1` of a batch, and the sums they are added to.
+
+    `totals`: given for the last samples of their group, whose sums go there parameter by parameter.
+    """
 
     lo: int
     hi: int
     sums: Sums
+    totals: Totals | None
+
+    def settle(self, names: Sequence[str]) -> None:
+        """Note that these parameters are measured; where `totals` are given, their sums are packed at once."""
+        if self.totals is not None:
+            self.sums.settle(names, self.totals)
 
 
 class Contraction:
@@ -253,6 +263,7 @@ class Contraction:
     ) -> None:
         self._roots, self._measured, self._once, self._shares = roots, measured, once, shares
         self._workspace = Workspace()
+        self._lent = Workspace(), Workspace()  # for sums of one parameter that are packed before the next
         self._pending: list[tuple[Source, Form]] = []
 
     @property
@@ -262,7 +273,7 @@ class Contraction:
 
     def receive(self, use: Use, layout: SampleLayout, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
         """Take the output gradient and the activations of one use."""
-        samples = self._shares[-1][1]
+        samples = self._shares[-1].hi
         scratch = Scratch(self._workspace)
         for site, source in zip(use.sites, use.sources, strict=True):
             if not source.names.isdisjoint(self._measured):
@@ -274,8 +285,11 @@ class Contraction:
         if name in self._once and name is not None:
             whole = _as_whole(source.operand, self._roots[name], form)
             if whole is not None:
-                for lo, hi, sums in self._shares:
-                    whole.accumulate(sums.target(name, scratch), lo, hi)
+                for share in self._shares:
+                    if share.totals is not None:
+                        share.sums.begin(name, self._lent)
+                    whole.accumulate(share.sums.target(name, scratch), share.lo, share.hi)
+                    share.settle([name])
                 return
         self._pending.append((source, form))
 
@@ -285,9 +299,10 @@ class Contraction:
             wanted = sorted(names & self._measured)
             entries = sum(self._roots[n].numel() for n in names)
             step = max(1, CHUNK_ENTRIES // entries)
-            for lo, hi, sums in self._shares:
-                for start in range(lo, hi, step):
-                    self._add_chunk(wanted, items, start, min(start + step, hi), sums)
+            for share in self._shares:
+                for start in range(share.lo, share.hi, step):
+                    self._add_chunk(wanted, items, start, min(start + step, share.hi), share.sums)
+                share.settle(wanted)
         self._pending.clear()
 
     def _add_chunk(self, wanted: list[str], items: list[tuple[Source, Form]], lo: int, hi: int, sums: Sums) -> None:

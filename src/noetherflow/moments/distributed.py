@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from noetherflow.errors import DataError, MomentError
-from noetherflow.moments.target import Need, Sums
+from noetherflow.moments.packed import PackedTensors, packed
+from noetherflow.moments.sums import Sums, Totals
+from noetherflow.moments.target import Need
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 T = TypeVar("T")
@@ -96,22 +98,48 @@ def refuse_sharded(params: Mapping[str, Tensor], why: str) -> None:
 
 
 def added_over_ranks(
-    groups: dict[int, Sums], syms: SymmetrySet, needs: dict[str, Need], process_group: Any
-) -> dict[int, Sums]:
-    """The same groups summed over all ranks; a rank may hold other groups, or none."""
+    groups: dict[int, Sums], totals: Totals, syms: SymmetrySet, needs: dict[str, Need], process_group: Any
+) -> tuple[dict[int, Sums], Totals]:
+    """The same groups and the totals summed over all ranks; a rank may hold other groups, or none.
+
+    Groups are settled: of each the packed gradients are unpacked one by one, added and packed again.
+    """
     device = next(iter(needs.values())).device
     last = torch.tensor(max(groups, default=-1), device=device)
     dist.all_reduce(last, dist.ReduceOp.MAX, process_group)
-    total: dict[int, Sums] = {}
+    found: dict[int, Sums] = {}
     for k in range(int(last) + 1):
-        added = Sums.zeros(syms, needs)
-        if k in groups:
-            added.plus(groups[k])
-        counts = torch.tensor([added.samples, added.loss], dtype=torch.float64, device=device)
-        legs = [leg for legs in added.second.values() for leg in legs]
-        for tensor in (counts, *added.gradient.values(), *added.squares.values(), *legs):
-            dist.all_reduce(tensor, dist.ReduceOp.SUM, process_group)
-        added.samples, added.loss = int(counts[0]), float(counts[1])
+        added = _added_group(groups.get(k), syms, needs, process_group)
         if added.samples:
-            total[k] = added
+            found[k] = added
+    whole = Totals()
+    for name, need in needs.items():
+        gradient = {name: _added(totals.gradient.get(name), need, process_group)}
+        whole.plus(gradient, {name: _added(totals.squares.get(name), need, process_group)} if need.entries else {})
+    return found, whole
+
+
+def _added_group(mine: Sums | None, syms: SymmetrySet, needs: dict[str, Need], process_group: Any) -> Sums:
+    """One group over all ranks."""
+    own, added = mine or Sums.zeros(syms, needs), Sums.zeros(syms, needs)
+    gradient, squares = PackedTensors(own.packed_gradient), PackedTensors(own.packed_squares)
+    for name, need in needs.items():
+        added.packed_gradient[name] = packed(_added(gradient.get(name), need, process_group))
+        if need.entries:
+            added.packed_squares[name] = packed(_added(squares.get(name), need, process_group))
+    for symmetry, legs in added.second.items():
+        for leg, part in zip(legs, own.second[symmetry], strict=True):
+            leg.copy_(part)
+            dist.all_reduce(leg, dist.ReduceOp.SUM, process_group)
+    device = next(iter(needs.values())).device
+    counts = torch.tensor([own.samples, own.loss], dtype=torch.float64, device=device)
+    dist.all_reduce(counts, dist.ReduceOp.SUM, process_group)
+    added.samples, added.loss = int(counts[0]), float(counts[1])
+    return added
+
+
+def _added(mine: Tensor | None, need: Need, process_group: Any) -> Tensor:
+    """The sum over ranks of one parameter's sums; a rank may have none."""
+    total = need.zeros() if mine is None else mine.clone()
+    dist.all_reduce(total, dist.ReduceOp.SUM, process_group)
     return total

@@ -23,9 +23,11 @@ from noetherflow.moments.distributed import in_step, is_sharded, ranks_of, refus
 from noetherflow.moments.fallback import Fallback
 from noetherflow.moments.groups import GroupSums
 from noetherflow.moments.measuring import KnownWay, MeasuringPass, NewWay, Ways
-from noetherflow.moments.result import GradientMoments, in_groups, unresolved
+from noetherflow.moments.placement import GroupPlan, Placement
+from noetherflow.moments.result import GradientMoments, unresolved
+from noetherflow.moments.sums import Sums
 from noetherflow.moments.taps import CallId
-from noetherflow.moments.target import Sums, needs_of, trainable_parameters
+from noetherflow.moments.target import needs_of, trainable_parameters
 from noetherflow.moments.verify import weigh
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
@@ -64,7 +66,8 @@ def gradient_moments(
         syms: the symmetries whose legs are measured.
         entries: measure also `E[g^2]` of every entry.
         until: stop when the relative standard error of each leg's `Tr E[g g^T]` is below; takes at least 4 groups.
-        groups: samples are split into up to that many groups (whole batches, if there are enough) for jackknife errors.
+        groups: samples are split into up to that many groups (whole batches, if there are enough) for jackknife errors;
+            each costs one byte per measured entry (two with `entries`), not a copy.
         parameters: names of parameters measured beside those of `syms`.
         sample_axes: 2 if losses are `[batch, tokens]` and every entry is a sample.
         resume: go on from moments measured before; give the batches not seen yet.
@@ -91,46 +94,38 @@ def gradient_moments(
 
     Source: theory.md sections 1 and 2.
     """
-    ranks = ranks_of(model, process_group)
     meter = Meter(model, loss_fn, syms, entries=entries, parameters=parameters, sample_axes=sample_axes)
-    _refuse_loose_tensors(batches)
-    if resume is not None:
-        meter.resume(resume)
-    if until is not None and ranks is not None:
-        raise MomentError("until= is for one process: ranks would stop at different batches; fix the number of batches")
-    if until is not None and groups < 4:
-        raise MomentError(f"until= takes its error from at least 4 groups of samples, got groups={groups}")
-    splits = _splits(batches, groups)
-    first = len(meter.groups) if resume is not None else 0
-    for k, batch in enumerate(in_step(batches, model, ranks)):
-        with loose_tensors_named(batches):
-            meter.update(batch, range(first + k * splits, first + (k + 1) * splits), groups)
-        if progress is not None:
-            progress(meter.samples, meter.loss)
-        if until is not None and meter.noise_error() < until:
-            break
-    return meter.result(ranks)
-
-
-def _splits(batches: Iterable[Any], groups: int) -> int:
-    """Groups per batch: 1 when batches suffice or cannot be counted."""
-    count = len(batches) if isinstance(batches, Sized) else groups
-    return max(1, -(-groups // max(1, count)))
+    return meter.measure(
+        batches, until=until, groups=groups, resume=resume, process_group=process_group, progress=progress
+    )
 
 
 @dataclass(eq=False)
 class Meter:
-    """Accumulates moments batch by batch; `result()` at any time.
+    """Measures gradient moments of one model under one loss again and again, verified once.
 
-    `uncovered`: parameters that no rule covers, with the reason; the fallback measures them.
+    `gradient_moments` proves on its first batch that its rules give autograd's gradients, which costs as much as a few
+    training steps. A meter keeps what it has proved about the ways through the model: `measure`, called every hundred
+    training steps, then costs no more than its batches. What a later batch does differently is verified when it comes.
+
+    Attributes:
+        model: The model, in the mode it is to be measured in.
+        loss_fn: `loss_fn(model, batch)` returns one loss per sample, `[batch]`, not reduced.
+        syms: The symmetries whose legs are measured.
+        entries: Measure also `E[g^2]` of every entry.
+        parameters: Names of parameters measured beside those of `syms`.
+        sample_axes: 2 if losses are `[batch, tokens]` and every entry is a sample.
+        uncovered: Parameters that no rule covers, with the reason; the fallback measures them.
 
     Example:
-        >>> model, x = nn.Linear(3, 2), torch.ones(5, 3)
-        >>> syms = nf.SymmetrySet(())
-        >>> meter = Meter(model, lambda m, x: m(x).square().sum(1), syms, parameters=["weight"])
-        >>> meter.update(x)
-        >>> meter.result().mean["weight"].shape
-        torch.Size([2, 3])
+        >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(32, 4)
+        >>> meter = nf.Meter(model, lambda m, b: m(b).square().sum(1), nf.find_symmetries(model, x))
+        >>> before = meter.measure(list(x.split(8)))
+        >>> with torch.no_grad():
+        ...     model[0].weight.mul_(0.5)  # training
+        >>> after = meter.measure(list(x.split(8)))  # no verification again
+        >>> before.samples, after.samples
+        (32, 32)
     """
 
     model: nn.Module
@@ -145,24 +140,75 @@ class Meter:
         _refuse_other_losses(self.loss_fn)
         expect(CALL, "model", self.model, nn.Module, A_MODEL)
         expect(CALL, "syms", self.syms, SymmetrySet, SYMMETRIES)
-        self.model = unwrap(self.model)
+        self._given, self.model = self.model, unwrap(self.model)
+        self._ways = Ways()
+        self._used: set[str] = set()
+        self._conditions = Conditions()
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Look at the model as it is now, and begin with sums over no sample."""
         self.syms.tensors_in(self.model)
         wanted = trainable_parameters(self.model, [*self.syms.parameters, *self.parameters])
         self._needs = needs_of(self.syms, wanted, self.entries)
         roots = {n: t for n, t in tensors_of(self.model).items() if t.requires_grad}
         measured = frozenset(n for n, t in wanted.items() if t.numel())  # no gradient passes an empty parameter
         self._subject = Subject(self.model, self.loss_fn, roots, measured, self.sample_axes)
-        self._covered = self._subject  # what the rules measure: everything but the parameters left to the fallback
-        self._ways = Ways()
-        self._sums = GroupSums(self.syms, self._needs)
         self._fallback: Fallback | None = None
+        # what the rules measure: everything but the parameters left to the fallback
+        self._covered = replace(self._subject, measured=measured - set(self.uncovered))
         self._modules = tuple(self.model.named_modules())
         refuse_renormalising(self._modules)
         refuse_running_statistics(self.syms)
         if not is_sharded(self.model):  # sharding hooks parameters of its own
             refuse_hooked(wanted)
-        self._used: set[str] = set()
-        self._conditions = Conditions()
+        self._sums = GroupSums(self.syms, self._needs)
+
+    def measure(
+        self,
+        batches: Iterable[Any],
+        *,
+        groups: int = 16,
+        until: float | None = None,
+        resume: GradientMoments | None = None,
+        process_group: Any = None,
+        progress: Callable[[int, float], None] | None = None,
+    ) -> GradientMoments:
+        """Measure batches, and only these: what was measured before is not in the result.
+
+        Args:
+            batches: the batches, for example a DataLoader.
+            groups: samples are split into up to that many groups (whole batches, if there are enough) for jackknife
+                errors.
+            until: stop when the relative standard error of each leg's `Tr E[g g^T]` is below.
+            resume: go on from moments measured before; give the batches not seen yet.
+            process_group: ranks that measure together, where the model does not tell.
+            progress: `progress(samples, mean_loss)` is called after each batch.
+
+        Returns:
+            The moments over all samples.
+
+        Raises:
+            DataError, MomentError: as `gradient_moments`.
+        """
+        ranks = ranks_of(self._given, process_group)
+        _refuse_loose_tensors(batches)
+        _check_until(until, groups, ranks)
+        self._prepare()
+        if resume is not None:
+            self.resume(resume)
+        known = isinstance(batches, Sized) and until is None and resume is None
+        grouping = GroupPlan(groups, len(batches) if known and isinstance(batches, Sized) else None)
+        for k, batch in enumerate(in_step(batches, self._given, ranks), len(self.groups)):
+            with loose_tensors_named(batches):
+                self._place(batch, grouping.place(k))
+            if progress is not None:
+                progress(self.samples, self.loss)
+            if until is not None and self.noise_error() < until:
+                break
+        found = self._moments(ranks, spend=True)
+        self._sums = GroupSums(self.syms, self._needs)
+        return found
 
     @property
     def groups(self) -> dict[int, Sums]:
@@ -193,29 +239,32 @@ class Meter:
             raise MomentError(f"cannot resume: earlier and present shapes differ: {other}")
         self._sums.restore(moments)
         self._used.update(moments.mean)
-        self._conditions = moments.conditions
+        self._conditions = self._conditions.joined(moments.conditions)
         self.uncovered.update(dict.fromkeys(moments.fallback, "fallback in the moments resumed from"))
 
-    def update(self, batch: Any, groups: Iterable[int] = (0,), of: int = 1) -> None:
-        """Measure one batch.
+    def update(self, batch: Any, groups: Iterable[int] = (0,)) -> None:
+        """Measure one batch on top of what was measured before; `result()` gives the moments of all.
 
         Args:
             batch: as `loss_fn` takes it.
-            groups: the batch's samples are divided evenly among these groups.
-            of: group numbers are taken modulo this, so that later batches fall into the groups of earlier ones.
+            groups: the batch's samples are divided evenly among these groups. Fill one before the next: only the group
+                updated last keeps its sums as they are, the others in one byte per entry.
 
         Raises:
             MomentError: an earlier error left the sums with half a batch.
         """
+        self._place(batch, Placement(tuple(dict.fromkeys(groups)), level=self._sums.level))
+
+    def _place(self, batch: Any, placed: Placement) -> None:
+        """Measure one batch into its groups."""
         self._sums.refuse_half_added()
-        ids = list(dict.fromkeys(g % of for g in groups))
         refuse_batch_statistics(self._modules)
         with _eager():
-            self._update(batch, ids)
+            self._update(batch, placed)
 
-    def _update(self, batch: Any, ids: list[int]) -> None:
+    def _update(self, batch: Any, placed: Placement) -> None:
         """Measure a batch by the way it went before, else by a new way, once that is verified."""
-        if self._ways.known and self._measured(KnownWay(self._covered, batch, self._ways, self._sums, ids)):
+        if self._ways.known and self._measured(KnownWay(self._covered, batch, self._ways, self._sums, placed)):
             return
         shared: frozenset[CallId] = frozenset()
         while True:
@@ -224,7 +273,7 @@ class Meter:
             shared = weighted.shared
             if self._leave_to_fallback(weighted.uncovered):
                 continue
-            new = NewWay(self._covered, batch, self._ways, self._sums, ids, weighted)
+            new = NewWay(self._covered, batch, self._ways, self._sums, placed, weighted)
             if self._measured(new):
                 new.remember()
                 self._used.update(new.reached)
@@ -267,9 +316,13 @@ class Meter:
             DataError: no sample was measured.
             MomentError: the loss never used a parameter, or an error left the sums with half a batch.
         """
+        return self._moments(ranks, spend=False)
+
+    def _moments(self, ranks: Any, spend: bool) -> GradientMoments:
+        """`result`; with `spend` the sums are lost."""
         self._sums.refuse_half_added()
-        groups = self._sums.over_ranks(ranks)
-        if not groups:
+        sums = self._sums.over_ranks(ranks)
+        if not sums.by_group:
             raise DataError("no batch to measure: the iterator of batches is empty")
         reached = {*self._used, *self.uncovered, *(self._needs.keys() - self._subject.measured)}
         unused = [n for n in self._needs if n not in reached] if self.groups else []
@@ -278,10 +331,16 @@ class Meter:
                 f"no gradient reaches {unused}: the loss does not use them. "
                 "Freeze them (requires_grad_(False)) and take syms.trainable(model)"
             )
-        moments = in_groups(
-            s.moments(tuple(n for n in self._needs if n in self.uncovered)) for _, s in sorted(groups.items())
-        )
+        moments = sums.moments(tuple(n for n in self._needs if n in self.uncovered), spend=spend)
         return replace(moments, unresolved=unresolved(moments, self.syms), conditions=self._conditions)
+
+
+def _check_until(until: float | None, groups: int, ranks: Any) -> None:
+    """Raises MomentError where a measurement cannot stop by its error."""
+    if until is not None and ranks is not None:
+        raise MomentError("until= is for one process: ranks would stop at different batches; fix the number of batches")
+    if until is not None and groups < 4:
+        raise MomentError(f"until= takes its error from at least 4 groups of samples, got groups={groups}")
 
 
 def _refuse_other_losses(loss_fn: Any) -> None:

@@ -45,11 +45,12 @@ class Fallback:
         """
         step = max(1, CHUNK_ENTRIES // sum(p.numel() for p in self.params))
         with buffers_kept(self.subject.modules):
-            gradients = self._gradients(batch, shares[-1][1])
-            for lo, hi, sums in shares:
-                for start in range(lo, hi, step):
-                    for name, g in zip(self.names, gradients(start, min(start + step, hi)), strict=True):
-                        sums.target(name).add_dense(g)
+            gradients = self._gradients(batch, shares[-1].hi)
+            for share in shares:
+                for start in range(share.lo, share.hi, step):
+                    for name, g in zip(self.names, gradients(start, min(start + step, share.hi)), strict=True):
+                        share.sums.target(name).add_dense(g)
+                share.settle(self.names)
 
     def _gradients(self, batch: Any, samples: int) -> Callable[[int, int], list[Tensor]]:
         """The function of `lo, hi` that gives gradients of samples `lo .. hi - 1`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -23,10 +22,10 @@ from noetherflow.moments.batch import (
     used_once,
 )
 from noetherflow.moments.distributed import all_ranks, is_sharded, over_ranks
-from noetherflow.moments.groups import GroupSums, edges, sums_over
+from noetherflow.moments.groups import GroupSums, Opened, edges, sums_over
 from noetherflow.moments.layout import SampleLayout
+from noetherflow.moments.placement import Placement
 from noetherflow.moments.taps import CallId, Recorder, Trace, Use
-from noetherflow.moments.target import Sums
 from noetherflow.moments.verify import Locator, WeightedPass, signature
 
 
@@ -64,17 +63,17 @@ class Ways:
 
 @dataclass(eq=False)
 class MeasuringPass(BatchPass):
-    """A measuring pass over one batch, whose samples are divided among `groups`."""
+    """A measuring pass over one batch, whose samples are divided among the groups they are `placed` in."""
 
     subject: Subject
     batch: Any
     ways: Ways
     sums: GroupSums
-    groups: Sequence[int]
+    placed: Placement
     trace: Trace = field(init=False)
     way: Way = field(init=False)
     contraction: Contraction = field(init=False)
-    opened: dict[int, Sums] = field(init=False)
+    opened: Opened = field(init=False)
     shares: list[Share] = field(init=False)
     losses: list[float] = field(init=False)
 
@@ -105,12 +104,14 @@ class MeasuringPass(BatchPass):
         self.way = self.ways.of(self.shared, trace, samples, self.subject.sample_axes)
         if not self.admits(trace):
             return None
-        parts = edges(samples, len(self.groups))
+        parts = edges(samples, len(self.placed.groups))
         self.losses = sums_over(losses.detach().flatten(), parts)
         if not all(map(isfinite, self.losses)):
             check_finite(losses, self.batch, self.subject.model)
-        self.opened = self.sums.open(self.groups, in_place=self.certain(trace))
-        self.shares = [Share(lo, hi, s) for (lo, hi), s in zip(parts, self.opened.values(), strict=True) if hi > lo]
+        self.opened = self.sums.open(self.placed, in_place=self.certain(trace))
+        totals = self.opened.totals if self.placed.complete else None
+        opened = zip(parts, self.opened.sums.values(), strict=True)
+        self.shares = [Share(lo, hi, s, totals) for (lo, hi), s in opened if hi > lo]
         self.contraction = Contraction(recorder.roots, self.subject.measured, self.way.once, self.shares)
         return torch.ones_like(losses)
 
@@ -137,8 +138,8 @@ class MeasuringPass(BatchPass):
 
     def count(self) -> None:
         """Count the batch in the sums."""
-        parts = edges(self.shares[-1].hi, len(self.groups))
-        for (lo, hi), sums, loss in zip(parts, self.opened.values(), self.losses, strict=True):
+        parts = edges(self.shares[-1].hi, len(self.placed.groups))
+        for (lo, hi), sums, loss in zip(parts, self.opened.sums.values(), self.losses, strict=True):
             sums.samples += hi - lo
             sums.loss += loss
         self.sums.close(self.opened)

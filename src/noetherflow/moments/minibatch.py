@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,9 +26,11 @@ from noetherflow.moments.batch import (
 )
 from noetherflow.moments.batch_statistics import refuse_evaluation
 from noetherflow.moments.conditions import Conditions, random_states
-from noetherflow.moments.distributed import added_over_ranks, ranks_of, refuse_sharded
-from noetherflow.moments.result import GradientMoments, Replicates, Sampling, in_groups, unresolved
-from noetherflow.moments.target import Sums, needs_of, trainable_parameters
+from noetherflow.moments.distributed import ranks_of, refuse_sharded
+from noetherflow.moments.groups import GroupSums
+from noetherflow.moments.placement import GroupPlan
+from noetherflow.moments.result import GradientMoments, Replicates, Sampling, unresolved
+from noetherflow.moments.target import needs_of, trainable_parameters
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 
@@ -93,6 +95,8 @@ def minibatch_moments(
     """
     expect("minibatch_moments(model, loss_fn, batches, syms)", "batches", batches, Iterable, BATCHES)
     meter = MinibatchMeter(model, syms, batch_size, dataset_size, sampling, entries, groups)
+    if isinstance(batches, Sized) and len(batches):
+        meter.grouping = GroupPlan(min(groups, len(batches)), len(batches))
     refuse_renormalising(meter.model.named_modules())
     refuse_accumulation_hooks(meter.params)
     params, conditions, before = list(meter.params.values()), Conditions(), random_states()
@@ -155,7 +159,7 @@ class MinibatchMeter:
     entries: bool = False
     groups: int = 16
     replicates: int = field(default=0, init=False)
-    _sums: dict[int, Sums] = field(default_factory=dict, init=False)
+    grouping: GroupPlan = field(init=False)
     _scalers: weakref.WeakSet[torch.amp.GradScaler] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -166,12 +170,13 @@ class MinibatchMeter:
         SGDConfig(1.0, self.batch_size, dataset_size=self.dataset_size)
         self.params = trainable_parameters(self.model, self.syms.parameters)
         refuse_sharded(self.params, "minibatch gradients are then sharded too")
-        self._needs = needs_of(self.syms, self.params, self.entries)
+        self.grouping = GroupPlan(self.groups)
+        self._sums = GroupSums(self.syms, needs_of(self.syms, self.params, self.entries))
 
     @property
     def loss(self) -> float:
         """Mean loss so far."""
-        return sum(s.loss for s in self._sums.values()) / max(1, self.replicates)
+        return self._sums.loss
 
     def observe(
         self, loss: float, gradients: Iterable[Tensor | None] | None = None, *, scale: float | None = None
@@ -194,16 +199,18 @@ class MinibatchMeter:
         missing = [n for n, g in zip(self.params, given, strict=True) if g is None]
         if missing:
             raise MomentError(f"no gradient reaches {missing}; freeze them and take syms.trainable(model)")
-        index = self.replicates % self.groups
-        if index not in self._sums:
-            self._sums[index] = Sums.zeros(self.syms, self._needs)
-        sums = self._sums[index]
+        placed = self.grouping.place(self.replicates)
+        opened = self._sums.open(placed, in_place=True)
+        (sums,) = opened.sums.values()
         for name, g in zip(self.params, given, strict=True):
             if g is not None:
                 dense = g.detach().to_dense()
                 sums.target(name).add_dense((dense if scale is None else dense / scale).unsqueeze(0))
+                if placed.complete:
+                    sums.settle([name], opened.totals)
         sums.samples += 1
         sums.loss += loss
+        self._sums.close(opened)
         self.replicates += 1
 
     def _refuse_scaled(self) -> None:
@@ -221,18 +228,20 @@ class MinibatchMeter:
 
         Raises DataError without a replicate, or for an epoch of more samples than the data hold.
         """
-        sums = self._sums if ranks is None else added_over_ranks(self._sums, self.syms, self._needs, ranks)
-        if not sums:
+        sums = self._sums.over_ranks(ranks)
+        if not sums.by_group:
             raise DataError("no batch to measure: the iterator of batches is empty")
         drawn = self.sampling or ("replacement" if self.dataset_size is None else "epoch")
         replicates = Replicates(self.batch_size, self.dataset_size, drawn)
         if replicates.of_mean(1) == 0:
             raise DataError(f"batches of all {self.dataset_size} samples have no noise; use smaller batches")
-        count = sum(s.samples for s in sums.values())
+        count = sums.samples
         if drawn == "epoch" and self.dataset_size is not None and count * self.batch_size > self.dataset_size:
             raise DataError(
                 f"{count} batches of {self.batch_size} are more than an epoch of dataset_size={self.dataset_size}: "
                 "they share samples; give sampling='independent' or 'replacement', or measure one epoch"
             )
-        moments = in_groups(replace(s.moments(()), replicates=replicates) for _, s in sorted(sums.items()))
+        moments = sums.moments(())
+        groups = tuple(replace(group, replicates=replicates) for group in moments.groups)
+        moments = replace(moments, replicates=replicates, groups=groups)
         return replace(moments, unresolved=unresolved(moments, self.syms))

@@ -40,11 +40,26 @@ class PackedTensor:
     @classmethod
     def of(cls, tensor: Tensor) -> PackedTensor:
         """Pack a tensor of any shape and real dtype."""
-        rows = _rows(tensor.float())
-        scales = rows.abs().amax(1, keepdim=True)
-        relative = rows.abs().div_(scales.clamp_min(torch.finfo(torch.float32).tiny)).sqrt_()
-        codes = relative.mul_(127).round_().copysign_(rows).to(torch.int8)
-        return cls(codes.view(tensor.shape), scales, tensor.dtype)
+        return cls.overwriting(tensor.to(torch.float32, copy=True), tensor.dtype)
+
+    @classmethod
+    def overwriting(cls, tensor: Tensor, dtype: torch.dtype = torch.float32) -> PackedTensor:
+        """Pack a float32 tensor that nobody needs any more, to be unpacked in `dtype`; saves a copy."""
+        rows = _rows(tensor)
+        signs = (rows.view(torch.int32) >> 31).to(torch.int8).bitwise_or_(1)  # 1 and -1
+        sizes = rows.abs_()
+        scales = sizes.amax(1, keepdim=True)
+        steps = scales.clamp_min(torch.finfo(torch.float32).tiny).reciprocal_()
+        codes = sizes.mul_(steps).sqrt_().mul_(127).round_().to(torch.int8)
+        return cls(codes.mul_(signs).view(tensor.shape), scales, dtype)
+
+    def times(self, factor: float) -> PackedTensor:
+        """The tensor times a positive number; not rounded again."""
+        return PackedTensor(self.codes, self.scales * factor, self.dtype)
+
+    def to(self, device: torch.device) -> PackedTensor:
+        """The tensor on a device."""
+        return PackedTensor(self.codes.to(device), self.scales.to(device), self.dtype)
 
     def unpack(self) -> Tensor:
         """The tensor, rounded."""
@@ -62,6 +77,34 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, length)
 
 
+Held = Tensor | PackedTensor
+"""A tensor as it is kept: packed if it is large."""
+
+
+def packed(tensor: Tensor) -> Held:
+    """The tensor as it is kept."""
+    return PackedTensor.of(tensor) if tensor.numel() > SMALL else tensor
+
+
+def unpacked(held: Held) -> Tensor:
+    """The tensor behind what is kept of it."""
+    return held.unpack() if isinstance(held, PackedTensor) else held
+
+
+def packed_sum(held: Held | None, tensor: Tensor) -> Held:
+    """What is kept of a tensor with another one added."""
+    if held is not None:
+        return packed(unpacked(held) + tensor)
+    return packed(tensor.clone() if tensor.numel() <= SMALL else tensor)
+
+
+def packed_into(held: Held | None, tensor: Tensor) -> Held:
+    """`packed_sum` of a tensor that nobody needs any more, which is overwritten."""
+    if tensor.numel() <= SMALL or tensor.dtype != torch.float32:
+        return packed_sum(held, tensor)
+    return PackedTensor.overwriting(tensor if held is None else tensor.add_(unpacked(held)))
+
+
 class PackedTensors(Mapping[str, Tensor]):
     """Named tensors, the large ones packed; each is unpacked when it is asked for.
 
@@ -73,7 +116,7 @@ class PackedTensors(Mapping[str, Tensor]):
         torch.Size([64, 64])
     """
 
-    def __init__(self, held: Mapping[str, Tensor | PackedTensor]) -> None:
+    def __init__(self, held: Mapping[str, Held]) -> None:
         self.held = dict(held)
 
     @classmethod
@@ -81,11 +124,10 @@ class PackedTensors(Mapping[str, Tensor]):
         """Pack all that are large; tensors packed before are taken over as they are."""
         if isinstance(tensors, PackedTensors):
             return tensors
-        return cls({n: PackedTensor.of(t) if t.numel() > SMALL else t for n, t in tensors.items()})
+        return cls({n: packed(t) for n, t in tensors.items()})
 
     def __getitem__(self, name: str) -> Tensor:
-        held = self.held[name]
-        return held.unpack() if isinstance(held, PackedTensor) else held
+        return unpacked(self.held[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.held)

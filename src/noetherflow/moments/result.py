@@ -323,9 +323,6 @@ def merge_moments(parts: list[GradientMoments]) -> GradientMoments:
 def in_groups(parts: Iterable[GradientMoments]) -> GradientMoments:
     """The moments of all samples, with those of each part of them as a group for jackknife errors.
 
-    Groups keep their mean gradients and squares in one byte per entry; the moments of all samples are exact. There
-    are no groups where leaving one out would leave less than the two samples (or minibatches) that a covariance takes.
-
     Args:
         parts: the moments of disjoint samples, taken one by one, so that no two need be in memory at a time.
 
@@ -338,9 +335,23 @@ def in_groups(parts: Iterable[GradientMoments]) -> GradientMoments:
         mean.add(part.samples, part.mean)
         squares.add(part.samples, part.squares)
         groups.append(replace(part, mean=PackedTensors.of(part.mean), squares=PackedTensors.of(part.squares)))
+    return of_groups(mean.mean(), squares.mean(), groups)
+
+
+def of_groups(
+    mean: Mapping[str, Tensor], squares: Mapping[str, Tensor], groups: list[GradientMoments]
+) -> GradientMoments:
+    """The moments of all samples, from their exact means and their groups.
+
+    Groups keep their mean gradients and squares in one byte per entry. There are no groups where leaving one out would
+    leave less than the two samples (or minibatches) that a covariance takes.
+
+    Raises:
+        MomentError: as `merge_moments`.
+    """
     legs = merge_moments([_legs_alone(g) for g in groups])
     enough = all(legs.samples - g.samples >= 2 for g in groups)
-    merged = replace(legs, mean=mean.mean(), squares=squares.mean(), groups=tuple(groups) if enough else ())
+    merged = replace(legs, mean=mean, squares=squares, groups=tuple(groups) if enough else ())
     _refuse_not_finite(merged)
     return merged
 
@@ -365,10 +376,15 @@ def unresolved(moments: GradientMoments, syms: Iterable[Symmetry]) -> tuple[str,
     return tuple(found)
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or inf: seen from the sum, in one pass, unless that overflows."""
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
 def _refuse_not_finite(moments: GradientMoments) -> None:
     """Raises MomentError for moments that hold NaN or inf, naming symmetries and parameters."""
     measured = {**moments.second, **{n: (t,) for n, t in [*moments.mean.items(), *moments.squares.items()]}}
-    bad = [n for n, parts in measured.items() if not all(bool(torch.isfinite(t).all()) for t in parts)]
+    bad = [n for n, parts in measured.items() if not all(map(all_finite, parts))]
     if bad:
         raise MomentError(
             f"gradient moments of {bad[:4]}{' ...' if len(bad) > 4 else ''} are NaN or inf: gradients are not finite, "

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from noetherflow.core.tensors import tensors_of
 from noetherflow.errors import MomentError
-from noetherflow.moments.result import GradientMoments, trace
 from noetherflow.symmetry.leg import Leg
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
@@ -73,6 +72,10 @@ class Need:
     def rows(self) -> int:
         """Rows of the parameter as a matrix: its first axis; a vector is one row."""
         return self.shape[0] if len(self.shape) > 1 else 1
+
+    def zeros(self) -> Tensor:
+        """A sum over no sample."""
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
     def split(self, rows: int) -> Split:
         """The legs sorted by which side of the parameter, read as `[rows, columns]`, they live on."""
@@ -188,98 +191,34 @@ class Scratch:
 
 
 @dataclass(eq=False)
-class Sums:
-    """Running sums over samples: gradients and squares by parameter, leg Grams by symmetry (float64)."""
+class Accumulators:
+    """Sums over samples that are added to: gradients and squares by parameter, leg Grams by symmetry (float64).
+
+    Those of a parameter are made when its first gradient arrives. `second`: for each symmetry, a Gram per leg.
+    """
 
     needs: dict[str, Need]
-    samples: int = 0
-    loss: float = 0.0
     gradient: dict[str, Tensor] = field(default_factory=dict)
     squares: dict[str, Tensor] = field(default_factory=dict)
     second: dict[str, list[Tensor]] = field(default_factory=dict)
-    _traces: tuple[int, Tensor] | None = None
 
-    @classmethod
-    def zeros(cls, syms: SymmetrySet, needs: dict[str, Need]) -> Sums:
-        """Sums over no sample."""
-        sums = cls(needs)
-        for name, need in needs.items():
-            sums.gradient[name] = torch.zeros(need.shape, dtype=need.dtype, device=need.device)
+    def begin(self, name: str, lent: tuple[Workspace, Workspace]) -> None:
+        """Let the sums of a parameter without any start in lent memory, for gradient and squares."""
+        need = self.needs[name]
+        if name not in self.gradient:
+            like = torch.empty(0, dtype=need.dtype, device=need.device)
+            self.gradient[name] = lent[0].empty(tuple(need.shape), like).zero_()
             if need.entries:
-                sums.squares[name] = torch.zeros_like(sums.gradient[name])
-        for s in syms:
-            sums.second[s.name] = [
-                torch.zeros(s.shape, dtype=torch.float64, device=needs[leg.parameter].device) for leg in s.weight_legs
-            ]
-        return sums
+                self.squares[name] = lent[1].empty(tuple(need.shape), like).zero_()
 
     def target(self, name: str, scratch: Scratch | None = None) -> Target:
         """Where the gradients of one parameter accumulate."""
-        return Target(self.needs[name], self, scratch or Scratch())
-
-    def plus(self, other: Sums) -> Sums:
-        """These sums, with the others added in place."""
-        for mine, theirs in ((self.gradient, other.gradient), (self.squares, other.squares)):
-            for name, tensor in theirs.items():
-                mine[name].add_(tensor)
-        for name, legs in other.second.items():
-            for mine_leg, leg in zip(self.second[name], legs, strict=True):
-                mine_leg.add_(leg)
-        self.samples += other.samples
-        self.loss += other.loss
-        return self
-
-    def traces(self) -> Tensor:
-        """`sum_i Tr g_i g_i^T` on every leg."""
-        if self._traces is None or self._traces[0] != self.samples:
-            self._read_torus_legs()
-            legs = [leg for legs in self.second.values() for leg in legs]
-            self._traces = self.samples, torch.stack([trace(leg) for leg in legs])
-        return self._traces[1]
-
-    def moments(self, fallback: tuple[str, ...]) -> GradientMoments:
-        """Means over the samples so far."""
-        n = self.samples
-        self._read_torus_legs()
-        return GradientMoments(
-            samples=n,
-            loss=self.loss / n,
-            second={name: tuple(leg / n for leg in legs) for name, legs in self.second.items()},
-            mean={name: g / n for name, g in self.gradient.items()},
-            squares={name: q / n for name, q in self.squares.items()},
-            fallback=fallback,
-            legs=self._leg_names(),
-        )
-
-    def _leg_names(self) -> dict[str, tuple[str, ...]]:
-        names: dict[str, dict[int, str]] = {}
-        for need in self.needs.values():
-            for symmetry, position, leg, _ in need.legs:
-                names.setdefault(symmetry, {})[position] = leg.label
-        return {symmetry: tuple(legs[k] for k in sorted(legs)) for symmetry, legs in names.items()}
-
-    @classmethod
-    def of(cls, moments: GradientMoments, syms: SymmetrySet, needs: dict[str, Need]) -> Sums:
-        """The sums behind moments measured before, to go on from, in the types and on the devices of the parameters."""
-        sums, n = cls.zeros(syms, needs), moments.samples
-        sums.samples, sums.loss = n, moments.loss * n
-        for mine, earlier in ((sums.gradient, moments.mean), (sums.squares, moments.squares)):
-            for name, tensor in mine.items():
-                tensor.copy_(earlier[name] * n)
-        for symmetry, legs in sums.second.items():
-            for leg, mean in zip(legs, moments.second[symmetry], strict=True):
-                leg.copy_(mean * n)
-        return sums
-
-    def _read_torus_legs(self) -> None:
-        """Torus legs from the entry-wise squares, where those are kept."""
-        for name, squares in self.squares.items():
-            if not squares.numel():
-                continue
-            for symmetry, position, _, torus in self.needs[name].legs:
-                if torus:
-                    self.second[symmetry][position].zero_()
-            self.target(name).add_torus_legs(squares.view(self.needs[name].rows, -1))
+        need = self.needs[name]
+        if name not in self.gradient:
+            self.gradient[name] = need.zeros()
+            if need.entries:
+                self.squares[name] = need.zeros()
+        return Target(need, self, scratch or Scratch())
 
 
 @dataclass(eq=False, slots=True)
@@ -287,7 +226,7 @@ class Target:
     """The accumulators of one parameter."""
 
     need: Need
-    sums: Sums
+    sums: Accumulators
     scratch: Scratch
 
     @property

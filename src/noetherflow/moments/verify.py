@@ -32,6 +32,7 @@ from noetherflow.moments.conditions import Conditions, random_states
 from noetherflow.moments.distributed import over_ranks
 from noetherflow.moments.layout import SampleLayout
 from noetherflow.moments.origins import Source
+from noetherflow.moments.result import all_finite
 from noetherflow.moments.taps import CallId, Recorder, Trace, Use
 
 # Other samples' share of a sample's output gradient that passes for rounding; models that cast to float32 inside are
@@ -88,6 +89,15 @@ def rows_of(delta: Tensor) -> Tensor:
     return rows @ torch.sin(1.0 + 7.3 * torch.arange(rows.shape[1], dtype=rows.dtype, device=rows.device))
 
 
+def size_of(tensor: Tensor) -> Tensor:
+    """The Frobenius norm, float64; in double precision where squares may leave the range of the tensor's own type."""
+    size: Tensor = torch.linalg.vector_norm(tensor)
+    safe = torch.finfo(torch.float32)
+    if tensor.dtype not in (torch.float32, torch.float64) or not safe.tiny**0.25 < float(size) < safe.max**0.25:
+        size = torch.linalg.vector_norm(tensor.double())
+    return size.double()
+
+
 @dataclass(frozen=True, eq=False)
 class Total:
     """The summed gradient of one operand by its rule, its size without cancellation, and the output gradient's dtype.
@@ -104,9 +114,9 @@ class Total:
 
         Where terms cancel, what is left may be no more than their roundings, `eps` times `scale` each.
         """
-        error = (self.total.double() - expected.double()).norm()
+        error = size_of(self.total - expected)
         rounding = max(1e-2 * tolerance(self.dtype), 2 * torch.finfo(self.dtype).eps)
-        return bool(error <= tolerance(self.dtype) * expected.double().norm() + rounding * self.scale.double())
+        return bool(error <= tolerance(self.dtype) * size_of(expected) + rounding * self.scale.double())
 
 
 @dataclass(eq=False)
@@ -262,7 +272,7 @@ def _compare(use: Use, source: Source, expected: Tensor | None, total: Total | N
         return
     if expected is not None:
         expected = expected.to_dense()
-        if not bool(torch.isfinite(expected).all()):
+        if not all_finite(expected):
             raise MomentError(
                 f"the gradient of {sorted(source.names)} at {use} is NaN or inf although the loss is finite; has "
                 "training diverged, or does loss_fn differentiate sqrt, log or a norm at 0?"
