@@ -193,6 +193,23 @@ def test_singular_matrices_and_foreign_models_are_refused() -> None:
         nf.move_("model.safetensors", syms, {})  # type: ignore[arg-type]
 
 
+def test_frozen_parameters_do_not_move() -> None:
+    case = ZOO["layernorm_mlp"]().double()
+    syms = nf.find_symmetries(case.model, case.inputs)
+    name = next(s.name for s in syms if s.family == "norm-gain")
+    elements = {name: torch.full(syms[name].shape, 2.0)}
+    reader = next(leg.parameter for leg in syms[name].legs if leg.sign < 0)
+    nf.tensors_of(case.model)[reader].requires_grad_(False)
+    before = copy.deepcopy(case.model.state_dict())
+    with pytest.raises(DataError, match="frozen"):
+        nf.move_(case.model, syms, elements)
+    report = nf.gains_to_one(case.model, syms)
+    assert "frozen" in report.skipped["1.weight"]
+    assert all(torch.equal(before[n], t) for n, t in case.model.state_dict().items())
+    case.model.requires_grad_(True)
+    assert not nf.gains_to_one(case.model, syms).skipped
+
+
 def test_a_tied_embedding_cannot_be_scaled_alone() -> None:
     """GPT-2's ln_f is read by the tied embedding: a declared scale of both is refused by outputs."""
     case = ZOO["gpt2"]().double()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from noetherflow.balance.check import OutputCheck
 from noetherflow.balance.model import BalanceReport, move_values
 from noetherflow.balance.motion import Motion, Reordering
+from noetherflow.balance.move import refuse_frozen
 from noetherflow.balance.units import Units, permutable_units, rows_of, write
 from noetherflow.core.host import on_host
 from noetherflow.core.tensors import tensors_of
@@ -77,8 +78,10 @@ class Alignment:
 
         Raises:
             CertificateError: outputs change; the model is then as it was.
+            DataError: frozen parameters would move.
         """
         optimizers = [] if optimizer is None else optimizer if isinstance(optimizer, Sequence) else [optimizer]
+        refuse_frozen(model, self.motion)
         inputs = _inputs_of(self.symmetries, example_inputs)
         return move_values(model, self.motion, self.symmetries, OutputCheck(inputs, tolerance=tolerance), optimizers)
 

@@ -61,8 +61,8 @@ def gains_to_one(
         unchecked: move even where nothing proves that the function stays.
 
     Returns:
-        What moved. `skipped` lists each gain that is not 1 now, with the reason: no symmetry, an entry that is 0, or
-        one that is negative with a relu behind it (-1 then).
+        What moved. `skipped` lists each gain that is not 1 now, with the reason: no symmetry, a frozen
+        parameter, an entry that is 0, or one that is negative with a relu behind it (-1 then).
 
     Raises:
         DataError: the model has no normalisation with a gain.
@@ -121,12 +121,12 @@ def fold_of(model: nn.Module, syms: SymmetrySet, names: Sequence[str], inputs: A
     """
     elements: dict[str, Tensor] = {}
     left: dict[str, str] = {}
-    positions = positions_of(model, syms)
+    positions, trainable = positions_of(model, syms), syms.trainable(model)
     for name in names:
-        found = [(s, leg) for s in syms for leg in s.weight_legs if _folds(s, leg, name, positions[name])]
+        found = [(s, leg) for s in trainable for leg in s.weight_legs if _folds(s, leg, name, positions[name])]
         free = [(s, leg) for s, leg in found if s.name not in elements]
         if not free:
-            shared = f"{found[0][0].name} makes another gain 1" if found else _no_symmetry(syms, name)
+            shared = f"{found[0][0].name} makes another gain 1" if found else _no_symmetry(syms, trainable, name)
             left[name] = shared
             continue
         symmetry, leg = free[0]
@@ -150,9 +150,11 @@ def _folds(symmetry: Symmetry, leg: Leg, name: str, tensor: Tensor) -> bool:
     )
 
 
-def _no_symmetry(syms: SymmetrySet, name: str) -> str:
+def _no_symmetry(syms: SymmetrySet, trainable: SymmetrySet, name: str) -> str:
     """Why no element makes this gain 1."""
     near = next((s for s in syms if name in s.parameters), None)
+    if near is not None and near.name in trainable.excluded:
+        return trainable.excluded[near.name]
     if near is not None:
         return f"has no scale of its own for each entry in {near.name!r} ({near.kind})"
     return (

@@ -11,7 +11,9 @@ from torch import nn
 
 from noetherflow.balance.checkpoint import balance_checkpoint
 from noetherflow.balance.model import BalanceReport, balance_
+from noetherflow.balance.motion import Motion
 from noetherflow.core.host import on_host
+from noetherflow.core.tensors import tensors_of
 from noetherflow.discovery.certificate import Certificate
 from noetherflow.equilibrium.given import Destination, checked_elements, equilibrium_at
 from noetherflow.equilibrium.result import Equilibrium
@@ -37,7 +39,7 @@ def move_(
     """Apply your own group elements to `model`, in place; the function it computes stays the same.
 
     Everything is done as `balance_` does it: in float64, rounded once; gradients and the optimiser's state move along;
-    outputs are compared before and after, and on any error all is put back. Frozen parameters move too.
+    outputs are compared before and after, and on any error all is put back.
 
     Args:
         model: the model that the symmetries were found on.
@@ -55,7 +57,8 @@ def move_(
         What moved, and by how much the outputs changed.
 
     Raises:
-        DataError: an unknown name, an element of another shape, not finite, 0 or singular.
+        DataError: an unknown name, an element of another shape, not finite, 0 or singular, or one that moves a frozen
+            parameter.
         CertificateError: nothing proves the move, or outputs change; negative scales, where the model forbids them
             (behind a relu), are refused so. The model is then as it was.
 
@@ -76,6 +79,7 @@ def move_(
             "the model for their names and for the check of the outputs"
         )
     eq = _equilibrium(model, syms, elements)
+    refuse_frozen(model, Motion.of(eq))
     inverted = _inverted(eq)
     if not inverted:
         options = {"example_inputs": example_inputs, "certificate": certificate}
@@ -148,6 +152,20 @@ def move_checkpoint(
         if inverted:
             raise CertificateError(_forbidden(inverted)) from cause
         raise
+
+
+def refuse_frozen(model: nn.Module, motion: Motion) -> None:
+    """Raises DataError for a motion of frozen parameters: adapters, or files that hold a part of the model, would miss
+    it.
+    """
+    tensors = tensors_of(model)
+    moved = [n for n in motion.by_parameter if isinstance(tensors[n], nn.Parameter)]
+    frozen = [n for n in moved if not tensors[n].requires_grad]
+    if frozen:
+        raise DataError(
+            f"{frozen[:4]} ({len(frozen)} in all) are frozen (requires_grad=False) and would move; leave their "
+            "symmetries out, syms.trainable(model), or unfreeze them first: model.requires_grad_(True)"
+        )
 
 
 def _equilibrium(model: nn.Module, syms: SymmetrySet, elements: Elements) -> Equilibrium:

@@ -156,6 +156,7 @@ def equilibrium_at(model: nn.Module, syms: SymmetrySet, destination: Destination
         trace_now=None,
         trace=None,
         symmetries=syms,
+        solved_at={s.name: s.charge(now) for s in syms},
     )
 
 
