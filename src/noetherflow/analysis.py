@@ -351,7 +351,8 @@ def _curvature(
     some = list(islice(data, max(1, CURVED // max(1, samples_in(data[0])))))
     try:
         if isinstance(flow.sgd, SGDConfig):
-            return sharpness_forecast(model, loss_fn, some, eq, flow, probes=PROBES)
+            found = sharpness_forecast(model, loss_fn, some, eq, flow, probes=PROBES)
+            return found if isinstance(found, Sharpness) else None
         if isinstance(flow.sgd, AdamConfig):
             return square_memory(model, loss_fn, some, measured.moments, flow.sgd)
     except NoetherflowError:

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from noetherflow.core.adaptive import AdamConfig
 from noetherflow.core.inputs import LossFn
 from noetherflow.core.settings import SGDConfig
 from noetherflow.core.tensors import tensors_of
+from noetherflow.equilibrium.adaptive_sharpness import AdaptiveSharpness, adaptive_sharpness
 from noetherflow.equilibrium.curvature import (
     HessianProduct,
     curvature_moments,
@@ -156,8 +158,10 @@ def sharpness_forecast(
     *,
     curvature: GradientMoments | None = None,
     probes: int = 32,
-) -> Sharpness:
+) -> Sharpness | AdaptiveSharpness:
     """Sharpness now and at `eq`, stable learning rates, and a warmup length for `flow.sgd`.
+
+    For a flow of Adam the largest stable learning rates alone, from the preconditioned Hessian (`AdaptiveSharpness`).
 
     `Tr H` at the equilibrium comes from today's curvature where leg Grams determine it, else from a moved copy; the
     largest eigenvalues and the spread of single samples' Hessians are measured on the model and on a moved copy.
@@ -175,11 +179,13 @@ def sharpness_forecast(
         A Sharpness. Its `warmup_steps` keep SGD with minibatches stable in mean square, on the quadratic approximation.
 
     Raises:
-        DataError: An unusable loss; a flow of Adam or Lion.
+        DataError: An unusable loss; a flow of Lion.
         MomentError: `curvature` without entries.
 
     Source: theory.md sections 6, 7 and 10.
     """
+    if isinstance(flow.sgd, AdamConfig):
+        return adaptive_sharpness(model, loss_fn, batches, eq, flow.moments, flow.sgd)
     sgd, data, syms = _plain_sgd(flow), list(batches), eq.symmetries
     moved = copy.deepcopy(model)
     for s in syms:
@@ -221,13 +227,13 @@ def _plain_sgd(flow: Flow) -> SGDConfig:
     """SGD's settings.
 
     Raises:
-        DataError: the flow is that of Adam or Lion, whose stability depends on the preconditioned Hessian.
+        DataError: the flow is that of Lion, whose steps do not shrink with the gradient.
     """
     if isinstance(flow.sgd, SGDConfig):
         return flow.sgd
     raise DataError(
-        "sharpness_forecast compares lr with the Hessian itself; Adam's and Lion's stability depends on the "
-        "preconditioned one, which is not forecast: pass a flow of nf.SGDConfig(...)"
+        "sharpness_forecast compares lr with curvature; Lion's steps have one size at any gradient, so that no rate is "
+        "stable in that sense: pass a flow of nf.SGDConfig(...) or nf.AdamConfig(...)"
     )
 
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from noetherflow.core.adaptive import AdamConfig
 from noetherflow.core.inputs import LossFn
 from noetherflow.core.printing import show
-from noetherflow.equilibrium.curvature import HessianProduct
-from noetherflow.equilibrium.roots import NoiseLaw, divisor
-from noetherflow.errors import DataError, MomentError
+from noetherflow.equilibrium.preconditioned import PreconditionedHessian, roots_of, stable_rate
+from noetherflow.errors import DataError
 from noetherflow.moments.result import GradientMoments
 
 SLOW, FAST = 0.05, 0.2
@@ -67,7 +63,7 @@ class SquareMemory:
     @property
     def stable_lr(self) -> float:
         """The largest stable full-batch learning rate at this preconditioner: `2 (1 + b1) / ((1 - b1) top)`."""
-        return 2 * (1 + self.memory) / ((1 - self.memory) * self.top) if self.top > 0 else math.inf
+        return stable_rate(self.top, self.memory)
 
     @property
     def verdict(self) -> Literal["valid", "doubtful", "off"]:
@@ -125,55 +121,11 @@ def square_memory(
     """
     if not isinstance(config, AdamConfig):
         raise DataError(f"v is Adam's: config must be nf.AdamConfig(...), got {type(config).__name__}")
-    product = HessianProduct(model, loss_fn, batches)
-    scales = _scales(product, moments, config)
-    active = scales > 0
-    count = int(active.sum())
-    if not count:
-        raise MomentError("no parameter has entry-wise moments; measure with gradient_moments(..., entries=True)")
-
-    def apply(vector: np.ndarray) -> np.ndarray:
-        wide = np.zeros(len(scales))
-        wide[active] = scales[active] * vector
-        found: np.ndarray = (scales * product.flat(wide))[active]
-        return found
-
+    hessian = PreconditionedHessian.of(model, loss_fn, batches, roots_of(moments, config), config)
     return SquareMemory(
-        top=_top(apply, count),
-        mean=_trace(apply, count, probes) / count,
+        top=hessian.top(),
+        mean=hessian.trace(probes) / hessian.size,
         lr=config.lr,
         square_memory=config.betas[1],
         memory=config.betas[0],
     )
-
-
-def _scales(product: HessianProduct, moments: GradientMoments, config: AdamConfig) -> np.ndarray:
-    """`sqrt(lr_i / lr / (s + eps))` of every entry, 0 where its gradients are not known."""
-    law, parts = NoiseLaw.of(config), []
-    for name, p in product.parameters.items():
-        scale: Tensor = torch.zeros(p.shape, dtype=torch.float64)
-        if name in moments.squares:
-            over = divisor(name, moments, config, law)
-            rate = config.rates(name).lr / config.lr
-            scale = torch.where(over > 0, (rate / over.clamp_min(1e-300)).sqrt(), torch.zeros_like(over))
-        parts.append(scale.reshape(-1))
-    return np.asarray(torch.cat(parts).numpy())
-
-
-def _top(apply: Callable[[np.ndarray], np.ndarray], size: int) -> float:
-    """The algebraically largest eigenvalue."""
-    from scipy.sparse.linalg import LinearOperator, eigsh
-
-    if size == 1:
-        return float(apply(np.ones(1))[0])
-    start = np.random.default_rng(0).standard_normal(size)
-    operator = LinearOperator((size, size), matvec=apply, dtype=np.float64)
-    return float(eigsh(operator, k=1, which="LA", tol=1e-4, v0=start, return_eigenvectors=False)[0])
-
-
-def _trace(apply: Callable[[np.ndarray], np.ndarray], size: int, probes: int) -> float:
-    """Hutchinson's estimate with random signs; exact, entry by entry, where that takes no more products."""
-    if size <= probes:
-        return sum(float(apply(e)[i]) for i, e in enumerate(np.eye(size)))
-    signs = np.random.default_rng(1).choice((-1.0, 1.0), size=(probes, size))
-    return float(np.mean([s @ apply(s) for s in signs]))
