@@ -132,6 +132,8 @@ def test_levels_of_your_own() -> None:
     extend.level_objective("whole", meaning="wrong shape")(lambda rows: rows.amax())
     with pytest.raises(DataError, match="must give 6 levels"):
         nf.noise_equilibrium(model, syms, objective="whole")
+    with pytest.raises(DataError, match="leave errors out"):
+        nf.noise_equilibrium(model, syms, objective="range", errors=True)
     extend.level_objective("log", meaning="negative")(lambda rows: rows.amax(1).log())
     with pytest.raises(DataError, match="negative or not finite"):
         nf.noise_equilibrium(model, syms, objective="log")

@@ -243,3 +243,20 @@ def test_a_file_moves_as_the_model_does(tmp_path: Any) -> None:
     with pytest.raises(CertificateError, match="negative scales"):
         nf.move_checkpoint(target, tmp_path / "c.pt", case.model, syms, bad)
     assert not (tmp_path / "c.pt").exists()
+
+
+def test_a_sharded_folder_moves(tmp_path: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    case = ZOO["llama"]().double()
+    case.model.save_pretrained(tmp_path / "a", max_shard_size="3KB")
+    assert len(list((tmp_path / "a").glob("*.safetensors"))) > 1
+    syms = nf.find_symmetries(case.model, case.inputs)
+    rng = torch.Generator().manual_seed(0)
+    elements = {s.name: s.random_element(0.3, rng) for s in syms if s.eps is None}
+    nf.move_checkpoint(tmp_path / "a", tmp_path / "b", case.model, syms, elements)
+    moved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=D).eval()
+    assert change(outputs(case), outputs(Case(moved, case.inputs, case.loss_fn, case.batch))) < 1e-9
+    nf.move_(case.model, syms, elements)
+    for n, t in nf.tensors_of(case.model).items():
+        if isinstance(t, nn.Parameter):
+            torch.testing.assert_close(nf.tensors_of(moved)[n].detach(), t.detach(), rtol=1e-12, atol=1e-15)

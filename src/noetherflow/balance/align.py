@@ -213,9 +213,9 @@ def _inputs_of(syms: SymmetrySet, example_inputs: Any) -> Any:
 
 
 def _in_double(model: nn.Module, syms: SymmetrySet) -> nn.Module:
-    """A float64 copy with nothing frozen. Raises DeclarationError for a model without these symmetries."""
+    """A float64 copy on the host with nothing frozen. Raises DeclarationError for a model without these symmetries."""
     syms.tensors_in(model)
-    return copy.deepcopy(model).double().requires_grad_(True)
+    return copy.deepcopy(model).to("cpu", torch.float64).requires_grad_(True)
 
 
 def _refuse_different(a: nn.Module, b: nn.Module) -> None:

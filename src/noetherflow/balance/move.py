@@ -97,24 +97,19 @@ def move_checkpoint(
     model: nn.Module,
     syms: SymmetrySet,
     elements: Elements,
-    *,
-    example_inputs: Any = None,
-    certificate: Certificate | None = None,
-    tolerance: float | None = None,
-    unchecked: bool = False,
-    dry_run: bool = False,
+    **options: Any,
 ) -> BalanceReport:
     """Write the checkpoint `source`, moved by your own group elements, to `target`; the function it computes stays.
 
-    Files are read, checked and written as `balance_checkpoint` does it. It has as many parameters as that.
+    Files and folders are read, checked and written as `balance_checkpoint` does it.
 
     Args:
-        source, target: files; see `balance_checkpoint`.
+        source, target: files or folders; see `balance_checkpoint`.
         model: the model with the weights of `source` (`load_checkpoint_`); it is not changed.
         syms: its symmetries.
         elements: by symmetry name; see `move_`.
-        example_inputs, certificate, tolerance, unchecked: as in `move_`.
-        dry_run: write nothing.
+        options: any keyword of `balance_checkpoint`: `example_inputs`, `certificate`, `tolerance`, `unchecked`,
+            `dry_run`, `optimizer`, `prefix`, ...
 
     Returns:
         What moved, or would.
@@ -135,19 +130,10 @@ def move_checkpoint(
     eq = _equilibrium(model, syms, elements)
     inverted = _inverted(eq)
     if inverted:
-        example_inputs, certificate, unchecked = _inputs_for(inverted, syms, example_inputs), None, False
+        inputs = _inputs_for(inverted, syms, options.get("example_inputs"))
+        options |= {"example_inputs": inputs, "certificate": None, "unchecked": False}
     try:
-        return balance_checkpoint(
-            source,
-            target,
-            model,
-            eq,
-            example_inputs=example_inputs,
-            certificate=certificate,
-            tolerance=tolerance,
-            unchecked=unchecked,
-            dry_run=dry_run,
-        )
+        return balance_checkpoint(source, target, model, eq, **options)
     except CertificateError as cause:
         if inverted:
             raise CertificateError(_forbidden(inverted)) from cause

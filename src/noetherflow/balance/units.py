@@ -63,8 +63,8 @@ def permutable_units(model: nn.Module, syms: SymmetrySet, example_inputs: Any) -
         One Units for each symmetry whose channels can be permuted. Channels of a norm's gain, for example, cannot: what
         the norm reads would have to change places too.
     """
-    trial = copy.deepcopy(model).double().eval().requires_grad_(True)
-    inputs = ModelInputs.of(example_inputs).map(lambda t: t.double() if t.is_floating_point() else t)
+    trial = copy.deepcopy(model).to("cpu", torch.float64).eval().requires_grad_(True)
+    inputs = ModelInputs.of(example_inputs).map(lambda t: t.cpu().double() if t.is_floating_point() else t.cpu())
     found = []
     for s in syms:
         if s.kind == "diagonal" and s.blocks > 1 and not s.one_sided:

@@ -18,6 +18,7 @@ from noetherflow.equilibrium.given import Destination, Search, Stays, equilibriu
 from noetherflow.equilibrium.objective import LevelObjective
 from noetherflow.equilibrium.result import Equilibrium
 from noetherflow.equilibrium.task import SolveOptions
+from noetherflow.errors import DataError
 from noetherflow.symmetry.leg import Leg
 from noetherflow.symmetry.symmetry import Symmetry
 from noetherflow.symmetry.symmetry_set import SymmetrySet, positions_of
@@ -62,8 +63,15 @@ def level_equilibrium(
     Returns:
         The equilibrium. Its imbalance is `|a - b| / (a + b)` of the two levels, the largest over all channels.
 
+    Raises:
+        DataError: `errors=True`, or a level that is not finite or negative.
+
     Source: Nagel et al., Data-free quantization through weight equalization and bias correction, 2019.
     """
+    if options.errors:
+        raise DataError(
+            f"objective {objective.name!r} comes from the weights alone and has no errors: leave errors out"
+        )
     tori = {s.name: diagonal_part(s) for s in syms if not objective.met or s.name in objective.met}
     tensors = {n: t.detach().double().cpu() for n, t in positions_of(model, syms).items() if n in syms.parameters}
     logs = {name: torch.zeros(torus.blocks, dtype=torch.float64) for name, torus in tori.items()}
