@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import noetherflow as nf
+from noetherflow.cli.app import app
 from noetherflow.errors import NoetherflowError
 
 X, Y = torch.randn(64, 20).double(), torch.randn(64, 5).double()
@@ -133,3 +136,28 @@ def test_results_show_as_tables_in_a_notebook() -> None:
     assert lines[1].split() == ["symmetry", "0", "10"]
     charge = SYMS[0].charge({n: p.detach() for n, p in NET.named_parameters()})
     assert float(lines[2].split()[-2]) == pytest.approx(float(charge.norm()), 1e-3)
+
+
+def test_models_and_batches_made_under_inference_mode_are_named() -> None:
+    with torch.inference_mode():
+        made, inputs = network(), X.clone()
+    own = "made under torch.inference_mode.*copy.deepcopy"
+    for call in (
+        lambda: nf.gradient_moments(made, loss, [(X, Y)], SYMS),
+        lambda: nf.minibatch_moments(made, loss, [(X, Y)], SYMS, batch_size=64),
+        lambda: nf.gradient_moments(NET, loss, [(inputs, Y)], SYMS),
+        lambda: nf.minibatch_moments(NET, loss, [(inputs, Y)], SYMS, batch_size=64),
+        lambda: nf.balance_(made, nf.noise_equilibrium(made, SYMS, None, objective="norm"), example_inputs=X),
+    ):
+        with pytest.raises(NoetherflowError, match=own):
+            call()
+    copied = copy.deepcopy(made)
+    assert nf.gradient_moments(copied, loss, [(X, Y)], SYMS).samples == 64
+    assert nf.balance_(copied, nf.noise_equilibrium(copied, SYMS, None, objective="norm"), example_inputs=X).moved
+
+
+def test_a_checkpoint_file_without_a_model_is_named(tmp_path: Path) -> None:
+    torch.save({"model": NET.state_dict(), "optimizer": ADAM.state_dict()}, tmp_path / "run.pt")
+    result = CliRunner().invoke(app, ["flow", str(tmp_path / "run.pt")])
+    assert result.exit_code == 2
+    assert "does not say what the model is" in " ".join(result.output.replace("│", " ").split())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import threading
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -567,3 +569,29 @@ def test_a_scale_that_is_free_by_itself_does_not_hide_in_a_pair() -> None:
     assert groups(find_symmetries(model, x)) == {("one-sided", "diagonal"): 6}
     model.q.weight.requires_grad_(False)
     assert groups(find_symmetries(model, x)) == {("one-sided", "diagonal"): 2}
+
+
+def test_many_threads_find_the_same_symmetries() -> None:
+    """With a short switch interval tracing would be interrupted everywhere, if it were not serialised."""
+    found: list[int | str] = []
+    x = torch.randn(2, 4)
+
+    def find() -> None:
+        for _ in range(2):
+            try:
+                model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+                found.append(find_symmetries(model, x).n_charges())
+            except Exception as error:
+                found.append(repr(error))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=find) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert found == [6] * 12

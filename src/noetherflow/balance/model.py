@@ -17,7 +17,7 @@ from noetherflow.balance.state_rules import state_rule_of
 from noetherflow.core.arguments import A_MODEL, EQUILIBRIUM, OPTIMISER, expect
 from noetherflow.core.held import held_by
 from noetherflow.core.printing import grouped
-from noetherflow.core.tensors import check_same_model, tensors_of
+from noetherflow.core.tensors import check_same_model, refuse_inference_tensors, tensors_of
 from noetherflow.core.unwrap import unwrap_optimizer
 from noetherflow.discovery.certificate import Certificate
 from noetherflow.equilibrium.result import Equilibrium
@@ -166,6 +166,7 @@ def balance_(
     expect(call, "eq", eq, Equilibrium, EQUILIBRIUM)
     if isinstance(optimizer, Tensor | nn.Module):
         expect(call, "optimizer", optimizer, torch.optim.Optimizer, OPTIMISER)
+    refuse_inference_tensors(tensors_of(model), "balance_")
     _refuse_frozen(model, eq)
     given = [] if optimizer is None else optimizer if isinstance(optimizer, Sequence) else [optimizer]
     optimizers = [unwrap_optimizer(o) if isinstance(o, torch.optim.Optimizer) else o for o in given]

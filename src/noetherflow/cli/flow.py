@@ -41,6 +41,11 @@ def flow(
     from noetherflow.cli.models import load_model
     from noetherflow.equilibrium.state_flow import RunSnapshot, state_flow
 
+    if model is None and checkpoints[-1].is_file():
+        raise typer.BadParameter(
+            f"{checkpoints[-1]} is one file, which does not say what the model is: pass --model package.module:factory "
+            "or --model hf:PATH of its config.json"
+        )
     loaded = load_model(f"hf:{checkpoints[-1]}" if model is None else model)
     with console.status("tracing the model"):
         syms = discovery.find_symmetries(loaded.model, loaded.example_inputs)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from noetherflow.core.unwrap import plain_name, unwrap
-from noetherflow.errors import NoetherflowError
+from noetherflow.errors import DataError, NoetherflowError
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -38,6 +39,27 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
             seen.add(id(tensor))
             out[name] = tensor
     return out
+
+
+def refuse_inference_tensors(tensors: Mapping[str, Tensor], verb: str) -> None:
+    """Refuse tensors made under `torch.inference_mode`, which autograd cannot use and nothing outside can change.
+
+    Args:
+        tensors: by name.
+        verb: what the caller wants to do, for the message.
+
+    Raises:
+        DataError: names one, and the remedy.
+    """
+    if torch.is_inference_mode_enabled():
+        return
+    made = [n for n, t in tensors.items() if t.is_inference()]
+    if made:
+        raise DataError(
+            f"{made[0]} ({len(made)} of {len(tensors)} tensors) was made under torch.inference_mode(), which rules out "
+            f"gradients and changes: for {verb} make the model outside of it, or take copy.deepcopy(model) (of a batch "
+            "tensor.clone())"
+        )
 
 
 def check_same_model(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -33,6 +34,8 @@ REMEDIES: dict[type, str] = {
     BasePruningMethod: "make the pruning permanent: torch.nn.utils.prune.remove(module, {name!r})",
 }
 """What replaces a hook that puts a computed weight in a parameter's place."""
+TRACING = threading.RLock()
+"""Held while a model is traced: `torch.export` and the switching off of warnings change state of the whole process."""
 LOGGERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 
 
@@ -207,7 +210,8 @@ def export(model: nn.Module, example_inputs: Any) -> Graph:
         if tracing.plain and not any(words in str(failure) for words in UNKNOWN_CLASS):
             continue
         try:
-            return _graph(model, _trace(inner, example_inputs, tracing))
+            with TRACING:
+                return _graph(model, _trace(inner, example_inputs, tracing))
         except NoetherflowError as error:
             raise ExportError(str(error)) from error
         except Exception as error:

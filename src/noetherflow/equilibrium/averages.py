@@ -220,6 +220,8 @@ def averages_of(held: list[Held], lr: float | None = None) -> OptimizerAverages:
     if not found:
         initial = [h.settings["initial_lr"] for h in with_state if "initial_lr" in h.settings]
         hint = f" (the schedule began at {float(initial[0]):g})" if initial else ""
+        if lr == 0:
+            raise DataError("lr=0: without steps nothing drifts; pass the learning rate that the run had")
         raise DataError(f"every learning rate in the optimiser is 0: its schedule has ended{hint}; pass lr=...")
     return OptimizerAverages(law, found, left_out)
 

@@ -11,11 +11,21 @@ from torch import Tensor
 
 from noetherflow.core.printing import table, transposed
 from noetherflow.equilibrium.averages import AveragingLaw
+from noetherflow.equilibrium.charge_flow import signed_sum
 from noetherflow.equilibrium.state_estimate import FlowEstimate
 from noetherflow.equilibrium.state_invariance import StateInvariance
 
 EXPLAINED = ("preconditioned charge", "drift per step: noise", "persistence", "imbalance", "relaxation (steps)", "–")
 """Names of `printing.MEANING` that the table of families needs."""
+OF_SGD = ("charge", "drift per step", "imbalance", "relaxation (steps)", "–")
+"""The same for SGD, whose charge is the plain one."""
+PLAIN = {
+    "preconditioned charge": "charge",
+    "drift per step: noise, from momentum": "drift per step: noise",
+    "drift per step: noise, from squares": "",
+    "persistence (median)": "",
+}
+"""What SGD's table calls these rows; the empty ones, for which SGD keeps no average, are left out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +61,10 @@ class StateFlow:
     def families(self) -> list[dict[str, Any]]:
         """One row per family of symmetries, in the words of `printing.MEANING`."""
         names = dict.fromkeys(d.family for d in self.details)
-        return [_family([d for d in self.details if d.family == name]) for name in names]
+        rows = [_family([d for d in self.details if d.family == name]) for name in names]
+        if self.law.kind != "sgd":
+            return rows
+        return [{PLAIN.get(n, n): v for n, v in row.items() if PLAIN.get(n, n)} for row in rows]
 
     def assumptions(self) -> list[str]:
         """What the numbers rest on, one sentence each."""
@@ -74,6 +87,9 @@ class StateFlow:
         if self.steps is not None and self.steps * (1 - b2) < 1:
             out.append(f"after {self.steps:,} steps v still averages over the whole run, early gradients included")
         return out
+
+    def _explained(self) -> tuple[str, ...]:
+        return OF_SGD if self.law.kind == "sgd" else EXPLAINED
 
     def _tested(self) -> list[str]:
         """What the test of the state against the symmetries found."""
@@ -99,7 +115,7 @@ class StateFlow:
         when = "" if self.steps is None else f" after {self.steps:,} steps"
         many = "" if self.snapshots == 1 else f", mean of {self.snapshots} snapshots"
         lines = [f"Noether flow from the state of {what}{when}, lr {self.lr:g}{many}"]
-        lines += [table(transposed(self.families()), *EXPLAINED) if self.details else "(no symmetry)"]
+        lines += [table(transposed(self.families()), *self._explained()) if self.details else "(no symmetry)"]
         lines += [f"  assumed: {a}" for a in self.assumptions()]
         for why in dict.fromkeys(self.excluded.values()):
             names = [n for n, reason in self.excluded.items() if reason == why]
@@ -212,6 +228,7 @@ def _family(details: list[StateDrift]) -> dict[str, Any]:
         "drift per step: noise, from squares": _norm(torch.cat(squares)) if squares else None,
         "drift per step: noise, from momentum": _norm(torch.cat(momentum)) if momentum else None,
         "+- of that": _norm(torch.cat(errors)) if errors else None,
+        "drift per step: sum (signed)": sum(signed_sum(b.drift) for b in best),
         "persistence (median)": float(torch.cat(held).median()) if held else None,
         "imbalance": max(float(b.imbalance.max()) for b in best),
         "relaxation (steps)": float(times.median()) if times.numel() else None,

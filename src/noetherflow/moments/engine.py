@@ -13,10 +13,17 @@ from torch import Tensor, nn
 
 from noetherflow.core.arguments import A_MODEL, BATCHES, SYMMETRIES, expect
 from noetherflow.core.inputs import LossFn
-from noetherflow.core.tensors import tensors_of
+from noetherflow.core.tensors import refuse_inference_tensors, tensors_of
 from noetherflow.core.unwrap import unwrap
 from noetherflow.errors import DataError, MomentError
-from noetherflow.moments.batch import Share, Subject, loose_tensors_named, refuse_hooked, refuse_renormalising
+from noetherflow.moments.batch import (
+    Share,
+    Subject,
+    loose_tensors_named,
+    refuse_hooked,
+    refuse_renormalising,
+    tensors_in,
+)
 from noetherflow.moments.batch_statistics import refuse_batch_statistics, refuse_running_statistics
 from noetherflow.moments.conditions import Conditions
 from noetherflow.moments.distributed import in_step, is_sharded, ranks_of, refuse_sharded
@@ -148,7 +155,7 @@ class Meter:
 
     def _prepare(self) -> None:
         """Look at the model as it is now, and begin with sums over no sample."""
-        self.syms.tensors_in(self.model)
+        refuse_inference_tensors(self.syms.tensors_in(self.model), "gradient moments")
         wanted = trainable_parameters(self.model, [*self.syms.parameters, *self.parameters])
         self._needs = needs_of(self.syms, wanted, self.entries)
         roots = {n: t for n, t in tensors_of(self.model).items() if t.requires_grad}
@@ -259,6 +266,9 @@ class Meter:
         """Measure one batch into its groups."""
         self._sums.refuse_half_added()
         refuse_batch_statistics(self._modules)
+        refuse_inference_tensors(
+            {f"tensor {k} of the batch": t for k, t in enumerate(tensors_in(batch))}, "gradient moments"
+        )
         with _eager():
             self._update(batch, placed)
 

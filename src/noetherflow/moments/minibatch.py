@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from noetherflow.core.arguments import A_MODEL, BATCHES, SYMMETRIES, expect
 from noetherflow.core.inputs import LossFn
 from noetherflow.core.settings import SGDConfig
+from noetherflow.core.tensors import refuse_inference_tensors
 from noetherflow.core.torch_internals import awaits_unscaling, scalers_alive
 from noetherflow.core.unwrap import unwrap
 from noetherflow.errors import DataError, MomentError
@@ -23,6 +24,7 @@ from noetherflow.moments.batch import (
     refuse_accumulation_hooks,
     refuse_constant,
     refuse_renormalising,
+    tensors_in,
 )
 from noetherflow.moments.batch_statistics import refuse_evaluation
 from noetherflow.moments.conditions import Conditions, random_states
@@ -102,6 +104,9 @@ def minibatch_moments(
     params, conditions, before = list(meter.params.values()), Conditions(), random_states()
     with buffers_kept(tuple(meter.model.modules())):
         for batch in batches:
+            refuse_inference_tensors(
+                {f"tensor {k} of the batch": t for k, t in enumerate(tensors_in(batch))}, "gradient moments"
+            )
             with loose_tensors_named(batches):
                 loss = _mean_loss(loss_fn(meter.model, batch), batch, batch_size, meter.model)
             conditions = conditions if conditions.rounding else Conditions.of(meter.model, loss, before)
@@ -166,7 +171,7 @@ class MinibatchMeter:
         expect("MinibatchMeter(model, syms, batch_size)", "model", self.model, nn.Module, A_MODEL)
         expect("MinibatchMeter(model, syms, batch_size)", "syms", self.syms, SymmetrySet, SYMMETRIES)
         self.model = unwrap(self.model)
-        self.syms.tensors_in(self.model)
+        refuse_inference_tensors(self.syms.tensors_in(self.model), "gradient moments")
         SGDConfig(1.0, self.batch_size, dataset_size=self.dataset_size)
         self.params = trainable_parameters(self.model, self.syms.parameters)
         refuse_sharded(self.params, "minibatch gradients are then sharded too")
