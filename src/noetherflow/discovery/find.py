@@ -15,6 +15,7 @@ from noetherflow.discovery.export import Graph, export, sizes_known
 from noetherflow.discovery.infer import infer
 from noetherflow.discovery.shifts import find_translations
 from noetherflow.discovery.solve import solve
+from noetherflow.errors import ExportError
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 
@@ -42,6 +43,8 @@ def find_symmetries(model: nn.Module | Callable[..., Any], example_inputs: Any =
         >>> find_symmetries(lambda p: (p["a"] * p["b"] - 1) ** 2, {"a": 2.0, "b": 0.5})[0].name
         'a -> b'
     """
+    if not callable(model):
+        raise ExportError(f"expected a torch.nn.Module, got {model!r:.80}")
     if not isinstance(model, nn.Module):
         model, example_inputs = FunctionModel(model, example_inputs), ()
     found = find_in_graph(export(model, example_inputs)).trainable(model)
