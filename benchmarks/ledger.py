@@ -95,13 +95,13 @@ def overhead(run: Run, every: int, block: int, rounds: int) -> str:
 
 def memory(run: Run) -> str:
     """Held on the host with a full ring, and growth of the peak, over weights, gradients, state (and activations)."""
-    run.steps(60, nf.Ledger(run.model, run.optimizer, run.syms))
+    run.steps(60, nf.Ledger(run.model, run.optimizer, run.syms, every=1))
     state = [t for s in run.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor) and t.ndim]
     base = sum(t.numel() * t.element_size() for t in [*run.model.parameters(), *run.model.parameters(), *state])
     alone = peak_bytes(lambda: run.steps(1))
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
-    ledger = nf.Ledger(run.model, run.optimizer, run.syms)
+    ledger = nf.Ledger(run.model, run.optimizer, run.syms, every=1)
     held = []
     for _ in range(2):
         run.steps(40, ledger)

@@ -268,7 +268,7 @@ def resumed(sinks_of: Any, run_dir: Path) -> None:
         return kept
 
     def watch() -> Ledger:
-        return Ledger(model, optimizer, mlp_symmetries(model), run_dir=run_dir, sinks=[sinks_of()]).attach()
+        return Ledger(model, optimizer, mlp_symmetries(model), run_dir=run_dir, sinks=[sinks_of()], every=1).attach()
 
     saved = train(watch(), 5, keep=3)
     ledger = watch()
@@ -311,7 +311,7 @@ def ddp_logged(rank: int, folder: Path) -> None:
     model = nn.parallel.DistributedDataParallel(mlp())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     sink = sinks.CSVSink(folder / "log.csv")
-    with Ledger(model, optimizer, mlp_symmetries(model.module), sinks=[sink]):
+    with Ledger(model, optimizer, mlp_symmetries(model.module), sinks=[sink], every=1):
         for x, y in batches(3):
             optimizer.zero_grad()
             backward(model, (x[rank::2], y[rank::2]))

@@ -260,7 +260,7 @@ def test_report_of_a_recorded_run(run, tmp_path):
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
     syms = nf.find_symmetries(model, torch.ones(2, 3, dtype=torch.float64))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    ledger = nf.Ledger(model, optimizer, syms, run_dir=tmp_path / "run")
+    ledger = nf.Ledger(model, optimizer, syms, run_dir=tmp_path / "run", every=1)
     with ledger:
         for _ in range(5):
             optimizer.zero_grad()

@@ -209,7 +209,7 @@ def test_a_healthy_run_has_no_red_finding(name):
     model, (x, y) = make(), data()
     batches, optimizer = loader(x, y), optimiser(model)
     before = nf.diagnose(model, nn.CrossEntropyLoss(), batches, optimizer, steps=2000)
-    with nf.Ledger(model, optimizer, nf.find_symmetries(model, x[:4]), estimate_every=10) as ledger:
+    with nf.Ledger(model, optimizer, nf.find_symmetries(model, x[:4]), estimate_every=10, every=1) as ledger:
         train(model, batches, optimizer, 200, ledger)
     during = ledger.diagnose(steps=2000)
     after = nf.diagnose(model, nn.CrossEntropyLoss(), batches, optimizer, steps=2000)
@@ -223,7 +223,7 @@ class TestRun:
         model, data = mlp(), classes()
         optimizer = adamw(model, **options)
         syms = nf.find_symmetries(model, data[0][:4])
-        with nf.Ledger(model, optimizer, syms, run_dir=tmp_path, estimate_every=10) as ledger:
+        with nf.Ledger(model, optimizer, syms, run_dir=tmp_path, estimate_every=10, every=1) as ledger:
             for k in range(steps):
                 spoil(model, k)
                 train(model, loader(*data), optimizer, 1, ledger)
@@ -252,7 +252,7 @@ class TestRun:
 
     def test_nothing_recorded_is_said(self):
         model = mlp()
-        ledger = nf.Ledger(model, sgd(model), nf.find_symmetries(model, torch.randn(2, 12)))
+        ledger = nf.Ledger(model, sgd(model), nf.find_symmetries(model, torch.randn(2, 12)), every=1)
         with pytest.raises(DataError, match="no recorded step"):
             ledger.diagnose()
 

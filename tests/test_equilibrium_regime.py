@@ -188,7 +188,7 @@ def test_the_new_users_case_measured_early_with_momentum() -> None:
     assert forecast.valid == (True, False)
     start = copy.deepcopy(model)
     charge = lambda m: syms[0].charge({n: t.detach() for n, t in nf.tensors_of(m).items()})
-    with nf.Ledger(model, optimizer, syms) as ledger:
+    with nf.Ledger(model, optimizer, syms, every=1) as ledger:
         train(400)
     change = charge(model) - charge(start)
     off = float((forecast.charges[syms[0].name][1] - charge(model)).norm())

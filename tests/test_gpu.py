@@ -98,7 +98,7 @@ def test_ledger_of_a_fused_optimiser_behind_a_scaler(kind: type[torch.optim.Opti
     options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
     optimizer = kind(model.parameters(), lr=1e-3, weight_decay=1e-2, fused=True, **options)
     scaler = torch.amp.GradScaler("cuda", init_scale=scale)
-    with nf.Ledger(model, optimizer, nf.find_symmetries(model, x[:2])) as ledger:
+    with nf.Ledger(model, optimizer, nf.find_symmetries(model, x[:2]), every=1) as ledger:
         for _ in range(40):
             optimizer.zero_grad()
             with torch.autocast("cuda", torch.float16):
@@ -149,7 +149,7 @@ def test_ranks_meet_over_nccl(tmp_path: Path) -> None:
                     for a, b in zip(many.second[name], legs, strict=True):
                         assert relative_error(a, b) < 1e-10
                 optimizer = torch.optim.SGD(wrapped.parameters(), lr=1e-3, momentum=0.9)
-                with nf.Ledger(wrapped, optimizer, syms) as ledger:
+                with nf.Ledger(wrapped, optimizer, syms, every=1) as ledger:
                     for _ in range(3):
                         optimizer.zero_grad()
                         squared(wrapped, data).mean().backward()

@@ -105,7 +105,7 @@ def test_closes_over_500_steps_with_clipping_and_schedule(name: str) -> None:
     optimizer = kind(model.parameters(), **options)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options["lr"] * 2, total_steps=501, cycle_momentum=False)
     syms = mlp_symmetries(model)
-    ledger = Ledger(model, optimizer, syms, detail="symmetry").attach()
+    ledger = Ledger(model, optimizer, syms, detail="symmetry", every=1).attach()
     for batch in batches(500):
         optimizer.zero_grad()
         backward(model, batch)
@@ -127,7 +127,7 @@ def test_sgd_entries_equal_a_dense_replay(name: str) -> None:
     _, options = OPTIMIZERS[name]
     optimizer = torch.optim.SGD(model.parameters(), **options)
     syms = mlp_symmetries(model)
-    ledger = Ledger(model, optimizer, syms, detail="coordinate").attach()
+    ledger = Ledger(model, optimizer, syms, detail="coordinate", every=1).attach()
     lr, mu, w = options["lr"], options.get("momentum", 0.0), options.get("weight_decay", 0.0)
     tau, nesterov = options.get("dampening", 0.0), options.get("nesterov", False)
     memory: dict[str, torch.Tensor] = {}
@@ -165,7 +165,7 @@ def test_adam_entries_equal_a_dense_replay(name: str) -> None:
     kind, options = OPTIMIZERS[name]
     optimizer = kind(model.parameters(), **options)
     syms = mlp_symmetries(model)
-    ledger = Ledger(model, optimizer, syms, detail="coordinate").attach()
+    ledger = Ledger(model, optimizer, syms, detail="coordinate", every=1).attach()
     lr, w, (b1, b2), eps = options["lr"], options.get("weight_decay", 0.0), (0.9, 0.999), 1e-8
     coupled, decoupled = (0.0, w) if kind is torch.optim.AdamW else (w, 0.0)
     m = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
@@ -214,7 +214,7 @@ def test_second_order_holds_the_square_of_decay() -> None:
     lr, w = 0.1, 0.3
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, weight_decay=w)
     syms = mlp_symmetries(model)
-    ledger = Ledger(model, optimizer, syms, detail="symmetry").attach()
+    ledger = Ledger(model, optimizer, syms, detail="symmetry", every=1).attach()
     theta = tensors(model)
     backward(model, batches(1)[0])
     g = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

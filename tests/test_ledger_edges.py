@@ -43,7 +43,7 @@ def watched(optimizer: str = "momentum", **options: Any) -> tuple[nn.Module, tor
     model = mlp()
     kind, settings = OPTIMIZERS[optimizer]
     made = kind(model.parameters(), **settings)
-    return model, made, Ledger(model, made, mlp_symmetries(model), **options).attach()
+    return model, made, Ledger(model, made, mlp_symmetries(model), **{"every": 1, **options}).attach()
 
 
 class HiddenWrites(torch.optim.Optimizer):
@@ -87,7 +87,7 @@ def test_steps_that_move_before_their_closure_are_charged_from_where_they_starte
     model = mlp()
     optimizer = Ascent(model.parameters())
     syms = mlp_symmetries(model)
-    ledger = Ledger(model, optimizer, syms, detail="symmetry", estimate_every=1).attach()
+    ledger = Ledger(model, optimizer, syms, detail="symmetry", estimate_every=1, every=1).attach()
     trace = lambda s, c: float(c.sum() if s.is_torus else c.diagonal(dim1=-2, dim2=-1).sum())
     charges = []
     for batch in batches(4):
@@ -145,7 +145,7 @@ def test_the_header_tells_the_settings_of_every_group(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.0)
     torch.optim.lr_scheduler.LinearLR(optimizer)
     notes = {"schedule": "linear", "clipping": 1.0}
-    Ledger(model, optimizer, mlp_symmetries(model), run_dir=tmp_path, notes=notes).close()
+    Ledger(model, optimizer, mlp_symmetries(model), run_dir=tmp_path, notes=notes, every=1).close()
     header = next(iter(read_log(tmp_path)))
     assert [(g["parameters"], g["weight_decay"]) for g in header["groups"]] == [(2, 0.1), (6, 0.0)]
     assert header["groups"][0]["betas"] == [0.9, 0.999]
@@ -187,7 +187,7 @@ def test_scaled_gradients_of_a_fused_step_count_unscaled() -> None:
         model = mlp().float()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        ledger = Ledger(model, optimizer, mlp_symmetries(model), estimate_every=1).attach()
+        ledger = Ledger(model, optimizer, mlp_symmetries(model), estimate_every=1, every=1).attach()
         for x, y in batches(3):
             optimizer.zero_grad()
             scaler.scale(nn.functional.cross_entropy(model(x.float()), y)).backward()
@@ -220,7 +220,7 @@ def test_entries_do_not_depend_on_the_order_of_the_symmetries() -> None:
             found.append(nf.Symmetry(f"rows {rows_of}", f"{len(rows_of)} rows", "diagonal", legs))
         syms = nf.SymmetrySet(tuple(reversed(found) if reverse else found))
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-        ledger = Ledger(model, optimizer, syms).attach()
+        ledger = Ledger(model, optimizer, syms, every=1).attach()
         for _ in range(3):
             optimizer.zero_grad()
             (model["out"] @ model["packed"]).square().sum().backward()
@@ -235,7 +235,7 @@ def test_two_optimizers_share_the_legs_of_a_symmetry() -> None:
     model = mlp()
     first = torch.optim.SGD(model[:2].parameters(), lr=0.1)
     second = torch.optim.SGD(model[2:].parameters(), lr=0.1)
-    ledger = Ledger(model, first, mlp_symmetries(model)).attach()
+    ledger = Ledger(model, first, mlp_symmetries(model), every=1).attach()
     for batch in batches(6):
         model.zero_grad()
         backward(model, batch)
@@ -295,7 +295,7 @@ def test_what_moved_weights_between_steps_is_an_entry_of_its_own(tmp_path: Path)
     idle, syms = Idle(model.parameters(), {}), mlp_symmetries(model)
     charges = lambda: {s.name: float(_total(s, {n: p.detach() for n, p in model.named_parameters()})) for s in syms}
     start = charges()
-    with Ledger(model, idle, syms, detail="symmetry", run_dir=tmp_path) as ledger:
+    with Ledger(model, idle, syms, detail="symmetry", run_dir=tmp_path, every=1) as ledger:
         for batch in batches(6):
             model.zero_grad()
             backward(model, batch)
@@ -345,7 +345,7 @@ def test_decay_that_cannot_be_told_apart_is_unknown_and_not_zero(kind: Any, know
     for decay in (0.0, w):
         model = mlp()
         optimizer = kind(model.parameters(), lr=lr, weight_decay=decay, **flag)
-        with Ledger(model, optimizer, mlp_symmetries(model)) as ledger:
+        with Ledger(model, optimizer, mlp_symmetries(model), every=1) as ledger:
             train(model, optimizer, 3)
         for row in ledger.records():
             if decay and not known:
@@ -365,7 +365,7 @@ def test_a_compiled_step_is_watched_like_any_other(kind: Any) -> None:
         torch._dynamo.reset()
         model = mlp()
         optimizer = kind(model.parameters(), lr=1e-2)
-        ledger = Ledger(model, optimizer, mlp_symmetries(model)).attach()
+        ledger = Ledger(model, optimizer, mlp_symmetries(model), every=1).attach()
         step = torch.compile(lambda o=optimizer: o.step(), backend="eager") if compiled else optimizer.step
         for batch in batches(3):
             optimizer.zero_grad()
@@ -382,11 +382,11 @@ def test_a_compiled_step_is_watched_like_any_other(kind: Any) -> None:
 def test_one_ledger_per_run_directory(tmp_path: Path) -> None:
     model, optimizer, ledger = watched(run_dir=tmp_path)
     with pytest.raises(DataError, match="another ledger is writing"):
-        Ledger(model, optimizer, mlp_symmetries(model), run_dir=tmp_path)
+        Ledger(model, optimizer, mlp_symmetries(model), run_dir=tmp_path, every=1)
     ledger.close()
     with pytest.raises(DataError, match="closed"):
         ledger.attach()
-    Ledger(model, optimizer, mlp_symmetries(model), run_dir=tmp_path).close()
+    Ledger(model, optimizer, mlp_symmetries(model), run_dir=tmp_path, every=1).close()
 
 
 def test_a_second_run_in_a_run_dir_is_asked_about(tmp_path: Path) -> None:
@@ -397,7 +397,7 @@ def test_a_second_run_in_a_run_dir_is_asked_about(tmp_path: Path) -> None:
     old = (tmp_path / LOG_NAME).read_bytes()
     before = model[0].weight.detach().clone()
     model.zero_grad()
-    ledger = Ledger(model, optimizer, mlp_symmetries(model), run_dir=tmp_path).attach()
+    ledger = Ledger(model, optimizer, mlp_symmetries(model), run_dir=tmp_path, every=1).attach()
     backward(model, batches(1)[0])
     with pytest.raises(DataError, match=r"up to step 2.*resume=True.*resume=False"):
         optimizer.step()
@@ -405,7 +405,7 @@ def test_a_second_run_in_a_run_dir_is_asked_about(tmp_path: Path) -> None:
     assert torch.equal(model[0].weight, before)
     assert (tmp_path / LOG_NAME).read_bytes() == old
     for resume, steps in ((True, [0, 1, 2, 3, 4]), (False, [0, 1])):
-        with Ledger(model, optimizer, mlp_symmetries(model), run_dir=tmp_path, resume=resume):
+        with Ledger(model, optimizer, mlp_symmetries(model), run_dir=tmp_path, resume=resume, every=1):
             train(model, optimizer, 2)
         assert [r["step"] for r in read_log(tmp_path) if r["kind"] == "step"] == steps
     assert (tmp_path / "ledger-1.jsonl").read_bytes().startswith(old)
@@ -427,7 +427,7 @@ def test_resuming_with_other_settings(tmp_path: Path) -> None:
     assert [r["step"] for r in rows if r["kind"] == "step"] == [0, 10, 15, 16]
     assert [r["event"] for r in rows if r["kind"] == "event"] == ["skipped", "resumed"], "skipped before the checkpoint"
     assert (tmp_path / LOG_NAME).read_bytes().endswith(b"\n")
-    other = Ledger(model, optimizer, mlp_symmetries(model).filter(family="linear"))
+    other = Ledger(model, optimizer, mlp_symmetries(model).filter(family="linear"), every=1)
     with pytest.raises(DataError, match=r"of 3 symmetries .* watches 1"):
         other.load_state_dict(state)
 
@@ -441,11 +441,11 @@ def test_refusals_name_what_is_wrong() -> None:
     assert repr(ledger) == "Ledger(0 steps of SGD, families rescaling, linear, every=1)"
     other = torch.optim.SGD(mlp().parameters(), lr=0.1)
     with pytest.raises(DataError, match=r"holds none of \['0.weight', .* another copy of the model"):
-        Ledger(model, other, mlp_symmetries(model))
+        Ledger(model, other, mlp_symmetries(model), every=1)
     odd = nn.ParameterDict({"a": torch.randn(3, 2, dtype=torch.complex64), "b": torch.randn(2, 3)})
     syms = nf.declare(odd, "diagonal", [("a", 0)], [("b", 1)])
     with pytest.raises(DeclarationError, match=r"complex parameters cannot be watched: \['a'\]"):
-        Ledger(odd, torch.optim.SGD(odd.parameters(), lr=0.1), syms)
+        Ledger(odd, torch.optim.SGD(odd.parameters(), lr=0.1), syms, every=1)
 
 
 def test_a_replaced_parameter_is_told() -> None:
@@ -477,7 +477,7 @@ def test_symmetries_of_offset_gains_are_left_out_and_named(tmp_path):
         model, "diagonal", plus=[("0.bias", 0)], minus=[("2.weight", 1)], offsets={"0.bias": 1.0}, name="offset"
     )
     both = dataclasses.replace(plain, symmetries=(*plain, *offset))
-    with nf.Ledger(model, optimizer, both, run_dir=tmp_path, detail="symmetry") as ledger:
+    with nf.Ledger(model, optimizer, both, run_dir=tmp_path, detail="symmetry", every=1) as ledger:
         model(torch.randn(8, 4)).square().mean().backward()
         optimizer.step()
     header = (tmp_path / LOG_NAME).read_text().splitlines()[0]
@@ -494,7 +494,7 @@ def test_a_rule_that_asks_for_an_unknown_product_is_refused():
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     syms = nf.find_symmetries(model, torch.randn(2, 4))
-    with nf.Ledger(model, optimizer, syms, rule=Misspelt()):
+    with nf.Ledger(model, optimizer, syms, rule=Misspelt(), every=1):
         model(torch.randn(8, 4)).square().mean().backward()
         with pytest.raises(
             DataError, match=r"Misspelt.before asks for \['weight_grad'\], and SGDProducts has the fields"

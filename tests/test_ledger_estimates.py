@@ -69,7 +69,7 @@ def test_estimates_agree_with_moments_of_the_minibatch_gradient() -> None:
     eta, w = 1e-30, 3e-31
     optimizer = torch.optim.SGD(model.parameters(), lr=eta, weight_decay=w)
     syms = mlp_symmetries(model)
-    ledger = Ledger(model, optimizer, syms, estimate_every=1)
+    ledger = Ledger(model, optimizer, syms, estimate_every=1, every=1)
     assert ledger.estimator is not None
     ledger.estimator.memory = 0.995
     ledger.attach()
@@ -111,7 +111,7 @@ def test_the_charge_is_the_norm_over_coordinates_as_in_the_flow() -> None:
     syms = mlp_symmetries(model)
     assert {s.kind for s in syms} >= {"diagonal", "general_linear"}
     theta = {n: p.detach().clone() for n, p in model.named_parameters()}
-    with Ledger(model, optimizer, syms, estimate_every=1) as ledger:
+    with Ledger(model, optimizer, syms, estimate_every=1, every=1) as ledger:
         backward(model, batches(1)[0])
         optimizer.step()
     for row, s in zip(ledger.estimates(), syms, strict=True):
@@ -129,7 +129,7 @@ def _full_batch(options: dict[str, Any], steps: int) -> tuple[list[dict[str, Any
     syms = nf.find_symmetries(model, x[:2])
     lr, w = 1e-9, 1e-10
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, weight_decay=w, **options)
-    with Ledger(model, optimizer, syms, estimate_every=1) as ledger:
+    with Ledger(model, optimizer, syms, estimate_every=1, every=1) as ledger:
         for _ in range(steps):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x), y).backward()
@@ -171,7 +171,7 @@ def test_distance_from_a_filled_buffer_is_that_of_the_state_identity(dampening: 
         optimizer.zero_grad()
         backward(model, batch)
         optimizer.step()
-    with Ledger(model, optimizer, syms, estimate_every=1) as ledger:
+    with Ledger(model, optimizer, syms, estimate_every=1, every=1) as ledger:
         buffers = {n: optimizer.state[p]["momentum_buffer"].clone() for n, p in model.named_parameters()}
         optimizer.step()
     for row, s in zip(ledger.estimates(), syms, strict=True):
@@ -196,7 +196,7 @@ def test_a_dead_neuron_has_no_finite_equilibrium() -> None:
         model[2].weight[:, 0] = 0
     syms = nf.declare(model, "diagonal", [("0.weight", 0), ("0.bias", 0)], [("2.weight", 1)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    ledger = Ledger(model, optimizer, syms, estimate_every=1).attach()
+    ledger = Ledger(model, optimizer, syms, estimate_every=1, every=1).attach()
     backward(model, batches(1)[0])
     optimizer.step()
     (row,) = ledger.estimates()
@@ -229,7 +229,7 @@ def test_rotation_settles_at_the_prediction(name: str) -> None:
     }
     kind, options = kinds[name]
     optimizer = kind([weight], **options)
-    ledger = Ledger(model, optimizer, syms, estimate_every=1, capacity=4000).attach()
+    ledger = Ledger(model, optimizer, syms, estimate_every=1, capacity=4000, every=1).attach()
     for _ in range(4000):
         noise = torch.randn_like(weight)
         w = weight.detach()

@@ -34,7 +34,7 @@ def steps_of(folder: Path) -> list[int]:
 def watched(folder: Path, **options: Any) -> tuple[Any, torch.optim.Optimizer, Ledger]:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    return model, optimizer, Ledger(model, optimizer, mlp_symmetries(model), run_dir=folder, **options)
+    return model, optimizer, Ledger(model, optimizer, mlp_symmetries(model), run_dir=folder, **{"every": 1, **options})
 
 
 def train(model: Any, optimizer: torch.optim.Optimizer, ledger: Ledger, steps: int) -> None:

@@ -49,7 +49,7 @@ def test_closes_on_found_symmetries(name: str, optimizer: str) -> None:
     opt = kind(model.parameters(), **{**options, "lr": options["lr"] / 10})
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 500, eta_min=options["lr"] / 100)
     rng = torch.Generator().manual_seed(0)
-    ledger = Ledger(model, opt, syms, detail="symmetry").attach()
+    ledger = Ledger(model, opt, syms, detail="symmetry", every=1).attach()
     for _ in range(500):
         opt.zero_grad()
         case.loss_fn(model, shuffled(case, rng)).mean().backward()
@@ -72,7 +72,7 @@ def test_translations_move_by_decay_alone_unless_preconditioned(optimizer: str) 
     model = case.model.eval()  # dropout on the stream would break the mean directions
     kind, options = OPTIMIZERS[optimizer]
     opt = kind(model.parameters(), **options)
-    ledger = Ledger(model, opt, syms, detail="symmetry", translations=True, estimate_every=2).attach()
+    ledger = Ledger(model, opt, syms, detail="symmetry", translations=True, estimate_every=2, every=1).attach()
     names = {t.name: t for t in syms.translations}
     assert {t.family for t in syms.translations} == {"translation", "null"}
     params = {n: p.detach() for n, p in model.named_parameters()}

@@ -35,7 +35,7 @@ def test_groups_with_own_settings_and_a_group_added_later() -> None:
     early = [p for n, p in model.named_parameters() if not n.startswith("5")]
     groups = [{"params": early[:2], "lr": 0.1, "weight_decay": 0.1}, {"params": early[2:], "lr": 0.01, "momentum": 0.9}]
     optimizer = torch.optim.SGD(groups, lr=0.5)
-    ledger = Ledger(model, optimizer, mlp_symmetries(model), detail="symmetry").attach()
+    ledger = Ledger(model, optimizer, mlp_symmetries(model), detail="symmetry", every=1).attach()
     train(model, optimizer, 10)
     optimizer.add_param_group({"params": list(model[5].parameters()), "lr": 0.02, "nesterov": True, "momentum": 0.5})
     train(model, optimizer, 10, seed=2)
@@ -50,7 +50,7 @@ def test_frozen_parameters_do_not_move() -> None:
     for p in model[2].parameters():
         p.requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    ledger = Ledger(model, optimizer, mlp_symmetries(model), detail="symmetry").attach()
+    ledger = Ledger(model, optimizer, mlp_symmetries(model), detail="symmetry", every=1).attach()
     train(model, optimizer, 10)
     assert_closed(ledger.records("symmetry"), 10)
 
@@ -58,7 +58,7 @@ def test_frozen_parameters_do_not_move() -> None:
 def test_accumulated_and_clipped_gradients() -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    ledger = Ledger(model, optimizer, mlp_symmetries(model)).attach()
+    ledger = Ledger(model, optimizer, mlp_symmetries(model), every=1).attach()
     for k, batch in enumerate(batches(12)):
         backward(model, batch)
         if k % 3 == 2:
@@ -73,7 +73,7 @@ def test_accumulated_and_clipped_gradients() -> None:
 def test_clipping_by_value_shows_in_the_gradient_entry() -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    ledger = Ledger(model, optimizer, mlp_symmetries(model)).attach()
+    ledger = Ledger(model, optimizer, mlp_symmetries(model), every=1).attach()
     backward(model, batches(1)[0])
     nn.utils.clip_grad_value_(model.parameters(), 1e-3)
     optimizer.step()
@@ -106,7 +106,7 @@ def test_explicit_calls_equal_hooks_and_unrecorded_steps_are_counted() -> None:
 def test_step_with_a_closure() -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
-    ledger = Ledger(model, optimizer, mlp_symmetries(model)).attach()
+    ledger = Ledger(model, optimizer, mlp_symmetries(model), every=1).attach()
     for batch in batches(3):
 
         def closure(batch: Any = batch) -> torch.Tensor:
@@ -124,7 +124,7 @@ def test_step_with_a_closure() -> None:
 def test_lbfgs_closes_by_its_realised_update() -> None:
     model = mlp()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
-    ledger = Ledger(model, optimizer, mlp_symmetries(model)).attach()
+    ledger = Ledger(model, optimizer, mlp_symmetries(model), every=1).attach()
     for batch in batches(3):
 
         def closure(batch: Any = batch) -> torch.Tensor:
@@ -139,7 +139,7 @@ def test_gradient_scaler_skips_are_events_not_rows() -> None:
     model = mlp().float()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
-    ledger = Ledger(model, optimizer, mlp_symmetries(model))
+    ledger = Ledger(model, optimizer, mlp_symmetries(model), every=1)
     for k, (x, y) in enumerate(batches(6)):
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(x.float()), y) * (float("inf") if k in (2, 3) else 1.0)
@@ -159,7 +159,7 @@ def test_fused_optimizer_skips_inside_its_step() -> None:
     model = mlp().float()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
-    ledger = Ledger(model, optimizer, mlp_symmetries(model)).attach()
+    ledger = Ledger(model, optimizer, mlp_symmetries(model), every=1).attach()
     for k, (x, y) in enumerate(batches(5)):
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(x.float()), y) * (float("inf") if k == 2 else 1.0)
@@ -176,7 +176,7 @@ def test_fused_optimizer_skips_inside_its_step() -> None:
 def test_edits_between_steps_are_told_from_the_step() -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    ledger = Ledger(model, optimizer, mlp_symmetries(model)).attach()
+    ledger = Ledger(model, optimizer, mlp_symmetries(model), every=1).attach()
     train(model, optimizer, 2)
     with torch.no_grad():
         model[0].weight.mul_(1.1)
@@ -189,7 +189,7 @@ def test_capacity_replacement_of_symmetries_and_refusals() -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     syms = mlp_symmetries(model)
-    ledger = Ledger(model, optimizer, syms, capacity=3)
+    ledger = Ledger(model, optimizer, syms, capacity=3, every=1)
     with pytest.raises(DataError, match="before_step"):
         ledger.after_step()
     with pytest.raises(DataError, match="detail='coordinate'"):
@@ -205,7 +205,7 @@ def test_capacity_replacement_of_symmetries_and_refusals() -> None:
     assert ledger.step == 9
     other = nn.Linear(2, 2)
     with pytest.raises(DeclarationError, match=r"belong to another model \(0.weight: missing"):
-        Ledger(other, torch.optim.SGD(other.parameters(), lr=0.1), syms)
+        Ledger(other, torch.optim.SGD(other.parameters(), lr=0.1), syms, every=1)
     for bad in ({"every": 0}, {"detail": "fine"}, {"flush_every": 0}):
         with pytest.raises(DataError):
             Ledger(model, optimizer, syms, **bad)  # type: ignore[arg-type]
@@ -214,7 +214,7 @@ def test_capacity_replacement_of_symmetries_and_refusals() -> None:
 def test_nothing_to_watch_is_not_an_error(tmp_path: Path) -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    ledger = Ledger(model, optimizer, nf.SymmetrySet(()), run_dir=tmp_path, estimate_every=1).attach()
+    ledger = Ledger(model, optimizer, nf.SymmetrySet(()), run_dir=tmp_path, estimate_every=1, every=1).attach()
     train(model, optimizer, 3)
     ledger.close()
     assert ledger.step == 3
@@ -225,7 +225,7 @@ def test_nothing_to_watch_is_not_an_error(tmp_path: Path) -> None:
 def test_compiled_and_wrapped_names() -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    ledger = Ledger(torch.compile(model, backend="eager"), optimizer, mlp_symmetries(model)).attach()
+    ledger = Ledger(torch.compile(model, backend="eager"), optimizer, mlp_symmetries(model), every=1).attach()
     train(model, optimizer, 1)
     assert_closed(ledger.records(), 1)
 
@@ -235,7 +235,9 @@ def test_log_rows_equal_records_and_state_resumes(tmp_path: Path) -> None:
         model = mlp(seed)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         syms = mlp_symmetries(model)
-        ledger = Ledger(model, optimizer, syms, detail="symmetry", run_dir=tmp_path, flush_every=4, estimate_every=2)
+        ledger = Ledger(
+            model, optimizer, syms, detail="symmetry", run_dir=tmp_path, flush_every=4, estimate_every=2, every=1
+        )
         return model, optimizer, ledger
 
     model, optimizer, ledger = start()
@@ -281,11 +283,11 @@ def test_log_rows_equal_records_and_state_resumes(tmp_path: Path) -> None:
 def test_a_log_that_misses_steps_is_refused(tmp_path: Path) -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    ledger = Ledger(model, optimizer, mlp_symmetries(model), run_dir=tmp_path / "a").attach()
+    ledger = Ledger(model, optimizer, mlp_symmetries(model), run_dir=tmp_path / "a", every=1).attach()
     train(model, optimizer, 3)
     state = ledger.state_dict()
     ledger.close()
-    fresh = Ledger(model, optimizer, mlp_symmetries(model), run_dir=tmp_path / "b")
+    fresh = Ledger(model, optimizer, mlp_symmetries(model), run_dir=tmp_path / "b", every=1)
     with pytest.raises(DataError, match="steps are missing"):
         fresh.load_state_dict(state)
     with pytest.raises(DataError, match="format 7"):
@@ -303,7 +305,7 @@ KILLED = """
     run = Path(sys.argv[1])
     model = t.mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    ledger = Ledger(model, optimizer, t.mlp_symmetries(model), run_dir=run, flush_every=7, estimate_every=5)
+    ledger = Ledger(model, optimizer, t.mlp_symmetries(model), run_dir=run, flush_every=7, estimate_every=5, every=1)
     checkpoint = run / "checkpoint.pt"
     start = 0
     if checkpoint.exists():
@@ -389,7 +391,7 @@ def test_log_is_line_atomic_and_rewinds(tmp_path: Path) -> None:
 def test_a_diverged_run_is_reported_not_hidden(tmp_path: Path) -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    ledger = Ledger(model, optimizer, mlp_symmetries(model), run_dir=tmp_path, estimate_every=1).attach()
+    ledger = Ledger(model, optimizer, mlp_symmetries(model), run_dir=tmp_path, estimate_every=1, every=1).attach()
     train(model, optimizer, 1)
     with torch.no_grad():
         model[0].weight[0, 0] = float("nan")
@@ -406,7 +408,7 @@ def test_model_is_untouched_by_watching() -> None:
         model = mlp()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         if watch:
-            Ledger(model, optimizer, mlp_symmetries(model), detail="coordinate", estimate_every=1).attach()
+            Ledger(model, optimizer, mlp_symmetries(model), detail="coordinate", estimate_every=1, every=1).attach()
         train(model, optimizer, 5)
         trained.append(tensors(model))
     for name, value in trained[0].items():
@@ -417,7 +419,7 @@ def test_float16_weights_are_summed_in_float32() -> None:
     model = nn.Sequential(nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 10)).to(torch.bfloat16)
     syms = nf.declare(model, "diagonal", [("0.weight", 0), ("0.bias", 0)], [("2.weight", 1)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    ledger = Ledger(model, optimizer, syms).attach()
+    ledger = Ledger(model, optimizer, syms, every=1).attach()
     x, y = batches(1)[0]
     nn.functional.cross_entropy(model(x.to(torch.bfloat16)).float(), y).backward()
     expected = float(sum(syms[0].charge({n: p.detach().double() for n, p in model.named_parameters()})))

@@ -40,7 +40,7 @@ def world() -> types.SimpleNamespace:
     analysis = nf.analyze(net, loss, [(x, y)], sgd, x[:4])
     forecast = analysis.flow.forecast([0, 10, 20])
     optimizer = torch.optim.SGD(net.parameters(), lr=sgd.lr)
-    ledger = nf.Ledger(net, optimizer, analysis.symmetries, detail="symmetry").attach()
+    ledger = nf.Ledger(net, optimizer, analysis.symmetries, detail="symmetry", every=1).attach()
     for _ in range(25):
         chosen = torch.randint(64, (4,))
         optimizer.zero_grad()

@@ -60,7 +60,9 @@ def normed_symmetries(model: nn.Module) -> nf.SymmetrySet:
 def record(run_dir: Path, kind: Any = torch.optim.SGD, steps: int = 80, **options: Any) -> RunData:
     model = Normed()
     optimizer = kind(model.parameters(), **{"lr": 0.1, **options})
-    ledger = Ledger(model, optimizer, normed_symmetries(model), run_dir=run_dir, estimate_every=5, resume=True).attach()
+    ledger = Ledger(
+        model, optimizer, normed_symmetries(model), run_dir=run_dir, estimate_every=5, resume=True, every=1
+    ).attach()
     for k, batch in enumerate(batches(steps)):
         optimizer.zero_grad()
         loss = backward(model, batch)
@@ -148,7 +150,7 @@ def test_replaced_symmetries_show_from_their_first_step_on(tmp_path: Path) -> No
     model, reader = mlp(), RunReader(tmp_path)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     syms = mlp_symmetries(model)
-    with Ledger(model, optimizer, syms, run_dir=tmp_path, estimate_every=1) as ledger:
+    with Ledger(model, optimizer, syms, run_dir=tmp_path, estimate_every=1, every=1) as ledger:
         for chosen in (syms, syms.filter(family="linear")):
             if ledger.step:
                 ledger.replace_symmetries(chosen)
@@ -172,7 +174,7 @@ def test_replaced_symmetries_show_from_their_first_step_on(tmp_path: Path) -> No
 def test_nothing_watched(tmp_path: Path) -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with Ledger(model, optimizer, nf.SymmetrySet(()), run_dir=tmp_path, estimate_every=1):
+    with Ledger(model, optimizer, nf.SymmetrySet(()), run_dir=tmp_path, estimate_every=1, every=1):
         backward(model, batches(1)[0])
         optimizer.step()
     assert "No symmetry is watched." in write_run_report(tmp_path).read_text()

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from noetherflow.monitor.interrupts import uninterrupted
 from noetherflow.monitor.journal import Journal, Sink
 from noetherflow.monitor.log import FORMAT
 from noetherflow.monitor.measure import Measurement, StepMeter, one_number
+from noetherflow.monitor.pace import DeviceClock, Pace
 from noetherflow.monitor.rule import AnyRule, LedgerRule
 from noetherflow.monitor.rules import rule_for
 from noetherflow.monitor.rundata import RunData
@@ -61,7 +63,7 @@ class Ledger(Shown):
         model: the model, wrapped or not.
         optimizer: the optimiser of its parameters; accelerate's and Lightning's are looked into.
         syms: the symmetries to watch.
-        every: every how manieth step is recorded; steps in between cost nothing.
+        every: every how manieth step is recorded; steps in between cost next to nothing. None chooses it by `overhead`.
         detail: `family` and `symmetry` need totals only, one dot product per parameter and term; `coordinate` keeps
             every charge (matrices for general_linear).
         run_dir: where the append-only log `ledger.jsonl` is kept; None for none.
@@ -73,6 +75,8 @@ class Ledger(Shown):
         resume: what to do with an earlier run's log in `run_dir`: True goes on after its last step, False keeps it
             beside and begins a new one. With None the first step is refused, unless `load_state_dict` has said where
             to go on.
+        overhead: the share of the training's time that the ledger may take. It records the first 50 steps, times itself
+            and them, and chooses its stride, again after every 20 recorded ones; an event and the log's header tell it.
         rule: how the optimiser's update splits into causes; None takes the one registered for its class
             (`noetherflow.extend.ledger_rule`).
         notes: what the log's header should say besides the optimiser's settings, such as
@@ -103,7 +107,7 @@ class Ledger(Shown):
         optimizer: torch.optim.Optimizer,
         syms: SymmetrySet,
         *,
-        every: int = 1,
+        every: int | None = None,
         detail: Level = "family",
         run_dir: str | Path | None = None,
         capacity: int = 500,
@@ -112,19 +116,19 @@ class Ledger(Shown):
         flush_every: int = 50,
         sinks: Iterable[Sink] = (),
         resume: bool | None = None,
+        overhead: float = 0.02,
         rule: AnyRule | None = None,
         notes: Mapping[str, Any] | None = None,
     ) -> None:
-        if every < 1 or flush_every < 1 or estimate_every < 0:
-            raise DataError(
-                f"every={every}, flush_every={flush_every} must be >= 1, estimate_every={estimate_every} >= 0"
-            )
+        if flush_every < 1 or estimate_every < 0:
+            raise DataError(f"flush_every={flush_every} must be >= 1, estimate_every={estimate_every} >= 0")
         if detail not in LEVELS:
             raise DataError(f"detail must be one of {LEVELS}, got {detail!r}")
         if not (rule is None or isinstance(rule, LedgerRule)):
             raise DataError(f"rule must be an instance of noetherflow.extend.LedgerRule, got {rule!r}")
         self.model, self.optimizer = model, unwrap_optimizer(optimizer)
-        self.every, self.detail, self.estimate_every, self.flush_every = every, detail, estimate_every, flush_every
+        self.detail, self.estimate_every, self.flush_every = detail, estimate_every, flush_every
+        self._pace = Pace(every, overhead)
         self.rule: AnyRule = rule or rule_for(self.optimizer)
         self._translations, self._capacity, self._notes = translations, capacity, dict(notes or {})
         self._pending: list[Measurement] = []
@@ -179,7 +183,13 @@ class Ledger(Shown):
         blocks = ChargeMap.of(tuple(syms), shapes, "block")
         estimator = Estimator(blocks, self.rule) if self.estimate_every else None
         rounding = self._meter.rounding
+        self._clock = DeviceClock(next((p.device for p in self._meter.watched.values()), torch.device("cpu")))
         self._books = Bookkeeper(self.rule, layout, estimator, self.detail, self._capacity, rounding)
+
+    @property
+    def every(self) -> int:
+        """Every how manieth step is recorded now."""
+        return self._pace.every
 
     @property
     def estimator(self) -> Estimator | None:
@@ -220,21 +230,27 @@ class Ledger(Shown):
                 "resume=True to go on with that run, or resume=False to keep its log beside and begin a new one"
             )
         self._finish_step()
+        start = perf_counter()
         with self._whole():
             if self._open is not None:
                 self._event("skipped")
             self._open = _Open()
             if self.step % self.every == 0:
+                self._clock.start()
                 self._open.measurement = m = self._meter.before(self.step)
+                self._clock.stop()
                 if self.every == 1 and self._journal.begins("edited", m.edited):
                     self._event("edited", note="parameters changed between steps, outside the optimiser")
+        self._pace.worked(start)
 
     def _read_gradients(self) -> None:
+        start = perf_counter()
         due = self.estimator is not None and (self.step // self.every) % self.estimate_every == 0
         if due and self.estimator is not None and self._open is not None and self._open.measurement is not None:
             with self._whole():
                 self._open.measurement.blocks = self._meter.gradients(self.estimator.layout)
                 self._open.measurement.matrix_charges = self._meter.matrix_charges(self.estimator.layout.symmetries)
+            self._pace.worked(start)
 
     def after_step(self, loss: Any = None) -> None:
         """Measure the charges after the step and enter it in the books; `loss` is logged along.
@@ -253,15 +269,34 @@ class Ledger(Shown):
             self._open = None
             self._event("skipped")
             return
+        start = perf_counter()
         with self._whole():
             self._enter(now)
             if len(self._pending) >= self.flush_every:
                 self.flush()
+            self._pace.worked(start)
+            self._pace.stepped(now.measurement is not None)
+            if self._pace.due:
+                self._choose_stride()
+
+    def _choose_stride(self) -> None:
+        """Keep to the budget: the books are closed, then the clock says how often the steps to come are recorded."""
+        self.flush()
+        chosen = self._pace.choose()
+        if self._meter.sharded:
+            chosen = sharding.from_first_rank(chosen)
+        if chosen != self.every:
+            self._pace.every = chosen
+            self._meter.forget()
+            note = f"every {chosen} steps are recorded now, to stay within overhead={self._pace.overhead:g}"
+            self._event("stride", every=chosen, note=note)
 
     def _enter(self, now: _Open) -> None:
         """Count a step that is made, measure it, and have its measurement wait for the books."""
         if now.measurement is not None:
+            self._clock.start()
             self._meter.after(now.measurement)
+            self._clock.stop()
             if self.every > 1:
                 self._meter.forget()
             now.measurement.loss = self._loss
@@ -288,6 +323,7 @@ class Ledger(Shown):
         with self._whole():
             if pending := list(self._pending):
                 values = self._meter.gathered([m.values for m in pending])
+                self._pace.worked_on_device(self._clock.seconds())
                 self._books.enter(pending, values, self._journal)
                 del self._pending[: len(pending)]
         now = dict(named_tensors(self.model))
@@ -309,7 +345,13 @@ class Ledger(Shown):
     def _write_header(self) -> None:
         header, names = self._books.header(self.step, type(self.optimizer).__name__, self.every)
         momentum = float(self.optimizer.param_groups[0].get("momentum", 0.0))
-        own = {"excluded": self.excluded, "momentum": momentum, **group_settings(self.optimizer), **self._notes}
+        own = {
+            "overhead": None if self._pace.fixed else self._pace.overhead,
+            "excluded": self.excluded,
+            "momentum": momentum,
+            **group_settings(self.optimizer),
+            **self._notes,
+        }
         self._journal.header(header | own, names)
         self._journal.write()
 
@@ -376,7 +418,7 @@ class Ledger(Shown):
         mark = self._journal.mark(self.step)
         estimates = {} if self.estimator is None else self.estimator.state_dict()
         own = {"format": FORMAT, "step": self.step, "mark": mark, "symmetries": self._books.index.symmetries}
-        return own | {"estimates": estimates}
+        return own | {"every": self.every, "estimates": estimates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint. What was logged after it is dropped: these steps will be made again.
@@ -395,6 +437,9 @@ class Ledger(Shown):
         self._undecided = False
         self._pending, self._open = [], None
         self._meter.forget()
+        self._pace.pause()
+        if not self._pace.fixed:
+            self._pace.every = int(state.get("every", 1))
         self.step = int(state["step"])
         if self.estimator is not None:
             self.estimator.load_state_dict(state.get("estimates", {}))
@@ -439,6 +484,7 @@ class Ledger(Shown):
             handle.remove()
         del self._handles[1:]
         self._meter.forget()
+        self._pace.pause()
 
     def close(self) -> None:
         """Detach, flush and close the log and the sinks; `records()` and `estimates()` stay readable.

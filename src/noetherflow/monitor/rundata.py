@@ -207,6 +207,8 @@ class _Rows:
         elif row["kind"] == "event":
             unread = row["event"] == "unreadable"
             self._events.append({**row, "step": max(self._last, 0)} if unread else row)
+            if row["event"] == "stride" and self._latest:
+                self._change_stride(row["step"], row["every"])
 
     def _begin(self, header: dict[str, Any]) -> None:
         self._started = self._started or header["time"]
@@ -216,6 +218,11 @@ class _Rows:
         if first is not None and self._expected is not None and header["step"] > self._expected:
             self._gap(self._expected, header["step"])
         self._expected = first
+
+    def _change_stride(self, step: int, every: int) -> None:
+        """From this step on, every so manieth one is expected."""
+        self._latest = {**self._latest, "every": every}
+        self._expected = -(-step // every) * every
 
     def _add_step(self, row: dict[str, Any]) -> None:
         step, every = row["step"], self._latest.get("every", 1)
@@ -276,6 +283,8 @@ def _wrong_form(row: dict[str, Any], header: Mapping[str, Any]) -> str:
         )
         return "" if named and isinstance(row.get("families"), list) and "time" in row else "a header without its names"
     if kind == "event":
+        if row.get("event") == "stride" and not (type(row.get("every")) is int and row["every"] > 0):
+            return "a stride that is no number"
         return "" if isinstance(row.get("event"), str) else "an event without a name"
     if kind in ("step", "estimates") and not header:
         return f"a {kind} row before any header"

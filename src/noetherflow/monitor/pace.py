@@ -1,0 +1,158 @@
+"""How often a ledger records, so that it takes no more than its share of the training's time."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from noetherflow.errors import DataError
+
+FIRST = 50
+"""Steps that are all recorded before the first choice; short runs are recorded whole."""
+AGAIN = 20
+"""Recorded steps between later choices."""
+LAST = 1000
+"""So many steps tell what a step takes."""
+STRIDES = tuple(digit * 10**power for power in range(5) for digit in (1, 2, 5))
+
+
+class Pace:
+    """Every how manieth step is recorded: a fixed number, or one chosen by the clock.
+
+    The first `FIRST` steps are all recorded. Then, and again after each `AGAIN` recorded steps, what recording one step
+    took is compared with what a step of the training takes, of which pauses (a validation, a checkpoint) are no part.
+
+    Args:
+        every: the fixed number; None to choose.
+        overhead: the share of the training's time that recording may take.
+
+    Raises:
+        DataError: `every` is below 1 or `overhead` is not positive.
+
+    Example:
+        >>> Pace(every=10, overhead=0.02).every
+        10
+    """
+
+    def __init__(self, every: int | None, overhead: float) -> None:
+        if every is not None and every < 1:
+            raise DataError(f"every={every} must be >= 1, or None to choose it by overhead={overhead}")
+        if not overhead > 0:
+            raise DataError(f"overhead={overhead} must be positive; every=1 records all steps")
+        self.fixed, self.overhead = every is not None, overhead
+        self.every = 1 if every is None else every
+        self._left = FIRST
+        self._end = math.nan
+        self._own = 0.0
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin to time afresh."""
+        self._recorded, self._host, self._device = 0, 0.0, 0.0
+        self._steps: deque[float] = deque(maxlen=LAST)
+
+    def worked(self, since: float) -> None:
+        """Count the time since then, by `perf_counter`, as the ledger's own."""
+        self._own += perf_counter() - since
+
+    def worked_on_device(self, seconds: float) -> None:
+        """Count the time that recorded steps took of another device, which works while the host goes on."""
+        self._device += seconds
+
+    def stepped(self, recorded: bool) -> None:
+        """A step of the training is over, and this is whether the ledger recorded it."""
+        now, own = perf_counter(), self._own
+        self._own = 0.0
+        if self.fixed:
+            return
+        if not math.isnan(self._end):
+            self._steps.append(max(now - self._end - own, 0.0))
+        self._end = now
+        self._host += own
+        self._recorded += recorded
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to choose; in all processes of a run after the same step."""
+        return not self.fixed and self._recorded >= self._left
+
+    def choose(self) -> int:
+        """The stride that seems right by what was timed since the last choice."""
+        record = max(self._host, self._device) / self._recorded
+        chosen = (
+            stride(record, statistics.median(self._steps), self.overhead, self.every) if self._steps else self.every
+        )
+        self._left = AGAIN
+        self._begin()
+        return chosen
+
+    def pause(self) -> None:
+        """The time until the next step is over belongs to none."""
+        self._end, self._own = math.nan, 0.0
+
+
+class DeviceClock:
+    """Times pieces of work on a CUDA device by events, without waiting for it; on other devices it counts nothing.
+
+    Args:
+        device: where the work is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on = device.type == "cuda"
+        self._spans: list[tuple[Any, Any]] = []
+
+    def start(self) -> None:
+        """Work begins."""
+        if self._on:
+            self._spans.append((_mark(), None))
+
+    def stop(self) -> None:
+        """The work begun last ends."""
+        if self._on and self._spans:
+            self._spans[-1] = (self._spans[-1][0], _mark())
+
+    def seconds(self) -> float:
+        """What all pieces since the last call took; waits for the last of them."""
+        spans, self._spans = [(a, b) for a, b in self._spans if b is not None], []
+        if spans:
+            spans[-1][1].synchronize()
+        return sum(a.elapsed_time(b) for a, b in spans) / 1000
+
+
+def _mark() -> Any:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def stride(record: float, step: float, overhead: float, now: int) -> int:
+    """The smallest of 1, 2, 5, 10, ... at which recording takes no more than its share.
+
+    It becomes smaller only where that leaves a third of the share unused, so that it does not change to and fro.
+
+    Args:
+        record: seconds to record one step.
+        step: seconds of one step of the training.
+        overhead: the share allowed.
+        now: the present stride.
+
+    Example:
+        >>> stride(0.001, 0.005, 0.02, now=1)
+        10
+        >>> stride(0.00049, 0.005, 0.02, now=10), stride(0.0003, 0.005, 0.02, now=10)
+        (10, 5)
+    """
+    wanted = record / (overhead * step) if step > 0 else math.inf
+    if now < wanted or 1.5 * wanted <= _next(wanted) < now:
+        return _next(wanted)
+    return now
+
+
+def _next(wanted: float) -> int:
+    return next((s for s in STRIDES if s >= wanted), STRIDES[-1])
