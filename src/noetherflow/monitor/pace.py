@@ -18,6 +18,8 @@ AGAIN = 20
 """Recorded steps between later choices."""
 LAST = 1000
 """So many steps tell what a step takes."""
+NOTHING_KNOWN = 1.5
+"""What recording costs with a stride above 1, where nothing is known of the step before, over its cost at every step."""
 STRIDES = tuple(digit * 10**power for power in range(5) for digit in (1, 2, 5))
 
 
@@ -134,6 +136,7 @@ def _mark() -> Any:
 def stride(record: float, step: float, overhead: float, now: int) -> int:
     """The smallest of 1, 2, 5, 10, ... at which recording takes no more than its share.
 
+    From every step to fewer, recording a step becomes dearer by `NOTHING_KNOWN`.
     It becomes smaller only where that leaves a third of the share unused, so that it does not change to and fro.
 
     Args:
@@ -144,11 +147,13 @@ def stride(record: float, step: float, overhead: float, now: int) -> int:
 
     Example:
         >>> stride(0.001, 0.005, 0.02, now=1)
-        10
+        20
         >>> stride(0.00049, 0.005, 0.02, now=10), stride(0.0003, 0.005, 0.02, now=10)
         (10, 5)
     """
     wanted = record / (overhead * step) if step > 0 else math.inf
+    if now == 1 < wanted:
+        wanted *= NOTHING_KNOWN
     if now < wanted or 1.5 * wanted <= _next(wanted) < now:
         return _next(wanted)
     return now
