@@ -500,3 +500,56 @@ def test_a_rule_that_asks_for_an_unknown_product_is_refused():
             DataError, match=r"Misspelt.before asks for \['weight_grad'\], and SGDProducts has the fields"
         ):
             optimizer.step()
+
+
+class TwoStepSAM(torch.optim.Optimizer):
+    """SAM as it is usually written: two calls of its own, and an inner optimiser that makes the step."""
+
+    def __init__(self, params: Any, base: type[torch.optim.Optimizer], rho: float = 0.05, **options: Any) -> None:
+        super().__init__(params, {"rho": rho, **options})
+        self.base_optimizer = base(self.param_groups, **options)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        for p in (p for group in self.param_groups for p in group["params"]):
+            self.state[p]["old"] = p.data.clone()
+            p.add_(p.grad, alpha=0.05 / float(p.grad.norm() + 1e-12))
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for p in (p for group in self.param_groups for p in group["params"]):
+            p.data = self.state[p]["old"]
+        self.base_optimizer.step()
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_sam_in_two_steps_is_noticed_and_its_inner_optimiser_can_be_watched(inner: bool) -> None:
+    model = mlp()
+    optimizer = TwoStepSAM(model.parameters(), torch.optim.SGD, lr=0.05, momentum=0.9)
+    watched_one = optimizer.base_optimizer if inner else optimizer
+    with Ledger(model, watched_one, mlp_symmetries(model), detail="symmetry", every=1) as ledger:
+        assert ledger.records() == []
+        for batch in batches(5):
+            optimizer.zero_grad()
+            backward(model, batch)
+            optimizer.first_step()
+            optimizer.zero_grad()
+            backward(model, batch)
+            optimizer.second_step()
+    if inner:
+        assert_closed(ledger.records("symmetry"), 5)
+        assert "bypassed" not in events(ledger)
+    else:
+        assert events(ledger) == ["bypassed"]
+        assert "base_optimizer" in ledger.events[0]["note"]
+
+
+def test_loading_weights_after_attaching_is_no_bypass() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with Ledger(model, optimizer, mlp_symmetries(model), every=1) as ledger:
+        model.load_state_dict({n: t.clone() for n, t in model.state_dict().items()})
+        ledger.records()
+        train(model, optimizer, 2)
+    assert "bypassed" not in events(ledger)

@@ -35,7 +35,7 @@ from noetherflow.monitor.pace import DeviceClock, Pace
 from noetherflow.monitor.rule import AnyRule, LedgerRule
 from noetherflow.monitor.rules import rule_for
 from noetherflow.monitor.rundata import RunData
-from noetherflow.monitor.watching import group_settings, parameters_of, untraced, watch_closure
+from noetherflow.monitor.watching import WeightStamps, group_settings, parameters_of, untraced, watch_closure
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 if TYPE_CHECKING:
@@ -134,6 +134,8 @@ class Ledger(Shown):
         self._pending: list[Measurement] = []
         self._open: _Open | None = None
         self._loss: Any = None
+        self._stamps: WeightStamps | None = None
+        self._attached = -1
         self._closed = False
         self._set_symmetries(syms)
         self._journal = Journal(run_dir, sinks, resume)
@@ -361,6 +363,7 @@ class Ledger(Shown):
         `charge` is before the step, `change` the measured change, `residual = change - sum of entries`, `norm` is
         `theta^T |A| theta`. Raises DataError when `by` is finer than the ledger's `detail`.
         """
+        self._notice_bypass()
         self.flush()
         return self._books.records(by)
 
@@ -460,6 +463,7 @@ class Ledger(Shown):
                 self.optimizer.register_step_pre_hook(untraced(self._pre_hook)),
                 self.optimizer.register_step_post_hook(untraced(lambda *_: self.after_step())),
             ]
+            self._stamps, self._attached = WeightStamps(self._meter.watched.values()), self.step
         return self
 
     def _stepped(self, *_: Any) -> None:
@@ -478,6 +482,16 @@ class Ledger(Shown):
             self._read_gradients()
         return watched
 
+    def _notice_bypass(self) -> None:
+        """Say so where a training moves the weights and never calls the step of the watched optimiser."""
+        unseen = self._stamps is not None and self.step == self._attached and self._stamps.trained()
+        if self._journal.begins("bypassed", unseen):
+            note = (
+                "the weights were trained, but the step of the watched optimiser was never called: give the ledger the "
+                "optimiser whose step() moves them, for SAM in two steps its base_optimizer"
+            )
+            self._event("bypassed", note=note)
+
     def detach(self) -> None:
         """Stop watching; `attach()` starts again."""
         for handle in self._handles[1:]:
@@ -493,6 +507,7 @@ class Ledger(Shown):
         """
         if not self._closed:
             self._finish_step()
+            self._notice_bypass()
         self.detach()
         for handle in self._handles:
             handle.remove()

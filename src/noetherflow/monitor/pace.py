@@ -19,7 +19,7 @@ AGAIN = 20
 LAST = 1000
 """So many steps tell what a step takes."""
 NOTHING_KNOWN = 1.5
-"""What recording costs with a stride above 1, where nothing is known of the step before, over its cost at every step."""
+"""What recording costs with a stride above 1, where nothing is known of the step before, over that at every step."""
 STRIDES = tuple(digit * 10**power for power in range(5) for digit in (1, 2, 5))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from noetherflow.core.tensors import check_same_model, tensors_of
 from noetherflow.core.unwrap import unwrap
 from noetherflow.errors import DataError, DeclarationError
+from noetherflow.monitor import sharding
 
 
 def parameters_of(
@@ -44,6 +45,32 @@ def parameters_of(
             "copy of the model? Make it from this model's parameters()"
         )
     return named
+
+
+class WeightStamps:
+    """Where some parameters lay and how often they were written, to tell later whether a training has moved them.
+
+    Example:
+        >>> weight = nn.Parameter(torch.zeros(3))
+        >>> stamps = WeightStamps([weight])
+        >>> with torch.no_grad():
+        ...     _ = weight.add_(1)
+        >>> weight.grad = torch.ones(3)
+        >>> stamps.trained()
+        True
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._parameters = list(parameters)
+        self._seen = self._now()
+
+    def _now(self) -> list[tuple[int, int]]:
+        plain = [sharding.local(p, True) for p in self._parameters]
+        return [(t.data_ptr(), t._version) for t in plain]
+
+    def trained(self) -> bool:
+        """Whether there are gradients and a parameter was written since."""
+        return any(p.grad is not None for p in self._parameters) and self._now() != self._seen
 
 
 def watch_closure(args: tuple[Any, ...], kwargs: dict[str, Any], then: Callable[[], None]) -> Any:
