@@ -44,7 +44,7 @@ def load_torch(path: Path) -> Any:
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as cause:
-        found = re.search(r"(?:Unsupported global: GLOBAL|Unsupported class|Trying to call) ([\w.]+)", str(cause))
+        found = re.search(r"(?:GLOBAL|Unsupported class|Trying to call) ([\w.]+)", str(cause))
         if found is not None:
             raise CheckpointError(
                 f"{path} holds an object of {found[1]}, which could run code when it is read. Where you trust the "

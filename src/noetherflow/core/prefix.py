@@ -64,8 +64,9 @@ def prefix_of(stored: Collection[str], known: Collection[str]) -> Prefix:
     """
     names = set(known)
 
-    def matches(prefix: Prefix) -> int:
-        return sum(prefix.name(n) in names for n in stored)
+    def matches(prefix: Prefix) -> tuple[int, int]:
+        exact = sum(prefix.model + n.removeprefix(prefix.stored) in names for n in stored)
+        return sum(prefix.name(n) in names for n in stored), exact
 
     candidates = [Prefix(s, m) for s in _common(stored) for m in _common(known)]
     return max(candidates, key=matches)
