@@ -10,22 +10,13 @@ report = nf.balance_(model, eq, optimizer)
 ledger = nf.Ledger(model, optimizer, syms)
 ```
 
-Verbs are imported on first use, so that `import noetherflow` costs little beyond torch.
+Names are imported on first use, so that `import noetherflow` costs nothing and even torch comes when it is needed.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from noetherflow.core.adaptive import AdamConfig, LionConfig
-from noetherflow.core.optimizers import optimizer_config
-from noetherflow.core.rates import GroupRates
-from noetherflow.core.settings import SGDConfig
 from noetherflow.core.shown import Drawer
-from noetherflow.core.tensors import tensors_of
-from noetherflow.symmetry.declare import declare
-from noetherflow.symmetry.leg import Leg
-from noetherflow.symmetry.symmetry import Symmetry, Translation
-from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 if TYPE_CHECKING:
     from noetherflow import extend
@@ -37,8 +28,13 @@ if TYPE_CHECKING:
     from noetherflow.balance.move import move_, move_checkpoint
     from noetherflow.balance.schedule import BalanceSchedule
     from noetherflow.balance.stored_norm import stored_equilibrium
+    from noetherflow.core.adaptive import AdamConfig, LionConfig
     from noetherflow.core.function_model import FunctionModel
     from noetherflow.core.losses import per_sample
+    from noetherflow.core.optimizers import optimizer_config
+    from noetherflow.core.rates import GroupRates
+    from noetherflow.core.settings import SGDConfig
+    from noetherflow.core.tensors import tensors_of
     from noetherflow.diagnosis.finding import Diagnosis, Finding
     from noetherflow.diagnosis.of_run import diagnose_run
     from noetherflow.discovery.certificate import Certificate
@@ -65,6 +61,10 @@ if TYPE_CHECKING:
     from noetherflow.moments.storage import load_moments, save_moments
     from noetherflow.monitor.ledger import Ledger
     from noetherflow.report.plots import plot
+    from noetherflow.symmetry.declare import declare
+    from noetherflow.symmetry.leg import Leg
+    from noetherflow.symmetry.symmetry import Symmetry, Translation
+    from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 __version__ = "0.2.0"
 
@@ -78,7 +78,12 @@ _LAZY = {
     "balance.move": ("move_", "move_checkpoint"),
     "balance.schedule": ("BalanceSchedule",),
     "core.function_model": ("FunctionModel",),
+    "core.adaptive": ("AdamConfig", "LionConfig"),
     "core.losses": ("per_sample",),
+    "core.optimizers": ("optimizer_config",),
+    "core.rates": ("GroupRates",),
+    "core.settings": ("SGDConfig",),
+    "core.tensors": ("tensors_of",),
     "diagnosis.finding": ("Diagnosis", "Finding"),
     "diagnosis.of_run": ("diagnose_run",),
     "discovery.certificate": ("Certificate",),
@@ -105,6 +110,10 @@ _LAZY = {
     "moments.storage": ("load_moments", "save_moments"),
     "monitor.ledger": ("Ledger",),
     "report.plots": ("plot",),
+    "symmetry.declare": ("declare",),
+    "symmetry.leg": ("Leg",),
+    "symmetry.symmetry": ("Symmetry", "Translation"),
+    "symmetry.symmetry_set": ("SymmetrySet",),
 }
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 

@@ -10,6 +10,7 @@ import typer
 
 from noetherflow.cli import tables
 from noetherflow.cli.options import Debug, Json, console
+from noetherflow.cli.output import emit
 from noetherflow.errors import DataError
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def reproduce(
     if markdown is not None:
         write_markdown(summary, markdown, paper)
     if as_json:
-        print(json.dumps([finished.to_dict() for finished in summary.finished]))
+        emit([finished.to_dict() for finished in summary.finished])
     else:
         tables.out().print(str(summary), markup=False, soft_wrap=True)
     if summary.failing:

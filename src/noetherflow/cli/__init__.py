@@ -15,18 +15,27 @@ def main(arguments: list[str] | None = None) -> None:
     Exit 0: success; 1: an error, of noetherflow or of the user's own code; 2: wrong usage; 3: a reproduced claim fails;
     130: interrupted.
     """
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        _run(given)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run(given: list[str]) -> None:
+    """Load the commands, run the one that is given, and tell errors in words."""
     from rich.console import Console
 
     from noetherflow.cli.app import app
+    from noetherflow.cli.output import fit_for_any_terminal, kept_for_json
     from noetherflow.errors import NoetherflowError
 
-    given = sys.argv[1:] if arguments is None else arguments
+    fit_for_any_terminal(sys.stdout, sys.stderr)
     errors = Console(stderr=True, highlight=False, emoji=False)
     try:
-        app(given, prog_name="noetherflow")
-    except KeyboardInterrupt:
-        errors.print("interrupted")
-        sys.exit(130)
+        with kept_for_json("--json" in given):
+            app(given, prog_name="noetherflow")
     except NoetherflowError as error:
         if "--debug" in given:
             raise

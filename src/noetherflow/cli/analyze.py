@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +23,7 @@ from noetherflow.cli.options import (
     WeightDecay,
     announce,
 )
+from noetherflow.cli.output import check_output, emit
 from noetherflow.core.optimizers import described
 from noetherflow.core.printing import legend, transposed
 
@@ -58,6 +58,8 @@ def analyze(
     from noetherflow.report.analysis import write_analysis
     from noetherflow.workloads import load_workload
 
+    if report is not None:
+        check_output(report)
     workload = load_workload(model, data)
     size = workload.samples if finite_data else None
     sgd = GivenSettings(optimizer, lr, batch_size, weight_decay, momentum, dataset_size=size, betas=betas).settings()
@@ -67,7 +69,7 @@ def analyze(
     if report is not None:
         write_analysis(report, analysis, title=model)
     if as_json:
-        print(json.dumps({"model": model, **analysis.to_dict()}))
+        emit({"model": model, **analysis.to_dict()})
         return
     printed = tables.out()
     tables.symmetries(printed, analysis.symmetries, title=model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +28,7 @@ from noetherflow.cli.options import (
     announce,
     console,
 )
+from noetherflow.cli.output import emit
 
 if TYPE_CHECKING:
     from noetherflow.balance.model import BalanceReport
@@ -152,7 +152,7 @@ def balance(
         given = GivenSettings(optimizer, lr, batch_size, weight_decay, momentum, nesterov, dataset_size, betas)
         eq, report = _with_data(files, spec, objective, _explicit(given), data, certify)
     if as_json:
-        print(json.dumps({"balance": report.to_dict(), "equilibrium": eq.to_dict()}))
+        emit({"balance": report.to_dict(), "equilibrium": eq.to_dict()})
         return
     _print(report, eq, "would move" if dry_run else f"written to {out}")
 

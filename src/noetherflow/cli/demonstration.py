@@ -21,6 +21,7 @@ from noetherflow.analysis import Analysis, analyze
 from noetherflow.balance.model import BalanceReport, balance_
 from noetherflow.cli import tables
 from noetherflow.cli.options import announce, console
+from noetherflow.cli.output import check_output
 from noetherflow.core.inputs import LossFn
 from noetherflow.core.printing import brief, transposed
 from noetherflow.core.settings import SGDConfig
@@ -88,6 +89,7 @@ def runs(quick: bool) -> tuple[Run, ...]:
 def demonstrate(out: Path, quick: bool) -> None:
     """Train, forecast, balance and check every classifier, ask the guests for their sections, and write one page."""
     start = time.perf_counter()
+    check_output(out / "index.html")
     printed, chosen = tables.out(), runs(quick)
     length = "1 to 2 minutes" if quick else "2 to 15 minutes"
     guests = entry_points(group="noetherflow.demo")

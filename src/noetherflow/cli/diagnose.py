@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from noetherflow.cli import tables
 from noetherflow.cli.options import Debug, Json
+from noetherflow.cli.output import emit
 
 
 def diagnose(
@@ -26,6 +26,6 @@ def diagnose(
 
     found = diagnose_run(run_dir, steps)
     if as_json:
-        print(json.dumps(found.to_dict()))
+        emit(found.to_dict())
         return
     tables.out().print(str(found), markup=False, soft_wrap=True)

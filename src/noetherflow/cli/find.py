@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 from noetherflow.cli import tables
 from noetherflow.cli.options import Debug, Json, ModelOnly, console
+from noetherflow.cli.output import emit
 
 
 def find(
@@ -38,7 +38,7 @@ def find(
             certificate = discovery.certify(loaded.model, syms, loaded.example_inputs)
     if as_json:
         payload = {"model": model, **syms.to_dict()}
-        print(json.dumps(payload | ({"certificate": certificate.to_dict()} if certificate else {})))
+        emit(payload | ({"certificate": certificate.to_dict()} if certificate else {}))
         return
     printed = tables.out()
     tables.symmetries(printed, syms, title=model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from noetherflow.cli import tables
 from noetherflow.cli.options import MODEL, Debug, Json, console
+from noetherflow.cli.output import emit
 
 
 def flow(
@@ -54,7 +54,7 @@ def flow(
         snapshots = [RunSnapshot(r.optimizer, weights_for(loaded.model, r.weights), lr) for r in runs]
         found = state_flow(loaded.model, syms, snapshots)
     if as_json:
-        print(json.dumps({"checkpoint": ", ".join(map(str, checkpoints)), **found.to_dict()}))
+        emit({"checkpoint": ", ".join(map(str, checkpoints)), **found.to_dict()})
         return
     printed = tables.out()
     printed.print(str(found), markup=False, soft_wrap=True)

@@ -14,7 +14,7 @@ def replacing(path: str | Path, *, mode: int = 0o644, durable: bool = False) -> 
     """A new empty file beside `path`, which replaces `path` when the block ends without an error.
 
     Args:
-        path: the target; its folder is made if it is missing.
+        path: the target; its folder is made if it is missing. Of a symbolic link it is the file that the link names.
         mode: permissions of the new file.
         durable: wait until the contents are on the disk before the rename (checkpoints), so that a power cut leaves
             the old file or the new one.
@@ -26,7 +26,7 @@ def replacing(path: str | Path, *, mode: int = 0o644, durable: bool = False) -> 
         >>> with replacing("notes/today.txt") as scratch:
         ...     _ = scratch.write_text("all of it, or nothing")
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     scratch = _scratch(path)
     try:
         yield scratch
@@ -45,7 +45,7 @@ def check_writable(path: str | Path) -> None:
     Raises:
         OSError: what the system says against it.
     """
-    _scratch(Path(path)).unlink()
+    _scratch(Path(os.path.realpath(path))).unlink()
 
 
 def _scratch(path: Path) -> Path:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from noetherflow.errors import DataError, require
+from noetherflow.errors import DataError, NoetherflowError, require
 
 BATCH, LENGTH = 2, 8
+CODE = re.compile(r"auto_map|trust_remote_code|_?(attn|experts)_implementation\w*")
+"""Keys of a configuration that name code to be fetched."""
 AUTO_CLASSES = (
     "AutoModelForCausalLM",
     "AutoModelForSeq2SeqLM",
@@ -31,17 +34,26 @@ def load_hf(path: str | Path, device: str = "meta") -> tuple[nn.Module, Any]:
     """
     transformers: Any = require("transformers", "hf")
     config = _config(transformers, Path(path))
+    try:
+        model = _made(transformers, config, Path(path), device)
+    except NoetherflowError:
+        raise
+    except Exception as error:
+        raise DataError(f"transformers cannot build {type(config).__name__} as {path} has it: {error}") from error
+    return model.eval(), example_inputs(model)
+
+
+def _made(transformers: Any, config: Any, path: Path, device: str) -> nn.Module:
+    """The model of the configuration: without memory, with the folder's weights, or with random ones."""
     build = _builder(transformers, config)
     if device == "meta":
         with torch.device("meta"):
-            model = build(config)
-    elif _has_weights(Path(path)):
-        model = _named_class(transformers, config).from_pretrained(str(path), local_files_only=True).to(device)
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = build(config).to(device)
-    return model.eval(), example_inputs(model)
+            return build(config)
+    if _has_weights(path):
+        return _named_class(transformers, config).from_pretrained(str(path), local_files_only=True).to(device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build(config).to(device)
 
 
 def example_inputs(model: nn.Module) -> dict[str, Tensor]:
@@ -84,6 +96,8 @@ def _tokens(config: Any, rng: torch.Generator) -> Tensor:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     experts = max(int(getattr(text, name, 0) or 0) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
     length = max(LENGTH, -(-experts // BATCH))
+    if int(text.vocab_size) < 1:
+        raise DataError(f"vocab_size is {text.vocab_size}: the model has no tokens; give a configuration with some")
     return torch.randint(0, int(text.vocab_size), (BATCH, length), generator=rng)
 
 
@@ -95,13 +109,29 @@ def _config(transformers: Any, path: Path) -> Any:
         data = json.loads(file.read_text())
     except ValueError as error:
         raise DataError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise DataError(f"{file} holds a JSON {type(data).__name__}; a transformers configuration is an object")
+    data = _without_code(data)
     kind = data.pop("model_type", None)
-    if kind is None:
+    if not isinstance(kind, str):
         raise DataError(f"{file} names no model_type; is it a transformers configuration?")
+    if kind not in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
+        raise DataError(f"transformers does not know the model_type {kind!r} of {file}")
     try:
         return transformers.AutoConfig.for_model(kind, **data)
-    except (ValueError, KeyError) as error:
-        raise DataError(f"transformers does not know the model_type {kind!r} of {file}") from error
+    except Exception as error:
+        raise DataError(f"transformers refuses the configuration {file} of model_type {kind!r}: {error}") from error
+
+
+def _without_code(data: Any) -> Any:
+    """The configuration, parts included, without what could make transformers fetch or run code.
+
+    That is `auto_map` (the model's own code) and the names of attention and expert kernels, which may be repositories.
+    Kernels compute the same function, so that the symmetries are the same.
+    """
+    if isinstance(data, dict):
+        return {key: _without_code(value) for key, value in data.items() if not CODE.fullmatch(key)}
+    return [_without_code(value) for value in data] if isinstance(data, list) else data
 
 
 def _named_class(transformers: Any, config: Any) -> Any:
