@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import re
+import subprocess
+import sys
 import textwrap
 
 import pytest
@@ -17,7 +20,10 @@ import noetherflow as nf
 from noetherflow.cli import main
 from noetherflow.cli.app import app
 from noetherflow.cli.demonstration import Told, summary
+from noetherflow.cli.output import fit_for_any_terminal
+from noetherflow.core.files import write_text
 from noetherflow.core.printing import legend
+from noetherflow.discovery.hf import load_hf
 from noetherflow.equilibrium.flow import EXPLAINED
 from noetherflow.errors import DataError, ExportError
 from noetherflow.report.page import Notice
@@ -404,3 +410,107 @@ def test_demo_writes_one_page(run, tmp_path):
     page = (tmp_path / "demo" / "index.html").read_text()
     assert page.count("data:image/png;base64") >= 7
     assert page.index("<h2>Summary</h2>") == page.index("<h2>")
+
+
+LOUD = """
+print("at import")
+
+def model():
+    print("in the factory")
+    made = net()
+    made.register_forward_hook(lambda *_: print("in the forward"))
+    return made, per_sample, data()
+"""
+
+
+def test_json_is_valid_though_the_users_code_prints(run, tmp_path):
+    (tmp_path / "loud.py").write_text(FACTORIES + LOUD)
+    code, out, err = run("analyze", "loud:model", "--json", "--batch-size", "2")
+    assert code == 0, err
+    assert json.loads(out)["model"] == "loud:model"
+    for said in ("at import", "in the factory", "in the forward"):
+        assert said in err
+
+
+def test_terminals_without_the_letters_get_plain_ones():
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    fit_for_any_terminal(stream)
+    stream.write("3 ± 1 → – ∑")
+    stream.flush()
+    assert raw.getvalue() == b"3 +- 1 -> - ?"
+
+
+def test_outputs_are_tried_before_the_work_starts(tmp_path, capsys):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    for arguments in (
+        ["analyze", "linear-factorisation", "--report", str(blocked / "page.html")],
+        ["analyze", "linear-factorisation", "--report", str(tmp_path)],
+        ["demo", "--out", str(blocked)],
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 1
+        printed = capsys.readouterr()
+        assert "DataError: cannot write" in printed.err
+        assert "[1/5]" not in printed.err, "nothing was begun"
+
+
+def test_files_are_written_through_symbolic_links(tmp_path):
+    real, link = tmp_path / "there" / "page.txt", tmp_path / "link.txt"
+    real.parent.mkdir()
+    real.write_text("old")
+    link.symlink_to(real)
+    write_text(link, "new")
+    assert link.is_symlink()
+    assert real.read_text() == "new"
+    assert [p.name for p in real.parent.iterdir()] == ["page.txt"]
+
+
+CONFIGURATION = {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 11, "bos_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ([], "holds a JSON list"),
+        ({"model_type": 7}, "names no model_type"),
+        ({"model_type": "nosuch"}, "does not know the model_type 'nosuch'"),
+        ({**CONFIGURATION, "vocab_size": 0, "eos_token_id": None}, "vocab_size is 0"),
+        ({"model_type": "llama", "hidden_size": 16, "num_attention_heads": 3}, "refuses the configuration"),
+        ({**CONFIGURATION, "n_head": 3, "eos_token_id": 0}, "cannot build GPT2Config"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_odd_configurations_are_refused_in_words(tmp_path, config, complaint):
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=complaint):
+        load_hf(tmp_path)
+
+
+def test_a_configuration_cannot_make_code_be_fetched(tmp_path):
+    pytest.importorskip("transformers")
+    parts = {"_attn_implementation": "someone/kernel", "auto_map": {"AutoModel": "someone/repo--code.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIGURATION, "eos_token_id": 0, **parts}))
+    model, _ = load_hf(tmp_path)
+    assert model.config._attn_implementation in ("sdpa", "eager")
+    assert not hasattr(model.config, "auto_map")
+
+
+@pytest.mark.parametrize("point", ["import rich", "import torch"])
+def test_interrupts_while_the_command_loads_are_quiet(tmp_path, point):
+    hook = f"""
+import builtins, sys
+real = builtins.__import__
+def interrupted(name, *rest, **named):
+    if name.split(".")[0] == {point.split()[1]!r}:
+        raise KeyboardInterrupt
+    return real(name, *rest, **named)
+builtins.__import__ = interrupted
+from noetherflow.cli import main
+main(["find", "digits-mlp"])
+"""
+    done = subprocess.run([sys.executable, "-c", hook], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
