@@ -28,6 +28,7 @@ from noetherflow.monitor.books import (
 from noetherflow.monitor.charge_map import ChargeMap, Watched, WatchedTranslation
 from noetherflow.monitor.estimates import Estimator
 from noetherflow.monitor.interrupts import uninterrupted
+from noetherflow.monitor.joint import JointOptimizer, JointRule, as_one
 from noetherflow.monitor.journal import Journal, Sink
 from noetherflow.monitor.log import FORMAT
 from noetherflow.monitor.measure import Measurement, StepMeter, one_number
@@ -61,7 +62,8 @@ class Ledger(Shown):
 
     Args:
         model: the model, wrapped or not.
-        optimizer: the optimiser of its parameters; accelerate's and Lightning's are looked into.
+        optimizer: the optimiser of its parameters; accelerate's and Lightning's are looked into. A list of several
+            (Muon for matrices, AdamW for the rest) that step once each is watched as one.
         syms: the symmetries to watch.
         every: every how manieth step is recorded; steps in between cost next to nothing. None chooses it by `overhead`.
         detail: `family` and `symmetry` need totals only, one dot product per parameter and term; `coordinate` keeps
@@ -104,7 +106,7 @@ class Ledger(Shown):
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
         syms: SymmetrySet,
         *,
         every: int | None = None,
@@ -126,10 +128,12 @@ class Ledger(Shown):
             raise DataError(f"detail must be one of {LEVELS}, got {detail!r}")
         if not (rule is None or isinstance(rule, LedgerRule)):
             raise DataError(f"rule must be an instance of noetherflow.extend.LedgerRule, got {rule!r}")
-        self.model, self.optimizer = model, unwrap_optimizer(optimizer)
+        self.model, self.optimizer = model, as_one(optimizer, unwrap_optimizer)
         self.detail, self.estimate_every, self.flush_every = detail, estimate_every, flush_every
         self._pace = Pace(every, overhead)
-        self.rule: AnyRule = rule or rule_for(self.optimizer)
+        joint = isinstance(self.optimizer, JointOptimizer)
+        self._name = self.optimizer.name if joint else type(self.optimizer).__name__
+        self.rule: AnyRule = rule or (JointRule() if joint else rule_for(self.optimizer))
         self._translations, self._capacity, self._notes = translations, capacity, dict(notes or {})
         self._pending: list[Measurement] = []
         self._open: _Open | None = None
@@ -143,7 +147,7 @@ class Ledger(Shown):
         self._handles: list[Any] = [self.optimizer.register_step_post_hook(untraced(self._stepped))]
 
     def __repr__(self) -> str:
-        made, families = f"{self.step} steps of {type(self.optimizer).__name__}", ", ".join(self._books.index.families)
+        made, families = f"{self.step} steps of {self._name}", ", ".join(self._books.index.families)
         return f"Ledger({made}, families {families or 'none'}, every={self.every})"
 
     def table_rows(self) -> list[dict[str, Any]]:
@@ -153,7 +157,7 @@ class Ledger(Shown):
     def describe(self, *, verbose: bool = False, legend: bool = True) -> str:
         """How many steps are recorded, and each family's charge now; `verbose`: all events; see `Shown.describe`."""
         rows = self.records()
-        made = f"{count(self.step, 'step', 'steps')} of {type(self.optimizer).__name__}"
+        made = f"{count(self.step, 'step', 'steps')} of {self._name}"
         lines = [f"ledger of {made}, {count(len(rows), 'row', 'rows')} in memory"]
         latest = {row["family"]: row for row in rows}
         shown = ("charge", "change", "residual", "norm")
@@ -345,7 +349,7 @@ class Ledger(Shown):
         self._journal.event(what, self.step, **details)
 
     def _write_header(self) -> None:
-        header, names = self._books.header(self.step, type(self.optimizer).__name__, self.every)
+        header, names = self._books.header(self.step, self._name, self.every)
         momentum = float(self.optimizer.param_groups[0].get("momentum", 0.0))
         own = {
             "overhead": None if self._pace.fixed else self._pace.overhead,
@@ -399,7 +403,7 @@ class Ledger(Shown):
         self.flush()
         if self._journal.log is not None:
             return RunData.load(self._journal.log.path.parent)
-        header, _ = self._books.header(0, type(self.optimizer).__name__, self.every)
+        header, _ = self._books.header(0, self._name, self.every)
         header["momentum"] = float(self.optimizer.param_groups[0].get("momentum", 0.0))
         return RunData.of([*self._books.as_log(header), *self.events], "the ledger")
 
@@ -494,6 +498,8 @@ class Ledger(Shown):
 
     def detach(self) -> None:
         """Stop watching; `attach()` starts again."""
+        if isinstance(self.optimizer, JointOptimizer):
+            self.optimizer.finish()
         for handle in self._handles[1:]:
             handle.remove()
         del self._handles[1:]
