@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from noetherflow.discovery.explain import explain
     from noetherflow.discovery.find import find_symmetries
     from noetherflow.discovery.oracle import count_symmetries
+    from noetherflow.equilibrium.adaptive_basis import AdaptiveBasis, adaptive_basis
     from noetherflow.equilibrium.curvature import curvature_moments, top_eigenvalue
     from noetherflow.equilibrium.flow import Flow, noether_flow
     from noetherflow.equilibrium.joint import noise_equilibrium
@@ -91,6 +92,7 @@ _LAZY = {
     "discovery.explain": ("explain",),
     "discovery.find": ("find_symmetries",),
     "discovery.oracle": ("count_symmetries",),
+    "equilibrium.adaptive_basis": ("AdaptiveBasis", "adaptive_basis"),
     "equilibrium.flow": ("Flow", "noether_flow"),
     "equilibrium.step": ("step_identity",),
     "equilibrium.joint": ("noise_equilibrium",),
@@ -120,6 +122,7 @@ _HOME = {name: module for module, names in _LAZY.items() for name in names}
 __all__ = [
     "ActivationMoments",
     "AdamConfig",
+    "AdaptiveBasis",
     "Alignment",
     "Analysis",
     "BalanceReport",
@@ -144,6 +147,7 @@ __all__ = [
     "SymmetrySet",
     "Translation",
     "activation_moments",
+    "adaptive_basis",
     "align",
     "analyze",
     "balance_",
