@@ -63,7 +63,7 @@ class AdaptiveBasis:
 
 
 @dataclass(frozen=True, eq=False)
-class _Columns:
+class _LegColumns:
     """One leg: weights `[blocks, n, m]`, second moments of each column of the gradient `[blocks, m, n, n]`."""
 
     sign: int
@@ -172,7 +172,7 @@ def _check(symmetry: Symmetry, config: AdamConfig) -> None:
         raise DataError("weight decay coupled to the gradients turns with them: only decoupled decay is solved here")
 
 
-def _columns(model: nn.Module, symmetry: Symmetry, samples: Samples, config: AdamConfig) -> list[_Columns]:
+def _columns(model: nn.Module, symmetry: Symmetry, samples: Samples, config: AdamConfig) -> list[_LegColumns]:
     """Every leg with the second moments of its columns."""
     tensors, out = tensors_of(model), []
     for leg in symmetry.weight_legs:
@@ -187,11 +187,11 @@ def _columns(model: nn.Module, symmetry: Symmetry, samples: Samples, config: Ada
         noise = torch.einsum("zbim,zbjm->bmij", centred, centred) / (len(single) - 1)
         steady = torch.einsum("bim,bjm->bmij", mean, mean)
         second = config.covariance_factor * noise + steady
-        out.append(_Columns(leg.sign, rates.lr, rates.weight_decay, theta, second))
+        out.append(_LegColumns(leg.sign, rates.lr, rates.weight_decay, theta, second))
     return out
 
 
-def _psi(legs: Sequence[_Columns], element: Tensor) -> Tensor:
+def _psi(legs: Sequence[_LegColumns], element: Tensor) -> Tensor:
     dual = torch.linalg.inv(element).mT
     parts = [leg.potential(*((element, dual) if leg.sign > 0 else (dual, element))) for leg in legs]
     return torch.stack(parts).sum()
@@ -204,7 +204,7 @@ def _rotation(symmetry: Symmetry, rng: torch.Generator) -> Tensor:
     return turned
 
 
-def _descend(legs: Sequence[_Columns], start: Tensor) -> Tensor:
+def _descend(legs: Sequence[_LegColumns], start: Tensor) -> Tensor:
     """The minimum that quasi-Newton descent reaches; restarted at each point, so that steps are group elements."""
     element = start.clone()
     with torch.enable_grad():
@@ -228,7 +228,7 @@ def _descend(legs: Sequence[_Columns], start: Tensor) -> Tensor:
     return element
 
 
-def _slope(legs: Sequence[_Columns], element: Tensor) -> float:
+def _slope(legs: Sequence[_LegColumns], element: Tensor) -> float:
     """The norm of the derivative of log Psi in all generators."""
     with torch.enable_grad():
         step = torch.zeros_like(element, requires_grad=True)
