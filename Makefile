@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test test-slow lint bench mutants clean
+.PHONY: demo test test-slow lint bench mutants docs clean
 
 demo: .venv/.demo
 	$(BIN)/noetherflow demo --out demo
@@ -28,8 +28,13 @@ mutants: .venv/.test
 bench: .venv/.test
 	$(BIN)/python -m benchmarks
 
+# The site in docs/_build, five scripts run on the way (2 minutes on a free core). Warnings are errors; nothing is fetched.
+docs: .venv/.docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
+	@echo "open docs/_build/index.html"
+
 clean:
-	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv demo docs/_build docs/gallery .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -45,6 +50,10 @@ clean:
 
 .venv/.test: .venv/.torch pyproject.toml
 	$(PIP) -e '.[report,examples,hf,lightning,track,sweep]' pytest pytest-xdist hypothesis selenium ruff==0.17.6 mypy==2.4.1
+	@touch $@
+
+.venv/.docs: .venv/.torch pyproject.toml
+	$(PIP) -e '.[report,examples,hf,docs]'
 	@touch $@
 
 # The run report is tested in a browser. Where apt cannot install one, that test alone is skipped, and says so.
