@@ -247,9 +247,16 @@ def _decisive_verdicts(results: AlignmentResults, act: str) -> list[Verdict]:
         {k: settled(results, f"{m} {act}{SPREAD}", k) for k in ("whole", "off", "distance")} for m in ("sgd", "gd")
     )
     near = "halfway from norm balance to alignment"
+    why = (
+        "Aligned matrices are the equilibrium of a rotation symmetry, which this net has not: its noise is "
+        "balanced unit by "
+        f"unit. SGD is far from where GD ends ({gd['distance'].mean():.2f}; norm balance {apart:.2f}) all the same."
+    )
     named = f"{act}{SPREAD}"
     return [
-        from_seeds(f"{named}, SGD: |A - B| / |A + B|, {near}", apart / 2, sgd["distance"], relation="below"),
+        from_seeds(
+            f"{named}, SGD: |A - B| / |A + B|, {near}", apart / 2, sgd["distance"], relation="below", analysis=why
+        ),
         from_seeds(f"{named}, GD: |A - B| / |A + B|, {near}", apart / 2, gd["distance"], relation="above"),
         from_seeds(f"{named}, SGD: correlation, {near}", (1 + correlated) / 2, sgd["whole"], relation="above"),
         from_seeds(f"{named}, GD: correlation, {near}", (1 + correlated) / 2, gd["whole"], relation="below"),

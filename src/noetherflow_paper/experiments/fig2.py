@@ -273,7 +273,9 @@ def verdicts(results: Fig2Results) -> list[Verdict]:
     (rate,) = decay_rates(results, "theory")
     residual = results.array("sgd", "residual")[:, 0]
     out = [
-        from_seeds("U'GU - WGW' decays exponentially: rate per step, unit noise", rate, decay_rates(results, "sgd")),
+        from_seeds(
+            "U'GU - WGW' decays exponentially: rate per step, unit noise", rate, decay_rates(results, "sgd"), order=2
+        ),
         from_seeds(
             "residual at the end / at the start, unit noise",
             0.03,
@@ -324,11 +326,13 @@ def _entry_verdicts(results: Fig2Results) -> list[Verdict]:
             "its decay is near-exponential: rate from 17 % to 5 % of the start / from 60 % to 17 %",
             predicted,
             bend(results, "sgd"),
+            order=2,
         ),
         from_seeds(
             "the nine plotted entries: decay rate / theory's, all together",
             1,
             entry_rates(results),
+            order=2,
             analysis=NOISE,
         ),
         from_seeds(

@@ -190,15 +190,18 @@ def plot(results: Results[RotationalConfig, RotationalPoint]) -> Any:
     return fig
 
 
+FINITE = "theory is of first order in rate times decay; asked for before the first run"
+
+
 def verdicts(results: Results[RotationalConfig, RotationalPoint]) -> list[Verdict]:
     """Norm and angular rate against theory, and how far the formula for uniform noise is off."""
     out = []
     for point, data in results.points:
         norms = ends(results, point.name)
-        out.append(from_seeds(f"{point.name} noise: norm at the end", data["predicted"], norms, 0.02))
+        out.append(from_seeds(f"{point.name} noise: norm at the end", data["predicted"], norms, 0.02, reason=FINITE))
         expected = angle(results.config, data["predicted"])
         angles = results.array(point.name, "angles")
-        out.append(from_seeds(f"{point.name} noise: angle of a step", expected, angles, 0.03))
+        out.append(from_seeds(f"{point.name} noise: angle of a step", expected, angles, 0.03, reason=FINITE))
     away = np.abs(ends(results, "non-uniform") / uniform_norm(results.config) - 1)
     out.append(from_seeds("non-uniform noise: how far sqrt(n lr / 2w) is off", 0.1, away, relation="above"))
     return out

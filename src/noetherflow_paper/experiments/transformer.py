@@ -231,6 +231,9 @@ def plot(results: Results[TransformerConfig, TransformerPoint]) -> Any:
     return fig
 
 
+SINGLE = "gradients persist over the steps between states, which a single state cannot know"
+
+
 def verdicts(results: Results[TransformerConfig, TransformerPoint]) -> list[Verdict]:
     """Slopes and directions by family, one value per start."""
     out = []
@@ -238,11 +241,21 @@ def verdicts(results: Results[TransformerConfig, TransformerPoint]) -> list[Verd
         for family in families:
             runs, what = _of_family(results, model, family), f"{model}, {family}"
             every = [_slope(r["change"], r["momentum"] - r["decay"]) for r in runs]
-            out.append(from_seeds(f"{what}: slope on the flow from momentum, all steps (identity)", 1, every, 0.01))
+            out.append(
+                from_seeds(
+                    f"{what}: slope on the flow from momentum, all steps (identity)",
+                    1,
+                    every,
+                    0.01,
+                    reason="an identity but for the terms at both ends of the sum",
+                )
+            )
             squares = [_slope(r["change"], r["squares"] - r["decay"]) for r in runs]
-            out.append(from_seeds(f"{what}: slope on the flow from squares", 1, squares, 0.2))
+            out.append(from_seeds(f"{what}: slope on the flow from squares", 1, squares, 0.2, reason=SINGLE))
             z = [float(np.sqrt(np.mean(((r["snapshots"] - r["change"]) / r["error"]) ** 2))) for r in runs]
-            out.append(from_seeds(f"{what}: miss of few states, in units of the printed error", 1, z, 0.5))
+            out.append(
+                from_seeds(f"{what}: miss of few states, in units of the printed error", 1, z, 0.5, reason=SINGLE)
+            )
             right = [_same_sign(r["change"], r["snapshots"]) for r in runs]
             claim = f"{what}: share of coordinates whose direction few states tell"
             out.append(from_seeds(claim, 0.8, right, relation="above"))
