@@ -156,7 +156,10 @@ def _no_symmetry(syms: SymmetrySet, trainable: SymmetrySet, name: str) -> str:
     if near is not None and near.name in trainable.excluded:
         return trainable.excluded[near.name]
     if near is not None:
-        return f"has no scale of its own for each entry in {near.name!r} ({near.kind})"
+        return (
+            f"only {near.name!r} ({near.kind}) moves it, by one scale for several entries: a reader is tied to something "
+            "else, or takes several channels together"
+        )
     return (
         "no symmetry scales it against its readers: one of them is tied to something else or is not linear "
         f"(nf.explain(model, example_inputs, {name!r}))"

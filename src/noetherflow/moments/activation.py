@@ -70,7 +70,8 @@ def activation_moments(
     """Measure the activations that the weights on `-` legs are multiplied with, channel by channel.
 
     For a norm's gain those are the outputs of the norm, as its readers see them; for hidden units those behind the
-    relu. Matrix products and convolutions are seen, wherever in the model they are called. Nothing is differentiated.
+    relu. Matrix products and convolutions with a parameter are seen, wherever in the model they are called; not those
+    with something made of parameters (weight norm). Nothing is differentiated.
 
     Args:
         model: The model, in the mode in which it is to be measured (evaluation mode, as a rule). Only run.
