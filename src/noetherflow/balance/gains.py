@@ -157,8 +157,8 @@ def _no_symmetry(syms: SymmetrySet, trainable: SymmetrySet, name: str) -> str:
         return trainable.excluded[near.name]
     if near is not None:
         return (
-            f"only {near.name!r} ({near.kind}) moves it, by one scale for several entries: a reader is tied to something "
-            "else, or takes several channels together"
+            f"only {near.name!r} ({near.kind}) moves it, by one scale for several entries: a reader is tied to "
+            "something else, or takes several channels together"
         )
     return (
         "no symmetry scales it against its readers: one of them is tied to something else or is not linear "
