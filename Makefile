@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test test-slow lint bench mutants docs clean
+.PHONY: demo test test-slow lint bench mutants docs fuzz clean
 
 demo: .venv/.demo
 	$(BIN)/noetherflow demo --out demo
@@ -24,6 +24,10 @@ lint: .venv/.test
 # Slow (about half an hour on two cores); an interrupted run goes on where it was.
 mutants: .venv/.test
 	$(BIN)/python tests/mutants.py
+
+# 3,000 random models through the whole library, about an hour; `tests/fuzz.py FIRST LAST` takes a part of the seeds.
+fuzz: .venv/.test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py 0 3000
 
 bench: .venv/.test
 	$(BIN)/python -m benchmarks
