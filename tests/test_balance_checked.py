@@ -295,3 +295,48 @@ def _measured() -> tuple[nn.Sequential, Tensor, nf.SymmetrySet, nf.GradientMomen
     x = torch.randn(64, 3, dtype=torch.float64)
     syms = nf.find_symmetries(model, x[:2])
     return model, x, syms, nf.gradient_moments(model, lambda m, b: m(b).square().sum(1), [x], syms, entries=True)
+
+
+def test_a_certificate_of_an_approximate_symmetry_does_not_stand_for_a_comparison() -> None:
+    """A LayerNorm over two entries: outputs change by percents, though the certificate says approximate."""
+    model, x, syms, moments = _before_a_norm(2, seed=2)
+    certificate = nf.certify(model, syms, x[:32])
+    assert certificate.rows[0].verdict == "approximate"
+    eq = nf.noise_equilibrium(model, syms, moments, nf.SGDConfig(0.05, 16, weight_decay=1e-3))
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(CertificateError, match=r"more than the tolerance 1\.00e-03"):
+        nf.balance_(model, eq, certificate=certificate)
+    forgetful = dataclasses.replace(eq, symmetries=dataclasses.replace(eq.symmetries, example_inputs=None))
+    with pytest.raises(CertificateError, match="approximate: outputs change by as much as it is moved"):
+        nf.balance_(model, forgetful, certificate=certificate)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert nf.balance_(model, eq, certificate=certificate, tolerance=0.5).output_change > 1e-2
+
+
+@pytest.mark.parametrize("width", [2, 4, 16])
+def test_what_eps_leaves_of_the_imbalance_is_of_the_order_that_is_said(width: int) -> None:
+    """Noise measured again after the move, against `gradients off by` of the certificate times the square of the
+    factor; the equilibrium itself, solved for eps 0, says 1e-11.
+    """
+    model, x, syms, moments = _before_a_norm(width, seed=0)
+    sgd = nf.SGDConfig(0.05, 16, weight_decay=1e-3)
+    row = nf.certify(model, syms, x[:32]).rows[0]
+    eq = nf.noise_equilibrium(model, syms, moments, sgd)
+    factor = eq.settled[0].largest_change
+    assert f"about {factor**2:.2g} times what nf.certify finds gradients off by for {row.name}" in str(eq)
+    nf.balance_(model, eq, example_inputs=x, tolerance=1.0)
+    again = nf.gradient_moments(model, lambda m, b: m(b).square().sum(1), [x], syms, entries=True)
+    left = float(nf.noise_equilibrium(model, syms, again, sgd)[row.name].imbalance_now.max())
+    assert eq.imbalance < 1e-10
+    assert left > 1e3 * eq.imbalance
+    assert left < 10 * row.gradients * factor**2
+
+
+def _before_a_norm(width: int, seed: int) -> tuple[nn.Sequential, Tensor, nf.SymmetrySet, nf.GradientMoments]:
+    torch.manual_seed(seed)
+    layers = (nn.Linear(4, width), nn.LayerNorm(width), nn.Linear(width, 8), nn.Tanh(), nn.Linear(8, 2))
+    model, x = nn.Sequential(*layers).double(), torch.randn(256, 4, dtype=torch.float64)
+    found = nf.find_symmetries(model, x[:32])
+    syms = found.without({s.name: "not asked for" for s in found if s.eps is None})
+    loss = lambda m, b: m(b).square().sum(1)
+    return model, x, syms, nf.gradient_moments(model, loss, [x], syms, entries=True)

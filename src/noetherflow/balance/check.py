@@ -20,7 +20,8 @@ from noetherflow.symmetry.symmetry import Symmetry
 
 APPROXIMATE = 1e-3
 """Default tolerance on outputs when a moved symmetry is only approximate (a normalisation's eps)."""
-PROVEN = ("exact", "approximate")
+PROVEN = ("exact",)
+"""Verdicts that stand for a comparison of outputs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +84,9 @@ class OutputCheck:
                 )
 
     def _certified(self, symmetries: Sequence[Symmetry]) -> bool:
+        """Whether the certificate proves the move without a run: an approximate symmetry changes the outputs by as much
+        as it is moved, which a certificate measured at another element does not bound.
+        """
         proven = {c.name for c in self.certificate or () if c.verdict in PROVEN}
         return all(s.name in proven for s in symmetries)
 
@@ -135,6 +139,8 @@ def _unproven(symmetries: Sequence[Symmetry], certificate: Certificate | None) -
         if certificate is not None
         else f"nothing proves that {[s.name for s in symmetries[:3]]} keep this model's function"
     )
+    if any(c.verdict == "approximate" for c in certificate or ()):
+        why += " (approximate: outputs change by as much as it is moved)"
     return (
         f"{why}; pass example_inputs, on which the outputs are compared before and after, or certificate=nf.certify("
         f"model, syms, example_inputs), or unchecked=True to move without a check"
