@@ -202,9 +202,9 @@ class Equilibrium(Shown):
         worst = max(own, key=lambda s: s.largest_change)
         return [
             f"{count(len(own), 'symmetry is', 'symmetries are')} only approximate ({worst.name}: eps {worst.eps:g}): "
-            "their charges and imbalance are those for eps 0, and moving them changes the outputs. Measured again after "
-            f"the move they are off by about {worst.largest_change**2:.2g} times what nf.certify finds gradients off by "
-            f"for {worst.name}; leave them in place with approximate=False"
+            "their charges and imbalance are those for eps 0, and moving them changes the outputs. Measured again "
+            f"after the move they are off by about {worst.largest_change**2:.2g} times what nf.certify finds gradients "
+            f"off by for {worst.name}; leave them in place with approximate=False"
         ]
 
     def to_dict(self) -> dict[str, Any]:
