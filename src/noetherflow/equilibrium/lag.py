@@ -12,6 +12,7 @@ from torch import Tensor
 from noetherflow.equilibrium.forecast import states_of, whole_steps
 from noetherflow.equilibrium.orbit import MeasuredOrbit
 from noetherflow.equilibrium.roots import EntryParts, RootTerm
+from noetherflow.equilibrium.terms import EntrySlope
 from noetherflow.equilibrium.velocity import ChargeSlope, Generators, OwnSlope, conjugate_gradients
 
 
@@ -45,13 +46,10 @@ class LaggingTerm:
         for leg in self.term.legs:
             out[leg.symmetry] = out[leg.symmetry] + leg.exponent**2 * leg.collect(self.parts.weight)
 
-    def slope(self, elements: Sequence[Tensor], generators: Sequence[Tensor], out: list[Tensor]) -> None:
+    @property
+    def slope(self) -> EntrySlope:
         """The change of the charges under generators, `v` standing still."""
-        rate = torch.zeros((), dtype=torch.float64)
-        for leg in self.term.legs:
-            rate = rate + leg.exponent * leg.spread(generators[leg.symmetry], outside=0.0)
-        for leg in self.term.legs:
-            out[leg.symmetry] = out[leg.symmetry] + leg.exponent * leg.collect(2 * self.parts.weight * rate)
+        return EntrySlope(self.term.legs, 2 * self.parts.weight)
 
 
 def lagging_forecast(orbit: MeasuredOrbit, steps: Sequence[int] | Tensor, square_memory: float) -> dict[str, Tensor]:
@@ -120,12 +118,12 @@ class LaggingState:
 
     def velocity(self, state: np.ndarray) -> np.ndarray:
         """The rate of change of the state per step."""
-        elements, terms = self.unpack(state)
+        terms = self.unpack(state)[1]
         drift, own = self._zeros(), self._zeros()
         for term in terms:
             term.drift(drift)
             term.own(own)
-        slope = ChargeSlope(tuple(terms), elements, tuple(OwnSlope.of(k, torus=True) for k in own))
+        slope = ChargeSlope(tuple(term.slope for term in terms), tuple(OwnSlope.of(k, torus=True) for k in own))
         rates = conjugate_gradients(slope, drift)
         if self.square_memory:
             tail = state[sum(s.blocks for s in self.orbit.symmetries) :]

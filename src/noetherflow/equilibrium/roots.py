@@ -21,6 +21,7 @@ from noetherflow.core.settings import SGDConfig
 from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.orbit import MeasuredOrbit
 from noetherflow.equilibrium.potential import Drift, LegPair, Potential, decay_rate, epoch_factor
+from noetherflow.equilibrium.terms import HeldSlope
 from noetherflow.errors import MomentError
 from noetherflow.moments.result import GradientMoments
 from noetherflow.symmetry.overlap import LegCoordinates, leg_coordinates
@@ -204,6 +205,10 @@ class RootTerm:
         for leg in self.legs:
             out[leg.symmetry][leg.leg] = (leg.collect(parts.decay), leg.collect(parts.noise))
         return 0.0, 2 * parts.potential
+
+    def slope_at(self, elements: Sequence[Tensor]) -> HeldSlope:
+        """`slope` at these elements."""
+        return HeldSlope(self, elements)
 
     def slope(self, elements: Sequence[Tensor], generators: Sequence[Tensor], out: list[Tensor]) -> None:
         """The change of the preconditioned charges at a frozen preconditioner: weights move, `s` does not."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from noetherflow.core import spd
+from noetherflow.core.progress import watched
 from noetherflow.equilibrium.blocks import GLClasses, TorusClasses, classify_gl, classify_torus
 from noetherflow.equilibrium.orbit import Orbit, Point
 from noetherflow.equilibrium.potential import Potential
@@ -101,7 +102,7 @@ def minimise(
     stalled = evaluations = 0
     safe: Tensor | None = None
     merit = float("inf")
-    for iteration in range(max_iterations + 1):
+    for iteration in watched(range(max_iterations + 1), "noise equilibrium, sweeps:", max_iterations):
         elements = elements_of(symmetries, logs)
         point = orbit.at(elements)
         evaluations += 1

@@ -28,6 +28,9 @@ class OrbitTerm(Protocol):
     def slope(self, elements: Sequence[Tensor], generators: Sequence[Tensor], out: list[Tensor]) -> None:
         """Add to `out[symmetry]` the change of its charge under infinitesimal generators of all symmetries."""
 
+    def slope_at(self, elements: Sequence[Tensor]) -> PointSlope:
+        """`slope` at these elements, with what depends on them alone worked out."""
+
 
 def _dual(element: Tensor) -> Tensor:
     """`G^-T` of every block `[blocks, n, n]`; NaN where a block is singular in float64, which the solver steps back
@@ -35,6 +38,70 @@ def _dual(element: Tensor) -> Tensor:
     """
     inverse, failed = torch.linalg.inv_ex(element)
     return torch.where((failed > 0)[:, None, None], torch.nan, inverse).mT
+
+
+class SlopedTerm(Protocol):
+    """A part of the model that knows how its charges change under generators."""
+
+    def slope(self, elements: Sequence[Tensor], generators: Sequence[Tensor], out: list[Tensor]) -> None:
+        """Add to `out[symmetry]` the change of its charge."""
+
+
+class PointSlope(Protocol):
+    """How the charges of a part of the model change under generators, at one point of the orbit."""
+
+    def add(self, generators: Sequence[Tensor], out: list[Tensor]) -> None:
+        """Add to `out[symmetry]` the change of its charge."""
+
+
+@dataclass(frozen=True, eq=False)
+class LegSlope:
+    """The slope of a leg that shares no entry: `a k`, for general_linear `A K + K A`."""
+
+    symmetry: int
+    torus: bool
+    k: Tensor
+
+    def add(self, generators: Sequence[Tensor], out: list[Tensor]) -> None:
+        a = generators[self.symmetry]
+        out[self.symmetry] = out[self.symmetry] + (a * self.k if self.torus else a @ self.k + self.k @ a)
+
+
+@dataclass(frozen=True, eq=False)
+class EntrySlope:
+    """The slope of a parameter that several torus legs move: every entry changes by the sum of their rates."""
+
+    legs: tuple[LegCoordinates, ...]
+    k: Tensor
+
+    def add(self, generators: Sequence[Tensor], out: list[Tensor]) -> None:
+        rate = torch.zeros((), dtype=torch.float64)
+        for leg in self.legs:
+            rate = rate + leg.exponent * leg.spread(generators[leg.symmetry], outside=0.0)
+        change = self.k * rate
+        for leg in self.legs:
+            out[leg.symmetry] = out[leg.symmetry] + leg.exponent * leg.collect(change)
+
+    def add_matrix(self, matrix: Tensor, offsets: Sequence[int]) -> None:
+        """Add what `add` does, as a matrix over the coordinates of all symmetries, which begin at `offsets`."""
+        places = [torch.where(leg.moves, leg.ids + offsets[leg.symmetry], -1).expand(self.k.shape) for leg in self.legs]
+        for leg, rows in zip(self.legs, places, strict=True):
+            for other, columns in zip(self.legs, places, strict=True):
+                moved = (rows >= 0) & (columns >= 0)
+                values = torch.where(moved, leg.exponent * other.exponent * self.k, 0.0)
+                at = torch.where(moved, rows * len(matrix) + columns, 0)
+                matrix.view(-1).index_add_(0, at.reshape(-1), values.reshape(-1))
+
+
+@dataclass(frozen=True, eq=False)
+class HeldSlope:
+    """The slope of a part for which nothing is worked out beforehand."""
+
+    term: SlopedTerm
+    elements: Sequence[Tensor]
+
+    def add(self, generators: Sequence[Tensor], out: list[Tensor]) -> None:
+        self.term.slope(self.elements, generators, out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,14 +130,17 @@ class LegTerm:
         return traces
 
     def slope(self, elements: Sequence[Tensor], generators: Sequence[Tensor], out: list[Tensor]) -> None:
-        element, a = elements[self.symmetry], generators[self.symmetry]
+        self.slope_at(elements).add(generators, out)
+
+    def slope_at(self, elements: Sequence[Tensor]) -> LegSlope:
+        """What `slope` needs of the elements, to be worked out once for many generators."""
+        element = elements[self.symmetry]
         if self.torus:
-            change = 2 * self.exponent**2 * a * self.weight * element ** (2 * self.exponent)
+            k = 2 * self.exponent**2 * self.weight * element ** (2 * self.exponent)
         else:
             g = element if self.exponent > 0 else _dual(element)
             k = g @ self.weight @ g.mT
-            change = a @ k + k @ a
-        out[self.symmetry] = out[self.symmetry] + change
+        return LegSlope(self.symmetry, self.torus, k)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,13 +161,14 @@ class EntryTerm:
         return float(k.sum()), float(m.sum())
 
     def slope(self, elements: Sequence[Tensor], generators: Sequence[Tensor], out: list[Tensor]) -> None:
-        k, rate = 2 * self.weight, torch.zeros((), dtype=torch.float64)
+        self.slope_at(elements).add(generators, out)
+
+    def slope_at(self, elements: Sequence[Tensor]) -> EntrySlope:
+        """What `slope` needs of the elements, to be worked out once for many generators."""
+        k = 2 * self.weight
         for leg in self.legs:
             k = k * leg.spread(elements[leg.symmetry]) ** (2 * leg.exponent)
-            rate = rate + leg.exponent * leg.spread(generators[leg.symmetry], outside=0.0)
-        for leg in self.legs:
-            change = leg.exponent * leg.collect(k * rate)
-            out[leg.symmetry] = out[leg.symmetry] + change
+        return EntrySlope(self.legs, k)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +182,10 @@ class _GradientTerm:
     theta: Tensor
     mean: Tensor
     potential: Potential
+
+    def slope_at(self, elements: Sequence[Tensor]) -> HeldSlope:
+        """`slope` at these elements."""
+        return HeldSlope(self, elements)
 
     def slope(self, elements: Sequence[Tensor], generators: Sequence[Tensor], out: list[Tensor]) -> None:
         theta = self._moved(self.theta, elements)

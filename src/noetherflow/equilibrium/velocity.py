@@ -6,22 +6,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from noetherflow.equilibrium.orbit import MeasuredOrbit
+from noetherflow.equilibrium.terms import EntrySlope, LegSlope, PointSlope
 
+DENSE = 500
+"""Coordinates of tori up to which their slope is worked out as a matrix."""
 Generators = list[Tensor]
 """One generator per symmetry, in its layout; symmetric matrices for general_linear."""
-
-
-class SlopedTerm(Protocol):
-    """A part of the model that knows how its charges change under generators."""
-
-    def slope(self, elements: Sequence[Tensor], generators: Sequence[Tensor], out: list[Tensor]) -> None:
-        """Add to `out[symmetry]` the change of its charge."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,15 +56,14 @@ class ChargeSlope:
     It is symmetric and positive semi-definite, and each symmetry's own slope is a good approximation of its part.
     """
 
-    terms: Sequence[SlopedTerm]
-    elements: Sequence[Tensor]
+    terms: Sequence[PointSlope]
     own: tuple[OwnSlope, ...]
 
     def apply(self, generators: Generators) -> Generators:
         """`dC[A]` for all symmetries."""
         out = [torch.zeros_like(g) for g in generators]
         for term in self.terms:
-            term.slope(self.elements, generators, out)
+            term.add(generators, out)
         return out
 
     def approximate_inverse(self, changes: Generators) -> Generators:
@@ -88,7 +83,7 @@ class Iterate:
     size: float
 
 
-def orbit_velocity(orbit: MeasuredOrbit, elements: Sequence[Tensor]) -> Generators:
+def orbit_velocity(orbit: MeasuredOrbit, elements: Sequence[Tensor], tolerance: float = 1e-11) -> Generators:
     """Generators `A` (symmetric for GL) with `dC[A] = E[C' - C]` for all symmetries at the point `elements`."""
     point = orbit.at(elements)
     drift, own = [], []
@@ -97,7 +92,40 @@ def orbit_velocity(orbit: MeasuredOrbit, elements: Sequence[Tensor]) -> Generato
         drift.append(drive - orbit.potential.norm * charge)
         k = torch.stack([leg.exponent**2 * k for leg, (k, _) in zip(s.weight_legs, pairs, strict=True)]).sum(0)
         own.append(OwnSlope.of(k, s.is_torus))
-    return conjugate_gradients(ChargeSlope(orbit.terms, elements, tuple(own)), drift)
+    slopes = tuple(term.slope_at(elements) for term in orbit.terms)
+    matrix = torus_matrix(slopes, drift)
+    if matrix is None:
+        return conjugate_gradients(ChargeSlope(slopes, tuple(own)), drift, tolerance)
+    alone = OwnSlope(torch.cat([o.values for o in own]), None)
+    (rates,) = conjugate_gradients(ChargeSlope((MatrixSlope(matrix),), (alone,)), [torch.cat(drift)], tolerance)
+    return list(torch.split(rates, [len(d) for d in drift]))
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixSlope:
+    """The slope of all tori, their coordinates one after the other, as one matrix."""
+
+    matrix: Tensor
+
+    def add(self, generators: Sequence[Tensor], out: list[Tensor]) -> None:
+        out[0] = out[0] + self.matrix @ generators[0]
+
+
+def torus_matrix(slopes: Sequence[PointSlope], charges: Sequence[Tensor]) -> Tensor | None:
+    """The sum of the slopes as one matrix; None where it would be large, or not all symmetries are tori."""
+    offsets = [0, *accumulate(c.numel() for c in charges)]
+    if offsets[-1] > DENSE or any(c.ndim > 1 for c in charges):
+        return None
+    matrix = torch.zeros(offsets[-1], offsets[-1], dtype=torch.float64)
+    for slope in slopes:
+        if isinstance(slope, LegSlope):
+            at = offsets[slope.symmetry]
+            matrix.diagonal()[at : at + len(slope.k)].add_(slope.k)
+        elif isinstance(slope, EntrySlope):
+            slope.add_matrix(matrix, offsets)
+        else:
+            return None
+    return matrix
 
 
 def conjugate_gradients(slope: ChargeSlope, right: Generators, tolerance: float = 1e-11) -> Generators:

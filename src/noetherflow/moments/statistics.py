@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from noetherflow.core.progress import watched
 from noetherflow.errors import DataError, MomentError
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def jackknife(
     unseen = 1.0 if endless or dataset_size is None else max(0.0, 1 - n / dataset_size)
     if not unseen:
         return {name: Estimate(v, torch.zeros_like(v), torch.zeros_like(v), count) for name, v in values.items()}
-    parts = [statistics(m) for m in moments.leave_one_out()]
+    parts = [statistics(m) for m in watched(moments.leave_one_out(), "standard errors, groups left out:", count)]
     h = torch.tensor([n / g.samples for g in moments.groups], dtype=torch.float64, device="cpu")
     return {name: _busing(v, torch.stack([p[name] for p in parts]), h, unseen) for name, v in values.items()}
 

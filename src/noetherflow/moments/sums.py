@@ -63,7 +63,8 @@ class Sums(Accumulators):
         sums.samples, sums.loss = n, moments.loss * n
         for mine, means in ((sums.packed_gradient, moments.mean), (sums.packed_squares, moments.squares)):
             for name, held in PackedTensors.of(means).held.items():
-                mine[name] = _times(held, n).to(needs[name].device)
+                whole = held.times(n) if isinstance(held, PackedTensor) else held * n
+                mine[name] = whole.to(needs[name].device)
         for symmetry, legs in sums.second.items():
             for leg, mean in zip(legs, moments.second[symmetry], strict=True):
                 leg.copy_(mean * n)
@@ -151,11 +152,8 @@ class Sums(Accumulators):
                 held[name] = packed_sum(kept.get(name), summed[name])
             else:
                 held[name] = kept[name] if name in kept else packed(need.zeros())
-        return PackedTensors({name: _times(h, 1 / self.samples) for name, h in held.items()})
-
-
-def _times(held: Held, factor: float) -> Held:
-    return held.times(factor) if isinstance(held, PackedTensor) else held * factor
+        n = self.samples
+        return PackedTensors({k: h.times(1 / n) if isinstance(h, PackedTensor) else h / n for k, h in held.items()})
 
 
 def leg_names(needs: dict[str, Need]) -> dict[str, tuple[str, ...]]:
