@@ -217,32 +217,42 @@ class _LegTerms:
 
 
 def _leg_terms(symmetry: Symmetry, leg: Leg, averages: Averages, law: AveragingLaw) -> _LegTerms:
-    """The terms of one leg. For Adam the size is at least what uncorrelated gradients of `v`'s size make of the
-    average, so that an average that is small by chance, or has just become so, is not mistaken.
-    """
+    """The terms of one leg, one after the other: parameters may be large."""
     assert averages.mean is not None
-    theta = accumulation_dtype(symmetry.positions({averages.name: averages.theta.detach()})[averages.name])
-    mean, rates = accumulation_dtype(averages.mean), averages.rates
-    stepped = rates.lr * mean.square() / averages.mean_total
-    size = stepped
-    if averages.square is not None:
-        root = (accumulation_dtype(averages.square) / averages.square_total).sqrt() + (law.eps or 0.0)
-        stepped = torch.where(root > 0, stepped / root, torch.zeros_like(root))
-        white = rates.lr * root * (1 - law.memory) / (1 + law.memory)
-        size = torch.maximum(stepped, white)
-    if law.nesterov:
-        stepped, size = torch.zeros_like(stepped), size * (law.memory + (1 - law.memory**2) ** 0.5)
-    held = 0.0 if law.decoupled else rates.weight_decay * (averages.mean_total if law.kind == "adam" else 1.0)
-    held = held / (1 - law.memory) if law.kind == "sgd" else held
-    fine = max(torch.finfo(t.dtype).eps for t in (averages.theta, averages.mean) if t.is_floating_point())
 
     def total(entries: Tensor) -> Tensor:
         return abs(leg.exponent) * leg.row_sums(entries).double().cpu().reshape(-1)
 
-    product, sizes = theta * mean, total(size)
-    rounding = fine**2 * abs(leg.exponent) * total(product.square())
-    variance = sizes.square() * 2 / independent_entries(leg, averages)
-    return _LegTerms(total(product), total(stepped), held * total(theta.square()), sizes, rounding, variance)
+    theta = accumulation_dtype(symmetry.positions({averages.name: averages.theta.detach()})[averages.name])
+    weight, product = total(theta.square()), theta * accumulation_dtype(averages.mean)
+    del theta
+    cross = total(product)
+    fine = max(torch.finfo(t.dtype).eps for t in (averages.theta, averages.mean) if t.is_floating_point())
+    rounding = fine**2 * abs(leg.exponent) * total(product.square_())
+    del product
+    now, size = (total(t) for t in _steps(averages, law))
+    held = 0.0 if law.decoupled else averages.rates.weight_decay
+    held *= averages.mean_total if law.kind == "adam" else 1 / (1 - law.memory)
+    variance = size.square() * 2 / independent_entries(leg, averages)
+    return _LegTerms(cross, now, held * weight, size, rounding, variance)
+
+
+def _steps(averages: Averages, law: AveragingLaw) -> tuple[Tensor, Tensor]:
+    """`lr d m^2` of every entry now, and the size to compare its past with.
+
+    For Adam the size is at least what uncorrelated gradients of `v`'s size make of the average, so that an average that
+    is small by chance, or has just become so, is not mistaken. Nesterov's last step is not in the state.
+    """
+    assert averages.mean is not None
+    lr = averages.rates.lr
+    now = accumulation_dtype(averages.mean).square().mul_(lr / averages.mean_total)
+    if averages.square is not None:
+        root = (accumulation_dtype(averages.square) / averages.square_total).sqrt_().add_(law.eps or 0.0)
+        now = torch.where(root > 0, now.div_(root), torch.zeros((), dtype=now.dtype))
+        return now, torch.maximum(now, root.mul_(lr * (1 - law.memory) / (1 + law.memory)))
+    if law.nesterov:
+        return torch.zeros_like(now), now * (law.memory + (1 - law.memory**2) ** 0.5)
+    return now, now
 
 
 def _factor(past: _History, noise: Tensor) -> float:

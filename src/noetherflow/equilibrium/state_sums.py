@@ -68,7 +68,7 @@ def leg_sums(
         One record per leg of `symmetry.weight_legs`, or per leg wanted.
     """
     legs = symmetry.weight_legs if only is None else tuple(symmetry.weight_legs[i] for i in only)
-    return tuple(_summed(g, _entries(_moved(symmetry, averages[g.parameter], element), law, lr)) for g in legs)
+    return tuple(_summed(g, _moved(symmetry, averages[g.parameter], element), law, lr) for g in legs)
 
 
 def mean_sums(parts: Sequence[Sequence[LegSums]]) -> tuple[LegSums, ...]:
@@ -91,17 +91,6 @@ def _mean_of(leg: Sequence[LegSums]) -> LegSums:
         mean([p.held for p in leg]),
         torch.stack([p.eps_share for p in leg]).amax(0),
     )
-
-
-@dataclass(frozen=True, eq=False)
-class _Entries:
-    """The summands of `LegSums`, of the parameter's shape."""
-
-    weight: Tensor
-    decay: Tensor
-    white: Tensor | None
-    held: Tensor | None
-    eps: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,39 +118,37 @@ def _moved(symmetry: Symmetry, averages: Averages, element: Tensor | None) -> _M
     return _Moved(averages, symmetry.move(averages.name, theta, element), move(root, back), move(mean, back))
 
 
-def _entries(at: _Moved, law: AveragingLaw, lr: float) -> _Entries:
-    """What each entry adds to its leg's sums."""
-    rates, square = at.averages.rates, at.theta.square()
-    scale, step = lr / rates.lr, lr * rates.lr
-    over = torch.ones_like(square) if at.root is None else at.root + (law.eps or 0.0)
-    weight = scale * square * over
-    decayed = weight if law.decoupled or law.kind == "sgd" else scale * square
-    return _Entries(
-        weight,
-        rates.lr * law.decay_per_step(rates) * decayed,
-        None if at.root is None else step * _quotient(at.root.square(), over),
-        None if at.mean is None else step * law.persistence * _quotient(at.mean.square(), over),
-        scale * square * (law.eps or 0.0),
-    )
-
-
 def _quotient(a: Tensor, b: Tensor) -> Tensor:
     """`a / b`, 0 where the gradient has always been 0."""
     return torch.where(b > 0, a / b, torch.zeros_like(a))
 
 
-def _summed(leg: Leg, entries: _Entries) -> LegSums:
-    def total(values: Tensor) -> Tensor:
-        return leg.row_sums(values).double().cpu()
+def _summed(leg: Leg, at: _Moved, law: AveragingLaw, lr: float) -> LegSums:
+    """The sums of one leg, one after the other: parameters may be large, and so are all entry-wise tensors."""
+    rates, eps, scale = at.averages.rates, law.eps or 0.0, lr / at.averages.rates.lr
+    over = None if at.root is None else at.root + eps
 
-    weight, eps = total(entries.weight), total(entries.eps)
+    def total(entries: Tensor, factor: float) -> Tensor:
+        return leg.row_sums(entries).double().cpu() * factor
+
+    def noise(root: Tensor | None, factor: float) -> Tensor | None:
+        if root is None:
+            return None
+        square = root.square()
+        return total(square if over is None else _quotient(square, over), lr * rates.lr * factor)
+
+    square = at.theta.square()
+    plain = total(square, scale)
+    weight = plain if over is None else total(square.mul_(over), scale)
+    del square
+    decayed = weight if law.decoupled or law.kind == "sgd" else plain
     return LegSums(
         leg.exponent,
         weight,
-        total(entries.decay),
-        None if entries.white is None else total(entries.white),
-        None if entries.held is None else total(entries.held),
-        _quotient(eps, weight),
+        rates.lr * law.decay_per_step(rates) * decayed,
+        noise(at.root, 1.0),
+        noise(at.mean, law.persistence),
+        _quotient(plain * eps, weight),
     )
 
 
