@@ -300,9 +300,9 @@ EXPERIMENT = Experiment(
     exploratory=(
         "The teacher's seed was chosen among twelve so that all units relax within the runs (predicted relaxation "
         "times), before any end point was looked at. A first run half as long had a tenth of the start left under "
-        "Adam and missed five of the tolerances; runs were then doubled, the tolerances left as they were. Lion and the "
-        "other decays were looked at with 16 starts before they were added: AdamW with decay 0.1 is 0.095 off in one unit "
-        "(which fails), 0.032 at half of both; Lion 0.09 off at lr 0.001 and 0.04 at 0.0005."
+        "Adam and missed five of the tolerances; runs were then doubled, the tolerances left as they were. Lion and "
+        "the other decays were looked at with 16 starts before they were added: AdamW with decay 0.1 is 0.095 off in "
+        "one unit (which fails), 0.032 at half of both; Lion 0.09 off at lr 0.001 and 0.04 at 0.0005."
     ),
     variations={"batch 4": {"batch": 4}, "another teacher": {"teacher": 3}},
     beyond=True,
