@@ -514,3 +514,16 @@ main(["find", "digits-mlp"])
 """
     done = subprocess.run([sys.executable, "-c", hook], capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_the_version_is_printed(run):
+    code, out, _ = run("--version")
+    assert (code, out.strip()) == (0, f"noetherflow {nf.__version__}")
+
+
+def test_experiments_are_listed_with_their_settings(run, tmp_path):
+    code, out, _ = run("reproduce", "--list")
+    assert code == 0
+    for word in ("fig1", "Warmup works", "settings (--set)", "lr=0.05"):
+        assert word in out
+    assert not (tmp_path / "reproduction").exists()

@@ -356,6 +356,21 @@ def test_waiting_without_a_terminal_is_said_once(tmp_path: Path, capsys: pytest.
     assert capsys.readouterr().err == f"{tmp_path / LOG_NAME} does not exist yet; waiting for it (Ctrl-C stops) ...\n"
 
 
+def test_without_a_terminal_a_line_comes_for_every_change(tmp_path: Path) -> None:
+    console = pytest.importorskip("rich.console").Console(file=io.StringIO(), width=300)
+    looks = iter([False, False, True])
+
+    def until() -> bool:
+        record(tmp_path, steps=4)
+        return next(looks)
+
+    record(tmp_path, steps=4)
+    watch(tmp_path, refresh=0, console=console, until=until)
+    lines = [line for line in console.file.getvalue().splitlines() if "SGD" in line]
+    assert [line.split("  ")[0] for line in lines] == ["step 3", "step 7", "step 11", "step 15"]
+    assert all("loss" in line for line in lines)
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     selenium = pytest.importorskip("selenium.webdriver")

@@ -11,8 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+import noetherflow as nf
 from noetherflow import Leg, Symmetry, SymmetrySet, Translation
 from noetherflow.core import spd
 
@@ -279,3 +280,22 @@ def test_an_offset_survives_json_and_low_precision():
     assert torch.equal(sym.act(low, element)["g"], exact.bfloat16()), "rounded once, at the end"
     with pytest.raises(ValueError, match=r"disagree on its offset: \[\('g', 0.0\), \('g', 1.0\)\]"):
         Symmetry("two", "declared", "diagonal", (sym.legs[0], dataclasses.replace(sym.legs[0], offset=0.0)))
+
+
+def test_layers_and_parts_have_names():
+    model = nn.Module()
+    model.a, model.b = nn.Linear(3, 4), nn.Linear(4, 2)
+    names = {"attention-qk": "head", "rotary-qk": "pair", "norm-gain": "channel", "rescaling": "unit"}
+    for family, part in names.items():
+        (s,) = nf.declare(model, "diagonal", [("a.weight", 0)], [("b.weight", 1)], family=family)
+        assert (s.layer, s.part) == ("a", part)
+    (s,) = nf.declare(model, "general_linear", [("a.weight", 0)], [("b.weight", 1)], family="linear-linear")
+    assert s.part == "matrix"
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    (s,) = syms = nf.declare(model, "diagonal", [("a.weight", 0)], [("b.weight", 1)], family="rescaling")
+    with nf.Ledger(model, optimizer, syms, detail="coordinate") as ledger:
+        model.b(model.a(torch.ones(2, 3)).relu()).sum().backward()
+        optimizer.step()
+    assert [(row["layer"], row["part"]) for row in ledger.records("coordinate")] == [
+        ("a", f"unit {i}") for i in range(4)
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,6 +34,7 @@ def reproduce(
         Path | None, typer.Option(help="Write the report to this .md file, and a page per experiment beside it.")
     ] = None,
     paper: Annotated[Path | None, typer.Option(help="Folder of a paper-scale run to show in that report.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Name the experiments and their settings, and stop.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -43,6 +45,9 @@ def reproduce(
     """
     from noetherflow_paper import check_report, run, write_markdown
 
+    if listed:
+        tables.of_rows(tables.out(), list(_experiments(scale)), f"experiments at {scale} scale; run some by name")
+        return
     if markdown is not None:
         check_report(markdown, paper)
     elif paper is not None:
@@ -67,6 +72,18 @@ def reproduce(
         tables.out().print(str(summary), markup=False, soft_wrap=True)
     if summary.failing:
         raise typer.Exit(3)
+
+
+def _experiments(scale: str) -> Iterator[dict[str, str]]:
+    """One row per experiment: its id, what it shows, and the settings that --set may change, with their values."""
+    from noetherflow_paper.experiment import experiment_ids, find_experiment
+    from noetherflow_paper.records import as_json
+
+    for name in experiment_ids():
+        experiment = find_experiment(name)
+        chosen = as_json(experiment.config(scale))
+        settings = ", ".join(f"{k}={json.dumps(v)}" for k, v in chosen.items() if k != "seeds")
+        yield {"id": name, "shows": experiment.title, "settings (--set)": settings}
 
 
 def _parsed(text: str) -> tuple[str, Any]:

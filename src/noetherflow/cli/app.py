@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from importlib.metadata import entry_points
+from typing import Annotated
 
 import typer
 
+from noetherflow import __version__
 from noetherflow.cli.analyze import analyze
 from noetherflow.cli.balance import balance
 from noetherflow.cli.demo import demo
@@ -26,6 +28,16 @@ for entry in entry_points(group="noetherflow.commands"):
     app.command(entry.name)(entry.load())
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"noetherflow {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _commands() -> None:
+def _commands(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
     """Parameter symmetries, Noether flow and noise equilibrium of neural networks."""

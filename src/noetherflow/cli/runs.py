@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from noetherflow.cli import tables
-from noetherflow.cli.options import Debug
+from noetherflow.cli.options import Debug, console
 
 RunDir = Annotated[Path, typer.Argument(help="Folder given to the ledger as run_dir.")]
 
@@ -21,7 +21,9 @@ def report(
     """Write one self-contained interactive page about a run."""
     from noetherflow.report import write_run_report
 
-    tables.out().print(f"report: {write_run_report(run_dir, out)}", markup=False, soft_wrap=True)
+    with console.status(f"reading {run_dir} and drawing its page"):
+        path = write_run_report(run_dir, out)
+    tables.out().print(f"report: {path}", markup=False, soft_wrap=True)
 
 
 def watch(

@@ -10,9 +10,10 @@ from typing import Any, Literal
 import numpy as np
 import scipy.sparse
 
-from noetherflow.monitor.charge_map import ChargeMap, apply
+from noetherflow.monitor.charge_map import ChargeMap, Watched, apply
 from noetherflow.monitor.measure import StepTable
 from noetherflow.monitor.rule import ENTRIES, PRECONDITIONED, AnyRule, Products, StepSettings, decompose
+from noetherflow.symmetry.symmetry import Symmetry
 
 Level = Literal["family", "symmetry", "coordinate"]
 LEVELS: tuple[Level, ...] = ("family", "symmetry", "coordinate")
@@ -221,5 +222,17 @@ class Index:
         ]
         if by == "symmetry":
             return rows
-        spans = zip(rows, layout.spans, strict=True)
-        return [row | {"coordinate": j} for row, (start, stop) in spans for j in range(stop - start)]
+        found = zip(rows, layout.symmetries, layout.spans, strict=True)
+        return [
+            row | {"coordinate": j, **_place(symmetry, j, stop - start)}
+            for row, symmetry, (start, stop) in found
+            for j in range(stop - start)
+        ]
+
+
+def _place(watched: Watched, coordinate: int, coordinates: int) -> dict[str, str]:
+    """Layer and part of one coordinate, as `{"layer": "h.0.attn", "part": "head 2"}`; a matrix block has several."""
+    if not isinstance(watched, Symmetry):
+        return {"layer": watched.parameters[0].rpartition(".")[0], "part": ""}
+    block = coordinate * watched.blocks // coordinates
+    return {"layer": watched.layer, "part": f"{watched.part} {block}"}

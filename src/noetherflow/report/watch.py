@@ -55,6 +55,9 @@ def watch(
     if shown is None and not console.is_terminal:
         Console(stderr=True).print(view(shown, run_dir), soft_wrap=True)
     try:
+        if not console.is_terminal:
+            _print_headlines(reader, console, refresh, until)
+            return
         with Live(view(shown, run_dir), console=console, refresh_per_second=4) as live:
             last = False
             while not last:
@@ -66,6 +69,23 @@ def watch(
                 shown = data
     except KeyboardInterrupt:
         return
+
+
+def _print_headlines(reader: RunReader, console: Console, refresh: float, until: Callable[[], bool] | None) -> None:
+    """In a pipe or a file: one line for every look that found something new, and every new event."""
+    told, events, last = -1, 0, False
+    while True:
+        data = reader.poll()
+        if data is not None and int(data.steps[-1]) != told:
+            told = int(data.steps[-1])
+            console.print(headline(data), markup=False, soft_wrap=True)
+            for event in data.events[events:]:
+                console.print(f"step {event['step']}: {event['event']}", markup=False, soft_wrap=True)
+            events = len(data.events)
+        if last:
+            return
+        time.sleep(refresh)
+        last = until is not None and until()
 
 
 def view(data: RunData | None, run_dir: str | os.PathLike[str]) -> Text | Group:

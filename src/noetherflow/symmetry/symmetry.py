@@ -16,6 +16,14 @@ from noetherflow.symmetry.leg import Leg, accumulation_dtype
 
 Kind = Literal["scalar", "diagonal", "general_linear"]
 Params = Mapping[str, Tensor]
+PARTS = {
+    "attention-qk": "head",
+    "attention-vo": "head",
+    "rotary-qk": "pair",
+    "norm-gain": "channel",
+    "one-sided": "channel",
+}
+"""What a block of a family is; of the others it is a unit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +114,20 @@ class Symmetry:
         if not self.offsets:
             return params
         return {n: t.double() + self.offsets[n] if n in self.offsets else t for n, t in params.items()}
+
+    @property
+    def layer(self) -> str:
+        """The module of the first parameter that the symmetry moves, by its dotted name."""
+        return self.parameters[0].rpartition(".")[0]
+
+    @property
+    def part(self) -> str:
+        """What one block of the symmetry is in the network, in a word: `head`, `pair` (of frequencies), `channel`,
+        `unit`, or `matrix` between two linear maps.
+        """
+        if not self.is_torus and self.family not in PARTS:
+            return "matrix"
+        return PARTS.get(self.family, "unit")
 
     @property
     def one_sided(self) -> bool:

@@ -175,6 +175,7 @@ class SymmetrySet(Shown):
             {
                 "symmetry": item.name,
                 "family": item.family,
+                "layer": item.parameters[0].rpartition(".")[0],
                 "group": (item.kind if item.is_torus else f"GL({item.dim})") if isinstance(item, Symmetry) else "shift",
                 "blocks": item.blocks if isinstance(item, Symmetry) else item.leg.blocks,
                 "parameters": ", ".join(item.parameters),
