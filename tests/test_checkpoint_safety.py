@@ -162,7 +162,7 @@ def trained_twins(order: str) -> tuple[Any, torch.optim.Optimizer, Any]:
     optimizer = torch.optim.SGD(swapped, lr=1e-3, momentum=0.9)
     for _ in range(3):
         optimizer.zero_grad()
-        model(x).square().sum().backward()
+        model(x).square().mean().backward()
         optimizer.step()
     syms = nf.find_symmetries(model, x[:2])
     return model, optimizer, nf.noise_equilibrium(model, syms, None, objective="norm")
@@ -192,6 +192,17 @@ def test_state_moves_with_its_own_weights_or_not_at_all(
     nf.balance_(model, eq, optimizer)
     for k, state in optimizer.state_dict()["state"].items():
         torch.testing.assert_close(new[k]["momentum_buffer"], state["momentum_buffer"], rtol=1e-14, atol=0)
+
+
+def test_a_wrong_order_is_contradicted_by_the_momenta(tmp_path: Path) -> None:
+    """Even where the caller vouches for the order: exchanged momenta break the conservation law that gradients obey."""
+    for order, wrong in (("swapped", True), ("model", False)):
+        model, optimizer, eq = trained_twins(order)
+        path = tmp_path / f"{order}.pt"
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+        report = balance_checkpoint(path, tmp_path / "out.pt", model, eq, state_order="parameters")
+        assert ("obey the symmetries only when they are exchanged" in "".join(report.unmoved)) == wrong
+        assert bool(report.state_entries) != wrong
 
 
 def test_names_of_another_model_in_the_state_are_not_taken_by_position(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from noetherflow.balance.motion import Motion
 from noetherflow.balance.optimizer_state import SHAPED
+from noetherflow.balance.state_order import exchanged
 from noetherflow.core.held import Held, held_by, held_in, names_in
 from noetherflow.core.tensors import tensors_of
 from noetherflow.errors import CheckpointError
@@ -54,6 +55,7 @@ class StateNaming:
             held = held_in(saved, model, SHAPED)
             if self.order == "checked":
                 _refuse_unproven(held, model, motion)
+            _refuse_contradicted(held, motion, weights)
         return [replace(h, parameter=weights[h.name]) if h.parameter.is_meta else h for h in held]
 
     def _names(self, saved: Mapping[str, Any], model: nn.Module) -> list[str]:
@@ -85,4 +87,15 @@ def _refuse_unproven(held: Sequence[Held], model: nn.Module, motion: Motion) -> 
             f"{name}, so that nothing proves the order. If the optimizer was built from model.parameters(), say "
             "state_order='parameters' (--state-order parameters); or give it: optimizer=; or save it with names: build "
             "it from model.named_parameters()"
+        )
+
+
+def _refuse_contradicted(held: Sequence[Held], motion: Motion, weights: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError where the momenta themselves say that the order is another one."""
+    pair = exchanged(held, motion.symmetries, weights)
+    if pair is not None:
+        raise CheckpointError(
+            f"the order of the optimizer's parameters is not that of the model: the momenta of {pair[0]} and {pair[1]} "
+            "obey the symmetries only when they are exchanged. Give the optimizer: optimizer=; or save it with names: "
+            "build it from model.named_parameters()"
         )
