@@ -11,7 +11,7 @@ import benchmarks
 
 def main(names: list[str]) -> None:
     """Raises SystemExit for an unknown name."""
-    known = {m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in ("__main__", "peers")}
+    known = {m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in ("__main__", "peers", "tables")}
     unknown = set(names) - known
     if unknown:
         raise SystemExit(f"unknown benchmark {sorted(unknown)}; there are {sorted(known)}")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.peers import PEERS
+from benchmarks.tables import provenance, write_moments
 from noetherflow import SymmetrySet, declare
 from noetherflow.moments import Meter
 
@@ -341,6 +342,8 @@ def run() -> list[dict[str, Any]]:
     """One row per model and method; also writes docs/figures/moments.json and the scaling plot.
 
     `MODELS=mlp,scaling` in the environment measures those alone and leaves the rest of the file as it was.
+    `LABEL=laptop` keeps the record of a machine apart, so that its rows stand beside those of others in
+    docs/benchmarks.md, which is written anew.
     `DEVICE=cuda` measures on a GPU, into `moments_cuda.json` and `moments_scaling_cuda.svg`.
     """
     device = os.environ.get("DEVICE", "cpu")
@@ -348,8 +351,10 @@ def run() -> list[dict[str, Any]]:
     suffix = "" if device == "cpu" else f"_{device}"
     torch.manual_seed(0)
     wanted = os.environ.get("MODELS", ",".join((*CASES, "scaling"))).split(",")
-    path = OUT / f"moments{suffix}.json"
+    label = os.environ.get("LABEL", "")
+    path = OUT / f"moments{suffix}{f'-{label}' if label else ''}.json"
     record: dict[str, Any] = json.loads(path.read_text()) if path.exists() and "MODELS" in os.environ else {"rows": []}
+    record |= provenance(device_name())
     record["device"] = device_name()
     record["threads"] = threads = torch.get_num_threads()
     machine = f"{platform.machine()}, {device_name()}, load {os.getloadavg()[0]:.1f}"
@@ -368,4 +373,5 @@ def run() -> list[dict[str, Any]]:
             rows += found
             record["rows"] = [row for row in record["rows"] if row["model"] != case.name] + found
     path.write_text(json.dumps(record, indent=1))
+    write_moments(OUT)
     return rows

@@ -1,0 +1,87 @@
+"""The tables of docs/benchmarks.md from the records of runs, one record per machine, ratios only.
+
+A table stands between `<!-- moments: begin -->` and `<!-- moments: end -->`; what stands around it is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+METHODS = ("leg sums", "entries", "vmap(grad)", "Opacus", "BackPACK")
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+
+
+def provenance(device: str) -> dict[str, str]:
+    """Machine, versions and date of a run."""
+    return {
+        "machine": device if device != "cpu" else f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+    }
+
+
+def moments_table(records: list[dict[str, Any]]) -> str:
+    """One row per model and machine: the time of each method over that of a plain step, and leg sums' peak memory.
+
+    Example:
+        >>> row = {"model": "MLP", "method": "leg sums", "ratio": 1.34, "spread": 0.02, "memory": 1.5}
+        >>> record = {"machine": "2 cores", "versions": "torch 2.13", "date": "2026-11-27", "threads": 2, "rows": [row]}
+        >>> print(moments_table([record]))
+        | model | machine | leg sums | entries | vmap(grad) | Opacus | BackPACK | memory, leg sums |
+        |---|---|---|---|---|---|---|---|
+        | MLP | A | 1.34 ± 0.02 | – | – | – | – | 1.50 |
+        <BLANKLINE>
+        A: 2 cores, 2 threads, torch 2.13, 2026-11-27
+    """
+    lines = [
+        f"| model | machine | {' | '.join(METHODS)} | memory, leg sums |",
+        "|---|---|" + "---|" * (len(METHODS) + 1),
+    ]
+    models = dict.fromkeys(row["model"] for record in records for row in record["rows"])
+    names = [chr(ord("A") + i) for i in range(len(records))]
+    for model in models:
+        for name, record in zip(names, records, strict=True):
+            rows = {row["method"]: row for row in record["rows"] if row["model"] == model}
+            if rows:
+                memory = rows.get("leg sums", {}).get("memory")
+                cells = [_cell(rows.get(m)) for m in METHODS] + ["–" if memory is None else f"{memory:.2f}"]
+                lines.append(f"| {model} | {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *map(_machine, names, records)])
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    return "refuses" if "refused" in row else f"{row['ratio']:.3g} ± {row['spread']:.2g}"
+
+
+def _machine(name: str, record: dict[str, Any]) -> str:
+    unknown = "not recorded"
+    about = [record.get(k, unknown) for k in ("versions", "date")]
+    return f"{name}: {record.get('machine', record.get('device', unknown))}, {record['threads']} threads, " + ", ".join(
+        about
+    )
+
+
+def between(page: str, name: str, text: str) -> str:
+    """The page with `text` between the marks of `name`. Raises ValueError where they are missing."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    head, found, rest = page.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"the page has no marks {begin} and {end}")
+    return f"{head}{begin}\n{text}\n{end}{tail}"
+
+
+def write_moments(folder: Path, page: Path = PAGE) -> None:
+    """Write the table of gradient moments from every record `moments*.json` in the folder, CPUs first."""
+    paths = sorted(folder.glob("moments*.json"), key=lambda p: (len(p.stem), p.stem))
+    table = moments_table([json.loads(p.read_text()) for p in paths])
+    page.write_text(between(page.read_text(), "moments", table))

@@ -1,0 +1,40 @@
+"""The tables of docs/benchmarks.md: written between marks, machines side by side, and those of the records kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from benchmarks import tables
+
+
+def test_the_page_shows_the_records_kept(tmp_path: Path) -> None:
+    page = tmp_path / "benchmarks.md"
+    page.write_text(tables.PAGE.read_text())
+    tables.write_moments(tables.PAGE.parent / "figures", page)
+    assert page.read_text() == tables.PAGE.read_text()
+    assert page.read_text().count("| MLP 784-512-512-10, batch 256 | A | 1.34 ± 0.021 |") == 1
+
+
+def test_machines_stand_side_by_side_and_the_rest_is_left(tmp_path: Path) -> None:
+    rows = [{"model": "MLP", "method": "leg sums", "ratio": 1.3, "spread": 0.1, "memory": 1.5}]
+    refused = {"model": "MLP", "method": "Opacus", "refused": "NotImplementedError"}
+    for name, more in (("moments", []), ("moments-laptop", [refused])):
+        record = {"machine": name, "versions": "torch", "date": "2026-01-01", "threads": 1, "rows": rows + more}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- moments: begin -->\nold\n<!-- moments: end -->\nafter\n")
+    tables.write_moments(tmp_path, page)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert "| MLP | A | 1.3 ± 0.1 | – | – | – | – | 1.50 |" in text
+    assert "| MLP | B | 1.3 ± 0.1 | – | – | refuses | – | 1.50 |" in text
+    assert "B: moments-laptop, 1 threads, torch, 2026-01-01" in text
+
+
+def test_a_page_without_marks_is_refused() -> None:
+    with pytest.raises(ValueError, match="no marks"):
+        tables.between("text", "moments", "table")
