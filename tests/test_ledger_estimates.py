@@ -237,7 +237,8 @@ def test_rotation_settles_at_the_prediction(name: str) -> None:
         optimizer.step()
     rows = ledger.estimates()[2000:]
     measured = np.array([r["angular"] for r in rows])
-    assert rows[0]["angular_predicted"] == pytest.approx(ledger.rule.rotation(_settings(ledger)))
+    exact = 1e-2 if name == "adamw" else 1e-6  # Adam's counts how uneven its average squares are: a little, by chance
+    assert rows[0]["angular_predicted"] == pytest.approx(ledger.rule.rotation(_settings(ledger)), rel=exact)
     assert measured.mean() == pytest.approx(rows[0]["angular_predicted"], rel=0.03)
     assert rows[-1]["effective_lr"] == pytest.approx(
         options["lr"] / rows[-1]["norm"] ** (0.5 if name == "adamw" else 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from typing import Any
 
 import pytest
@@ -140,3 +142,101 @@ def test_optimisers_without_a_preconditioned_charge_have_no_rows() -> None:
         optimizer.step()
     assert ledger.records()
     assert ledger.preconditioned() == []
+
+
+# --- Estimates -------------------------------------------------------------------------------------------------------
+
+LR, W, B1 = 1e-3, 0.2, 0.8
+
+
+def trained(model: nn.Module, syms: nf.SymmetrySet, decay: float = W) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The last step's estimates, and the state they are about: weights, roots and means of the gradient by name."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=decay, betas=(B1, 0.97), eps=1e-30)
+    with Ledger(model, optimizer, syms, estimate_every=1, every=1) as ledger:
+        for k, (x, y) in enumerate(batches(40)):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            if k == 39:
+                state = {n: optimizer.state[p] for n, p in model.named_parameters()}
+                theta = {n: p.detach().clone() for n, p in model.named_parameters()}
+                root = {n: (s["exp_avg_sq"] / (1 - 0.97**39)).sqrt() for n, s in state.items()}
+                mean = {n: s["exp_avg"] / (1 - B1**39) for n, s in state.items()}
+            optimizer.step()
+    rows = ledger.estimates()
+    assert all(math.isnan(r["distance"]) and math.isnan(r["at_infinity"]) for r in rows if r["step"] == 0)
+    return [r for r in rows if r["step"] == 39], {"theta": theta, "root": root, "mean": mean}
+
+
+def sides(s: nf.Symmetry, entries: Tensors) -> dict[int, torch.Tensor]:
+    """Sums over the legs of each sign, by coordinate."""
+    totals: dict[int, torch.Tensor] = {1: torch.tensor(0.0), -1: torch.tensor(0.0)}
+    for leg in s.weight_legs:
+        totals[leg.sign] = totals[leg.sign] + leg.row_sums(entries[leg.parameter])
+    return totals
+
+
+@pytest.mark.parametrize("decay", [0.0, W])
+def test_distance_and_steps_are_those_of_the_sum_of_root_mean_squares(decay: float) -> None:
+    optimize, integrate = (pytest.importorskip(f"scipy.{m}") for m in ("optimize", "integrate"))
+    model = mlp()
+    syms = mlp_symmetries(model).filter(family="rescaling")
+    rows, at = trained(model, syms, decay)
+    pull = decay * (2 - LR * decay)
+    for s, row in zip(syms, rows, strict=True):
+        noise = sides(s, at["root"])
+        scaled = sides(s, {n: at["root"][n] * at["theta"][n] ** 2 for n in s.parameters})
+        found, steps = [], []
+        for j in range(len(noise[1])):
+            a, b = ({sign: float(x[sign][j]) for sign in (1, -1)} for x in (noise, scaled))
+
+            def potential(lam: float, a: dict[int, float] = a, b: dict[int, float] = b) -> float:
+                z = math.exp(lam)
+                return LR * (a[1] / z + a[-1] * z) + pull * (b[1] * z + b[-1] / z)
+
+            def speed(_: float, at: Any, a: dict[int, float] = a, b: dict[int, float] = b) -> list[float]:
+                z = math.exp(at[0])
+                drift = LR**2 * (a[1] / z - a[-1] * z) - LR * pull * (b[1] * z - b[-1] / z)
+                return [drift / (2 * (b[1] * z + b[-1] / z))]
+
+            lam = float(optimize.minimize_scalar(potential, bracket=(-1.0, 1.0), tol=1e-12).x)
+            found.append(abs(lam))
+
+            def near(k: float, at: Any, lam: float = lam) -> float:
+                return abs(at[0] - lam) - abs(lam) * math.exp(-1)
+
+            near.terminal = True  # type: ignore[attr-defined]
+            end = integrate.solve_ivp(speed, (0, 1e9), [0.0], events=near, rtol=1e-10, atol=1e-12, method="LSODA")
+            steps.append(float(end.t[-1]))
+        assert row["distance"] == pytest.approx(statistics.median(found), rel=1e-4)
+        assert row["distance_max"] == pytest.approx(max(found), rel=1e-4)
+        assert row["steps"] == pytest.approx(statistics.median(steps), rel=1e-3)
+        assert row["at_infinity"] == 0
+        squares = {n: torch.nan_to_num(at["mean"][n] ** 2 / at["root"][n]) for n in s.parameters}
+        held = sum(float(v.sum()) for v in sides(s, squares).values())
+        white = sum(float(v.sum()) for v in noise.values())
+        assert row["persistence"] == pytest.approx((1 + B1) / (1 - B1) * held / white, rel=1e-5)
+
+
+def test_rotation_and_effective_rate_of_scale_invariant_weights() -> None:
+    """At `sum s theta^2 / sum s = lr / (2 w)`, each entry stepping by `lr` times a filtered number of variance 1."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 12, bias=False), nn.BatchNorm1d(12, affine=False), nn.Linear(12, 10)).double()
+    syms = nf.declare(model, "diagonal", [("0.weight", 0)], family="norm")
+    rows, at = trained(model, syms)
+    s, theta = at["root"]["0.weight"], at["theta"]["0.weight"]
+    square = float((theta**2).sum()) * LR / (2 * W) * float(s.sum()) / float((s * theta**2).sum())
+    expected = LR * math.sqrt(theta.numel() * (1 - B1) / (1 + B1) / square)
+    assert rows[0]["angular_predicted"] == pytest.approx(expected, rel=1e-5)
+    assert rows[0]["angular_predicted"] != pytest.approx(math.sqrt(2 * LR * W * (1 - B1) / (1 + B1)), rel=1e-3)
+    assert rows[0]["effective_lr"] == pytest.approx(LR / float(theta.norm()), rel=1e-6)
+
+
+def test_coupled_decay_has_no_predicted_equilibrium() -> None:
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=0.1)
+    with Ledger(model, optimizer, mlp_symmetries(model), estimate_every=1, every=1) as ledger:
+        for batch in batches(3):
+            optimizer.zero_grad()
+            backward(model, batch)
+            optimizer.step()
+    assert all(math.isnan(r[k]) for r in ledger.estimates() for k in ("distance", "steps", "at_infinity"))

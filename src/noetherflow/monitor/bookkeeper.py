@@ -23,7 +23,7 @@ from noetherflow.monitor.books import (
     settings_arrays,
 )
 from noetherflow.monitor.charge_map import ChargeMap
-from noetherflow.monitor.estimates import Estimator, LegSquares, rotation_rows
+from noetherflow.monitor.estimates import Estimator, LegRoots, LegSquares, rotation_rows
 from noetherflow.monitor.journal import Journal
 from noetherflow.monitor.log import FORMAT, plain
 from noetherflow.monitor.measure import Measurement
@@ -132,15 +132,25 @@ class Bookkeeper:
         blocks = self.estimator.layout
         sizes = list(blocks.sizes.values())
         nothing: list[Value] = [0.0] * len(sizes)
-        names = [f.name for f in fields(LegSquares)]
-        table = tabulate([[m.blocks.get(name, nothing)[: len(sizes)]] for name in names], sizes)[:, 0]
+
+        def read(record: type, rows: Mapping[str, list[Value]]) -> np.ndarray:
+            names = [f.name for f in fields(record)]
+            return tabulate([[rows.get(name, nothing)[: len(sizes)]] for name in names], sizes)[:, 0]
+
         settings = settings_arrays(self.rule, blocks, [m.settings]).at(0)
         n = len(blocks.symmetries)
         matrices = np.array([float(c) for c in m.matrix_charges])
-        columns = self.estimator.rows(m.step, LegSquares(*table), settings, row["second_order"][:n], matrices)
+        squares = LegSquares(*read(LegSquares, m.blocks))
+        columns = self.estimator.rows(m.step, squares, settings, row["second_order"][:n], matrices)
+        spread = np.ones(n)
+        if self.rule.keeps_squares:
+            roots = LegRoots(*read(LegRoots, m.roots))
+            columns |= self.estimator.root_rows(roots, settings)
+            spread = self.estimator.spread(roots, squares.weight_square)
         shifts = np.full(len(self.layout.symmetries) - n, np.nan)
         columns = {k: np.concatenate([v, shifts]) for k, v in columns.items()}
         columns |= rotation_rows(self.layout, self.rule, row, m.settings)
+        columns["angular_predicted"] = columns["angular_predicted"] * np.concatenate([spread, shifts])
         self._estimates.append(EstimateRow(m.step, columns))
         journal.emit({"kind": "estimates", "step": m.step, "symmetry": columns})
 
@@ -153,7 +163,7 @@ class Bookkeeper:
             "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
             "optimizer": optimizer,
             "rule": type(self.rule).__name__,
-            "equilibrium": self.rule.has_equilibrium,
+            "equilibrium": self.rule.has_equilibrium or self.rule.keeps_squares,
             "effective_lr": self.rule.effective_lr_words,
             "every": every,
             "detail": self.detail,

@@ -74,6 +74,20 @@ class LegSquares:
     memory_square: np.ndarray
 
 
+@dataclass(frozen=True, eq=False)
+class LegRoots:
+    """Of one step, on the leg values `[n_values]`, by an optimiser that keeps average squares `s^2` of gradients.
+
+    `noise`: sums of `s^2 / d`, `d` the divisor of its step (`s + eps`); `scaled`: of `d theta^2`; `held`: of `m^2 / d`,
+    m the average gradient; `entries`: their number, zero while nothing is known.
+    """
+
+    noise: np.ndarray
+    scaled: np.ndarray
+    held: np.ndarray
+    entries: np.ndarray
+
+
 @dataclass
 class RunningMean:
     """An exponential average per number, corrected for its start; numbers that are NaN are left out of it."""
@@ -201,6 +215,43 @@ class Estimator:
             "at_infinity": self._over(np.isnan(lam).astype(float), np.mean),
             "mean_share": np.divide(shared, total, out=np.full_like(total, np.nan), where=total > 0),
         }
+
+    def root_rows(self, q: LegRoots, c: StepSettings) -> dict[str, np.ndarray]:
+        """The same columns where the charge is the preconditioned one, with `persistence` in place of `mean_share`.
+
+        Along the orbit `s` goes as `e^-lam` and `s theta^2` as `e^lam` on + legs, half the exponents of SGD's squares,
+        so that `lam* = 1/2 log(Y/X)` and `dlam/dk = lr/2 (Y - X q) / (q B_+ + B_-)`, `q = e^(2 lam)`. `persistence` is
+        the growth of the charge by the average gradient over that by uncorrelated gradients: 1 for pure noise. What eps
+        does not scale along the orbit, and that the squares lag behind it, is left out (theory.md section 13).
+        """
+        layout, rates = self.layout, self.rule.root_rates(c)
+        assert rates is not None
+        unknown = layout.absolute @ (q.entries == 0) > 0
+        speed = np.divide(q.scaled, rates.lr, out=np.zeros_like(q.scaled), where=rates.lr > 0)
+        pull = rates.weight_decay * (2 - rates.lr * rates.weight_decay) * q.scaled
+        k_plus, k_minus = (side @ speed for side in (layout.plus, layout.minus))
+        pulls = [side @ pull for side in (layout.plus, layout.minus)]
+        pushes = [side @ (rates.lr * q.noise) for side in (layout.plus, layout.minus)]
+        x, y = orbit_forces(pulls[0], pulls[1], pushes[0], pushes[1])
+        x, y = np.where(unknown, np.nan, x), np.where(unknown, np.nan, y)
+        lam = 2 * np.abs(distance(x, y))
+        held, white = (layout.totals_matrix @ (layout.absolute @ v) for v in (rates.persistence * q.held, q.noise))
+        return {
+            "distance": self._median(lam),
+            "distance_max": self._largest(lam),
+            "steps": self._median(relaxation_steps(k_plus, k_minus, x / 2, y / 2)),
+            "at_infinity": self._over(np.where(np.isnan(x + y), np.nan, np.isnan(lam)), np.mean),
+            "persistence": np.divide(held, white, out=np.full_like(white, np.nan), where=white > 0),
+        }
+
+    def spread(self, q: LegRoots, weight_square: np.ndarray) -> np.ndarray:
+        """What noise that is not the same in all entries does to the predicted rotation, a factor `[n_symmetries]`.
+
+        At the equilibrium `sum s theta^2 / sum s = lr / (2 w)`: then `|W|^2` is `n lr / (2 w)` over the square of this.
+        """
+        sums = [self.layout.totals_matrix @ (self.layout.absolute @ v) for v in (q.entries, q.scaled, q.noise)]
+        own = sums[2] * (self.layout.totals_matrix @ (self.layout.absolute @ weight_square))
+        return np.sqrt(np.divide(sums[0] * sums[1], own, out=np.full_like(own, np.nan), where=own > 0))
 
     def _over(self, outputs: np.ndarray, summary: Callable[[np.ndarray], Any]) -> np.ndarray:
         return np.array([summary(outputs[start:stop]) for start, stop in self.layout.spans])

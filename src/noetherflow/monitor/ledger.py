@@ -254,8 +254,11 @@ class Ledger(Shown):
         due = self.estimator is not None and (self.step // self.every) % self.estimate_every == 0
         if due and self.estimator is not None and self._open is not None and self._open.measurement is not None:
             with self._whole():
-                self._open.measurement.blocks = self._meter.gradients(self.estimator.layout)
-                self._open.measurement.matrix_charges = self._meter.matrix_charges(self.estimator.layout.symmetries)
+                now, layout = self._open.measurement, self.estimator.layout
+                now.blocks = self._meter.gradients(layout)
+                if self.rule.keeps_squares:
+                    now.roots = self._meter.roots(layout, now.settings)
+                now.matrix_charges = self._meter.matrix_charges(layout.symmetries)
             self._pace.worked(start)
 
     def after_step(self, loss: Any = None) -> None:

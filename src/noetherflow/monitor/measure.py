@@ -16,7 +16,7 @@ from noetherflow.errors import DataError
 from noetherflow.monitor import sharding
 from noetherflow.monitor.charge_map import ChargeMap, Watched
 from noetherflow.monitor.parameter import Grouping, Lasting, WatchedParameter
-from noetherflow.monitor.rule import AnyRule, Pairs, State, StepSettings, StepTensors
+from noetherflow.monitor.rule import AnyRule, GradientRoots, Pairs, State, StepSettings, StepTensors
 from noetherflow.monitor.sums import Value, tabulate, totals
 from noetherflow.symmetry.leg import accumulation_dtype
 from noetherflow.symmetry.symmetry import Symmetry
@@ -47,8 +47,8 @@ class Measurement:
     """One recorded step. `values`: inner products; `weight_square` and `weight_square_after` are its charges.
 
     A value stays a tensor on the weights' device until the books are closed; on a CPU totals are plain numbers.
-    `settings`: what the optimiser did with each parameter. `blocks`, `matrix_charges`: values for the estimates, empty
-    where none are due. `edited`: somebody wrote to a watched weight since the step before.
+    `settings`: what the optimiser did with each parameter. `blocks`, `roots`, `matrix_charges`: for the estimates,
+    empty where none are due. `edited`: somebody wrote to a watched weight since the step before.
     """
 
     step: int
@@ -57,6 +57,7 @@ class Measurement:
     values: Rows = field(default_factory=dict)
     loss: Any = None
     blocks: Rows = field(default_factory=dict)
+    roots: Rows = field(default_factory=dict)
     matrix_charges: Sequence[Value] = ()
     kept: dict[str, Tensor] = field(default_factory=dict)
     edited: bool = False
@@ -134,6 +135,20 @@ class StepMeter:
                 if scale is not None and "gradient" in whole:
                     whole["gradient"] = whole["gradient"] / scale
                 self._write(values, j, layout.inner(name, _squares(whole)))
+        return values
+
+    def roots(self, layout: ChargeMap, table: StepTable) -> Rows:
+        """What the optimiser's average squares say of the gradient's noise, on the legs of another layout."""
+        values: Rows = {}
+        with torch.no_grad():
+            for j, name in enumerate(layout.parameters):
+                parameter = self.watched[name]
+                state = self.optimizer.state.get(parameter, {})
+                whole = {k: sharding.local(v, False) for k, v in state.items() if k in self.rule.state_keys}
+                found = self.rule.gradient_roots(table.of(j), whole) if table.moves(j) else None
+                if found is not None:
+                    weight = accumulation_dtype(sharding.local(parameter, False))
+                    self._write(values, j, layout.inner(name, _root_products(weight, found)))
         return values
 
     def matrix_charges(self, symmetries: Iterable[Watched]) -> list[Value]:
@@ -293,6 +308,19 @@ def _charge_before(t: StepTensors) -> Pairs:
 
 def _charge_after(t: StepTensors) -> Pairs:
     return {"weight_square_after": (t["weight"], t["weight"])}
+
+
+def _root_products(weight: Tensor, at: GradientRoots) -> Pairs:
+    """The fields of `LegRoots`."""
+    root, mean, divisor = (accumulation_dtype(t) for t in (at.root, at.mean, at.divisor))
+    held = torch.where(divisor > 0, mean / divisor, torch.zeros_like(mean))
+    one = torch.ones_like(weight)
+    return {
+        "noise": (torch.where(divisor > 0, root / divisor, torch.zeros_like(root)), root),
+        "scaled": (divisor * weight, weight),
+        "held": (held, mean),
+        "entries": (one, one),
+    }
 
 
 def _squares(t: StepTensors) -> Pairs:

@@ -98,6 +98,32 @@ class PreconditionedParts:
 
 
 @dataclass(frozen=True, eq=False)
+class GradientRoots:
+    """Entry by entry of one parameter: the root mean square of its minibatch gradient, its mean, and the divisor of
+    the optimiser's step.
+    """
+
+    root: Tensor
+    mean: Tensor
+    divisor: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RootRates:
+    """How noise and decay move a preconditioned charge: per step by `lr^2 A - lr w (2 - lr w) B`, `[leg values]`.
+
+    `A` is the charge of the roots `s` of the minibatch gradient's mean squares, `B` that of `s theta^2`. `persistence`
+    is `(1 + b1) / (1 - b1)`: the square of the average gradient times this is that of uncorrelated gradients.
+
+    Source: theory.md section 13.
+    """
+
+    lr: Array
+    weight_decay: Array
+    persistence: Array
+
+
+@dataclass(frozen=True, eq=False)
 class DriftRates:
     """What weight decay, noise and mean gradient do to a charge per step, `[leg values]` (theory.md section 4).
 
@@ -147,6 +173,7 @@ class LedgerRule(ABC, Generic[P, S]):
     - `effective_lr_words`: the report's words for that.
     - `momentum_key`: the key of the state that holds a momentum buffer, a weighted sum of all gradients so far.
     - `has_equilibrium`: `drift` predicts the noise equilibrium.
+    - `keeps_squares`: `gradient_roots` and `root_rates` predict it, that of the preconditioned charge.
     """
 
     products: ClassVar[type[Products]]
@@ -157,6 +184,7 @@ class LedgerRule(ABC, Generic[P, S]):
     keeps_copy: ClassVar[bool] = False
     momentum_key: ClassVar[str | None] = None
     has_equilibrium: ClassVar[bool] = False
+    keeps_squares: ClassVar[bool] = False
     lr_power: ClassVar[float] = math.nan
     effective_lr_words: ClassVar[str] = ""
 
@@ -193,6 +221,14 @@ class LedgerRule(ABC, Generic[P, S]):
 
     def preconditioned(self, q: P, c: S) -> PreconditionedParts | None:
         """The books of the preconditioned charge; None for an optimiser without one."""
+        return None
+
+    def gradient_roots(self, c: S, state: State) -> GradientRoots | None:
+        """What the state before the step tells of the minibatch gradient; None while it does not."""
+        return None
+
+    def root_rates(self, c: S) -> RootRates | None:
+        """How the preconditioned charge moves under these settings; None where no theory is known."""
         return None
 
     def unscaled(self, c: S, scale: float) -> S:

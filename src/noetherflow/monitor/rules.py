@@ -16,6 +16,7 @@ from noetherflow.monitor.rule import (
     AnyRule,
     Array,
     DriftRates,
+    GradientRoots,
     Group,
     LedgerRule,
     MemorySums,
@@ -24,6 +25,7 @@ from noetherflow.monitor.rule import (
     Parts,
     PreconditionedParts,
     Products,
+    RootRates,
     State,
     StepSettings,
     StepTensors,
@@ -187,8 +189,8 @@ class AdamProducts(Products):
 class AdamSettings(StepSettings):
     """`update = rate p + lr decoupled weight`, `root = sqrt(1 - b2^k)`, `rate = root lr / (1 - b1^k)` in step k.
 
-    `root_before` is that of step `k - 1`, zero before the first one. `coupled` and `decoupled` are the weight decay
-    that goes through the averages and that which does not.
+    `root_before` is that of step `k - 1`, zero before the first one, as is `filled = 1 - b1^(k - 1)`. `coupled` and
+    `decoupled` are the weight decay that goes through the averages and that which does not.
     """
 
     coupled: Number
@@ -197,6 +199,7 @@ class AdamSettings(StepSettings):
     rate: Number
     root: Number
     root_before: Number
+    filled: Number
     eps: Number
     amsgrad: Number
 
@@ -220,6 +223,7 @@ class AdamRule(LedgerRule[AdamProducts, AdamSettings]):
     }
     state_keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     counts_steps = True
+    keeps_squares = True
     lr_power = 1.0
     effective_lr_words = (
         "the effective learning rate goes as one over the norm: Adam's step does not grow with the gradient"
@@ -238,6 +242,7 @@ class AdamRule(LedgerRule[AdamProducts, AdamSettings]):
             rate=root * lr / (1 - beta1**k),
             root=root,
             root_before=math.sqrt(1 - beta2**steps),
+            filled=1 - beta1**steps,
             eps=float(group["eps"]),
             amsgrad=float(group["amsgrad"]),
         )
@@ -309,6 +314,19 @@ class AdamRule(LedgerRule[AdamProducts, AdamSettings]):
             noise=scale * c.rate * q.direction_average_after,
             transport=middle - before,
         )
+
+    def gradient_roots(self, c: AdamSettings, state: State) -> GradientRoots | None:
+        """From the averages before the step, bias-corrected; with `amsgrad` the preconditioner is another."""
+        root = float(c.root_before)
+        if root == 0 or c.amsgrad or "exp_avg_sq" not in state:
+            return None
+        s = state["exp_avg_sq"].sqrt() / root
+        return GradientRoots(s, state["exp_avg"] / float(c.filled), s + float(c.eps))
+
+    def root_rates(self, c: AdamSettings) -> RootRates:
+        """Coupled decay shrinks another charge than the noise drives: NaN."""
+        w = np.where(np.asarray(c.coupled) > 0, np.nan, c.decoupled)
+        return RootRates(np.asarray(c.lr), w, (1 + np.asarray(c.beta1)) / (1 - np.asarray(c.beta1)))
 
     def reference(self, q: AdamProducts, picked: Array) -> Number:
         mine = (q.direction_square_after * picked).sum(-1, keepdims=True)
