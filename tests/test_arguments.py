@@ -113,6 +113,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: nf.noise_equilibrium(broken(), SYMS, None, objective="norm"),
         "'0.weight' holds NaN; noise_equilibrium",
     ),
+    "NaN, balance": (lambda: nf.balance_(broken(), EQ, example_inputs=X), "'0.weight' holds NaN; balance_"),
     "NaN, state": (lambda: nf.noether_flow(broken(), SYMS, optimizer=ADAM), "'0.weight' holds NaN; noether_flow"),
     "branch": (lambda: nf.find_symmetries(Branch(), X[:2]), r"test_arguments.py:\d+: if x.sum\(\) > 0:\)"),
 }

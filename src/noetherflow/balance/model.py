@@ -20,6 +20,7 @@ from noetherflow.core.printing import grouped
 from noetherflow.core.tensors import check_same_model, refuse_inference_tensors, tensors_of
 from noetherflow.core.unwrap import unwrap_optimizer
 from noetherflow.discovery.certificate import Certificate
+from noetherflow.discovery.unusable import refuse_bad_numbers
 from noetherflow.equilibrium.result import Equilibrium
 from noetherflow.errors import CertificateError, DataError
 from noetherflow.symmetry.symmetry_set import SymmetrySet
@@ -167,6 +168,8 @@ def balance_(
     if isinstance(optimizer, Tensor | nn.Module):
         expect(call, "optimizer", optimizer, torch.optim.Optimizer, OPTIMISER)
     refuse_inference_tensors(tensors_of(model), "balance_")
+    tensors = tensors_of(model)
+    refuse_bad_numbers({n: tensors[n] for n in eq.symmetries.parameters if n in tensors}, "balance_")
     _refuse_frozen(model, eq)
     given = [] if optimizer is None else optimizer if isinstance(optimizer, Sequence) else [optimizer]
     optimizers = [unwrap_optimizer(o) if isinstance(o, torch.optim.Optimizer) else o for o in given]
