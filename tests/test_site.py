@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import noetherflow as nf
+
 DOCS = Path(__file__).parent.parent / "docs"
 SCRIPTS = sorted((DOCS.parent / "examples" / "gallery").glob("plot_*.py"))
 
@@ -41,3 +43,9 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     for page in tmp_path.rglob("*.html"):
         assert not re.search(r'(?:src|rel="stylesheet" href)="https?:', page.read_text()), page
     assert "<math" in (tmp_path / "equations.html").read_text()
+
+
+def test_the_citation_names_the_present_version() -> None:
+    text = (DOCS.parent / "CITATION.cff").read_text()
+    assert re.search(rf"^version: {re.escape(nf.__version__)}$", text, re.MULTILINE)
+    assert "preferred-citation" in text

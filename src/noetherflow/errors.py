@@ -43,5 +43,6 @@ def require(module: str, extra: str) -> object:
         return pkgutil.resolve_name(module)
     except (ImportError, AttributeError) as cause:
         raise MissingExtraError(
-            f"{module!r} is needed here but not installed; install it with: pip install 'noetherflow[{extra}]'"
+            f"{module!r} is needed here but not installed; install it with: pip install 'noetherflow[{extra}]' "
+            f"(from a checkout: pip install '.[{extra}]' in its folder)"
         ) from cause
