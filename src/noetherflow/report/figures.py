@@ -85,6 +85,6 @@ def orbit_figure(path: np.ndarray, predicted: np.ndarray, measured_at: np.ndarra
         low, high = min(predicted.min(), measured.mean(-1).min()), max(predicted.max(), measured.mean(-1).max())
         ax.set(xlabel="position on the orbit", ylabel="trace of the Hessian")
         ax.set_ylim(low - 0.35 * (high - low), high + 0.3 * (high - low))
-        ax.set_title("Sharpness along the orbit; the function is the same everywhere")
+        ax.set_title("Sharpness along the orbit of one function")
         ax.legend(loc="upper center")
         return png(figure)
