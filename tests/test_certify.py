@@ -165,7 +165,8 @@ def test_what_cannot_be_certified_says_so() -> None:
 def test_certificate_reads_as_a_table() -> None:
     case: Case = ZOO["cnn_batchnorm"]()
     certificate = certify(case.model, find_symmetries(case.model, case.inputs), case.inputs)
-    header, first, *_ = str(certificate).splitlines()
+    sentence, header, first, *_ = str(certificate).splitlines()
+    assert sentence == "checked in float64: 2 approximate, 2 exact"
     columns = ["symmetry", "family", "verdict", "outputs changed by", "gradients off by", "note"]
     assert re.split(r"\s{2,}", header) == columns
     assert "approximate" in first

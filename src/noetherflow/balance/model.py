@@ -198,10 +198,9 @@ def _refuse_elsewhere(eq: Equilibrium, motion: Motion, tensors: Mapping[str, Ten
     for s in motion.symmetries:
         if s.name not in eq.solved_at:
             continue
-        grams = s.grams(s.positions({n: tensors[n].detach().double().cpu() for n in s.parameters}))
-        solved = eq.solved_at[s.name]
-        off = float(torch.linalg.vector_norm(s.combine(grams) - solved))
-        size = sum(float(torch.linalg.vector_norm(k)) for k in grams)
+        weights = {n: tensors[n].detach().double().cpu() for n in s.parameters}
+        off = float(torch.linalg.vector_norm(s.charge(weights) - eq.solved_at[s.name]))
+        size = sum(float(torch.linalg.vector_norm(k)) for k in s.grams(s.positions(weights)))
         if not off <= ELSEWHERE * size:
             raise DataError(
                 f"symmetry {s.name!r}: the charge of these weights is {off / size if size else off:.2g} of their "

@@ -117,7 +117,7 @@ def noise_equilibrium(
         syms = syms.without({s.name: f"only approximate (eps {s.eps:g})" for s in syms if s.eps is not None})
     found = _settled(model, syms, mom, sgd, optimizer, objective_of(objective), options)
     weights = positions_of(model, found.symmetries)
-    return replace(found, solved_at={s.name: s.charge(weights).detach() for s in found.symmetries})
+    return replace(found, solved_at={s.name: s.form(weights).detach() for s in found.symmetries})
 
 
 def _settled(

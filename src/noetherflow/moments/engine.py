@@ -129,7 +129,7 @@ class Meter:
         >>> meter = nf.Meter(model, lambda m, b: m(b).square().sum(1), nf.find_symmetries(model, x))
         >>> before = meter.measure(list(x.split(8)))
         >>> with torch.no_grad():
-        ...     model[0].weight.mul_(0.5)  # training
+        ...     _ = model[0].weight.mul_(0.5)  # training
         >>> after = meter.measure(list(x.split(8)))  # no verification again
         >>> before.samples, after.samples
         (32, 32)

@@ -45,8 +45,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Open:
-    """What is known of a step between `before_step` and `after_step`."""
+    """What is known of a step between `before_step` and `after_step`; `written` counts writes to the weights so far."""
 
+    written: int
     measurement: Measurement | None = None
     stepped: bool = False
     found_inf: Any = None
@@ -146,10 +147,6 @@ class Ledger(Shown):
         self._begin(resume)
         self._handles: list[Any] = [self.optimizer.register_step_post_hook(untraced(self._stepped))]
 
-    def __repr__(self) -> str:
-        made, families = f"{self.step} steps of {self._name}", ", ".join(self._books.index.families)
-        return f"Ledger({made}, families {families or 'none'}, every={self.every})"
-
     def table_rows(self) -> list[dict[str, Any]]:
         """`records()`."""
         return self.records()
@@ -240,7 +237,7 @@ class Ledger(Shown):
         with self._whole():
             if self._open is not None:
                 self._event("skipped")
-            self._open = _Open()
+            self._open = _Open(self._written())
             if self.step % self.every == 0:
                 self._clock.start()
                 self._open.measurement = m = self._meter.before(self.step)
@@ -314,9 +311,15 @@ class Ledger(Shown):
         self.step += 1
 
     def _finish_step(self) -> None:
-        """Measure a step that was made while something interrupted the ledger after it."""
+        """Measure a step that was made, when something interrupted the ledger after it or before it could take note."""
+        if self._open is not None and not self._open.stepped and self._written() != self._open.written:
+            self._stepped()
         if self._open is not None and self._open.stepped:
             self.after_step()
+
+    def _written(self) -> int:
+        """How often the watched weights were written in place; 0 where they are sharded, which nothing may interrupt."""
+        return 0 if self._meter.sharded else sum(p._version for p in self._meter.watched.values())
 
     def note(self, loss: Any) -> None:
         """Keep the loss of the step under way. Raises DataError when it is not one number."""
