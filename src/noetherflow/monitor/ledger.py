@@ -318,7 +318,7 @@ class Ledger(Shown):
             self.after_step()
 
     def _written(self) -> int:
-        """How often the watched weights were written in place; 0 where they are sharded, which nothing may interrupt."""
+        """How often the watched weights were written in place; 0 where they are sharded and not to be interrupted."""
         return 0 if self._meter.sharded else sum(p._version for p in self._meter.watched.values())
 
     def note(self, loss: Any) -> None:
