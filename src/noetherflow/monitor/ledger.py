@@ -518,6 +518,8 @@ class Ledger(Shown):
         Raises OSError when the last rows cannot be written.
         """
         if not self._closed:
+            if isinstance(self.optimizer, JointOptimizer):
+                self.optimizer.finish()
             self._finish_step()
             self._notice_bypass()
         self.detach()
