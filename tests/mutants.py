@@ -376,8 +376,8 @@ MUTANTS = (
     ),
     Mutant(
         f"{EQ}/regime.py",
-        "return Regime(share, moments.loss / (sgd.effective_lr * square))",
-        "return Regime(share, moments.loss / (sgd.lr * square))",
+        "return Regime(share, moments.loss / (sgd.effective_lr * square), memory)",
+        "return Regime(share, moments.loss / (sgd.lr * square), memory)",
         "test_equilibrium_regime.py::test_horizon_is_the_loss_over_what_a_step_along_the_mean_gradient_takes",
     ),
     Mutant(

@@ -264,3 +264,40 @@ class TestRun:
         assert "What should I change?" in shown.stdout
         asked = CliRunner().invoke(app, ["diagnose", str(tmp_path / "run"), "--json", "--steps", "100000"])
         assert json.loads(asked.stdout)["verdict"] in ("good", "watch", "open")
+
+
+def test_a_learning_rate_that_replaces_the_weights_is_to_act_on() -> None:
+    x, y = classes()
+    model = mlp()
+    found = nf.diagnose(model, nn.CrossEntropyLoss(), loader(x, y), torch.optim.AdamW(model.parameters(), lr=1.0))
+    assert found["step-length"].severity == "act"
+    assert not any(f.severity == "good" for f in found.about("warmup") if f.rule == "learning-rate")
+    calm = nf.diagnose(model, nn.CrossEntropyLoss(), loader(x, y), torch.optim.AdamW(model.parameters(), lr=1e-3))
+    assert all(f.rule != "step-length" for f in calm)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"loader": []}, "there are no batches"),
+        ({"loader": None}, "batches must be a DataLoader"),
+        ({"model": None}, "model must be a torch.nn.Module"),
+        ({"loss_fn": "ce"}, "loss_fn must be"),
+        ({"steps": -1}, "steps must be a whole number"),
+        ({"steps": float("nan")}, "steps must be a whole number"),
+        ({"steps": "many"}, "steps must be a whole number"),
+        ({"warmup": -3}, "warmup must be a whole number"),
+        ({"optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)}, "another model's"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(change, complaint) -> None:
+    x, y = classes(64)
+    model = mlp()
+    given = {
+        "model": model,
+        "loss_fn": nn.CrossEntropyLoss(),
+        "loader": loader(x, y),
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+    }
+    with pytest.raises(DataError, match=complaint):
+        nf.diagnose(**{**given, **change})

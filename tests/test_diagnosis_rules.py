@@ -23,6 +23,8 @@ from noetherflow.diagnosis.facts import (
     StepStability,
 )
 from noetherflow.diagnosis.finding import QUESTIONS, Diagnosis, Evidence, Finding, calm
+from noetherflow.diagnosis.of_run import _span
+from noetherflow.errors import DataError
 from noetherflow.moments.noise_scale import NoiseScale, NoiseScales
 
 NAN = math.nan
@@ -82,15 +84,22 @@ class TestNorms:
         assert one(norms.norm_growth([], 1000)).severity == "good"
 
     def test_history(self):
-        assert one(norms.norms_so_far([NormHistory("conv", 5.0, 0.2)], 100)).severity == "watch"
-        assert one(norms.norms_so_far([NormHistory("conv", 20.0, 0.05)], 100)).severity == "act"
-        assert one(norms.norms_so_far([NormHistory("conv", 1.2, 0.9)], 100)).severity == "good"
-        assert one(norms.norms_so_far([NormHistory("conv", NAN, NAN)], 100)).severity == "good"
+        found = one(norms.norms_so_far([NormHistory("conv", 9.0, 0.2, 350.0)], decays=True))
+        assert found.severity == "watch"
+        assert "3 times what it was 350 steps before" in found.title
+        assert found.advice.startswith("raise the weight decay of `conv`")
+        without = one(norms.norms_so_far([NormHistory("conv", 20.0, 0.05, 100.0)], decays=False))
+        assert without.severity == "act"
+        assert without.advice.startswith("set weight decay on `conv`")
+        assert one(norms.norms_so_far([NormHistory("conv", 1.2, 0.9, 100.0)], False)).severity == "good"
+        assert one(norms.norms_so_far([NormHistory("conv", NAN, NAN, NAN)], False)).severity == "good"
 
     def test_trends_name_the_fastest(self):
         found = one(norms.fastest_norms([NormTrend("slow", 1.0, 0.001), NormTrend("fast", 1.0, 0.1)]))
         assert found.title.index("fast`") < found.title.index("slow`")
         assert "No weight" in one(norms.fastest_norms([NormTrend("slow", 1.0, -0.1)])).title
+        assert found.severity == "good"
+        assert one(norms.fastest_norms([NormTrend("wild", 1.0, 20.0)])).severity == "watch"
 
     def test_decay(self):
         found = one(norms.decay_bites([0.0, 2e-6], 1000))
@@ -292,3 +301,27 @@ class TestDiagnosis:
 
     def test_json(self):
         assert Diagnosis.of("Model", self.found()).to_dict()["findings"][0]["question"] == QUESTIONS["norms"]
+
+
+class TestStepLength:
+    def test_steps_as_long_as_the_weight_are_to_act_on_and_curvature_is_silent(self):
+        calm, wild = NormTrend("calm", 4.0, 0.01, step_square=0.04), NormTrend("wild", 4.0, 9.0, step_square=16.0)
+        assert stability.step_length([calm, NormTrend("zero", 0.0, 1.0, 1.0)]) == []
+        found = one(stability.step_length([calm, wild]))
+        assert found.severity == "act"
+        assert "2 times as long as `wild`" in found.title
+        fact = StepStability(1.0, 0.5, NAN, NAN, NAN, NAN, NAN, None, False)
+        assert one(stability.learning_rate(fact)).severity == "good"
+        assert one(stability.learning_rate(replace(fact, replaced=True))).severity == "open"
+
+
+def test_unknown_topics_are_named():
+    with pytest.raises(DataError, match="no topic 'heads'; topics: norms"):
+        Diagnosis("x", ()).about("heads")
+
+
+def test_factors_of_a_run_are_those_of_the_steps_between_their_estimates():
+    values, at = np.array([NAN, 2.0, NAN, 6.0, NAN]), np.array([0.0, 10.0, 20.0, 40.0, 50.0])
+    found = _span(values, at)
+    assert (found.factor, found.steps) == (3.0, 30.0)
+    assert _span(np.array([NAN, 1.0]), at[:2]) is None

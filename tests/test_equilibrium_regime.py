@@ -208,3 +208,34 @@ def test_a_drift_whose_mean_gradient_does_not_last_momentums_memory_is_marked() 
     assert "NOT VALID as a drift: momentum remembers 10 steps" in str(early)
     for sgd in (nf.SGDConfig(1e-4, 4, momentum=0.9), nf.SGDConfig(0.5, 4)):
         assert "NOT VALID as a drift" not in str(nf.noether_flow(problem.model, problem.syms, moments, sgd))
+
+
+def test_momentum_with_a_mean_gradient_that_turns_within_its_memory_is_marked_and_off_by_the_factor_named() -> None:
+    """Along a stiff direction the gradient alternates, though the loss would let it last for twice the memory."""
+    momentum, lr, stiff, steps = 0.9, 0.02, 60.0, 4000
+    x, buffer, moved = torch.tensor(1.0, dtype=F64), torch.tensor(0.0, dtype=F64), []
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        gradient = stiff * x + torch.randn((), dtype=F64, generator=rng)
+        buffer = momentum * buffer + gradient
+        x = x - lr * buffer
+        moved.append((float(gradient) ** 2, float(buffer) ** 2))
+    squares, buffers = torch.tensor(moved[100:], dtype=F64).mean(0)
+    constant = squares / (1 - momentum) ** 2
+    assert buffers < constant / (2 / (1 - momentum) - 1), "a constant gradient would fill the buffer far more"
+    regime = Regime(0.9, 19.0, 10.0)
+    assert not regime.constant
+    assert "smaller by up to 19 times" in regime.cautions[0]
+    assert Regime(0.9, 100.0, 10.0).constant
+    assert Regime(0.05, 1.0, 10.0).constant, "it hardly counts"
+    assert Regime(0.9, 1.0).constant, "without momentum nothing is taken to be constant"
+
+
+def test_forecasts_that_momentum_cannot_trust_are_marked_from_the_first_step() -> None:
+    problem = mlp((4, 6, 3), samples=200)
+    sgd = nf.SGDConfig(0.02, 4, momentum=0.9)
+    flow = nf.noether_flow(problem.model, problem.syms, problem.measure(), sgd)
+    assert 5 < flow.regime.horizon < 100
+    forecast = flow.forecast([0, 1, 5], errors=False)
+    assert forecast.valid == (True, False, False)
+    assert "* not valid: NOT VALID as a drift" in str(forecast)

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 from noetherflow.core.adaptive import AdamConfig
+from noetherflow.core.arguments import A_MODEL, expect
 from noetherflow.core.inputs import LossFn
 from noetherflow.core.losses import chosen_loss
 from noetherflow.core.optimizers import Settings, check_settings, described, optimizer_config
@@ -207,6 +208,7 @@ def analyze(
     Raises:
         ExportError, MomentError, DataError: of the stages.
     """
+    _check_call(model, loss_fn, batches, steps, warmup)
     settings = settings_of(sgd, batches, batch_size, model)
     data = _taken(batches, samples, _replicates(settings) if uses_batch_statistics(model.modules()) else 1)
     loss = chosen_loss(loss_fn, model, data[0])
@@ -235,6 +237,20 @@ def analyze(
     return Analysis(measured.symmetries, measured.certificate, measured.moments, flow, eq, settings, found, diagnosis)
 
 
+def _check_call(model: Any, loss_fn: Any, batches: Any, steps: int | None, warmup: int | None) -> None:
+    """Raises DataError for arguments of another kind, named, and for lengths that are no numbers of steps."""
+    call = "analyze(model, loss_fn, batches, optimizer)"
+    expect(call, "model", model, nn.Module, A_MODEL)
+    expect(call, "batches", batches, Iterable, "a DataLoader or a list of batches")
+    if loss_fn is not None and not callable(loss_fn):
+        expect(call, "loss_fn", loss_fn, Callable, "loss_fn(model, batch), a criterion, or None")
+    if isinstance(batches, Sequence) and not len(batches):
+        raise DataError("there are no batches; give at least one")
+    for name, given, least in (("steps", steps, 1), ("warmup", warmup, 0)):
+        if given is not None and not (isinstance(given, int) and given >= least):
+            raise DataError(f"{name} must be a whole number of steps, at least {least}, got {given!r}")
+
+
 def _settled(measured: MeasuredModel, model: nn.Module, settings: Settings, approximate: bool) -> Equilibrium:
     """The joint equilibrium; where the samples are too few for it, that of each symmetry with the others held."""
     try:
@@ -247,13 +263,16 @@ def settings_of(optimizer: Any, batches: Iterable[Any], batch_size: int | None, 
     """The optimiser's settings at the largest learning rate of its schedule, as far as that is written in its groups.
 
     Raises:
-        DataError: neither settings nor an optimiser that the theory covers.
+        DataError: neither settings nor an optimiser that the theory covers, or one of another model.
     """
     if not hasattr(optimizer, "param_groups"):
         check_settings(optimizer)
         settings: Settings = optimizer
         return settings
     inner = unwrap_optimizer(optimizer)
+    own = {id(p) for p in model.parameters()}
+    if not any(id(p) in own for group in inner.param_groups for p in group["params"]):
+        raise DataError("the optimizer holds no parameter of this model: it is another model's, or another copy's")
     size = batch_size or getattr(batches, "batch_size", None) or samples_in(next(iter(batches)))
     at_peak = copy.copy(inner)
     at_peak.param_groups = [

@@ -19,6 +19,7 @@ SOME_DEAD, MANY_DEAD = 0.1, 0.5
 SILENT = 1e-6
 FAINT, FROZEN_OUT = 0.1, 0.01
 SHOWN = 4
+LIKE_ITS_LAYER = ", as the rest of its layer is, and no more than usual initial weights are"
 
 
 def far_from_equilibrium(facts: Sequence[LayerBalance], steps: float) -> list[Finding]:
@@ -50,7 +51,8 @@ def far_from_equilibrium(facts: Sequence[LayerBalance], steps: float) -> list[Fi
     title = (
         f"None is far from its noise equilibrium: the farthest, {worst.part} {at} of `{worst.name}`, is a factor of "
     )
-    title += f"{math.exp(abs(float(worst.factors[at]))):.2g} away."
+    factor = math.exp(abs(float(worst.factors[at])))
+    title += f"{factor:.2g} away" + (LIKE_ITS_LAYER if factor >= math.exp(FAR) else "") + "."
     return [calm("balance", "balance", title, _sure(worst, at))]
 
 

@@ -111,6 +111,7 @@ class StepStability:
         safe: steps that keep the load with minibatches below 1/2, likewise.
         planned: steps of warmup that the run has; None where nobody said.
         started: the optimiser has made steps with these weights.
+        replaced: a step is as long as some weight that it changes, so that curvature here says nothing.
     """
 
     lr: float
@@ -122,6 +123,7 @@ class StepStability:
     safe: float | None
     planned: int | None
     started: bool
+    replaced: bool = False
 
     @property
     def stable(self) -> float:
@@ -137,11 +139,13 @@ class NormHistory:
         name: of the symmetry.
         norm_factor: `|W|^2` at the end over the beginning.
         rate_factor: effective learning rate at the end over the beginning, changes of the learning rate taken out.
+        steps: between the two.
     """
 
     name: str
     norm_factor: float
     rate_factor: float
+    steps: float
 
 
 @dataclass(frozen=True)
@@ -186,11 +190,18 @@ class NormTrend:
         name: of the parameter.
         norm_square: `|W|^2` now.
         change: of it per step, by mean gradient, noise and decay.
+        step_square: the squared length of a step.
     """
 
     name: str
     norm_square: float
     change: float
+    step_square: float = 0.0
+
+    @property
+    def step_length(self) -> float:
+        """The length of a step over that of the weight, 0 for a weight of zeros."""
+        return math.sqrt(self.step_square / self.norm_square) if self.norm_square > 0 else 0.0
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from noetherflow.core.printing import WIDTH, count, show
+from noetherflow.errors import DataError
 
 Severity = Literal["act", "watch", "good", "open"]
 """`act`: change something; `watch`: look again later; `good`: nothing to do; `open`: this measurement cannot tell."""
@@ -136,7 +137,13 @@ class Diagnosis:
         raise KeyError(f"no finding by rule {rule!r}; found: {[f.rule for f in self.findings]}")
 
     def about(self, topic: Topic) -> tuple[Finding, ...]:
-        """The findings that answer one question, the most urgent first."""
+        """The findings that answer one question, the most urgent first.
+
+        Raises:
+            DataError: an unknown topic.
+        """
+        if topic not in QUESTIONS:
+            raise DataError(f"no topic {topic!r}; topics: {', '.join(QUESTIONS)}")
         return tuple(f for f in self.findings if f.topic == topic)
 
     def severity(self, severity: Severity) -> tuple[Finding, ...]:

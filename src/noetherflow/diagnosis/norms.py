@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from noetherflow.core.printing import count
 from noetherflow.diagnosis.facts import LogitGrowth, NormHistory, NormTrend, ScaleInvariantNorm
 from noetherflow.diagnosis.finding import Evidence, Finding, Severity, calm
 
@@ -14,6 +13,7 @@ BITES, TOO_SMALL = 1.0, 0.1
 GROWN, GROWN_PREDICTED = 3.0, 10.0
 LOGITS, LOGITS_SATURATE = 3.0, 10.0
 TRENDS = 3
+DOUBLES = 1.0
 
 
 def norm_growth(facts: Sequence[ScaleInvariantNorm], steps: float) -> list[Finding]:
@@ -28,7 +28,7 @@ def norm_growth(facts: Sequence[ScaleInvariantNorm], steps: float) -> list[Findi
         return [calm("norm-growth", "norms", title, "sure, as far as the symmetries were found")]
     worst = max(facts, key=lambda f: _size(f, steps))
     size, change = _size(worst, steps), worst.learning_rate_factor(steps)
-    number = count(len(facts), "scale-invariant weight", "scale-invariant weights")
+    number = f"{len(facts)} scale-invariant weights"
     error = None if worst.growth_error is None else worst.growth_error / worst.norm_square
     numbers = (
         Evidence(f"squared norm's growth by gradients per step, {worst.name}", worst.growth / worst.norm_square, error),
@@ -63,7 +63,8 @@ def _advice(worst: ScaleInvariantNorm, change: float) -> str:
         return f"lower the weight decay of `{worst.name}`: it shrinks the norm, so the effective learning rate rises"
     if worst.decay == 0:
         return f"give `{worst.name}` weight decay, so that its norm settles, or count the fall into the schedule"
-    return f"raise the weight decay of `{worst.name}` (its norm is below where decay holds it), or count the fall in"
+    low = "its norm is below where decay holds it"
+    return f"raise the weight decay of `{worst.name}` ({low}), or count the fall into the schedule"
 
 
 def _sure(worst: ScaleInvariantNorm) -> str:
@@ -73,8 +74,11 @@ def _sure(worst: ScaleInvariantNorm) -> str:
     return f"sampling error {share:.0%}; gradients as they are now, at a constant learning rate"
 
 
-def norms_so_far(facts: Sequence[NormHistory], steps: float) -> list[Finding]:
-    """What norms of scale-invariant weights did to the effective learning rate over a run; thresholds as above."""
+def norms_so_far(facts: Sequence[NormHistory], decays: bool) -> list[Finding]:
+    """What norms of scale-invariant weights did to the effective learning rate over a run; thresholds as above.
+
+    `decays`: whether the run has weight decay, which the advice depends on.
+    """
     known = [f for f in facts if math.isfinite(f.rate_factor) and f.rate_factor > 0]
     if not known:
         title = "No scale-invariant weight is watched: the loss feels the scale of every watched weight."
@@ -82,27 +86,34 @@ def norms_so_far(facts: Sequence[NormHistory], steps: float) -> list[Finding]:
     worst = max(known, key=lambda f: abs(math.log(f.rate_factor)))
     size = max(worst.rate_factor, 1 / worst.rate_factor)
     numbers = (Evidence(f"squared norm of {worst.name}, at the end over the beginning", worst.norm_factor),)
-    number = count(len(known), "scale-invariant weight", "scale-invariant weights")
+    number = f"{len(known)} scale-invariant weights"
     if size < HALVED:
         title = (
             f"None that matters: norms of {number} changed the effective learning rate by a factor of {size:.2g} at "
         )
-        title += f"most in {steps:,.0f} steps (`{worst.name}`)."
+        title += f"most in {worst.steps:,.0f} steps (`{worst.name}`)."
         return [calm("norm-growth", "norms", title, "measured", numbers)]
     over = tuple(f.name for f in known if abs(math.log(f.rate_factor)) >= math.log(HALVED))
     severity: Severity = "act" if size >= TENTH else "watch"
-    verb = "grew" if worst.norm_factor > 1 else "shrank"
-    title = f"{len(over)} of {number} {verb}: the norm of `{worst.name}` is {worst.norm_factor**0.5:.2g} times what it "
-    title += f"was {steps:,.0f} steps ago, its effective learning rate {worst.rate_factor:.2g} times, schedule apart."
+    changed = "grew" if worst.norm_factor > 1 else "shrank"
+    grown = worst.norm_factor**0.5
+    title = f"{len(over)} of {number} {changed}: the norm of `{worst.name}` is {grown:.2g} times what it was "
+    title += f"{worst.steps:,.0f} steps before, its effective learning rate {worst.rate_factor:.2g} times, schedule "
+    title += "apart."
     means = "The loss ignores this norm, but a larger one makes every step turn the weight by less: a learning rate "
     means += "schedule that nobody wrote."
-    advice = f"set weight decay on `{worst.name}` so that its norm settles, or count this into the schedule"
+    verb = "raise the weight decay of" if decays else "set weight decay on"
+    advice = f"{verb} `{worst.name}` so that its norm settles, or count this into the schedule"
     weight = math.log(size)
     return [Finding("norm-growth", "norms", severity, title, means, advice, "measured", numbers, over, weight)]
 
 
 def fastest_norms(facts: Sequence[NormTrend]) -> list[Finding]:
-    """Which weights' norms grow fastest now; no threshold, since the loss feels these norms and guides them."""
+    """Which weights' norms grow fastest now.
+
+    Threshold: a squared norm that doubles within one step is to watch; below, the loss feels these norms and guides
+    them.
+    """
     rising = sorted((f for f in facts if f.change > 0 and f.norm_square > 0), key=lambda f: -f.change / f.norm_square)
     if not rising:
         return [calm("fastest-norms", "norms", "No weight's norm grows at present.", "the present gradients alone")]
@@ -110,6 +121,12 @@ def fastest_norms(facts: Sequence[NormTrend]) -> list[Finding]:
     listed = ", ".join(f"`{f.name}` {50 * f.change / f.norm_square:+.2g} %" for f in shown)
     title = f"{len(rising)} of {len(facts)} weights grow at present, fastest (norm per step): {listed}."
     numbers = tuple(Evidence(f"squared norm's change per step, {f.name}", f.change / f.norm_square) for f in shown)
+    pace = shown[0].change / shown[0].norm_square
+    if pace >= DOUBLES:
+        means = "At this pace a squared norm doubles within a step."
+        advice, sure = "lower the learning rate", "the present gradients alone"
+        names = tuple(f.name for f in shown)
+        return [Finding("fastest-norms", "norms", "watch", title, means, advice, sure, numbers, names, pace)]
     return [calm("fastest-norms", "norms", title, "the present gradients alone", numbers)]
 
 
@@ -141,7 +158,8 @@ def decay_bites(decays: Sequence[float], steps: float) -> list[Finding]:
     if share < BITES:
         title = f"Partly: it takes {taken:.0%} of squared norms in {steps:,.0f} steps, so they do not settle yet."
         return [calm("decay-bites", "decay", title, sure, numbers)]
-    title = f"Yes: it acts over {memory:,.0f} steps, so norms reach the balance of decay and growth in this run."
+    title = f"Yes: it acts over {memory:,.0f} steps; in {steps:,.0f} it takes {taken:.0%} of what norms began with, so "
+    title += "they are mostly where decay and growth balance."
     return [calm("decay-bites", "decay", title, sure, numbers)]
 
 

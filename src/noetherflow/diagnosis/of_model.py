@@ -78,16 +78,19 @@ class Examined:
 
 def diagnose_measurement(examined: Examined) -> Diagnosis:
     """All findings that one measurement supports."""
+    trends = list(_trends(examined))
+    steps = replace(_stability(examined), replaced=bool(stability.step_length(trends)))
     found: list[Finding] = [
         *norms.norm_growth(list(_invariant_norms(examined)), examined.steps),
-        *norms.fastest_norms(list(_trends(examined))),
+        *norms.fastest_norms(trends),
         *norms.decay_bites(_decays(examined), examined.steps),
         *norms.logit_growth(list(_logits(examined))),
         *balance.far_from_equilibrium(list(_balances(examined)), examined.steps),
         *balance.dead_units(list(_activities(examined))),
         *balance.frozen_heads(list(_activities(examined))),
-        *stability.learning_rate(_stability(examined)),
-        *stability.sharpening(_stability(examined)),
+        *stability.learning_rate(steps),
+        *stability.step_length(trends),
+        *stability.sharpening(steps),
         *stability.memory_of_squares(examined.settings),
         *sampling.batch_size(_regime(examined)),
         *breaking.broken_by_the_loss(examined.refused),
@@ -180,7 +183,7 @@ def _trends(examined: Examined) -> Iterator[NormTrend]:
         else:
             along = lr * float((weight * g / batch.sqrt().clamp_min(1e-12)).sum())
             added = lr**2 * weight.numel()
-        yield NormTrend(name, norm, added - 2 * along - decay_share(settings, name) * norm)
+        yield NormTrend(name, norm, added - 2 * along - decay_share(settings, name) * norm, added)
 
 
 def _balances(examined: Examined) -> Iterator[LayerBalance]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -33,10 +34,11 @@ def diagnose_run(run: RunData | str | os.PathLike[str], steps: int | None = None
     data = run if isinstance(run, RunData) else RunData.load(run)
     made = float(data.steps[-1] - data.steps[0] + 1)
     whole = made if steps is None else float(steps)
+    decays = _decays(data)
     found: list[Finding] = [
-        *norms.norms_so_far(list(_norms(data)), made),
-        *norms.decay_bites(_decays(data), whole),
-        *norms.logit_growth(list(_logits(data, made))),
+        *norms.norms_so_far(list(_norms(data)), any(d > 0 for d in decays)),
+        *norms.decay_bites(decays, whole),
+        *norms.logit_growth(list(_logits(data))),
         *balance.far_during_run(list(_balances(data)), whole),
         *stability.loss_course(_course(data)),
         *stability.turning([(n, recent(data, "angular", i)) for i, n in enumerate(data.symmetries)]),
@@ -58,10 +60,26 @@ def recent(data: RunData, column: str, symmetry: int) -> float:
     return float(np.median(known)) if known.size else float("nan")
 
 
-def _ends(values: np.ndarray) -> tuple[float, float] | None:
-    """First and last known value, None with fewer than two."""
-    known = values[np.isfinite(values) & (values > 0)]
-    return (float(known[0]), float(known[-1])) if known.size > 1 else None
+@dataclass(frozen=True)
+class Span:
+    """The first and the last known value of a quantity, and the steps between them."""
+
+    first: float
+    last: float
+    steps: float
+
+    @property
+    def factor(self) -> float:
+        return self.last / self.first
+
+
+def _span(values: np.ndarray, at: np.ndarray) -> Span | None:
+    """From the values known at the steps `at`; None with fewer than two."""
+    known = np.flatnonzero(np.isfinite(values) & (values > 0))
+    if known.size < 2:
+        return None
+    first, last = known[0], known[-1]
+    return Span(float(values[first]), float(values[last]), float(at[last] - at[first]))
 
 
 def _norms(data: RunData) -> Iterator[NormHistory]:
@@ -71,9 +89,9 @@ def _norms(data: RunData) -> Iterator[NormHistory]:
     for i in np.flatnonzero(data.one_sided):
         with np.errstate(divide="ignore", invalid="ignore"):
             plain = data.estimates["effective_lr"][:, i] / rate
-        norm, effective = _ends(data.estimates["norm"][:, i]), _ends(plain)
+        norm, effective = (_span(v, data.estimate_steps) for v in (data.estimates["norm"][:, i], plain))
         if norm and effective:
-            yield NormHistory(data.symmetries[i], norm[1] / norm[0], effective[1] / effective[0])
+            yield NormHistory(data.symmetries[i], norm.factor, effective.factor, norm.steps)
 
 
 def _decays(data: RunData) -> list[float]:
@@ -91,15 +109,16 @@ def _decays(data: RunData) -> list[float]:
     return shares
 
 
-def _logits(data: RunData, steps: float) -> Iterator[LogitGrowth]:
+def _logits(data: RunData) -> Iterator[LogitGrowth]:
     if "norm" not in data.estimates:
         return
     for i, symmetry in enumerate(data.header["symmetries"]):
-        ends = _ends(data.estimates["norm"][:, i])
-        if symmetry.get("family") in QUERY_KEY and ends:
+        span = _span(data.estimates["norm"][:, i], data.estimate_steps)
+        if symmetry.get("family") in QUERY_KEY and span:
             shape = symmetry["shape"]
             width = 2 * shape[0] if len(shape) == 1 else shape[0] * shape[1]
-            yield LogitGrowth(symmetry["name"], None, ends[1] / ends[0], ends[1] / (2 * width), steps, measured=True)
+            spread = span.last / (2 * width)
+            yield LogitGrowth(symmetry["name"], None, span.factor, spread, span.steps, measured=True)
 
 
 def _balances(data: RunData) -> Iterator[RunBalance]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from noetherflow.core.adaptive import AdamConfig
 from noetherflow.core.optimizers import Settings
 from noetherflow.core.printing import show
-from noetherflow.diagnosis.facts import LossCourse, StepStability
+from noetherflow.diagnosis.facts import LossCourse, NormTrend, StepStability
 from noetherflow.diagnosis.finding import NOTHING, Evidence, Finding, Severity, calm
 
 EDGE = 2.0
@@ -16,6 +16,7 @@ NOISY = 1.0
 SHARPER = 2.0
 SHORT_MEMORY, LLM_MEMORY = 0.9, 0.95
 TURN, BIG_TURN = 0.1, 0.3
+REPLACED = 1.0
 CURVED = "likely: curvature on the data measured, the function taken to stay as it is meanwhile"
 
 
@@ -32,6 +33,9 @@ def learning_rate(fact: StepStability) -> list[Finding]:
         advice = "nf.diagnose(..., curvature=True) measures it"
         title = "Not measured: the curvature is not known here."
         return [Finding("learning-rate", "warmup", "open", title, "", advice, "open")]
+    if fact.load < 1 and fact.replaced:
+        title = "Curvature cannot tell: a step is as long as weights that it changes."
+        return [Finding("learning-rate", "warmup", "open", title, "", "", "open", _numbers(fact))]
     if fact.load < 1:
         return [_stable(fact)]
     if fact.started and fact.load < EDGE:
@@ -106,6 +110,29 @@ def _warmup(fact: StepStability) -> Finding:
         severity, advice = "good", NOTHING
         title = f"The warmup of {fact.planned:,} steps is long enough: stability asks for about {fact.needed:,.0f}."
     return Finding("learning-rate", "warmup", severity, title, means, advice, CURVED, _numbers(fact), weight=fact.load)
+
+
+def step_length(facts: Sequence[NormTrend]) -> list[Finding]:
+    """Steps as long as the weights that they change, root mean square over noise.
+
+    Threshold: at a relative length of 1 one step replaces the weight, wherever the gradient points: neither curvature
+    nor any forecast at the present weights says where it lands, so this is to act on. Usual peak rates are below 0.05
+    (Adam at 1e-3 with weights of standard deviation 0.02), so nothing is said below 1.
+    """
+    far = sorted(((f, f.step_length) for f in facts if f.step_length >= REPLACED), key=lambda p: -p[1])
+    if not far:
+        return []
+    worst, length = far[0]
+    title = f"A step is {length:.2g} times as long as `{worst.name}` itself"
+    title += f" (and too long for {len(far) - 1} more weights)." if len(far) > 1 else "."
+    means = "One step replaces what the weight was; curvature at the present weights says nothing of where it lands."
+    advice = (
+        f"lower the learning rate at least {10 * length:,.0f} times, so that a step is a tenth of the weight at most"
+    )
+    numbers = tuple(Evidence(f"step over weight, {f.name}", size) for f, size in far[:3])
+    names = tuple(f.name for f, _ in far)
+    sure = "sure for the next step: from the gradients measured and the learning rate"
+    return [Finding("step-length", "warmup", "act", title, means, advice, sure, numbers, names, weight=length)]
 
 
 def sharpening(fact: StepStability) -> list[Finding]:
@@ -202,7 +229,10 @@ def turning(angles: Sequence[tuple[str, float]]) -> list[Finding]:
     name, worst = max(known, key=lambda r: r[1])
     number = (Evidence(f"angle per step of {name}", worst, unit="radians"),)
     if worst < TURN:
-        title = f"Steps are small: scale-invariant weights turn by at most {worst:.2g} radians a step."
+        title = (
+            f"Steps are small: of scale-invariant weights the fastest, `{name}`, lately turned by {worst:.2g} radians "
+        )
+        title += "a step."
         return [calm("turning", "warmup", title, "measured", number)]
     severity: Severity = "act" if worst >= BIG_TURN else "watch"
     title = f"Each step turns `{name}` by {worst:.2g} radians: its effective learning rate is too large."

@@ -72,7 +72,8 @@ class Flow(Shown):
         determine the orbit without samples, at the cost of one more forecast per group.
 
         Under Adam the charges are preconditioned, each at the `v` of its step, which lags behind; no errors then.
-        Forecasts beyond `regime.horizon` are marked as not valid. Where the flow changes too fast to be followed, the
+        Forecasts beyond `regime.horizon`, or of a mean gradient that momentum counts as constant and that may not be
+        (`regime.constant`), are marked as not valid. Where the flow changes too fast to be followed, the
         forecast ends before the last step, says so (`Forecast.asked`), and has no errors.
 
         Raises:
@@ -161,20 +162,10 @@ class Flow(Shown):
         lines += [
             str(self.regime),
             *(f"CAUTION: {text}" for text in self.cautions),
-            *self._caution(),
+            *self.regime.cautions,
             *(few_samples(self.moments.samples) if self.moments.groups else []),
         ]
         return "\n".join([*lines, *grouped("excluded", self.excluded, verbose)])
-
-    def _caution(self) -> list[str]:
-        """What to say where the mean gradient changes faster than momentum's memory, which takes it to be constant."""
-        memory = 1 / (1 - self.sgd.momentum) if isinstance(self.sgd, SGDConfig) and self.sgd.momentum else 0.0
-        if self.regime.horizon >= memory or self.regime.mean_share < 0.1:
-            return []
-        return [
-            f"NOT VALID as a drift: momentum remembers {memory:.0f} steps and counts the mean gradient as constant "
-            f"over them, but it lasts {self.regime.horizon:.2g}; {self.regime.advice}"
-        ]
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -58,8 +58,8 @@ class Forecast(Shown):
 
     @property
     def valid(self) -> tuple[bool, ...]:
-        """For every step, whether the measured gradients last that long."""
-        return tuple(k <= self.regime.horizon for k in self.steps)
+        """For every step, whether the measured gradients last that long, and as long as momentum takes them to."""
+        return tuple(k == 0 or (k <= self.regime.horizon and self.regime.constant) for k in self.steps)
 
     def interval(self, name: str, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Lower and upper end of the interval of one symmetry's charges that holds the truth with probability `level`.
@@ -145,7 +145,9 @@ class Forecast(Shown):
         return "\n".join([*lines, str(self.regime), *self._cautions()])
 
     def _cautions(self) -> list[str]:
-        out = [] if all(self.valid) else [f"* not valid: {self.regime.advice}"]
+        out = (
+            [] if all(self.valid) else [f"* not valid: {text}" for text in self.regime.cautions or [self.regime.advice]]
+        )
         if self.asked:
             out.append(
                 f"STOPPED at step {self.steps[-1]:,} of {self.asked:,}: the flow changes too fast to be followed "

@@ -15,6 +15,12 @@ from noetherflow.equilibrium.potential import Drift
 from noetherflow.moments.result import GradientMoments, trace
 from noetherflow.symmetry.symmetry import Symmetry
 
+LASTING = 10.0
+"""Memories of momentum that the mean gradient must last at least. With a gradient that falls by `1/e` in `t` memories
+its drift is smaller than that of a constant one by about `1 / (1 + 1 / t)`; and the horizon is an upper bound."""
+COUNTS = 0.1
+"""Share of the drift from which the mean gradient counts."""
+
 
 @dataclass(frozen=True)
 class Regime:
@@ -25,10 +31,30 @@ class Regime:
             |step_size|)` over all coordinates; near 0 in the noise regime of the theory, near 1 early in training
             with momentum.
         horizon: Steps after which the loss would be gone if the mean gradient stayed as it is; infinite at a minimum.
+            An upper bound: along stiff directions gradients turn sooner.
+        memory: Steps that momentum remembers, over which it counts the mean gradient as constant; 0 without momentum.
     """
 
     mean_share: float
     horizon: float
+    memory: float = 0.0
+
+    @property
+    def constant(self) -> bool:
+        """Whether the mean gradient may be taken to be constant over momentum's memory, or hardly counts."""
+        return self.mean_share < COUNTS or self.horizon >= LASTING * self.memory
+
+    @property
+    def cautions(self) -> list[str]:
+        """What to say of a drift whose mean gradient is not known to last for momentum's memory."""
+        if self.constant:
+            return []
+        return [
+            f"NOT VALID as a drift: momentum remembers {self.memory:.0f} steps and counts the mean gradient as "
+            f"constant "
+            f"over them, but it lasts {self._steps()} at most, fewer than {LASTING:.0f} memories; where gradients turn "
+            f"sooner the drift is smaller by up to {2 * self.memory - 1:.0f} times; {self.advice}"
+        ]
 
     def __str__(self) -> str:
         lasts = "" if math.isinf(self.horizon) else f", lasts about {self._steps()} steps"
@@ -41,15 +67,16 @@ class Regime:
     def advice(self) -> str:
         """What is valid beyond the horizon."""
         return (
-            f"by step {self._steps()} the measured mean gradient would have used up the loss, so gradients and noise "
-            f"are "
+            f"by step {self._steps()} the measured mean gradient would have used up the loss, so gradients and "
+            f"noise are "
             "others by then; valid is the drift along the run: nf.Ledger books it step by step, and snapshots of the "
             "momentum buffer give it, nf.noether_flow(model, syms, optimizer=optimizer)"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """`mean_share`, and `horizon` in steps (None where infinite)."""
-        return {"mean_share": self.mean_share, "horizon": self.horizon if math.isfinite(self.horizon) else None}
+        """The attributes, an infinite `horizon` as None, and `constant`."""
+        horizon = self.horizon if math.isfinite(self.horizon) else None
+        return {"mean_share": self.mean_share, "horizon": horizon, "memory": self.memory, "constant": self.constant}
 
 
 FEW = 200
@@ -86,7 +113,8 @@ def regime_of(symmetries: Sequence[Symmetry], moments: GradientMoments, sgd: SGD
     square = mean_gradient_square(symmetries, moments, sgd)
     if square <= 0 or not moments.loss > 0:
         return Regime(share, math.inf)
-    return Regime(share, moments.loss / (sgd.effective_lr * square))
+    memory = 1 / (1 - sgd.momentum) if sgd.momentum else 0.0
+    return Regime(share, moments.loss / (sgd.effective_lr * square), memory)
 
 
 def mean_gradient_square(symmetries: Sequence[Symmetry], moments: GradientMoments, sgd: SGDConfig) -> float:

@@ -167,7 +167,7 @@ class Equilibrium(Shown):
             + show(self.imbalance),
             table(self._families(), *(EXPLAINED if legend else ())),
         ]
-        lines += [] if self.regime is None else [str(self.regime)]
+        lines += [] if self.regime is None else [str(self.regime), *self.regime.cautions]
         lines += [f"assumed: {text}" for text in self.assumptions]
         lines += [f"CAUTION: {text}" for text in self.cautions]
         lines += self._approximate()

@@ -166,7 +166,7 @@ def _norm_error(values: Tensor, errors: Tensor) -> np.ndarray:
 
 
 def forecast(ax: Any, found: Forecast, most: int) -> None:
-    """The norms of the `most` charges that change most; steps beyond the horizon are shaded."""
+    """The norms of the `most` charges that change most; steps that are not valid are shaded."""
     names = sorted(found.charges, key=lambda n: -float((found.charges[n][-1] - found.charges[n][0]).norm()))[:most]
     for name, label, colour in zip(names, labels_of(names), style.CYCLE * 3, strict=False):
         charge = found.charges[name]
@@ -175,9 +175,9 @@ def forecast(ax: Any, found: Forecast, most: int) -> None:
         if name in found.errors:
             spread = 2 * _norm_error(charge, found.errors[name])
             ax.fill_between(found.steps, curve - spread, curve + spread, color=colour, alpha=0.25, linewidth=0)
-    if found.regime.horizon < found.steps[-1]:
-        ax.axvspan(found.regime.horizon, found.steps[-1], color=style.MUTED, alpha=0.14, lw=0)
-        ax.axvline(found.regime.horizon, color=style.MUTED, lw=1, ls=":", label="gradients measured last until here")
+    if not all(found.valid):
+        until = found.regime.horizon if found.regime.constant else found.steps[0]
+        ax.axvspan(until, found.steps[-1], color=style.MUTED, alpha=0.14, lw=0, label="not valid")
     _numbers(ax.xaxis)
     ax.set(xlabel="steps after the measurement", ylabel="norm of the charge", ylim=(0, None))
     ax.set_title("Forecast charges (band: 2 s.e.)")
