@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,14 @@ def train(model: Any, optimizer: torch.optim.Optimizer, ledger: Ledger, steps: i
         optimizer.zero_grad()
         backward(model, batch)
         optimizer.step()
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_is_answered() -> Iterator[None]:
+    """A shell starts background jobs with Ctrl-C ignored, and a suite run that way would test nothing here."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 # --- Ctrl-C ----------------------------------------------------------------------------------------------------------

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from noetherflow.errors import DataError
-from noetherflow.monitor import ledger as ledger_module
-from noetherflow.monitor import pace
+from noetherflow.monitor import pace, recorder
 from noetherflow.monitor.ledger import Ledger
 from noetherflow.monitor.log import read_log
 from noetherflow.monitor.pace import AGAIN, FIRST, Pace, stride
@@ -35,7 +34,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr(pace, "perf_counter", made)
-    monkeypatch.setattr(ledger_module, "perf_counter", made)
+    monkeypatch.setattr(recorder, "perf_counter", made)
     return made
 
 
@@ -124,13 +123,13 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, clock: Clock, step
 
 def slow(ledger: Ledger, clock: Clock, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have every measurement take so long."""
-    after = ledger._meter.after
+    after = ledger._recorder.meter.after
 
     def timed(now: object) -> None:
         clock.now += seconds
         after(now)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ledger._meter, "after", timed)
+    monkeypatch.setattr(ledger._recorder.meter, "after", timed)
 
 
 def test_a_run_is_recorded_as_the_budget_allows(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
