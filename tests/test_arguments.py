@@ -127,6 +127,64 @@ def test_the_error_names_what_is_wrong(what: str, capfd: pytest.CaptureFixture[s
     assert capfd.readouterr().err == "", "torch's own log of the failure is not shown"
 
 
+def verbs() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
+    """Every verb with right arguments by name; each must refuse None in place of any of them."""
+    data = [(X, Y)]
+    found = {"model": NET, "syms": SYMS}
+    measuring = {**found, "loss_fn": loss, "batches": data}
+    theory = {**found, "mom": MOMENTS, "sgd": SGD}
+    curved = {"model": NET, "loss_fn": loss, "batches": data}
+    return {
+        "find": (nf.find_symmetries, {"model": NET, "example_inputs": X}),
+        "count": (nf.count_symmetries, {"model": NET, "example_inputs": X}),
+        "certify": (nf.certify, {**found, "example_inputs": X}),
+        "declare": (nf.declare, {"model": NET, "kind": "diagonal", "plus": [("0.weight", 0)], "minus": []}),
+        "moments": (nf.gradient_moments, measuring),
+        "factors": (nf.gradient_factors, measuring),
+        "minibatches": (lambda **given: nf.minibatch_moments(**given, batch_size=8), measuring),
+        "activations": (nf.activation_moments, {**found, "batches": [X]}),
+        "curvature": (nf.curvature_moments, measuring),
+        "eigenvalue": (nf.top_eigenvalue, curved),
+        "flow": (nf.noether_flow, theory),
+        "equilibrium": (nf.noise_equilibrium, theory),
+        "sharpness": (nf.sharpness_forecast, {**curved, "eq": EQ, "flow": FLOW}),
+        "balance": (nf.balance_, {"model": NET, "eq": EQ}),
+        "move": (nf.move_, {**found, "elements": {}}),
+        "gains": (nf.gains_to_one, found),
+        "align": (nf.align, {"model_a": NET, "model_b": NET, "syms": SYMS}),
+        "distance": (nf.orbit_distance, {"model_a": NET, "model_b": NET, "syms": SYMS}),
+        "ledger": (nf.Ledger, {**found, "optimizer": ADAM}),
+        "error": (nf.standard_error, {"moments": MOMENTS, "statistic": lambda m: 0.0}),
+        "save": (lambda moments: nf.save_moments(moments, "unwritten"), {"moments": MOMENTS}),
+        "smoothing": (nf.smoothing, {"activations": nf.activation_moments(NET, [X], SYMS)}),
+        "settings": (nf.optimizer_config, {"optimizer": ADAM, "batch_size": 8}),
+        "criterion": (nf.per_sample, {"criterion": nn.MSELoss()}),
+        "run": (nf.diagnose_run, {"run": "nowhere"}),
+    }
+
+
+VERBS = verbs()
+OPTIONAL = ("declare/minus", "declare/kind", "declare/plus")
+MISSING = [f"{verb}/{name}" for verb, (_, given) in VERBS.items() for name in given if f"{verb}/{name}" not in OPTIONAL]
+
+
+@pytest.mark.parametrize("what", MISSING)
+def test_a_missing_argument_is_refused_by_name(what: str) -> None:
+    verb, name = what.split("/")
+    call, given = VERBS[verb]
+    with pytest.raises(NoetherflowError) as caught:
+        call(**{**given, name: None})
+    assert "None" in str(caught.value) or name in str(caught.value) or "moments" in str(caught.value), caught.value
+
+
+@pytest.mark.parametrize("optimizer", ["adam", NET, X, {"lr": 0.1}])
+def test_what_is_no_optimiser_is_refused(optimizer: Any) -> None:
+    with pytest.raises(NoetherflowError, match="optimizer must be a torch optimiser"):
+        nf.balance_(copy.deepcopy(NET), EQ, optimizer)
+    with pytest.raises(NoetherflowError, match="expected a torch optimiser"):
+        nf.optimizer_config(optimizer, 8)
+
+
 def test_results_show_as_tables_in_a_notebook() -> None:
     flow = nf.noether_flow(NET, SYMS, MOMENTS, SGD)
     for result in (SYMS, SYMS[0], MOMENTS, flow, nf.noise_equilibrium(NET, SYMS, MOMENTS, SGD), flow.forecast([0, 10])):

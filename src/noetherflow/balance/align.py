@@ -20,6 +20,7 @@ from noetherflow.core.host import on_host
 from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.joint import noise_equilibrium
 from noetherflow.errors import DataError
+from noetherflow.symmetry.arguments import expect_model_and_symmetries
 from noetherflow.symmetry.symmetry import Symmetry
 from noetherflow.symmetry.symmetry_set import SymmetrySet, positions_of
 
@@ -150,6 +151,8 @@ def align(
 
     Source: theory.md section 2; Ainsworth et al. 2023 (Git Re-Basin) for matching by assignment.
     """
+    for model in (model_a, model_b):
+        expect_model_and_symmetries("align(model_a, model_b, syms)", model, syms)
     exact = syms.without({s.name: "only approximate" for s in syms if s.eps is not None})
     a, b = (_in_double(model, exact) for model in (model_a, model_b))
     _refuse_different(a, b)

@@ -18,6 +18,7 @@ from noetherflow.core.host import on_host
 from noetherflow.core.tensors import tensors_of
 from noetherflow.core.unwrap import unwrap
 from noetherflow.errors import DataError, NoetherflowError
+from noetherflow.symmetry.arguments import expect_model_and_symmetries
 from noetherflow.symmetry.leg import Leg
 from noetherflow.symmetry.symmetry import Symmetry
 from noetherflow.symmetry.symmetry_set import SymmetrySet, positions_of
@@ -78,6 +79,7 @@ def gains_to_one(
 
     Source: theory.md section 2.
     """
+    expect_model_and_symmetries("gains_to_one(model, syms, optimizer)", model, syms)
     syms.tensors_in(model)
     names = norm_gains(model)
     if not names:

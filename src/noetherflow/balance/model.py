@@ -165,13 +165,16 @@ def balance_(
     call = "balance_(model, eq, optimizer)"
     expect(call, "model", model, nn.Module, A_MODEL)
     expect(call, "eq", eq, Equilibrium, EQUILIBRIUM)
-    if isinstance(optimizer, Tensor | nn.Module):
-        expect(call, "optimizer", optimizer, torch.optim.Optimizer, OPTIMISER)
     refuse_inference_tensors(tensors_of(model), "balance_")
     tensors = tensors_of(model)
     refuse_bad_numbers({n: tensors[n] for n in eq.symmetries.parameters if n in tensors}, "balance_")
     _refuse_frozen(model, eq)
-    given = [] if optimizer is None else optimizer if isinstance(optimizer, Sequence) else [optimizer]
+    given: Sequence[Any] = (
+        [] if optimizer is None else optimizer if isinstance(optimizer, list | tuple) else [optimizer]
+    )
+    for one in given:
+        if not hasattr(one, "param_groups"):
+            expect(call, "optimizer", one, torch.optim.Optimizer, OPTIMISER)
     optimizers = [unwrap_optimizer(o) if isinstance(o, torch.optim.Optimizer) else o for o in given]
     return balance_values(model, eq, OutputCheck(example_inputs, certificate, tolerance, unchecked), optimizers)
 

@@ -12,12 +12,14 @@ from torch import nn
 from noetherflow.balance.checkpoint import balance_checkpoint
 from noetherflow.balance.model import BalanceReport, balance_
 from noetherflow.balance.motion import Motion
+from noetherflow.core.arguments import expect
 from noetherflow.core.host import on_host
 from noetherflow.core.tensors import tensors_of
 from noetherflow.discovery.certificate import Certificate
 from noetherflow.equilibrium.given import Destination, checked_elements, equilibrium_at
 from noetherflow.equilibrium.result import Equilibrium
 from noetherflow.errors import CertificateError, DataError
+from noetherflow.symmetry.arguments import expect_model_and_symmetries
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 Elements = Mapping[str, Any]
@@ -78,6 +80,9 @@ def move_(
             f"{str(model)!r} is a file: nf.move_checkpoint(source, target, model, syms, elements) moves files, with "
             "the model for their names and for the check of the outputs"
         )
+    call = "move_(model, syms, elements, optimizer)"
+    expect_model_and_symmetries(call, model, syms)
+    expect(call, "elements", elements, Mapping, "group elements by name, {syms[0].name: [2.0, 0.5, ...]}")
     eq = _equilibrium(model, syms, elements)
     refuse_frozen(model, Motion.of(eq))
     inverted = _inverted(eq)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
+
+from torch import nn
 
 from noetherflow.errors import DataError
 
@@ -27,9 +30,22 @@ def expect(call: str, name: str, given: Any, kind: Any, what: str) -> None:
         raise DataError(f"{call}: {name} must be {what}, got {type(given).__name__}; are the arguments in that order?")
 
 
+def expect_measurement(call: str, model: Any, loss_fn: Any, batches: Any) -> None:
+    """Refuse a model, loss or batches that are something else; `call` is as in `expect`, which says what it raises.
+
+    Example:
+        >>> expect_measurement("top_eigenvalue(model, loss_fn, batches)", nn.Linear(1, 1), lambda m, b: m(b), [])
+    """
+    expect(call, "model", model, nn.Module, A_MODEL)
+    expect(call, "loss_fn", loss_fn, Callable, A_LOSS)
+    expect(call, "batches", batches, Iterable, BATCHES)
+
+
 A_MODEL = "a torch.nn.Module"
 SYMMETRIES = "the symmetries, nf.find_symmetries(model, example_inputs)"
 MOMENTS = "moments, nf.gradient_moments(model, loss_fn, batches, syms)"
+A_LOSS = "loss_fn(model, batch), which gives one loss per sample"
 BATCHES = "an iterable of batches, a DataLoader or [(x, y), ...]"
 EQUILIBRIUM = "an equilibrium, nf.noise_equilibrium(model, syms, mom, sgd)"
+FLOW = "a flow, nf.noether_flow(model, syms, mom, sgd)"
 OPTIMISER = "a torch optimiser or a sequence of them"

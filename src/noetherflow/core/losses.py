@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from noetherflow.core.arguments import expect
 from noetherflow.core.inputs import LossFn, ModelInputs
 from noetherflow.core.unwrap import unwrap
 from noetherflow.errors import DataError
@@ -40,6 +41,7 @@ def per_sample(criterion: nn.Module | Callable[..., Tensor]) -> LossFn:
         >>> loss_fn(nn.Linear(3, 4), (torch.randn(5, 3), torch.tensor([0, 1, 2, 3, 0]))).shape
         torch.Size([5])
     """
+    expect("per_sample(criterion)", "criterion", criterion, Callable, "a criterion such as nn.CrossEntropyLoss()")
     single = _unreduced(criterion)
 
     def loss_fn(model: nn.Module, batch: Any) -> Tensor:

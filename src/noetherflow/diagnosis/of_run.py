@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from noetherflow.core.arguments import expect
 from noetherflow.diagnosis import balance, breaking, norms, sampling, stability
 from noetherflow.diagnosis.facts import LogitGrowth, LossCourse, NormHistory, RunBalance
 from noetherflow.diagnosis.finding import Diagnosis, Finding
@@ -31,6 +32,7 @@ def diagnose_run(run: RunData | str | os.PathLike[str], steps: int | None = None
     Raises:
         DataError: there is no log, or no step in it.
     """
+    expect("diagnose_run(run, steps)", "run", run, RunData | str | os.PathLike, "a run's folder or a RunData")
     data = run if isinstance(run, RunData) else RunData.load(run)
     made = float(data.steps[-1] - data.steps[0] + 1)
     whole = made if steps is None else float(steps)

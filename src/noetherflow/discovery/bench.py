@@ -118,10 +118,7 @@ class Bench:
                 failures.append(cause)
         else:
             if (own := own_failure(copy_of(source).eval(), inputs)) is not None:
-                raise DataError(
-                    f"{type(source).__name__} itself fails on these example inputs, {own}\nTheir shapes: "
-                    f"{inputs.shapes()}. Pass a tensor, a tuple of arguments or a dict of keyword arguments"
-                ) from failures[-1]
+                raise DataError(own) from failures[-1]
             raise DataError(_no_float64(self.model, failures[-1])) from failures[-1]
         if (why := stale(unwrap(source), self.model, inputs)) is not None:
             raise DataError(why)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from noetherflow.core.arguments import A_MODEL, SYMMETRIES, expect
 from noetherflow.core.inputs import LossFn, ModelInputs
 from noetherflow.discovery.bench import Bench, widened
 from noetherflow.discovery.certificate import Certificate, CertificateRow
@@ -30,6 +29,7 @@ from noetherflow.discovery.violations import (
     violations,
 )
 from noetherflow.errors import ExportError
+from noetherflow.symmetry.arguments import expect_model_and_symmetries
 from noetherflow.symmetry.symmetry import Symmetry
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
@@ -90,8 +90,7 @@ def certify(
         theory.md section 2.
     """
     call = "certify(model, syms, example_inputs)"
-    expect(call, "model", model, nn.Module, A_MODEL)
-    expect(call, "syms", syms, SymmetrySet, SYMMETRIES)
+    expect_model_and_symmetries(call, model, syms)
     tensors = syms.tensors_in(model)
     refuse_unusable(model, "certify")
     trainable = [n for n, t in tensors.items() if isinstance(t, nn.Parameter) and t.requires_grad]

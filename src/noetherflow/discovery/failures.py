@@ -57,14 +57,9 @@ def explain_failure(model: nn.Module, example_inputs: Any, failure: Exception | 
         The model's own error on these inputs if it has one; else torch's message with the place in the user's code and
         what to do about it.
     """
-    name = type(model).__name__
     if (own := own_failure(model, example_inputs)) is not None:
-        return (
-            f"{name} itself fails on these example inputs, {own}\n"
-            f"Their shapes: {ModelInputs.of(example_inputs).shapes()}. "
-            "Pass a tensor, a tuple of arguments or a dict of keyword arguments."
-        )
-    return f"{name} could not be exported: {first_line(failure)}{place(failure)}\n{_remedy(failure)}"
+        return own
+    return f"{type(model).__name__} could not be exported: {first_line(failure)}{place(failure)}\n{_remedy(failure)}"
 
 
 def _remedy(failure: Exception | None) -> str:
@@ -88,7 +83,7 @@ def _foreign(file: Path) -> bool:
 
 
 def own_failure(model: nn.Module, example_inputs: Any) -> str | None:
-    """The error of a plain forward, None if it runs."""
+    """What to tell the user where a plain forward raises, None if it runs."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     inputs = ModelInputs.of(example_inputs).map(lambda x: x.to(dtype) if x.is_floating_point() else x)
     try:
@@ -97,7 +92,11 @@ def own_failure(model: nn.Module, example_inputs: Any) -> str | None:
             buffers = {n: b.clone() for n, b in model.named_buffers()}
             torch.func.functional_call(model, buffers, inputs.args, inputs.kwargs)
     except Exception as error:
-        return f"{type(error).__name__}: {first_line(error)}"
+        failed = f"{type(error).__name__}: {first_line(error)}"
+        return (
+            f"{type(model).__name__} itself fails on these example inputs, {failed}\n"
+            f"Their shapes: {inputs.shapes()}. Pass a tensor, a tuple of arguments or a dict of keyword arguments."
+        )
     return None
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from noetherflow.core.inputs import ModelInputs
 from noetherflow.discovery.bench import widened
 from noetherflow.discovery.copies import ModelCopy, eps_settings
+from noetherflow.discovery.failures import first_line, own_failure
 from noetherflow.discovery.outputs import floating_tensors
 from noetherflow.discovery.raw_axes import RawAxes, generator_rows, raw_axes, touched
 from noetherflow.discovery.repeat import same_draws
@@ -119,7 +120,12 @@ def count_symmetries(
         for p in parameters.values():
             p.requires_grad_(True)
         probe = GeneratorProbe(copied.model, parameters, plan, symmetric, spread, seed)
-        return _count(probe, probe.equations(ModelInputs.of(widened(example_inputs))))
+        inputs = ModelInputs.of(widened(example_inputs))
+        try:
+            equations = probe.equations(inputs)
+        except (RuntimeError, TypeError, IndexError) as failure:
+            raise DataError(own_failure(probe.model, inputs) or first_line(failure)) from failure
+        return _count(probe, equations)
 
 
 def _refuse_too_many(unknowns: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from noetherflow.core.arguments import A_MODEL, expect
 from noetherflow.core.tensors import tensors_of
 from noetherflow.core.unwrap import unwrap
 from noetherflow.errors import DataError
@@ -22,8 +23,9 @@ def refuse_unusable(model: nn.Module, verb: str) -> None:
         verb: what the caller wants to do, for the message.
 
     Raises:
-        DataError: weights on the meta device, offloaded, NaN, infinite or beyond 1e30, named with the remedy.
+        DataError: no model; weights on the meta device, offloaded, NaN, infinite or beyond 1e30, named with the remedy.
     """
+    expect(f"{verb}(model, ...)", "model", model, nn.Module, A_MODEL)
     tensors = tensors_of(model)
     meta = [n for n, t in tensors.items() if t.device.type == "meta"]
     if meta and any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in unwrap(model).modules()):

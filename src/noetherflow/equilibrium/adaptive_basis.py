@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow.core.adaptive import AdamConfig
+from noetherflow.core.arguments import A_MODEL, expect
 from noetherflow.core.host import on_host
 from noetherflow.core.inputs import LossFn
 from noetherflow.core.printing import show
@@ -128,6 +129,9 @@ def adaptive_basis(
 
     Source: theory.md section 13, "GL and rotations".
     """
+    call = "adaptive_basis(model, symmetry, loss_fn, batches, config)"
+    expect(call, "model", model, nn.Module, A_MODEL)
+    expect(call, "symmetry", symmetry, Symmetry, "one of the symmetries, syms[0]")
     _check(symmetry, config)
     data = list(batches)
     samples = single_gradients(model, symmetry, loss_fn, data) if samples is None else samples

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
-from noetherflow.core.arguments import A_MODEL, MOMENTS, SYMMETRIES, expect
+from noetherflow.core.arguments import MOMENTS, expect
 from noetherflow.core.tensors import tensors_of
 from noetherflow.discovery.unusable import refuse_bad_numbers
 from noetherflow.moments.result import GradientMoments
-from noetherflow.symmetry.symmetry_set import SymmetrySet
+from noetherflow.symmetry.arguments import expect_model_and_symmetries
 
 
 def refuse_strangers(verb: str, model: Any, syms: Any, mom: Any) -> None:
@@ -26,8 +24,7 @@ def refuse_strangers(verb: str, model: Any, syms: Any, mom: Any) -> None:
         DataError: names the argument, what came, and the order of all.
     """
     call = f"{verb}(model, syms, mom, sgd)"
-    expect(call, "model", model, nn.Module, A_MODEL)
-    expect(call, "syms", syms, SymmetrySet, SYMMETRIES)
+    expect_model_and_symmetries(call, model, syms)
     expect(call, "mom", mom, GradientMoments | None, MOMENTS)
     weights = tensors_of(model)
     refuse_bad_numbers({n: weights[n] for n in syms.parameters if n in weights}, verb)

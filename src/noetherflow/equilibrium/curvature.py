@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from noetherflow.core.arguments import expect_measurement
 from noetherflow.core.inputs import LossFn
 from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.orbit import orbit_of
@@ -18,6 +19,7 @@ from noetherflow.equilibrium.potential import Potential
 from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.batch import refuse_renormalising
 from noetherflow.moments.result import GradientMoments, merge_moments
+from noetherflow.symmetry.arguments import expect_model_and_symmetries
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 EXACT_LIMIT = 20_000
@@ -31,6 +33,7 @@ class HessianProduct:
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any]) -> None:
+        expect_measurement("(model, loss_fn, batches)", model, loss_fn, batches)
         self.model, self.loss_fn, self.batches = model, loss_fn, list(batches)
         self.parameters = {
             n: t for n, t in tensors_of(model).items() if isinstance(t, nn.Parameter) and t.requires_grad
@@ -138,6 +141,7 @@ def curvature_moments(
 
     Raises DataError for an unusable loss, or exact mode beyond 20,000 entries. Source: theory.md section 6.
     """
+    expect_model_and_symmetries("curvature_moments(model, loss_fn, batches, syms)", model, syms)
     product = HessianProduct(model, loss_fn, batches)
     if probes is None and product.size > EXACT_LIMIT:
         raise DataError(f"{product.size:,} entries are too many for the exact Hessian trace; pass probes=64 or so")

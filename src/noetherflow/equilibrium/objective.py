@@ -12,6 +12,7 @@ from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
+from noetherflow.core.arguments import expect
 from noetherflow.core.settings import SGDConfig
 from noetherflow.equilibrium.potential import Drift, Potential, samples_needed
 from noetherflow.errors import DataError, MomentError
@@ -227,6 +228,7 @@ def smoothing(
 
     Source: Xiao et al., SmoothQuant: accurate and efficient post-training quantization, 2023, equation 4.
     """
+    expect("smoothing(activations, alpha)", "activations", activations, ActivationMoments, "nf.activation_moments(...)")
     if statistic not in ("largest", "rms"):
         raise DataError(f"statistic must be 'largest' or 'rms', got {statistic!r}")
     largest = statistic == "largest"

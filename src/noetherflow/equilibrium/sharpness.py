@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow.core.adaptive import AdamConfig
+from noetherflow.core.arguments import EQUILIBRIUM, FLOW, expect, expect_measurement
 from noetherflow.core.inputs import LossFn
 from noetherflow.core.settings import SGDConfig
 from noetherflow.core.tensors import tensors_of
@@ -184,6 +185,10 @@ def sharpness_forecast(
 
     Source: theory.md sections 6, 7 and 10.
     """
+    call = "sharpness_forecast(model, loss_fn, batches, eq, flow)"
+    expect_measurement(call, model, loss_fn, batches)
+    expect(call, "eq", eq, Equilibrium, EQUILIBRIUM)
+    expect(call, "flow", flow, Flow, FLOW)
     if isinstance(flow.sgd, AdamConfig):
         return adaptive_sharpness(model, loss_fn, batches, eq, flow.moments, flow.sgd)
     sgd, data, syms = _plain_sgd(flow), list(batches), eq.symmetries

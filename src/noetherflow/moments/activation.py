@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from noetherflow.core.arguments import BATCHES, expect
 from noetherflow.core.inputs import ModelInputs
 from noetherflow.core.printing import table
 from noetherflow.core.torch_internals import is_python_function_of_torch, transparent
 from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.rules.registry import RULES
+from noetherflow.symmetry.arguments import expect_model_and_symmetries
 from noetherflow.symmetry.overlap import LegCoordinates, leg_coordinates
 from noetherflow.symmetry.symmetry import Symmetry
 from noetherflow.symmetry.symmetry_set import SymmetrySet
@@ -97,6 +99,9 @@ def activation_moments(
 
     Source: Xiao et al., SmoothQuant, 2023, for what they are good for.
     """
+    call = "activation_moments(model, batches, syms)"
+    expect_model_and_symmetries(call, model, syms)
+    expect(call, "batches", batches, Iterable, BATCHES)
     tensors = syms.tensors_in(model)
     wanted = dict.fromkeys(leg.parameter for s in syms for leg in s.weight_legs if leg.sign < 0)
     reading = Reading({id(tensors[n]): n for n in wanted})

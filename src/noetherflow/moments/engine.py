@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from noetherflow.core.arguments import A_MODEL, BATCHES, SYMMETRIES, expect
+from noetherflow.core.arguments import BATCHES, expect
 from noetherflow.core.inputs import LossFn
 from noetherflow.core.tensors import refuse_inference_tensors, tensors_of
 from noetherflow.core.unwrap import unwrap
@@ -36,6 +36,7 @@ from noetherflow.moments.sums import Sums
 from noetherflow.moments.taps import CallId
 from noetherflow.moments.target import needs_of, trainable_parameters
 from noetherflow.moments.verify import weigh
+from noetherflow.symmetry.arguments import expect_model_and_symmetries
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 CALL = "gradient_moments(model, loss_fn, batches, syms)"
@@ -145,8 +146,7 @@ class Meter:
 
     def __post_init__(self) -> None:
         _refuse_other_losses(self.loss_fn)
-        expect(CALL, "model", self.model, nn.Module, A_MODEL)
-        expect(CALL, "syms", self.syms, SymmetrySet, SYMMETRIES)
+        expect_model_and_symmetries(CALL, self.model, self.syms)
         self._given, self.model = self.model, unwrap(self.model)
         self._ways = Ways()
         self._used: set[str] = set()

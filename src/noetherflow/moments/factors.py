@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from noetherflow.core.arguments import expect_measurement
 from noetherflow.core.inputs import LossFn
 from noetherflow.core.tensors import tensors_of
 from noetherflow.core.unwrap import unwrap
@@ -19,6 +20,7 @@ from noetherflow.moments.origins import Source
 from noetherflow.moments.taps import Recorder, Use
 from noetherflow.moments.target import trainable_parameters
 from noetherflow.moments.verify import Locator, WeightedPass, weigh
+from noetherflow.symmetry.arguments import expect_model_and_symmetries
 from noetherflow.symmetry.overlap import leg_coordinates, mixed_parameters
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
@@ -75,6 +77,9 @@ def gradient_factors(
         >>> {name: tuple(f.dense().shape) for name, f in factors.items()}
         {'1.weight': (8, 3, 3)}
     """
+    call = "gradient_factors(model, loss_fn, batches, syms)"
+    expect_model_and_symmetries(call, model, syms)
+    expect_measurement(call, model, loss_fn, batches)
     tensors = tensors_of(model)
     symmetries = list(syms.trainable(model))
     coordinates = leg_coordinates(symmetries, {n: tuple(t.shape) for n, t in tensors.items()})

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from noetherflow.core.arguments import A_MODEL, BATCHES, SYMMETRIES, expect
+from noetherflow.core.arguments import expect_measurement
 from noetherflow.core.inputs import LossFn
 from noetherflow.core.settings import SGDConfig
 from noetherflow.core.tensors import refuse_inference_tensors
@@ -33,6 +33,7 @@ from noetherflow.moments.groups import GroupSums
 from noetherflow.moments.placement import GroupPlan
 from noetherflow.moments.result import GradientMoments, Replicates, Sampling, unresolved
 from noetherflow.moments.target import needs_of, trainable_parameters
+from noetherflow.symmetry.arguments import expect_model_and_symmetries
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 
@@ -95,7 +96,7 @@ def minibatch_moments(
 
     Source: theory.md section 1.
     """
-    expect("minibatch_moments(model, loss_fn, batches, syms)", "batches", batches, Iterable, BATCHES)
+    expect_measurement("minibatch_moments(model, loss_fn, batches, syms)", model, loss_fn, batches)
     meter = MinibatchMeter(model, syms, batch_size, dataset_size, sampling, entries, groups)
     if isinstance(batches, Sized) and len(batches):
         meter.grouping = GroupPlan(min(groups, len(batches)), len(batches))
@@ -168,8 +169,7 @@ class MinibatchMeter:
     _scalers: weakref.WeakSet[torch.amp.GradScaler] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        expect("MinibatchMeter(model, syms, batch_size)", "model", self.model, nn.Module, A_MODEL)
-        expect("MinibatchMeter(model, syms, batch_size)", "syms", self.syms, SymmetrySet, SYMMETRIES)
+        expect_model_and_symmetries("MinibatchMeter(model, syms, batch_size)", self.model, self.syms)
         self.model = unwrap(self.model)
         refuse_inference_tensors(self.syms.tensors_in(self.model), "gradient moments")
         SGDConfig(1.0, self.batch_size, dataset_size=self.dataset_size)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from noetherflow.core.arguments import MOMENTS, expect
 from noetherflow.core.progress import watched
 from noetherflow.errors import DataError, MomentError
 
@@ -90,6 +91,11 @@ def standard_error(moments: GradientMoments, statistic: Statistic, *, dataset_si
         >>> bool(estimate.error < estimate.value)
         True
     """
+
+    call = "standard_error(moments, statistic)"
+    if not hasattr(moments, "groups"):
+        raise DataError(f"{call}: moments must be {MOMENTS}, got {type(moments).__name__}")
+    expect(call, "statistic", statistic, Callable, "a function of moments")
 
     def one(m: GradientMoments) -> dict[str, Tensor]:
         return {"": _float64(statistic(m))}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from noetherflow.core.arguments import MOMENTS, expect
 from noetherflow.core.files import replacing
 from noetherflow.errors import CheckpointError
 from noetherflow.moments.conditions import Conditions
@@ -34,6 +35,7 @@ def save_moments(moments: GradientMoments, path: str | Path) -> None:
     """
     from safetensors.torch import save
 
+    expect("save_moments(moments, path)", "moments", moments, GradientMoments, MOMENTS)
     tensors = _tensors(moments, "")
     for k, group in enumerate(moments.groups):
         tensors |= _tensors(group, f"{k}/")

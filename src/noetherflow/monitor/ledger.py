@@ -26,6 +26,7 @@ from noetherflow.monitor.rule import AnyRule, LedgerRule
 from noetherflow.monitor.rules import rule_for
 from noetherflow.monitor.rundata import RunData
 from noetherflow.monitor.watching import WeightStamps, untraced, watch_closure
+from noetherflow.symmetry.arguments import expect_model_and_symmetries
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ class Ledger(Shown):
             raise DataError(f"detail must be one of {LEVELS}, got {detail!r}")
         if not (rule is None or isinstance(rule, LedgerRule)):
             raise DataError(f"rule must be an instance of noetherflow.extend.LedgerRule, got {rule!r}")
+        expect_model_and_symmetries("Ledger(model, optimizer, syms)", model, syms)
         self.model, self.optimizer = model, as_one(optimizer, unwrap_optimizer)
         joint = isinstance(self.optimizer, JointOptimizer)
         name = self.optimizer.name if joint else type(self.optimizer).__name__

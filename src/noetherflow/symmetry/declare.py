@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from torch import Tensor, nn
 
+from noetherflow.core.arguments import A_MODEL, expect
 from noetherflow.core.tensors import tensors_of
 from noetherflow.errors import DeclarationError
 from noetherflow.symmetry.leg import Leg
@@ -51,6 +52,7 @@ def declare(
         >>> declare(net, "diagonal", plus=[("0.weight", 0), ("0.bias", 0)], minus=[("2.weight", 1)]).n_charges()
         4
     """
+    expect("declare(model, kind, plus, minus)", "model", model, nn.Module, A_MODEL)
     tensors = tensors_of(model)
     wanted = [(*leg, 1) for leg in plus] + [(*leg, -1) for leg in minus]
     if not wanted:
