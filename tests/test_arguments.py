@@ -16,6 +16,7 @@ import noetherflow as nf
 from noetherflow.cli.app import app
 from noetherflow.errors import NoetherflowError
 
+torch.manual_seed(0)
 X, Y = torch.randn(64, 20).double(), torch.randn(64, 5).double()
 
 
@@ -187,12 +188,12 @@ def test_what_is_no_optimiser_is_refused(optimizer: Any) -> None:
 
 def test_results_show_as_tables_in_a_notebook() -> None:
     flow = nf.noether_flow(NET, SYMS, MOMENTS, SGD)
-    for result in (SYMS, SYMS[0], MOMENTS, flow, nf.noise_equilibrium(NET, SYMS, MOMENTS, SGD), flow.forecast([0, 10])):
+    for result in (SYMS, SYMS[0], MOMENTS, flow, nf.noise_equilibrium(NET, SYMS, MOMENTS, SGD), flow.forecast([0, 1])):
         assert repr(result) == str(result)
         assert len(repr(result)) < 1200
-    lines = str(flow.forecast([0, 10])).splitlines()[1:]
+    lines = str(flow.forecast([0, 1])).splitlines()[1:]
     assert lines[0].endswith("+-: standard error of the measurement")
-    assert lines[1].split() == ["symmetry", "0", "10"]
+    assert lines[1].split() == ["symmetry", "0", "1"]
     charge = SYMS[0].charge({n: p.detach() for n, p in NET.named_parameters()})
     assert float(lines[2].split()[-2]) == pytest.approx(float(charge.norm()), 1e-3)
 

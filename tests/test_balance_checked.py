@@ -282,7 +282,7 @@ def test_parameters_frozen_after_the_solve_are_not_moved() -> None:
     eq = nf.noise_equilibrium(model, syms, moments, nf.SGDConfig(lr=0.1, batch_size=8))
     model[0].weight.requires_grad_(False)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    with pytest.raises(DataError, match=r"'0.weight'.*frozen.*since the equilibrium was solved"):
+    with pytest.raises(DataError, match=r"'0.weight'.*are frozen.*solve again"):
         nf.balance_(model, eq, example_inputs=x)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     model[0].weight.requires_grad_(True)

@@ -24,13 +24,7 @@ from noetherflow_paper.experiment import (
     Experiment,
     Results,
     Setting,
-    Verdict,
     find_experiment,
-    from_counts,
-    from_difference,
-    from_ratio,
-    from_resampling,
-    from_seeds,
     plain,
     register,
 )
@@ -41,6 +35,7 @@ from noetherflow_paper.provenance import library_digest, merged, reached, source
 from noetherflow_paper.records import Config, ExperimentPoint, as_json, changed, from_json
 from noetherflow_paper.runner import compute_point
 from noetherflow_paper.statements import statement
+from noetherflow_paper.verdict import Verdict, from_counts, from_difference, from_ratio, from_resampling, from_seeds
 
 CALLS: list[str] = []
 

@@ -5,14 +5,8 @@ from noetherflow_paper.experiment import (
     Experiment,
     Results,
     Setting,
-    Verdict,
     experiment_ids,
     find_experiment,
-    from_counts,
-    from_difference,
-    from_ratio,
-    from_resampling,
-    from_seeds,
     generator,
     plain,
     register,
@@ -21,6 +15,7 @@ from noetherflow_paper.gallery import check_report, write_markdown
 from noetherflow_paper.outcome import Finished, Summary
 from noetherflow_paper.records import Config, ExperimentPoint
 from noetherflow_paper.runner import run
+from noetherflow_paper.verdict import Verdict, from_counts, from_difference, from_ratio, from_resampling, from_seeds
 
 __all__ = [
     "REGISTRY",

@@ -12,17 +12,10 @@ import torch
 from torch import Tensor
 
 from noetherflow.report import style
-from noetherflow_paper.experiment import (
-    Results,
-    Setting,
-    Verdict,
-    from_difference,
-    from_seeds,
-    generator,
-    plain,
-)
+from noetherflow_paper.experiment import Results, Setting, generator, plain
 from noetherflow_paper.records import Config, ExperimentPoint
 from noetherflow_paper.simulate import METHODS, Method, Network, Params, checkpoints, normal, simulate, squared_distance
+from noetherflow_paper.verdict import Verdict, from_difference, from_seeds
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -86,6 +79,22 @@ class AlignmentPoint(ExperimentPoint):
 
 
 AlignmentResults = Results[AlignmentConfig, AlignmentPoint]
+
+
+def scales(activations: tuple[str, ...], steps: int) -> dict[str, AlignmentConfig]:
+    """Both scales of a figure with these activations; `steps` of the print's design at quick scale."""
+    quick = AlignmentConfig(
+        activations=activations,
+        printed=replace(PRINTED_DESIGN, steps=steps),
+        decisive=replace(DECISIVE_DESIGN, steps=3000),
+        lr=0.08,
+        batch=200,
+        seeds=4,
+    )
+    paper = AlignmentConfig(
+        activations=activations, printed=PRINTED_DESIGN, decisive=DECISIVE_DESIGN, lr=0.02, batch=50, seeds=16
+    )
+    return {"quick": quick, "paper": paper}
 
 
 def points(config: AlignmentConfig) -> list[AlignmentPoint]:

@@ -15,11 +15,12 @@ from noetherflow.core.files import replacing, write_text
 from noetherflow.errors import DataError, require
 from noetherflow.report.page import stylesheet
 from noetherflow_paper.differences import DIFFERENCES
-from noetherflow_paper.experiment import SERIES, Verdict, experiment_ids
+from noetherflow_paper.experiment import SERIES, experiment_ids
 from noetherflow_paper.outcome import Finished, Score, Summary, finished_in
 from noetherflow_paper.provenance import merged
 from noetherflow_paper.records import as_json
 from noetherflow_paper.statements import BEYOND, STATEMENTS, Statement
+from noetherflow_paper.verdict import Verdict
 
 
 def write_gallery(summary: Summary) -> Path:

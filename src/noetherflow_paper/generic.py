@@ -21,7 +21,7 @@ from noetherflow.equilibrium.curvature import trace_at
 from noetherflow.moments.result import Replicates
 from noetherflow.workloads import squared_error
 from noetherflow_paper import closed_form as cf
-from noetherflow_paper.experiment import Verdict
+from noetherflow_paper.verdict import Verdict
 
 
 class LinearChain(nn.Module):

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from noetherflow.errors import DataError
-from noetherflow_paper.experiment import AnyExperiment, Results, Verdict, experiment_ids, find_experiment
+from noetherflow_paper.experiment import AnyExperiment, Results, experiment_ids, find_experiment
 from noetherflow_paper.records import as_json, from_json
+from noetherflow_paper.verdict import Verdict
 
 
 @dataclass(frozen=True)

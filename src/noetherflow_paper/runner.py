@@ -16,11 +16,12 @@ import torch
 from noetherflow.core.files import replacing, write_text
 from noetherflow.errors import DataError, require
 from noetherflow.report import style
-from noetherflow_paper.experiment import AnyExperiment, Results, Verdict, experiment_ids, find_experiment
+from noetherflow_paper.experiment import AnyExperiment, Results, experiment_ids, find_experiment
 from noetherflow_paper.gallery import write_gallery
 from noetherflow_paper.outcome import Finished, Summary, Varied, finished_in
 from noetherflow_paper.provenance import merged, versions
 from noetherflow_paper.records import Config, ExperimentPoint, as_json, changed, setting_names
+from noetherflow_paper.verdict import Verdict
 
 Progress = Callable[[str], None]
 

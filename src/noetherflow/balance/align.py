@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from noetherflow.balance.check import OutputCheck
 from noetherflow.balance.model import BalanceReport, move_values
-from noetherflow.balance.motion import Motion, Reordering
-from noetherflow.balance.move import refuse_frozen
+from noetherflow.balance.motion import Motion, Reordering, refuse_frozen
 from noetherflow.balance.units import Units, permutable_units, rows_of, write
 from noetherflow.core.host import on_host
 from noetherflow.core.tensors import tensors_of

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow.balance.check import OutputCheck, too_much
-from noetherflow.balance.motion import Motion
+from noetherflow.balance.motion import Motion, refuse_frozen
 from noetherflow.balance.optimizer_state import StatePlan, optimizers_in, plan_state, without_optimizer
 from noetherflow.balance.state_rules import state_rule_of
 from noetherflow.core.arguments import A_MODEL, EQUILIBRIUM, OPTIMISER, expect
@@ -168,7 +168,7 @@ def balance_(
     refuse_inference_tensors(tensors_of(model), "balance_")
     tensors = tensors_of(model)
     refuse_bad_numbers({n: tensors[n] for n in eq.symmetries.parameters if n in tensors}, "balance_")
-    _refuse_frozen(model, eq)
+    refuse_frozen(model, Motion.of(eq))
     given: Sequence[Any] = (
         [] if optimizer is None else optimizer if isinstance(optimizer, list | tuple) else [optimizer]
     )
@@ -177,19 +177,6 @@ def balance_(
             expect(call, "optimizer", one, torch.optim.Optimizer, OPTIMISER)
     optimizers = [unwrap_optimizer(o) if isinstance(o, torch.optim.Optimizer) else o for o in given]
     return balance_values(model, eq, OutputCheck(example_inputs, certificate, tolerance, unchecked), optimizers)
-
-
-def _refuse_frozen(model: nn.Module, eq: Equilibrium) -> None:
-    """Raises DataError for parameters that were trainable when the equilibrium was solved and are frozen now."""
-    tensors = tensors_of(model)
-    moved = [n for n in Motion.of(eq).by_parameter if n in tensors]
-    frozen = [n for n in moved if isinstance(tensors[n], nn.Parameter) and not tensors[n].requires_grad]
-    if frozen:
-        raise DataError(
-            f"{frozen[:4]}{f' and {len(frozen) - 4} more' if len(frozen) > 4 else ''} have been frozen "
-            "(requires_grad=False) since the equilibrium was solved, and balance_ would move them: solve again for "
-            "syms.trainable(model), or unfreeze them while balancing"
-        )
 
 
 ELSEWHERE = 0.02

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.result import Equilibrium
+from noetherflow.errors import DataError
 from noetherflow.symmetry.leg import Leg
 from noetherflow.symmetry.symmetry import Symmetry
 
@@ -92,3 +94,20 @@ def _squares(symmetry: Symmetry, name: str, tensor: Tensor, dual: Tensor) -> Ten
         if leg.parameter == name:
             tensor = leg.multiply(tensor, (dual if leg.sign > 0 else other).to(tensor.device).square())
     return tensor
+
+
+def refuse_frozen(model: nn.Module, motion: Motion) -> None:
+    """Refuse to move parameters that are frozen: adapters, or files that hold a part of the model, would miss it.
+
+    Raises:
+        DataError: names them and the remedy.
+    """
+    tensors = tensors_of(model)
+    moved = [n for n in motion.by_parameter if isinstance(tensors.get(n), nn.Parameter)]
+    frozen = [n for n in moved if not tensors[n].requires_grad]
+    if frozen:
+        raise DataError(
+            f"{frozen[:4]} ({len(frozen)} in all) are frozen (requires_grad=False) and would move: leave their "
+            "symmetries out, syms.trainable(model) (and solve again where an equilibrium was solved before), or "
+            "unfreeze them first, model.requires_grad_(True)"
+        )

@@ -11,10 +11,9 @@ from torch import nn
 
 from noetherflow.balance.checkpoint import balance_checkpoint
 from noetherflow.balance.model import BalanceReport, balance_
-from noetherflow.balance.motion import Motion
+from noetherflow.balance.motion import Motion, refuse_frozen
 from noetherflow.core.arguments import expect
 from noetherflow.core.host import on_host
-from noetherflow.core.tensors import tensors_of
 from noetherflow.discovery.certificate import Certificate
 from noetherflow.equilibrium.given import Destination, checked_elements, equilibrium_at
 from noetherflow.equilibrium.result import Equilibrium
@@ -143,20 +142,6 @@ def move_checkpoint(
         if inverted:
             raise CertificateError(_forbidden(inverted)) from cause
         raise
-
-
-def refuse_frozen(model: nn.Module, motion: Motion) -> None:
-    """Raises DataError for a motion of frozen parameters: adapters, or files that hold a part of the model, would miss
-    it.
-    """
-    tensors = tensors_of(model)
-    moved = [n for n in motion.by_parameter if isinstance(tensors[n], nn.Parameter)]
-    frozen = [n for n in moved if not tensors[n].requires_grad]
-    if frozen:
-        raise DataError(
-            f"{frozen[:4]} ({len(frozen)} in all) are frozen (requires_grad=False) and would move; leave their "
-            "symmetries out, syms.trainable(model), or unfreeze them first: model.requires_grad_(True)"
-        )
 
 
 def _equilibrium(model: nn.Module, syms: SymmetrySet, elements: Elements) -> Equilibrium:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 import noetherflow as nf
 from noetherflow.core.optimizers import Settings
 from noetherflow.report import style
-from noetherflow_paper.experiment import Experiment, Results, Setting, Verdict, from_seeds, generator, plain
+from noetherflow_paper.experiment import Experiment, Results, Setting, generator, plain
 from noetherflow_paper.records import Config, ExperimentPoint
 from noetherflow_paper.simulate import OnStep, Params, checkpoints, normal, simulate
+from noetherflow_paper.verdict import Verdict, from_seeds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,19 +13,10 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from noetherflow.report import style
-from noetherflow_paper.experiment import (
-    Coarser,
-    Experiment,
-    Results,
-    Setting,
-    Verdict,
-    from_difference,
-    from_seeds,
-    generator,
-    plain,
-)
+from noetherflow_paper.experiment import Coarser, Experiment, Results, Setting, generator, plain
 from noetherflow_paper.records import Config
 from noetherflow_paper.simulate import METHODS, LinearNet, Method, MethodPoint, Params, checkpoints, simulate
+from noetherflow_paper.verdict import Verdict, from_difference, from_seeds
 
 
 @dataclass(frozen=True, kw_only=True)

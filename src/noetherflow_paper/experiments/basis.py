@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from noetherflow.report import style
-from noetherflow_paper.experiment import Experiment, Results, Setting, Verdict, from_seeds, generator, plain
+from noetherflow_paper.experiment import Experiment, Results, Setting, generator, plain
 from noetherflow_paper.records import Config, ExperimentPoint
 from noetherflow_paper.simulate import LinearNet, Params, checkpoints, simulate
+from noetherflow_paper.verdict import Verdict, from_seeds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,17 +11,7 @@ import torch
 from noetherflow.core.settings import SGDConfig
 from noetherflow.report import style
 from noetherflow_paper import closed_form as cf
-from noetherflow_paper.experiment import (
-    Coarser,
-    Experiment,
-    Results,
-    Setting,
-    Verdict,
-    from_counts,
-    from_ratio,
-    from_seeds,
-    generator,
-)
+from noetherflow_paper.experiment import Coarser, Experiment, Results, Setting, generator
 from noetherflow_paper.experiments.fig3_runs import (
     SCALES,
     Fig3Config,
@@ -33,6 +23,7 @@ from noetherflow_paper.experiments.fig3_runs import (
 )
 from noetherflow_paper.generic import agreement
 from noetherflow_paper.simulate import normal
+from noetherflow_paper.verdict import Verdict, from_counts, from_ratio, from_seeds
 
 Fig3Results = Results[Fig3Config, Fig3Point]
 

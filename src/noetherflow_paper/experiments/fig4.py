@@ -12,20 +12,11 @@ from torch import Tensor
 
 from noetherflow.report import style
 from noetherflow_paper import closed_form as cf
-from noetherflow_paper.experiment import (
-    Experiment,
-    Results,
-    Setting,
-    Verdict,
-    from_counts,
-    from_ratio,
-    from_seeds,
-    generator,
-    plain,
-)
+from noetherflow_paper.experiment import Experiment, Results, Setting, generator, plain
 from noetherflow_paper.rank_one import RankOneNet
 from noetherflow_paper.records import Config, ExperimentPoint
 from noetherflow_paper.simulate import METHODS, Method, Params, checkpoints, normal, simulate
+from noetherflow_paper.verdict import Verdict, from_counts, from_ratio, from_seeds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,16 +8,9 @@ from typing import Any
 import numpy as np
 
 from noetherflow.report import style
-from noetherflow_paper.experiment import (
-    Coarser,
-    Experiment,
-    Results,
-    Setting,
-    Verdict,
-    from_ratio,
-    from_seeds,
-)
+from noetherflow_paper.experiment import Coarser, Experiment, Results, Setting
 from noetherflow_paper.experiments.fig5_runs import NEAR, SCALES, Fig5Config, Fig5Point, compute, points
+from noetherflow_paper.verdict import Verdict, from_ratio, from_seeds
 
 Fig5Results = Results[Fig5Config, Fig5Point]
 

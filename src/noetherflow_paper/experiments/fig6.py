@@ -1,32 +1,10 @@
 """Figure 6: a tanh net aligns its two layers under SGD though it has no exact rotation symmetry."""
 
-from dataclasses import replace
-
 from noetherflow_paper import alignment
-from noetherflow_paper.alignment import DECISIVE_DESIGN, PRINTED_DESIGN, AlignmentConfig
 from noetherflow_paper.experiment import Experiment
 
 ACTIVATIONS = ("tanh",)
 STEPS = 1000
-SCALES = {
-    "quick": AlignmentConfig(
-        activations=ACTIVATIONS,
-        printed=replace(PRINTED_DESIGN, steps=STEPS),
-        decisive=replace(DECISIVE_DESIGN, steps=3000),
-        lr=0.08,
-        batch=200,
-        seeds=4,
-    ),
-    "paper": AlignmentConfig(
-        activations=ACTIVATIONS,
-        printed=PRINTED_DESIGN,
-        decisive=DECISIVE_DESIGN,
-        lr=0.02,
-        batch=50,
-        seeds=16,
-    ),
-}
-
 EXPERIMENT = Experiment(
     id="fig6",
     title="tanh: representations align under SGD",
@@ -36,7 +14,7 @@ EXPERIMENT = Experiment(
         "SGD and GD (mean gradient over 2,000 inputs) for 1,000 steps at rate 0.08, batch 200 (quick), or the given "
         "10,000 steps at 0.02, batch 50 (paper)."
     ),
-    scales=SCALES,
+    scales=alignment.scales(ACTIVATIONS, STEPS),
     points=alignment.points,
     compute=alignment.compute,
     plot=alignment.plot,

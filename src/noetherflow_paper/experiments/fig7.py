@@ -10,18 +10,10 @@ import torch
 from torch import Tensor
 
 from noetherflow.report import style
-from noetherflow_paper.experiment import (
-    Experiment,
-    Results,
-    Setting,
-    Verdict,
-    from_ratio,
-    from_seeds,
-    generator,
-    plain,
-)
+from noetherflow_paper.experiment import Experiment, Results, Setting, generator, plain
 from noetherflow_paper.records import Config, ExperimentPoint
 from noetherflow_paper.simulate import METHODS, Method, Network, Params, checkpoints, normal, simulate, squared_distance
+from noetherflow_paper.verdict import Verdict, from_ratio, from_seeds
 
 
 @dataclass(frozen=True, kw_only=True)

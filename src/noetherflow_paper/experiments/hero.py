@@ -14,20 +14,11 @@ from noetherflow.errors import require
 from noetherflow.report import style
 from noetherflow_paper import closed_form as cf
 from noetherflow_paper import generic
-from noetherflow_paper.experiment import (
-    Coarser,
-    Experiment,
-    Results,
-    Setting,
-    Verdict,
-    from_resampling,
-    from_seeds,
-    generator,
-    plain,
-)
+from noetherflow_paper.experiment import Coarser, Experiment, Results, Setting, generator, plain
 from noetherflow_paper.records import Config, changed
 from noetherflow_paper.simulate import METHODS, LinearNet, MethodPoint, Params, normal, simulate
 from noetherflow_paper.theory import first_order_equilibrium
+from noetherflow_paper.verdict import Verdict, from_resampling, from_seeds
 
 
 @dataclass(frozen=True, kw_only=True)

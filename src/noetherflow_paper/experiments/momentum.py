@@ -11,20 +11,12 @@ import torch
 from noetherflow.core.settings import SGDConfig
 from noetherflow.report import style
 from noetherflow_paper import closed_form as cf
-from noetherflow_paper.experiment import (
-    Coarser,
-    Experiment,
-    Results,
-    Setting,
-    Verdict,
-    from_seeds,
-    generator,
-    plain,
-)
+from noetherflow_paper.experiment import Coarser, Experiment, Results, Setting, generator, plain
 from noetherflow_paper.generic import agreement, chain_charges, generic_charges, largest_gap, product_design
 from noetherflow_paper.records import Config, ExperimentPoint
 from noetherflow_paper.simulate import LinearNet, checkpoints, simulate
 from noetherflow_paper.theory import balance, fall_time, orbit_flow, stretched
+from noetherflow_paper.verdict import Verdict, from_seeds
 
 
 @dataclass(frozen=True, kw_only=True)

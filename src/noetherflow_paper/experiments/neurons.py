@@ -17,16 +17,9 @@ import noetherflow as nf
 from noetherflow.core.settings import SGDConfig
 from noetherflow.report import style
 from noetherflow.workloads import digits
-from noetherflow_paper.experiment import (
-    Experiment,
-    Results,
-    Setting,
-    Verdict,
-    from_seeds,
-    generator,
-    plain,
-)
+from noetherflow_paper.experiment import Experiment, Results, Setting, generator, plain
 from noetherflow_paper.records import Config, ExperimentPoint
+from noetherflow_paper.verdict import Verdict, from_seeds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,19 +12,11 @@ from scipy.integrate import quad, solve_ivp
 from noetherflow.core.settings import SGDConfig
 from noetherflow.report import style
 from noetherflow_paper import closed_form as cf
-from noetherflow_paper.experiment import (
-    Experiment,
-    Results,
-    Setting,
-    Verdict,
-    from_ratio,
-    from_seeds,
-    generator,
-    plain,
-)
+from noetherflow_paper.experiment import Experiment, Results, Setting, generator, plain
 from noetherflow_paper.generic import agreement, generic_charges, largest_gap, product_design
 from noetherflow_paper.records import Config, ExperimentPoint
 from noetherflow_paper.simulate import LinearNet, Method, Params, checkpoints, simulate
+from noetherflow_paper.verdict import Verdict, from_ratio, from_seeds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,18 +12,7 @@ from torch import Tensor
 
 from noetherflow.core import spd
 from noetherflow.report import style
-from noetherflow_paper.experiment import (
-    Coarser,
-    Experiment,
-    Results,
-    Setting,
-    Verdict,
-    from_difference,
-    from_ratio,
-    from_seeds,
-    generator,
-    plain,
-)
+from noetherflow_paper.experiment import Coarser, Experiment, Results, Setting, generator, plain
 from noetherflow_paper.experiments.repnorm_inputs import (
     TREATMENTS,
     RepnormConfig,
@@ -34,6 +23,7 @@ from noetherflow_paper.experiments.repnorm_inputs import (
 )
 from noetherflow_paper.generic import agreement
 from noetherflow_paper.simulate import Network, Params, checkpoints, normal, simulate, squared_distance
+from noetherflow_paper.verdict import Verdict, from_difference, from_ratio, from_seeds
 
 SCALES = {
     "quick": RepnormConfig(lr=0.02, steps=14_600, relu_steps=10_100, hidden_steps=8000, seeds=5),

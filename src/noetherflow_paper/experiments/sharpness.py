@@ -13,19 +13,11 @@ from torch import Tensor
 from noetherflow.core.settings import SGDConfig
 from noetherflow.report import style
 from noetherflow_paper import closed_form as cf
-from noetherflow_paper.experiment import (
-    Coarser,
-    Experiment,
-    Results,
-    Setting,
-    Verdict,
-    from_seeds,
-    generator,
-    plain,
-)
+from noetherflow_paper.experiment import Coarser, Experiment, Results, Setting, generator, plain
 from noetherflow_paper.generic import measured
 from noetherflow_paper.records import Config, ExperimentPoint
 from noetherflow_paper.simulate import Network, Params, checkpoints, normal, simulate, squared_distance
+from noetherflow_paper.verdict import Verdict, from_seeds
 
 
 @dataclass(frozen=True, kw_only=True)

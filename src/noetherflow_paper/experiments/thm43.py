@@ -18,8 +18,9 @@ from noetherflow.core.settings import SGDConfig
 from noetherflow.report import style
 from noetherflow.symmetry.symmetry import Symmetry
 from noetherflow.workloads import squared_error
-from noetherflow_paper.experiment import Experiment, Results, Setting, Verdict, generator, plain
+from noetherflow_paper.experiment import Experiment, Results, Setting, generator, plain
 from noetherflow_paper.records import Config, ExperimentPoint
+from noetherflow_paper.verdict import Verdict
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,18 +14,10 @@ from torch import Tensor
 from noetherflow.core import spd
 from noetherflow.report import style
 from noetherflow_paper import closed_form as cf
-from noetherflow_paper.experiment import (
-    Coarser,
-    Experiment,
-    Results,
-    Setting,
-    Verdict,
-    from_seeds,
-    generator,
-    plain,
-)
+from noetherflow_paper.experiment import Coarser, Experiment, Results, Setting, generator, plain
 from noetherflow_paper.records import Config, ExperimentPoint, changed
 from noetherflow_paper.simulate import LinearNet, normal, simulate
+from noetherflow_paper.verdict import Verdict, from_seeds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 import noetherflow as nf
 from noetherflow.report import style
-from noetherflow_paper.experiment import Experiment, Results, Setting, Verdict, from_seeds, generator, plain
+from noetherflow_paper.experiment import Experiment, Results, Setting, generator, plain
 from noetherflow_paper.experiments.transformer_models import SmallTransformer, characters
 from noetherflow_paper.records import Config, ExperimentPoint
+from noetherflow_paper.verdict import Verdict, from_seeds
 
 FAMILIES = {"GPT": ("norm-gain", "rescaling"), "Llama": ("norm-gain", "gated", "rotary-qk")}
 """The families judged: those of many coordinates that scale."""

@@ -12,21 +12,12 @@ from torch import Tensor
 
 from noetherflow.core.settings import SGDConfig
 from noetherflow.report import style
-from noetherflow_paper.experiment import (
-    Coarser,
-    Experiment,
-    Results,
-    Setting,
-    Verdict,
-    from_counts,
-    from_seeds,
-    generator,
-    plain,
-)
+from noetherflow_paper.experiment import Coarser, Experiment, Results, Setting, generator, plain
 from noetherflow_paper.rank_one import RankOneNet
 from noetherflow_paper.records import Config, ExperimentPoint
 from noetherflow_paper.simulate import Params, normal, simulate
 from noetherflow_paper.theory import finite_step_gammas, orbit_flow
+from noetherflow_paper.verdict import Verdict, from_counts, from_seeds
 
 
 @dataclass(frozen=True, kw_only=True)
