@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow import certify, declare, find_symmetries
+from noetherflow.discovery.verdict import holds, rule, rule_with_eps
+from noetherflow.discovery.violations import Violations
 
 X = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -191,3 +194,14 @@ def test_weights_that_act_on_the_last_rows_only_are_looked_at_too():
     legs = {"plus": [("a.weight", 0), ("a.bias", 0)], "minus": [("out.weight", 1)]}
     half = declare(model, "diagonal", **legs)
     assert [row.verdict for row in certify(model, half, x)] == ["broken"]
+
+
+def test_what_is_no_number_proves_nothing() -> None:
+    good = Violations(0.0, 0.0, 0.0, 0.0, None, 0)
+    assert rule(good, 1e-12, False).verdict == "exact"
+    for bad in (replace(good, outputs=math.nan), replace(good, covariance=math.nan)):
+        assert not holds(bad, 1e-12, False)
+        for ruling in (rule(bad, 1e-12, False), rule_with_eps(bad, (), 1e-5, 1e-12, False)):
+            assert ruling.verdict == "undetermined"
+            assert "not finite" in ruling.note
+    assert rule(replace(good, outputs=math.inf), 1e-12, False).verdict == "broken", "outputs that were all 0"

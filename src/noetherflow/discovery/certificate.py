@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -27,7 +28,8 @@ class CertificateRow:
         name: the symmetry's name.
         family: its family.
         verdict: see `Verdict`.
-        outputs: `|f(G theta) - f(theta)| / |f(theta)|` at a random group element G.
+        outputs: `|f(G theta) - f(theta)| / |f(theta)|` at a random group element G; infinite where it cannot be
+            formed, because outputs are all 0 or no finite numbers at `G theta`.
         gradients: the larger of two numbers. First, how far the per-sample gradients at `G theta` are from the ones the
             group predicts. Second, `theta^T A g` over `sum |theta| |g|` at the model's own and at random weights, for
             all generators A: the part of a gradient that would move a conserved charge.
@@ -94,9 +96,9 @@ class Certificate(Shown):
                 "symmetry": r.name,
                 "family": r.family,
                 "verdict": r.verdict,
-                "outputs changed by": r.outputs,
-                "gradients off by": r.gradients,
-                **{f"in {dtype}": value for dtype, value in r.dtypes},
+                "outputs changed by": _comparable(r.outputs),
+                "gradients off by": _comparable(r.gradients),
+                **{f"in {dtype}": _comparable(value) for dtype, value in r.dtypes},
                 **({"note": r.note} if noted else {}),
             }
             for r in self.rows
@@ -130,3 +132,7 @@ class Certificate(Shown):
             "casts": list(self.casts),
             "notes": list(self.notes),
         }
+
+
+def _comparable(violation: float) -> float | str:
+    return violation if math.isfinite(violation) else "not comparable"

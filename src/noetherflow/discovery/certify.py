@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -162,14 +163,19 @@ def _row(
         name=item.name,
         family=item.family,
         verdict=ruling.verdict,
-        outputs=v.outputs,
-        gradients=max(v.covariance, (v.training or 0.0) if statistics else max(v.loss, v.conserved)),
+        outputs=_number(v.outputs),
+        gradients=max(_number(v.covariance), (v.training or 0.0) if statistics else max(v.loss, v.conserved)),
         eps=eps,
         eps_sizes=(*own, *((s.factor * (eps or 0.0), s.outputs) for s in sizes)),
         dtypes=dtypes,
         note=ruling.note,
         mode=ruling.mode,
     )
+
+
+def _number(violation: float) -> float:
+    """Infinite in place of NaN: what cannot be compared is not small."""
+    return math.inf if math.isnan(violation) else violation
 
 
 def _narrow(
@@ -185,7 +191,7 @@ def _narrow(
         with torch.no_grad():
             for n, value in Move((item,), (seed,), spread).act(wide)[0].items():
                 copied.tensors[n].copy_(value)
-        found.append((str(dtype).removeprefix("torch."), relative(flat_outputs(copied.model, inputs), base)))
+        found.append((str(dtype).removeprefix("torch."), _number(relative(flat_outputs(copied.model, inputs), base))))
     return tuple(found)
 
 

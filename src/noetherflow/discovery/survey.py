@@ -150,7 +150,7 @@ def survey(bench: Bench, example_inputs: Any, looks: Looks, items: Sequence[Item
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    """`|a - b| / |b|`, infinite where only `b` vanishes.
+    """`|a - b| / |b|`, infinite where only `b` vanishes, NaN where the difference is no finite number.
 
     Example:
         >>> relative(torch.tensor([1.0, 1.5]), torch.tensor([1.0, 1.0])) < 0.5
@@ -160,6 +160,8 @@ def relative(a: Tensor, b: Tensor) -> float:
         return math.inf
     scale = float(torch.linalg.vector_norm(b))
     difference = float(torch.linalg.vector_norm(a - b))
+    if not math.isfinite(difference):
+        return math.nan
     return difference / scale if scale else (0.0 if difference == 0 else math.inf)
 
 

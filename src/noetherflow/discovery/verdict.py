@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,11 +63,20 @@ def holds(v: Violations, tolerance: float, statistics: bool) -> bool:
         statistics: the symmetry moves running statistics. These get no gradient, so that `theta^T A g` vanishes with
             batch statistics only and is judged in training mode.
     """
-    if v.outputs >= tolerance or v.covariance >= GRADIENT_SLACK * tolerance:
+    if not (v.outputs < tolerance and v.covariance < GRADIENT_SLACK * tolerance):
         return False
     return conserved(v, statistics) < DRAWN_SLACK * tolerance and (statistics or v.loss < GRADIENT_SLACK * tolerance)
 
 
+def overflows(v: Violations) -> bool:
+    """Whether outputs or gradients at the moved weights are no finite numbers, so that nothing can be compared."""
+    return math.isnan(v.outputs) or math.isnan(v.covariance)
+
+
+OVERFLOW = (
+    "outputs or gradients are not finite numbers at the moved weights: the sizes of weights or inputs leave the range "
+    "of the arithmetic on the way; bring them nearer to 1 to certify it"
+)
 ALTERED = 0.05
 """Share of `sum |theta| |g|` from which gradients tell of an altered backward pass where an eps that cannot be varied
 may be all that a weight acts through (a norm over copies of one number)."""
@@ -91,6 +101,8 @@ def unsteady(difference: float) -> Ruling:
 
 def rule(v: Violations, tolerance: float, statistics: bool) -> Ruling:
     """The verdict on a symmetry that no eps excuses."""
+    if overflows(v):
+        return Ruling("undetermined", OVERFLOW, "any")
     if holds(v, tolerance, statistics):
         return _proved("exact", "", v, tolerance, statistics)
     return Ruling("broken", _why_broken(v, tolerance, statistics), "any")
@@ -109,6 +121,8 @@ def _why_broken(v: Violations, tolerance: float, statistics: bool) -> str:
 
 def rule_with_eps(v: Violations, sizes: Sequence[EpsSize], eps: float, tolerance: float, statistics: bool) -> Ruling:
     """The verdict on a symmetry that holds up to a normalisation's eps, by what is left when eps goes to 0."""
+    if overflows(v):
+        return Ruling("undetermined", OVERFLOW, "any")
     if holds(v, tolerance, statistics):
         return _proved("exact", "", v, tolerance, statistics)
     shown = ", ".join(f"{s.outputs:.1e} at eps {s.factor * eps:.0e}" for s in sizes)

@@ -29,8 +29,8 @@ class Violations:
     """How far one symmetry is from holding; every number is relative and the worst over trials.
 
     Attributes:
-        outputs: change of the outputs.
-        covariance: per-sample gradients at the moved point against the predicted ones.
+        outputs: change of the outputs; NaN where they are no finite numbers at the moved weights.
+        covariance: per-sample gradients at the moved point against the predicted ones; NaN likewise.
         loss: `theta^T A g` of the example, with the user's loss where there is one.
         conserved: `theta^T A g` in all trials with random projections of the outputs.
         training: the same in training mode, None where the model does not run in it.
@@ -149,8 +149,9 @@ def violations(item: Item, effect: MoveEffect, looks: Survey) -> Violations:
 
 
 def output_violation(move: Move, bench: Bench, baselines: Sequence[Baseline]) -> float:
-    """The largest relative change of the outputs over some baselines."""
-    return max(relative(bench.outputs(_moved(move, b)[0]), b.outputs) for b in baselines)
+    """The largest relative change of the outputs over some baselines, NaN where one is no finite number."""
+    changes = [relative(bench.outputs(_moved(move, b)[0]), b.outputs) for b in baselines]
+    return math.nan if any(math.isnan(c) for c in changes) else max(changes)
 
 
 def _moved(move: Move, baseline: Baseline) -> tuple[Trial, tuple[Tensor, ...]]:
@@ -172,8 +173,11 @@ def _covariance(move: Move, bench: Bench, example: Baseline) -> float:
         total = _norm(predicted, predicted)
         for names in (predicted.keys(), move.parameters):
             scale = _norm(predicted, names)
+            off = _norm({n: after[n] - predicted[n] for n in names}, names)
+            if not math.isfinite(off + total):
+                return math.nan
             if scale > 1e-9 * total:
-                worst = max(worst, _norm({n: after[n] - predicted[n] for n in names}, names) / scale)
+                worst = max(worst, off / scale)
     return worst
 
 
