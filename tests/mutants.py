@@ -606,13 +606,13 @@ MUTANTS = (
         "test_reproduce_rank_one.py",
     ),
     Mutant(
-        f"{PAPER}/experiment.py",
+        f"{PAPER}/verdict.py",
         "return abs(self.measured - self.predicted) + reach <= allowed",
         "return abs(self.measured - self.predicted) <= allowed",
         "test_reproduce_runner.py",
     ),
     Mutant(
-        f"{PAPER}/experiment.py",
+        f"{PAPER}/verdict.py",
         "math.hypot(da / b, a * db / b**2)",
         "math.hypot(da / b, db / b)",
         "test_reproduce_runner.py",
