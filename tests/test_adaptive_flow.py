@@ -165,3 +165,17 @@ def test_one_verb_for_moments_and_for_a_run() -> None:
     ):
         with pytest.raises(DataError):
             nf.noether_flow(problem.model, problem.syms, **wrong)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("kind", [nf.AdamConfig, nf.LionConfig, nf.SGDConfig])
+def test_charge_drift_and_forecast_are_in_one_unit_where_only_another_layer_is_faster(kind: Any) -> None:
+    """Decay takes the same share of the charge of every symmetry whose own parameters have equal rates."""
+    problem = mlp((4, 5, 6, 3))
+    config = kind(0.01, 4, weight_decay=0.1, dataset_size=40, groups=(nf.GroupRates(("0.weight",), 0.03, 0.1),))
+    flow = noether_flow(problem.model, problem.syms, problem.measure(), config)
+    (inner,) = [s.name for s in problem.syms if "0.weight" not in s.parameters]
+    row = flow[inner]
+    assert float(row.charge.abs().max()) > 0
+    torch.testing.assert_close(row.decay, -0.001 * (2 - 0.001) * row.charge)
+    forecast = flow.forecast([0, 1], errors=False).charges[inner]
+    torch.testing.assert_close(forecast[0], row.charge)

@@ -332,16 +332,16 @@ def test_outside_is_zero_alone_and_unknown_between_recorded_steps() -> None:
 @pytest.mark.parametrize(
     ("kind", "known"),
     [
-        (torch.optim.NAdam, True),
+        (torch.optim.RAdam, True),
         (torch.optim.Adafactor, True),
-        (torch.optim.RMSprop, False),
+        (torch.optim.Adadelta, False),
         (torch.optim.Adagrad, False),
     ],
 )
 def test_decay_that_cannot_be_told_apart_is_unknown_and_not_zero(kind: Any, known: bool) -> None:
     """Decoupled decay takes `2 lr w C` in first order; coupled decay is lost in the update of other optimisers."""
     lr, w = 1e-3, 0.5
-    flag = {"decoupled_weight_decay": True} if kind is torch.optim.NAdam else {}
+    flag = {"decoupled_weight_decay": True} if kind is torch.optim.RAdam else {}
     for decay in (0.0, w):
         model = mlp()
         optimizer = kind(model.parameters(), lr=lr, weight_decay=decay, **flag)

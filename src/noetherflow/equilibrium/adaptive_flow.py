@@ -83,7 +83,7 @@ def root_decay(
     tensors: Mapping[str, Tensor], symmetry: Symmetry, moments: GradientMoments, config: AdaptiveConfig
 ) -> Tensor:
     """What weight decay adds to the charge of one torus symmetry per step, `[blocks]`."""
-    law, reference = NoiseLaw.of(config), reference_lr([symmetry], config)
+    law, reference = NoiseLaw.of(config), reference_lr(config)
     out = torch.zeros(symmetry.shape, dtype=torch.float64)
     here = symmetry.positions({n: tensors[n].detach() for n in symmetry.parameters})
     for leg in symmetry.weight_legs:

@@ -253,7 +253,7 @@ def root_orbit(
     """
     tensors, law = tensors_of(model), NoiseLaw.of(config)
     shapes = {n: tuple(t.shape) for n, t in tensors.items()}
-    reference = reference_lr(symmetries, config)
+    reference = reference_lr(config)
     groups = [leg_coordinates(symmetries, shapes)] if joint else _alone(symmetries, shapes)
     terms = []
     for coordinates in groups:
@@ -264,9 +264,15 @@ def root_orbit(
     return MeasuredOrbit(tuple(symmetries), Potential(norm=1.0, second=0.0, mean=0.0), tuple(terms))
 
 
-def reference_lr(symmetries: Sequence[Symmetry], config: AdaptiveConfig) -> float:
-    """The largest learning rate of the symmetries' parameters, which scales their charges."""
-    return max((config.rates(n).lr for s in symmetries for n in s.parameters), default=config.lr)
+def reference_lr(config: AdaptiveConfig) -> float:
+    """The largest learning rate, which all charges, drifts and forecasts are scaled by.
+
+    Where learning rates differ, what a step leaves alone at first order is `theta^T A (lr D)^-1 theta`, since
+    `theta^T A (lr D)^-1 lr D g = theta^T A g = 0`. Times this number it is the charge in its usual units.
+
+    Source: theory.md section 13.
+    """
+    return max(config.lr, *(g.lr for g in config.groups), 0.0)
 
 
 def charges(orbit: MeasuredOrbit, elements: Sequence[Tensor]) -> list[Tensor]:
@@ -304,7 +310,7 @@ def divisor(name: str, moments: GradientMoments, config: AdaptiveConfig, law: No
 
 def root_drives(symmetry: Symmetry, moments: GradientMoments, config: AdaptiveConfig) -> tuple[Tensor, Tensor]:
     """What noise and what the mean gradient add to the charge of one torus symmetry per step, `[blocks]` each."""
-    law, reference = NoiseLaw.of(config), reference_lr([symmetry], config)
+    law, reference = NoiseLaw.of(config), reference_lr(config)
     grown = pushed = torch.zeros(symmetry.shape, dtype=torch.float64)
     for leg in symmetry.weight_legs:
         noise, steady = second_moments(leg.parameter, moments, config)

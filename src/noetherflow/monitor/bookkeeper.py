@@ -165,6 +165,7 @@ class Bookkeeper:
             "rule": type(self.rule).__name__,
             "equilibrium": self.rule.has_equilibrium or self.rule.keeps_squares,
             "effective_lr": self.rule.effective_lr_words,
+            "not_booked": self.rule.reason_not_booked,
             "every": every,
             "detail": self.detail,
         }

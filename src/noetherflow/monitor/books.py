@@ -115,17 +115,32 @@ def close_preconditioned(
 ) -> Columns | None:
     """The books of the preconditioned charge, arguments as for `close_books`; None for a rule without one.
 
-    `norm` is `sum |a| d theta^2` before the step (theory.md section 13).
+    `norm` is `sum |a| d theta^2` before the step, all counted by `_rate_ratios` (theory.md section 13).
     """
+    settings = settings_arrays(rule, layout, tables)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        parts = rule.preconditioned(_products(rule, values), settings_arrays(rule, layout, tables))
+        parts = rule.preconditioned(_products(rule, values), settings)
         if parts is None:
             return None
         entries = [getattr(parts, name) for name in PRECONDITIONED]
         change = parts.after - parts.before
-        signed = Columns(np.stack([parts.before, change, *entries, change - sum(entries)])).mapped(layout.matrix).table
-        norm = apply(layout.absolute, parts.before)
+        table = np.stack([parts.before, change, *entries, change - sum(entries)]) * _rate_ratios(
+            np.asarray(settings.lr)
+        )
+        signed = Columns(table).mapped(layout.matrix).table
+        norm = apply(layout.absolute, table[0])
     return Columns(np.concatenate([signed, norm[None]]), PRECONDITIONED_FIELDS)
+
+
+def _rate_ratios(lr: np.ndarray) -> np.ndarray:
+    """The largest learning rate of a step over each weight's own, `[T, n_values]`.
+
+    With learning rates of their own, legs move by `lr_i D g`, and what a step leaves alone at first order is
+    `theta^T A (lr_i D)^-1 theta`. A weight whose learning rate is 0 counts nothing, unless all are 0.
+    """
+    largest = lr.max(axis=1, keepdims=True, initial=0.0)
+    ratios = np.divide(largest, lr, out=np.zeros_like(lr), where=lr > 0)
+    return np.where(largest > 0, ratios, 1.0)
 
 
 def _products(rule: AnyRule, values: Mapping[str, np.ndarray]) -> Products:

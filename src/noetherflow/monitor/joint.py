@@ -21,6 +21,8 @@ class JointRule(RealisedRule):
     It splits as for any optimiser: decay that is known to be decoupled, and `other`.
     """
 
+    not_booked = "several optimisers step as one, each with a preconditioner of its own or none"
+
 
 class JointOptimizer:
     """Several optimisers that step once each in turn, as far as a ledger needs to see of them: one step of them all.

@@ -247,7 +247,7 @@ class Ledger(Shown):
         return self._recorder.books.records(by)
 
     def preconditioned(self, by: Level = "family") -> list[dict[str, Any]]:
-        """The books of the preconditioned charge `sum a d theta^2` of Adam and AdamW; no rows for other optimisers.
+        """The books of the preconditioned charge `sum a d theta^2` of Adam, AdamW, RMSprop and NAdam; else no rows.
 
         `d` is one over the preconditioner of a step, `sqrt(v) + eps` after bias correction. This charge is what Adam
         leaves alone at first order, so that its `gradient` is zero, and `noise` and `decay` predict where it goes.

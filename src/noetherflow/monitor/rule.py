@@ -174,6 +174,7 @@ class LedgerRule(ABC, Generic[P, S]):
     - `momentum_key`: the key of the state that holds a momentum buffer, a weighted sum of all gradients so far.
     - `has_equilibrium`: `drift` predicts the noise equilibrium.
     - `keeps_squares`: `gradient_roots` and `root_rates` predict it, that of the preconditioned charge.
+    - `not_booked`: why there are no books of a preconditioned charge, for a rule without `preconditioned`.
     """
 
     products: ClassVar[type[Products]]
@@ -187,6 +188,12 @@ class LedgerRule(ABC, Generic[P, S]):
     keeps_squares: ClassVar[bool] = False
     lr_power: ClassVar[float] = math.nan
     effective_lr_words: ClassVar[str] = ""
+    not_booked: ClassVar[str] = "no charge is known that its steps leave alone at first order"
+
+    @property
+    def reason_not_booked(self) -> str:
+        """Why there are no books of a preconditioned charge; empty where there are."""
+        return self.not_booked if type(self).preconditioned is LedgerRule.preconditioned else ""
 
     @abstractmethod
     def settings(self, group: Group, state: State, steps: float) -> S:

@@ -1,4 +1,4 @@
-"""The ledger's rules for torch's SGD, Adam and AdamW, and the one that serves any optimiser."""
+"""The ledger's rules for torch's SGD, Adam and AdamW, and those that serve any optimiser."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import noetherflow.monitor.divided_rules  # noqa: F401 - registers its rules
 from noetherflow.equilibrium.potential import decay_rate, mean_rate, noise_rate
 from noetherflow.monitor.rule import (
     AnyRule,
@@ -81,6 +82,7 @@ class SGDRule(LedgerRule[SGDProducts, SGDSettings]):
     has_equilibrium = True
     lr_power = 2.0
     effective_lr_words = "the effective learning rate goes as one over the squared norm"
+    not_booked = "SGD divides by nothing: the plain charge is the one that its steps leave alone at first order"
 
     def settings(self, group: Group, state: State, steps: float) -> SGDSettings:
         mu, kept = float(group["momentum"]), 1 - float(group["dampening"])
@@ -399,7 +401,21 @@ class DecoupledRule(RealisedRule):
 
 if hasattr(torch.optim, "Muon"):
     ledger_rule(torch.optim.Muon)(DecoupledRule)
-DECOUPLED_BY_NAME = frozenset({"AdEMAMix", "Lion", "MARS", "Muon", "SOAP"})
+
+
+class LionRule(DecoupledRule):
+    """Lion: the sign of an average of gradients, with decoupled decay."""
+
+    not_booked = (
+        "Lion steps by signs and keeps no average of squares: theta^T A D^-1 sign(m) is 0 for no D but in the mean "
+        "over minibatches, at a minimum, for the root mean squares of what it takes the sign of, not in its state"
+    )
+
+
+DECOUPLED_BY_NAME: Mapping[str, type[AnyRule]] = {
+    **dict.fromkeys(("AdEMAMix", "MARS", "Muon", "SOAP"), DecoupledRule),
+    "Lion": LionRule,
+}
 """Optimisers outside torch whose weight decay is decoupled, by the name of their class."""
 
 
@@ -407,5 +423,5 @@ def rule_for(optimizer: torch.optim.Optimizer) -> AnyRule:
     """The rule registered for the optimiser's class, or for a base class whose step it keeps; else the realised one."""
     rule = registered_rule(optimizer)
     if rule is None:
-        rule = DecoupledRule() if type(optimizer).__name__ in DECOUPLED_BY_NAME else RealisedRule()
+        rule = DECOUPLED_BY_NAME.get(type(optimizer).__name__, RealisedRule)()
     return rule
