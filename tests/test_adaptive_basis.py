@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import noetherflow as nf
-from noetherflow.equilibrium.adaptive_basis import adaptive_basis, single_gradients
+from noetherflow.equilibrium.adaptive_basis import adaptive_basis
 from noetherflow.errors import DataError
 from noetherflow.moments.factors import Factors
+from noetherflow.moments.single import single_gradients
 from reference import per_sample_gradients
 
 D = torch.float64
@@ -101,7 +102,7 @@ def test_hidden_units_are_singular_modes_at_the_schatten_bound() -> None:
 
 def test_gradients_measured_here_are_those_written_out() -> None:
     net, data, symmetry = problem(ANISOTROPIC, 50)
-    found, expected = single_gradients(net, symmetry, loss_fn, [data]), gradients(net, *data)
+    found, expected = single_gradients(net, symmetry.parameters, loss_fn, [data]), gradients(net, *data)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name])
     factors = {

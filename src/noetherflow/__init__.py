@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from noetherflow.discovery.oracle import count_symmetries
     from noetherflow.equilibrium.adaptive_basis import AdaptiveBasis, adaptive_basis
     from noetherflow.equilibrium.curvature import curvature_moments, top_eigenvalue
+    from noetherflow.equilibrium.feedback import SquareFeedback, square_feedback
     from noetherflow.equilibrium.flow import Flow, noether_flow
     from noetherflow.equilibrium.joint import noise_equilibrium
     from noetherflow.equilibrium.objective import smoothing
@@ -93,6 +94,7 @@ _LAZY = {
     "discovery.find": ("find_symmetries",),
     "discovery.oracle": ("count_symmetries",),
     "equilibrium.adaptive_basis": ("AdaptiveBasis", "adaptive_basis"),
+    "equilibrium.feedback": ("SquareFeedback", "square_feedback"),
     "equilibrium.flow": ("Flow", "noether_flow"),
     "equilibrium.step": ("step_identity",),
     "equilibrium.joint": ("noise_equilibrium",),
@@ -141,6 +143,7 @@ __all__ = [
     "Meter",
     "RunSnapshot",
     "SGDConfig",
+    "SquareFeedback",
     "SquareMemory",
     "StateFlow",
     "Symmetry",
@@ -180,6 +183,7 @@ __all__ = [
     "save_moments",
     "sharpness_forecast",
     "smoothing",
+    "square_feedback",
     "square_memory",
     "standard_error",
     "step_identity",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,11 +25,16 @@ METHODS: tuple[Method, ...] = ("sgd", "gd")
 """The two that most experiments compare."""
 
 
-class Problem(Protocol):
-    """What a training run needs to know of a loss. All gradients have the shapes of `params`, `[R, ...]`."""
+class SampledProblem(Protocol):
+    """What SGD needs to know of a loss. All gradients have the shapes of `params`, `[R, ...]`."""
 
     def minibatch_gradient(self, params: Params, rng: torch.Generator) -> Params:
         """`g_B` of a fresh minibatch per replica."""
+
+
+@runtime_checkable
+class Problem(SampledProblem, Protocol):
+    """What gradient descent and the SDE need to know beside that."""
 
     def mean_gradient(self, params: Params) -> Params:
         """`gbar`: the population's or the whole data set's gradient."""
@@ -227,24 +232,29 @@ def checkpoints(steps: int, count: int) -> list[int]:
 
 @dataclass(frozen=True, eq=False)
 class _Stepper:
-    """One training step of all replicas: directions from the problem and the method, updates applied in place."""
+    """One training step of all replicas, applied in place: of SGD; with a `population` of gradient descent, or of
+    the SDE in so many `substeps`.
+    """
 
-    problem: Problem
-    method: Method
+    problem: SampledProblem
+    population: Problem | None
     optimiser: _Optimiser
     substeps: int
     on_step: OnStep | None
 
     def step(self, step: int, params: Params, rate: float | Tensor, rng: torch.Generator) -> None:
-        """Move `params` by one step of SGD or GD, or by `substeps` of Euler-Maruyama that take the same time."""
-        if self.method != "sde":
-            sgd = self.method == "sgd"
-            grads = self.problem.minibatch_gradient(params, rng) if sgd else self.problem.mean_gradient(params)
+        """Move `params` by one step, the substeps of Euler-Maruyama together."""
+        if self.population is None:
+            grads = self.problem.minibatch_gradient(params, rng)
+            self._apply(step, params, self.optimiser.direction(params, grads), rate)
+            return
+        if not self.substeps:
+            grads = self.population.mean_gradient(params)
             self._apply(step, params, self.optimiser.direction(params, grads), rate)
             return
         for _ in range(self.substeps):
-            drift = self.optimiser.direction(params, self.problem.mean_gradient(params))
-            noise = self.problem.gaussian_noise(params, rng)
+            drift = self.optimiser.direction(params, self.population.mean_gradient(params))
+            noise = self.population.gaussian_noise(params, rng)
             mixed = [d + math.sqrt(self.substeps) * n for d, n in zip(drift, noise, strict=True)]
             self._apply(step, params, mixed, rate / self.substeps)
 
@@ -263,8 +273,17 @@ def _check(method: str, momentum: float, adam: tuple[float, float] | None) -> No
         raise DataError("the SDE comparison is for plain SGD; leave momentum and adam out")
 
 
+def _population(problem: SampledProblem, method: Method) -> Problem | None:
+    """The problem as gradient descent and the SDE need it, None for SGD. Raises DataError where it cannot give that."""
+    if method == "sgd":
+        return None
+    if not isinstance(problem, Problem):
+        raise DataError(f"{type(problem).__name__} draws minibatches only: run it with method='sgd', not {method!r}")
+    return problem
+
+
 def simulate(
-    problem: Problem,
+    problem: SampledProblem,
     start: Sequence[Tensor],
     steps: int,
     lr: float | Tensor | Callable[[int], float | Tensor],
@@ -308,9 +327,12 @@ def simulate(
     Source: theory.md section 1.
     """
     _check(method, momentum, adam)
+    population = _population(problem, method)
     params = [p.detach().clone() for p in start]
     marks = set(checkpoints(steps, at) if at else []) if isinstance(at, int) else {t for t in at if 0 <= t <= steps}
-    stepper = _Stepper(problem, method, _Optimiser(weight_decay, momentum, adam), substeps, on_step)
+    stepper = _Stepper(
+        problem, population, _Optimiser(weight_decay, momentum, adam), substeps if method == "sde" else 0, on_step
+    )
     seen: list[int] = []
     rows: list[dict[str, Tensor]] = []
     for step in range(steps + 1):

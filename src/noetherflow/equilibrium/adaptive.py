@@ -13,6 +13,7 @@ from noetherflow.core.adaptive import LionConfig
 from noetherflow.core.settings import SGDConfig
 from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.blocks import TorusClasses, classify_torus
+from noetherflow.equilibrium.feedback import SquareFeedback, with_feedback
 from noetherflow.equilibrium.orbit import MeasuredOrbit
 from noetherflow.equilibrium.potential import LegPair
 from noetherflow.equilibrium.regime import Regime
@@ -24,6 +25,7 @@ from noetherflow.equilibrium.roots import (
     RootTerm,
     charges,
     divisor,
+    reference_lr,
     root_drives,
     root_orbit,
     second_moments,
@@ -82,7 +84,9 @@ def adaptive_equilibrium(
     Source: theory.md section 13.
     """
     syms = covered(syms, config)
-    symmetries = tuple(syms)
+    symmetries, feedback = tuple(syms), options.feedback
+    if feedback is not None:
+        feedback.refuse_other(model, config)
     starts = _starts(model, symmetries, moments, config)
     movers = [s for s in starts if bool(s.classes.finite.any())]
     task = _RootTask(model, tuple(s.symmetry for s in movers), tuple(s.classes for s in movers), config, options)
@@ -106,17 +110,19 @@ def adaptive_equilibrium(
         trace=minimum.point.trace,
         symmetries=syms,
         regime=adaptive_regime(symmetries, moments, config),
-        assumptions=assumptions(config),
+        assumptions=assumptions(config, feedback),
     )
 
 
-def assumptions(config: AdaptiveConfig) -> tuple[str, ...]:
+def assumptions(config: AdaptiveConfig, feedback: SquareFeedback | None = None) -> tuple[str, ...]:
     """What an equilibrium or a flow under these settings rests on, one sentence each."""
     frozen = "the function stands still meanwhile: near a minimum, or for as long as the measured gradients last"
     if isinstance(config, SGDConfig):
         return ("charges count every squared weight over the learning rate of its group, relative to the largest",)
     if isinstance(config, LionConfig):
         return (frozen, "entries of minibatch gradients are Gaussian (Lion); up to 0.06 off in the log of an element")
+    if feedback is not None:
+        return (frozen, str(feedback))
     b2 = config.betas[1]
     return (
         frozen,
@@ -162,7 +168,8 @@ class _RootTask:
 
     def orbit(self, moments: GradientMoments) -> MeasuredOrbit:
         """The orbit of these symmetries by these moments."""
-        return root_orbit(self.model, self.symmetries, moments, self.config, joint=self.options.joint)
+        orbit = root_orbit(self.model, self.symmetries, moments, self.config, joint=self.options.joint)
+        return with_feedback(orbit, self.options.feedback, reference_lr(self.config))
 
     def solve(self, orbit: MeasuredOrbit, start: list[Tensor] | None = None, tolerance: float | None = None) -> Minimum:
         """The minimum of Psi; `tolerance` by default that of the options."""

@@ -19,6 +19,7 @@ from noetherflow.equilibrium.curvature import HessianProduct
 from noetherflow.equilibrium.orbit import Samples
 from noetherflow.errors import DataError
 from noetherflow.moments.factors import Factors
+from noetherflow.moments.single import single_gradients
 from noetherflow.symmetry.symmetry import Symmetry
 
 TOLERANCE = 1e-6
@@ -134,7 +135,7 @@ def adaptive_basis(
     expect(call, "symmetry", symmetry, Symmetry, "one of the symmetries, syms[0]")
     _check(symmetry, config)
     data = list(batches)
-    samples = single_gradients(model, symmetry, loss_fn, data) if samples is None else samples
+    samples = single_gradients(model, symmetry.parameters, loss_fn, data) if samples is None else samples
     legs = _columns(model, symmetry, samples, config)
     rng = torch.Generator("cpu").manual_seed(seed)
     begin = [symmetry.identity(), *(_rotation(symmetry, rng) for _ in range(starts - 1))]
@@ -151,22 +152,6 @@ def adaptive_basis(
     cosine = proportionality(model, symmetry, samples, loss_fn, data)
     now = float(_psi(legs, symmetry.identity()))
     return AdaptiveBasis(ends[best], now, values[best], tuple(values), slope, cosine)
-
-
-def single_gradients(
-    model: nn.Module, symmetry: Symmetry, loss_fn: LossFn, batches: Iterable[Any]
-) -> dict[str, Tensor]:
-    """The gradient of every sample's loss in the weights of one symmetry, `[N, *shape]` each, one by one."""
-    tensors = tensors_of(model)
-    params = [tensors[n] for n in symmetry.parameters]
-    rows: list[tuple[Tensor, ...]] = []
-    with torch.enable_grad():
-        for batch in batches:
-            losses = loss_fn(model, batch)
-            rows += [torch.autograd.grad(one, params, retain_graph=True) for one in losses]
-    if not rows:
-        raise DataError("no batches to measure gradients on")
-    return {n: torch.stack(list(g)) for n, g in zip(symmetry.parameters, zip(*rows, strict=True), strict=True)}
 
 
 def _check(symmetry: Symmetry, config: AdamConfig) -> None:

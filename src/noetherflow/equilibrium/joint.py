@@ -16,6 +16,7 @@ from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.adaptive import adaptive_equilibrium, without_decay
 from noetherflow.equilibrium.arguments import refuse_strangers
 from noetherflow.equilibrium.conditioning import Stretches, moved_copy, orthogonalising
+from noetherflow.equilibrium.feedback import SquareFeedback
 from noetherflow.equilibrium.invariance import cautions, refuse_other_moments
 from noetherflow.equilibrium.levels import level_equilibrium
 from noetherflow.equilibrium.objective import AnyObjective, LevelObjective, objective_of
@@ -50,6 +51,7 @@ def noise_equilibrium(
     max_iterations: int = 500,
     recede: float = 1.0,
     errors: bool = False,
+    feedback: SquareFeedback | None = None,
 ) -> Equilibrium:
     """The group elements at which the Noether flow of every symmetry stops: the minimiser of the convex Phi.
 
@@ -87,6 +89,8 @@ def noise_equilibrium(
             of general_linear symmetries move towards their limit by this factor.
         errors: Adds jackknife standard errors of `1/2 log(G^T G)`, from moments in groups that determine the answer
             without `samples` or `remeasure`.
+        feedback: With AdamConfig: `nf.square_feedback(...)` of these weights, which counts what `v` does where it
+            follows the fluctuations of the weights (b2 far below 1).
 
     Returns:
         An Equilibrium: one Settled per symmetry, with its element, class, charge and imbalance.
@@ -111,7 +115,9 @@ def noise_equilibrium(
     refuse_strangers("noise_equilibrium", model, syms, mom)
     if sgd is not None:
         check_settings(sgd)
-    options = SolveOptions(joint, remeasure, samples, tol, max_iterations, recede, errors)
+    if feedback is not None and not isinstance(sgd, AdamConfig):
+        raise DataError(f"feedback= is of Adam's average of squares; the settings are {type(sgd).__name__}")
+    options = SolveOptions(joint, remeasure, samples, tol, max_iterations, recede, errors, feedback)
     syms = syms.trainable(model)
     if not approximate:
         syms = syms.without({s.name: f"only approximate (eps {s.eps:g})" for s in syms if s.eps is not None})

@@ -12,6 +12,7 @@ from noetherflow.core.settings import SGDConfig
 from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.blocks import TorusClasses, gl_frame
 from noetherflow.equilibrium.conditioning import machine_epsilon
+from noetherflow.equilibrium.feedback import SquareFeedback
 from noetherflow.equilibrium.objective import Objective
 from noetherflow.equilibrium.orbit import (
     FramedOrbit,
@@ -53,6 +54,7 @@ class SolveOptions:
     max_iterations: int = 500
     recede: float = 1.0
     errors: bool = False
+    feedback: SquareFeedback | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.recede <= 1:

@@ -42,6 +42,7 @@ QUICK = {
     "SGD": OptimizerRun(lr=0.02, steps=50_000),
     "Adam": OptimizerRun(lr=0.01, steps=20_000, betas=(0.9, 0.999)),
     "Adam, half the rate": OptimizerRun(lr=0.005, steps=80_000, betas=(0.9, 0.9995)),
+    "Adam, quarter of the rate": OptimizerRun(lr=0.0025, steps=400_000, betas=(0.9, 0.99975)),
     "Adam without memory": OptimizerRun(lr=0.01, steps=20_000, betas=(0.0, 0.999)),
     "AdamW": OptimizerRun(lr=0.01, steps=20_000, betas=(0.9, 0.999), decay=0.05),
 }
@@ -58,7 +59,8 @@ class AdamConfigs(Config):
     batch: int = 8
     spread: float = 2.25
     teacher: int = 4
-    measured: int = 40_000
+    measured: int = 400_000
+    feedback: int = 10_000
     runs: dict[str, OptimizerRun] = field(default_factory=lambda: dict(QUICK))
     starts: int
 
@@ -69,7 +71,6 @@ SCALES = {
         starts=48,
         runs={
             **{name: replace(r, steps=2 * r.steps) for name, r in QUICK.items()},
-            "Adam, quarter of the rate": OptimizerRun(lr=0.0025, steps=400_000, betas=(0.9, 0.99975)),
             "AdamW, twice the decay": OptimizerRun(lr=0.01, steps=40_000, betas=(0.9, 0.999), decay=0.1),
             "AdamW, half of both": OptimizerRun(lr=0.005, steps=100_000, betas=(0.9, 0.9995), decay=0.05),
             "Lion": OptimizerRun(lr=0.001, steps=160_000, betas=(0.9, 0.99), lion=True),
@@ -122,14 +123,6 @@ class LeakyStudent:
         back = (error @ u) * torch.where(before > 0, 1.0, self.slope)
         return [back.mT @ x, error.mT @ after]
 
-    def mean_gradient(self, params: Params) -> Params:
-        """Not used: every run here is stochastic."""
-        raise NotImplementedError
-
-    def gaussian_noise(self, params: Params, rng: torch.Generator) -> Params:
-        """Not used: every run here is stochastic."""
-        raise NotImplementedError
-
     def model(self) -> nn.Module:
         """The teacher as a torch module."""
         w, u = self.teacher
@@ -149,13 +142,21 @@ class LeakyStudent:
 
 
 def predicted(student: LeakyStudent, config: AdamConfigs, settings: Settings) -> Tensor:
-    """The equilibrium from one measurement at the teacher: log factors of the hidden units."""
+    """The equilibrium from one measurement at the teacher, under Adam with the feedback of its average of squares:
+    log factors of the hidden units.
+    """
     net = student.model()
     syms = nf.declare(net, "diagonal", [("0.weight", 0)], [("2.weight", 1)])
     x, y = (t[0] for t in student.draw(1, config.measured, generator(100)))
-    batches = list(zip(x.split(4000), y.split(4000), strict=True))
-    moments = nf.gradient_moments(net, lambda m, b: (m(b[0]) - b[1]).square().sum(1), batches, syms, entries=True)
-    (settled,) = nf.noise_equilibrium(net, syms, moments, settings)
+    squared = lambda m, b: (m(b[0]) - b[1]).square().sum(1)
+    moments = nf.gradient_moments(
+        net, squared, list(zip(x.split(4000), y.split(4000), strict=True)), syms, entries=True
+    )
+    feedback = None
+    if isinstance(settings, nf.AdamConfig):
+        few = list(zip(*(t[: config.feedback].split(500) for t in (x, y)), strict=True))
+        feedback = nf.square_feedback(net, squared, few, syms, settings)
+    (settled,) = nf.noise_equilibrium(net, syms, moments, settings, feedback=feedback)
     return settled.element.log()
 
 
@@ -243,15 +244,11 @@ def plot(results: Results[AdamConfigs, ExperimentPoint]) -> Any:
 FINITE = "at a finite rate; terms of first order in the rate, taken out by the claims with the rate extrapolated to 0"
 
 
-LAG = (
-    "The prediction takes the averages of squares for slow beside all fluctuations of the weights. "
-    "Fluctuations that last "
-    "longer than 1 / (1 - b2) steps move them along (kap in theory.md section 13), by an amount that depends "
-    "on the task "
-    "and does not vanish with the rate at fixed (1 - b2) / rate; it is left out here. On the task of the first "
-    "series of "
-    "seeds these claims held."
+SECOND_ORDER = (
+    "What v does where it follows the fluctuations (kap in theory.md section 13) is in the prediction, and is small "
+    "here: 0.004 at most. The deviation falls with the rate; terms of second order in it are not in the theory."
 )
+LIMIT = "Not explained: v's following the fluctuations is in the prediction, and the moments' error is 0.001."
 
 
 def verdicts(results: Results[AdamConfigs, ExperimentPoint]) -> list[Verdict]:
@@ -261,7 +258,9 @@ def verdicts(results: Results[AdamConfigs, ExperimentPoint]) -> list[Verdict]:
         at_end, target = ends(results, name), results.array(name, "predicted")
         for unit, where in enumerate(target):
             claim = f"{name}: log scale of hidden unit {unit + 1}"
-            out.append(from_seeds(claim, where, at_end[:, unit], 0.08, relative=False, reason=FINITE, analysis=LAG))
+            out.append(
+                from_seeds(claim, where, at_end[:, unit], 0.08, relative=False, reason=FINITE, analysis=SECOND_ORDER)
+            )
         start = results.array(name, "start")
         kept = [float(np.polyfit(start[:, unit], at_end[:, unit], 1)[0]) for unit in range(len(target))]
         out.append(
@@ -274,14 +273,15 @@ def verdicts(results: Results[AdamConfigs, ExperimentPoint]) -> list[Verdict]:
                 reason="what is left of the starts",
             )
         )
-    apart = (ends(results, "Adam") - ends(results, "SGD")).mean(1)
+    limit = 2 * ends(results, "Adam, quarter of the rate") - ends(results, "Adam, half the rate")
+    apart = (limit - ends(results, "SGD")).mean(1)
     expected = float((results.array("Adam", "predicted") - results.array("SGD", "predicted")).mean())
-    out.append(from_seeds("Adam minus SGD, mean over hidden units", expected, apart, relative=False, analysis=LAG))
-    half, whole = ends(results, "Adam, half the rate"), ends(results, "Adam")
+    claim = "Adam, rate extrapolated to 0, minus SGD: mean over hidden units"
+    out.append(from_seeds(claim, expected, apart, relative=False))
     for unit, where in enumerate(results.array("Adam", "predicted")):
         claim = f"Adam, rate extrapolated to 0: log scale of hidden unit {unit + 1}"
-        out.append(from_seeds(claim, where, (2 * half - whole)[:, unit], relative=False, analysis=LAG))
-    memory = (ends(results, "Adam without memory") - whole).mean(1)
+        out.append(from_seeds(claim, where, limit[:, unit], relative=False, analysis=LIMIT))
+    memory = (ends(results, "Adam without memory") - ends(results, "Adam")).mean(1)
     out.append(from_seeds("Adam without memory minus with, mean over units", 0, memory, relative=False))
     return out
 
@@ -304,17 +304,24 @@ EXPERIMENT = Experiment(
     settings=(
         Setting(
             "optimisers",
-            "SGD 0.02; Adam 0.01, 0.005; without memory (RMSprop); AdamW 0.01, decay 0.05",
-            "the paper's scale adds a quarter of the rate, decay 0.1, half of both, and Lion",
+            "SGD 0.02; Adam 0.01, 0.005, 0.0025; without memory (RMSprop); AdamW 0.01, decay 0.05",
+            "the paper's scale adds decay 0.1, half of both, and Lion",
         ),
-        Setting("b2", "0.999 at lr 0.01, 0.9995 at 0.005", "the theory's limit is lr to 0 at fixed (1 - b2) / lr"),
+        Setting(
+            "b2",
+            "0.999 at lr 0.01, 0.9995 at 0.005, 0.99975 at 0.0025",
+            "the theory's limit is lr to 0 at fixed (1 - b2) / lr",
+        ),
     ),
     exploratory=(
         "The teacher's seed was chosen among twelve so that all units relax within the runs (predicted relaxation "
         "times), before any end point was looked at. A first run half as long had a tenth of the start left under "
         "Adam and missed five of the tolerances; runs were then doubled, the tolerances left as they were. Lion and "
         "the other decays were looked at with 16 starts before they were added: AdamW with decay 0.1 is 0.095 off in "
-        "one unit (which fails), 0.032 at half of both; Lion 0.09 off at lr 0.001 and 0.04 at 0.0005."
+        "one unit (which fails), 0.032 at half of both; Lion 0.09 off at lr 0.001 and 0.04 at 0.0005. On the second "
+        "series of seeds three units of Adam missed their tolerances and the limits from 0.01 and 0.005 missed theirs; "
+        "only then the feedback of v and the quarter of the rate were added, and the moments measured on ten times the "
+        "samples (the error of the first prediction was 0.01)."
     ),
     variations={"batch 4": {"batch": 4}, "another teacher": {"teacher": 3}},
     beyond=True,

@@ -102,14 +102,6 @@ class ScaleFreeLayer:
         radial = (gradient * unit).sum((1, 2), keepdim=True)
         return [(gradient - radial * unit) / norm]
 
-    def mean_gradient(self, params: Params) -> Params:
-        """Not used: every run here is stochastic."""
-        raise NotImplementedError
-
-    def gaussian_noise(self, params: Params, rng: torch.Generator) -> Params:
-        """Not used: every run here is stochastic."""
-        raise NotImplementedError
-
 
 def predicted(layer: ScaleFreeLayer, config: RotationalConfig) -> float:
     """`|W|` at the equilibrium, from one measurement at the teacher with `|W| = 1`."""
