@@ -465,6 +465,12 @@ MUTANTS = (
         "test_equilibrium_closed_forms.py::test_gl_closed_form_beats_every_neighbour",
     ),
     Mutant(
+        f"{EQ}/adaptive_flow.py",
+        "orbit_of_weights(self.weights, self.symmetries, part, self.config)",
+        "orbit_of_weights(self.weights, self.symmetries, self.moments, self.config)",
+        "test_adaptive_forecast_errors.py::test_errors_of_groups_of_other_sizes",
+    ),
+    Mutant(
         f"{EQ}/forecast.py",
         "rates += [a @ roots[0], -a @ roots[1]]",
         "rates += [a @ roots[0], a @ roots[1]]",

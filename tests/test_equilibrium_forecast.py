@@ -99,7 +99,7 @@ def test_errors_are_left_out_where_a_group_is_too_fast(monkeypatch: pytest.Monke
 
 
 def _refused() -> dict[str, torch.Tensor]:
-    raise flow_module._TooFast
+    raise forecast.TooFast
 
 
 def _too_fast() -> tuple[nn.Module, nf.SymmetrySet, nf.GradientMoments]:

@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from noetherflow.core.adaptive import AdamConfig
 from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.adaptive import adaptive_equilibrium, adaptive_regime, covered
 from noetherflow.equilibrium.charge_flow import ChargeFlow
+from noetherflow.equilibrium.forecast import TooFast, all_reached
 from noetherflow.equilibrium.invariance import cautions, refuse_other_moments
+from noetherflow.equilibrium.lag import lagging_forecast
 from noetherflow.equilibrium.orbit import MeasuredOrbit
 from noetherflow.equilibrium.regime import Regime
 from noetherflow.equilibrium.result import Settled
@@ -20,6 +23,7 @@ from noetherflow.equilibrium.roots import (
     NoiseLaw,
     decay_share,
     divisor,
+    orbit_of_weights,
     reference_lr,
     root_drives,
     root_orbit,
@@ -37,7 +41,7 @@ DIFFERENCE = 1e-3
 @dataclass(frozen=True, eq=False)
 class AdaptiveDrift:
     """What `noether_flow` needs of an adaptive optimiser: the drift of every symmetry, the orbit they span together,
-    which symmetries are covered, the regime, and what takes away from the answer.
+    which symmetries are covered, the regime, what takes away from the answer, and how sure forecasts are.
     """
 
     details: tuple[ChargeFlow, ...]
@@ -45,6 +49,65 @@ class AdaptiveDrift:
     symmetries: SymmetrySet
     regime: Regime
     cautions: tuple[str, ...]
+    groups: ForecastGroups | None
+
+
+@dataclass(frozen=True, eq=False)
+class ForecastGroups:
+    """What standard errors of forecasts need: the groups of samples, and the weights where they were measured.
+
+    Attributes:
+        weights: copies of what the symmetries move, since the model may move on before a forecast is asked for.
+        symmetries: those that move together.
+        moments: in at least two groups, entries alone.
+        config: the optimiser's settings.
+    """
+
+    weights: dict[str, Tensor]
+    symmetries: tuple[Symmetry, ...]
+    moments: GradientMoments
+    config: AdaptiveConfig
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, syms: SymmetrySet, moments: GradientMoments, config: AdaptiveConfig
+    ) -> ForecastGroups | None:
+        """Of measured moments; None where they have no groups, or groups without entries."""
+        if not _has_groups(syms, moments):
+            return None
+        tensors = tensors_of(model)
+        weights = {n: tensors[n].detach().to("cpu", copy=True) for s in syms for n in s.parameters}
+        return cls(weights, tuple(syms), _entries_alone(moments), config)
+
+    def errors(self, steps: tuple[int, ...], charges: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Jackknife standard errors of forecast charges: each forecast again without each group of samples.
+
+        The measured root mean squares weigh the charge itself, so that it has an error at step 0 too. Every forecast
+        starts with `v` at what its own samples say.
+
+        Args:
+            steps: as whole numbers, increasing.
+            charges: the forecast from all samples at these steps.
+
+        Returns:
+            By symmetry, in the shape of the charges; empty where a forecast without one of the groups does not reach
+            the last step.
+        """
+
+        def without(part: GradientMoments) -> dict[str, Tensor]:
+            orbit = orbit_of_weights(self.weights, self.symmetries, part, self.config)
+            return all_reached(lagging_forecast(orbit, steps, b2_of(self.config)), steps)
+
+        try:
+            found = jackknife(self.moments, charges, without, self.config.dataset_size)
+        except TooFast:
+            return {}
+        return {n: e.error for n, e in found.items()}
+
+
+def b2_of(config: AdaptiveConfig) -> float:
+    """Adam's `b2`; 0 for optimisers whose drift follows the gradients at once."""
+    return config.betas[1] if isinstance(config, AdamConfig) else 0.0
 
 
 def adaptive_drift(
@@ -76,7 +139,8 @@ def adaptive_drift(
         for s, settled in zip(syms, alone.settled, strict=True)
     )
     orbit = root_orbit(model, tuple(syms), moments, config)
-    return AdaptiveDrift(details, orbit, syms, adaptive_regime(tuple(syms), moments, config), said)
+    regime = adaptive_regime(tuple(syms), moments, config)
+    return AdaptiveDrift(details, orbit, syms, regime, said, ForecastGroups.of(model, syms, moments, config))
 
 
 def root_decay(
@@ -155,11 +219,21 @@ def _drift(symmetry: Symmetry, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 def _drift_errors(syms: SymmetrySet, moments: GradientMoments, config: AdaptiveConfig) -> dict[str, Tensor]:
     """Jackknife standard errors of the part that gradients add."""
-    if len(moments.groups) < 2 or not all(n in moments.groups[0].squares for n in syms.parameters):
+    if not _has_groups(syms, moments):
         return {}
 
     def drifts(part: GradientMoments) -> dict[str, Tensor]:
         return {s.name: sum(root_drives(s, part, config), torch.zeros(())) for s in syms}
 
-    legs = replace(moments, groups=tuple(replace(g, second={}, legs={}) for g in moments.groups), second={}, legs={})
-    return {n: e.error for n, e in jackknife(legs, drifts(moments), drifts, config.dataset_size).items()}
+    found = jackknife(_entries_alone(moments), drifts(moments), drifts, config.dataset_size)
+    return {n: e.error for n, e in found.items()}
+
+
+def _has_groups(syms: SymmetrySet, moments: GradientMoments) -> bool:
+    """Whether entries of what the symmetries move were measured in at least two groups of samples."""
+    return len(moments.groups) > 1 and all(n in moments.groups[0].squares for n in syms.parameters)
+
+
+def _entries_alone(moments: GradientMoments) -> GradientMoments:
+    """The moments without their leg Grams, which roots do not use and which each group left out would add up anew."""
+    return replace(moments, groups=tuple(replace(g, second={}, legs={}) for g in moments.groups), second={}, legs={})

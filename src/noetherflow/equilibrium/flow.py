@@ -12,17 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow.core import spd
-from noetherflow.core.adaptive import AdamConfig
 from noetherflow.core.host import on_host
 from noetherflow.core.optimizers import Settings, check_settings
 from noetherflow.core.printing import count, grouped, table, transposed
 from noetherflow.core.settings import SGDConfig
 from noetherflow.core.shown import Shown
 from noetherflow.equilibrium.adaptive import assumptions
-from noetherflow.equilibrium.adaptive_flow import adaptive_drift
+from noetherflow.equilibrium.adaptive_flow import ForecastGroups, adaptive_drift, b2_of
 from noetherflow.equilibrium.arguments import refuse_strangers
 from noetherflow.equilibrium.charge_flow import ChargeFlow, flat, norm_of, norm_where, signed_sum
-from noetherflow.equilibrium.forecast import Forecast, orbit_forecast, whole_steps
+from noetherflow.equilibrium.forecast import Forecast, TooFast, all_reached, orbit_forecast, whole_steps
 from noetherflow.equilibrium.joint import noise_equilibrium
 from noetherflow.equilibrium.lag import lagging_forecast
 from noetherflow.equilibrium.orbit import MeasuredOrbit, Samples, measured_orbit, separate_orbits
@@ -38,10 +37,6 @@ from noetherflow.symmetry.symmetry import Symmetry
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 
-class _TooFast(Exception):
-    """A forecast without one group of samples did not reach the last step."""
-
-
 @dataclass(frozen=True, eq=False)
 class Flow(Shown):
     """The Noether flow of a model: one `ChargeFlow` per symmetry, and forecasts of the charges from one measurement."""
@@ -55,6 +50,7 @@ class Flow(Shown):
     joint: bool
     regime: Regime
     cautions: tuple[str, ...] = ()
+    groups: ForecastGroups | None = None
 
     def __getitem__(self, name: str) -> ChargeFlow:
         for row in self.details:
@@ -71,7 +67,8 @@ class Flow(Shown):
         else each with the others held. `errors`: standard errors by jackknife where the moments carry groups and
         determine the orbit without samples, at the cost of one more forecast per group.
 
-        Under Adam the charges are preconditioned, each at the `v` of its step, which lags behind; no errors then.
+        Under Adam the charges are preconditioned, each at the `v` of its step, which lags behind; errors need groups
+        with entries (`gradient_moments(..., entries=True)`), and there is one at step 0 too: `v` is measured.
         Forecasts beyond `regime.horizon`, or of a mean gradient that momentum counts as constant and that may not be
         (`regime.constant`), are marked as not valid. Where the flow changes too fast to be followed, the
         forecast ends before the last step, says so (`Forecast.asked`), and has no errors.
@@ -81,17 +78,25 @@ class Flow(Shown):
         """
         at, measured = whole_steps(steps), (self.moments.samples, len(self.moments.groups))
         if not isinstance(self.sgd, SGDConfig) or self.sgd.groups:
-            memory = self.sgd.betas[1] if isinstance(self.sgd, AdamConfig) else 0.0
-            return self._forecast(at, lagging_forecast(self.orbit, at, memory), {}, (measured[0], 0))
+            return self._lagging_forecast(self.sgd, at, errors)
         charges = orbit_forecast(self.orbit, at)
         whole = all(len(c) == len(at) for c in charges.values())
         if not (errors and whole and measured[1] > 1 and not self.orbit.needs_samples):
             return self._forecast(at, charges, {}, measured)
         try:
             found = jackknife(self.moments, charges, partial(self._charges, at), self.sgd.dataset_size)
-        except _TooFast:
+        except TooFast:
             return self._forecast(at, charges, {}, measured)
         return self._forecast(at, charges, {n: e.error for n, e in found.items()}, measured)
+
+    def _lagging_forecast(self, config: Settings, at: tuple[int, ...], errors: bool) -> Forecast:
+        """The forecast of preconditioned charges."""
+        charges = lagging_forecast(self.orbit, at, b2_of(config))
+        whole = all(len(c) == len(at) for c in charges.values())
+        if not (errors and whole and self.groups is not None):
+            return self._forecast(at, charges, {}, (self.moments.samples, 0))
+        sure = self.groups.errors(at, charges)
+        return self._forecast(at, charges, sure, (self.moments.samples, len(self.moments.groups)))
 
     def _forecast(
         self, at: tuple[int, ...], charges: dict[str, Tensor], errors: dict[str, Tensor], measured: tuple[int, int]
@@ -103,13 +108,10 @@ class Flow(Shown):
         return Forecast(at[:reached], charges, errors, self.joint, self.regime, *measured, families, asked)
 
     def _charges(self, steps: tuple[int, ...], moments: GradientMoments) -> dict[str, Tensor]:
-        """Charges by moments without one group. Raises _TooFast where not all steps are reached."""
+        """Charges by moments without one group. Raises TooFast where not all steps are reached."""
         assert isinstance(self.sgd, SGDConfig)
         potential = Potential.of(Drift.of(self.sgd), moments, self.sgd)
-        charges = orbit_forecast(self.orbit.with_moments(moments, potential), steps)
-        if any(len(c) < len(steps) for c in charges.values()):
-            raise _TooFast
-        return charges
+        return all_reached(orbit_forecast(self.orbit.with_moments(moments, potential), steps), steps)
 
     def rows(self, steps: float | None = None) -> list[dict[str, Any]]:
         """One row of norms per symmetry; with the `steps` of a training, also the `phase` each symmetry is in."""
@@ -267,7 +269,9 @@ def _measured_flow(
         return _sgd_flow(model, syms, mom, sgd, samples)
     drift = adaptive_drift(model, syms, mom, sgd)
     left_out = dict(drift.symmetries.excluded)
-    return Flow(drift.details, sgd, mom.loss, left_out, mom, drift.orbit, True, drift.regime, drift.cautions)
+    return Flow(
+        drift.details, sgd, mom.loss, left_out, mom, drift.orbit, True, drift.regime, drift.cautions, drift.groups
+    )
 
 
 def _sgd_flow(

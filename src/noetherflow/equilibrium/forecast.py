@@ -192,6 +192,17 @@ def whole_steps(steps: Sequence[int] | Tensor) -> tuple[int, ...]:
     return tuple(int(k) for k in at)
 
 
+class TooFast(Exception):
+    """A forecast without one group of samples did not reach the last step."""
+
+
+def all_reached(charges: dict[str, Tensor], steps: Sequence[int]) -> dict[str, Tensor]:
+    """The charges of a forecast that reached every step. Raises TooFast for one that ended before."""
+    if any(len(c) < len(steps) for c in charges.values()):
+        raise TooFast
+    return charges
+
+
 def orbit_forecast(orbit: MeasuredOrbit, steps: Sequence[int] | Tensor) -> dict[str, Tensor]:
     """Charges by symmetry, `[reached, *symmetry.shape]`: `dC/dk = E[C' - C]` integrated along the orbit.
 

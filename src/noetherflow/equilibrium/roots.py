@@ -251,15 +251,27 @@ def root_orbit(
 
     Source: theory.md section 13, "Equilibrium".
     """
-    tensors, law = tensors_of(model), NoiseLaw.of(config)
-    shapes = {n: tuple(t.shape) for n, t in tensors.items()}
+    return orbit_of_weights(tensors_of(model), symmetries, moments, config, joint=joint)
+
+
+def orbit_of_weights(
+    weights: Mapping[str, Tensor],
+    symmetries: Sequence[Symmetry],
+    moments: GradientMoments,
+    config: AdaptiveConfig,
+    *,
+    joint: bool = True,
+) -> MeasuredOrbit:
+    """`root_orbit` from the weights that the symmetries move, by parameter, in place of the model that holds them."""
+    law = NoiseLaw.of(config)
+    shapes = {n: tuple(t.shape) for n, t in weights.items()}
     reference = reference_lr(config)
     groups = [leg_coordinates(symmetries, shapes)] if joint else _alone(symmetries, shapes)
     terms = []
     for coordinates in groups:
         for name, legs in coordinates.items():
             offset = symmetries[legs[0].symmetry].offsets.get(name, 0.0)
-            theta = tensors[name].detach().double().cpu() + offset
+            theta = weights[name].detach().double().cpu() + offset
             terms.append(RootTerm(legs, _entries(name, legs, theta, moments, config, law, reference)))
     return MeasuredOrbit(tuple(symmetries), Potential(norm=1.0, second=0.0, mean=0.0), tuple(terms))
 
