@@ -34,7 +34,7 @@ def read_checkpoint(path: str | Path, *, key: str | None = None) -> dict[str, Te
 
     Args:
         path: a `.safetensors` or PyTorch file, the index of a sharded checkpoint, or a folder with one of these
-            (`save_pretrained`, a `checkpoint-1000/` of the Hugging Face Trainer).
+            (`save_pretrained`, a `checkpoint-1000/` of the Hugging Face Trainer) or of torch.distributed.checkpoint.
         key: where the weights lie in a PyTorch file, nested keys joined by dots; the usual ones (`state_dict`, `model`,
             `model_state_dict` ...) are found without it.
 

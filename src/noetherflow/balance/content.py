@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,10 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 from noetherflow.balance.motion import Motion
 from noetherflow.balance.names import NameMap
-from noetherflow.balance.optimizer_state import StatePlan, plan_state, without_optimizer
+from noetherflow.balance.optimizer_state import EntryMove, StatePlan, plan_state, without_optimizer
 from noetherflow.balance.pieces import Shift, move_in_place
 from noetherflow.balance.state_naming import StateNaming
 from noetherflow.balance.state_rules import saved_state_rule
+from noetherflow.balance.waiting import WaitingTensor, memory_of, own_copy
 from noetherflow.core.held import is_saved_optimizer
 from noetherflow.core.tensors import tensors_of
 from noetherflow.errors import CheckpointError
@@ -63,17 +64,88 @@ class FileMove:
         return self.names.parts[stored].of(whole).contiguous(), shift
 
 
+@dataclass(eq=False)
+class MovedTensor:
+    """A stored weight at its moved place, computed whenever it is asked for.
+
+    Attributes:
+        move: what is to be done.
+        stored: its name in the file.
+        name: the canonical name of the weight.
+        before: where it was.
+        wholes: of parts, the last tensors that were moved (`FileMove.part`).
+        main: it is of the checkpoint's weights, not of averages of them.
+        shift: what the move did to it, None before it was asked for.
+    """
+
+    move: FileMove
+    stored: str
+    name: str
+    before: Tensor
+    wholes: dict[str, tuple[Tensor, Shift]]
+    main: bool
+    shift: Shift | None = None
+
+    def read(self) -> Tensor:
+        """The moved value, in memory of its own."""
+        if self.stored in self.move.names.parts:
+            out, self.shift = self.move.part(self.stored, self.wholes)
+        else:
+            out = own_copy(self.before)
+            self.shift = move_in_place(self.move.motion, self.name, out)
+        self.move.progress(self.stored)
+        return out
+
+    def view(self) -> Tensor:
+        """The moved value."""
+        return self.read()
+
+
+@dataclass(frozen=True, eq=False)
+class MovedEntry:
+    """An entry of an optimiser's state at the moved weights, computed whenever it is asked for."""
+
+    entry: EntryMove
+    motion: Motion
+
+    def read(self) -> Tensor:
+        """The moved value, in memory of its own."""
+        return self.entry.value(self.motion)
+
+    def view(self) -> Tensor:
+        """The moved value."""
+        return self.read()
+
+
 @dataclass
 class ContentMover:
-    """Walks through the content of PyTorch files; `state`: the dict in the file at hand that holds its weights."""
+    """Walks through the content of PyTorch files; `state`: the dict in the file at hand that holds its weights.
+
+    What moves waits: it is computed when it is written, and forgotten then.
+    """
 
     move: FileMove
     state: Mapping[str, Any]
     plans: list[StatePlan] = field(default_factory=list)
     averages: list[str] = field(default_factory=list)
-    shifts: dict[str, Shift] = field(default_factory=dict)
-    done: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    done: dict[tuple[str, object], WaitingTensor] = field(default_factory=dict)
     wholes: dict[str, tuple[Tensor, Shift]] = field(default_factory=dict)
+    late: dict[tuple[str, object], MovedTensor] = field(default_factory=dict)
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything moves."""
+        return bool(self.late) or any(plan.moves for plan in self.plans)
+
+    def shifts(self) -> dict[str, Shift]:
+        """What the move did to the weights, by canonical name; those that were not written are moved and forgotten."""
+        out: dict[str, Shift] = {}
+        for late in self.late.values():
+            if late.shift is None:
+                late.read()
+            if late.main and late.shift is not None:
+                out.setdefault(late.name, late.shift)
+        return out
 
     def moved(self, node: Any, path: str) -> Any:
         """A copy of `node` in which weights, their averages and optimiser state are moved; the rest as it was."""
@@ -106,17 +178,14 @@ class ContentMover:
         out = dict(tensors)
         for stored, tensor in tensors.items():
             name = self.move.canonical(stored)
-            if name is not None and stored in self.move.names.parts:
-                out[stored], shift = self.move.part(stored, self.wholes)
-                self.shifts.setdefault(name, shift)
-            elif name is not None:
-                key = (name, tensor.data_ptr())
-                if key not in self.done:
-                    self.done[key] = tensor.detach().clone()
-                    shift = move_in_place(self.move.motion, name, self.done[key])
-                    if main:
-                        self.shifts.setdefault(name, shift)
-                out[stored] = self.done[key]
+            if name is None:
+                continue
+            place = stored if stored in self.move.names.parts else memory_of(tensor)
+            if (name, place) not in self.done:
+                self.late[name, place] = MovedTensor(self.move, stored, name, tensor, self.wholes, main)
+                self.done[name, place] = WaitingTensor(tensor.shape, tensor.dtype, self.late[name, place])
+            self.late[name, place].main |= main
+            out[stored] = self.done[name, place]
         return out
 
     def _averages(self, tensors: Mapping[str, Tensor], path: str) -> bool:
@@ -146,7 +215,9 @@ class ContentMover:
             return saved
         plan = plan_state(held, saved_state_rule(saved["param_groups"][0] if saved["param_groups"] else {}), motion)
         for move in plan.moves:
-            move.held.state[move.key] = move.value(motion)
+            old = move.held.state[move.key]
+            before = replace(move, held=replace(move.held, state={move.key: old}))
+            move.held.state[move.key] = WaitingTensor(old.shape, old.dtype, MovedEntry(before, motion))
         lost = without_optimizer(held, tensors_of(model), motion)
         self.plans += [plan, StatePlan(unmoved=tuple(f"{path}: {line}" for line in lost))]
         return new

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from noetherflow.balance.dcp_file import DcpFolder
+from noetherflow.balance.dcp_metadata import METADATA
 from noetherflow.balance.safetensors_file import SafetensorsFile
 from noetherflow.balance.stored import LoadedTensors, ShardedTensors, StoredTensors
 from noetherflow.balance.torch_file import load_torch, tensors_in, weights_in
@@ -28,7 +30,7 @@ SHARD = re.compile(r"-(\d+)-of-(\d+)\.\w+$")
 INDEX = ".index.json"
 TORCH_SUFFIXES = (".pt", ".bin", ".pth", ".ckpt")
 SUFFIXES = (".safetensors", ".gguf", *TORCH_SUFFIXES)
-Kind = Literal["safetensors", "torch"]
+Kind = Literal["safetensors", "torch", "dcp"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +41,13 @@ class OpenCheckpoint:
         path: what the user named.
         kind: how its files are written.
         files: the files with weights, one or its shards.
-        index: the index of shards, None for a single file.
+        index: the index of shards or the `.metadata` of parts, None for a single file.
         stored: the tensors in them.
-        contents: what each PyTorch file holds, in the order of `files`; empty for safetensors.
+        contents: what each PyTorch file holds, in the order of `files`; empty for safetensors, and one nested state
+            dict for the parts of torch.distributed.checkpoint.
         states: the dictionary in each of `contents` that holds the weights.
         folder: the folder that belongs together, None for a file by itself.
+        dcp: the folder of torch.distributed.checkpoint that it is, None for other kinds.
     """
 
     path: Path
@@ -54,6 +58,7 @@ class OpenCheckpoint:
     contents: tuple[Any, ...] = ()
     states: tuple[dict[str, Any], ...] = ()
     folder: Path | None = None
+    dcp: DcpFolder | None = None
 
     @property
     def adapter(self) -> bool:
@@ -67,7 +72,8 @@ def open_checkpoint(path: str | Path, key: str | None = None) -> OpenCheckpoint:
     """Find out what lies at a path, and read its names and shapes.
 
     Args:
-        path: a `.safetensors` or PyTorch file, the index of a sharded checkpoint, or a folder with one.
+        path: a `.safetensors` or PyTorch file, the index of a sharded checkpoint, or a folder with one, or of
+            torch.distributed.checkpoint.
         key: where the weights lie in a PyTorch file (`weights_in`).
 
     Raises:
@@ -75,7 +81,7 @@ def open_checkpoint(path: str | Path, key: str | None = None) -> OpenCheckpoint:
     """
     path = Path(path)
     if path.is_dir():
-        return _open_folder(path, key)
+        return _open_dcp(path, key) if (path / METADATA).is_file() else _open_folder(path, key)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     if path.name.endswith(INDEX):
@@ -123,22 +129,40 @@ def _open_folder(folder: Path, key: str | None) -> OpenCheckpoint:
 
 def _why_empty(folder: Path) -> str:
     """What is wrong with a folder that has none of the known weight files."""
-    if (folder / ".metadata").is_file():
+    if list(folder.glob(f"__*{METADATA}")):
         return (
-            "it is a checkpoint of torch.distributed.checkpoint: make one file of it, python -m "
-            f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} run.pt, and balance that"
+            "every process described its own part of a torch.distributed.checkpoint in it: save again with one "
+            f"description, dcp.save(..., storage_writer=FileSystemWriter(path)), which writes {METADATA}"
         )
+    if list(folder.glob("*.distcp")):
+        return f"it has parts of a torch.distributed.checkpoint, but no {METADATA}, which is written last: copy it here"
     if (folder / "zero_to_fp32.py").is_file():
         return "it is DeepSpeed's: join its parts first, python zero_to_fp32.py . joined, in that folder"
     shards = sorted(p.name for p in folder.iterdir() if SHARD.search(p.name))
     if shards:
         return f"it has shards ({shards[0]} ...) but no index beside them; save_pretrained writes one"
+    nested = sorted(p.parent.name for p in folder.glob(f"*/{METADATA}"))
+    if nested:
+        return f"name the folder in it ({', '.join(nested[:4])}), which torch.distributed.checkpoint wrote"
     inside = sorted(
         p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".pt", ".bin", ".pth", ".ckpt", ".gguf")
     )
     if inside:
         return f"name the checkpoint file in it ({', '.join(inside[:4])})"
     return f"looked for {', '.join(WEIGHT_FILES)}"
+
+
+def _open_dcp(folder: Path, key: str | None) -> OpenCheckpoint:
+    found = [n for n in WEIGHT_FILES if (folder / n).is_file()]
+    if found:
+        raise CheckpointError(
+            f"{folder} holds its weights twice, in the parts that {METADATA} names and in {found[0]}: keep one of them"
+        )
+    dcp = DcpFolder.open(folder)
+    content = dcp.content()
+    state = weights_in(content, folder, key)
+    stored = LoadedTensors(tensors_in(state))
+    return OpenCheckpoint(folder, "dcp", dcp.parts, folder / METADATA, stored, (content,), (state,), folder, dcp)
 
 
 def _open_index(index: Path, folder: Path, key: str | None, path: Path) -> OpenCheckpoint:
@@ -180,7 +204,9 @@ def _refuse_format(path: Path) -> None:
             ".save_pretrained(folder), balance the folder, and convert back with llama.cpp's convert_hf_to_gguf.py"
         )
     if path.suffix == ".distcp":
-        raise CheckpointError(f"{path} is one part of a torch.distributed.checkpoint: {_why_empty(path.parent)}")
+        raise CheckpointError(
+            f"{path} is one part of a torch.distributed.checkpoint: name the folder, {path.parent}, with its {METADATA}"
+        )
 
 
 def _refuse_shard(path: Path) -> None:

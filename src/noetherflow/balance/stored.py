@@ -12,6 +12,7 @@ from torch import Tensor
 
 from noetherflow.balance.parts import Part
 from noetherflow.balance.safetensors_file import SafetensorsFile
+from noetherflow.balance.waiting import WaitingTensor, looked_at, own_copy
 
 
 class StoredTensors(Protocol):
@@ -29,6 +30,27 @@ class StoredTensors(Protocol):
 
     def view(self, name: str) -> Tensor:
         """The tensor to look at: mapped from the disk where possible."""
+
+
+@dataclass(frozen=True, eq=False)
+class NamedSource:
+    """One of several stored tensors, fetched whenever it is asked for."""
+
+    stored: StoredTensors
+    name: str
+
+    def read(self) -> Tensor:
+        """The tensor in memory of its own."""
+        return self.stored.read(self.name)
+
+    def view(self) -> Tensor:
+        """The tensor to look at."""
+        return self.stored.view(self.name)
+
+
+def late_tensor(stored: StoredTensors, name: str) -> WaitingTensor:
+    """A stored tensor that waits where it is."""
+    return WaitingTensor(stored.shape(name), stored.dtype(name), NamedSource(stored, name))
 
 
 @dataclass(frozen=True)
@@ -60,7 +82,7 @@ class ShardedTensors:
 
 @dataclass(frozen=True, eq=False)
 class LoadedTensors:
-    """Tensors that are there already: of a PyTorch file, mapped from the disk where its format allows."""
+    """The tensors of a PyTorch file: they wait on the disk where its format allows, else they are there already."""
 
     tensors: Mapping[str, Tensor]
 
@@ -75,10 +97,10 @@ class LoadedTensors:
         return self.tensors[name].dtype
 
     def read(self, name: str) -> Tensor:
-        return self.tensors[name].detach().clone()
+        return own_copy(self.tensors[name])
 
     def view(self, name: str) -> Tensor:
-        return self.tensors[name]
+        return looked_at(self.tensors[name])
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 import re
+import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,9 @@ import numpy as np
 import numpy._core.multiarray as multiarray
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from noetherflow.balance.waiting import MappedTensor, WaitingTensor, replace_tensors
 from noetherflow.core.held import is_saved_optimizer
 from noetherflow.errors import CheckpointError
 
@@ -29,7 +32,7 @@ SAFE = (
 
 
 def load_torch(path: Path) -> Any:
-    """The content of a PyTorch file, mapped into memory where its format allows.
+    """The content of a PyTorch file; its tensors wait on the disk where its format allows.
 
     Only tensors, plain containers, numbers, strings, numpy arrays, paths and `argparse.Namespace` are read, and what
     the user has allowed by `torch.serialization.add_safe_globals`.
@@ -39,20 +42,85 @@ def load_torch(path: Path) -> Any:
     """
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
+    if not zipfile.is_zipfile(path):
+        return load_safely(path, path)
+    content = load_safely(path, path, mmap=True)
+    base = _address(content, path)
+    if base is not None:
+        _let_wait(content, path, base)
+    return content
+
+
+def load_safely(file: Any, where: object, **options: Any) -> Any:
+    """`torch.load` of tensors and of classes that only hold values.
+
+    Args:
+        file: a path, or a file that is open.
+        where: what messages call it.
+        options: of `torch.load`.
+
+    Raises:
+        CheckpointError: it is unreadable, or holds objects of other classes.
+    """
     allowed = [*torch.serialization.get_safe_globals(), *SAFE]
     try:
         with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(file, weights_only=True, **{"map_location": "cpu", **options})
     except Exception as cause:
         found = re.search(r"(?:GLOBAL|Unsupported class|Trying to call) ([\w.]+)", str(cause))
         if found is not None:
             raise CheckpointError(
-                f"{path} holds an object of {found[1]}, which could run code when it is read. Where you trust the "
+                f"{where} holds an object of {found[1]}, which could run code when it is read. Where you trust the "
                 f"file, allow it: torch.serialization.add_safe_globals([{found[1].rsplit('.', 1)[-1]}]); or save the "
                 "weights again without it"
             ) from cause
         text = str(cause).splitlines()[0] if str(cause) else ""
-        raise CheckpointError(f"{path} is not a readable checkpoint ({type(cause).__name__}: {text})") from cause
+        raise CheckpointError(f"{where} is not a readable checkpoint ({type(cause).__name__}: {text})") from cause
+
+
+def _address(content: Any, path: Path) -> int | None:
+    """Where in memory the first byte of a mapped file lies; None where torch does not tell, or bytes were swapped."""
+    with zipfile.ZipFile(path) as archive:
+        orders = [archive.read(n) for n in archive.namelist() if n.endswith("/byteorder")]
+    outline = load_safely(path, path, map_location="meta")
+    places = [getattr(t.untyped_storage(), "_checkpoint_offset", None) for t in _plain_tensors(outline)]
+    mapped = [t.untyped_storage().data_ptr() for t in _plain_tensors(content)]
+    if len(places) != len(mapped) or None in places or orders not in ([], [sys.byteorder.encode()]):
+        return None
+    found = {here - place for here, place in zip(mapped, places, strict=True) if place is not None}
+    return next(iter(found)) if len(found) == 1 else None
+
+
+def _plain_tensors(content: Any) -> list[Tensor]:
+    """Tensors that have entries and are no parameters or subclasses, in order."""
+    return [t for t in tree_leaves(content) if type(t) is Tensor and t.layout is torch.strided and t.numel()]
+
+
+def _let_wait(content: Any, path: Path, base: int) -> None:
+    """Replace, in place, the mapped tensors that fill their storage by ones that wait on the disk.
+
+    Those that are one and the same share a source; views of one storage that differ stay as they are.
+    """
+    sources: dict[int, MappedTensor] = {}
+    made: dict[Tensor, WaitingTensor] = {}
+    every = [t for t in tree_leaves(content) if isinstance(t, Tensor) and t.layout is torch.strided]
+    differing = {t.untyped_storage().data_ptr() for t in every if type(t) is not Tensor or not _fills(t)}
+    for t in _plain_tensors(content):
+        new = MappedTensor(path, t.untyped_storage().data_ptr() - base, tuple(t.shape), t.dtype)
+        if sources.setdefault(new.start, new) != new:
+            differing.add(new.start + base)
+
+    def waiting(t: Tensor) -> Tensor:
+        source = sources.get(t.data_ptr() - base)
+        if source is None or t.untyped_storage().data_ptr() in differing:
+            return t
+        return made.setdefault(t, WaitingTensor(t.shape, t.dtype, source))
+
+    replace_tensors(content, waiting)
+
+
+def _fills(t: Tensor) -> bool:
+    return t.is_contiguous() and t.untyped_storage().nbytes() == t.nbytes and not t.requires_grad
 
 
 def weights_in(content: Any, path: Path, key: str | None = None) -> dict[str, Any]:
@@ -61,7 +129,8 @@ def weights_in(content: Any, path: Path, key: str | None = None) -> dict[str, An
     Args:
         content: what `load_torch` gave.
         path: for messages.
-        key: where they lie, keys of nested dictionaries joined by dots; the usual ones are tried without it.
+        key: where they lie, keys of nested dictionaries joined by dots; the usual ones are tried without it, at the top
+            and in a dictionary there.
 
     Raises:
         CheckpointError: nothing there, or nothing under the usual keys and several dictionaries that could be it.
@@ -84,6 +153,9 @@ def weights_in(content: Any, path: Path, key: str | None = None) -> dict[str, An
     nested = [k for k, v in content.items() if _holds_tensors(v) and not is_saved_optimizer(v)]
     if len(nested) == 1:
         return dict_of(content[nested[0]])
+    deeper = [v for v in content.values() if isinstance(v, dict) and any(_holds_tensors(v.get(k)) for k in STATE_KEYS)]
+    if not nested and len(deeper) == 1:
+        return weights_in(deeper[0], path)
     several = f"; weights may lie under {nested}: say which by key= (--key)" if nested else ""
     raise CheckpointError(f"{path} holds no named tensors (keys: {list(content)[:6]}{several})")
 

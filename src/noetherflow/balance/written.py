@@ -10,16 +10,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
 from torch import Tensor
 
 from noetherflow.balance.content import ContentMover, FileMove
+from noetherflow.balance.dcp_file import DcpFolder, without_unread
+from noetherflow.balance.dcp_metadata import METADATA
+from noetherflow.balance.dcp_written import write_dcp
 from noetherflow.balance.layout import SUFFIXES, TORCH_SUFFIXES, OpenCheckpoint
 from noetherflow.balance.optimizer_state import StatePlan
 from noetherflow.balance.pieces import Shift, move_in_place
 from noetherflow.balance.safetensors_file import SafetensorsFile, header_of, write_tensor
 from noetherflow.balance.staging import check_space, staged
+from noetherflow.balance.stored import late_tensor
 from noetherflow.balance.torch_file import load_torch
+from noetherflow.balance.torch_save import save_torch
 from noetherflow.core.tensors import tensors_of
 from noetherflow.errors import CheckpointError
 
@@ -47,8 +51,8 @@ class FilesWritten:
 
     @classmethod
     def of(cls, mover: ContentMover) -> FilesWritten:
-        """What a walk through the content of a PyTorch file did."""
-        return cls(dict(mover.shifts), StatePlan.joined(mover.plans), tuple(mover.averages))
+        """What a walk through the content of a PyTorch file did, now that it is written."""
+        return cls(mover.shifts(), StatePlan.joined(mover.plans), tuple(mover.averages))
 
     def __add__(self, other: FilesWritten) -> FilesWritten:
         return FilesWritten(
@@ -106,16 +110,18 @@ def _file(scratch: Path | None, opened: OpenCheckpoint, move: FileMove, target: 
     if target.suffix == ".safetensors":
         done = _one_safetensors(scratch, opened, move)
         return done + FilesWritten(state=StatePlan(unmoved=tuple(_not_written(opened))))
-    if opened.kind == "torch" and len(opened.files) == 1:
+    if len(opened.contents) == 1:
         mover = ContentMover(move, opened.states[0])
         content = mover.moved(opened.contents[0], "")
         if scratch is not None:
-            torch.save(content, scratch)
-        return FilesWritten.of(mover) + FilesWritten(state=StatePlan(unmoved=tuple(_beside(opened))))
+            save_torch(content if opened.dcp is None else without_unread(content), scratch)
+        unread = {} if opened.dcp is None else opened.dcp.unread()
+        lines = (*(f"{n}: not written: {why}" for n, why in unread.items()), *_beside(opened))
+        return FilesWritten.of(mover) + FilesWritten(state=StatePlan(unmoved=lines))
     mover = ContentMover(move, {})
-    content = mover.weights({n: opened.stored.view(n) for n in opened.stored.names}, True)
+    content = mover.weights({n: late_tensor(opened.stored, n) for n in opened.stored.names}, True)
     if scratch is not None:
-        torch.save(content, scratch)
+        save_torch(content, scratch)
     return FilesWritten.of(mover) + FilesWritten(state=StatePlan(unmoved=tuple(_not_written(opened))))
 
 
@@ -208,15 +214,18 @@ def _folder(scratch: Path | None, opened: OpenCheckpoint, move: FileMove) -> Fil
         scratch.mkdir()
         shutil.copymode(folder, scratch)
     done = FilesWritten()
+    if opened.dcp is not None:
+        done += _parts(scratch, opened, opened.dcp, move)
     for position, path in enumerate(opened.files):
         out = None if scratch is None else scratch / path.name
-        done += _shard(out, opened, position, move)
+        if opened.dcp is None:
+            done += _shard(out, opened, position, move)
         _like(path, out)
     mine = {*opened.files, opened.index}
     for path in sorted(folder.iterdir()):
         if path not in mine:
             done += _other(path, None if scratch is None else scratch / path.name, move)
-    if opened.index is not None and scratch is not None:
+    if opened.index is not None and opened.dcp is None and scratch is not None:
         shutil.copy2(opened.index, scratch / opened.index.name)
     return done
 
@@ -227,8 +236,32 @@ def _shard(out: Path | None, opened: OpenCheckpoint, position: int, move: FileMo
     mover = ContentMover(move, opened.states[position])
     content = mover.moved(opened.contents[position], "")
     if out is not None:
-        torch.save(content, out)
+        save_torch(content, out)
     return FilesWritten.of(mover)
+
+
+def _parts(scratch: Path | None, opened: OpenCheckpoint, dcp: DcpFolder, move: FileMove) -> FilesWritten:
+    """The parts of a torch.distributed.checkpoint, and what says where in them everything lies."""
+    mover = ContentMover(move, opened.states[0])
+    content = mover.moved(opened.contents[0], "")
+    if scratch is not None:
+        write_dcp(dcp, content, scratch)
+    unread = (f"{n}: copied as it was, not looked into: {why}" for n, why in dcp.unread().items())
+    lines = (*unread, *_state_folders(opened))
+    return FilesWritten.of(mover) + FilesWritten(state=StatePlan(unmoved=lines))
+
+
+def _state_folders(opened: OpenCheckpoint) -> list[str]:
+    """A line for every folder of torch.distributed.checkpoint beside this one that holds state of its weights."""
+    assert opened.folder is not None
+    here = opened.folder.resolve()
+    found = sorted(p.parent.name for p in here.parent.glob(f"*/{METADATA}") if STATE_BESIDE.search(p.parent.name))
+    return [
+        f"{name}/ beside {here.name}/: it belongs to the weights as they were; save both as one, dcp.save({{'model': "
+        "..., 'optimizer': ...}), and balance that"
+        for name in found
+        if name != here.name
+    ]
 
 
 def _like(source: Path, out: Path | None) -> None:
@@ -278,11 +311,11 @@ def _other_torch(path: Path, out: Path | None, move: FileMove) -> FilesWritten:
     if content is not None:
         mover = ContentMover(move, {})
         new: Any = mover.moved(content, path.name)
+        if mover.changes and out is not None:
+            save_torch(new, out)
+            _like(path, out)
         done = FilesWritten.of(mover)
-        if done.state.moves or done.averages:
-            if out is not None:
-                torch.save(new, out)
-                _like(path, out)
+        if mover.changes:
             return done
     if out is not None:
         shutil.copy2(path, out)
