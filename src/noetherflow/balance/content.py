@@ -19,7 +19,7 @@ from noetherflow.balance.state_rules import saved_state_rule
 from noetherflow.balance.waiting import WaitingTensor, memory_of, own_copy
 from noetherflow.core.held import is_saved_optimizer
 from noetherflow.core.tensors import tensors_of
-from noetherflow.errors import CheckpointError
+from noetherflow.errors import CertificateError, CheckpointError
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +109,24 @@ class MovedEntry:
     motion: Motion
 
     def read(self) -> Tensor:
-        """The moved value, in memory of its own."""
-        return self.entry.value(self.motion)
+        """The moved value, in memory of its own.
+
+        Raises:
+            CheckpointError: it is NaN or infinite in its dtype.
+        """
+        held, key = self.entry.held, self.entry.key
+        linear = self.entry.move.as_weights(self.motion, held.name)
+        if linear is None:
+            return self.entry.value(self.motion)
+        out = own_copy(held.state[key])
+        try:
+            move_in_place(linear, held.name, out)
+        except CertificateError as cause:
+            raise CheckpointError(
+                f"{key} of {held.name}, in the optimiser's state, is not finite in {out.dtype} at the moved weights; "
+                "balance the weights alone, and begin with a fresh optimiser"
+            ) from cause
+        return out
 
     def view(self) -> Tensor:
         """The moved value."""

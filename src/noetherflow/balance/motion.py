@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -64,6 +64,18 @@ class Motion:
         """`X -> G X` on `+` legs, `X -> G^-T X` on `-` legs."""
         return self._each(name, tensor, lambda s, out: s.move_weight(name, out, self.elements[s.name]))
 
+    @cached_property
+    def of_gradients(self) -> Motion:
+        """The motion that does to weights what this one does to gradients."""
+        duals = {s.name: _dual(s, self.elements[s.name]) for s in self.symmetries}
+        return Motion([_without_offsets(s) for s in self.symmetries], duals, self.reorderings)
+
+    @cached_property
+    def of_squares(self) -> Motion:
+        """The motion that does to weights what this one does to second moments of gradients, on tori."""
+        tori = [_without_offsets(s) for s in self.symmetries if s.is_torus]
+        return Motion(tori, {s.name: _dual(s, self.elements[s.name]).square() for s in tori}, self.reorderings)
+
     def gradient(self, name: str, tensor: Tensor) -> Tensor:
         """`dX -> G^-T dX` on `+` legs, `dX -> G dX` on `-` legs."""
         return self._each(name, tensor, lambda s, out: s.move(name, out, _dual(s, self.elements[s.name])))
@@ -84,6 +96,11 @@ class Motion:
 def _dual(symmetry: Symmetry, element: Tensor) -> Tensor:
     inverse = symmetry.inverse(element)
     return inverse if symmetry.is_torus else inverse.mT
+
+
+def _without_offsets(symmetry: Symmetry) -> Symmetry:
+    """The same action on what moves linearly: gradients do not know where the weights' orbit has its origin."""
+    return replace(symmetry, legs=tuple(replace(leg, offset=0.0) for leg in symmetry.legs))
 
 
 def _squares(symmetry: Symmetry, name: str, tensor: Tensor, dual: Tensor) -> Tensor:

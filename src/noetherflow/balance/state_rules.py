@@ -33,6 +33,14 @@ class StateMove:
     squares: bool = False
     gradients: bool = False
 
+    def as_weights(self, motion: Motion, name: str) -> Motion | None:
+        """The motion of weights that does the same to this entry, None where there is none or it is not known."""
+        if self.change is Motion.gradient:
+            return motion.of_gradients
+        if self.change is Motion.squares and motion.is_torus(name):
+            return motion.of_squares
+        return motion if self.change is Motion.weight else None
+
 
 LIKE_GRADIENT = StateMove(Motion.gradient, gradients=True)
 """A weighted sum of past gradients: a momentum buffer, Adam's `exp_avg`."""

@@ -111,8 +111,8 @@ def _let_wait(content: Any, path: Path, base: int) -> None:
             differing.add(new.start + base)
 
     def waiting(t: Tensor) -> Tensor:
-        source = sources.get(t.data_ptr() - base)
-        if source is None or t.untyped_storage().data_ptr() in differing:
+        source = sources.get(t.untyped_storage().data_ptr() - base) if t.layout is torch.strided else None
+        if source is None or source.start + base in differing:
             return t
         return made.setdefault(t, WaitingTensor(t.shape, t.dtype, source))
 
