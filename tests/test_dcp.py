@@ -25,6 +25,8 @@ from torch.distributed.checkpoint.state_dict import (
 import noetherflow as nf
 from dcp_save_sharded import batches, net
 from noetherflow.balance.dcp_file import DcpFolder
+from noetherflow.balance.run_files import read_run, weights_for
+from noetherflow.core.held import held_in
 from noetherflow.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -330,3 +332,15 @@ def test_joined_into_one_file_and_solved_from_the_disk(tmp_path: Path) -> None:
     assert content["optim"]["param_groups"][0]["params"] == ["0.weight", "0.bias", "2.weight", "2.bias"]
     norm = sum(float(t.square().sum()) for t in expected.values())
     assert norm < sum(float(p.detach().square().sum()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("form", ["plain", "named", "flattened", "app"])
+def test_weights_and_state_of_a_run_are_those_of_the_living_optimizer(tmp_path: Path, form: str) -> None:
+    model, optimizer = trained()
+    run = read_run(save(wrapped(model, optimizer, form), tmp_path / "in"))
+    assert all(torch.equal(weights_for(model, run.weights)[n], p) for n, p in model.named_parameters())
+    for held, p in zip(held_in(run.optimizer, model, ("exp_avg", "exp_avg_sq")), model.parameters(), strict=True):
+        assert all(torch.equal(held.state[key], value) for key, value in optimizer.state[p].items())
+        assert held.settings["lr"] == 1e-2
+    with pytest.raises(CheckpointError, match=r"holds no optimizer\.state_dict"):
+        read_run(save({"model": dict(model.state_dict())}, tmp_path / "weights"))

@@ -1,16 +1,15 @@
 """Run as a program: move a PyTorch file of a few large tensors, its model on the meta device, and print what it took.
 
-`python torch_file_memory.py FOLDER WIDTH LAYERS` writes a bias-free MLP of LAYERS square
-matrices of float32 (with the state of AdamW when `--optimizer` stands behind), moves it to its least norm, and prints
-JSON: peak memory of solve and move in MB above what the process took before, anonymous pages and all resident ones
-(mapped files too), the size of the largest tensor, and the seconds.
+`python torch_file_memory.py FOLDER WIDTH LAYERS` writes a bias-free MLP of LAYERS square matrices of float32 (with the
+state of AdamW when `--optimizer` stands behind), moves it to its least norm, and prints JSON: peak resident memory of
+solve and move, pages of mapped files included, in MB above what the process had before (Linux counts it exactly), the
+size of the largest tensor, and the seconds.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -20,35 +19,23 @@ from torch import nn
 import noetherflow as nf
 
 
-class Sampled:
-    """The largest memory of this process within the block, sampled every 2 ms, above the start."""
+class ExactPeak:
+    """The largest resident memory of this process within the block, above that at its start, counted by the kernel."""
 
-    def __enter__(self) -> Sampled:
-        self.start, self.began = resident(), time.perf_counter()
-        self.largest = dict(self.start)
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self._watch)
-        self.thread.start()
+    def __enter__(self) -> ExactPeak:
+        Path("/proc/self/clear_refs").write_text("5")
+        self.start, self.began = status("VmRSS"), time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        self.thread.join()
-        self.seconds = time.perf_counter() - self.began
-
-    def _watch(self) -> None:
-        while not self.stop.wait(0.002):
-            now = resident()
-            self.largest = {kind: max(value, now[kind]) for kind, value in self.largest.items()}
-
-    def megabytes(self, kind: str) -> float:
-        return round((self.largest[kind] - self.start[kind]) / 1e6, 1)
+        self.seconds = round(time.perf_counter() - self.began, 1)
+        self.megabytes = round((status("VmHWM") - self.start) / 1e6, 1)
 
 
-def resident() -> dict[str, int]:
-    """Bytes by kind: of anonymous pages (`RssAnon`), and all resident ones (`VmRSS`)."""
+def status(kind: str) -> int:
+    """Bytes of this process: resident now (`VmRSS`), or at most since the count began (`VmHWM`)."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {words[0][:-1]: int(words[1]) * 1024 for words in lines if words[0] in ("RssAnon:", "VmRSS:")}
+    return next(int(words[1]) * 1024 for words in lines if words[0] == f"{kind}:")
 
 
 def net(width: int, layers: int) -> nn.Sequential:
@@ -72,15 +59,14 @@ def main(folder: Path, width: int, layers: int, optimizer: bool) -> None:
     with torch.device("meta"):
         outline = net(width, layers)
     syms = nf.find_symmetries(outline, torch.zeros(1, width))
-    with Sampled() as solving:
+    with ExactPeak() as solving:
         eq = nf.stored_equilibrium(folder / "run.pt", outline, syms, joint=False)
-    with Sampled() as moving:
+    with ExactPeak() as moving:
         nf.balance_checkpoint(folder / "run.pt", folder / "moved.pt", outline, eq, unchecked=True)
     print(json.dumps({
         "file_MB": round((folder / "run.pt").stat().st_size / 1e6, 1), "largest_MB": round(width * width * 4 / 1e6, 1),
-        "solve_anonymous_MB": solving.megabytes("RssAnon"), "solve_resident_MB": solving.megabytes("VmRSS"),
-        "anonymous_MB": moving.megabytes("RssAnon"), "resident_MB": moving.megabytes("VmRSS"),
-        "seconds": round(moving.seconds, 1),
+        "solve_MB": solving.megabytes, "solve_s": solving.seconds, "move_MB": moving.megabytes,
+        "move_s": moving.seconds,
     }))  # fmt: skip
 
 

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from noetherflow.balance.torch_file import STATE_KEYS
+from noetherflow.balance.dcp_file import DcpFolder
+from noetherflow.balance.dcp_metadata import METADATA
+from noetherflow.balance.torch_file import STATE_KEYS, tensors_in, weights_in
 from noetherflow.core.held import is_saved_optimizer
 from noetherflow.core.tensors import named_tensors
 from noetherflow.errors import CheckpointError
@@ -58,8 +60,9 @@ def read_run(path: str | Path) -> RunFiles:
 
     Args:
         path: a folder as the Hugging Face Trainer writes it (`checkpoint-1000/` with `model.safetensors`, sharded or
-            not, or `pytorch_model.bin`, and `optimizer.pt` or `optimizer.safetensors`: `optimizer_in_safetensors`), or
-            one PyTorch file that holds both, such as `{"model": ..., "optimizer": ...}`.
+            not, or `pytorch_model.bin`, and `optimizer.pt` or `optimizer.safetensors`: `optimizer_in_safetensors`), a
+            folder of torch.distributed.checkpoint with both, or one PyTorch file that holds both, such as
+            `{"model": ..., "optimizer": ...}`.
 
     Returns:
         Both, mapped from disk, so that a large model need not fit into memory.
@@ -68,6 +71,9 @@ def read_run(path: str | Path) -> RunFiles:
         CheckpointError: a file is missing, unreadable, or holds no optimiser state.
     """
     path = Path(path)
+    if (path / METADATA).is_file():
+        content = DcpFolder.open(path).content()
+        return RunFiles(tensors_in(weights_in(content, path)), _optimizer(_with_optimizer(content), path))
     if path.is_dir():
         weights = _first(path, WEIGHT_FILES, "weights")
         state = _first(path, STATE_FILES, "optimiser state")
@@ -215,6 +221,12 @@ def _optimizer(content: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
         f"{path} holds no optimizer.state_dict(): no 'state' with 'param_groups', also not under "
         f"{', '.join(OPTIMIZER_KEYS)}; keys: {list(content)[:6]}"
     )
+
+
+def _with_optimizer(content: dict[str, Any]) -> dict[str, Any]:
+    """The dictionary that has an optimiser's state under a usual key: the content, or one that lies in it."""
+    inside = [content, *(v for v in content.values() if isinstance(v, dict))]
+    return next((d for d in inside if any(k in d for k in OPTIMIZER_KEYS)), content)
 
 
 def _weights(path: Path) -> dict[str, Tensor]:
