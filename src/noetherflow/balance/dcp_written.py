@@ -6,7 +6,7 @@ import dataclasses
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from noetherflow.balance.dcp_file import DcpFolder, DcpTensor
 from noetherflow.balance.dcp_metadata import METADATA, DcpChunk, DcpEntry
+from noetherflow.balance.mapped import copy_bytes
 from noetherflow.balance.torch_save import save_torch
 from noetherflow.balance.waiting import WaitingTensor, own_copy
-from noetherflow.errors import CheckpointError
-
-PIECE = 1 << 24
-"""Bytes that are copied at a time."""
 
 
 def write_dcp(folder: DcpFolder, moved: Any, target: Path) -> None:
@@ -68,18 +65,5 @@ def _written(entry: DcpEntry, value: Any, target: Path) -> Iterator[tuple[DcpChu
             elif moves:
                 save_torch(value, file)
             else:
-                _copy(chunk, file)
+                copy_bytes(chunk.part, chunk.start, chunk.length, file, entry.name)
             yield chunk, (start, file.tell() - start)
-
-
-def _copy(chunk: DcpChunk, file: BinaryIO) -> None:
-    """The bytes of a piece as they are."""
-    with chunk.part.open("rb") as own:
-        own.seek(chunk.start)
-        left = chunk.length
-        while left:
-            part = own.read(min(PIECE, left))
-            if not part:
-                raise CheckpointError(f"{chunk.part} ended early; has it been changed meanwhile?")
-            file.write(part)
-            left -= len(part)

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from noetherflow.balance.mapped import MappedTensor, bytes_of, copy_bytes
 from noetherflow.errors import CheckpointError
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -78,38 +79,20 @@ class SafetensorsFile:
 
     def read(self, name: str) -> Tensor:
         """A tensor in memory of its own."""
-        entry = self.entries[name]
-        out = torch.empty(entry.shape, dtype=entry.dtype)
-        if entry.stop > entry.start:
-            with self.path.open("rb") as file:
-                file.seek(entry.start)
-                read = file.readinto(_bytes_of(out))
-            if read != entry.stop - entry.start:
-                raise CheckpointError(f"{self.path} ended within {name}; has it been changed meanwhile?")
-        return out
+        return self._place(name).read()
 
     def mapped(self, name: str) -> Tensor:
         """A tensor mapped from the disk where its place in the file allows, so that it takes no memory until used."""
-        entry = self.entries[name]
-        if entry.stop == entry.start or entry.start % entry.dtype.itemsize:
-            return self.read(name)
-        storage = torch.UntypedStorage.from_file(str(self.path), False, entry.stop)
-        every = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
-        out: Tensor = every[entry.start : entry.stop].view(entry.dtype).reshape(entry.shape)
-        return out
+        return self._place(name).view()
 
-    def copy_bytes(self, name: str, file: BinaryIO, piece: int = 1 << 24) -> None:
+    def copy_bytes(self, name: str, file: BinaryIO) -> None:
         """Write the bytes of a tensor to another file, piece by piece."""
         entry = self.entries[name]
-        with self.path.open("rb") as own:
-            own.seek(entry.start)
-            left = entry.stop - entry.start
-            while left:
-                part = own.read(min(piece, left))
-                if not part:
-                    raise CheckpointError(f"{self.path} ended within {name}; has it been changed meanwhile?")
-                file.write(part)
-                left -= len(part)
+        copy_bytes(self.path, entry.start, entry.stop - entry.start, file, name)
+
+    def _place(self, name: str) -> MappedTensor:
+        entry = self.entries[name]
+        return MappedTensor(self.path, entry.start, entry.shape, entry.dtype, name)
 
 
 def _entry(data: Mapping[str, Any], offset: int) -> TensorEntry:
@@ -126,15 +109,10 @@ def _entry(data: Mapping[str, Any], offset: int) -> TensorEntry:
     return TensorEntry(dtype, shape, offset + start, offset + stop)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)
-
-
 def write_tensor(file: BinaryIO, tensor: Tensor) -> None:
     """The bytes of a tensor."""
     if tensor.numel():
-        file.write(_bytes_of(tensor.detach().cpu().contiguous()))
+        file.write(bytes_of(tensor.detach().cpu().contiguous()))
 
 
 def header_of(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from noetherflow.balance.waiting import MappedTensor, WaitingTensor, replace_tensors
+from noetherflow.balance.mapped import MappedTensor
+from noetherflow.balance.waiting import WaitingTensor, replace_tensors
 from noetherflow.core.held import is_saved_optimizer
 from noetherflow.errors import CheckpointError
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -53,35 +51,6 @@ class WaitingTensor(Tensor):
             raise RuntimeError(f"{func} would write to a tensor that waits on the disk; take a copy, own_copy(tensor)")
         values, options = tree_map_only(WaitingTensor, lambda t: t.source.view(), (tuple(args), dict(kwargs or {})))
         return func(*values, **options)
-
-
-@dataclass(frozen=True)
-class MappedTensor:
-    """A contiguous tensor in a file: its bytes begin at `start`."""
-
-    path: Path
-    start: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def read(self) -> Tensor:
-        """The tensor in memory of its own."""
-        out = torch.empty(self.shape, dtype=self.dtype)
-        array: Any = out.reshape(-1).view(torch.uint8).numpy()
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            if file.readinto(memoryview(array)) != array.nbytes:
-                raise OSError(f"{self.path} has been cut off while it was read")
-        return out
-
-    def view(self) -> Tensor:
-        """The tensor in pages of the file, which are given back with it."""
-        if self.start % self.dtype.itemsize:
-            return self.read()
-        length = torch.Size(self.shape).numel() * self.dtype.itemsize
-        storage = torch.UntypedStorage.from_file(str(self.path), False, self.start + length)
-        every = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
-        return every[self.start :].view(self.dtype).reshape(self.shape)
 
 
 def own_copy(tensor: Tensor) -> Tensor:
