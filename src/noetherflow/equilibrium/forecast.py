@@ -15,6 +15,7 @@ from noetherflow.core import spd
 from noetherflow.core.printing import count, show
 from noetherflow.core.shown import Shown
 from noetherflow.equilibrium import stabilised
+from noetherflow.equilibrium.charge_flow import norm_of
 from noetherflow.equilibrium.comparison import Comparison, Recorded, SignedSum, added, compared
 from noetherflow.equilibrium.orbit import MeasuredOrbit
 from noetherflow.equilibrium.regime import Regime, few_samples
@@ -79,8 +80,8 @@ class Forecast(Shown):
             {
                 "step": k,
                 "symmetry": name,
-                "charge": float(torch.linalg.vector_norm(c[i])),
-                "error": float(torch.linalg.vector_norm(self.errors[name][i])) if name in self.errors else None,
+                "charge": norm_of(c[i]),
+                "error": norm_of(self.errors[name][i]) if name in self.errors else None,
                 "valid": valid,
             }
             for name, c in self.charges.items()
@@ -124,7 +125,7 @@ class Forecast(Shown):
         what = f"forecast of {count(len(self.charges), 'charge', 'charges')} over {self.steps[-1]:,} steps"
         if not self.charges:
             return what
-        norms = {n: (float(c[0].norm()), float(c[-1].norm())) for n, c in self.charges.items()}
+        norms = {n: (norm_of(c[0]), norm_of(c[-1])) for n, c in self.charges.items()}
         name = max(norms, key=lambda n: abs(norms[n][1] - norms[n][0]))
         return f"{what}; most happens to {name}: {show(norms[name][0])} -> {show(norms[name][1])}"
 
@@ -139,9 +140,9 @@ class Forecast(Shown):
             f"{'symmetry':<40}" + "".join(f"{head:>12}" for head in heads),
         ]
         for name, charge in self.charges.items():
-            lines.append(f"{name:<40}" + self._cells([float(c.norm()) for c in charge], ".4g"))
+            lines.append(f"{name:<40}" + self._cells([norm_of(c) for c in charge], ".4g"))
             if name in self.errors:
-                lines.append(f"{'':<37}+- " + self._cells([float(e.norm()) for e in self.errors[name]], ".2g"))
+                lines.append(f"{'':<37}+- " + self._cells([norm_of(e) for e in self.errors[name]], ".2g"))
         return "\n".join([*lines, str(self.regime), *self._cautions()])
 
     def _cautions(self) -> list[str]:

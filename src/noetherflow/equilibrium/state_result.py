@@ -11,7 +11,7 @@ from torch import Tensor
 
 from noetherflow.core.printing import table, transposed
 from noetherflow.equilibrium.averages import AveragingLaw
-from noetherflow.equilibrium.charge_flow import signed_sum
+from noetherflow.equilibrium.charge_flow import norm_of, signed_sum
 from noetherflow.equilibrium.state_estimate import FlowEstimate
 from noetherflow.equilibrium.state_invariance import StateInvariance
 
@@ -184,12 +184,12 @@ class StateDrift:
             "symmetry": self.name,
             "family": self.family,
             "kind": self.kind,
-            "charge": _norm(self.charge),
-            "decay": _norm(self.decay),
-            "noise_from_squares": None if self.from_squares is None else _norm(self.from_squares.noise),
-            "noise_from_momentum": None if self.from_momentum is None else _norm(self.from_momentum.noise),
-            "noise_error": _norm(best.error),
-            "drift": _norm(best.drift),
+            "charge": norm_of(self.charge),
+            "decay": norm_of(self.decay),
+            "noise_from_squares": None if self.from_squares is None else norm_of(self.from_squares.noise),
+            "noise_from_momentum": None if self.from_momentum is None else norm_of(self.from_momentum.noise),
+            "noise_error": norm_of(best.error),
+            "drift": norm_of(best.drift),
             "persistence": None if held is None else float(held.median()),
             "imbalance": float(best.imbalance.max()),
             "relaxation_steps": float(times.median()) if times.numel() else None,
@@ -223,21 +223,17 @@ def _family(details: list[StateDrift]) -> dict[str, Any]:
         "family": details[0].family,
         "symmetries": len(details),
         "coordinates": sum(len(b.finite) for b in best),
-        "preconditioned charge": _norm(torch.cat([d.charge.flatten() for d in details])),
-        "drift per step: weight decay": _norm(torch.cat([d.decay.flatten() for d in details])),
-        "drift per step: noise, from squares": _norm(torch.cat(squares)) if squares else None,
-        "drift per step: noise, from momentum": _norm(torch.cat(momentum)) if momentum else None,
-        "+- of that": _norm(torch.cat(errors)) if errors else None,
+        "preconditioned charge": norm_of(torch.cat([d.charge.flatten() for d in details])),
+        "drift per step: weight decay": norm_of(torch.cat([d.decay.flatten() for d in details])),
+        "drift per step: noise, from squares": norm_of(torch.cat(squares)) if squares else None,
+        "drift per step: noise, from momentum": norm_of(torch.cat(momentum)) if momentum else None,
+        "+- of that": norm_of(torch.cat(errors)) if errors else None,
         "drift per step: sum (signed)": sum(signed_sum(b.drift) for b in best),
         "persistence (median)": float(torch.cat(held).median()) if held else None,
         "imbalance": max(float(b.imbalance.max()) for b in best),
         "relaxation (steps)": float(times.median()) if times.numel() else None,
         "coordinates without equilibrium": sum(int((~b.finite).sum()) for b in best),
     }
-
-
-def _norm(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values))
 
 
 def _listed(found: FlowEstimate) -> dict[str, Any]:
