@@ -161,6 +161,23 @@ class TestBalance:
         assert one(balance.dead_units([activity([1] * 20, [0, *[1] * 19])])).severity == "good"
         assert one(balance.dead_units([activity([1] * 4, [1, 1e-3, 1, 2])])).severity == "good"
 
+    def test_a_unit_nearer_to_its_equilibrium_than_its_layer_is_no_outlier(self):
+        off = math.log(5)
+        (found,) = balance.far_from_equilibrium([layer([off, off, off, 0.1])], 1000)
+        assert found.severity == "good"
+        (found,) = balance.far_from_equilibrium([layer([off, off, off, -off])], 1000)
+        assert found.severity == "watch"
+
+    def test_the_farthest_head_is_named_while_none_is_far(self):
+        (found,) = balance.heads_apart([layer([0.1, -0.5], part="head", name="v -> o"), layer([0.9], name="mlp")])
+        assert found.severity == "good"
+        assert "of 2 the farthest, head 1 of `v -> o`, is a factor of 1.6" in found.title
+
+    def test_heads_that_are_far_or_missing_are_left_to_the_other_rule(self):
+        far = layer([0.0, 0.1, 0.0, 2.0], part="head")
+        assert balance.heads_apart([far]) == balance.heads_apart([layer([0.1])]) == []
+        assert balance.far_from_equilibrium([far], 100)[0].severity == "watch"
+
     def test_frozen_heads(self):
         found = one(balance.frozen_heads([activity([1, 1e-4, 1, 1], [1, 1e-2, 1, 1], "head")]))
         assert found.severity == "act"
@@ -241,6 +258,12 @@ class TestSampling:
     def test_healthy(self):
         for size in (2, 64, 512):
             assert one(sampling.batch_size(BatchRegime(size, scale(), 0.2, 50.0))).severity == "good"
+
+    def test_a_noise_scale_that_cannot_be_told_from_infinity_says_above_what_it_lies(self):
+        unknown = scale(signal=-0.01)
+        (found,) = sampling.batch_size(BatchRegime(16, unknown, 0.0, 50.0))
+        assert "too large to measure (above" in found.title
+        assert " inf " not in found.title
 
     def test_from_the_momentum_buffer(self):
         assert one(sampling.noise_share(40.0, "all")).severity == "watch"

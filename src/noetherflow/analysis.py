@@ -209,6 +209,7 @@ def analyze(
         ExportError, MomentError, DataError: of the stages.
     """
     _check_call(model, loss_fn, batches, steps, warmup)
+    ahead = _steps_ahead(batches, steps, warmup)
     settings = settings_of(sgd, batches, batch_size, model)
     data = _taken(batches, samples, _replicates(settings) if uses_batch_statistics(model.modules()) else 1)
     loss = chosen_loss(loss_fn, model, data[0])
@@ -229,7 +230,7 @@ def analyze(
         equilibrium=eq,
         settings=settings,
         curvature=found,
-        steps=_steps(batches) if steps is None else steps,
+        steps=ahead,
         warmup=warmup,
         started=bool(getattr(sgd, "state", None)),
     )
@@ -330,10 +331,20 @@ def _from_loader(batches: Iterable[Any], samples: int) -> list[Any]:
     return taken
 
 
-def _steps(batches: Iterable[Any]) -> int:
-    return (
-        max(STEPS, EPOCHS * len(batches)) if isinstance(batches, DataLoader) and hasattr(batches, "__len__") else STEPS
-    )
+def _steps_ahead(batches: Iterable[Any], steps: int | None, warmup: int | None) -> int:
+    """The steps looked at: as given, else so many epochs of a loader; never fewer than the warmup asked about.
+
+    Raises:
+        DataError: the warmup given is longer than the steps given.
+    """
+    if steps is not None:
+        if warmup is not None and warmup > steps:
+            raise DataError(
+                f"warmup={warmup:,} is longer than the run, steps={steps:,}: give the steps of the whole run"
+            )
+        return steps
+    sized = isinstance(batches, DataLoader) and hasattr(batches, "__len__")
+    return max(STEPS, warmup or 0, EPOCHS * len(batches) if sized else 0)  # type: ignore[arg-type]
 
 
 def inputs_of(batch: Any, samples: int = 2) -> Any:

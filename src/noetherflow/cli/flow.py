@@ -29,6 +29,7 @@ def flow(
         float | None, typer.Option(help="Learning rate, where a schedule has taken the stored one to 0.")
     ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="One row per symmetry below the table of families.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="What the numbers rest on in full sentences.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -57,6 +58,6 @@ def flow(
         emit({"checkpoint": ", ".join(map(str, checkpoints)), **found.to_dict()})
         return
     printed = tables.out()
-    printed.print(str(found), markup=False, soft_wrap=True)
+    printed.print(found.describe(verbose=verbose), markup=False, soft_wrap=True)
     if layers:
         tables.of_rows(printed, found.rows(), "by symmetry: norms over its coordinates, medians and largest values")

@@ -141,6 +141,19 @@ def grouped(what: str, reasons: Mapping[str, str], verbose: bool = False) -> lis
     return lines
 
 
+def assumed(sentences: Sequence[str], verbose: bool = False) -> list[str]:
+    """What numbers rest on: one line with the first words of each sentence; `verbose`: every sentence in a line.
+
+    Example:
+        >>> print(*assumed(["gradients stay as they are: near a minimum", "v is slow (1,000 steps)"]), sep="\\n")
+        assumed: gradients stay as they are; v is slow (in full: describe(verbose=True))
+    """
+    if verbose or not sentences:
+        return [f"assumed: {text}" for text in sentences]
+    first = "; ".join(re.split(r"[:;(]|, ", text, maxsplit=1)[0].strip() for text in sentences)
+    return [f"assumed: {first} (in full: describe(verbose=True))"]
+
+
 def transposed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row per key and one column per row, headed by each row's first value."""
     first, *names = rows[0] if rows else ("",)

@@ -56,9 +56,29 @@ def far_from_equilibrium(facts: Sequence[LayerBalance], steps: float) -> list[Fi
     return [calm("balance", "balance", title, _sure(worst, at))]
 
 
+def heads_apart(facts: Sequence[LayerBalance]) -> list[Finding]:
+    """Which attention head is farthest from its noise equilibrium, where none is far enough to worry about.
+
+    Heads beyond the threshold are named by `far_from_equilibrium`, which looks at all parts of all layers.
+    """
+    heads = [f for f in facts if f.part == "head" and np.isfinite(f.factors).any()]
+    if not heads or any(_beyond(f).max() >= FAR or _level(f) >= LAYER_FAR for f in heads):
+        return []
+    worst = max(heads, key=lambda f: float(np.nanmax(np.abs(f.factors))))
+    at = int(np.nanargmax(np.abs(worst.factors)))
+    factor, number = math.exp(abs(float(worst.factors[at]))), sum(len(f.factors) for f in heads)
+    title = f"No attention head is: of {number} the farthest, head {at} of `{worst.name}`, is a factor of {factor:.2g} "
+    title += "from its equilibrium."
+    return [calm("balance-heads", "balance", title, _sure(worst, at), (_number(worst, at),))]
+
+
 def _beyond(fact: LayerBalance) -> np.ndarray:
-    """`|log factor - median of the layer|` less two standard errors; 0 where there is no equilibrium."""
-    away = np.abs(fact.factors - np.nanmedian(fact.factors))
+    """How far beyond its layer a coordinate is off, less two standard errors; 0 where there is no equilibrium.
+
+    The smaller of `|log factor - median of the layer|` and `|log factor|`: one nearer to its equilibrium than the
+    others of its layer are is no outlier to worry about.
+    """
+    away = np.minimum(np.abs(fact.factors - np.nanmedian(fact.factors)), np.abs(fact.factors))
     return np.nan_to_num(np.maximum(away - CERTAIN * np.nan_to_num(fact.errors, posinf=0.0), 0.0))
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from noetherflow.core.members import spelled_out
 from noetherflow.core.printing import WIDTH, count, show
 from noetherflow.errors import DataError
 
@@ -113,16 +114,21 @@ class Diagnosis:
     Attributes:
         subject: what was looked at, for the first line.
         findings: ranked: act, watch, open, good, and within these by weight.
+        members: by the name of each symmetry, all modules that it acts on; names such as `embed (+4)` stand for some.
     """
 
     subject: str
     findings: tuple[Finding, ...]
+    members: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, subject: str, findings: Sequence[Finding]) -> Diagnosis:
+    def of(
+        cls, subject: str, findings: Sequence[Finding], members: Mapping[str, Sequence[str]] | None = None
+    ) -> Diagnosis:
         """The findings, ranked."""
         rank: tuple[Severity, ...] = ("act", "watch", "open", "good")
-        return cls(subject, tuple(sorted(findings, key=lambda f: (rank.index(f.severity), -f.weight))))
+        ranked = tuple(sorted(findings, key=lambda f: (rank.index(f.severity), -f.weight)))
+        return cls(subject, ranked, members or {})
 
     def __iter__(self) -> Iterator[Finding]:
         return iter(self.findings)
@@ -172,7 +178,8 @@ class Diagnosis:
                 lines += ["", question, *(str(f) for f in found)]
         lines += ["", "What should I change?"]
         lines += [_wrapped(f"  {i}. {text}", 5) for i, text in enumerate(self.changes, 1)] or ["  Nothing to do."]
-        return "\n".join(lines)
+        names = spelled_out(" ".join(f.title + f.advice for f in self.findings), self.members)
+        return "\n".join([*lines, *(["", "What the names stand for", *names] if names else [])])
 
     __repr__ = __str__
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow.core.adaptive import AdamConfig
+from noetherflow.core.members import modules_of
 from noetherflow.core.optimizers import Settings, described
 from noetherflow.core.settings import SGDConfig
 from noetherflow.core.tensors import tensors_of
@@ -78,14 +79,15 @@ class Examined:
 
 def diagnose_measurement(examined: Examined) -> Diagnosis:
     """All findings that one measurement supports."""
-    trends = list(_trends(examined))
+    trends, balances = list(_trends(examined)), list(_balances(examined))
     steps = replace(_stability(examined), replaced=bool(stability.step_length(trends)))
     found: list[Finding] = [
         *norms.norm_growth(list(_invariant_norms(examined)), examined.steps),
         *norms.fastest_norms(trends),
         *norms.decay_bites(_decays(examined), examined.steps),
         *norms.logit_growth(list(_logits(examined))),
-        *balance.far_from_equilibrium(list(_balances(examined)), examined.steps),
+        *balance.far_from_equilibrium(balances, examined.steps),
+        *balance.heads_apart(balances),
         *balance.dead_units(list(_activities(examined))),
         *balance.frozen_heads(list(_activities(examined))),
         *stability.learning_rate(steps),
@@ -97,7 +99,8 @@ def diagnose_measurement(examined: Examined) -> Diagnosis:
     ]
     samples = f"{examined.moments.samples:,} {'minibatches' if examined.moments.replicates else 'samples'}"
     subject = f"{type(examined.model).__name__} under {described(examined.settings)}, for {examined.steps:,} steps"
-    return Diagnosis.of(f"{subject}, from {samples}", found)
+    members = {s.name: modules_of(s.parameters) for s in examined.symmetries}
+    return Diagnosis.of(f"{subject}, from {samples}", found, members)
 
 
 def _named(examined: Examined) -> Iterator[tuple[Symmetry, ChargeFlow, Settled]]:

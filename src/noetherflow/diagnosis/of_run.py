@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from noetherflow.core.arguments import expect
+from noetherflow.core.members import modules_of
 from noetherflow.diagnosis import balance, breaking, norms, sampling, stability
 from noetherflow.diagnosis.facts import LogitGrowth, LossCourse, NormHistory, RunBalance
 from noetherflow.diagnosis.finding import Diagnosis, Finding
@@ -50,7 +51,9 @@ def diagnose_run(run: RunData | str | os.PathLike[str], steps: int | None = None
         *breaking.touched_from_outside(list(_outside(data)), data.events),
     ]
     optimizer = data.header.get("optimizer", "an optimiser")
-    return Diagnosis.of(f"Run under {optimizer}, steps {int(data.steps[0]):,} to {int(data.steps[-1]):,}", found)
+    members = {s["name"]: modules_of(s.get("parameters", ())) for s in data.header["symmetries"]}
+    subject = f"Run under {optimizer}, steps {int(data.steps[0]):,} to {int(data.steps[-1]):,}"
+    return Diagnosis.of(subject, found, members)
 
 
 def recent(data: RunData, column: str, symmetry: int) -> float:

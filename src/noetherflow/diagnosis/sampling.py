@@ -38,7 +38,8 @@ def batch_size(fact: BatchRegime) -> list[Finding]:
         least = max(1, math.ceil(scale.value))
         advice = f"batches of about {least:,} samples save samples at nearly the same number of steps"
         return [Finding("batch-size", "batch", "watch", title, means, advice, sure, numbers, weight=math.log(ratio))]
-    title = f"Batches of {size:,} against a noise scale of {show(scale.value)} samples: "
+    found = f"of {show(scale.value)} samples" if math.isfinite(scale.value) else f"too large to measure{_at_least(low)}"
+    title = f"Batches of {size:,} against a noise scale {found}: "
     if ratio > WASTED:
         title += "mean-gradient regime for now, as fresh runs are; the noise scale rises as the loss falls."
     elif size < NOISY * scale.value:
@@ -46,6 +47,10 @@ def batch_size(fact: BatchRegime) -> list[Finding]:
     else:
         title += "near the best trade between samples and steps."
     return [calm("batch-size", "batch", title, sure, numbers)]
+
+
+def _at_least(low: float) -> str:
+    return f" (above {show(low)} samples)" if low > 0 and math.isfinite(low) else ""
 
 
 def _numbers(fact: BatchRegime, low: float, high: float) -> tuple[Evidence, ...]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from noetherflow.core.members import spelled_out
 from noetherflow.core.printing import table
 from noetherflow.core.shown import Shown
 
@@ -62,12 +63,14 @@ class Certificate(Shown):
         tolerance: the largest output violation of an exact symmetry.
         casts: places where the model lowers its own precision.
         notes: what holds for all rows, in sentences.
+        members: by the name of each symmetry, all modules that it acts on; names such as `embed (+4)` stand for some.
     """
 
     rows: tuple[CertificateRow, ...]
     tolerance: float
     casts: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    members: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[CertificateRow]:
         return iter(self.rows)
@@ -119,6 +122,7 @@ class Certificate(Shown):
         """How many symmetries hold, and a row for each; see `Shown.describe`."""
         explained = ("outputs changed by", "gradients off by") if legend else ()
         lines = [self._verdicts(), *([table(self.table_rows(), *explained)] if self.rows else [])]
+        lines += spelled_out(" ".join(r.name for r in self.rows), self.members) if legend or verbose else []
         if self.casts:
             shown = f"{'; '.join(self.casts[:3])}{' ...' if len(self.casts) > 3 else ''}"
             lines.append(f"the model itself casts to a lower precision in {len(self.casts)} places: {shown}")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from noetherflow.core.inputs import LossFn, ModelInputs
+from noetherflow.core.members import modules_of
 from noetherflow.discovery.bench import Bench, widened
 from noetherflow.discovery.certificate import Certificate, CertificateRow
 from noetherflow.discovery.copies import ModelCopy, flat_outputs, in_dtype
@@ -108,7 +109,8 @@ def certify(
             for k, (item, v, ruling) in enumerate(zip(items, measured, rulings, strict=True))
         )
     casts = syms.casts or (_casts(model, example_inputs) if bench.widened or bench.narrow else ())
-    return Certificate(rows, tolerance_of(bench.narrow, 0.0), casts, _notes(bench, found))
+    members = {item.name: modules_of(item.parameters) for item in items}
+    return Certificate(rows, tolerance_of(bench.narrow, 0.0), casts, _notes(bench, found), members)
 
 
 def _measured(items: Sequence[Item], bench: Bench, found: Survey, looks: Looks) -> list[Violations]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from noetherflow.core import spd
 from noetherflow.core.host import on_host
 from noetherflow.core.optimizers import Settings, check_settings
-from noetherflow.core.printing import count, grouped, table, transposed
+from noetherflow.core.printing import assumed, count, grouped, table, transposed
 from noetherflow.core.settings import SGDConfig
 from noetherflow.core.shown import Shown
 from noetherflow.equilibrium.adaptive import assumptions
@@ -160,7 +160,7 @@ class Flow(Shown):
         if not isinstance(self.sgd, SGDConfig):
             lines.append("charges are preconditioned: every squared weight times the root mean square of its gradient")
         if not isinstance(self.sgd, SGDConfig) or self.sgd.groups:
-            lines += [f"assumed: {text}" for text in assumptions(self.sgd)]
+            lines += assumed(assumptions(self.sgd), verbose)
         lines += [
             str(self.regime),
             *(f"CAUTION: {text}" for text in self.cautions),

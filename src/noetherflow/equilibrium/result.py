@@ -9,7 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from noetherflow.core.printing import count, grouped, show, table
+from noetherflow.core.printing import assumed, count, grouped, show, table
 from noetherflow.core.shown import Shown
 from noetherflow.equilibrium.regime import Regime
 from noetherflow.equilibrium.verdict import Class
@@ -168,7 +168,7 @@ class Equilibrium(Shown):
             table(self._families(), *(EXPLAINED if legend else ())),
         ]
         lines += [] if self.regime is None else [str(self.regime), *self.regime.cautions]
-        lines += [f"assumed: {text}" for text in self.assumptions]
+        lines += assumed(self.assumptions, verbose)
         lines += [f"CAUTION: {text}" for text in self.cautions]
         lines += self._approximate()
         for kind in dict.fromkeys(s.classification for s in self.settled if s.reason):

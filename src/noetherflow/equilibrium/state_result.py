@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from noetherflow.core.printing import table, transposed
+from noetherflow.core.printing import assumed, table, transposed
 from noetherflow.equilibrium.averages import AveragingLaw
 from noetherflow.equilibrium.charge_flow import norm_of, signed_sum
 from noetherflow.equilibrium.state_estimate import FlowEstimate
@@ -110,18 +110,22 @@ class StateFlow:
             )
         return out
 
-    def __str__(self) -> str:
+    def describe(self, *, verbose: bool = False) -> str:
+        """What `print` shows; `verbose`: what the numbers rest on in full sentences, one a line."""
         what = {"sgd": "SGD with momentum", "adam": "Adam", "rmsprop": "RMSprop"}[self.law.kind]
         when = "" if self.steps is None else f" after {self.steps:,} steps"
         many = "" if self.snapshots == 1 else f", mean of {self.snapshots} snapshots"
         lines = [f"Noether flow from the state of {what}{when}, lr {self.lr:g}{many}"]
         lines += [table(transposed(self.families()), *self._explained()) if self.details else "(no symmetry)"]
-        lines += [f"  assumed: {a}" for a in self.assumptions()]
+        lines += [f"  {line}" for line in assumed(self.assumptions(), verbose)]
         for why in dict.fromkeys(self.excluded.values()):
             names = [n for n, reason in self.excluded.items() if reason == why]
             more = "" if len(names) == 1 else f" and {len(names) - 1:,} more"
             lines.append(f"excluded: {names[0]}{more}: {why}")
         return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.describe()
 
     __repr__ = __str__
 
