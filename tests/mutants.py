@@ -502,6 +502,42 @@ MUTANTS = (
         "test_balance.py::test_gradients_are_those_of_the_moved_model",
     ),
     Mutant(
+        f"{BAL}/motion.py",
+        "replace(leg, offset=0.0)",
+        "leg",
+        "test_torch_streaming.py::test_gradients_and_squares_move_as_weights_of_another_motion",
+    ),
+    Mutant(
+        f"{BAL}/torch_save.py",
+        "self.numbers.setdefault(place, str(len(self.numbers)))",
+        "str(len(self.storages))",
+        "test_torch_streaming.py::test_rewritten_file_is_that_of_torch_byte_by_byte",
+    ),
+    Mutant(
+        f"{BAL}/torch_file.py",
+        "if source is None or source.start + base in differing:",
+        "if source is None:",
+        "test_torch_streaming.py::test_rewritten_file_is_that_of_torch_byte_by_byte",
+    ),
+    Mutant(
+        f"{BAL}/dcp_metadata.py",
+        " or (folder / where).is_symlink()",
+        "",
+        "test_dcp.py::test_parts_outside_the_folder_are_refused",
+    ),
+    Mutant(
+        f"{BAL}/dcp_metadata.py",
+        "slice(o, o + n)",
+        "slice(0, n)",
+        "test_dcp.py::test_sharded_by_two_processes",
+    ),
+    Mutant(
+        f"{BAL}/dcp_metadata.py",
+        "raise pickle.UnpicklingError(",
+        "return super().find_class(module, name)\n        raise pickle.UnpicklingError(",
+        "test_dcp.py::test_hostile_metadata_is_refused_and_nothing_is_run",
+    ),
+    Mutant(
         f"{BAL}/model.py",
         "            for target, value in reversed(old):\n                target.copy_(value)\n",
         "",

@@ -286,6 +286,11 @@ def test_pieces_that_do_not_make_up_a_tensor_are_refused(tmp_path: Path) -> None
     (source / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointError, match=r"pieces of 0\.weight do not make up its shape \(32, 6\)"):
         nf.read_checkpoint(source)
+    metadata.state_dict_metadata["0.weight"].size = torch.Size([16, 6])
+    metadata.state_dict_metadata["0.weight"].properties = None
+    (source / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        nf.read_checkpoint(source)
 
 
 def test_state_that_nothing_assigns_stays_and_is_listed(tmp_path: Path) -> None:

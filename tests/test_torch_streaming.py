@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,17 +111,19 @@ def test_moved_file_is_what_torch_writes_of_the_moved_tensors(tmp_path: Path) ->
     assert (tmp_path / "out" / "run.pt").read_bytes() == (tmp_path / "torch" / "run.pt").read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["diagonal", "general_linear"])
+@pytest.mark.parametrize("kind", ["diagonal", "offset", "general_linear"])
 def test_gradients_and_squares_move_as_weights_of_another_motion(kind: str) -> None:
-    """The reference is the rule for gradients itself, on scales and on matrices."""
-    made = mlp() if kind == "diagonal" else linear([4, 5, 3])
+    """The reference is the rule for gradients itself, on scales (of weights plus an offset too) and on matrices."""
+    made = linear([4, 5, 3]) if kind == "general_linear" else mlp()
+    offset = 0.7 if kind == "offset" else 0.0
+    syms = [replace(s, legs=tuple(replace(leg, offset=offset) for leg in s.legs)) for s in made.syms]
     generator = torch.Generator().manual_seed(0)
     elements = {
         s.name: torch.rand(s.shape, generator=generator, dtype=torch.float64)
         + (2 * torch.eye(s.dim) if s.kind == "general_linear" else 0.5)
-        for s in made.syms
+        for s in syms
     }
-    motion = Motion(list(made.syms), elements)
+    motion = Motion(syms, elements)
     tried = 0
     for name in motion.by_parameter:
         tensor = torch.randn(made.tensors()[name].shape, generator=generator, dtype=torch.float64)
@@ -129,7 +132,7 @@ def test_gradients_and_squares_move_as_weights_of_another_motion(kind: str) -> N
         if motion.is_torus(name):
             tried += 1
             torch.testing.assert_close(motion.of_squares.weight(name, tensor**2), motion.squares(name, tensor**2))
-    assert (tried > 0) == (kind == "diagonal")
+    assert (tried > 0) == (kind != "general_linear")
 
 
 def test_state_that_is_no_number_is_named(tmp_path: Path) -> None:

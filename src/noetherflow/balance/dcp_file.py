@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from noetherflow.balance.dcp_metadata import DcpChunk, DcpEntry, entries_of, read_metadata
+from noetherflow.balance.dcp_metadata import METADATA, DcpChunk, DcpEntry, entries_of, read_metadata
 from noetherflow.balance.torch_file import load_safely
 from noetherflow.balance.waiting import WaitingTensor
 from noetherflow.core.held import is_saved_optimizer
@@ -28,14 +28,11 @@ class DcpTensor:
     def read(self) -> Tensor:
         """The tensor in memory of its own."""
         assert self.entry.dtype is not None
-        whole: Tensor | None = None
+        if len(self.entry.chunks) == 1:
+            return _loaded(self.entry.chunks[0], self.entry)
+        whole = torch.empty(self.entry.shape, dtype=self.entry.dtype)
         for chunk in self.entry.chunks:
-            piece = _loaded(chunk, self.entry)
-            if len(self.entry.chunks) == 1:
-                return piece
-            whole = torch.empty(self.entry.shape, dtype=self.entry.dtype) if whole is None else whole
-            whole[chunk.place] = piece
-        assert whole is not None
+            whole[chunk.place] = _loaded(chunk, self.entry)
         return whole
 
     def view(self) -> Tensor:
@@ -72,7 +69,15 @@ class DcpFolder:
             CheckpointError: it is unreadable, or parts are missing or cut off.
         """
         metadata = read_metadata(path)
-        return cls(path, metadata, entries_of(path, metadata))
+        try:
+            return cls(path, metadata, entries_of(path, metadata))
+        except CheckpointError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as cause:
+            raise CheckpointError(
+                f"{path / METADATA} is damaged, its records are not of the kinds that they should be "
+                f"({type(cause).__name__}: {cause})"
+            ) from cause
 
     @property
     def parts(self) -> tuple[Path, ...]:

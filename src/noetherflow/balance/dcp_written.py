@@ -43,7 +43,7 @@ def write_dcp(folder: DcpFolder, moved: Any, target: Path) -> None:
 
 
 def _position(entry: DcpEntry) -> tuple[int, str]:
-    return min((c.start, c.part.name) for c in entry.chunks)
+    return min(((c.start, c.part.name) for c in entry.chunks), default=(0, ""))
 
 
 def _at(content: Any, path: tuple[str | int, ...]) -> Any:
