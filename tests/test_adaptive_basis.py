@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import noetherflow as nf
 from noetherflow.equilibrium.adaptive_basis import adaptive_basis
 from noetherflow.errors import DataError
-from noetherflow.moments.factors import Factors
+from noetherflow.moments.products import Factors
 from noetherflow.moments.single import single_gradients
 from reference import per_sample_gradients
 

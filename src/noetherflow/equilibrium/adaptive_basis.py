@@ -18,7 +18,7 @@ from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.curvature import HessianProduct
 from noetherflow.equilibrium.orbit import Samples
 from noetherflow.errors import DataError
-from noetherflow.moments.factors import Factors
+from noetherflow.moments.products import Factors
 from noetherflow.moments.single import single_gradients
 from noetherflow.symmetry.symmetry import Symmetry
 

@@ -224,7 +224,8 @@ def noether_flow(
         syms: Its symmetries; those on frozen parameters are excluded and listed.
         mom: Moments of per-sample gradients at these weights; for Adam and Lion with `entries=True`.
         sgd: How the optimiser steps.
-        samples: As in `noise_equilibrium`; they carry no groups, so forecasts then have no errors.
+        samples: As in `noise_equilibrium`, by default the factors in `mom`; they carry no groups, so forecasts then
+            have no errors.
         optimizer: In place of `mom` and `sgd`: momentum SGD, Adam, AdamW or RMSprop of torch, or its `state_dict()`.
         lr: With `optimizer`: the learning rate to use where a schedule has taken the stored one to 0.
 
@@ -278,6 +279,7 @@ def _sgd_flow(
     model: nn.Module, syms: SymmetrySet, mom: GradientMoments, sgd: SGDConfig, samples: Samples | None
 ) -> Flow:
     """The flow under SGD of trainable symmetries."""
+    samples = mom.factors or None if samples is None else samples
     potential = Potential.of(Drift.of(sgd), mom, sgd)
     syms = syms.without({s.name: why for s in syms if (why := s.pulled(lambda _: sgd.weight_decay > 0))})
     alone = noise_equilibrium(model, syms, mom, sgd, joint=False, samples=samples)

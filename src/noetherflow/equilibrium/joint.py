@@ -66,9 +66,10 @@ def noise_equilibrium(
     Args:
         model: Only read.
         syms: Its symmetries; those on frozen parameters are excluded and listed.
-        mom: Moments of per-sample gradients at these weights. Leg Grams do where legs share no entries, `entries=True`
-            where tori meet; where a general_linear leg meets another one, give `samples` or `remeasure` too. None for
-            an objective that needs no gradients (`norm`, `range`).
+        mom: Moments of per-sample gradients at these weights, best measured with `for_="equilibrium"`, which collects
+            what these symmetries need: leg Grams do where legs share no entries, entries where tori meet, factors
+            where a general_linear leg meets another one (else give `samples` or `remeasure`). None for an objective
+            that needs no gradients (`norm`, `range`).
         sgd: Learning rate, batch size, weight decay, momentum; needed for the noise objectives. With AdamConfig or
             LionConfig these are the minimum of `Psi = sum (lr s + 2 w s theta^2)` over the tori (theory.md section 13),
             `s` the root mean square of each entry of the minibatch gradient; moments with `entries=True`.
@@ -81,7 +82,8 @@ def noise_equilibrium(
         approximate: `False` leaves symmetries in place that a normalisation's eps makes approximate.
         remeasure: `remeasure(model) -> moments`, called on moved copies: at every sweep where one measurement does not
             determine the answer (not with `joint=False`), and once where factors are too stretched for Grams.
-        samples: `samples[parameter]`: per-sample gradients, `gradient_factors` or dense `[N, *shape]`.
+        samples: `samples[parameter]`: per-sample gradients, `gradient_factors` or dense `[N, *shape]`; by default the
+            factors in `mom`.
         tol: Imbalance (relative Noether flow) at which the minimum counts as converged: by default 1e-11, with
             `remeasure` not below `8 eps` of the parameters' dtype.
         max_iterations: Sweeps at most.
@@ -103,7 +105,7 @@ def noise_equilibrium(
 
     Example:
         ```
-        mom = nf.gradient_moments(model, loss_fn, batches, syms, entries=True)
+        mom = nf.gradient_moments(model, loss_fn, batches, syms, for_="equilibrium")
         eq = nf.noise_equilibrium(model, syms, mom, nf.SGDConfig(lr=0.05, batch_size=16, weight_decay=1e-4))
         print(eq)  # by family: what settles, and how far it moves
         eq["0 -> 2"].element  # G of one symmetry

@@ -15,7 +15,7 @@ from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.potential import LegPair, Potential
 from noetherflow.equilibrium.terms import EntryTerm, FactorTerm, LegTerm, OrbitTerm, SampleTerm, fits_factors
 from noetherflow.errors import DataError, MomentError
-from noetherflow.moments.factors import Factors
+from noetherflow.moments.products import Factors
 from noetherflow.moments.result import GradientMoments
 from noetherflow.symmetry.overlap import LegCoordinates, leg_coordinates, mixed_parameters, overlapping_parameters
 from noetherflow.symmetry.symmetry import Symmetry
@@ -200,8 +200,9 @@ def measured_orbit(
     if lacking:
         raise MomentError(
             f"one measurement does not determine the joint equilibrium: general_linear and other symmetries move the "
-            f"same entries of {lacking[:4]}{' ...' if len(lacking) > 4 else ''}; pass "
-            f"samples=nf.gradient_factors(model, loss_fn, batches, syms) of the same batches, or "
+            f"same entries of {lacking[:4]}{' ...' if len(lacking) > 4 else ''}; measure with gradient_moments(..., "
+            f"for_='equilibrium'), or pass samples=nf.gradient_factors(model, loss_fn, batches, syms) of the same "
+            f"batches, or "
             f"remeasure=lambda model: nf.gradient_moments(model, loss_fn, batches, syms), or joint=False to solve "
             f"every symmetry with the others held"
         )
@@ -298,7 +299,8 @@ def _entry_term(
 ) -> EntryTerm:
     if name not in moments.squares:
         raise MomentError(
-            f"several symmetries move the same entries of {name!r}; measure with gradient_moments(..., entries=True)"
+            f"several symmetries move the same entries of {name!r}; measure with gradient_moments(..., "
+            "for_='equilibrium') or entries=True"
         )
     return EntryTerm(legs, legs[0].reduce(theta.double().square(), legs), _entry_noise(name, legs, moments, potential))
 

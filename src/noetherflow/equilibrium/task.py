@@ -79,6 +79,11 @@ class Question:
         return replace(self, moments=moments, potential=self.objective.potential(moments, self.sgd))
 
     @property
+    def samples(self) -> Samples | None:
+        """Per-sample gradients: those given, else the factors that were measured with the moments."""
+        return self.moments.factors or None if self.options.samples is None else self.options.samples
+
+    @property
     def regime(self) -> Regime | None:
         """The regime of the drift, for the objectives that SGD's settings enter."""
         if self.sgd is None or self.objective.name not in ("noise+decay", "noise"):
@@ -143,8 +148,8 @@ class Task:
 def _orbit(model: nn.Module, symmetries: Sequence[Symmetry], question: Question) -> Orbit:
     options, moments, potential = question.options, question.moments, question.potential
     if not options.joint:
-        return separate_orbits(model, symmetries, moments, potential, options.samples)
-    return orbit_of(model, symmetries, moments, potential, samples=options.samples, remeasure=options.remeasure)
+        return separate_orbits(model, symmetries, moments, potential, question.samples)
+    return orbit_of(model, symmetries, moments, potential, samples=question.samples, remeasure=options.remeasure)
 
 
 def _frame(start: Start, recede: float) -> Tensor:

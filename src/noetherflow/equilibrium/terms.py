@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from noetherflow.equilibrium.potential import LegPair, Potential
-from noetherflow.moments.factors import Factors
+from noetherflow.moments.products import Factors
 from noetherflow.symmetry.leg import Leg
 from noetherflow.symmetry.overlap import LegCoordinates
 from noetherflow.symmetry.symmetry import Symmetry

@@ -1,8 +1,9 @@
 """Measuring gradient noise on the legs of symmetries."""
 
 from noetherflow.moments.engine import Meter, gradient_moments
-from noetherflow.moments.factors import Factors, gradient_factors
+from noetherflow.moments.factors import gradient_factors
 from noetherflow.moments.minibatch import MinibatchMeter, minibatch_moments
+from noetherflow.moments.products import Factors
 from noetherflow.moments.result import GradientMoments, merge_moments
 from noetherflow.moments.statistics import Estimate, standard_error
 from noetherflow.moments.storage import load_moments, save_moments

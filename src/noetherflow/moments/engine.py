@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,10 +27,13 @@ from noetherflow.moments.batch import (
 from noetherflow.moments.batch_statistics import refuse_batch_statistics, refuse_running_statistics
 from noetherflow.moments.conditions import Conditions
 from noetherflow.moments.distributed import in_step, is_sharded, ranks_of, refuse_sharded
+from noetherflow.moments.factors import FactorKeeper
 from noetherflow.moments.fallback import Fallback
 from noetherflow.moments.groups import GroupSums
 from noetherflow.moments.measuring import KnownWay, MeasuringPass, NewWay, Ways
 from noetherflow.moments.placement import GroupPlan, Placement
+from noetherflow.moments.products import Factors, joined_factors
+from noetherflow.moments.purpose import Purpose, Wanted
 from noetherflow.moments.result import GradientMoments, unresolved
 from noetherflow.moments.sums import Sums
 from noetherflow.moments.taps import CallId
@@ -48,6 +51,7 @@ def gradient_moments(
     batches: Iterable[Any],
     syms: SymmetrySet,
     *,
+    for_: Purpose = "flow",
     entries: bool = False,
     until: float | None = None,
     groups: int = 16,
@@ -72,7 +76,11 @@ def gradient_moments(
         loss_fn: `loss_fn(model, batch)` returns one loss per sample, `[batch]`, not reduced.
         batches: the batches, for example a DataLoader.
         syms: the symmetries whose legs are measured.
-        entries: measure also `E[g^2]` of every entry.
+        for_: `flow` measures leg Grams and mean gradients, which is what `noether_flow` needs. `equilibrium` measures
+            besides what the joint `noise_equilibrium` of these symmetries needs: entries where tori meet, and where a
+            general_linear leg meets another the factors of every sample's gradient (`moments.factors`), whose memory
+            grows with the samples: a token of a weight `[m, n]` takes `m + n` numbers.
+        entries: measure also `E[g^2]` of every entry, whether needed for that or not (Adam, Lion, the noise scale).
         until: stop when the relative standard error of each leg's `Tr E[g g^T]` is below; takes at least 4 groups.
         groups: samples are split into up to that many groups (whole batches, if there are enough) for jackknife errors;
             each costs one byte per measured entry (two with `entries`), not a copy.
@@ -91,7 +99,7 @@ def gradient_moments(
             weights), no batch, or fewer batches on some rank than on others under `fully_shard`.
         MomentError: a symmetry on a frozen, hooked or unused parameter, or one that holds with batch statistics only
             (see `minibatch_moments`); samples that act on each other, a sharded parameter without a rule, rules and
-            autograd that disagree.
+            autograd that disagree; `for_="equilibrium"` over several ranks, or where a weight has no factors.
 
     Example:
         >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(32, 4)
@@ -102,7 +110,7 @@ def gradient_moments(
 
     Source: theory.md sections 1 and 2.
     """
-    meter = Meter(model, loss_fn, syms, entries=entries, parameters=parameters, sample_axes=sample_axes)
+    meter = Meter(model, loss_fn, syms, entries, parameters, sample_axes, for_)
     return meter.measure(
         batches, until=until, groups=groups, resume=resume, process_group=process_group, progress=progress
     )
@@ -123,6 +131,7 @@ class Meter:
         entries: Measure also `E[g^2]` of every entry.
         parameters: Names of parameters measured beside those of `syms`.
         sample_axes: 2 if losses are `[batch, tokens]` and every entry is a sample.
+        for_: `flow`, or `equilibrium` to measure what a joint equilibrium needs, as in `gradient_moments`.
         uncovered: Parameters that no rule covers, with the reason; the fallback measures them.
 
     Example:
@@ -142,12 +151,15 @@ class Meter:
     entries: bool = False
     parameters: Iterable[str] = ()
     sample_axes: int = 1
+    for_: Purpose = "flow"
     uncovered: dict[str, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         _refuse_other_losses(self.loss_fn)
         expect_model_and_symmetries(CALL, self.model, self.syms)
         self._given, self.model = self.model, unwrap(self.model)
+        self._wanted = Wanted.of(self.syms, self.syms.tensors_in(self.model), self.for_)
+        self.entries = self.entries or self._wanted.entries
         self._ways = Ways()
         self._used: set[str] = set()
         self._conditions = Conditions()
@@ -170,6 +182,7 @@ class Meter:
         if not is_sharded(self.model):  # sharding hooks parameters of its own
             refuse_hooked(wanted)
         self._sums = GroupSums(self.syms, self._needs)
+        self._factors: list[Mapping[str, Factors]] = []  # by batch
 
     def measure(
         self,
@@ -201,6 +214,7 @@ class Meter:
         ranks = ranks_of(self._given, process_group)
         _refuse_loose_tensors(batches)
         _check_until(until, groups, ranks)
+        self._refuse_ranks(ranks)
         self._prepare()
         if resume is not None:
             self.resume(resume)
@@ -215,6 +229,7 @@ class Meter:
                 break
         found = self._moments(ranks, spend=True)
         self._sums = GroupSums(self.syms, self._needs)
+        self._factors = []
         return found
 
     @property
@@ -236,15 +251,18 @@ class Meter:
         wanted = {"symmetries": {s.name for s in self.syms}, "parameters": set(self._needs)}
         squares = set(self._needs) if self.entries else set()
         found = {"symmetries": set(moments.second), "parameters": set(moments.mean)}
-        if found != wanted or set(moments.squares) != squares or moments.replicates is not None:
+        beside = set(moments.squares) == squares and moments.factors.keys() == self._wanted.factors
+        if found != wanted or not beside or moments.replicates is not None:
             raise MomentError(
-                f"cannot resume: the earlier moments hold {found}, wanted {wanted} (entries={self.entries})"
+                f"cannot resume: the earlier moments hold {found}, wanted {wanted} (entries={self.entries}, factors of "
+                f"{sorted(self._wanted.factors)})"
             )
         shapes = {n: (tuple(moments.mean[n].shape), tuple(need.shape)) for n, need in self._needs.items()}
         other = {n: pair for n, pair in shapes.items() if pair[0] != pair[1]}
         if other:
             raise MomentError(f"cannot resume: earlier and present shapes differ: {other}")
         self._sums.restore(moments)
+        self._factors = [moments.factors]
         self._used.update(moments.mean)
         self._conditions = self._conditions.joined(moments.conditions)
         self.uncovered.update(dict.fromkeys(moments.fallback, "fallback in the moments resumed from"))
@@ -274,7 +292,8 @@ class Meter:
 
     def _update(self, batch: Any, placed: Placement) -> None:
         """Measure a batch by the way it went before, else by a new way, once that is verified."""
-        if self._ways.known and self._measured(KnownWay(self._covered, batch, self._ways, self._sums, placed)):
+        here = self._covered, batch, self._ways, self._sums, placed
+        if self._ways.known and self._measured(KnownWay(*here, FactorKeeper(self._wanted.factors))):
             return
         shared: frozenset[CallId] = frozenset()
         while True:
@@ -283,7 +302,8 @@ class Meter:
             shared = weighted.shared
             if self._leave_to_fallback(weighted.uncovered):
                 continue
-            new = NewWay(self._covered, batch, self._ways, self._sums, placed, weighted)
+            kept = FactorKeeper(self._wanted.factors)
+            new = NewWay(self._covered, batch, self._ways, self._sums, placed, kept, weighted)
             if self._measured(new):
                 new.remember()
                 self._used.update(new.reached)
@@ -306,7 +326,9 @@ class Meter:
             return False
         if self.uncovered:
             self._add_fallback(attempt.batch, attempt.shares)
+        factors = attempt.kept.factors()
         attempt.count()
+        self._factors.append({n: f.to(self._subject.roots[n].dtype) for n, f in factors.items()})
         return True
 
     def _add_fallback(self, batch: Any, shares: Sequence[Share]) -> None:
@@ -314,6 +336,14 @@ class Meter:
         refuse_sharded({n: self._subject.roots[n] for n in left}, f"no rule covers them ({self.uncovered})")
         self._fallback = self._fallback or Fallback(self._subject, left)
         self._fallback.add(batch, shares)
+
+    def _refuse_ranks(self, ranks: Any) -> None:
+        """Raises MomentError where several ranks would have to gather factors."""
+        if self._wanted.factors and ranks is not None:
+            raise MomentError(
+                f"factors of {sorted(self._wanted.factors)[:4]} are not gathered over ranks: measure with for_='flow' "
+                "and pass remeasure= to noise_equilibrium, or measure in one process"
+            )
 
     def noise_error(self) -> float:
         """The largest relative standard error of any leg's `Tr E[g g^T]`, infinite with fewer than four groups."""
@@ -330,6 +360,7 @@ class Meter:
 
     def _moments(self, ranks: Any, spend: bool) -> GradientMoments:
         """`result`; with `spend` the sums are lost."""
+        self._refuse_ranks(ranks)
         self._sums.refuse_half_added()
         sums = self._sums.over_ranks(ranks)
         if not sums.by_group:
@@ -342,7 +373,12 @@ class Meter:
                 "Freeze them (requires_grad_(False)) and take syms.trainable(model)"
             )
         moments = sums.moments(tuple(n for n in self._needs if n in self.uncovered), spend=spend)
-        return replace(moments, unresolved=unresolved(moments, self.syms), conditions=self._conditions)
+        return replace(
+            moments,
+            unresolved=unresolved(moments, self.syms),
+            conditions=self._conditions,
+            factors=joined_factors(self._factors),
+        )
 
 
 def _check_until(until: float | None, groups: int, ranks: Any) -> None:

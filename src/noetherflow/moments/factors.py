@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,9 @@ from noetherflow.core.unwrap import unwrap
 from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.batch import BatchPass, Subject, buffers_kept, check_finite, form_of, forward_backward
 from noetherflow.moments.forms import OneToken, Outer
+from noetherflow.moments.layout import SampleLayout
 from noetherflow.moments.origins import Source
+from noetherflow.moments.products import Factors, joined_factors
 from noetherflow.moments.taps import Recorder, Use
 from noetherflow.moments.target import trainable_parameters
 from noetherflow.moments.verify import Locator, WeightedPass, weigh
@@ -25,25 +27,6 @@ from noetherflow.symmetry.overlap import leg_coordinates, mixed_parameters
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 REMEDY = "pass dense per-sample gradients as samples=, or remeasure="
-
-
-@dataclass(frozen=True, eq=False)
-class Factors:
-    """Gradients `g_z = left_z^T right_z` of one matrix `[m, n]`, for N samples that use it T times each.
-
-    `left` `[N, T, m]`, `right` `[N, T, n]`: for the weight of a linear layer, the output gradients and the inputs.
-
-    Example:
-        >>> Factors(torch.ones(5, 2, 3), torch.ones(5, 2, 4)).dense().shape
-        torch.Size([5, 3, 4])
-    """
-
-    left: Tensor
-    right: Tensor
-
-    def dense(self) -> Tensor:
-        """The gradients themselves, `[N, m, n]`."""
-        return self.left.mT @ self.right
 
 
 def gradient_factors(
@@ -86,16 +69,16 @@ def gradient_factors(
     wanted = trainable_parameters(model, names) if (names := list(mixed_parameters(coordinates, symmetries))) else {}
     if not wanted:
         return {}
-    _refuse_tensors(wanted)
+    refuse_tensors(wanted)
     roots = {n: t for n, t in tensors.items() if t.requires_grad}
     subject = Subject(unwrap(model), loss_fn, roots, frozenset(wanted))
     found = [_one_batch(subject, batch) for batch in batches]
     if not found:
         raise DataError("no batch to measure: the iterator of batches is empty")
-    return {n: _joined([of_batch[n] for of_batch in found], wanted[n].dtype) for n in wanted}
+    return {n: f.to(wanted[n].dtype) for n, f in joined_factors(found).items()}
 
 
-def _refuse_tensors(wanted: dict[str, Tensor]) -> None:
+def refuse_tensors(wanted: Mapping[str, Tensor]) -> None:
     """Raises MomentError for a parameter that is no matrix."""
     for name, tensor in wanted.items():
         if tensor.ndim != 2:
@@ -105,37 +88,69 @@ def _refuse_tensors(wanted: dict[str, Tensor]) -> None:
 
 
 @dataclass(eq=False)
-class FactorPass(BatchPass):
-    """Keeps the factors of every use of the measured parameters, by parameter, after a weighted pass."""
+class FactorKeeper:
+    """Keeps the factors of every use of the `wanted` parameters in one batch, as its backward comes to them."""
 
-    batch: Any
-    weighted: WeightedPass
+    wanted: frozenset[str]
     uses: dict[str, list[Outer]] = field(default_factory=dict, init=False)
-    roots: dict[str, Tensor] = field(default_factory=dict, init=False)
-    locator: Locator = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.locator = Locator(self.weighted)
+    def receive(
+        self, use: Use, layout: SampleLayout, samples: int, delta: Tensor, saved: tuple[Tensor, ...], recorder: Recorder
+    ) -> None:
+        """Keep the factors of one use.
 
-    def begin(self, losses: Tensor, recorder: Recorder) -> Tensor | None:
-        check_finite(losses, self.batch, self.weighted.subject.model)
-        self.roots = recorder.roots
-        return torch.ones_like(losses)
-
-    def receive(self, use: Use, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
-        layout = self.locator.locate(use, delta)
-        if layout is None:
-            return
-        samples = self.weighted.weights.numel()
+        Raises:
+            MomentError: it is no product with the parameter as one matrix.
+        """
         for site, source in zip(use.sites, use.sources, strict=True):
-            if source.names.isdisjoint(self.weighted.subject.measured):
+            if source.names.isdisjoint(self.wanted):
                 continue
             form = form_of(site, layout, samples, delta, saved)
             if source.view_of is None or not isinstance(form, Outer):
                 raise MomentError(
                     f"{', '.join(sorted(source.names))}: {use} is no product with it as one matrix; {REMEDY}"
                 )
-            self.uses.setdefault(source.view_of, []).append(_of_whole(source, self.roots[source.view_of], form, use))
+            whole = _of_whole(source, recorder.roots[source.view_of], form, use)
+            self.uses.setdefault(source.view_of, []).append(whole)
+
+    def factors(self, apart: Iterable[str] = ()) -> dict[str, Factors]:
+        """The factors of the batch, once its backward is complete.
+
+        Args:
+            apart: parameters that a gradient reached in another way than by a use of each sample.
+
+        Raises:
+            MomentError: there are such, or a wanted parameter was not used.
+        """
+        lacking = sorted({*apart, *(self.wanted - self.uses.keys())})
+        if lacking:
+            raise MomentError(f"{lacking} is used in a product that all samples share, or by no sample alone; {REMEDY}")
+        return {n: _over_uses(uses) for n, uses in self.uses.items()}
+
+
+@dataclass(eq=False)
+class FactorPass(BatchPass):
+    """Keeps the factors of the measured parameters in one batch, after a weighted pass."""
+
+    batch: Any
+    weighted: WeightedPass
+    kept: FactorKeeper = field(init=False)
+    recorder: Recorder = field(init=False)
+    locator: Locator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.locator = Locator(self.weighted)
+        self.kept = FactorKeeper(self.weighted.subject.measured)
+
+    def begin(self, losses: Tensor, recorder: Recorder) -> Tensor | None:
+        check_finite(losses, self.batch, self.weighted.subject.model)
+        self.recorder = recorder
+        return torch.ones_like(losses)
+
+    def receive(self, use: Use, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
+        layout = self.locator.locate(use, delta)
+        if layout is not None:
+            self.kept.receive(use, layout, self.weighted.weights.numel(), delta, saved, self.recorder)
 
 
 def _one_batch(subject: Subject, batch: Any) -> dict[str, Factors]:
@@ -148,13 +163,8 @@ def _one_batch(subject: Subject, batch: Any) -> dict[str, Factors]:
     with buffers_kept(subject.modules):
         done = forward_backward(subject, batch, found, weighted.shared, sorted(subject.measured))
     missed = [] if done is None else [n for n, g in done.missed.items() if g is not None]
-    apart = {*missed, *found.locator.scattered, *(subject.measured - found.uses.keys())}
-    if apart or not found.locator.settled():
-        raise MomentError(
-            f"{sorted(apart) or sorted(subject.measured)} is used in a product that all samples share, or by no sample "
-            f"alone; {REMEDY}"
-        )
-    return {n: _over_uses(uses) for n, uses in found.uses.items()}
+    apart = {*missed, *found.locator.scattered}
+    return found.kept.factors(apart if found.locator.settled() else apart or subject.measured)
 
 
 def _of_whole(source: Source, root: Tensor, form: Outer, use: Use) -> Outer:
@@ -197,16 +207,3 @@ def _over_uses(uses: Sequence[Outer]) -> Factors:
         tuple(t.unsqueeze(1) if isinstance(form, OneToken) else t for t in (form.left, form.right)) for form in uses
     ]
     return Factors(torch.cat([left for left, _ in sides], 1), torch.cat([right for _, right in sides], 1))
-
-
-def _joined(parts: Sequence[Factors], dtype: torch.dtype) -> Factors:
-    """The samples of all batches."""
-    if len({p.left.shape[1] for p in parts}) > 1:
-        tokens = max(p.left.shape[1] for p in parts)
-        parts = [Factors(_padded(p.left, tokens), _padded(p.right, tokens)) for p in parts]
-    return Factors(torch.cat([p.left for p in parts]).to(dtype), torch.cat([p.right for p in parts]).to(dtype))
-
-
-def _padded(side: Tensor, tokens: int) -> Tensor:
-    """`[N, T, ..]` with zeros for the tokens that shorter sequences lack."""
-    return torch.nn.functional.pad(side, (0, 0, 0, tokens - side.shape[1]))

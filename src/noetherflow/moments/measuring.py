@@ -22,6 +22,7 @@ from noetherflow.moments.batch import (
     used_once,
 )
 from noetherflow.moments.distributed import all_ranks, is_sharded, over_ranks
+from noetherflow.moments.factors import FactorKeeper
 from noetherflow.moments.groups import GroupSums, Opened, edges, sums_over
 from noetherflow.moments.layout import SampleLayout
 from noetherflow.moments.placement import Placement
@@ -70,6 +71,8 @@ class MeasuringPass(BatchPass):
     ways: Ways
     sums: GroupSums
     placed: Placement
+    kept: FactorKeeper
+    recorder: Recorder = field(init=False)
     trace: Trace = field(init=False)
     way: Way = field(init=False)
     contraction: Contraction = field(init=False)
@@ -100,7 +103,7 @@ class MeasuringPass(BatchPass):
 
     def begin(self, losses: Tensor, recorder: Recorder) -> Tensor | None:
         trace, samples = recorder.trace, losses.numel()
-        self.trace = trace
+        self.recorder, self.trace = recorder, trace
         self.way = self.ways.of(self.shared, trace, samples, self.subject.sample_axes)
         if not self.admits(trace):
             return None
@@ -118,6 +121,8 @@ class MeasuringPass(BatchPass):
     def receive(self, use: Use, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
         layout = self.place(use, delta)
         if layout is not None:
+            if self.kept.wanted:
+                self.kept.receive(use, layout, self.shares[-1].hi, delta, saved, self.recorder)
             self.contraction.receive(use, layout, delta, saved)
 
     def run(self) -> bool:

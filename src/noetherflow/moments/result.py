@@ -19,6 +19,7 @@ from noetherflow.errors import MomentError
 from noetherflow.moments.conditions import Conditions
 from noetherflow.moments.noise_scale import NoiseScales, noise_scales
 from noetherflow.moments.packed import LeftOut, PackedTensors, SampleSum
+from noetherflow.moments.products import Factors, joined_factors
 from noetherflow.symmetry.symmetry import Symmetry
 
 Sampling = Literal["replacement", "independent", "epoch"]
@@ -69,7 +70,8 @@ class GradientMoments(Shown):
     `replicates`: set when each "sample" is one minibatch gradient (`minibatch_moments`). `legs[symmetry]`: names of the
     legs, as printed. `unresolved`: symmetries along which samples differ by less than the rounding of the type that
     gradients were summed in, so that their noise is not known. `kind`: `hessian` for `curvature_moments`, whose samples
-    are Hessian products, without a loss. `conditions`: how the model ran meanwhile.
+    are Hessian products, without a loss. `conditions`: how the model ran meanwhile. `factors[parameter]`: the gradients
+    of single samples, where a joint equilibrium needs them, present when measured with `for_="equilibrium"`.
     """
 
     samples: int
@@ -84,6 +86,7 @@ class GradientMoments(Shown):
     kind: Kind = "gradient"
     unresolved: tuple[str, ...] = ()
     conditions: Conditions = field(default_factory=Conditions)
+    factors: Mapping[str, Factors] = field(default_factory=dict)
 
     @property
     def repeated(self) -> int:
@@ -256,7 +259,7 @@ def trace(leg: Tensor) -> Tensor:
 
 
 def _legs_alone(moments: GradientMoments) -> GradientMoments:
-    return replace(moments, mean={}, squares={}, groups=())
+    return replace(moments, mean={}, squares={}, groups=(), factors={})
 
 
 def _without_each(groups: Sequence[GradientMoments], others: tuple[GradientMoments, ...]) -> Iterator[GradientMoments]:
@@ -286,9 +289,11 @@ def merge_moments(parts: list[GradientMoments]) -> GradientMoments:
     """
     if not parts:
         raise MomentError("nothing to merge: no moments given")
-    kinds = {(p.kind, tuple(p.second), tuple(p.mean), tuple(p.squares), p.replicates) for p in parts}
+    kinds = {
+        (p.kind, tuple(p.second), tuple(p.mean), tuple(p.squares), p.replicates, frozenset(p.factors)) for p in parts
+    }
     if len(kinds) > 1:
-        raise MomentError("moments to merge differ in kind, symmetries, parameters, entries or minibatch size")
+        raise MomentError("moments to merge differ in kind, symmetries, parameters, entries, factors or minibatch size")
     total = sum(p.samples for p in parts)
     weights = [p.samples / total for p in parts]
 
@@ -315,6 +320,7 @@ def merge_moments(parts: list[GradientMoments]) -> GradientMoments:
         kind=first.kind,
         unresolved=tuple(dict.fromkeys(n for p in parts for n in p.unresolved)),
         conditions=conditions,
+        factors=joined_factors([p.factors for p in parts]),
     )
     _refuse_not_finite(merged)
     return merged

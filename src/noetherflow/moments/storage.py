@@ -16,6 +16,7 @@ from noetherflow.core.files import replacing
 from noetherflow.errors import CheckpointError
 from noetherflow.moments.conditions import Conditions
 from noetherflow.moments.packed import PackedTensor, PackedTensors
+from noetherflow.moments.products import Factors
 from noetherflow.moments.result import GradientMoments, Replicates
 
 FORMAT = 2
@@ -79,6 +80,11 @@ def _tensors(moments: GradientMoments, prefix: str) -> dict[str, Tensor]:
     """All tensors of moments, without those of their groups, under names that begin with `prefix`."""
     named = [(f"{prefix}second/{k}/{name}", leg) for name, legs in moments.second.items() for k, leg in enumerate(legs)]
     found = {name: leg.contiguous() for name, leg in named}
+    for name, factors in moments.factors.items():
+        found |= {
+            f"{prefix}left/{name}": factors.left.contiguous(),
+            f"{prefix}right/{name}": factors.right.contiguous(),
+        }
     return found | _flat(f"{prefix}mean", moments.mean) | _flat(f"{prefix}squares", moments.squares)
 
 
@@ -91,6 +97,7 @@ def _header(moments: GradientMoments) -> dict[str, Any]:
         "second": {name: len(legs) for name, legs in moments.second.items()},
         "mean": list(moments.mean),
         "squares": list(moments.squares),
+        "factors": list(moments.factors),
         "packed": _dtypes(moments.mean) | _dtypes(moments.squares),
         "fallback": list(moments.fallback),
         "unresolved": list(moments.unresolved),
@@ -163,4 +170,7 @@ def _unpack(
         kind=header.get("kind", "gradient"),
         unresolved=tuple(header.get("unresolved", ())),
         conditions=_conditions(header),
+        factors={
+            n: Factors(tensors[f"{prefix}left/{n}"], tensors[f"{prefix}right/{n}"]) for n in header.get("factors", ())
+        },
     )
