@@ -40,6 +40,7 @@ REGISTRY: tuple[str, ...] = (
     "rates",
     "momentum",
     "adam",
+    "adam_cnn",
     "basis",
     "transformer",
     "rotational",
