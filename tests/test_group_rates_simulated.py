@@ -43,12 +43,6 @@ class Student:
         back = (error @ u) * torch.where(before > 0, 1.0, SLOPE)
         return [back.mT @ x, error.mT @ after]
 
-    def mean_gradient(self, params: Params) -> Params:
-        raise NotImplementedError
-
-    def gaussian_noise(self, params: Params, rng: torch.Generator) -> Params:
-        raise NotImplementedError
-
     def model(self) -> nn.Module:
         net = nn.Sequential(
             nn.Linear(INPUTS, HIDDEN, bias=False), nn.LeakyReLU(SLOPE), nn.Linear(HIDDEN, OUTPUTS, bias=False)

@@ -79,7 +79,7 @@ def points(config: ConvConfigs) -> list[ExperimentPoint]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Pass:
+class _ConvPass:
     """What each layer sees and gives: before the activation, and after it in the shape that the next layer takes."""
 
     first: Tensor
@@ -89,7 +89,7 @@ class _Pass:
     outputs: Tensor
 
 
-def _forward(params: Params, patches: Tensor, slope: float) -> _Pass:
+def _forward(params: Params, patches: Tensor, slope: float) -> _ConvPass:
     """The net on `[R, samples, 16, 9]` patches."""
     v, w, u = params
     replicas, samples = patches.shape[:2]
@@ -97,7 +97,7 @@ def _forward(params: Params, patches: Tensor, slope: float) -> _Pass:
     hidden = nn.functional.leaky_relu(first, slope).reshape(replicas, samples * 4, -1)
     second = hidden @ w.mT
     features = nn.functional.leaky_relu(second, slope).reshape(replicas, samples, -1)
-    return _Pass(first, hidden, second, features, features @ u.mT)
+    return _ConvPass(first, hidden, second, features, features @ u.mT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,9 +131,17 @@ class ConvStudent:
         places = torch.arange(16).reshape(2, 2, 2, 2).permute(0, 2, 1, 3).reshape(-1)
         root_eps = config.noise * torch.logspace(math.log10(0.5), 0.0, config.outputs, dtype=torch.float64)
         device = torch.get_default_device()
-        tensors = [t.to(device) for t in (v, w, u, images, patches[:, places].contiguous(), root_eps)]
-        labels = _forward([t[None] for t in tensors[:3]], tensors[4][None], config.slope).outputs[0]
-        return cls((tensors[0], tensors[1], tensors[2]), *tensors[3:], labels, config.slope, config.batch)
+        teacher = v.to(device), w.to(device), u.to(device)
+        patches = patches[:, places].contiguous().to(device)
+        return cls(
+            teacher=teacher,
+            images=images.to(device),
+            patches=patches,
+            root_eps=root_eps.to(device),
+            labels=_forward([t[None] for t in teacher], patches[None], config.slope).outputs[0],
+            slope=config.slope,
+            batch=config.batch,
+        )
 
     def minibatch_gradient(self, params: Params, rng: torch.Generator) -> Params:
         """By hand, for all replicas at once: images are drawn with replacement, their labels with fresh noise."""
@@ -152,14 +160,6 @@ class ConvStudent:
         down = (up @ w).reshape(at.first.shape)
         down = torch.where(at.first > 0, down, self.slope * down)
         return [down.mT @ patches.flatten(1, 2), up.mT @ at.hidden, error.mT @ at.features]
-
-    def mean_gradient(self, params: Params) -> Params:
-        """Not used: every run here is stochastic."""
-        raise NotImplementedError
-
-    def gaussian_noise(self, params: Params, rng: torch.Generator) -> Params:
-        """Not used: every run here is stochastic."""
-        raise NotImplementedError
 
     def model(self) -> nn.Module:
         """The teacher as a torch module on images `[N, 1, 8, 8]`."""
