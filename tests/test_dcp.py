@@ -256,12 +256,14 @@ def test_what_is_missing_or_cut_off_is_named(tmp_path: Path) -> None:
     (source / ".metadata").unlink()
     with pytest.raises(CheckpointError, match=r"parts .* but no \.metadata"):
         nf.read_checkpoint(source)
-    with pytest.raises(CheckpointError, match=r"one part of .* name the folder"):
+    with pytest.raises(CheckpointError, match=r"one file of .* name the folder"):
         nf.read_checkpoint(part)
     (source / "__0.metadata").write_bytes(metadata)
     with pytest.raises(CheckpointError, match="save again with one"):
         nf.read_checkpoint(source)
     (source / ".metadata").write_bytes(metadata)
+    with pytest.raises(CheckpointError, match=r"one file of .* name the folder"):
+        nf.read_checkpoint(source / ".metadata")
     with pytest.raises(CheckpointError, match=r"name the folder in it \(in\)"):
         nf.read_checkpoint(tmp_path)
 
@@ -291,6 +293,50 @@ def test_pieces_that_do_not_make_up_a_tensor_are_refused(tmp_path: Path) -> None
     (source / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointError, match="is damaged"):
         nf.read_checkpoint(source)
+
+
+@pytest.mark.parametrize("options", [{"single_file_per_rank": False}, {"thread_count": 3}])
+def test_every_layout_of_the_writer_is_kept(tmp_path: Path, options: dict[str, Any]) -> None:
+    model, optimizer = trained()
+    eq = least_norm(model)
+    content = copy.deepcopy(wrapped(model, optimizer, "named"))
+    dcp.save(content, storage_writer=dcp.FileSystemWriter(tmp_path / "in", **options), no_dist=True)
+    assert len(list((tmp_path / "in").glob("*.distcp"))) > 2
+    nf.balance_checkpoint(tmp_path / "in", tmp_path / "out", model, eq, example_inputs=batches()[0])
+    assert sorted(p.name for p in (tmp_path / "in").iterdir()) == sorted(p.name for p in (tmp_path / "out").iterdir())
+    moved_in_memory(model, optimizer, eq)
+    for (path, a), (_, b) in zip(
+        leaves(wrapped(model, optimizer, "named")), leaves(loaded(content, tmp_path / "out")), strict=True
+    ):
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-8, msg=str(path))
+
+
+@pytest.mark.parametrize("after", [1, 3])
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path, after: int) -> None:
+    model, optimizer = trained()
+    source = save(wrapped(model, optimizer, "named"), tmp_path / "in")
+    before = {p.name: p.read_bytes() for p in source.iterdir()}
+    seen: list[str] = []
+
+    def stop(name: str) -> None:
+        seen.append(name)
+        if len(seen) == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        nf.balance_checkpoint(source, tmp_path / "out", model, least_norm(model), progress=stop)
+    assert {p.name for p in tmp_path.iterdir()} == {"in"}
+    assert {p.name: p.read_bytes() for p in source.iterdir()} == before
+
+
+def test_a_dry_run_writes_nothing_and_says_the_same(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    source, eq = save(wrapped(model, optimizer, "named"), tmp_path / "in"), least_norm(model)
+    dry = nf.balance_checkpoint(source, tmp_path / "out", model, eq, example_inputs=batches()[0], dry_run=True)
+    assert not (tmp_path / "out").exists()
+    real = nf.balance_checkpoint(source, tmp_path / "out", model, eq, example_inputs=batches()[0])
+    assert dry.moved == real.moved
+    assert dry.state_entries == real.state_entries == 6
 
 
 def test_state_that_nothing_assigns_stays_and_is_listed(tmp_path: Path) -> None:

@@ -203,9 +203,9 @@ def _refuse_format(path: Path) -> None:
             f"AutoModelForCausalLM.from_pretrained({str(path.parent)!r}, gguf_file={path.name!r})"
             ".save_pretrained(folder), balance the folder, and convert back with llama.cpp's convert_hf_to_gguf.py"
         )
-    if path.suffix == ".distcp":
+    if path.suffix == ".distcp" or path.name == METADATA:
         raise CheckpointError(
-            f"{path} is one part of a torch.distributed.checkpoint: name the folder, {path.parent}, with its {METADATA}"
+            f"{path} is one file of a torch.distributed.checkpoint: name the folder, {path.parent}, with its {METADATA}"
         )
 
 
