@@ -325,7 +325,7 @@ EXPERIMENT = Experiment(
         Setting(
             "optimisers",
             "SGD 0.03; Adam, RMSprop 0.01; AdamW 0.01 with decay 0.02 and 0.05; Lion 0.0015",
-            "the paper's scale halves all rates, and has Adam at two more b2",
+            "the paper's scale halves all rates, and has Adam at b2 0.998 and 0.9999 beside 0.99975",
         ),
         Setting("label noise", "0.25 to 0.5", "more of it moves AdamW's function further off its teacher by the decay"),
         Setting("RMSprop", "as torch's, with the bias of its first steps corrected", "it ends at the same point"),
