@@ -16,11 +16,12 @@ from noetherflow.balance.layout import INDEX, TORCH_SUFFIXES, OpenCheckpoint, op
 from noetherflow.balance.model import BalanceReport
 from noetherflow.balance.motion import Motion
 from noetherflow.balance.names import NameMap, match_names
+from noetherflow.balance.safetensors_file import DEQUANTISE
 from noetherflow.balance.state_naming import StateNaming, StateOrder
 from noetherflow.balance.stored import RenamedTensors
 from noetherflow.balance.written import FilesWritten, moved_files, write_files, writing
 from noetherflow.core.files import check_writable
-from noetherflow.core.tensors import tensors_of
+from noetherflow.core.tensors import is_narrow, tensors_of
 from noetherflow.core.unwrap import unwrap_optimizer
 from noetherflow.discovery.certificate import Certificate
 from noetherflow.equilibrium.result import Equilibrium
@@ -66,7 +67,7 @@ def load_checkpoint_(
         CheckpointError: names what is missing, unexpected, of another shape, or different in the file though the model
             ties it; the model is then untouched.
     """
-    opened = open_checkpoint(path, key)
+    opened = _wide_checkpoint(path, key)
     names = match_names(model, opened.stored, opened.path, prefix, opened.adapter)
     tensors = tensors_of(model)
     meta = next((own for own in names.canonical.values() if tensors[own].is_meta), None)
@@ -137,7 +138,7 @@ def balance_checkpoint(
     target = Path(target)
     if not dry_run:
         check_target(target, folder=_is_folder(Path(source)))
-    opened = open_checkpoint(source, key)
+    opened = _wide_checkpoint(source, key)
     names = match_names(model, opened.stored, opened.path, prefix, opened.adapter)
     motion, weights = Motion.of(eq), _weights(opened, names, model)
     _refuse_absent(motion, weights, opened)
@@ -150,6 +151,18 @@ def balance_checkpoint(
     move = FileMove(model, motion, names, weights, naming, progress or _silent)
     done = moved_files(opened, move, target) if dry_run else write_files(opened, move, target)
     return _report(eq, done, change, (*names.notes, *said), dry_run)
+
+
+def _wide_checkpoint(path: str | Path, key: str | None) -> OpenCheckpoint:
+    """A checkpoint whose numbers have more than eight bits. Raises CheckpointError for others, by name."""
+    opened = open_checkpoint(path, key)
+    narrow = [n for n in opened.stored.names if is_narrow(opened.stored.dtype(n))]
+    if narrow:
+        raise CheckpointError(
+            f"{opened.path}: {narrow[0]} is stored as {opened.stored.dtype(narrow[0])} ({len(narrow)} of "
+            f"{len(opened.stored.names)} tensors), whose rounding by 3 to 6 % a move would repeat; {DEQUANTISE}"
+        )
+    return opened
 
 
 def _report(

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from noetherflow.balance.motion import Motion
 from noetherflow.balance.state_rules import StateMove, StateRule
 from noetherflow.core.held import Held
+from noetherflow.core.tensors import is_narrow
 from noetherflow.errors import DataError
 
 SHAPED = (
@@ -131,6 +132,7 @@ def _fits(held: Held, value: object, motion: Motion) -> bool:
         held.name in motion.by_parameter
         and isinstance(value, Tensor)
         and value.is_floating_point()
+        and not is_narrow(value.dtype)
         and value.shape == held.parameter.shape
     )
 

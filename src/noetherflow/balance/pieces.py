@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from noetherflow.balance.motion import Motion
+from noetherflow.core.tensors import is_narrow
 from noetherflow.errors import CertificateError, CheckpointError
 from noetherflow.symmetry.leg import Leg
 from noetherflow.symmetry.symmetry import Symmetry
@@ -63,7 +64,7 @@ def move_in_place(motion: Motion, name: str, tensor: Tensor) -> Shift:
         CheckpointError: the tensor is quantised, its numbers are no weights.
         CertificateError: a moved value leaves the range of the dtype.
     """
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or is_narrow(tensor.dtype):
         raise CheckpointError(
             f"{name} is stored as {tensor.dtype}, which is quantised: its numbers cannot be scaled. Balance the "
             "checkpoint in floating point, then quantise"

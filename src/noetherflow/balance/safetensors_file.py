@@ -16,10 +16,16 @@ from noetherflow.errors import CheckpointError
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "C64": torch.complex64,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+DEQUANTISE = (
+    "dequantise the checkpoint to bfloat16 first (values times their scales, where it has such; Hugging Face models by "
+    "from_pretrained(folder, dtype=torch.bfloat16) and save_pretrained), balance that, and quantise the result again"
+)
+"""What to do with weights of eight bits and fewer."""
 LARGEST_HEADER = 100_000_000
 """The format's own limit on the bytes of a header."""
 
@@ -67,11 +73,13 @@ class SafetensorsFile:
                     raise ValueError("it ends within its header")
                 content: dict[str, Any] = json.loads(text)
                 metadata = content.pop("__metadata__", None) or {}
-                entries = {n: _entry(e, 8 + length) for n, e in content.items()}
+                entries = {n: _entry(n, e, 8 + length) for n, e in content.items()}
                 size = file.seek(0, 2)
             ends = max((e.stop for e in entries.values()), default=8 + length)
             if ends != size:
                 raise ValueError(f"its tensors end at byte {ends:,}, the file at {size:,}")
+        except _Packed as packed:
+            raise CheckpointError(f"{path}: {packed}; {DEQUANTISE}") from None
         except Exception as cause:
             raise CheckpointError(f"{path} is not a readable checkpoint ({type(cause).__name__}: {cause})") from cause
         ordered = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
@@ -95,8 +103,14 @@ class SafetensorsFile:
         return MappedTensor(self.path, entry.start, entry.shape, entry.dtype, name)
 
 
-def _entry(data: Mapping[str, Any], offset: int) -> TensorEntry:
-    """One record of a header; `offset`: where the tensors begin."""
+class _Packed(Exception):
+    """A tensor whose numbers have fewer than eight bits."""
+
+
+def _entry(name: str, data: Mapping[str, Any], offset: int) -> TensorEntry:
+    """One record of a header; `offset`: where the tensors begin. Raises _Packed for numbers of four or six bits."""
+    if str(data["dtype"]).startswith(("F4", "F6_")):
+        raise _Packed(f"{name} is stored as {data['dtype']}, several numbers to a byte")
     dtype, shape = DTYPES.get(data["dtype"]), tuple(int(n) for n in data["shape"])
     if dtype is None:
         raise ValueError(f"dtype {data['dtype']} is unknown")

@@ -62,6 +62,44 @@ def refuse_inference_tensors(tensors: Mapping[str, Tensor], verb: str) -> None:
         )
 
 
+def is_narrow(dtype: torch.dtype) -> bool:
+    """Whether it is a floating type of eight bits or fewer, which torch stores and does not compute in.
+
+    Example:
+        >>> [is_narrow(t) for t in (torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.int8)]
+        [True, True, False, False]
+    """
+    return dtype.is_floating_point and dtype.itemsize == 1
+
+
+def refuse_narrow(tensors: Mapping[str, Tensor], verb: str, error: type[NoetherflowError] = DataError) -> None:
+    """Refuse weights held in eight bits or fewer: a gradient step, a move or a moment would be lost in rounding.
+
+    Args:
+        tensors: the weights that the verb would measure or move, by name.
+        verb: what the caller wants to do, for the message.
+        error: the class of what is raised.
+
+    Raises:
+        error: names the weights, their type, and the remedy.
+
+    Example:
+        >>> refuse_narrow({"w": torch.zeros(2).to(torch.float8_e4m3fn)}, "certify")
+        Traceback (most recent call last):
+        noetherflow.errors.DataError: w is held in torch.float8_e4m3fn (1 such tensor): certify needs weights of at \
+least 16 bits; take the model in bfloat16 or float32 (values times their scales, where it keeps such), or freeze \
+these weights with requires_grad_(False)
+    """
+    found = [n for n, t in tensors.items() if is_narrow(t.dtype)]
+    if found:
+        count = f"{len(found)} such tensor{'s' if len(found) > 1 else ''}"
+        raise error(
+            f"{found[0]} is held in {tensors[found[0]].dtype} ({count}): {verb} needs weights of at least 16 bits; "
+            "take the model in bfloat16 or float32 (values times their scales, where it keeps such), or freeze these "
+            "weights with requires_grad_(False)"
+        )
+
+
 def check_same_model(
     tensors: Mapping[str, Tensor],
     names: Iterable[str],

@@ -10,6 +10,7 @@ from torch import nn
 
 from noetherflow.core.function_model import FunctionModel
 from noetherflow.core.host import on_host
+from noetherflow.core.tensors import refuse_narrow
 from noetherflow.discovery.assemble import assemble
 from noetherflow.discovery.export import Graph, export, sizes_known
 from noetherflow.discovery.infer import infer
@@ -37,7 +38,7 @@ def find_symmetries(model: nn.Module | Callable[..., Any], example_inputs: Any =
 
     Raises:
         ExportError: the model cannot be traced.
-        DataError: a function without a dictionary of parameters.
+        DataError: a function without a dictionary of parameters; trainable parameters of eight bits.
 
     Example:
         >>> find_symmetries(lambda p: (p["a"] * p["b"] - 1) ** 2, {"a": 2.0, "b": 0.5})[0].name
@@ -47,6 +48,7 @@ def find_symmetries(model: nn.Module | Callable[..., Any], example_inputs: Any =
         raise ExportError(f"expected a torch.nn.Module, got {model!r:.80}")
     if not isinstance(model, nn.Module):
         model, example_inputs = FunctionModel(model, example_inputs), ()
+    refuse_narrow({n: p for n, p in model.named_parameters() if p.requires_grad}, "find_symmetries")
     found = find_in_graph(export(model, example_inputs)).trainable(model)
     return replace(found, example_inputs=example_inputs)
 

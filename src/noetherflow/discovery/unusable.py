@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from noetherflow.core.arguments import A_MODEL, expect
-from noetherflow.core.tensors import tensors_of
+from noetherflow.core.tensors import refuse_narrow, tensors_of
 from noetherflow.core.unwrap import unwrap
 from noetherflow.errors import DataError
 
@@ -50,11 +51,13 @@ def refuse_bad_numbers(tensors: Mapping[str, Tensor], verb: str) -> None:
         verb: what the caller wants to do, for the message.
 
     Raises:
-        DataError: NaN, infinite or beyond 1e30, named.
+        DataError: NaN, infinite or beyond 1e30, trainable in a type of eight bits, or of four bits; named.
 
     Example:
         >>> refuse_bad_numbers({"w": torch.tensor([1.0, -2.0])}, "certify")
     """
+    unread = getattr(torch, "float4_e2m1fn_x2", None)
+    refuse_narrow({n: t for n, t in tensors.items() if t.requires_grad or t.dtype is unread}, verb)
     for name, tensor in tensors.items():
         if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
             continue

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from noetherflow.core.tensors import tensors_of
+from noetherflow.core.tensors import refuse_narrow, tensors_of
 from noetherflow.errors import MomentError
 from noetherflow.symmetry.leg import Leg
 from noetherflow.symmetry.symmetry_set import SymmetrySet
@@ -114,7 +114,7 @@ def _order(index: np.ndarray, view: tuple[int, ...], axes: tuple[int, ...]) -> n
 def trainable_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """The named parameters of the model, all that are trainable for no name.
 
-    Raises MomentError for an unknown, frozen or complex one, or one without values (meta device).
+    Raises MomentError for an unknown, frozen, complex or eight-bit one, or one without values (meta device).
     """
     tensors = {n: t for n, t in tensors_of(model).items() if isinstance(t, nn.Parameter)}
     wanted = [*dict.fromkeys(names)] or [n for n, t in tensors.items() if t.requires_grad]
@@ -136,6 +136,7 @@ def trainable_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, Te
                 f"parameter {name!r} is {tensors[name].dtype}, and only real ones have moments: hold its real and "
                 "imaginary parts in one real parameter (torch.view_as_complex)"
             )
+    refuse_narrow({n: tensors[n] for n in wanted}, "measuring gradients", MomentError)
     return {n: tensors[n] for n in wanted}
 
 

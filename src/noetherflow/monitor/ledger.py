@@ -13,6 +13,7 @@ from torch import nn
 import noetherflow as nf
 from noetherflow.core.printing import count, show, table
 from noetherflow.core.shown import Shown
+from noetherflow.core.tensors import refuse_narrow, tensors_of
 from noetherflow.core.unwrap import unwrap_optimizer
 from noetherflow.errors import DataError
 from noetherflow.monitor import sharding
@@ -110,6 +111,7 @@ class Ledger(Shown):
         if not (rule is None or isinstance(rule, LedgerRule)):
             raise DataError(f"rule must be an instance of noetherflow.extend.LedgerRule, got {rule!r}")
         expect_model_and_symmetries("Ledger(model, optimizer, syms)", model, syms)
+        refuse_narrow({n: t for n, t in tensors_of(model).items() if n in syms.parameters}, "Ledger")
         self.model, self.optimizer = model, as_one(optimizer, unwrap_optimizer)
         joint = isinstance(self.optimizer, JointOptimizer)
         name = self.optimizer.name if joint else type(self.optimizer).__name__

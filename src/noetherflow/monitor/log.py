@@ -263,7 +263,7 @@ def parse_line(data: bytes, path: Path, number: int) -> dict[str, Any]:
         DataError: the line is no JSON, or of another format; names it.
     """
     try:
-        row: Any = json.loads(data)
+        row: Any = json.loads(data, parse_int=_whole)
     except RecursionError:
         return unreadable(number, "it is nested too deeply")
     except ValueError as error:
@@ -273,6 +273,11 @@ def parse_line(data: bytes, path: Path, number: int) -> dict[str, Any]:
     if not isinstance(row, dict) or row.get("kind") not in KINDS or type(row.get("step")) is not int:
         return unreadable(number, "it is no row of a ledger's log")
     return row
+
+
+def _whole(digits: str) -> int | float:
+    """An integer of a log; a float, maybe infinite, where no float has all its digits."""
+    return int(digits) if len(digits) < 16 else float(digits)
 
 
 def unreadable(number: int, why: str, step: int = 0) -> dict[str, Any]:

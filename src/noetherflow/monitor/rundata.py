@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections import deque
-from collections.abc import Iterable, Mapping
+from array import array
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,8 @@ USUAL = 0.9
 WINDOW = 50
 CHUNK = 8192
 PACK = 2048
+MOST = 10_000
+"""Events of one kind that are kept of a log; the others are counted."""
 NEEDED = [f for f in FIELDS if f != "outside"]
 """Fields that every log has; earlier versions did not write `outside`."""
 NUMBERS = (int, float, type(None))
@@ -110,22 +116,31 @@ class RunData:
 
 
 class _Columns:
-    """Rows of numbers by name, packed into arrays as they come: a million rows need a tenth of the memory.
+    """Rows of numbers by name, in arrays that grow as rows come: a million rows need a tenth of the memory of lists.
 
-    At most `keep` rows are kept, None for all.
+    At most `keep` rows are kept, None for all. The arrays of a log that is read to its end are handed out without a
+    copy.
     """
 
     def __init__(self, keep: int | None) -> None:
         self._keep = keep
         self._loose: deque[dict[str, Any]] = deque(maxlen=keep)
-        self._packs: list[dict[str, np.ndarray]] = []
+        self._packed = 0
+        self._values: dict[str, array[float]] = {}
+        self._widths: dict[str, tuple[int, ...]] = {}
+        self._rising = True
 
     def __len__(self) -> int:
-        return sum(len(pack["step"]) for pack in self._packs) + len(self._loose)
+        return self._packed + len(self._loose)
 
     def add(self, row: dict[str, Any]) -> None:
-        if self._loose and self._loose[-1].keys() != row.keys():
-            self._pack()
+        if self._loose:
+            last = self._loose[-1]
+            self._rising = self._rising and row["step"] > last["step"]
+            if last.keys() != row.keys():
+                self._pack()
+        elif self._packed:
+            self._rising = self._rising and row["step"] > self._values["step"][-1]
         self._loose.append(row)
         if self._keep is None and len(self._loose) == PACK:
             self._pack()
@@ -133,48 +148,51 @@ class _Columns:
     def _pack(self) -> None:
         rows = list(self._loose)
         self._loose.clear()
-        if rows:
-            self._packs.append({name: _numbers([r[name] for r in rows]) for name in rows[0]})
+        for name in rows[0] if rows else ():
+            numbers = _numbers([r[name] for r in rows])
+            if name not in self._values:
+                self._values[name], self._widths[name] = array("d"), numbers.shape[1:]
+            self._fill(name)
+            self._values[name].frombytes(numbers.tobytes())
+        self._packed += len(rows)
+        surplus = 0 if self._keep is None else max(self._packed - self._keep, 0)
+        for name in self._values if surplus else ():
+            self._fill(name)
+            del self._values[name][: surplus * math.prod(self._widths[name])]
+        self._packed -= surplus
 
-    def names(self) -> list[str]:
-        """All names that any row has, in order of appearance."""
-        return list(dict.fromkeys(name for rows in (*self._packs, *list(self._loose)[:1]) for name in rows))
+    def _fill(self, name: str) -> None:
+        """NaN in the packed rows that do not have this name."""
+        missing = self._packed * math.prod(self._widths[name]) - len(self._values[name])
+        if missing > 0:
+            self._values[name].extend(repeat(math.nan, missing))
 
     def has(self, step: int) -> bool:
         """Whether there is a row of this step."""
-        return any(r["step"] == step for r in self._loose) or any(np.any(p["step"] == step) for p in self._packs)
+        loose = self._loose
+        if loose and (loose[-1]["step"] == step or any(r["step"] == step for r in loose)):
+            return True
+        known = self._values.get("step", array("d"))
+        if not self._rising:
+            return step in known
+        place = bisect_left(known, step)
+        return place < len(known) and known[place] == step
 
     def clear(self) -> None:
         self._loose.clear()
-        self._packs.clear()
+        self._values.clear()
+        self._packed, self._rising = 0, True
 
     def arrays(self, last: bool) -> dict[str, np.ndarray]:
-        """One array per name over all rows, NaN in rows that do not have it. With `last` the rows are given up."""
+        """One array per name over all rows, NaN in rows that do not have it. `last`: no row is added afterwards."""
         self._pack()
-        packs = self._packs if self._keep is None else self._newest()
         out = {}
-        for name in self.names():
-            width = next(pack[name].shape[1:] for pack in packs if name in pack) if packs else ()
-            blank = [np.full((len(pack["step"]), *width), np.nan) for pack in packs if name not in pack]
-            missing = iter(blank)
-            out[name] = np.concatenate([pack[name] if name in pack else next(missing) for pack in packs])
-            if last and name != "step":
-                for pack in packs:
-                    pack.pop(name, None)
+        for name, values in self._values.items():
+            self._fill(name)
+            numbers = np.frombuffer(values) if values else np.zeros(0)
+            shaped = numbers.reshape(self._packed, *self._widths[name])
+            out[name] = shaped if last else shaped.copy()
         return out
-
-    def _newest(self) -> list[dict[str, np.ndarray]]:
-        """The packs, less what is older than the last `keep` rows."""
-        assert self._keep is not None
-        surplus = len(self) - self._keep
-        kept = []
-        for pack in self._packs:
-            cut = min(max(surplus, 0), len(pack["step"]))
-            surplus -= cut
-            if cut < len(pack["step"]):
-                kept.append({name: values[cut:] for name, values in pack.items()})
-        self._packs = kept
-        return kept
 
 
 class _Rows:
@@ -190,6 +208,7 @@ class _Rows:
         self._latest: dict[str, Any] = {}
         self._steps, self._estimates = _Columns(keep), _Columns(keep)
         self._events: list[dict[str, Any]] = []
+        self._counts: Counter[str] = Counter()
         self._last = -1
         self._expected: int | None = None
 
@@ -197,18 +216,32 @@ class _Rows:
         """Take in one line of the log."""
         why = _wrong_form(row, self._latest)
         if why:
-            self._events.append(unreadable(number, why, max(self._last, 0)))
+            self._event(unreadable(number, why, max(self._last, 0)))
         elif row["kind"] == "run":
             self._begin(row)
         elif row["kind"] == "step":
             self._add_step(row)
         elif row["kind"] == "estimates":
+            self._renew()
             self._estimates.add({"step": row["step"], **row["symmetry"]})
         elif row["kind"] == "event":
             unread = row["event"] == "unreadable"
-            self._events.append({**row, "step": max(self._last, 0)} if unread else row)
+            self._event({**row, "step": max(self._last, 0)} if unread else row)
             if row["event"] == "stride" and self._latest:
                 self._change_stride(row["step"], row["every"])
+
+    def _event(self, row: dict[str, Any]) -> None:
+        """Keep an event, or count it where there are very many of its kind."""
+        self._counts[row["event"]] += 1
+        if self._counts[row["event"]] <= MOST:
+            self._events.append(row)
+
+    def _all_events(self) -> Iterator[dict[str, Any]]:
+        yield from self._events
+        for what, count in self._counts.items():
+            if count > MOST:
+                note = f"{count - MOST:,} more of these are not listed"
+                yield {"kind": "event", "event": what, "step": max(self._last, 0), "note": note}
 
     def _begin(self, header: dict[str, Any]) -> None:
         self._started = self._started or header["time"]
@@ -224,17 +257,21 @@ class _Rows:
         self._latest = {**self._latest, "every": every}
         self._expected = -(-step // every) * every
 
-    def _add_step(self, row: dict[str, Any]) -> None:
-        step, every = row["step"], self._latest.get("every", 1)
-        if self._header.get("symmetries") != self._latest["symmetries"]:
+    def _renew(self) -> None:
+        """Begin again where other symmetries or families are watched than before."""
+        if any(self._header.get(k) != self._latest[k] for k in ("symmetries", "families")):
             self._steps.clear()
             self._estimates.clear()
         self._header = self._latest
+
+    def _add_step(self, row: dict[str, Any]) -> None:
+        step, every = row["step"], self._latest.get("every", 1)
+        self._renew()
         if step <= self._last and self._steps.has(step):
-            self._events.append({"kind": "event", "event": "doubled", "step": step, "note": "counted once"})
+            self._event({"kind": "event", "event": "doubled", "step": step, "note": "counted once"})
             return
         if step < self._last:
-            self._events.append({"kind": "event", "event": "out of order", "step": step})
+            self._event({"kind": "event", "event": "out of order", "step": step})
         elif self._expected is not None and step > self._expected:
             self._gap(self._expected, step)
         self._last = max(self._last, step)
@@ -248,7 +285,7 @@ class _Rows:
 
     def _gap(self, expected: int, found: int) -> None:
         note = f"steps from {expected} to before {found} are missing from the log"
-        self._events.append({"kind": "event", "event": "gap", "step": expected, "note": note})
+        self._event({"kind": "event", "event": "gap", "step": expected, "note": note})
 
     def data(self, last: bool = False) -> RunData | None:
         """As arrays; None without a step. `last`: nothing is added afterwards, which saves half of the memory."""
@@ -268,7 +305,7 @@ class _Rows:
             {f: steps[f"family.{f}"] for f in FIELDS},
             estimates.pop("step", np.zeros(0)).astype(int),
             estimates,
-            tuple(self._events),
+            tuple(self._all_events()),
             {f: steps[f"preconditioned.{f}"] for f in PRECONDITIONED_FIELDS if f"preconditioned.{f}" in steps},
         )
 
@@ -276,12 +313,10 @@ class _Rows:
 def _wrong_form(row: dict[str, Any], header: Mapping[str, Any]) -> str:
     """Why a line cannot be taken as what it says it is, given the header before it; "" if it can."""
     kind = row.get("kind")
+    if row.get("step", 0) < 0:
+        return "a step below 0"
     if kind == "run":
-        symmetries = row.get("symmetries")
-        named = isinstance(symmetries, list) and all(
-            isinstance(s, dict) and {"name", "one_sided"} <= s.keys() for s in symmetries
-        )
-        return "" if named and isinstance(row.get("families"), list) and "time" in row else "a header without its names"
+        return "" if _is_header(row) else "a header without its names"
     if kind == "event":
         if row.get("event") == "stride" and not (type(row.get("every")) is int and row["every"] > 0):
             return "a stride that is no number"
@@ -294,12 +329,26 @@ def _wrong_form(row: dict[str, Any], header: Mapping[str, Any]) -> str:
         beside = row.get("preconditioned_family", {})
         whole = whole and isinstance(beside, dict)
         whole = whole and all(_is_row(v, len(header["families"])) for v in beside.values())
+        whole = whole and isinstance(row.get("lr"), NUMBERS) and isinstance(row.get("loss"), NUMBERS)
         return "" if whole else "a step without the numbers of its families"
     if kind == "estimates":
         columns = row.get("symmetry")
         whole = isinstance(columns, dict) and all(_is_row(v, len(header["symmetries"])) for v in columns.values())
         return "" if whole else "estimates without the numbers of their symmetries"
     return ""
+
+
+def _is_header(row: dict[str, Any]) -> bool:
+    """Whether a header names what it must, in words, and has a stride that is a number."""
+    symmetries, families = row.get("symmetries"), row.get("families")
+    named = isinstance(symmetries, list) and all(
+        isinstance(s, dict) and isinstance(s.get("name"), str) and isinstance(s.get("one_sided"), bool)
+        for s in symmetries
+    )
+    words = isinstance(families, list) and all(isinstance(f, str) for f in families)
+    stride = row.get("every", 1)
+    said = isinstance(row.get("time"), str) and isinstance(row.get("optimizer"), str)
+    return named and words and said and type(stride) is int and stride > 0
 
 
 def _is_row(values: Any, length: int) -> bool:
