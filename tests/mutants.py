@@ -610,6 +610,30 @@ MUTANTS = (
         "norm = apply(layout.matrix, before)",
         "test_ledger.py",
     ),
+    Mutant(
+        f"{MON}/books.py",
+        "table *= _rate_ratios(np.asarray(settings.lr))",
+        "pass",
+        "test_ledger_divided.py::test_groups_with_rates_of_their_own_leave_the_charge_over_their_rates_alone",
+    ),
+    Mutant(
+        f"{MON}/divided_rules.py",
+        "n = fed * float(c.lead) + average * float(c.memory)",
+        "n = fed + average * float(c.memory)",
+        "test_ledger_divided.py::test_books_are_those_of_snapshots",
+    ),
+    Mutant(
+        f"{MON}/divided_rules.py",
+        "spread = square if centre is None else (square - centre.square()).clamp_min(0)",
+        "spread = square",
+        "test_ledger_divided.py::test_books_are_those_of_snapshots",
+    ),
+    Mutant(
+        f"{EQ}/roots.py",
+        "return max(config.lr, *(g.lr for g in config.groups), 0.0)",
+        "return config.lr",
+        "test_adaptive_flow.py::test_charge_drift_and_forecast_are_in_one_unit_where_only_another_layer_is_faster",
+    ),
     # the paper
     Mutant(
         f"{PAPER}/closed_form.py",

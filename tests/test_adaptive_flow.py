@@ -179,3 +179,8 @@ def test_charge_drift_and_forecast_are_in_one_unit_where_only_another_layer_is_f
     torch.testing.assert_close(row.decay, -0.001 * (2 - 0.001) * row.charge)
     forecast = flow.forecast([0, 1], errors=False).charges[inner]
     torch.testing.assert_close(forecast[0], row.charge)
+    others = tuple(n for n in problem.tensors() if n != "0.weight")
+    turned = kind(0.03, 4, weight_decay=0.1, dataset_size=40, groups=(nf.GroupRates(others, 0.01, 0.1),))
+    again = noether_flow(problem.model, problem.syms, problem.measure(), turned)[inner]
+    torch.testing.assert_close(again.charge, row.charge)  # whichever of the two is the group
+    torch.testing.assert_close(again.drift, row.drift)

@@ -124,9 +124,8 @@ def close_preconditioned(
             return None
         entries = [getattr(parts, name) for name in PRECONDITIONED]
         change = parts.after - parts.before
-        table = np.stack([parts.before, change, *entries, change - sum(entries)]) * _rate_ratios(
-            np.asarray(settings.lr)
-        )
+        table = np.stack([parts.before, change, *entries, change - sum(entries)])
+        table *= _rate_ratios(np.asarray(settings.lr))
         signed = Columns(table).mapped(layout.matrix).table
         norm = apply(layout.absolute, table[0])
     return Columns(np.concatenate([signed, norm[None]]), PRECONDITIONED_FIELDS)
