@@ -264,7 +264,8 @@ def test_what_is_missing_or_cut_off_is_named(tmp_path: Path) -> None:
     (source / ".metadata").write_bytes(metadata)
     with pytest.raises(CheckpointError, match=r"one file of .* name the folder"):
         nf.read_checkpoint(source / ".metadata")
-    with pytest.raises(CheckpointError, match=r"name the folder in it \(in\)"):
+    save({"model": dict(model.state_dict())}, tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"name the one of the folders in it \(in, other\)"):
         nf.read_checkpoint(tmp_path)
 
 
@@ -363,6 +364,38 @@ def test_state_in_a_folder_beside_is_listed(tmp_path: Path) -> None:
     save({"optimizer": get_optimizer_state_dict(model, optimizer)}, tmp_path / "optimizer_0")
     report = nf.balance_checkpoint(source, tmp_path / "out", model, least_norm(model))
     assert any("optimizer_0/ beside" in line for line in report.unmoved)
+
+
+@pytest.mark.parametrize("weights", ["parts", "file"])
+def test_a_folder_with_parts_for_weights_and_state_moves_as_one(tmp_path: Path, weights: str) -> None:
+    """As accelerate saves FSDP models with sharded state dicts; or with weights in one file beside the state."""
+    model, optimizer = trained()
+    eq = least_norm(model)
+    run = tmp_path / "checkpoint-10"
+    run.mkdir()
+    template = copy.deepcopy({"optimizer": get_optimizer_state_dict(model, optimizer)})
+    if weights == "parts":
+        save({"model": dict(model.state_dict())}, run / "pytorch_model_fsdp_0")
+        (run / "pytorch_model_fsdp_0" / "extra.json").write_text("{}")
+    else:
+        torch.save(model.state_dict(), run / "pytorch_model.bin")
+    save(template, run / "optimizer_0")
+    (run / "scheduler.pt").write_bytes(b"kept")
+    (run / "trainer_state.json").write_text("{}")
+    report = nf.balance_checkpoint(run, tmp_path / "out", model, eq, example_inputs=batches()[0])
+    assert report.state_entries == 6
+    assert not report.unmoved
+    old, new = (sorted(str(p.relative_to(f)) for p in f.rglob("*")) for f in (run, tmp_path / "out"))
+    assert old == new
+    assert (tmp_path / "out" / "scheduler.pt").read_bytes() == b"kept"
+    moved_in_memory(model, optimizer, eq)
+    found = nf.read_checkpoint(tmp_path / "out")
+    for n, t in model.state_dict().items():
+        torch.testing.assert_close(found[n], t, rtol=1e-6, atol=1e-8)
+    state = loaded(template, tmp_path / "out" / "optimizer_0")
+    expected = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    for (path, a), (_, b) in zip(leaves(expected), leaves(state), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-8, msg=str(path))
 
 
 def test_joined_into_one_file_and_solved_from_the_disk(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ WEIGHT_FILES = (
     "adapter_model.bin",
 )
 """Names of weights in folders, those looked for first in front."""
+STATE_BESIDE = re.compile(r"optim|(^|[_.-])(ema|swa)([_.-]|$)", re.IGNORECASE)
+"""Names of files and folders that hold an optimiser's state or averages of weights."""
 SHARD = re.compile(r"-(\d+)-of-(\d+)\.\w+$")
 INDEX = ".index.json"
 TORCH_SUFFIXES = (".pt", ".bin", ".pth", ".ckpt")
@@ -47,7 +49,7 @@ class OpenCheckpoint:
             dict for the parts of torch.distributed.checkpoint.
         states: the dictionary in each of `contents` that holds the weights.
         folder: the folder that belongs together, None for a file by itself.
-        dcp: the folder of torch.distributed.checkpoint that it is, None for other kinds.
+        dcp: the folder of torch.distributed.checkpoint that it is, or that lies in it; None for other kinds.
     """
 
     path: Path
@@ -81,7 +83,7 @@ def open_checkpoint(path: str | Path, key: str | None = None) -> OpenCheckpoint:
     """
     path = Path(path)
     if path.is_dir():
-        return _open_dcp(path, key) if (path / METADATA).is_file() else _open_folder(path, key)
+        return _open_dcp(path, path, key) if (path / METADATA).is_file() else _open_folder(path, key)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     if path.name.endswith(INDEX):
@@ -114,6 +116,9 @@ def index_of(path: Path) -> dict[str, Any]:
 def _open_folder(folder: Path, key: str | None) -> OpenCheckpoint:
     found = [folder / n for n in WEIGHT_FILES if (folder / n).is_file()]
     bare = [p for p in found if not p.name.startswith("adapter")]
+    inside = [p.parent for p in folder.glob(f"*/{METADATA}") if not STATE_BESIDE.search(p.parent.name)]
+    if not found and len(inside) == 1:
+        return _open_dcp(inside[0], folder, key)
     if not found:
         raise CheckpointError(f"{folder} is a folder without weights: {_why_empty(folder)}")
     if len(bare) > 1:
@@ -143,7 +148,7 @@ def _why_empty(folder: Path) -> str:
         return f"it has shards ({shards[0]} ...) but no index beside them; save_pretrained writes one"
     nested = sorted(p.parent.name for p in folder.glob(f"*/{METADATA}"))
     if nested:
-        return f"name the folder in it ({', '.join(nested[:4])}), which torch.distributed.checkpoint wrote"
+        return f"name the one of the folders in it ({', '.join(nested[:4])}) that has the weights"
     inside = sorted(
         p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".pt", ".bin", ".pth", ".ckpt", ".gguf")
     )
@@ -152,17 +157,18 @@ def _why_empty(folder: Path) -> str:
     return f"looked for {', '.join(WEIGHT_FILES)}"
 
 
-def _open_dcp(folder: Path, key: str | None) -> OpenCheckpoint:
-    found = [n for n in WEIGHT_FILES if (folder / n).is_file()]
+def _open_dcp(parts: Path, folder: Path, key: str | None) -> OpenCheckpoint:
+    """The weights in the folder `parts`, which is `folder` or lies in it, perhaps beside one with optimiser state."""
+    found = [n for n in WEIGHT_FILES if (parts / n).is_file()]
     if found:
         raise CheckpointError(
-            f"{folder} holds its weights twice, in the parts that {METADATA} names and in {found[0]}: keep one of them"
+            f"{parts} holds its weights twice, in the parts that {METADATA} names and in {found[0]}: keep one of them"
         )
-    dcp = DcpFolder.open(folder)
+    dcp = DcpFolder.open(parts)
     content = dcp.content()
-    state = weights_in(content, folder, key)
+    state = weights_in(content, parts, key)
     stored = LoadedTensors(tensors_in(state))
-    return OpenCheckpoint(folder, "dcp", dcp.parts, folder / METADATA, stored, (content,), (state,), folder, dcp)
+    return OpenCheckpoint(folder, "dcp", dcp.parts, parts / METADATA, stored, (content,), (state,), folder, dcp)
 
 
 def _open_index(index: Path, folder: Path, key: str | None, path: Path) -> OpenCheckpoint:

@@ -16,7 +16,7 @@ from noetherflow.balance.content import ContentMover, FileMove
 from noetherflow.balance.dcp_file import DcpFolder, without_unread
 from noetherflow.balance.dcp_metadata import METADATA
 from noetherflow.balance.dcp_written import write_dcp
-from noetherflow.balance.layout import SUFFIXES, TORCH_SUFFIXES, OpenCheckpoint
+from noetherflow.balance.layout import STATE_BESIDE, SUFFIXES, TORCH_SUFFIXES, OpenCheckpoint
 from noetherflow.balance.optimizer_state import StatePlan
 from noetherflow.balance.pieces import Shift, move_in_place
 from noetherflow.balance.safetensors_file import SafetensorsFile, header_of, write_tensor
@@ -29,8 +29,6 @@ from noetherflow.errors import CheckpointError
 
 UNTOUCHED = re.compile(r"(scheduler|scaler|rng_state|random_states|training_args|trainer_state).*")
 """PyTorch files of a run that hold nothing of the weights."""
-STATE_BESIDE = re.compile(r"optim|(^|[_.-])(ema|swa)([_.-]|$)", re.IGNORECASE)
-"""Names of files that hold an optimiser's state or averages of weights."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +134,7 @@ def _not_written(opened: OpenCheckpoint) -> list[str]:
 
 def _beside(opened: OpenCheckpoint) -> list[str]:
     """A line for every file beside the weights that holds state of them, and stays as it is."""
-    folder = opened.files[0].parent
+    folder = opened.files[0].parent if opened.dcp is None or opened.folder is None else opened.folder
     mine = {p.name for p in opened.files}
     found = sorted(p.name for p in folder.iterdir() if p.name not in mine and _holds_state(p))
     return [
@@ -217,11 +215,11 @@ def _folder(scratch: Path | None, opened: OpenCheckpoint, move: FileMove) -> Fil
     if opened.dcp is not None:
         done += _parts(scratch, opened, opened.dcp, move)
     for position, path in enumerate(opened.files):
-        out = None if scratch is None else scratch / path.name
+        out = None if scratch is None else scratch / path.relative_to(folder)
         if opened.dcp is None:
             done += _shard(out, opened, position, move)
         _like(path, out)
-    mine = {*opened.files, opened.index}
+    mine = {*opened.files, opened.index, *([] if opened.dcp is None else [opened.dcp.path])}
     for path in sorted(folder.iterdir()):
         if path not in mine:
             done += _other(path, None if scratch is None else scratch / path.name, move)
@@ -241,14 +239,43 @@ def _shard(out: Path | None, opened: OpenCheckpoint, position: int, move: FileMo
 
 
 def _parts(scratch: Path | None, opened: OpenCheckpoint, dcp: DcpFolder, move: FileMove) -> FilesWritten:
-    """The parts of a torch.distributed.checkpoint, and what says where in them everything lies."""
+    """The parts of a torch.distributed.checkpoint, which may be a folder in the one that is written."""
+    assert opened.folder is not None
+    inside = dcp.path != opened.folder
+    out = None if scratch is None else scratch / dcp.path.relative_to(opened.folder)
     mover = ContentMover(move, opened.states[0])
     content = mover.moved(opened.contents[0], "")
-    if scratch is not None:
-        write_dcp(dcp, content, scratch)
+    if out is not None:
+        _write_parts(out, dcp, content, with_others=inside)
     unread = (f"{n}: copied as it was, not looked into: {why}" for n, why in dcp.unread().items())
-    lines = (*unread, *_state_folders(opened))
+    lines = (*unread, *([] if inside else _state_folders(opened)))
     return FilesWritten.of(mover) + FilesWritten(state=StatePlan(unmoved=lines))
+
+
+def _write_parts(out: Path, dcp: DcpFolder, content: Any, with_others: bool) -> None:
+    """The parts with this content, what says where in them everything lies, and maybe whatever else is there."""
+    out.mkdir(exist_ok=True)
+    shutil.copymode(dcp.path, out)
+    if with_others:
+        own = {p.name for p in dcp.parts} | {METADATA}
+        shutil.copytree(dcp.path, out, dirs_exist_ok=True, ignore=lambda _, names: own)
+    write_dcp(dcp, content, out)
+
+
+def _other_parts(path: Path, out: Path | None, move: FileMove) -> FilesWritten:
+    """A torch.distributed.checkpoint beside the weights: an optimiser's state or averages in it move."""
+    try:
+        dcp = DcpFolder.open(path)
+        mover = ContentMover(move, {})
+        content = mover.moved(dcp.content(), path.name)
+    except CheckpointError as why:
+        if out is not None:
+            shutil.copytree(path, out)
+        return FilesWritten(state=StatePlan(unmoved=(f"{path.name}/: copied as it was, not looked into: {why}",)))
+    if out is not None:
+        _write_parts(out, dcp, content, with_others=True)
+    unread = tuple(f"{path.name}/{n}: copied as it was: {why}" for n, why in dcp.unread().items())
+    return FilesWritten.of(mover) + FilesWritten(state=StatePlan(unmoved=unread))
 
 
 def _state_folders(opened: OpenCheckpoint) -> list[str]:
@@ -271,10 +298,12 @@ def _like(source: Path, out: Path | None) -> None:
 
 def _other(path: Path, out: Path | None, move: FileMove) -> FilesWritten:
     """A file or folder beside the weights."""
+    if (path / METADATA).is_file():
+        return _other_parts(path, out, move)
     if path.is_dir():
         if out is not None:
             shutil.copytree(path, out)
-        inside = [p for p in path.rglob("*") if p.suffix in SUFFIXES]
+        inside = [p for p in path.rglob("*") if p.suffix in (*SUFFIXES, ".distcp")]
         lines = (f"{path.name}/: a folder inside with {len(inside)} weight or state files, copied as it was",)
         return FilesWritten(state=StatePlan(unmoved=lines)) if inside else FilesWritten()
     if path.suffix == ".safetensors":
