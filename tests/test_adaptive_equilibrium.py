@@ -205,9 +205,8 @@ def test_what_is_not_derived_is_left_out_and_says_why() -> None:
         nf.noise_equilibrium(torus.model, torus.syms, moments, finite_data(torus))
     with pytest.raises(MomentError, match="two groups"):
         nf.noise_equilibrium(torus.model, torus.syms, torus.measure(), finite_data(torus), errors=True)
-    assert "slow against the fluctuations" in str(
-        nf.noise_equilibrium(torus.model, torus.syms, torus.measure(), finite_data(torus))
-    )
+    found = nf.noise_equilibrium(torus.model, torus.syms, torus.measure(), finite_data(torus))
+    assert "slow against the fluctuations" in found.describe(verbose=True)
 
 
 def test_memory_and_epochs_enter_the_noise() -> None:
