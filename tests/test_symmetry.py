@@ -299,3 +299,20 @@ def test_layers_and_parts_have_names():
     assert [(row["layer"], row["part"]) for row in ledger.records("coordinate")] == [
         ("a", f"unit {i}") for i in range(4)
     ]
+
+
+def test_squares_are_summed_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leg Grams of a torus do not depend on how many entries are squared at a time; wide sums of narrow tensors."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    found = nf.declare(model, "diagonal", [("0.weight", 0)], [("1.weight", 1)])
+    (s,) = found.symmetries
+    for leg in s.weight_legs:
+        tensor = model.get_parameter(leg.parameter).detach()
+        own = 0 if leg.axes[0] == 0 else 1
+        reference = torch.stack(
+            [sum((v.double() ** 2 for v in tensor.select(own, k)), torch.zeros(())) for k in range(5)]
+        )
+        for piece in (1, 7, 1 << 16):
+            monkeypatch.setattr("noetherflow.symmetry.leg.PIECE", piece)
+            torch.testing.assert_close(s.leg_gram(leg, tensor, torch.float64), reference, rtol=1e-14, atol=0)
+            assert s.leg_gram(leg, tensor).dtype == torch.float32

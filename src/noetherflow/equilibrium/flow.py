@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, overload
@@ -283,20 +283,28 @@ def _sgd_flow(
     potential = Potential.of(Drift.of(sgd), mom, sgd)
     syms = syms.without({s.name: why for s in syms if (why := s.pulled(lambda _: sgd.weight_decay > 0))})
     alone = noise_equilibrium(model, syms, mom, sgd, joint=False, samples=samples)
-    errors = _drift_errors(syms, mom, sgd)
+    parts = drift_parts(tuple(syms), mom, sgd)
+    errors = _drift_errors(syms, mom, sgd, parts)
+    groups = len(mom.groups)
     details = tuple(
-        _charge_flow(s, settled, mom, sgd, errors.get(s.name)) for s, settled in zip(syms, alone, strict=True)
+        _charge_flow(s, settled, parts[s.name], Drift.of(sgd), errors.get(s.name), groups)
+        for s, settled in zip(syms, alone, strict=True)
     )
     orbit, joint = _orbit(model, tuple(syms), mom, potential, samples)
-    regime = regime_of(tuple(syms), mom, sgd)
+    regime = alone.regime or regime_of(tuple(syms), mom, sgd)
     return Flow(details, sgd, mom.loss, dict(syms.excluded), mom, orbit, joint, regime, alone.cautions)
 
 
 def _charge_flow(
-    symmetry: Symmetry, settled: Settled, mom: GradientMoments, sgd: SGDConfig, error: Tensor | None
+    symmetry: Symmetry,
+    settled: Settled,
+    parts: tuple[Tensor, Tensor],
+    drift: Drift,
+    error: Tensor | None,
+    groups: int,
 ) -> ChargeFlow:
-    drift = Drift.of(sgd)
-    noise, step_size = drift_parts(symmetry, mom, sgd)
+    """The flow of one charge from its equilibrium and the noise and step-size `parts` of its drift."""
+    noise, step_size = parts
     return ChargeFlow(
         name=symmetry.name,
         family=symmetry.family,
@@ -310,20 +318,26 @@ def _charge_flow(
         finite=settled.finite,
         relaxation_steps=_relaxation(symmetry, settled, drift.decay),
         imbalance=settled.imbalance_now,
-        groups=len(mom.groups),
+        groups=groups,
     )
 
 
-def _drift_errors(syms: SymmetrySet, mom: GradientMoments, sgd: SGDConfig) -> dict[str, Tensor]:
-    """Jackknife standard errors of `noise + step_size`."""
+def _drift_errors(
+    syms: SymmetrySet, mom: GradientMoments, sgd: SGDConfig, parts: Mapping[str, tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """Jackknife standard errors of `noise + step_size`, which are the `parts` of all samples."""
     if len(mom.groups) < 2:
         return {}
 
     def drifts(m: GradientMoments) -> dict[str, Tensor]:
-        return {s.name: sum(drift_parts(s, m, sgd), torch.zeros(())) for s in syms}
+        return _sums(drift_parts(tuple(syms), m, sgd))
 
     legs = replace(mom, groups=tuple(replace(g, squares={}) for g in mom.groups))
-    return {n: e.error for n, e in jackknife(legs, drifts(mom), drifts, sgd.dataset_size).items()}
+    return {n: e.error for n, e in jackknife(legs, _sums(parts), drifts, sgd.dataset_size).items()}
+
+
+def _sums(parts: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    return {name: noise + step_size for name, (noise, step_size) in parts.items()}
 
 
 def _relaxation(symmetry: Symmetry, settled: Settled, decay: float) -> Tensor:

@@ -323,12 +323,12 @@ def _leg_pair(symmetry: Symmetry, leg: int, theta: Tensor, moments: GradientMome
     if symmetry.name not in moments.second:
         raise MomentError(f"no moments for symmetry {symmetry.name!r}; measured: {list(moments.second)[:8]}")
     at = symmetry.weight_legs[leg]
-    return symmetry.leg_gram(at, theta.double()), _leg_noise(symmetry, leg, moments, potential)
+    return symmetry.leg_gram(at, theta, torch.float64), _leg_noise(symmetry, leg, moments, potential)
 
 
 def _leg_noise(symmetry: Symmetry, leg: int, moments: GradientMoments, potential: Potential) -> Tensor:
     at = symmetry.weight_legs[leg]
-    mean = symmetry.leg_gram(at, moments.mean[at.parameter].double().cpu())
+    mean = symmetry.leg_gram(at, moments.mean[at.parameter].cpu(), torch.float64)
     return potential.drive(moments.second[symmetry.name][leg].cpu(), mean)
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from noetherflow.core.printing import show
 from noetherflow.core.settings import SGDConfig
 from noetherflow.equilibrium.potential import Drift
 from noetherflow.moments.result import GradientMoments, trace
+from noetherflow.symmetry.leg import Leg
 from noetherflow.symmetry.symmetry import Symmetry
 
 LASTING = 10.0
@@ -90,13 +92,35 @@ def few_samples(samples: int) -> list[str]:
     return [f"{samples} samples are few: errors come out small"]
 
 
-def drift_parts(symmetry: Symmetry, moments: GradientMoments, sgd: SGDConfig) -> tuple[Tensor, Tensor]:
-    """The noise and the step-size part of `E[C' - C]`, layout `symmetry.shape` (theory.md section 4)."""
+def drift_parts(
+    symmetries: Sequence[Symmetry], moments: GradientMoments, sgd: SGDConfig
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The noise and the step-size part of `E[C' - C]` by symmetry, layout `symmetry.shape` (theory.md section 4).
+
+    Mean gradients are read one after the other, once each: those of a jackknife are unpacked for it.
+    """
     drift = Drift.of(sgd)
     (a, b), (c, d) = moments.batch_weights(sgd)
-    second = symmetry.combine(tuple(m.cpu() for m in moments.second[symmetry.name]))
-    mean = symmetry.form({n: moments.mean[n].double().cpu() for n in symmetry.parameters})
-    return drift.noise * (a * second + b * mean), drift.mean * (c * second + d * mean)
+    means = _forms(symmetries, moments.mean)
+    out = {}
+    for s in symmetries:
+        second, mean = s.combine(tuple(m.cpu() for m in moments.second[s.name])), means[s.name]
+        out[s.name] = drift.noise * (a * second + b * mean), drift.mean * (c * second + d * mean)
+    return out
+
+
+def _forms(symmetries: Sequence[Symmetry], mean: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`sum_legs exponent * dX dX^T` of the mean gradient, by symmetry."""
+    users: dict[str, list[tuple[Symmetry, Leg]]] = {}
+    for s in symmetries:
+        for leg in s.weight_legs:
+            users.setdefault(leg.parameter, []).append((s, leg))
+    total = {s.name: torch.zeros(s.shape, dtype=torch.float64) for s in symmetries}
+    for name, legs in users.items():
+        gradient = mean[name].cpu()
+        for s, leg in legs:
+            total[s.name] += leg.exponent * s.leg_gram(leg, gradient, torch.float64)
+    return total
 
 
 def regime_of(symmetries: Sequence[Symmetry], moments: GradientMoments, sgd: SGDConfig) -> Regime:
@@ -107,7 +131,7 @@ def regime_of(symmetries: Sequence[Symmetry], moments: GradientMoments, sgd: SGD
     gradient must have changed. It is a first-order estimate, and an upper bound where the loss at the minimum is not
     zero. The mean gradient is that of the measured parameters, its sampling noise taken off.
     """
-    parts = [drift_parts(s, moments, sgd) for s in symmetries]
+    parts = list(drift_parts(symmetries, moments, sgd).values())
     noise, mean = (sum((float(p[k].abs().sum()) for p in parts), 0.0) for k in (0, 1))
     share = mean / (noise + mean) if noise + mean > 0 else 0.0
     square = mean_gradient_square(symmetries, moments, sgd)

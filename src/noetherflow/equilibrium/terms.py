@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -275,12 +276,21 @@ class FactorTerm(_GradientTerm):
 
 def _apply(leg: Leg, symmetry: Symmetry, element: Tensor, x: Tensor) -> None:
     """Move the rows of `x` that the leg chooses, in place."""
-    rows = torch.as_tensor(leg.index.reshape(-1))
+    rows = _chosen(leg)
     if symmetry.is_torus:
         x[rows] *= (element**leg.exponent).repeat_interleave(leg.replicas)[:, None]
         return
     g = element if leg.sign > 0 else _dual(element)
-    x[rows] = (g @ x[rows].reshape(leg.blocks, leg.dim, -1)).reshape(len(rows), -1)
+    x[rows] = (g @ x[rows].reshape(leg.blocks, leg.dim, -1)).reshape(leg.index.size, -1)
+
+
+def _chosen(leg: Leg) -> slice | Tensor:
+    """The rows that a leg moves: a slice where they follow one another, which takes no copy."""
+    index = leg.index.reshape(-1)
+    first, size = int(index[0]), index.size
+    if bool((index == np.arange(first, first + size)).all()):
+        return slice(first, first + size)
+    return torch.as_tensor(index)
 
 
 def fits_factors(symmetries: Sequence[Symmetry], parameter: str, shape: tuple[int, ...]) -> bool:

@@ -95,9 +95,15 @@ class FactorKeeper:
     uses: dict[str, list[Outer]] = field(default_factory=dict, init=False)
 
     def receive(
-        self, use: Use, layout: SampleLayout, samples: int, delta: Tensor, saved: tuple[Tensor, ...], recorder: Recorder
+        self,
+        use: Use,
+        layout: SampleLayout,
+        samples: int,
+        delta: Tensor,
+        saved: tuple[Tensor, ...],
+        roots: Mapping[str, Tensor],
     ) -> None:
-        """Keep the factors of one use.
+        """Keep the factors of one use; `roots` are the parameters.
 
         Raises:
             MomentError: it is no product with the parameter as one matrix.
@@ -110,7 +116,7 @@ class FactorKeeper:
                 raise MomentError(
                     f"{', '.join(sorted(source.names))}: {use} is no product with it as one matrix; {REMEDY}"
                 )
-            whole = _of_whole(source, recorder.roots[source.view_of], form, use)
+            whole = _of_whole(source, roots[source.view_of], form, use)
             self.uses.setdefault(source.view_of, []).append(whole)
 
     def factors(self, apart: Iterable[str] = ()) -> dict[str, Factors]:
@@ -135,7 +141,7 @@ class FactorPass(BatchPass):
     batch: Any
     weighted: WeightedPass
     kept: FactorKeeper = field(init=False)
-    recorder: Recorder = field(init=False)
+    roots: dict[str, Tensor] = field(init=False)
     locator: Locator = field(init=False)
 
     def __post_init__(self) -> None:
@@ -144,13 +150,13 @@ class FactorPass(BatchPass):
 
     def begin(self, losses: Tensor, recorder: Recorder) -> Tensor | None:
         check_finite(losses, self.batch, self.weighted.subject.model)
-        self.recorder = recorder
+        self.roots = recorder.roots
         return torch.ones_like(losses)
 
     def receive(self, use: Use, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
         layout = self.locator.locate(use, delta)
         if layout is not None:
-            self.kept.receive(use, layout, self.weighted.weights.numel(), delta, saved, self.recorder)
+            self.kept.receive(use, layout, self.weighted.weights.numel(), delta, saved, self.roots)
 
 
 def _one_batch(subject: Subject, batch: Any) -> dict[str, Factors]:

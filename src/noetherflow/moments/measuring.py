@@ -72,7 +72,7 @@ class MeasuringPass(BatchPass):
     sums: GroupSums
     placed: Placement
     kept: FactorKeeper
-    recorder: Recorder = field(init=False)
+    roots: dict[str, Tensor] = field(init=False)
     trace: Trace = field(init=False)
     way: Way = field(init=False)
     contraction: Contraction = field(init=False)
@@ -103,7 +103,7 @@ class MeasuringPass(BatchPass):
 
     def begin(self, losses: Tensor, recorder: Recorder) -> Tensor | None:
         trace, samples = recorder.trace, losses.numel()
-        self.recorder, self.trace = recorder, trace
+        self.roots, self.trace = recorder.roots, trace
         self.way = self.ways.of(self.shared, trace, samples, self.subject.sample_axes)
         if not self.admits(trace):
             return None
@@ -122,7 +122,7 @@ class MeasuringPass(BatchPass):
         layout = self.place(use, delta)
         if layout is not None:
             if self.kept.wanted:
-                self.kept.receive(use, layout, self.shares[-1].hi, delta, saved, self.recorder)
+                self.kept.receive(use, layout, self.shares[-1].hi, delta, saved, self.roots)
             self.contraction.receive(use, layout, delta, saved)
 
     def run(self) -> bool:

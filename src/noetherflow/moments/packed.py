@@ -54,7 +54,7 @@ class PackedTensor:
         return cls(codes.mul_(signs).view(tensor.shape), scales, dtype)
 
     def times(self, factor: float) -> PackedTensor:
-        """The tensor times a positive number; not rounded again."""
+        """The tensor times a number; not rounded again."""
         return PackedTensor(self.codes, self.scales * factor, self.dtype)
 
     def to(self, device: torch.device) -> PackedTensor:
@@ -63,8 +63,8 @@ class PackedTensor:
 
     def unpack(self) -> Tensor:
         """The tensor, rounded."""
-        rows = _rows(self.codes.float()) / 127
-        return rows.mul_(rows.abs()).mul_(self.scales).view(self.codes.shape).to(self.dtype)
+        rows = _rows(self.codes.float())
+        return rows.mul_(rows.abs()).mul_(self.scales / 127**2).view(self.codes.shape).to(self.dtype)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -167,17 +167,19 @@ class SampleSum:
 
 
 class LeftOut(Mapping[str, Tensor]):
-    """Means over all samples but those of one group, float64: `(total - share * group) / (1 - share)`, when asked for.
+    """Means over all samples but those of one group: `(total - share * group) / (1 - share)`, when asked for.
 
-    `share`: the group's part of the samples.
+    `share`: the group's part of the samples. In the type of the total, for no more digits are known of the group.
     """
 
     def __init__(self, total: Mapping[str, Tensor], group: Mapping[str, Tensor], share: float) -> None:
         self._total, self._group, self._share = total, group, share
 
     def __getitem__(self, name: str) -> Tensor:
-        rest = self._total[name].double() - self._share * self._group[name].double()
-        return rest / (1 - self._share)
+        total, weight = self._total[name], self._share / (1 - self._share)
+        held = self._group.held[name] if isinstance(self._group, PackedTensors) else self._group[name]
+        rest = held.times(-weight).unpack() if isinstance(held, PackedTensor) else held * -weight
+        return rest.to(total.dtype).add_(total, alpha=1 + weight)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._group)

@@ -104,8 +104,17 @@ class Leg:
         """Sum an entry-wise tensor of the parameter's shape over each coordinate: `[blocks * dim]`."""
         x = self._viewed(entries)
         other = tuple(a for a in range(x.ndim) if a not in self._positive_axes(x))
-        sums = x.sum(dim=other) if other else x
-        order = [sorted(self._positive_axes(x)).index(a) for a in self._positive_axes(x)]
+        return self._by_coordinate(x, x.sum(dim=other) if other else x)
+
+    def square_sums(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """`row_sums` of the squares of a tensor, computed in `dtype` without a copy of the whole tensor."""
+        x = self._viewed(tensor)
+        other = tuple(a for a in range(x.ndim) if a not in self._positive_axes(x))
+        return self._by_coordinate(x, _square_sums(x, other, dtype))
+
+    def _by_coordinate(self, viewed: Tensor, sums: Tensor) -> Tensor:
+        """Sums over the other axes of a viewed tensor, collected by coordinate."""
+        order = [sorted(self._positive_axes(viewed)).index(a) for a in self._positive_axes(viewed)]
         sums = sums.permute(order).reshape(-1)
         b, d, r = self.index.shape
         if not (self._covers_in_order and sums.numel() == self.index.size):
@@ -202,3 +211,21 @@ def _lattice(shape: tuple[int, ...], start: int, strides: list[int]) -> np.ndarr
     for axis, (n, stride) in enumerate(zip(shape, strides, strict=True)):
         index += stride * np.arange(n).reshape([-1 if a == axis else 1 for a in range(len(shape))])
     return index
+
+
+PIECE = 1 << 16
+"""Entries that are squared at a time: what fits in cache is read from memory once."""
+
+
+def _square_sums(x: Tensor, other: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Sums of squares over the axes `other`, on a processor piece by piece along the first axis."""
+
+    def squares(piece: Tensor) -> Tensor:
+        found = piece.to(dtype).square()
+        return found.sum(dim=other) if other else found
+
+    rows = max(1, PIECE * x.shape[0] // max(1, x.numel())) if x.ndim else 1
+    if x.ndim == 0 or rows >= x.shape[0] or not x.is_cpu:
+        return squares(x)
+    parts = [squares(x[k : k + rows]) for k in range(0, x.shape[0], rows)]
+    return torch.stack(parts).sum(0) if 0 in other else torch.cat(parts)

@@ -238,10 +238,11 @@ class Symmetry:
         """
         return tuple(self.leg_gram(leg, tensors[leg.parameter]) for leg in self.weight_legs)
 
-    def leg_gram(self, leg: Leg, tensor: Tensor) -> Tensor:
-        """`X X^T` of one leg, layout `shape`."""
-        wide = accumulation_dtype(tensor)
-        return leg.row_sums(wide.square()) if self.is_torus else leg.gram(wide)
+    def leg_gram(self, leg: Leg, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """`X X^T` of one leg, layout `shape`, in `dtype`: by default the tensor's, but at least float32."""
+        if not self.is_torus:
+            return leg.gram(tensor if dtype is None else tensor.to(dtype))
+        return leg.square_sums(tensor, dtype or torch.promote_types(tensor.dtype, torch.float32))
 
     def combine(self, leg_values: tuple[Tensor, ...]) -> Tensor:
         """`sum_legs exponent * value`: charges from `K_leg`, noise drive `D` from `M_leg`."""
