@@ -85,3 +85,43 @@ def write_moments(folder: Path, page: Path = PAGE) -> None:
     paths = sorted(folder.glob("moments*.json"), key=lambda p: (len(p.stem), p.stem))
     table = moments_table([json.loads(p.read_text()) for p in paths])
     page.write_text(between(page.read_text(), "moments", table))
+
+
+def gpt2_table(records: list[dict[str, Any]]) -> str:
+    """One row per stage, a column per record: seconds (of the processor), memory above the stage's start.
+
+    Example:
+        >>> row = {"stage": "flow", "seconds": 9.0, "cpu": 12.5, "mib": 300.0, "load": 1.2}
+        >>> run = {"parameters": 124e6, "layers": 12, "tokens": 128, "threads": 2, "machine": "2 cores", "rows": [row]}
+        >>> print(gpt2_table([{**run, "versions": "torch 2.13", "date": "2026-11-27"}]))
+        | stage | 124M, layers: 12, tokens: 128 |
+        |---|---|
+        | flow | 9.0 s (12.5 s), 300 MiB |
+        <BLANKLINE>
+        124M: 2 cores, threads: 2, load 1.2, torch 2.13, 2026-11-27
+    """
+    sizes = [f"{r['parameters'] / 1e6:.0f}M" for r in records]
+    heads = [f"{n}, layers: {r['layers']}, tokens: {r['tokens']}" for n, r in zip(sizes, records, strict=True)]
+    lines = [f"| stage | {' | '.join(heads)} |", "|---|" + "---|" * len(records)]
+    for stage in dict.fromkeys(row["stage"] for r in records for row in r["rows"]):
+        found = [next((row for row in r["rows"] if row["stage"] == stage), None) for r in records]
+        lines.append(f"| {stage} | {' | '.join(map(_stage, found))} |")
+    return "\n".join([*lines, "", *map(_circumstances, sizes, records)])
+
+
+def _stage(row: dict[str, Any] | None) -> str:
+    return "–" if row is None else f"{row['seconds']:.1f} s ({row['cpu']:.1f} s), {row['mib']:.0f} MiB"
+
+
+def _circumstances(name: str, record: dict[str, Any]) -> str:
+    loads = sorted({row["load"] for row in record["rows"]})
+    load = f"{loads[0]:.1f}" if len(loads) == 1 else f"{loads[0]:.1f} to {loads[-1]:.1f}"
+    return (
+        f"{name}: {record['machine']}, {record['threads']} threads, load {load}, {record['versions']}, {record['date']}"
+    )
+
+
+def write_gpt2(folder: Path, page: Path = PAGE) -> None:
+    """Write the table of GPT-2 from every record `gpt2-*.json` in the folder, smallest first."""
+    records = sorted((json.loads(p.read_text()) for p in folder.glob("gpt2-*.json")), key=lambda r: r["parameters"])
+    page.write_text(between(page.read_text(), "gpt2", gpt2_table(records)))

@@ -13,7 +13,9 @@ def test_the_page_shows_the_records_kept(tmp_path: Path) -> None:
     page = tmp_path / "benchmarks.md"
     page.write_text(tables.PAGE.read_text())
     tables.write_moments(tables.PAGE.parent / "figures", page)
+    tables.write_gpt2(tables.PAGE.parent / "figures", page)
     assert page.read_text() == tables.PAGE.read_text()
+    assert page.read_text().count("| measure for the equilibrium |") == 1
     assert page.read_text().count("| MLP 784-512-512-10, batch 256 | A | 1.34 ± 0.021 |") == 1
 
 
