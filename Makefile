@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test test-slow lint bench mutants docs fuzz clean
+.PHONY: demo test test-slow lint bench mutants docs fuzz interrupts clean
 
 demo: .venv/.demo
 	$(BIN)/noetherflow demo --out demo
@@ -28,6 +28,13 @@ mutants: .venv/.test
 # 3,000 random models through the whole library, about an hour; `tests/fuzz.py FIRST LAST` takes a part of the seeds.
 fuzz: .venv/.test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py 0 3000
+
+# Over 500 Ctrl-C and 200 SIGKILL in training and in balancing a file, some ten minutes.
+interrupts: .venv/.test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/interrupts.py ctrl-c 0 20
+	OMP_NUM_THREADS=1 $(BIN)/python tests/interrupts.py ctrl-c-file 0 250
+	OMP_NUM_THREADS=1 $(BIN)/python tests/interrupts.py kill 0 75
+	OMP_NUM_THREADS=1 $(BIN)/python tests/interrupts.py kill-file 0 130
 
 bench: .venv/.test
 	$(BIN)/python -m benchmarks

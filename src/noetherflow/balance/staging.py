@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,11 +38,13 @@ def staged(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_litter(target)
-    room = Path(tempfile.mkdtemp(dir=target.parent, prefix=_prefix(target)))
-    descriptor = os.open(room / LOCK, os.O_CREAT | os.O_RDWR)
-    if fcntl is not None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    room = target.with_name(_prefix(target) + uuid.uuid4().hex)  # named first: Ctrl-C may come as the folder is made
+    descriptor = -1
     try:
+        os.mkdir(room, 0o700)
+        descriptor = os.open(room / LOCK, os.O_CREAT | os.O_RDWR)
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield room / target.name
         _sync(room / target.name)
         if target.is_dir():
@@ -50,8 +52,18 @@ def staged(target: Path) -> Iterator[Path]:
         os.replace(room / target.name, target)
         _sync_folder(target.parent)
     finally:
+        try:
+            _discard(room, descriptor)
+        except BaseException:  # Ctrl-C during the removal
+            shutil.rmtree(room, ignore_errors=True)
+            raise
+
+
+def _discard(room: Path, descriptor: int) -> None:
+    """Remove a staging folder, and let go of its lock."""
+    shutil.rmtree(room, ignore_errors=True)
+    if descriptor >= 0:
         os.close(descriptor)
-        shutil.rmtree(room, ignore_errors=True)
 
 
 def remove_litter(target: Path) -> list[Path]:

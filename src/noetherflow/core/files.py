@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,8 +28,10 @@ def replacing(path: str | Path, *, mode: int = 0o644, durable: bool = False) -> 
         ...     _ = scratch.write_text("all of it, or nothing")
     """
     path = Path(os.path.realpath(path))
-    scratch = _scratch(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}.partial{path.suffix}")  # writers look at the ending
     try:
+        scratch.touch(0o600, exist_ok=False)
         yield scratch
         if durable:
             with scratch.open("rb+") as file:
@@ -40,20 +43,15 @@ def replacing(path: str | Path, *, mode: int = 0o644, durable: bool = False) -> 
 
 
 def check_writable(path: str | Path) -> None:
-    """Make sure, before long work starts, that `path` can be written: by making a file beside it and removing it.
+    """Make sure, before long work starts, that `path` can be written: by making a file without a name beside it.
 
     Raises:
         OSError: what the system says against it.
     """
-    _scratch(Path(os.path.realpath(path))).unlink()
-
-
-def _scratch(path: Path) -> Path:
-    """A new empty file beside `path`, with its ending: writers choose the format by that."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=f".partial{path.suffix}")
-    os.close(handle)
-    return Path(name)
+    folder = Path(os.path.realpath(path)).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        return
 
 
 def write_text(path: str | Path, text: str) -> None:
