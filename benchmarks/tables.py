@@ -98,7 +98,7 @@ def gpt2_table(records: list[dict[str, Any]]) -> str:
         |---|---|
         | flow | 9.0 s (12.5 s), 300 MiB |
         <BLANKLINE>
-        124M: 2 cores, threads: 2, load 1.2, torch 2.13, 2026-11-27
+        124M: 2 cores, 2 threads, load 1.2, torch 2.13, 2026-11-27
     """
     sizes = [f"{r['parameters'] / 1e6:.0f}M" for r in records]
     heads = [f"{n}, layers: {r['layers']}, tokens: {r['tokens']}" for n, r in zip(sizes, records, strict=True)]
