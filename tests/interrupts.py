@@ -283,8 +283,8 @@ def kill_file(seed: int) -> Outcome:
         wrong = files.fault(whole, litter=True)
         if wrong:
             return Outcome(wrong, times)
-        if not files.in_place or files.source.read_bytes() == files.before:
-            files.work()
+        files.source.write_bytes(files.before)
+        files.work()
         return Outcome(files.fault(whole, litter=False), times)
 
 
