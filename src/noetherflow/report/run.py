@@ -117,7 +117,7 @@ def summary(data: RunData, events: list[dict[str, Any]]) -> list[str]:
 
 def _equilibrium_words(data: RunData) -> list[str]:
     if data.estimates and not data.header.get("equilibrium", "distance" in data.estimates):
-        covered = "the theory covers SGD with momentum, Adam and AdamW"
+        covered = "the theory covers SGD with momentum, Adam, AdamW and RMSprop (not centered)"
         return [f"The noise equilibrium is not predicted for this optimiser: {covered}."]
     if "distance" not in data.estimates:
         return []
