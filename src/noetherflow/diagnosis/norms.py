@@ -68,10 +68,12 @@ def _advice(worst: ScaleInvariantNorm, change: float) -> str:
 
 
 def _sure(worst: ScaleInvariantNorm) -> str:
+    rests = "gradients of the present size and direction for all these steps, at a constant learning rate; as they "
+    rests += "change, twice or half of this growth is usual"
     if worst.growth_error is None or not worst.growth > 0:
-        return "likely: gradients as they are now, at a constant learning rate"
+        return f"a guide: {rests}"
     share = worst.growth_error / worst.growth
-    return f"sampling error {share:.0%}; gradients as they are now, at a constant learning rate"
+    return f"a guide: {rests} (sampling error {share:.0%})"
 
 
 def norms_so_far(facts: Sequence[NormHistory], decays: bool) -> list[Finding]:
@@ -128,6 +130,31 @@ def fastest_norms(facts: Sequence[NormTrend]) -> list[Finding]:
         names = tuple(f.name for f in shown)
         return [Finding("fastest-norms", "norms", "watch", title, means, advice, sure, numbers, names, pace)]
     return [calm("fastest-norms", "norms", title, "the present gradients alone", numbers)]
+
+
+def grown_layers(facts: Sequence[NormHistory]) -> list[Finding]:
+    """Which layers' norms grew most over a run, whether the loss feels them or not.
+
+    Threshold: ten times is to watch. A step of the same length then turns or stretches the layer by a tenth of what it
+    did, and most schedules end at a tenth of the peak. Layers that begin at 0, such as adapters, have no factor.
+    """
+    if not facts:
+        return []
+    ranked = sorted(facts, key=lambda f: -f.norm_factor)
+    grown = [f for f in ranked if f.norm_factor > 1]
+    listed = ", ".join(f"`{f.name}` {f.norm_factor**0.5:.3g} times" for f in grown[:TRENDS])
+    steps = f"{max(f.steps for f in facts):,.0f} steps"
+    numbers = tuple(Evidence(f"norm of {f.name}, now over then", f.norm_factor**0.5) for f in grown[:TRENDS])
+    if not grown:
+        return [calm("grown-layers", "norms", f"No layer's norm grew in {steps}.", "measured")]
+    title = f"The norms of {len(grown)} of {len(facts)} layers grew in {steps}, most: {listed}."
+    over = tuple(f.name for f in grown if f.norm_factor**0.5 >= TENTH)
+    if not over:
+        return [calm("grown-layers", "norms", title, "measured", numbers)]
+    means = f"A step of the same length changes {'it' if len(over) == 1 else 'them'} by a tenth or less of what it did."
+    advice = f"give `{over[0]}` weight decay, or lower the learning rate if that was not wanted"
+    weight = math.log(grown[0].norm_factor)
+    return [Finding("grown-layers", "norms", "watch", title, means, advice, "measured", numbers, over, weight)]
 
 
 def decay_bites(decays: Sequence[float], steps: float) -> list[Finding]:

@@ -45,7 +45,8 @@ def diagnose_run(run: RunData | str | os.PathLike[str], steps: int | None = None
         *balance.far_during_run(list(_balances(data)), whole),
         *stability.loss_course(_course(data)),
         *stability.turning([(n, recent(data, "angular", i)) for i, n in enumerate(data.symmetries)]),
-        *sampling.noise_share(_batch_ratio(data), "median of all layers"),
+        *norms.grown_layers(list(_layers(data))),
+        *sampling.noise_share(_batch_ratio(data), "all layers"),
         *breaking.violated_in_training([(n, recent(data, "check", i)) for i, n in enumerate(data.symmetries)]),
         *breaking.moved_by_preconditioner(list(_preconditioned(data))),
         *breaking.touched_from_outside(list(_outside(data)), data.events),
@@ -132,14 +133,32 @@ def _balances(data: RunData) -> Iterator[RunBalance]:
         yield RunBalance(data.symmetries[i], *values)
 
 
+def _layers(data: RunData) -> Iterator[NormHistory]:
+    """The norms of all layers, symmetric or not; those that began at 0 have no factor."""
+    for name, values in zip(data.layers, data.layer.get("norm", np.zeros((0, 0))).T, strict=False):
+        if span := _span(values, data.estimate_steps):
+            yield NormHistory(name, span.factor**2, 1 / span.factor, span.steps)
+
+
 def _batch_ratio(data: RunData) -> float:
-    """Batch size over noise scale: with the share `s` of the mean gradient in a minibatch's square, `s / (1 - s)`."""
-    shares = np.array([recent(data, "mean_share", i) for i in range(len(data.symmetries))])
-    known = shares[np.isfinite(shares)]
-    if not known.size:
+    """Batch size over noise scale: with the share `s` of the mean gradient in a minibatch's square, `s / (1 - s)`.
+
+    The share is that of all layers; in logs of earlier versions the median over the symmetries.
+    """
+    share = _last_known(data.mean_share)
+    if not np.isfinite(share):
+        shares = np.array([recent(data, "mean_share", i) for i in range(len(data.symmetries))])
+        share = float(np.median(shares[np.isfinite(shares)])) if np.isfinite(shares).any() else float("nan")
+    if not np.isfinite(share):
         return float("nan")
-    share = float(np.clip(np.median(known), 0.0, 1.0))
+    share = float(np.clip(share, 0.0, 1.0))
     return share / (1 - share) if share < 1 else float("inf")
+
+
+def _last_known(values: np.ndarray) -> float:
+    """The last number that is known, NaN without any."""
+    known = values[np.isfinite(values)]
+    return float(known[-1]) if known.size else float("nan")
 
 
 def _course(data: RunData) -> LossCourse:

@@ -25,6 +25,7 @@ from noetherflow.monitor.books import (
 from noetherflow.monitor.charge_map import ChargeMap
 from noetherflow.monitor.estimates import Estimator, LegRoots, LegSquares, rotation_rows
 from noetherflow.monitor.journal import Journal
+from noetherflow.monitor.layers import LayerBook, LayerRow, named_rows
 from noetherflow.monitor.log import FORMAT, plain
 from noetherflow.monitor.measure import Measurement
 from noetherflow.monitor.rule import AnyRule
@@ -36,10 +37,18 @@ UNEXPLAINED = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class EstimateRow:
-    """The estimates of one recorded step: a column `[symmetries]` per key."""
+    """The estimates of one recorded step: a column `[symmetries]` per key, and what is told of the layers."""
 
     step: int
     columns: Mapping[str, np.ndarray]
+    layers: LayerRow | None = None
+
+    def line(self) -> dict[str, Any]:
+        """As a line of the log."""
+        line: dict[str, Any] = {"kind": "estimates", "step": self.step, "symmetry": dict(self.columns)}
+        if self.layers is not None:
+            line |= self.layers.line()
+        return line
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +69,7 @@ class Bookkeeper:
         detail: the finest level that is kept.
         capacity: recorded steps and estimates kept.
         rounding: of the measured charges, as a share of their norm.
+        layers: the names of the layers that are measured beside.
     """
 
     def __init__(
@@ -70,6 +80,7 @@ class Bookkeeper:
         detail: Level,
         capacity: int,
         rounding: float,
+        layers: Sequence[str] = (),
     ) -> None:
         self.rule, self.layout, self.estimator, self.detail = rule, layout, estimator, detail
         self.index = Index.of(layout)
@@ -77,6 +88,7 @@ class Bookkeeper:
         self._estimates: deque[EstimateRow] = deque(maxlen=capacity)
         self._last: LastStep | None = None
         self._rounding = rounding
+        self.layers, self.layer_book = tuple(layers), LayerBook()
 
     def enter(self, pending: Sequence[Measurement], values: Mapping[str, np.ndarray], journal: Journal) -> None:
         """Close the books on some steps, given all their inner products `[steps, leg values]` by name."""
@@ -151,8 +163,9 @@ class Bookkeeper:
         columns = {k: np.concatenate([v, shifts]) for k, v in columns.items()}
         columns |= rotation_rows(self.layout, self.rule, row, m.settings)
         columns["angular_predicted"] = columns["angular_predicted"] * np.concatenate([spread, shifts])
-        self._estimates.append(EstimateRow(m.step, columns))
-        journal.emit({"kind": "estimates", "step": m.step, "symmetry": columns})
+        row_of_layers = None if m.layers is None else self.layer_book.row(m.step, m.layers)
+        self._estimates.append(EstimateRow(m.step, columns, row_of_layers))
+        journal.emit(self._estimates[-1].line())
 
     def header(self, step: int, optimizer: str, every: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """The log's header from this step on, and the names of the rows' columns for the sinks."""
@@ -169,8 +182,8 @@ class Bookkeeper:
             "every": every,
             "detail": self.detail,
         }
-        names = {"families": self.index.families, "symmetries": self.index.symmetries}
-        return header | self.index.header(self.layout), names
+        names = {"families": self.index.families, "symmetries": self.index.symmetries, "layers": self.layers}
+        return header | self.index.header(self.layout) | {"layers": list(self.layers)}, names
 
     def records(self, by: Level, preconditioned: bool = False) -> list[dict[str, Any]]:
         """See `Ledger.records`, with `preconditioned` `Ledger.preconditioned`."""
@@ -192,6 +205,10 @@ class Bookkeeper:
             for i, label in enumerate(labels)
         ]
 
+    def layer_rows(self) -> list[dict[str, Any]]:
+        """See `Ledger.layers`."""
+        return named_rows(self.layers, [e.layers for e in self._estimates if e.layers is not None])
+
     def as_log(self, header: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """The rows in memory as lines of a log that begins with `header`."""
         rows = list(self._history.rows("family"))
@@ -203,7 +220,7 @@ class Bookkeeper:
                 line["preconditioned_family"] = {f: v.tolist() for f, v in beside[step].items()}
             yield line
         for e in self._estimates:
-            yield {"kind": "estimates", "step": e.step, "symmetry": {k: v.tolist() for k, v in e.columns.items()}}
+            yield plain(e.line(), digits=17)
 
     def rewind(self, step: int) -> None:
         """Forget everything from `step` on."""

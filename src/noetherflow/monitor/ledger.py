@@ -272,6 +272,13 @@ class Ledger(Shown):
         self.flush()
         return self._recorder.books.estimates()
 
+    def layers(self) -> list[dict[str, Any]]:
+        """One row per estimated step and layer, and one for `all`: `norm` of its weights, `mean_share` of the mean
+        gradient, and `noise_batches`, the gradient noise scale in minibatches; `docs/ledger.md` says when it is known.
+        """
+        self.flush()
+        return self._recorder.books.layer_rows()
+
     def run_data(self) -> RunData:
         """The run as arrays: all of it where there is a log, else the steps in memory.
 

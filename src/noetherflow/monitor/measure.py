@@ -17,7 +17,7 @@ from noetherflow.monitor import sharding
 from noetherflow.monitor.charge_map import ChargeMap, Watched
 from noetherflow.monitor.parameter import Grouping, Lasting, WatchedParameter
 from noetherflow.monitor.rule import AnyRule, GradientRoots, Pairs, State, StepSettings, StepTensors
-from noetherflow.monitor.sums import Value, tabulate, totals
+from noetherflow.monitor.sums import LayerSums, Value, tabulate, totals
 from noetherflow.symmetry.leg import accumulation_dtype
 from noetherflow.symmetry.symmetry import Symmetry
 
@@ -47,8 +47,8 @@ class Measurement:
     """One recorded step. `values`: inner products; `weight_square` and `weight_square_after` are its charges.
 
     A value stays a tensor on the weights' device until the books are closed; on a CPU totals are plain numbers.
-    `settings`: what the optimiser did with each parameter. `blocks`, `roots`, `matrix_charges`: for the estimates,
-    empty where none are due. `edited`: somebody wrote to a watched weight since the step before.
+    `settings`: what the optimiser did with each parameter. `blocks`, `roots`, `matrix_charges`, `layers`: for the
+    estimates, empty where none are due. `edited`: somebody wrote to a watched weight since the step before.
     """
 
     step: int
@@ -59,6 +59,7 @@ class Measurement:
     blocks: Rows = field(default_factory=dict)
     roots: Rows = field(default_factory=dict)
     matrix_charges: Sequence[Value] = ()
+    layers: LayerSums | None = None
     kept: dict[str, Tensor] = field(default_factory=dict)
     edited: bool = False
 

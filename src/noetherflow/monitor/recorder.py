@@ -21,6 +21,7 @@ from noetherflow.monitor.charge_map import ChargeMap, Watched, WatchedTranslatio
 from noetherflow.monitor.estimates import Estimator
 from noetherflow.monitor.interrupts import uninterrupted
 from noetherflow.monitor.journal import Journal, Sink
+from noetherflow.monitor.layers import LayerProbe
 from noetherflow.monitor.log import FORMAT
 from noetherflow.monitor.measure import Measurement, StepMeter, one_number
 from noetherflow.monitor.pace import DeviceClock, Pace
@@ -107,7 +108,10 @@ class StepRecorder:
         blocks = ChargeMap.of(tuple(syms), shapes, "block")
         estimator = Estimator(blocks, rule) if self.how.estimate_every else None
         self._clock = DeviceClock(next((p.device for p in self.meter.watched.values()), torch.device("cpu")))
-        self.books = Bookkeeper(rule, layout, estimator, self.how.detail, self.how.capacity, self.meter.rounding)
+        self._probe = LayerProbe(self.model, self.optimizer)
+        self.books = Bookkeeper(
+            rule, layout, estimator, self.how.detail, self.how.capacity, self.meter.rounding, self._probe.layers
+        )
 
     def whole(self) -> AbstractContextManager[None]:
         """For work that Ctrl-C must not cut in two; but sharded processes wait for each other in it."""
@@ -142,6 +146,7 @@ class StepRecorder:
                 now.blocks = self.meter.gradients(layout)
                 if self.how.rule.keeps_squares:
                     now.roots = self.meter.roots(layout, now.settings)
+                now.layers = self._probe.read(self.step) if self._probe.layers else None
                 now.matrix_charges = self.meter.matrix_charges(layout.symmetries)
             self.pace.worked(start)
 
@@ -271,6 +276,7 @@ class StepRecorder:
             "symmetries": self.books.index.symmetries,
             "every": self.pace.every,
             "estimates": {} if estimator is None else estimator.state_dict(),
+            "layers": {"averages": self.books.layer_book.state_dict(), "empty_at": self._probe.empty_at},
         }
 
     def go_on(self, state: Mapping[str, Any]) -> None:
@@ -292,6 +298,9 @@ class StepRecorder:
         self.step = int(state["step"])
         if self.books.estimator is not None:
             self.books.estimator.load_state_dict(state.get("estimates", {}))
+        layers = state.get("layers", {})
+        self.books.layer_book.load_state_dict(layers.get("averages", {}))
+        self._probe.empty_at = layers.get("empty_at")
         self.books.rewind(self.step)
         if self.journal.log is not None:
             self.write_header()

@@ -38,6 +38,8 @@ class RunData:
 
     `preconditioned[field]` `[T, families]` are the books of the preconditioned charge, empty where no step has them.
 
+    `layer[field]` `[E, layers]` and `mean_share` `[E]` are what `Ledger.layers` tells, empty in logs without it.
+
     `loss` and `lr` are `[T]`; unknown numbers are NaN, also estimates that only some of the run's optimisers have.
     `events` as logged, `started` as the first header says. When the watched symmetries were replaced during the run,
     this is the part since the first step recorded after that.
@@ -53,6 +55,8 @@ class RunData:
     estimates: dict[str, np.ndarray]
     events: tuple[dict[str, Any], ...]
     preconditioned: dict[str, np.ndarray] = field(default_factory=dict)
+    layer: dict[str, np.ndarray] = field(default_factory=dict)
+    mean_share: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     @classmethod
     def load(cls, run_dir: str | os.PathLike[str]) -> RunData:
@@ -76,6 +80,11 @@ class RunData:
     @property
     def symmetries(self) -> list[str]:
         return [s["name"] for s in self.header["symmetries"]]
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the layers that `layer` is about."""
+        return list(self.header.get("layers", ()))
 
     @property
     def one_sided(self) -> np.ndarray:
@@ -223,7 +232,9 @@ class _Rows:
             self._add_step(row)
         elif row["kind"] == "estimates":
             self._renew()
-            self._estimates.add({"step": row["step"], **row["symmetry"]})
+            beside = {f"layer.{k}": v for k, v in row.get("layer", {}).items()}
+            beside |= {"all.mean_share": row.get("mean_share")} if beside else {}
+            self._estimates.add({"step": row["step"], **row["symmetry"], **beside})
         elif row["kind"] == "event":
             unread = row["event"] == "unreadable"
             self._event({**row, "step": max(self._last, 0)} if unread else row)
@@ -296,6 +307,8 @@ class _Rows:
         if np.any(np.diff(number) < 0):
             order = np.argsort(number, kind="stable")
             number, steps = number[order], {name: values[order] for name, values in steps.items()}
+        layer = {k.removeprefix("layer."): estimates.pop(k) for k in list(estimates) if k.startswith("layer.")}
+        mean_share = estimates.pop("all.mean_share", np.zeros(0))
         return RunData(
             self._header,
             self._started,
@@ -307,6 +320,8 @@ class _Rows:
             estimates,
             tuple(self._all_events()),
             {f: steps[f"preconditioned.{f}"] for f in PRECONDITIONED_FIELDS if f"preconditioned.{f}" in steps},
+            layer,
+            mean_share,
         )
 
 
@@ -334,6 +349,9 @@ def _wrong_form(row: dict[str, Any], header: Mapping[str, Any]) -> str:
     if kind == "estimates":
         columns = row.get("symmetry")
         whole = isinstance(columns, dict) and all(_is_row(v, len(header["symmetries"])) for v in columns.values())
+        layer = row.get("layer", {})
+        whole = whole and isinstance(layer, dict) and isinstance(row.get("mean_share"), NUMBERS)
+        whole = whole and all(_is_row(v, len(header.get("layers", ()))) for v in layer.values())
         return "" if whole else "estimates without the numbers of their symmetries"
     return ""
 

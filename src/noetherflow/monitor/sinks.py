@@ -26,11 +26,15 @@ def scalars(row: Mapping[str, Any], prefix: str = PREFIX) -> dict[str, float]:
     families, symmetries = row["families"], row["symmetries"]
     levels = {"family": families, "symmetry": symmetries}
     levels |= {"preconditioned_family": families, "preconditioned_symmetry": symmetries}
+    levels |= {"layer": row.get("layers", ())}
     for level, names in levels.items():
         for field, values in row.get(level, {}).items():
             for name, value in zip(names, values, strict=True):
                 if math.isfinite(value):
                     out[f"{prefix}/{level}/{name}/{field}"] = float(value)
+    for field in ("mean_share", "noise_batches"):
+        if math.isfinite(row.get(field, math.nan)):
+            out[f"{prefix}/{field}"] = float(row[field])
     return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,6 +16,19 @@ SLICE = 1 << 18
 PLAIN = (torch.float32, torch.float64)
 Value = float | Tensor
 """An inner product: a number, or a tensor of all leg values of one parameter."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSums:
+    """Of one step: sums over the entries of every layer, `[layers]`, on the weights' device.
+
+    `weight`: `|W|^2`; `gradient`: `|g|^2` of the minibatch gradient; `lasting`: `<g, h>` with `h` the average of
+    earlier minibatch gradients out of the momentum buffer, NaN where the optimiser keeps none.
+    """
+
+    weight: Tensor
+    gradient: Tensor
+    lasting: Tensor
 
 
 def totals(
