@@ -105,7 +105,7 @@ def test_litter_of_running_writers_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_pieces_are_the_whole(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """Cut along any axis, with views, offsets and matrices: the same numbers as the move of the whole tensor."""
-    monkeypatch.setattr("noetherflow.balance.pieces.PIECE", 40)
+    monkeypatch.setattr("noetherflow.balance.cuts.PIECE", 40)
 
     def rows(n: int, dim: int = 1) -> np.ndarray:
         return np.arange(n * dim).reshape(n, dim, 1)

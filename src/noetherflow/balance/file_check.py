@@ -43,9 +43,12 @@ def refuse_elsewhere(eq: Equilibrium, motion: Motion, weights: Mapping[str, Tens
     Charges of adaptive optimisers (`eq.assumptions`) are preconditioned, which the weights alone do not tell.
     """
     for s in motion.symmetries if not eq.assumptions else ():
-        grams = tuple(leg_gram_of(s, leg, weights[leg.parameter]) for leg in s.weight_legs)
-        off = float(torch.linalg.vector_norm(s.combine(grams) - eq[s.name].charge_now))
-        size = sum(float(torch.linalg.vector_norm(k)) for k in grams)
+        difference, size = eq[s.name].charge_now.neg(), 0.0
+        for leg in s.weight_legs:
+            gram = leg_gram_of(s, leg, weights[leg.parameter])
+            size += float(torch.linalg.vector_norm(gram))
+            difference.add_(gram, alpha=leg.exponent)
+        off = float(torch.linalg.vector_norm(difference))
         if not off <= ELSEWHERE * size:
             raise DataError(
                 f"symmetry {s.name!r}: the charge of the stored weights is {off / size if size else off:.2g} of their "

@@ -1,22 +1,23 @@
-"""Move one stored tensor in place, piece by piece: float64 is only ever made of a small part of it."""
+"""Move one stored tensor in place, or sum its moved squares, piece by piece: wide copies are of a small part only."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from noetherflow.balance import cuts
+from noetherflow.balance.cuts import Cutting, PieceMove, cuttings, put, taken
 from noetherflow.balance.motion import Motion
 from noetherflow.core.tensors import is_narrow
 from noetherflow.errors import CertificateError, CheckpointError
 from noetherflow.symmetry.leg import Leg
 from noetherflow.symmetry.symmetry import Symmetry
 
-PIECE = 1 << 20
-"""Entries in a piece, of which float64 copies are made."""
+Moves = Sequence[tuple[Symmetry, Tensor]]
+"""Symmetries with their group elements, in the order in which they act."""
 
 
 @dataclass(frozen=True)
@@ -27,33 +28,10 @@ class Shift:
     rounding: float
 
 
-@dataclass(frozen=True, eq=False)
-class _Cut:
-    """How a leg sees a piece of its parameter.
-
-    Attributes:
-        leg: the leg on the whole parameter.
-        view: the shape it looks at the whole parameter in.
-        axis: where in `view` the axis lies along which the parameter is cut.
-    """
-
-    leg: Leg
-    view: tuple[int, ...]
-    axis: int
-
-    @property
-    def along(self) -> bool:
-        """Whether the leg's rows lie along the cut."""
-        return self.axis in {a % len(self.view) for a in self.leg.axes}
-
-    def on(self, length: int) -> Leg:
-        """The leg on a piece of that length; only where it does not lie along the cut."""
-        view = (*self.view[: self.axis], length, *self.view[self.axis + 1 :])
-        return replace(self.leg, view=view)
-
-
 def move_in_place(motion: Motion, name: str, tensor: Tensor) -> Shift:
     """Move a stored tensor by the legs on it, in float64, rounded once to its own dtype.
+
+    Beside the tensor there is at most one copy of it, where matrices act along both of its axes, and some pieces.
 
     Args:
         motion: the move.
@@ -70,10 +48,7 @@ def move_in_place(motion: Motion, name: str, tensor: Tensor) -> Shift:
             "checkpoint in floating point, then quantise"
         )
     sums = torch.zeros(4, dtype=torch.float64)
-    for part, move in _parts(motion, name, tensor):
-        old = part.to(torch.float64, copy=True)
-        exact = move(old)
-        part.copy_(exact)
+    for old, part, exact in _moved_parts(motion, name, tensor):
         new = part.double()
         if not bool(torch.isfinite(new).all()):
             raise CertificateError(f"balanced values of {[name]} do not fit {tensor.dtype}; use a wider dtype")
@@ -83,87 +58,102 @@ def move_in_place(motion: Motion, name: str, tensor: Tensor) -> Shift:
     return Shift(change / size if size else 0.0, error / exact_size if exact_size else 0.0)
 
 
-def _parts(motion: Motion, name: str, tensor: Tensor) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
-    """Parts of the tensor, as views of it, with the move of each in float64; one part where nothing can be cut."""
+def _moved_parts(motion: Motion, name: str, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Write the moved tensor part by part: each as it was, as it is stored now, and as it is in float64."""
     symmetries = motion.by_parameter.get(name, [])
-    axis = next((a for a in range(tensor.ndim) if _cuts(symmetries, name, tensor, a) is not None), None)
-    cuts = None if axis is None or tensor.numel() <= PIECE else _cuts(symmetries, name, tensor, axis)
-    if cuts is None or axis is None:
-        yield tensor, lambda part: motion.weight(name, part)
+    found = [] if tensor.numel() <= cuts.PIECE or motion.reorderings else cuttings(symmetries, name, tensor.shape)
+    if not found:
+        old = tensor.to(torch.float64, copy=True)
+        exact = motion.weight(name, old)
+        tensor.copy_(exact)
+        yield old, tensor, exact
         return
-    factors = _factors(motion, symmetries, cuts, tensor)
-    length = max(1, PIECE * tensor.shape[axis] // tensor.numel())
-    for start in range(0, tensor.shape[axis], length):
-        part = tensor.narrow(axis, start, min(length, tensor.shape[axis] - start))
-
-        def move(part: Tensor, start: int = start) -> Tensor:
-            return _moved(motion, name, symmetries, cuts, factors, part, start)
-
-        yield part, move
-
-
-def _cuts(symmetries: Sequence[Symmetry], name: str, tensor: Tensor, axis: int) -> list[list[_Cut]] | None:
-    """How each leg of each symmetry sees a cut along `axis`; None where one cannot be followed."""
-    out = []
-    for s in symmetries:
-        cuts = []
-        for leg in s.legs:
-            if leg.parameter == name:
-                cut = _cut(leg, tuple(tensor.shape), axis)
-                if cut is None or (cut.along and not s.is_torus):
-                    return None
-                cuts.append(cut)
-        out.append(cuts)
-    return out
+    cutting = found[0]
+    offsets = tuple(s.offsets.get(name, 0.0) for s in symmetries)
+    move = _ready(cutting, [(s, motion.elements[s.name]) for s in symmetries], offsets, tensor, torch.float64)
+    source = tensor.clone() if any(p.mixture is not None for p in cutting.pieces) else tensor
+    for piece, exact in move.pieces(source):
+        old = taken(source, cutting.axis, piece.rows).to(torch.float64, copy=True)
+        put(tensor, cutting.axis, piece.rows, exact)
+        yield old, taken(tensor, cutting.axis, piece.rows), exact
 
 
-def _cut(leg: Leg, shape: tuple[int, ...], axis: int) -> _Cut | None:
-    """The axis kept whole in the leg's view, None where the view splits or merges it."""
-    view = shape if leg.view is None else tuple(leg.view)
-    before = math.prod(shape[:axis])
-    place = next((a for a in range(len(view)) if view[a] == shape[axis] and math.prod(view[:a]) == before), None)
-    return None if place is None else _Cut(leg, view, place)
-
-
-def _factors(
-    motion: Motion, symmetries: Sequence[Symmetry], cuts: Sequence[Sequence[_Cut]], tensor: Tensor
-) -> list[list[Tensor]]:
-    """The numbers by which each torus leg multiplies, shaped to broadcast against its view; empty for others."""
-    return [
-        [cut.leg.factors(motion.elements[s.name], tensor) if s.is_torus else torch.empty(0) for cut in own]
-        for s, own in zip(symmetries, cuts, strict=True)
+def _ready(cutting: Cutting, moves: Moves, offsets: tuple[float, ...], tensor: Tensor, dtype: torch.dtype) -> PieceMove:
+    """The moves made ready for pieces; symmetries of the cutting beyond them stay."""
+    numbers = [
+        tuple(cut.numbers(element, tensor, dtype) for cut in own)
+        for (_, element), own in zip(moves, cutting.cuts, strict=False)
     ]
+    empty = [()] * (len(cutting.cuts) - len(numbers))
+    return PieceMove(cutting, (*numbers, *empty), offsets, dtype)
 
 
-def _moved(
-    motion: Motion,
-    name: str,
-    symmetries: Sequence[Symmetry],
-    cuts: Sequence[Sequence[_Cut]],
-    factors: Sequence[Sequence[Tensor]],
-    part: Tensor,
-    start: int,
-) -> Tensor:
-    """One part, in float64, under all symmetries in turn, as `Motion.weight` moves the whole."""
-    shape = part.shape
-    for s, own, multipliers in zip(symmetries, cuts, factors, strict=True):
-        offset = s.offsets.get(name, 0.0)
-        part = part + offset if offset else part
-        for cut, factor in zip(own, multipliers, strict=True):
-            length = shape.numel() * cut.view[cut.axis] // math.prod(cut.view)
-            if s.is_torus:
-                here = factor.narrow(cut.axis, start, length) if factor.shape[cut.axis] > 1 else factor
-                part = (part.reshape(cut.on(length).view or ()) * here).reshape(shape)
-            else:
-                element = motion.elements[s.name]
-                matrices = element if cut.leg.sign > 0 else s.inverse(element).mT
-                part = cut.on(length).multiply(part, matrices)
-        part = part - offset if offset else part
-    return part
+@dataclass(frozen=True, eq=False)
+class MovedSums:
+    """Of a moved weight the Grams of the legs asked for, in the layout of their symmetries, and the squared norm."""
+
+    grams: tuple[Tensor, ...]
+    norm: float
+
+
+def moved_sums(name: str, tensor: Tensor, moves: Moves, legs: Sequence[tuple[Symmetry, Leg]]) -> MovedSums:
+    """Leg Grams and norm of a weight under group elements, which is never in memory as a whole.
+
+    Pieces are moved in float32 where the weight is stored coarser and only scaled, else in float64; sums over them are
+    float64.
+
+    Args:
+        name: of the parameter.
+        tensor: the weight in its stored dtype, as the file has it: offsets are added here.
+        moves: what moves it first.
+        legs: legs on it, with their symmetries.
+
+    Returns:
+        The sums, of the position: the weight with its offset.
+    """
+    involved = list({s.name: s for s, _ in [*moves, *legs]}.values())
+    offset = next((s.offsets[name] for s in involved if name in s.offsets), 0.0)
+    coarse = bool(moves) and tensor.element_size() < 4 and all(s.is_torus for s in involved)
+    dtype = torch.float32 if coarse else torch.float64
+    left, grams, norm = dict(enumerate(legs)), dict[int, Tensor](), None
+    for cutting in [] if tensor.numel() <= cuts.PIECE else cuttings(involved, name, tensor.shape):
+        mine = {k: pair for k, pair in left.items() if _measurable(cutting, pair)}
+        if (mine or norm is None) and cutting.largest <= cutting.length:
+            move = _ready(cutting, moves, (0.0,) * len(involved), tensor, dtype)
+            found = _summed(move, tensor, offset, list(mine.values()))
+            norm = found.norm if norm is None else norm
+            grams |= dict(zip(mine, found.grams, strict=True))
+            left = {k: pair for k, pair in left.items() if k not in mine}
+    if left or norm is None:
+        theta = tensor.to(dtype, copy=True).add_(offset)
+        for s, element in moves:
+            theta = s.move(name, theta, element.to(dtype))
+        grams |= {k: s.leg_gram(leg, theta).double() for k, (s, leg) in left.items()}
+        norm = float(torch.linalg.vector_norm(theta, dtype=torch.float64) ** 2)
+    return MovedSums(tuple(grams[k] for k in range(len(legs))), norm)
+
+
+def _measurable(cutting: Cutting, pair: tuple[Symmetry, Leg]) -> bool:
+    """Whether the pieces add up to the leg's Gram: not where its rows are too many for one piece."""
+    mixtures = [p.mixture for p in cutting.pieces if p.mixture is not None]
+    return not any(cutting.cuts[m.symmetry][m.leg].leg is pair[1] for m in mixtures)
+
+
+def _summed(move: PieceMove, tensor: Tensor, offset: float, legs: Sequence[tuple[Symmetry, Leg]]) -> MovedSums:
+    """The sums over all pieces."""
+    own = [next(c for every in move.cutting.cuts for c in every if c.leg is leg) for _, leg in legs]
+    grams = [torch.zeros(s.shape, dtype=torch.float64) for s, _ in legs]
+    norm = 0.0
+    for piece in move.cutting.pieces:
+        part = move.of(tensor, piece, offset)
+        for gram, cut in zip(grams, own, strict=True):
+            gram.add_(cut.gram(part, piece.rows))
+        norm += float(part.square().sum(dtype=torch.float64))
+    return MovedSums(tuple(grams), norm)
 
 
 def leg_gram_of(symmetry: Symmetry, leg: Leg, tensor: Tensor) -> Tensor:
-    """`symmetry.leg_gram` of a stored weight, its offset added, in float64 of one piece of it after the other.
+    """`symmetry.leg_gram` of a stored weight, its offset added, from one piece of it after the other.
 
     Args:
         symmetry: whose leg it is.
@@ -173,13 +163,4 @@ def leg_gram_of(symmetry: Symmetry, leg: Leg, tensor: Tensor) -> Tensor:
     Returns:
         The Gram in the layout of the symmetry, float64.
     """
-    offset = symmetry.offsets.get(leg.parameter, 0.0)
-    every = [(a, _cut(leg, tuple(tensor.shape), a)) for a in range(tensor.ndim)]
-    axis, cut = next(((a, c) for a, c in every if c is not None and not c.along), (0, None))
-    if tensor.numel() <= PIECE or cut is None:
-        return symmetry.leg_gram(leg, tensor.double() + offset)
-    length = max(1, PIECE * tensor.shape[axis] // tensor.numel())
-    total = torch.zeros(symmetry.shape, dtype=torch.float64)
-    for part in torch.split(tensor, length, dim=axis):
-        total = total + symmetry.leg_gram(cut.on(part.shape[axis]), part.double() + offset)
-    return total
+    return moved_sums(leg.parameter, tensor, (), [(symmetry, leg)]).grams[0]

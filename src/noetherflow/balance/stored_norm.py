@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,16 @@ from torch import Tensor, nn
 
 from noetherflow.balance.layout import open_checkpoint
 from noetherflow.balance.names import match_names
-from noetherflow.balance.pieces import leg_gram_of
+from noetherflow.balance.pieces import MovedSums, leg_gram_of, moved_sums
+from noetherflow.balance.spill import spilled
 from noetherflow.balance.stored import RenamedTensors
 from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.blocks import TorusClasses, gl_frame
-from noetherflow.equilibrium.conditioning import Stretches, stretch
+from noetherflow.equilibrium.conditioning import ROUNDING, Stretches, stretch
 from noetherflow.equilibrium.orbit import FramedOrbit, Point
 from noetherflow.equilibrium.potential import LegPair, Potential
 from noetherflow.equilibrium.result import Equilibrium, Settled
-from noetherflow.equilibrium.solve import Minimum, classify, drives, imbalance
+from noetherflow.equilibrium.solve import classify, drives, imbalance
 from noetherflow.equilibrium.start import Start
 from noetherflow.equilibrium.task import TOLERANCE, Task
 from noetherflow.symmetry.leg import Leg
@@ -89,17 +91,12 @@ class _Reading:
         """The Gram of one leg, float64."""
         return leg_gram_of(symmetry, leg, self.weights[leg.parameter]).double()
 
-    def moved(self, name: str, moves: Sequence[tuple[Symmetry, Tensor]]) -> Tensor:
-        """A weight, its offset added, under group elements; in float32 where it is stored coarser and scaled only."""
-        stored = self.weights[name]
-        coarse = stored.element_size() < 4 and all(s.is_torus for s, _ in moves)
-        dtype = torch.float32 if coarse else torch.float64
-        offset = next((s.offsets[name] for s, _ in moves if name in s.offsets), 0.0)
-        theta = stored.to(dtype, copy=True).add_(offset)
-        for s, element in moves:
-            theta = s.move(name, theta, element.to(dtype))
+    def moved(
+        self, name: str, moves: Sequence[tuple[Symmetry, Tensor]], legs: Sequence[tuple[Symmetry, Leg]]
+    ) -> MovedSums:
+        """Grams of legs on one weight, and its norm, under group elements."""
         self.progress(name)
-        return theta
+        return moved_sums(name, self.weights[name], moves, legs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,10 +126,10 @@ class StoredOrbit:
         norm = sum(float(k.sum() if k.ndim == 1 else k.diagonal(dim1=-2, dim2=-1).sum()) for k in grams.values())
         for name, legs in self.shared.items():
             moves = [(self.symmetries[i], elements[i]) for i in dict.fromkeys(i for i, _ in legs)]
-            theta = self.reading.moved(name, moves)
-            for i, j in legs:
-                grams[i, j] = self.symmetries[i].leg_gram(self.symmetries[i].weight_legs[j], theta).double()
-            norm += float(torch.linalg.vector_norm(theta).double() ** 2)
+            asked = [(self.symmetries[i], self.symmetries[i].weight_legs[j]) for i, j in legs]
+            sums = self.reading.moved(name, moves, asked)
+            grams |= dict(zip(legs, sums.grams, strict=True))
+            norm += sums.norm
         pairs: list[list[LegPair]] = [
             [(grams[i, j], torch.zeros_like(grams[i, j])) for j in range(len(s.weight_legs))]
             for i, s in enumerate(self.symmetries)
@@ -205,11 +202,17 @@ def _kappa(symmetries: Sequence[Symmetry], weights: Mapping[str, Tensor]) -> tup
 
 @dataclass(frozen=True, eq=False)
 class _Component:
-    """The answer for symmetries that share parameters with one another, and with no others."""
+    """The answer for symmetries that share parameters with one another, and with no others; large tensors of it are on
+    the disk (`spilled`).
+    """
 
     settled: tuple[Settled, ...]
-    found: Minimum
+    imbalance: float
+    iterations: int
+    evaluations: int
+    converged: bool
     norm_now: float
+    norm: float
 
 
 def _components(syms: SymmetrySet, joint: bool) -> list[tuple[Symmetry, ...]]:
@@ -237,13 +240,13 @@ def _solved(
         objective="norm",
         settled=tuple(by_name[s.name] for s in syms),
         imbalance_now=max((float(s.imbalance_now.max()) for s in by_name.values()), default=0.0),
-        imbalance=max((part.found.imbalance for part in parts), default=0.0),
-        iterations=max((part.found.iterations for part in parts), default=0),
-        evaluations=max((part.found.evaluations for part in parts), default=0),
-        converged=all(part.found.converged for part in parts),
+        imbalance=max((part.imbalance for part in parts), default=0.0),
+        iterations=max((part.iterations for part in parts), default=0),
+        evaluations=max((part.evaluations for part in parts), default=0),
+        converged=all(part.converged for part in parts),
         joint=joint,
         norm_now=sum(part.norm_now for part in parts),
-        norm=sum(part.found.point.norm for part in parts),
+        norm=sum(part.norm for part in parts),
         trace_now=None,
         trace=None,
         symmetries=syms,
@@ -265,9 +268,18 @@ def _component(
     task = Task(movers, orbit, _kappa(moving, weights), max(TOLERANCE, 0.01 * eps), max_iterations)
     found = task.solve()
     elements, pairs = task.elements(found.logs), task.pairs(found)
-    stretches = _stretches(symmetries, weights, eps)
-    settled = tuple(_settled(s, elements, pairs, stretches) for s in starts)
-    return _Component(settled, found, orbit.orbit.at([s.identity() for s in moving]).norm)
+    stretches = _stretches(symmetries, grams, weights, eps)
+    settled = spilled_settled([_settled(s, elements, pairs, stretches) for s in starts])
+    norm_now = orbit.orbit.at([s.identity() for s in moving]).norm
+    return _Component(
+        settled, found.imbalance, found.iterations, found.evaluations, found.converged, norm_now, found.point.norm
+    )
+
+
+def spilled_settled(settled: Sequence[Settled]) -> tuple[Settled, ...]:
+    """The same with elements and charges on the disk, where they are large."""
+    places = iter(spilled([t for s in settled for t in (s.element, s.charge_now, s.charge)]))
+    return tuple(replace(s, element=next(places), charge_now=next(places), charge=next(places)) for s in settled)
 
 
 def _start(symmetry: Symmetry, grams: Mapping[tuple[str, int], Tensor], eps: float) -> Start:
@@ -285,9 +297,33 @@ def _rank_tolerance(symmetries: Sequence[Symmetry], eps: float) -> float:
     return max(10 * n * min(eps, torch.finfo(torch.float32).eps), eps**2)
 
 
-def _stretches(symmetries: Sequence[Symmetry], weights: Mapping[str, Tensor], eps: float) -> Stretches:
+def _stretches(
+    symmetries: Sequence[Symmetry], grams: Mapping[tuple[str, int], Tensor], weights: Mapping[str, Tensor], eps: float
+) -> Stretches:
     limit = _rank_tolerance(symmetries, eps) ** -0.5
-    return Stretches({s.name: stretch(s, weights) for s in symmetries if not s.is_torus}, limit, limit)
+    found = {s.name: _stretch(s, grams, weights, eps) for s in symmetries if not s.is_torus}
+    return Stretches(found, limit, limit)
+
+
+def _stretch(
+    symmetry: Symmetry, grams: Mapping[tuple[str, int], Tensor], weights: Mapping[str, Tensor], eps: float
+) -> float:
+    """`equilibrium.conditioning.stretch`, from the Grams alone where they tell; else the factors are read as a whole.
+
+    Of dtypes so coarse that rounding hides every stretch (bf16, from 13 rows on) it is 1.
+    """
+    resolved = ROUNDING * symmetry.dim * eps
+    if resolved >= 1:
+        return 1.0
+    found = 1.0
+    for sign in (1, -1):
+        own = [grams[symmetry.name, j] for j, leg in enumerate(symmetry.weight_legs) if leg.sign == sign]
+        if own:
+            squares = torch.linalg.eigvalsh(torch.stack(own).sum(0))
+            if not bool((squares[:, 0] > max(1e-9, resolved**2) * squares[:, -1]).all()):
+                return stretch(symmetry, weights)
+            found = max(found, math.sqrt(float((squares[:, -1] / squares[:, 0]).max())))
+    return found
 
 
 def _settled(
