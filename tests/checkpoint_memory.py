@@ -1,8 +1,8 @@
 """Run as a program: balance a synthetic bf16 Llama on disk, its model on the meta device, and print what it took.
 
 `python checkpoint_memory.py FOLDER LAYERS HIDDEN INTERMEDIATE VOCABULARY` writes random weights in shards of one layer,
-solves for the least norm and moves; the line printed is JSON: seconds and peak memory (anonymous pages, MB, above what
-the libraries take) of both parts, and the size of the largest tensor.
+solves for the least norm (`--range`: equal ranges) and moves; the line printed is JSON: seconds and peak memory
+(anonymous pages, MB, above what the libraries take) of both parts, and the size of the largest tensor.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def main(folder: Path, layers: int, hidden: int, intermediate: int, vocabulary: 
         written(model, folder)
     syms = nf.find_symmetries(model, {"input_ids": torch.zeros(1, 4, dtype=torch.long), "use_cache": False})
     with Peak() as solving:
-        eq = stored_equilibrium(folder, model, syms, joint="--alone" not in sys.argv)
+        objective = "range" if "--range" in sys.argv else "norm"
+        eq = stored_equilibrium(folder, model, syms, objective=objective, joint="--alone" not in sys.argv)
     target = folder.parent / f"{folder.name}-out"
     with Peak() as moving:
         report = balance_checkpoint(folder, target, model, eq, unchecked=True)

@@ -12,6 +12,7 @@ from torch import nn
 
 import noetherflow as nf
 from noetherflow.balance.checkpoint import balance_checkpoint, load_checkpoint_, read_checkpoint
+from noetherflow.errors import DataError
 
 tf: Any = pytest.importorskip("transformers")
 
@@ -148,6 +149,46 @@ def test_the_stored_solve_is_the_solve_in_memory(tmp_path: Path, name: str, join
     assert float((new - old).abs().max() / old.abs().max()) < (1e-6 if name == "gemma" else 1e-12)
 
 
+@pytest.mark.parametrize("piece", [3000, 1 << 20])
+@pytest.mark.parametrize("name", ["gpt2", "llama-tied", "gemma", "resnet"])
+def test_equal_ranges_of_files_are_those_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, piece: int
+) -> None:
+    """In pieces of a few channels, whatever axis they lie along (heads, rotary pairs, convolutions)."""
+    monkeypatch.setattr("noetherflow.balance.cuts.PIECE", piece)
+    model, inputs = made(name)
+    model = model.double()
+    inputs = {n: t.double() if n == "pixel_values" else t for n, t in inputs.items()}
+    in_five(model, tmp_path / "in")
+    syms = nf.find_symmetries(model, inputs)
+    expected = nf.noise_equilibrium(model, syms, None, objective="range", approximate=False)
+    with torch.device("meta"):
+        outline = MODELS[name]()
+    read: list[str] = []
+    found = nf.stored_equilibrium(
+        tmp_path / "in", outline, syms, objective="range", max_iterations=500, progress=read.append
+    )
+    assert (found.objective, found.converged, expected.converged) == ("range", True, True)
+    assert set(read) >= set(found.symmetries.parameters)
+    for s in expected.symmetries:
+        torch.testing.assert_close(expected[s.name].element, found[s.name].element, rtol=1e-8, atol=0)
+        torch.testing.assert_close(expected[s.name].charge_now, found[s.name].charge_now, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(expected[s.name].charge, found[s.name].charge, rtol=1e-7, atol=1e-9)
+        assert torch.equal(expected[s.name].finite, found[s.name].finite)
+    assert any(float(s.element.log().abs().max()) > 0.1 for s in found if s.element.ndim == 1)
+    assert found.norm == pytest.approx(expected.norm, rel=1e-8)
+    assert found.norm_now == pytest.approx(expected.norm_now, rel=1e-10)
+    assert found.imbalance_now == pytest.approx(expected.imbalance_now, rel=1e-9)
+
+
+def test_objectives_with_gradients_are_not_for_files(tmp_path: Path) -> None:
+    model, inputs = made("llama-tied")
+    in_five(model, tmp_path / "in")
+    syms = nf.find_symmetries(model, inputs)
+    with pytest.raises(DataError, match=r"needs gradients.*noise_equilibrium; norm and range need none"):
+        nf.stored_equilibrium(tmp_path / "in", model, syms, objective="noise")
+
+
 def trainer(folder: Path, steps: int, callbacks: list[Any]) -> Any:
     """The Hugging Face Trainer on a tiny Llama, with a checkpoint after three steps."""
     pytest.importorskip("accelerate")
@@ -196,6 +237,10 @@ def test_the_command_moves_a_folder(tmp_path: Path) -> None:
     said("balance", str(tmp_path / "in"), "--objective", "norm", "--out", str(target), "--no-certify")
     streamed = said("balance", str(tmp_path / "in"), "--objective", "norm", "--out", str(tmp_path / "s"), "--stream")
     assert "moves unchecked" in streamed
+    said("balance", str(tmp_path / "in"), "--objective", "range", "--out", str(tmp_path / "r"), "--stream")
+    ranged = read_checkpoint(tmp_path / "r")
+    up, down = (ranged[f"model.layers.0.mlp.{n}_proj.weight"].abs() for n in ("up", "down"))
+    torch.testing.assert_close(up.amax(1), down.amax(0), rtol=1e-4, atol=0)
     old, moved, other = (read_checkpoint(tmp_path / n) for n in ("in", "out", "s"))
     assert not torch.equal(old["model.layers.0.mlp.up_proj.weight"], moved["model.layers.0.mlp.up_proj.weight"])
     for n in moved:

@@ -70,7 +70,7 @@ def _moved_parts(motion: Motion, name: str, tensor: Tensor) -> Iterator[tuple[Te
         return
     cutting = found[0]
     offsets = tuple(s.offsets.get(name, 0.0) for s in symmetries)
-    move = _ready(cutting, [(s, motion.elements[s.name]) for s in symmetries], offsets, tensor, torch.float64)
+    move = ready(cutting, [(s, motion.elements[s.name]) for s in symmetries], offsets, tensor, torch.float64)
     source = tensor.clone() if any(p.mixture is not None for p in cutting.pieces) else tensor
     for piece, exact in move.pieces(source):
         old = taken(source, cutting.axis, piece.rows).to(torch.float64, copy=True)
@@ -78,7 +78,7 @@ def _moved_parts(motion: Motion, name: str, tensor: Tensor) -> Iterator[tuple[Te
         yield old, taken(tensor, cutting.axis, piece.rows), exact
 
 
-def _ready(cutting: Cutting, moves: Moves, offsets: tuple[float, ...], tensor: Tensor, dtype: torch.dtype) -> PieceMove:
+def ready(cutting: Cutting, moves: Moves, offsets: tuple[float, ...], tensor: Tensor, dtype: torch.dtype) -> PieceMove:
     """The moves made ready for pieces; symmetries of the cutting beyond them stay."""
     numbers = [
         tuple(cut.numbers(element, tensor, dtype) for cut in own)
@@ -119,7 +119,7 @@ def moved_sums(name: str, tensor: Tensor, moves: Moves, legs: Sequence[tuple[Sym
     for cutting in [] if tensor.numel() <= cuts.PIECE else cuttings(involved, name, tensor.shape):
         mine = {k: pair for k, pair in left.items() if _measurable(cutting, pair)}
         if (mine or norm is None) and cutting.largest <= cutting.length:
-            move = _ready(cutting, moves, (0.0,) * len(involved), tensor, dtype)
+            move = ready(cutting, moves, (0.0,) * len(involved), tensor, dtype)
             found = _summed(move, tensor, offset, list(mine.values()))
             norm = found.norm if norm is None else norm
             grams |= dict(zip(mine, found.grams, strict=True))

@@ -1,4 +1,4 @@
-"""The point of least norm of a checkpoint on disk: its tensors are read one after the other, no model is loaded."""
+"""Equilibria without gradients of a checkpoint on disk: tensors are read one after the other, no model is loaded."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from torch import Tensor, nn
 
 from noetherflow.balance.layout import open_checkpoint
 from noetherflow.balance.names import match_names
-from noetherflow.balance.pieces import MovedSums, leg_gram_of, moved_sums
-from noetherflow.balance.spill import spilled
 from noetherflow.balance.stored import RenamedTensors
+from noetherflow.balance.stored_levels import level_part
+from noetherflow.balance.stored_parts import Reading, StoredPart, components, joined, spilled_settled
 from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.blocks import TorusClasses, gl_frame
 from noetherflow.equilibrium.conditioning import ROUNDING, Stretches, stretch
+from noetherflow.equilibrium.levels import TOLERANCE as LEVEL_TOLERANCE
+from noetherflow.equilibrium.objective import AnyObjective, LevelObjective, objective_of
 from noetherflow.equilibrium.orbit import FramedOrbit, Point
 from noetherflow.equilibrium.potential import LegPair, Potential
 from noetherflow.equilibrium.result import Equilibrium, Settled
 from noetherflow.equilibrium.solve import classify, drives, imbalance
 from noetherflow.equilibrium.start import Start
 from noetherflow.equilibrium.task import TOLERANCE, Task
-from noetherflow.symmetry.leg import Leg
+from noetherflow.errors import DataError
 from noetherflow.symmetry.symmetry import Symmetry
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
@@ -37,6 +39,7 @@ def stored_equilibrium(
     model: nn.Module,
     syms: SymmetrySet,
     *,
+    objective: str | AnyObjective = "norm",
     joint: bool = True,
     approximate: bool = False,
     key: str | None = None,
@@ -44,59 +47,57 @@ def stored_equilibrium(
     max_iterations: int = 100,
     progress: Callable[[str], None] | None = None,
 ) -> Equilibrium:
-    """`noise_equilibrium(..., objective="norm")` of a checkpoint on disk, without its weights in memory.
+    """`noise_equilibrium` of a checkpoint on disk without its weights in memory, for objectives without gradients.
 
-    The sums of squares that the answer depends on are taken tensor by tensor, and symmetries that share no parameter
-    (those of different layers) are solved one group after the other. Tensors on which legs of several symmetries meet
-    are read again in every sweep, the others once. So beside the group elements memory does not grow with the depth of
-    the model, and the time is that of some passes over the files. The result holds no Grams.
+    The sums of squares or the levels that the answer depends on are taken from pieces of one tensor after the other,
+    and symmetries that share no parameter (those of different layers) are solved one group after the other. Tensors on
+    which legs of several symmetries meet are read again in every sweep. What is kept of a group, its elements and
+    charges, waits in a temporary file, so that memory does not grow with the depth of the model, but for some small
+    vectors. The result holds no Grams.
 
     Args:
         source: the checkpoint (`read_checkpoint`).
         model: its model, which may be on the meta device.
         syms: its symmetries; those on frozen parameters are excluded.
-        joint: all symmetries move together; `False`: each with the others held, one pass over the files.
+        objective: `norm`, `range`, or another that needs no gradients (`nf.extend.level_objective`).
+        joint: all symmetries move together; `False`: each with the others held (`range`: a single pass over all).
         approximate: `True` moves symmetries too that a normalisation's eps makes approximate.
         key, prefix: see `load_checkpoint_`.
         max_iterations: sweeps at most.
         progress: called with the name of each tensor that is read.
 
     Returns:
-        Where the norm of all moved parameters is least, for `balance_checkpoint`. It counts as converged at an
-        imbalance of 1e-11, or a hundredth of the rounding of the stored dtype.
+        The point asked for, for `balance_checkpoint`: with `norm`, where the norm of all moved parameters is least,
+        converged at an imbalance of 1e-11, or a hundredth of the rounding of the stored dtype.
 
     Raises:
         CheckpointError: a checkpoint that is unreadable or not of this model.
+        DataError: an objective that needs gradients, or one that is unknown.
 
     Source: theory.md section 5.
     """
+    chosen = objective_of(objective)
+    if chosen.moments != "none":
+        raise DataError(
+            f"objective {chosen.name!r} needs gradients, which a file alone does not give: load the model, measure "
+            "(nf.gradient_moments) and solve with nf.noise_equilibrium; norm and range need none"
+        )
     opened = open_checkpoint(source, key)
     names = match_names(model, opened.stored, opened.path, prefix, opened.adapter)
     shapes = {n: tuple(t.shape) for n, t in tensors_of(model).items()}
-    weights = RenamedTensors(opened.stored, names.stored_names, names.parts, shapes)
+    reading = Reading(
+        RenamedTensors(opened.stored, names.stored_names, names.parts, shapes), progress or (lambda name: None)
+    )
     syms = syms.trainable(model)
     if not approximate:
         syms = syms.without({s.name: f"only approximate (eps {s.eps:g})" for s in syms if s.eps is not None})
-    return _solved(weights, syms, _Reading(weights, progress or (lambda name: None)), joint, max_iterations)
-
-
-@dataclass(frozen=True, eq=False)
-class _Reading:
-    """Stored weights as the groups see them, read when they are needed."""
-
-    weights: Mapping[str, Tensor]
-    progress: Callable[[str], None]
-
-    def gram(self, symmetry: Symmetry, leg: Leg) -> Tensor:
-        """The Gram of one leg, float64."""
-        return leg_gram_of(symmetry, leg, self.weights[leg.parameter]).double()
-
-    def moved(
-        self, name: str, moves: Sequence[tuple[Symmetry, Tensor]], legs: Sequence[tuple[Symmetry, Leg]]
-    ) -> MovedSums:
-        """Grams of legs on one weight, and its norm, under group elements."""
-        self.progress(name)
-        return moved_sums(name, self.weights[name], moves, legs)
+    eps = max((torch.finfo(opened.stored.dtype(names.stored_names[n][0])).eps for n in syms.parameters), default=0.0)
+    if isinstance(chosen, LevelObjective):
+        tolerance, passes = max(LEVEL_TOLERANCE, 0.01 * eps), max_iterations if joint else 1
+        levels = [level_part(own, reading, chosen, tolerance, passes) for own in components(syms, True)]
+        return joined([replace(p, converged=p.converged or not joint) for p in levels], syms, chosen.name, joint)
+    parts = [_norm_part(own, reading, eps, max_iterations) for own in components(syms, joint)]
+    return joined(parts, syms, chosen.name, joint)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +112,7 @@ class StoredOrbit:
     """
 
     symmetries: tuple[Symmetry, ...]
-    reading: _Reading
+    reading: Reading
     own: Mapping[tuple[int, int], Tensor]
     shared: Mapping[str, tuple[tuple[int, int], ...]]
 
@@ -145,7 +146,7 @@ class StoredOrbit:
         return g @ gram @ g.mT
 
 
-def _orbit(symmetries: Sequence[Symmetry], grams: Mapping[tuple[str, int], Tensor], reading: _Reading) -> StoredOrbit:
+def _orbit(symmetries: Sequence[Symmetry], grams: Mapping[tuple[str, int], Tensor], reading: Reading) -> StoredOrbit:
     """The orbit, with the legs that meet others apart from those that do not."""
     shared = {
         name: places
@@ -200,62 +201,9 @@ def _kappa(symmetries: Sequence[Symmetry], weights: Mapping[str, Tensor]) -> tup
     return tuple(torch.full((s.blocks,), k, dtype=torch.float64) for s, k in zip(symmetries, largest, strict=True))
 
 
-@dataclass(frozen=True, eq=False)
-class _Component:
-    """The answer for symmetries that share parameters with one another, and with no others; large tensors of it are on
-    the disk (`spilled`).
-    """
-
-    settled: tuple[Settled, ...]
-    imbalance: float
-    iterations: int
-    evaluations: int
-    converged: bool
-    norm_now: float
-    norm: float
-
-
-def _components(syms: SymmetrySet, joint: bool) -> list[tuple[Symmetry, ...]]:
-    """Symmetries in groups that share no parameter, so that each group can be solved by itself; without `joint` every
-    symmetry alone.
-    """
-    if not joint:
-        return [(s,) for s in syms]
-    group_of: dict[str, int] = {}
-    groups: dict[int, list[Symmetry]] = {}
-    for number, s in enumerate(syms):
-        met = {group_of[n] for n in s.parameters if n in group_of}
-        groups[number] = [member for old in sorted(met) for member in groups.pop(old)] + [s]
-        group_of.update(dict.fromkeys((n for member in groups[number] for n in member.parameters), number))
-    return [tuple(members) for members in groups.values()]
-
-
-def _solved(
-    weights: Mapping[str, Tensor], syms: SymmetrySet, reading: _Reading, joint: bool, max_iterations: int
-) -> Equilibrium:
-    eps = max((torch.finfo(weights[n].dtype).eps for n in syms.parameters), default=0.0)
-    parts = [_component(own, weights, reading, eps, max_iterations) for own in _components(syms, joint)]
-    by_name = {s.name: s for part in parts for s in part.settled}
-    return Equilibrium(
-        objective="norm",
-        settled=tuple(by_name[s.name] for s in syms),
-        imbalance_now=max((float(s.imbalance_now.max()) for s in by_name.values()), default=0.0),
-        imbalance=max((part.imbalance for part in parts), default=0.0),
-        iterations=max((part.iterations for part in parts), default=0),
-        evaluations=max((part.evaluations for part in parts), default=0),
-        converged=all(part.converged for part in parts),
-        joint=joint,
-        norm_now=sum(part.norm_now for part in parts),
-        norm=sum(part.norm for part in parts),
-        trace_now=None,
-        trace=None,
-        symmetries=syms,
-    )
-
-
-def _component(
-    symmetries: Sequence[Symmetry], weights: Mapping[str, Tensor], reading: _Reading, eps: float, max_iterations: int
-) -> _Component:
+def _norm_part(symmetries: Sequence[Symmetry], reading: Reading, eps: float, max_iterations: int) -> StoredPart:
+    """The least norm over symmetries that share parameters."""
+    weights = reading.weights
     grams = {(s.name, j): reading.gram(s, leg) for s in symmetries for j, leg in enumerate(s.weight_legs)}
     starts = [_start(s, grams, eps) for s in symmetries]
     movers = tuple(s for s in starts if s.moves)
@@ -271,15 +219,11 @@ def _component(
     stretches = _stretches(symmetries, grams, weights, eps)
     settled = spilled_settled([_settled(s, elements, pairs, stretches) for s in starts])
     norm_now = orbit.orbit.at([s.identity() for s in moving]).norm
-    return _Component(
-        settled, found.imbalance, found.iterations, found.evaluations, found.converged, norm_now, found.point.norm
-    )
-
-
-def spilled_settled(settled: Sequence[Settled]) -> tuple[Settled, ...]:
-    """The same with elements and charges on the disk, where they are large."""
-    places = iter(spilled([t for s in settled for t in (s.element, s.charge_now, s.charge)]))
-    return tuple(replace(s, element=next(places), charge_now=next(places), charge=next(places)) for s in settled)
+    imbalance_now = max(float(s.imbalance_now.max()) for s in settled)
+    return StoredPart(
+        settled, imbalance_now, found.imbalance, found.iterations, found.evaluations, found.converged, norm_now,
+        found.point.norm,
+    )  # fmt: skip
 
 
 def _start(symmetry: Symmetry, grams: Mapping[tuple[str, int], Tensor], eps: float) -> Start:

@@ -97,7 +97,7 @@ def balance(
     out: Annotated[Path | None, typer.Option(help="Where to write: a file, or a new folder for a folder.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Show what would move; write nothing.")] = False,
     stream: Annotated[
-        bool, typer.Option("--stream", help="Never load the model (norm alone): for models larger than memory.")
+        bool, typer.Option("--stream", help="Never load the model (norm, range): for models larger than memory.")
     ] = False,
     certify: Annotated[
         bool, typer.Option(help="Certify every symmetry before it moves; without it outputs alone are compared.")
@@ -148,7 +148,7 @@ def balance(
             eq, report = _without_data(files, spec, objective, certify)
     else:
         if stream:
-            raise typer.BadParameter(f"--stream goes with --objective norm; {objective} needs gradients")
+            raise typer.BadParameter(f"--stream goes with --objective norm or range; {objective} needs gradients")
         given = GivenSettings(optimizer, lr, batch_size, weight_decay, momentum, nesterov, dataset_size, betas)
         eq, report = _with_data(files, spec, objective, _explicit(given), data, certify)
     if as_json:
@@ -196,8 +196,6 @@ def _streamed(files: FileChoice, spec: str, objective: str) -> tuple[Equilibrium
     from noetherflow.cli.models import load_model
     from noetherflow.discovery import find_symmetries
 
-    if objective != "norm":
-        raise typer.BadParameter(f"--stream goes with --objective norm, got {objective}")
     console.print(
         "warning: --stream moves unchecked: symmetries are neither certified nor are outputs compared. Certify them "
         "on a small model of the same architecture (noetherflow find hf:CONFIG --certify)"
@@ -207,7 +205,15 @@ def _streamed(files: FileChoice, spec: str, objective: str) -> tuple[Equilibrium
         syms = find_symmetries(loaded.model, loaded.example_inputs)
     with console.status("solving") as status:
         progress = lambda name: status.update(f"solving: {name}")
-        eq = stored_equilibrium(files.source, loaded.model, syms, key=files.key, prefix=files.prefix, progress=progress)
+        eq = stored_equilibrium(
+            files.source,
+            loaded.model,
+            syms,
+            objective=objective,
+            key=files.key,
+            prefix=files.prefix,
+            progress=progress,
+        )
     return eq, files.move(loaded.model, eq, None, None, unchecked=True)
 
 

@@ -8,8 +8,9 @@ scale the same weights, passes are repeated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,46 @@ class Gap:
 
     log: Tensor
     known: Tensor
+
+
+class ChannelWeights(Protocol):
+    """Weights as the search for equal levels sees them: in memory, or on the disk."""
+
+    def is_matrix(self, parameter: str) -> bool:
+        """Whether a parameter has more than one axis."""
+
+    def levels(self, leg: Leg) -> Tensor:
+        """The levels of a leg's channels at the weights as they have been scaled, `[channels]`."""
+
+    def scale(self, torus: Symmetry, scales: Tensor) -> None:
+        """Scale the channels of a torus further, `[channels]`."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeldWeights:
+    """Weights in memory, which are scaled in place; `tensors`: positions by parameter name."""
+
+    tensors: dict[str, Tensor]
+    objective: LevelObjective
+
+    def is_matrix(self, parameter: str) -> bool:
+        return self.tensors[parameter].ndim > 1
+
+    def levels(self, leg: Leg) -> Tensor:
+        return self.objective.of_rows(leg.unfold(self.tensors[leg.parameter]).flatten(1))
+
+    def scale(self, torus: Symmetry, scales: Tensor) -> None:
+        for parameter in torus.parameters:
+            self.tensors[parameter] = torus.move(parameter, self.tensors[parameter], scales)
+
+
+@dataclass(frozen=True, eq=False)
+class LevelSearch:
+    """Where levels meet: logs of the scales by symmetry, what stays, and how the search went."""
+
+    logs: Mapping[str, Tensor]
+    stays: Mapping[str, Stays]
+    search: Search
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,27 +113,44 @@ def level_equilibrium(
         raise DataError(
             f"objective {objective.name!r} comes from the weights alone and has no errors: leave errors out"
         )
-    tori = {s.name: diagonal_part(s) for s in syms if not objective.met or s.name in objective.met}
     tensors = {n: t.detach().double().cpu() for n, t in positions_of(model, syms).items() if n in syms.parameters}
-    logs = {name: torch.zeros(torus.blocks, dtype=torch.float64) for name, torus in tori.items()}
-    stays = {s.name: held for s in syms if s.name in tori for held in _stays(s, tensors, objective)}
+    weights = HeldWeights(tensors, objective)
+    own = tuple(s for s in syms if not objective.met or s.name in objective.met)
     tolerance = TOLERANCE if options.tolerance is None else options.tolerance
+    found = levelled(own, weights, objective, tolerance, options.max_iterations if options.joint else 1)
+    search = replace(found.search, converged=found.search.converged or not options.joint)
+    elements = {s.name: element_of(s, found.logs[s.name].exp()) for s in own}
+    return equilibrium_at(model, syms, Destination(elements, objective.name, search, found.stays))
+
+
+def levelled(
+    symmetries: Sequence[Symmetry], weights: ChannelWeights, objective: LevelObjective, tolerance: float, passes: int
+) -> LevelSearch:
+    """Bring the levels of all channels together, one symmetry after the other, until no scale moves any more.
+
+    Args:
+        symmetries: Of general_linear ones the diagonal part moves.
+        weights: Their weights; at the end they have been scaled.
+        objective: What a level is.
+        tolerance: Logs of scales that count as 0.
+        passes: Over all symmetries, at most.
+    """
+    tori = {s.name: diagonal_part(s) for s in symmetries}
+    logs = {name: torch.zeros(torus.blocks, dtype=torch.float64) for name, torus in tori.items()}
+    stays = {s.name: held for s in symmetries for held in _stays(s, weights, objective)}
     first = worst = 0.0
     sweeps = 0
-    for sweeps in range(1, max(options.max_iterations if options.joint else 1, 1) + 1):
+    for sweeps in range(1, max(passes, 1) + 1):
         worst = 0.0
         for name, torus in tori.items():
-            gap = gap_of(torus, tensors, objective, logs[name])
+            gap = gap_of(torus, weights, objective, logs[name])
             worst = max(worst, float(gap.log.abs().max()))
             logs[name] = logs[name] + gap.log
-            for parameter in torus.parameters:
-                tensors[parameter] = torus.move(parameter, tensors[parameter], gap.log.exp())
+            weights.scale(torus, gap.log.exp())
         first = worst if sweeps == 1 else first
         if worst <= tolerance:
             break
-    found = {s.name: _element(s, logs[s.name].exp()) for s in syms if s.name in logs}
-    search = Search(_share(first), _share(worst), sweeps, worst <= tolerance or not options.joint)
-    return equilibrium_at(model, syms, Destination(found, objective.name, search, stays))
+    return LevelSearch(logs, stays, Search(_share(first), _share(worst), sweeps, worst <= tolerance))
 
 
 def diagonal_part(symmetry: Symmetry) -> Symmetry:
@@ -106,20 +164,20 @@ def diagonal_part(symmetry: Symmetry) -> Symmetry:
     return replace(symmetry, kind="diagonal", legs=legs)
 
 
-def gap_of(torus: Symmetry, tensors: dict[str, Tensor], objective: LevelObjective, log: Tensor) -> Gap:
+def gap_of(torus: Symmetry, weights: ChannelWeights, objective: LevelObjective, log: Tensor) -> Gap:
     """What the scales of a torus are to be multiplied by for its levels to meet.
 
     Args:
         torus: A scalar or diagonal symmetry.
-        tensors: Positions of its parameters now.
+        weights: Its weights now.
         objective: What a level is.
         log: Logs of the scales that led here, with which measured activations have grown.
 
     Returns:
         The gap. Where all legs scale the same way, all channels are brought to their geometric mean.
     """
-    down = _side(torus, -1, tensors, objective)
-    up = _met(torus, objective, log) if objective.met else _side(torus, 1, tensors, objective)
+    down = _side(torus, -1, weights)
+    up = _met(torus, objective, log) if objective.met else _side(torus, 1, weights)
     sides = [(side, sign) for side, sign in ((up, 1), (down, -1)) if side is not None]
     known = torch.stack([side.known for side, _ in sides]).all(0)
     if len(sides) == 1:
@@ -133,7 +191,7 @@ def gap_of(torus: Symmetry, tensors: dict[str, Tensor], objective: LevelObjectiv
     return Gap(torch.where(known, scale, torch.zeros_like(scale)), known)
 
 
-def _side(torus: Symmetry, sign: int, tensors: dict[str, Tensor], objective: LevelObjective) -> LegLevels | None:
+def _side(torus: Symmetry, sign: int, weights: ChannelWeights) -> LegLevels | None:
     """The levels on one side. Matrices alone count where there are any: vectors (biases, gains) are not quantised.
 
     Each matrix has its own quantisation step, so that the mean of the logs is taken over them; of several vectors, the
@@ -142,8 +200,8 @@ def _side(torus: Symmetry, sign: int, tensors: dict[str, Tensor], objective: Lev
     legs = [leg for leg in torus.weight_legs if leg.sign == sign]
     if not legs:
         return None
-    matrices = [leg for leg in legs if tensors[leg.parameter].ndim > 1]
-    levels = [objective.of_rows(leg.unfold(tensors[leg.parameter]).flatten(1)) for leg in matrices or legs]
+    matrices = [leg for leg in legs if weights.is_matrix(leg.parameter)]
+    levels = [weights.levels(leg) for leg in matrices or legs]
     if not matrices:
         levels = [torch.stack(levels).amax(0)]
     return _averaged(levels, matrices or legs[:1])
@@ -166,10 +224,10 @@ def _met(torus: Symmetry, objective: LevelObjective, log: Tensor) -> LegLevels:
     return LegLevels(torch.where(known, level, torch.ones_like(level)).log() + slope * log, slope, known)
 
 
-def _stays(symmetry: Symmetry, tensors: dict[str, Tensor], objective: LevelObjective) -> list[Stays]:
+def _stays(symmetry: Symmetry, weights: ChannelWeights, objective: LevelObjective) -> list[Stays]:
     """The channels without a level on one side, which stay where they are; nothing where all have both."""
     torus = diagonal_part(symmetry)
-    gap = gap_of(torus, tensors, objective, torch.zeros(torus.blocks, dtype=torch.float64))
+    gap = gap_of(torus, weights, objective, torch.zeros(torus.blocks, dtype=torch.float64))
     unknown = (~gap.known).reshape(symmetry.blocks, -1)
     if not bool(unknown.any()):
         return []
@@ -177,7 +235,7 @@ def _stays(symmetry: Symmetry, tensors: dict[str, Tensor], objective: LevelObjec
     return [Stays(unknown.any(1), why)]
 
 
-def _element(symmetry: Symmetry, scales: Tensor) -> Tensor:
+def element_of(symmetry: Symmetry, scales: Tensor) -> Tensor:
     """The scales of the diagonal part as an element of the symmetry itself."""
     if symmetry.is_torus:
         return scales

@@ -1,0 +1,190 @@
+"""Equal levels (`objective="range"`) of a checkpoint on disk: a few channels of one tensor are in memory at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from noetherflow.balance import cuts
+from noetherflow.balance.cuts import Cutting, Piece, cuttings
+from noetherflow.balance.motion import Motion
+from noetherflow.balance.pieces import Moves, ready
+from noetherflow.balance.stored_parts import Reading, StoredPart, spilled_settled
+from noetherflow.equilibrium.given import Stays
+from noetherflow.equilibrium.levels import diagonal_part, element_of, levelled
+from noetherflow.equilibrium.objective import LevelObjective
+from noetherflow.equilibrium.result import Settled
+from noetherflow.symmetry.leg import Leg
+from noetherflow.symmetry.symmetry import Symmetry
+
+
+def level_part(
+    symmetries: Sequence[Symmetry], reading: Reading, objective: LevelObjective, tolerance: float, passes: int
+) -> StoredPart:
+    """Where the levels of symmetries that share parameters meet; others than `objective.met` names stay, if it does.
+
+    Args:
+        symmetries: all that move one of these parameters.
+        reading: the stored weights.
+        objective: what a level is.
+        tolerance: logs of scales that count as 0.
+        passes: over all symmetries, at most.
+    """
+    own = tuple(s for s in symmetries if not objective.met or s.name in objective.met)
+    shapes = {n: tuple(reading.weights[n].shape) for s in symmetries for n in s.parameters}
+    tori = {s.name: _plain(diagonal_part(s), shapes) for s in own}
+    logs = {n: torch.zeros(torus.blocks, dtype=torch.float64) for n, torus in tori.items()}
+    found = levelled(own, StoredLevels(reading, objective, tori, logs), objective, tolerance, passes)
+    elements = {s.name: element_of(s, found.logs[s.name].exp()) for s in own}
+    now, there = _sums(symmetries, reading, {}), _sums(symmetries, reading, elements)
+    settled = [_settled(s, elements.get(s.name, s.identity()), now, there, found.stays.get(s.name)) for s in symmetries]
+    search = found.search
+    return StoredPart(
+        spilled_settled(settled), search.imbalance_now, search.imbalance, search.sweeps, search.sweeps,
+        search.converged, now.norm, there.norm,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class StoredLevels:
+    """Stored weights and the scales that their channels have been given so far.
+
+    Attributes:
+        reading: the stored weights.
+        objective: what a level is.
+        tori: by name the symmetries, of general_linear ones the diagonal part.
+        logs: by name the logs of the scales; `scale` adds to them.
+    """
+
+    reading: Reading
+    objective: LevelObjective
+    tori: Mapping[str, Symmetry]
+    logs: dict[str, Tensor]
+
+    def is_matrix(self, parameter: str) -> bool:
+        return self.reading.weights[parameter].ndim > 1
+
+    def scale(self, torus: Symmetry, scales: Tensor) -> None:
+        self.logs[torus.name] = self.logs[torus.name] + scales.log()
+
+    def levels(self, leg: Leg) -> Tensor:
+        """The levels of a leg's channels, from some of its channels after the other."""
+        name = leg.parameter
+        self.reading.progress(name)
+        tensor = self.reading.weights[name]
+        moves = [(s, self.logs[n].exp()) for n, s in self.tori.items() if name in s.parameters]
+        own = plain_leg(leg, tuple(tensor.shape))
+        asked = Symmetry(f"levels of {name}", "levels", "diagonal", (own,))
+        for cutting in cuttings([*(s for s, _ in moves), asked], name, tensor.shape):
+            cut = cutting.cuts[-1][0]
+            if cut.along and len(cut.axes) == 1:
+                return self._by_channels(cutting, own, moves, tensor)
+        theta = tensor.double() + own.offset
+        for s, scales in moves:
+            theta = s.move(name, theta, scales)
+        return self.objective.of_rows(leg.unfold(theta).flatten(1))
+
+    def _by_channels(self, cutting: Cutting, leg: Leg, moves: Moves, tensor: Tensor) -> Tensor:
+        dtype = torch.float32 if tensor.element_size() < 4 else torch.float64
+        move = ready(cutting, moves, (0.0,) * len(cutting.cuts), tensor, dtype)
+        channels = torch.as_tensor(leg.index[:, 0])
+        entries = leg.replicas * tensor.numel() // tensor.shape[cutting.axis]
+        found = []
+        for rows in torch.split(channels, max(1, cuts.PIECE // max(entries, 1))):
+            part = move.of(tensor, Piece(rows.reshape(-1)), leg.offset)
+            own = part.movedim(cutting.axis, 0).reshape(len(rows), -1)
+            found.append(self.objective.of_rows(own).double())
+        return torch.cat(found)
+
+
+def _plain(torus: Symmetry, shapes: Mapping[str, tuple[int, ...]]) -> Symmetry:
+    """The same symmetry with all legs on stored parameters as `plain_leg` has them."""
+    legs = (plain_leg(leg, shapes[leg.parameter]) if leg.parameter in shapes else leg for leg in torus.legs)
+    return replace(torus, legs=tuple(legs))
+
+
+def plain_leg(leg: Leg, shape: tuple[int, ...]) -> Leg:
+    """The same rows, named along one axis of the parameter itself where they lie along one; else the leg as it is.
+
+    Example:
+        Channel `j` of a leg that views `[4, 6]` as `[2, 2, 6]` and runs along the second axis has rows `j` and `2 + j`.
+
+        >>> plain_leg(Leg("w", np.arange(2).reshape(2, 1, 1), 1, (1,), (2, 2, 6)), (4, 6)).index[:, 0].tolist()
+        [[0, 2], [1, 3]]
+    """
+    view = shape if leg.view is None else leg.view
+    axes = [a % len(view) for a in leg.axes]
+    if leg.view is None and len(axes) == 1:
+        return replace(leg, axes=(axes[0],))
+    for axis in range(len(shape)):
+        inside = _axes_within(view, shape, axis)
+        if inside and set(axes) <= set(inside):
+            coordinates = leg.entry_coordinates(shape).reshape([view[a] for a in axes]).transpose(np.argsort(axes))
+            spread = coordinates.reshape([view[a] if a in axes else 1 for a in inside])
+            by_row = np.broadcast_to(spread, [view[a] for a in inside]).reshape(-1)
+            order = np.argsort(by_row, kind="stable")[int((by_row < 0).sum()) :]
+            if len(order) % leg.blocks == 0 and len(set(np.bincount(by_row[by_row >= 0], minlength=leg.blocks))) == 1:
+                return replace(leg, view=None, axes=(axis,), index=order.reshape(leg.blocks, 1, -1))
+    return leg
+
+
+def _axes_within(view: Sequence[int], shape: Sequence[int], axis: int) -> list[int]:
+    """The axes of the view that together make one axis of the parameter; none where the view mixes it with others."""
+    before = math.prod(shape[:axis])
+    inside = [a for a in range(len(view)) if before <= math.prod(view[:a]) < before * shape[axis]]
+    whole = inside and math.prod(view[: inside[0]]) == before
+    return inside if whole and math.prod(view[a] for a in inside) == shape[axis] else []
+
+
+@dataclass(frozen=True, eq=False)
+class _Sums:
+    """Grams by symmetry and leg, and the squared norm of all parameters."""
+
+    grams: Mapping[tuple[str, int], Tensor]
+    norm: float
+
+
+def _sums(symmetries: Sequence[Symmetry], reading: Reading, elements: Mapping[str, Tensor]) -> _Sums:
+    """The sums of the stored weights under these elements. The norm is that of the stored numbers, without offsets."""
+    places: dict[str, list[tuple[Symmetry, int]]] = {}
+    for s in symmetries:
+        for j, leg in enumerate(s.weight_legs):
+            places.setdefault(leg.parameter, []).append((s, j))
+    movers = [s for s in symmetries if s.name in elements]
+    motion, grams, norm = Motion(movers, elements), dict[tuple[str, int], Tensor](), 0.0
+    for name, own in places.items():
+        moves = [(s, elements[s.name]) for s in movers if name in s.parameters]
+        found = reading.moved(name, moves, [(s, s.weight_legs[j]) for s, j in own])
+        grams |= {(s.name, j): gram for (s, j), gram in zip(own, found.grams, strict=True)}
+        offset = any(name in s.offsets for s, _ in own)
+        norm += float(motion.weight(name, reading.weights[name]).square().sum()) if offset else found.norm
+    return _Sums(grams, norm)
+
+
+def _settled(s: Symmetry, element: Tensor, now: _Sums, there: _Sums, held: Stays | None) -> Settled:
+    """One symmetry of the answer, as `equilibrium.given.equilibrium_at` has it."""
+    nothing = torch.zeros(s.blocks, dtype=torch.float64)
+    before, after = (
+        s.combine(tuple(sums.grams[s.name, j] for j in range(len(s.weight_legs)))) for sums in (now, there)
+    )
+    return Settled(
+        name=s.name,
+        family=s.family,
+        kind=s.kind,
+        element=element,
+        classification="finite" if held is None else "degenerate",
+        charge_now=before,
+        charge=after,
+        weight_grams=(),
+        noise_grams=(),
+        imbalance_now=nothing,
+        imbalance=nothing,
+        finite=torch.ones(s.blocks, dtype=torch.bool) if held is None else ~held.coordinates,
+        reason="" if held is None else held.reason,
+        eps=s.eps,
+    )
