@@ -14,7 +14,7 @@ from noetherflow.balance import cuts
 from noetherflow.balance.cuts import Cutting, Piece, cuttings
 from noetherflow.balance.motion import Motion
 from noetherflow.balance.pieces import Moves, ready
-from noetherflow.balance.stored_parts import Reading, StoredPart, spilled_settled
+from noetherflow.balance.stored_parts import StoredPart, StoredReading, spilled_settled
 from noetherflow.equilibrium.given import Stays
 from noetherflow.equilibrium.levels import diagonal_part, element_of, levelled
 from noetherflow.equilibrium.objective import LevelObjective
@@ -24,7 +24,7 @@ from noetherflow.symmetry.symmetry import Symmetry
 
 
 def level_part(
-    symmetries: Sequence[Symmetry], reading: Reading, objective: LevelObjective, tolerance: float, passes: int
+    symmetries: Sequence[Symmetry], reading: StoredReading, objective: LevelObjective, tolerance: float, passes: int
 ) -> StoredPart:
     """Where the levels of symmetries that share parameters meet; others than `objective.met` names stay, if it does.
 
@@ -61,7 +61,7 @@ class StoredLevels:
         logs: by name the logs of the scales; `scale` adds to them.
     """
 
-    reading: Reading
+    reading: StoredReading
     objective: LevelObjective
     tori: Mapping[str, Symmetry]
     logs: dict[str, Tensor]
@@ -149,7 +149,7 @@ class _Sums:
     norm: float
 
 
-def _sums(symmetries: Sequence[Symmetry], reading: Reading, elements: Mapping[str, Tensor]) -> _Sums:
+def _sums(symmetries: Sequence[Symmetry], reading: StoredReading, elements: Mapping[str, Tensor]) -> _Sums:
     """The sums of the stored weights under these elements. The norm is that of the stored numbers, without offsets."""
     places: dict[str, list[tuple[Symmetry, int]]] = {}
     for s in symmetries:

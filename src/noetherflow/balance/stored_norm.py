@@ -15,7 +15,7 @@ from noetherflow.balance.layout import open_checkpoint
 from noetherflow.balance.names import match_names
 from noetherflow.balance.stored import RenamedTensors
 from noetherflow.balance.stored_levels import level_part
-from noetherflow.balance.stored_parts import Reading, StoredPart, components, joined, spilled_settled
+from noetherflow.balance.stored_parts import StoredPart, StoredReading, components, joined, spilled_settled
 from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.blocks import TorusClasses, gl_frame
 from noetherflow.equilibrium.conditioning import ROUNDING, Stretches, stretch
@@ -85,7 +85,7 @@ def stored_equilibrium(
     opened = open_checkpoint(source, key)
     names = match_names(model, opened.stored, opened.path, prefix, opened.adapter)
     shapes = {n: tuple(t.shape) for n, t in tensors_of(model).items()}
-    reading = Reading(
+    reading = StoredReading(
         RenamedTensors(opened.stored, names.stored_names, names.parts, shapes), progress or (lambda name: None)
     )
     syms = syms.trainable(model)
@@ -112,7 +112,7 @@ class StoredOrbit:
     """
 
     symmetries: tuple[Symmetry, ...]
-    reading: Reading
+    reading: StoredReading
     own: Mapping[tuple[int, int], Tensor]
     shared: Mapping[str, tuple[tuple[int, int], ...]]
 
@@ -146,7 +146,9 @@ class StoredOrbit:
         return g @ gram @ g.mT
 
 
-def _orbit(symmetries: Sequence[Symmetry], grams: Mapping[tuple[str, int], Tensor], reading: Reading) -> StoredOrbit:
+def _orbit(
+    symmetries: Sequence[Symmetry], grams: Mapping[tuple[str, int], Tensor], reading: StoredReading
+) -> StoredOrbit:
     """The orbit, with the legs that meet others apart from those that do not."""
     shared = {
         name: places
@@ -201,7 +203,7 @@ def _kappa(symmetries: Sequence[Symmetry], weights: Mapping[str, Tensor]) -> tup
     return tuple(torch.full((s.blocks,), k, dtype=torch.float64) for s, k in zip(symmetries, largest, strict=True))
 
 
-def _norm_part(symmetries: Sequence[Symmetry], reading: Reading, eps: float, max_iterations: int) -> StoredPart:
+def _norm_part(symmetries: Sequence[Symmetry], reading: StoredReading, eps: float, max_iterations: int) -> StoredPart:
     """The least norm over symmetries that share parameters."""
     weights = reading.weights
     grams = {(s.name, j): reading.gram(s, leg) for s in symmetries for j, leg in enumerate(s.weight_legs)}

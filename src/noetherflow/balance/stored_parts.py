@@ -16,7 +16,7 @@ from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class StoredReading:
     """Stored weights as a solve sees them, read when they are needed; `progress` is told the name of each."""
 
     weights: Mapping[str, Tensor]
