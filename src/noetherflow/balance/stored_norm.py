@@ -52,8 +52,7 @@ def stored_equilibrium(
     The sums of squares or the levels that the answer depends on are taken from pieces of one tensor after the other,
     and symmetries that share no parameter (those of different layers) are solved one group after the other. Tensors on
     which legs of several symmetries meet are read again in every sweep. What is kept of a group, its elements and
-    charges, waits in a temporary file, so that memory does not grow with the depth of the model, but for some small
-    vectors. The result holds no Grams.
+    charges, waits in a temporary file, but for some small vectors. The result holds no Grams.
 
     Args:
         source: the checkpoint (`read_checkpoint`).
