@@ -130,9 +130,10 @@ def assumptions(config: AdaptiveConfig, feedback: SquareFeedback | None = None) 
     b2 = config.betas[1]
     return (
         frozen,
-        f"v (an average over {round(1 / (1 - b2)):,} steps) is slow against the fluctuations of the weights: (1 - b2) "
-        "much less than lr times the curvatures that carry them, in v's metric. Without curvature that is unknown; at "
-        "b2 = 0.95 it usually fails, and the equilibrium is off by factors",
+        "v is slow against the fluctuations of the weights: it averages over "
+        f"{round(1 / (1 - b2)):,} steps, and (1 - b2) must be much less than lr times the curvatures that carry them, "
+        "in v's metric. Without curvature that is unknown; at b2 = 0.95 it usually fails, and the equilibrium is off "
+        "by factors",
     )
 
 

@@ -117,7 +117,9 @@ class StateFlow:
         many = "" if self.snapshots == 1 else f", mean of {self.snapshots} snapshots"
         lines = [f"Noether flow from the state of {what}{when}, lr {self.lr:g}{many}"]
         lines += [table(transposed(self.families()), *self._explained()) if self.details else "(no symmetry)"]
-        lines += [f"  {line}" for line in assumed(self.assumptions(), verbose)]
+        tested = self._tested()
+        rests = assumed([a for a in self.assumptions() if a not in tested], verbose)
+        lines += [f"  {line}" for line in (*tested, *rests)]
         for why in dict.fromkeys(self.excluded.values()):
             names = [n for n, reason in self.excluded.items() if reason == why]
             more = "" if len(names) == 1 else f" and {len(names) - 1:,} more"

@@ -176,10 +176,10 @@ class LeftOut(Mapping[str, Tensor]):
         self._total, self._group, self._share = total, group, share
 
     def __getitem__(self, name: str) -> Tensor:
-        total, weight = self._total[name], self._share / (1 - self._share)
+        total, share = self._total[name], self._share
         held = self._group.held[name] if isinstance(self._group, PackedTensors) else self._group[name]
-        rest = held.times(-weight).unpack() if isinstance(held, PackedTensor) else held * -weight
-        return rest.to(total.dtype).add_(total, alpha=1 + weight)
+        rest = held.times(-share).unpack() if isinstance(held, PackedTensor) else held * -share
+        return rest.to(total.dtype).add_(total).div_(1 - share)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._group)
