@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parent.parent / "src"
 LIBRARY, PAPER = SOURCE / "noetherflow", SOURCE / "noetherflow_paper"
 
 LAYERS = ["errors", "core", "symmetry", "discovery moments", "equilibrium", "balance", "monitor",
-          "diagnosis", "analysis workloads extend", "report", "cli", "__main__"]  # fmt: skip
+          "diagnosis measured", "analysis workloads extend", "report", "cli", "__main__"]  # fmt: skip
 """Folders and modules of the library from the bottom up; those of one line never import each other."""
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 MODULES = sorted(p for p in LIBRARY.rglob("*.py") if p != LIBRARY / "__init__.py")

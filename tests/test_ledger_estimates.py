@@ -15,8 +15,9 @@ from torch import nn
 import noetherflow as nf
 from noetherflow.monitor.estimates import angle, distance, orbit_forces, relaxation_steps
 from noetherflow.monitor.ledger import Ledger
+from noetherflow.monitor.realised_rules import RealisedRule, RealisedSettings
 from noetherflow.monitor.rule import StepSettings
-from noetherflow.monitor.rules import AdamRule, RealisedRule, RealisedSettings, SGDRule
+from noetherflow.monitor.rules import AdamRule, SGDRule
 from test_ledger import backward, batches, mlp, mlp_symmetries
 
 positive = st.floats(0.05, 20.0)

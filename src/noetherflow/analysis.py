@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
@@ -22,27 +20,23 @@ from noetherflow.core.optimizers import Settings, check_settings, described, opt
 from noetherflow.core.printing import count, legend_lines
 from noetherflow.core.settings import SGDConfig
 from noetherflow.core.shown import Shown
-from noetherflow.core.tensors import tensors_of
-from noetherflow.core.torch_internals import has_gradient_hooks
 from noetherflow.core.unwrap import unwrap, unwrap_optimizer
 from noetherflow.diagnosis.finding import Diagnosis
 from noetherflow.diagnosis.of_model import Examined, diagnose_measurement
-from noetherflow.discovery import Certificate, certify, find_symmetries
-from noetherflow.equilibrium import Equilibrium, noise_equilibrium, result
+from noetherflow.discovery import Certificate
+from noetherflow.equilibrium import Equilibrium, result
 from noetherflow.equilibrium import flow as flows
 from noetherflow.equilibrium.charge_flow import norm_where
 from noetherflow.equilibrium.flow import Flow, noether_flow
 from noetherflow.equilibrium.sharpness import Sharpness, sharpness_forecast
 from noetherflow.equilibrium.validity import SquareMemory, square_memory
 from noetherflow.errors import DataError, MomentError, NoetherflowError
-from noetherflow.moments import GradientMoments, gradient_moments, minibatch_moments
-from noetherflow.moments.batch import tensors_in
-from noetherflow.moments.batch_statistics import running_statistics, uses_batch_statistics
+from noetherflow.measured import MeasuredModel, measure, samples_in
+from noetherflow.moments import GradientMoments
+from noetherflow.moments.batch_statistics import uses_batch_statistics
 from noetherflow.symmetry import symmetry_set
-from noetherflow.symmetry.heads import with_scales
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
-BATCH_STATISTICS = "holds with batch statistics only: model.train()"
 SAMPLES, CURVED, PROBES = 2048, 128, 16
 REPLICATES, MOST_REPLICATES = 12, 256
 """Samples taken from a loader for gradients, and of these for curvature; Hessian products for its trace;
@@ -289,11 +283,6 @@ def settings_of(optimizer: Any, batches: Iterable[Any], batch_size: int | None, 
         return optimizer_config(at_peak, size, model=model)
 
 
-def samples_in(batch: Any) -> int:
-    """How many samples a batch has: the length of its first tensor that has one."""
-    return next((len(t) for t in tensors_in(batch) if t.ndim), 0)
-
-
 def _taken(batches: Iterable[Any], samples: int, least: int) -> list[Any]:
     """All batches of a list; of a loader as many as hold the samples wanted, and at least so many batches.
 
@@ -389,61 +378,3 @@ def _curvature(
         if wanted:
             raise
     return None
-
-
-@dataclass(frozen=True, eq=False)
-class MeasuredModel:
-    """Symmetries, their certificate and one measurement; `again` measures at another point."""
-
-    symmetries: SymmetrySet
-    certificate: Certificate
-    moments: GradientMoments
-    again: Callable[[nn.Module], GradientMoments]
-
-    def equilibrium(self, model: nn.Module, sgd: Settings, **options: Any) -> Equilibrium:
-        """`noise_equilibrium` from this measurement, re-measured where that is needed; `options` go there."""
-        return noise_equilibrium(model, self.symmetries, self.moments, sgd, remeasure=self.again, **options)
-
-
-def measure(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Sequence[Any],
-    example_inputs: Any,
-    *,
-    scales: bool = False,
-    progress: Callable[[str], None] = lambda stage: None,
-) -> MeasuredModel:
-    """The first stages of `analyze`: find and certify the symmetries, measure the gradient noise along them.
-
-    With `scales` matrix symmetries are replaced by the scale of each block once they are certified.
-    """
-    progress("tracing the model")
-    syms = find_symmetries(model, example_inputs).trainable(model)
-    progress("certifying the symmetries")
-    certificate = certify(model, syms, example_inputs)
-    syms = syms.without(certificate.refused)
-    syms = with_scales(syms) if scales else syms
-    progress("measuring gradient moments")
-    if uses_batch_statistics(model.modules()):
-        again = _by_minibatch(loss_fn, batches, syms)
-        return MeasuredModel(syms, certificate, again(model), again)
-    syms = syms.without(dict.fromkeys(running_statistics(syms), BATCH_STATISTICS))
-    again = partial(gradient_moments, loss_fn=loss_fn, batches=batches, syms=syms, entries=True)
-    return MeasuredModel(syms, certificate, again(model, parameters=_used(model, loss_fn, batches[0])), again)
-
-
-def _used(model: nn.Module, loss_fn: LossFn, batch: Any) -> list[str]:
-    """The trainable parameters that the loss of a batch depends on, but for those with hooks on their gradients."""
-    named = {n: t for n, t in tensors_of(unwrap(model)).items() if t.requires_grad and not has_gradient_hooks(t)}
-    if not named:
-        return []
-    found = torch.autograd.grad(loss_fn(model, batch).sum(), list(named.values()), allow_unused=True)
-    return [n for n, g in zip(named, found, strict=True) if g is not None]
-
-
-def _by_minibatch(loss_fn: LossFn, batches: Sequence[Any], syms: SymmetrySet) -> Callable[[nn.Module], GradientMoments]:
-    """`minibatch_moments` of a model, each batch a replicate; batches of another size than the first are left out."""
-    sizes = [samples_in(batch) for batch in batches]
-    whole = [b for b, size in zip(batches, sizes, strict=True) if size == sizes[0]]
-    return partial(minibatch_moments, loss_fn=loss_fn, batches=whole, syms=syms, batch_size=sizes[0], entries=True)

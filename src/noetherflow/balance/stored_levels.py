@@ -15,7 +15,7 @@ from noetherflow.balance.cuts import Cutting, Piece, cuttings
 from noetherflow.balance.motion import Motion
 from noetherflow.balance.pieces import Moves, ready
 from noetherflow.balance.stored_parts import StoredPart, StoredReading, spilled_settled
-from noetherflow.equilibrium.given import Stays
+from noetherflow.equilibrium.given import Stays, settled_at
 from noetherflow.equilibrium.levels import diagonal_part, element_of, levelled
 from noetherflow.equilibrium.objective import LevelObjective
 from noetherflow.equilibrium.result import Settled
@@ -167,24 +167,7 @@ def _sums(symmetries: Sequence[Symmetry], reading: StoredReading, elements: Mapp
 
 
 def _settled(s: Symmetry, element: Tensor, now: _Sums, there: _Sums, held: Stays | None) -> Settled:
-    """One symmetry of the answer, as `equilibrium.given.equilibrium_at` has it."""
-    nothing = torch.zeros(s.blocks, dtype=torch.float64)
-    before, after = (
-        s.combine(tuple(sums.grams[s.name, j] for j in range(len(s.weight_legs)))) for sums in (now, there)
-    )
-    return Settled(
-        name=s.name,
-        family=s.family,
-        kind=s.kind,
-        element=element,
-        classification="finite" if held is None else "degenerate",
-        charge_now=before,
-        charge=after,
-        weight_grams=(),
-        noise_grams=(),
-        imbalance_now=nothing,
-        imbalance=nothing,
-        finite=torch.ones(s.blocks, dtype=torch.bool) if held is None else ~held.coordinates,
-        reason="" if held is None else held.reason,
-        eps=s.eps,
-    )
+    """One symmetry of the answer, without the Grams of its weights."""
+    legs = range(len(s.weight_legs))
+    before, after = (s.combine(tuple(sums.grams[s.name, j] for j in legs)) for sums in (now, there))
+    return settled_at(s, element, (before, after), (), held)

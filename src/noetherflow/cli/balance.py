@@ -254,7 +254,7 @@ def _with_data(
     files: FileChoice, spec: str, objective: str, given: GivenSettings, data: str | None, certified: bool
 ) -> tuple[Equilibrium, BalanceReport]:
     """With gradients, from a model with its loss and data."""
-    from noetherflow.analysis import measure
+    from noetherflow.measured import measure
     from noetherflow.workloads import load_workload
 
     sgd = given.settings()

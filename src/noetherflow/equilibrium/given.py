@@ -138,13 +138,14 @@ def equilibrium_at(model: nn.Module, syms: SymmetrySet, destination: Destination
     for s in syms:
         if s.name in destination.elements:
             there |= s.act(there, destination.elements[s.name])
-    settled = tuple(
-        _settled(s, destination.elements.get(s.name, s.identity()), now, there, stays.get(s.name)) for s in syms
-    )
+    settled = []
+    for s in syms:
+        element, at = destination.elements.get(s.name, s.identity()), s.positions(there)
+        settled.append(settled_at(s, element, (s.charge(now), s.form(at)), s.grams(at), stays.get(s.name)))
     moved = dict.fromkeys(n for s in syms for n in s.parameters)
     return Equilibrium(
         objective=destination.objective,
-        settled=settled,
+        settled=tuple(settled),
         imbalance_now=search.imbalance_now,
         imbalance=search.imbalance,
         iterations=search.sweeps,
@@ -160,11 +161,18 @@ def equilibrium_at(model: nn.Module, syms: SymmetrySet, destination: Destination
     )
 
 
-def _settled(
-    s: Symmetry, element: Tensor, now: Mapping[str, Tensor], there: Mapping[str, Tensor], held: Stays | None
+def settled_at(
+    s: Symmetry, element: Tensor, charges: tuple[Tensor, Tensor], grams: tuple[Tensor, ...], held: Stays | None
 ) -> Settled:
-    """One symmetry of `equilibrium_at`."""
-    at = s.positions(there)
+    """One symmetry that an element takes to a given point, with its charge before and after.
+
+    Args:
+        s: the symmetry.
+        element: the identity where nothing moves.
+        charges: now, and at the point.
+        grams: of the weights on its legs at the point; empty where they are not kept.
+        held: what stays of it, and why.
+    """
     nothing = torch.zeros(s.blocks, dtype=torch.float64)
     return Settled(
         name=s.name,
@@ -172,9 +180,9 @@ def _settled(
         kind=s.kind,
         element=element,
         classification="finite" if held is None else "degenerate",
-        charge_now=s.charge(now),
-        charge=s.form(at),
-        weight_grams=s.grams(at),
+        charge_now=charges[0],
+        charge=charges[1],
+        weight_grams=grams,
         noise_grams=(),
         imbalance_now=nothing,
         imbalance=nothing,

@@ -53,9 +53,8 @@ class Regime:
             return []
         return [
             f"NOT VALID as a drift: momentum remembers {self.memory:.0f} steps and counts the mean gradient as "
-            f"constant "
-            f"over them, but it lasts {self._steps()} at most, fewer than {LASTING:.0f} memories; where gradients turn "
-            f"sooner the drift is smaller by up to {2 * self.memory - 1:.0f} times; {self.advice}"
+            f"constant over them, but it lasts {self._steps()} at most, fewer than {LASTING:.0f} memories; where "
+            f"gradients turn sooner the drift is smaller by up to {2 * self.memory - 1:.0f} times; {self.advice}"
         ]
 
     def __str__(self) -> str:
@@ -70,9 +69,8 @@ class Regime:
         """What is valid beyond the horizon."""
         return (
             f"by step {self._steps()} the measured mean gradient would have used up the loss, so gradients and "
-            f"noise are "
-            "others by then; valid is the drift along the run: nf.Ledger books it step by step, and snapshots of the "
-            "momentum buffer give it, nf.noether_flow(model, syms, optimizer=optimizer)"
+            "noise are others by then; valid is the drift along the run: nf.Ledger books it step by step, and "
+            "snapshots of the momentum buffer give it, nf.noether_flow(model, syms, optimizer=optimizer)"
         )
 
     def to_dict(self) -> dict[str, Any]:

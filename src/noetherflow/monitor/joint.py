@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from noetherflow.errors import DataError
+from noetherflow.monitor.realised_rules import RealisedRule
 from noetherflow.monitor.rule import AnyRule, Group
-from noetherflow.monitor.rules import RealisedRule, rule_for
+from noetherflow.monitor.rules import rule_for
 
 Hook = Callable[..., Any]
 

@@ -280,7 +280,7 @@ def ledger_rule(optimizer_class: type[torch.optim.Optimizer]) -> Callable[[R], R
         DataError: `optimizer_class` is no optimiser class, or what is decorated is no `LedgerRule` class.
 
     Example:
-        >>> from noetherflow.monitor.rules import RealisedRule
+        >>> from noetherflow.monitor.realised_rules import RealisedRule
         >>> class Mine(torch.optim.SGD):
         ...     def step(self, closure=None):
         ...         return super().step(closure)

@@ -7,7 +7,7 @@ import os
 from array import array
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
@@ -19,6 +19,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from noetherflow.errors import DataError
 from noetherflow.monitor.books import CAUSES, FIELDS, PRECONDITIONED_FIELDS
 from noetherflow.monitor.log import LOG_NAME, parse_line, read_log, unreadable
+from noetherflow.monitor.row_form import wrong_form
 
 SPIKE = 10.0
 USUAL = 0.9
@@ -27,9 +28,6 @@ CHUNK = 8192
 PACK = 2048
 MOST = 10_000
 """Events of one kind that are kept of a log; the others are counted."""
-NEEDED = [f for f in FIELDS if f != "outside"]
-"""Fields that every log has; earlier versions did not write `outside`."""
-NUMBERS = (int, float, type(None))
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +221,7 @@ class _Rows:
 
     def add(self, row: dict[str, Any], number: int = 0) -> None:
         """Take in one line of the log."""
-        why = _wrong_form(row, self._latest)
+        why = wrong_form(row, self._latest)
         if why:
             self._event(unreadable(number, why, max(self._last, 0)))
         elif row["kind"] == "run":
@@ -323,57 +321,6 @@ class _Rows:
             layer,
             mean_share,
         )
-
-
-def _wrong_form(row: dict[str, Any], header: Mapping[str, Any]) -> str:
-    """Why a line cannot be taken as what it says it is, given the header before it; "" if it can."""
-    kind = row.get("kind")
-    if row.get("step", 0) < 0:
-        return "a step below 0"
-    if kind == "run":
-        return "" if _is_header(row) else "a header without its names"
-    if kind == "event":
-        if row.get("event") == "stride" and not (type(row.get("every")) is int and row["every"] > 0):
-            return "a stride that is no number"
-        return "" if isinstance(row.get("event"), str) else "an event without a name"
-    if kind in ("step", "estimates") and not header:
-        return f"a {kind} row before any header"
-    if kind == "step":
-        family = row.get("family")
-        whole = isinstance(family, dict) and all(_is_row(family.get(f), len(header["families"])) for f in NEEDED)
-        beside = row.get("preconditioned_family", {})
-        whole = whole and isinstance(beside, dict)
-        whole = whole and all(_is_row(v, len(header["families"])) for v in beside.values())
-        whole = whole and isinstance(row.get("lr"), NUMBERS) and isinstance(row.get("loss"), NUMBERS)
-        return "" if whole else "a step without the numbers of its families"
-    if kind == "estimates":
-        columns = row.get("symmetry")
-        whole = isinstance(columns, dict) and all(_is_row(v, len(header["symmetries"])) for v in columns.values())
-        layer = row.get("layer", {})
-        whole = whole and isinstance(layer, dict) and isinstance(row.get("mean_share"), NUMBERS)
-        whole = whole and all(_is_row(v, len(header.get("layers", ()))) for v in layer.values())
-        return "" if whole else "estimates without the numbers of their symmetries"
-    return ""
-
-
-def _is_header(row: dict[str, Any]) -> bool:
-    """Whether a header names what it must, in words, and has a stride that is a number."""
-    symmetries, families = row.get("symmetries"), row.get("families")
-    named = isinstance(symmetries, list) and all(
-        isinstance(s, dict) and isinstance(s.get("name"), str) and isinstance(s.get("one_sided"), bool)
-        for s in symmetries
-    )
-    words = isinstance(families, list) and all(isinstance(f, str) for f in families)
-    stride = row.get("every", 1)
-    said = isinstance(row.get("time"), str) and isinstance(row.get("optimizer"), str)
-    return named and words and said and type(stride) is int and stride > 0
-
-
-def _is_row(values: Any, length: int) -> bool:
-    """A list (or tuple) of so many numbers, None for unknown ones."""
-    if not isinstance(values, (list, tuple)) or len(values) != length:
-        return False
-    return all(isinstance(v, NUMBERS) for v in values)
 
 
 class RunReader:
