@@ -87,7 +87,7 @@ def adaptive_equilibrium(
     symmetries, feedback = tuple(syms), options.feedback
     if feedback is not None:
         feedback.refuse_other(model, config)
-    starts = _starts(model, symmetries, moments, config)
+    starts = _starts(model, symmetries, moments, config, feedback)
     movers = [s for s in starts if bool(s.classes.finite.any())]
     task = _RootTask(model, tuple(s.symmetry for s in movers), tuple(s.classes for s in movers), config, options)
     orbit = task.orbit(moments)
@@ -148,16 +148,24 @@ class _RootStart:
 
 
 def _starts(
-    model: nn.Module, symmetries: Sequence[Symmetry], moments: GradientMoments, config: AdaptiveConfig
+    model: nn.Module,
+    symmetries: Sequence[Symmetry],
+    moments: GradientMoments,
+    config: AdaptiveConfig,
+    feedback: SquareFeedback | None,
 ) -> list[_RootStart]:
+    """Every symmetry where it is. Which coordinates settle is asked of noise and decay alone: the feedback shifts
+    where, and makes no equilibrium of its own.
+    """
     orbit = root_orbit(model, symmetries, moments, config, joint=False)
+    followed = with_feedback(orbit, feedback, reference_lr(config))
     identity = [s.identity() for s in symmetries]
-    point, now = orbit.at(identity), charges(orbit, identity)
-    out = []
-    for s, pairs, charge in zip(symmetries, point.pairs, now, strict=True):
-        x, y = drives(s, pairs, orbit.potential)
-        classes = classify_torus(x, y)
-        out.append(_RootStart(s, classes, imbalance(s, classes, x, y), charge))
+    now, out = charges(orbit, identity), []
+    for s, frozen, pairs, charge in zip(
+        symmetries, orbit.at(identity).pairs, followed.at(identity).pairs, now, strict=True
+    ):
+        classes = classify_torus(*drives(s, frozen, orbit.potential))
+        out.append(_RootStart(s, classes, imbalance(s, classes, *drives(s, pairs, orbit.potential)), charge))
     return out
 
 
@@ -174,7 +182,7 @@ class _RootTask:
     def orbit(self, moments: GradientMoments) -> MeasuredOrbit:
         """The orbit of these symmetries by these moments."""
         orbit = root_orbit(self.model, self.symmetries, moments, self.config, joint=self.options.joint)
-        return with_feedback(orbit, self.options.feedback, reference_lr(self.config))
+        return with_feedback(orbit, self.options.feedback, reference_lr(self.config), joint=self.options.joint)
 
     def solve(self, orbit: MeasuredOrbit, start: list[Tensor] | None = None, tolerance: float | None = None) -> Minimum:
         """The minimum of Psi; `tolerance` by default that of the options."""

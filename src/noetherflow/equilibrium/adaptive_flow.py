@@ -12,6 +12,7 @@ from noetherflow.core.adaptive import AdamConfig
 from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.adaptive import adaptive_equilibrium, adaptive_regime, covered
 from noetherflow.equilibrium.charge_flow import ChargeFlow
+from noetherflow.equilibrium.feedback import SquareFeedback, with_feedback
 from noetherflow.equilibrium.forecast import TooFast, all_reached
 from noetherflow.equilibrium.invariance import cautions, refuse_other_moments
 from noetherflow.equilibrium.lag import lagging_forecast
@@ -61,23 +62,30 @@ class ForecastGroups:
         symmetries: those that move together.
         moments: in at least two groups, entries alone.
         config: the optimiser's settings.
+        feedback: of `v`, the same in all forecasts; None where it is not counted.
     """
 
     weights: dict[str, Tensor]
     symmetries: tuple[Symmetry, ...]
     moments: GradientMoments
     config: AdaptiveConfig
+    feedback: SquareFeedback | None
 
     @classmethod
     def of(
-        cls, model: nn.Module, syms: SymmetrySet, moments: GradientMoments, config: AdaptiveConfig
+        cls,
+        model: nn.Module,
+        syms: SymmetrySet,
+        moments: GradientMoments,
+        config: AdaptiveConfig,
+        feedback: SquareFeedback | None = None,
     ) -> ForecastGroups | None:
         """Of measured moments; None where they have no groups, or groups without entries."""
         if not _has_groups(syms, moments):
             return None
         tensors = tensors_of(model)
         weights = {n: tensors[n].detach().to("cpu", copy=True) for s in syms for n in s.parameters}
-        return cls(weights, tuple(syms), _entries_alone(moments), config)
+        return cls(weights, tuple(syms), _entries_alone(moments), config, feedback)
 
     def errors(self, steps: tuple[int, ...], charges: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Jackknife standard errors of forecast charges: each forecast again without each group of samples.
@@ -95,7 +103,8 @@ class ForecastGroups:
         """
 
         def without(part: GradientMoments) -> dict[str, Tensor]:
-            orbit = orbit_of_weights(self.weights, self.symmetries, part, self.config)
+            frozen = orbit_of_weights(self.weights, self.symmetries, part, self.config)
+            orbit = with_feedback(frozen, self.feedback, reference_lr(self.config))
             return all_reached(lagging_forecast(orbit, steps, b2_of(self.config)), steps)
 
         try:
@@ -111,36 +120,57 @@ def b2_of(config: AdaptiveConfig) -> float:
 
 
 def adaptive_drift(
-    model: nn.Module, syms: SymmetrySet, moments: GradientMoments, config: AdaptiveConfig
+    model: nn.Module,
+    syms: SymmetrySet,
+    moments: GradientMoments,
+    config: AdaptiveConfig,
+    feedback: SquareFeedback | None = None,
 ) -> AdaptiveDrift:
     """Charges, drifts and time scales under Adam or Lion, each symmetry with the others held.
 
     `E[C_P' - C_P] = lr^2 sum a (white f Sigma + mean gbar^2) / (s + eps) - decay`: noise and step-size parts as
-    `NoiseLaw` weighs them.
+    `NoiseLaw` weighs them, and what the feedback of `v` adds where it was measured.
 
     Args:
         model: only read.
         syms: trainable ones; those not covered are excluded.
         moments: with `entries=True`.
         config: Adam's or Lion's settings.
+        feedback: of `square_feedback` at these weights and settings, or None.
 
     Raises:
         MomentError: entry-wise moments are missing, or belong to another loss or other weights.
+        DataError: the feedback is of other weights or settings.
 
     Source: theory.md section 13.
     """
     said = cautions(moments, refuse_other_moments(model, syms, moments))
     syms = covered(syms, config)
-    alone = adaptive_equilibrium(model, syms, moments, config, SolveOptions(joint=False))
-    slow = _relaxation(model, syms, moments, config, alone.settled)
+    alone = adaptive_equilibrium(model, syms, moments, config, SolveOptions(joint=False, feedback=feedback))
+    orbit, separate = (
+        with_feedback(root_orbit(model, tuple(syms), moments, config, joint=j), feedback, reference_lr(config), joint=j)
+        for j in (True, False)
+    )
+    slow = _relaxation(separate, alone.settled)
+    added = _added_by_feedback(orbit, feedback)
     errors = _drift_errors(syms, moments, config)
     details = tuple(
-        _charge_flow(model, s, settled, moments, config, slow[s.name], errors.get(s.name))
+        replace(
+            _charge_flow(model, s, settled, moments, config, slow[s.name], errors.get(s.name)),
+            feedback=added.get(s.name),
+        )
         for s, settled in zip(syms, alone.settled, strict=True)
     )
-    orbit = root_orbit(model, tuple(syms), moments, config)
     regime = adaptive_regime(tuple(syms), moments, config)
-    return AdaptiveDrift(details, orbit, syms, regime, said, ForecastGroups.of(model, syms, moments, config))
+    return AdaptiveDrift(details, orbit, syms, regime, said, ForecastGroups.of(model, syms, moments, config, feedback))
+
+
+def _added_by_feedback(orbit: MeasuredOrbit, feedback: SquareFeedback | None) -> dict[str, Tensor]:
+    """What the feedback adds to every charge per step at the measured weights; nothing where there is none."""
+    if feedback is None:
+        return {}
+    own = orbit.added_drift([s.identity() for s in orbit.symmetries])
+    return {s.name: s.combine(tuple(legs)) for s, legs in zip(orbit.symmetries, own, strict=True)}
 
 
 def root_decay(
@@ -185,16 +215,9 @@ def _charge_flow(
     )
 
 
-def _relaxation(
-    model: nn.Module,
-    syms: SymmetrySet,
-    moments: GradientMoments,
-    config: AdaptiveConfig,
-    settled: tuple[Settled, ...],
-) -> dict[str, Tensor]:
+def _relaxation(orbit: MeasuredOrbit, settled: tuple[Settled, ...]) -> dict[str, Tensor]:
     """Steps in which a small deviation falls by e: twice `sum exponent^2 weight` over the slope of the drift there."""
-    symmetries = tuple(syms)
-    orbit = root_orbit(model, symmetries, moments, config, joint=False)
+    symmetries = orbit.symmetries
     there = [s.element for s in settled]
     drifts = []
     for side in (DIFFERENCE, -DIFFERENCE):

@@ -23,6 +23,8 @@ class ChargeFlow:
         decay, noise, step_size: The parts of `E[C' - C]`.
         error: Standard error of `noise + step_size`, None without groups of samples.
         groups: How many groups the error comes from.
+        feedback: Adam's only, where it was measured and given: what the charge gains because `v` follows the
+            fluctuations of the weights, a fourth part of `E[C' - C]`; None where it is not counted.
         equilibrium: The charge at which this symmetry's flow stops with the others held; today's on coordinates
             without one.
         finite: Which coordinates (torus) or blocks (general_linear) have a finite equilibrium, `[blocks]`.
@@ -44,11 +46,13 @@ class ChargeFlow:
     relaxation_steps: Tensor
     imbalance: Tensor
     groups: int = 0
+    feedback: Tensor | None = None
 
     @property
     def drift(self) -> Tensor:
         """`E[C' - C]` per step."""
-        return self.decay + self.noise + self.step_size
+        known = self.decay + self.noise + self.step_size
+        return known if self.feedback is None else known + self.feedback
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Lower and upper end of the interval of the drift that holds the truth with probability `level`, by
@@ -88,6 +92,7 @@ class ChargeFlow:
             "decay": norm_of(self.decay),
             "noise": norm_of(self.noise),
             "step_size": norm_of(self.step_size),
+            **({} if self.feedback is None else {"feedback": norm_of(self.feedback)}),
             "drift": norm_of(self.drift),
             "charge_sum": signed_sum(self.charge),
             "drift_sum": signed_sum(self.drift),
@@ -105,6 +110,7 @@ class ChargeFlow:
             "family": self.family,
             "kind": self.kind,
             **{v: getattr(self, v).tolist() for v in values},
+            **({} if self.feedback is None else {"feedback": self.feedback.tolist()}),
             "error": None if self.error is None else self.error.tolist(),
         }
 

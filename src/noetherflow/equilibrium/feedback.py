@@ -24,6 +24,7 @@ from noetherflow.errors import DataError
 from noetherflow.moments.engine import Meter
 from noetherflow.moments.single import single_gradients
 from noetherflow.symmetry.arguments import expect_model_and_symmetries
+from noetherflow.symmetry.symmetry import Symmetry
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 LARGEST = 2_000
@@ -161,31 +162,53 @@ class FeedbackOrbit(MeasuredOrbit):
 
     feedback: SquareFeedback
     reference: float
+    joint: bool
 
     def at(self, elements: Sequence[Tensor]) -> Point:
         point = super().at(elements)
+        pairs = [
+            [pulled(decay, noise, more) for (decay, noise), more in zip(own, added, strict=True)]
+            for own, added in zip(point.pairs, self.added_drift(elements), strict=True)
+        ]
+        return Point(pairs, point.norm, None)
+
+    def added_drift(self, elements: Sequence[Tensor]) -> list[list[Tensor]]:
+        """By symmetry and leg, at the `v` that the gradients at this point make; not joint: each symmetry moves by
+        itself.
+        """
+        moves = list(zip(self.symmetries, elements, strict=True))
+        if self.joint:
+            added = self.feedback.growth_of_charge(self._growth(moves))
+            return [self._of_legs(s, added) for s, _ in moves]
+        return [self._of_legs(m[0], self.feedback.growth_of_charge(self._growth([m]))) for m in moves]
+
+    def _growth(self, moves: Sequence[tuple[Symmetry, Tensor]]) -> dict[str, Tensor]:
+        """The factors by which these symmetries' elements make weights grow."""
         growth: dict[str, Tensor] = {}
-        for s, element in zip(self.symmetries, elements, strict=True):
+        for s, element in moves:
             for n in s.parameters:
                 if n in self.feedback.entries:
                     one = growth.get(n, torch.ones(self.feedback.entries[n], dtype=torch.float64))
                     growth[n] = s.move(n, one, element)
-        added = self.feedback.growth_of_charge(growth)
-        pairs = [
-            [
-                pulled(decay, noise, self.reference * leg.row_sums(added[leg.parameter]))
-                for leg, (decay, noise) in zip(s.weight_legs, own, strict=True)
-            ]
-            for s, own in zip(self.symmetries, point.pairs, strict=True)
-        ]
-        return Point(pairs, point.norm, None)
+        return growth
+
+    def _of_legs(self, symmetry: Symmetry, added: Mapping[str, Tensor]) -> list[Tensor]:
+        return [self.reference * leg.row_sums(added[leg.parameter]) for leg in symmetry.weight_legs]
 
 
-def with_feedback(orbit: MeasuredOrbit, feedback: SquareFeedback | None, reference: float) -> MeasuredOrbit:
+def with_feedback(
+    orbit: MeasuredOrbit, feedback: SquareFeedback | None, reference: float, *, joint: bool = True
+) -> MeasuredOrbit:
     """The same orbit with the feedback, if there is one; `reference`: the learning rate that scales charges."""
     if feedback is None:
         return orbit
-    return FeedbackOrbit(orbit.symmetries, orbit.potential, orbit.terms, feedback, reference)
+    return FeedbackOrbit(orbit.symmetries, orbit.potential, orbit.terms, feedback, reference, joint)
+
+
+def refuse_feedback_of_others(feedback: SquareFeedback | None, settings: Any) -> None:
+    """Raises DataError for a feedback with the settings of another optimiser than Adam."""
+    if feedback is not None and not isinstance(settings, AdamConfig):
+        raise DataError(f"feedback= is of Adam's average of squares; the settings are {type(settings).__name__}")
 
 
 def pulled(decay: Tensor, noise: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,7 +225,7 @@ def square_feedback(
     *,
     samples: int = 2_000,
 ) -> SquareFeedback:
-    """Measure how `v` follows the fluctuations of a small model, for `noise_equilibrium(..., feedback=...)`.
+    """Measure how `v` follows the fluctuations of a small model, for `feedback=` of flow and equilibrium.
 
     Every trainable entry takes part. That takes one Hessian product and two measurements of second moments per entry,
     so at most 2,000 of them; for larger models `square_memory` says whether the feedback matters.

@@ -21,6 +21,7 @@ from noetherflow.equilibrium.adaptive import assumptions
 from noetherflow.equilibrium.adaptive_flow import ForecastGroups, adaptive_drift, b2_of
 from noetherflow.equilibrium.arguments import refuse_strangers
 from noetherflow.equilibrium.charge_flow import ChargeFlow, flat, norm_of, norm_where, signed_sum
+from noetherflow.equilibrium.feedback import SquareFeedback, refuse_feedback_of_others
 from noetherflow.equilibrium.forecast import Forecast, TooFast, all_reached, orbit_forecast, whole_steps
 from noetherflow.equilibrium.joint import noise_equilibrium
 from noetherflow.equilibrium.lag import lagging_forecast
@@ -51,6 +52,7 @@ class Flow(Shown):
     regime: Regime
     cautions: tuple[str, ...] = ()
     groups: ForecastGroups | None = None
+    feedback: SquareFeedback | None = None
 
     def __getitem__(self, name: str) -> ChargeFlow:
         for row in self.details:
@@ -126,6 +128,7 @@ class Flow(Shown):
     def _family(self, family: str) -> dict[str, Any]:
         own = [r for r in self.details if r.family == family]
         times = torch.cat([r.relaxation_steps[r.finite] for r in own])
+        added = [r.feedback for r in own if r.feedback is not None]
         return {
             "family": family,
             "symmetries": len(own),
@@ -133,6 +136,7 @@ class Flow(Shown):
             "drift per step: weight decay": norm_of(flat(r.decay for r in own)),
             "drift per step: noise": norm_of(flat(r.noise for r in own)),
             "drift per step: step size": norm_of(flat(r.step_size for r in own)),
+            **({"drift per step: feedback of v": norm_of(flat(added))} if added else {}),
             "drift per step: sum": sum(signed_sum(r.drift) for r in own),
             "imbalance": float(flat(r.imbalance for r in own).max()) if times.numel() else None,
             "relaxation (steps)": float(np.median(times.numpy())) if times.numel() else None,
@@ -160,7 +164,7 @@ class Flow(Shown):
         if not isinstance(self.sgd, SGDConfig):
             lines.append("charges are preconditioned: every squared weight times the root mean square of its gradient")
         if not isinstance(self.sgd, SGDConfig) or self.sgd.groups:
-            lines += assumed(assumptions(self.sgd), verbose)
+            lines += assumed(assumptions(self.sgd, self.feedback), verbose)
         lines += [
             str(self.regime),
             *(f"CAUTION: {text}" for text in self.cautions),
@@ -192,6 +196,7 @@ def noether_flow(
     sgd: Settings,
     *,
     samples: Samples | None = None,
+    feedback: SquareFeedback | None = None,
 ) -> Flow: ...
 
 
@@ -209,6 +214,7 @@ def noether_flow(
     samples: Samples | None = None,
     optimizer: Any = None,
     lr: float | None = None,
+    feedback: SquareFeedback | None = None,
 ) -> Flow | StateFlow:
     """Expected change of every charge per optimiser step, its parts, and the time scale.
 
@@ -228,6 +234,8 @@ def noether_flow(
             have no errors.
         optimizer: In place of `mom` and `sgd`: momentum SGD, Adam, AdamW or RMSprop of torch, or its `state_dict()`.
         lr: With `optimizer`: the learning rate to use where a schedule has taken the stored one to 0.
+        feedback: With AdamConfig: `nf.square_feedback(...)` of these weights, which counts what `v` does where it
+            follows the fluctuations of the weights (b2 far below 1), in drifts, equilibria and forecasts.
 
     Returns:
         A Flow; its `regime` says how much of the drift is the mean gradient's and for how many steps the measured
@@ -236,7 +244,8 @@ def noether_flow(
     Raises:
         MomentError: A symmetry was not measured, or the moments are not those of a loss with these symmetries at these
             weights.
-        DataError: Neither moments with settings nor an optimiser, or an optimiser without theory.
+        DataError: Neither moments with settings nor an optimiser, an optimiser without theory, or a feedback of
+            other weights or settings.
 
     Example:
         ```
@@ -253,25 +262,42 @@ def noether_flow(
     if optimizer is not None:
         if mom is not None or sgd is not None:
             raise DataError("give moments and settings, or optimizer=, not both")
+        if feedback is not None:
+            raise DataError("feedback= goes with moments and nf.AdamConfig(...), not with optimizer=")
         return state_flow(model, syms, optimizer, lr=lr)
     if mom is None or sgd is None:
         raise DataError("noether_flow needs moments and settings (mom, sgd), or optimizer= for the state of a run")
     if lr is not None:
         raise DataError("lr= goes with optimizer=; with moments the learning rate is in the settings")
     check_settings(sgd)
-    return _measured_flow(model, syms.trainable(model), mom, sgd, samples)
+    refuse_feedback_of_others(feedback, sgd)
+    return _measured_flow(model, syms.trainable(model), mom, sgd, samples, feedback)
 
 
 def _measured_flow(
-    model: nn.Module, syms: SymmetrySet, mom: GradientMoments, sgd: Settings, samples: Samples | None
+    model: nn.Module,
+    syms: SymmetrySet,
+    mom: GradientMoments,
+    sgd: Settings,
+    samples: Samples | None,
+    feedback: SquareFeedback | None,
 ) -> Flow:
     """The flow of trainable symmetries from moments; entry by entry where the optimiser or its groups ask for it."""
     if isinstance(sgd, SGDConfig) and not sgd.groups:
         return _sgd_flow(model, syms, mom, sgd, samples)
-    drift = adaptive_drift(model, syms, mom, sgd)
-    left_out = dict(drift.symmetries.excluded)
+    drift = adaptive_drift(model, syms, mom, sgd, feedback)
     return Flow(
-        drift.details, sgd, mom.loss, left_out, mom, drift.orbit, True, drift.regime, drift.cautions, drift.groups
+        details=drift.details,
+        sgd=sgd,
+        loss=mom.loss,
+        excluded=dict(drift.symmetries.excluded),
+        moments=mom,
+        orbit=drift.orbit,
+        joint=True,
+        regime=drift.regime,
+        cautions=drift.cautions,
+        groups=drift.groups,
+        feedback=feedback,
     )
 
 

@@ -16,7 +16,7 @@ from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.adaptive import adaptive_equilibrium, without_decay
 from noetherflow.equilibrium.arguments import refuse_strangers
 from noetherflow.equilibrium.conditioning import Stretches, moved_copy, orthogonalising
-from noetherflow.equilibrium.feedback import SquareFeedback
+from noetherflow.equilibrium.feedback import SquareFeedback, refuse_feedback_of_others
 from noetherflow.equilibrium.invariance import cautions, refuse_other_moments
 from noetherflow.equilibrium.levels import level_equilibrium
 from noetherflow.equilibrium.objective import AnyObjective, LevelObjective, objective_of
@@ -117,8 +117,7 @@ def noise_equilibrium(
     refuse_strangers("noise_equilibrium", model, syms, mom)
     if sgd is not None:
         check_settings(sgd)
-    if feedback is not None and not isinstance(sgd, AdamConfig):
-        raise DataError(f"feedback= is of Adam's average of squares; the settings are {type(sgd).__name__}")
+    refuse_feedback_of_others(feedback, sgd)
     options = SolveOptions(joint, remeasure, samples, tol, max_iterations, recede, errors, feedback)
     syms = syms.trainable(model)
     if not approximate:

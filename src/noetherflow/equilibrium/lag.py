@@ -57,7 +57,8 @@ def lagging_forecast(orbit: MeasuredOrbit, steps: Sequence[int] | Tensor, square
 
     Two equations are integrated together: the group elements move so that every charge changes as expected at the
     present `v`, and `dv/dk = (1 - b2) (s^2 - v)`, `s^2` the second moment where the weights are by then. The charge of
-    a step is that at its own `v`.
+    a step is that at its own `v`. What the feedback of `v` adds (`with_feedback`) is taken as if `v` had followed
+    the motion along the orbit: a `v` too slow for that makes little feedback.
 
     Args:
         orbit: of `root_orbit`.
@@ -118,8 +119,9 @@ class LaggingState:
 
     def velocity(self, state: np.ndarray) -> np.ndarray:
         """The rate of change of the state per step."""
-        terms = self.unpack(state)[1]
-        drift, own = self._zeros(), self._zeros()
+        elements, terms = self.unpack(state)
+        added = zip(self.orbit.symmetries, self.orbit.added_drift(elements), strict=True)
+        drift, own = [s.combine(tuple(legs)) for s, legs in added], self._zeros()
         for term in terms:
             term.drift(drift)
             term.own(own)

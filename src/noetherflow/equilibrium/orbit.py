@@ -70,6 +70,10 @@ class MeasuredOrbit:
         traces = [term.add(elements, out) for term in self.terms]
         return Point(out, sum(t[0] for t in traces), sum(t[1] for t in traces))
 
+    def added_drift(self, elements: Sequence[Tensor]) -> list[list[Tensor]]:
+        """What the charges gain per step at a point beside what the terms say, by symmetry and leg: nothing here."""
+        return [[torch.zeros(s.blocks, dtype=torch.float64) for _ in s.weight_legs] for s in self.symmetries]
+
     @property
     def needs_samples(self) -> bool:
         """True where moments alone do not determine the orbit."""
