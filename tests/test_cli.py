@@ -163,6 +163,56 @@ def test_find_reads_a_hugging_face_configuration_without_weights(run, tmp_path):
     assert "up_proj" in out
 
 
+def mixture_of_experts(folder, depth):
+    transformers = pytest.importorskip("transformers")
+    transformers.MixtralConfig(
+        hidden_size=8,
+        intermediate_size=6,
+        num_hidden_layers=depth,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        vocab_size=13,
+        architectures=["MixtralForCausalLM"],
+    ).save_pretrained(folder)
+
+
+def test_find_certifies_a_mixture_of_experts(run, tmp_path):
+    mixture_of_experts(tmp_path / "moe", 1)
+    code, out, _ = run("find", "hf:moe", "--json", "--certify")
+    assert code == 0
+    verdicts = {row["name"]: row["verdict"] for row in json.loads(out)["certificate"]["rows"]}
+    assert "model.layers.0.mlp.experts.gate_up_proj -> model.layers.0.mlp.experts.down_proj" in verdicts
+    assert verdicts.pop("model.embed_tokens (+2) [scale]") == "approximate"
+    assert (len(verdicts), set(verdicts.values())) == (7, {"exact"})
+
+
+@pytest.mark.slow
+def test_certifying_a_deeper_mixture_of_experts_takes_no_more_runs(tmp_path, monkeypatch):
+    """With 4 moves at most a second and third layer add 12 symmetries, which one by one would take 36 runs more."""
+    monkeypatch.setattr("noetherflow.discovery.violations.MOST_MOVES", 4)
+    runs, calls, certified = [], [], []
+    forward = pytest.importorskip("transformers").MixtralForCausalLM.forward
+
+    def counted(*args, **kwargs):
+        runs.append(1)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr("transformers.MixtralForCausalLM.forward", counted)
+    for depth in (1, 3):
+        mixture_of_experts(tmp_path / str(depth), depth)
+        model, inputs = load_hf(tmp_path / str(depth), device="cpu")
+        syms = nf.find_symmetries(model, inputs)
+        runs.clear()
+        certificate = nf.certify(model, syms, inputs)
+        calls.append(len(runs))
+        certified.append(len(certificate.rows))
+        assert not certificate.refused
+    assert certified[1] == certified[0] + 12
+    assert calls[1] <= calls[0] + 6
+
+
 def test_analyze_json_agrees_with_the_library(run):
     code, out, _ = run("analyze", "MODULE:good", "--json", "--lr", "0.1", "--batch-size", "4")
     assert code == 0
@@ -220,6 +270,33 @@ def test_balance_moves_a_checkpoint_and_keeps_its_function(run, tmp_path):
     code, _, err = run("balance", "bad.safetensors", *words[2:], "--dry-run")
     assert code == 1
     assert "bad.safetensors" in err
+
+
+def test_balance_without_a_certificate_warns_and_compares_outputs(run, tmp_path, monkeypatch):
+    """A wrong symmetry is then stopped by the outputs, or by gradients that do not obey it."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    save_file(model.state_dict(), tmp_path / "in.safetensors")
+    words = ("balance", "in.safetensors", "--model", "MODULE:good", "--batch-size", "4", "--objective", "noise+decay")
+    assert run(*words, "--out", "proven.safetensors")[0] == 0
+
+    def refused(*_, **__):
+        raise AssertionError("certified in spite of --no-certify")
+
+    monkeypatch.setattr("noetherflow.measured.certify", refused)
+    monkeypatch.setattr("noetherflow.discovery.certify", refused)
+    for objective in ("noise+decay", "norm"):
+        code, _, err = run(*words[:-1], objective, "--no-certify", "--out", f"{objective}.safetensors")
+        assert (code, "warning: not certified" in err) == (0, True)
+    proven, moved = load_file(tmp_path / "proven.safetensors"), load_file(tmp_path / "noise+decay.safetensors")
+    assert all(torch.equal(moved[n], proven[n]) for n in proven)
+    wrong = nf.declare(model, "diagonal", plus=[("0.weight", 0)], minus=[("2.weight", 1)])
+    for place in ("noetherflow.measured", "noetherflow.discovery"):
+        monkeypatch.setattr(f"{place}.find_symmetries", lambda *_: wrong)
+    for objective, stopped in (("norm", "changed the outputs"), ("noise+decay", "would be 0 for a loss with this")):
+        code, _, err = run(*words[:-1], objective, "--no-certify", "--out", "wrong.safetensors")
+        assert (code, stopped in err) == (1, True)
+    assert not (tmp_path / "wrong.safetensors").exists()
 
 
 def test_balance_takes_objective_and_settings_of_the_optimiser(run, tmp_path, monkeypatch):

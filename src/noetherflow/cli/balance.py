@@ -262,14 +262,21 @@ def _with_data(
         raise typer.BadParameter(
             f"{objective} needs gradients: give --model package.module:factory with loss and data, or --objective norm"
         )
-    if not certified:
-        raise typer.BadParameter("--no-certify goes with objectives without data")
     workload = load_workload(spec, data)
     files.load(workload.model)
     say = announce(
         f"{files.source}: seconds for tracing, then a few gradient passes over {workload.samples:,} samples", 5
     )
-    measured = measure(workload.model, workload.loss_fn, workload.batches, workload.example_inputs, progress=say)
+    if not certified:
+        console.print(NOT_CERTIFIED, markup=False, soft_wrap=True)
+    measured = measure(
+        workload.model,
+        workload.loss_fn,
+        workload.batches,
+        workload.example_inputs,
+        certified=certified,
+        progress=say,
+    )
     say("solving for the equilibrium")
     eq = measured.equilibrium(workload.model, sgd, objective=objective, approximate=False)
     say("moving the checkpoint")
