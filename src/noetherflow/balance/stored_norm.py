@@ -24,7 +24,7 @@ from noetherflow.equilibrium.objective import AnyObjective, LevelObjective, obje
 from noetherflow.equilibrium.orbit import FramedOrbit, Point
 from noetherflow.equilibrium.potential import LegPair, Potential
 from noetherflow.equilibrium.result import Equilibrium, Settled
-from noetherflow.equilibrium.solve import classify, drives, imbalance
+from noetherflow.equilibrium.solve import StepLimits, classify, drives, imbalance
 from noetherflow.equilibrium.start import Start
 from noetherflow.equilibrium.task import TOLERANCE, Task
 from noetherflow.errors import DataError
@@ -192,6 +192,11 @@ def _meeting(symmetries: Sequence[Symmetry], places: Sequence[tuple[int, int]], 
     return _touches(symmetries, places, shape) > largest
 
 
+def _limits(symmetries: Sequence[Symmetry], weights: Mapping[str, Tensor]) -> StepLimits:
+    alone = tuple(_kappa([s], weights)[0] for s in symmetries)
+    return StepLimits(alone, _kappa(symmetries, weights))
+
+
 def _kappa(symmetries: Sequence[Symmetry], weights: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """How far steps are shortened so that all can be taken at once (`symmetry.overlap.stiffness`), per block."""
     largest = [0.0] * len(symmetries)
@@ -214,7 +219,7 @@ def _norm_part(symmetries: Sequence[Symmetry], reading: StoredReading, eps: floa
         for s in movers
     )
     orbit = FramedOrbit(_orbit(moving, grams, reading), frame)
-    task = Task(movers, orbit, _kappa(moving, weights), max(TOLERANCE, 0.01 * eps), max_iterations)
+    task = Task(movers, orbit, _limits(moving, weights), max(TOLERANCE, 0.01 * eps), max_iterations)
     found = task.solve()
     elements, pairs = task.elements(found.logs), task.pairs(found)
     stretches = _stretches(symmetries, grams, weights, eps)

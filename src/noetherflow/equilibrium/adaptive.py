@@ -30,7 +30,7 @@ from noetherflow.equilibrium.roots import (
     root_orbit,
     second_moments,
 )
-from noetherflow.equilibrium.solve import Minimum, drives, elements_of, imbalance, minimise
+from noetherflow.equilibrium.solve import Minimum, StepLimits, drives, elements_of, imbalance, minimise
 from noetherflow.equilibrium.task import TOLERANCE, SolveOptions
 from noetherflow.equilibrium.verdict import torus_verdict
 from noetherflow.errors import MomentError
@@ -190,26 +190,26 @@ class _RootTask:
         return minimise(
             orbit,
             self.classes,
-            self._kappa(orbit),
+            self._limits(orbit),
             start=start,
             tolerance=wanted if tolerance is None else tolerance,
             max_iterations=self.options.max_iterations,
         )
 
-    def _kappa(self, orbit: MeasuredOrbit) -> list[Tensor]:
-        """How far simultaneous steps may go: twice as far as under SGD, whose sums go like squares of the elements;
-        with `eps` or coupled decay some of the sums here do so too.
+    def _limits(self, orbit: MeasuredOrbit) -> StepLimits:
+        """How far steps may go: twice as far as under SGD, whose sums go like squares of the elements; with `eps` or
+        coupled decay some of the sums here do so too.
         """
         shapes = {n: tuple(t.shape) for n, t in tensors_of(self.model).items()}
         own = orbit.symmetries
-        if self.options.joint:
-            out = stiffness(leg_coordinates(own, shapes), own)
-        else:
-            out = [stiffness(leg_coordinates([s], shapes), [s])[0] for s in own]
         steep = NoiseLaw.of(self.config).steep or any(
             isinstance(t, RootTerm) and isinstance(t.entries, EpsEntries) for t in orbit.terms
         )
-        return out if steep else [k / 2 for k in out]
+        unit = 1.0 if steep else 0.5
+        alone = tuple(unit * stiffness(leg_coordinates([s], shapes), [s])[0] for s in own)
+        if not self.options.joint:
+            return StepLimits(alone, alone)
+        return StepLimits(alone, tuple(unit * k for k in stiffness(leg_coordinates(own, shapes), own)))
 
     def elements(self, minimum: Minimum) -> dict[str, Tensor]:
         """Group elements by symmetry."""

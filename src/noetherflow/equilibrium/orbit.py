@@ -66,7 +66,7 @@ class MeasuredOrbit:
     terms: tuple[OrbitTerm, ...]
 
     def at(self, elements: Sequence[Tensor]) -> Point:
-        out = _blank(self.symmetries)
+        out = blank_pairs(self.symmetries)
         traces = [term.add(elements, out) for term in self.terms]
         return Point(out, sum(t[0] for t in traces), sum(t[1] for t in traces))
 
@@ -155,7 +155,8 @@ def leg_pairs(
     ]
 
 
-def _blank(symmetries: Sequence[Symmetry]) -> list[list[LegPair]]:
+def blank_pairs(symmetries: Sequence[Symmetry]) -> list[list[LegPair]]:
+    """A place for `(K, M)` of every leg, by symmetry, for the terms to write into."""
     empty = torch.zeros(0)
     return [[(empty, empty)] * len(s.weight_legs) for s in symmetries]
 
@@ -349,7 +350,7 @@ def _refuse_other_data(
 
     Raises DataError otherwise: other data, or factors whose first axis is not the batch.
     """
-    out = _blank(symmetries)
+    out = blank_pairs(symmetries)
     term.add([s.identity() for s in symmetries], out)
     dtype = gradients.left.dtype if isinstance(gradients, Factors) else gradients.dtype
     tolerance = max(torch.finfo(t).eps for t in (dtype, theta.dtype, torch.float32)) ** 0.5

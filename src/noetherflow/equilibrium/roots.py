@@ -189,6 +189,13 @@ class RootTerm:
     legs: tuple[LegCoordinates, ...]
     entries: RootEntries
 
+    @property
+    def moved_by(self) -> tuple[int, ...]:
+        return tuple(leg.symmetry for leg in self.legs)
+
+    def unpacked(self) -> RootTerm:
+        return self
+
     def parts(self, elements: Sequence[Tensor]) -> EntryParts:
         """The sums over entries at a point of the orbit."""
         return self.entries.at(self.growth(elements))

@@ -1,8 +1,9 @@
 """Minimise the convex Phi over all symmetries at once: simultaneous closed-form steps, Anderson-accelerated.
 
-Every sweep takes, for every symmetry from the same point, the closed-form step of theory.md section 5 shortened by
-`kappa` (overlap.stiffness). Such a sweep never raises Phi, needs one evaluation of the leg Grams and no order or
-colouring of the symmetries; Anderson acceleration then gives the speed of a quasi-Newton method.
+Every sweep takes, for every symmetry from the same point, the closed-form step of theory.md section 5. It needs one
+evaluation of the leg Grams and no order or colouring of the symmetries; Anderson acceleration then gives the speed of a
+quasi-Newton method. Steps are first those of each symmetry alone; once one of them has raised Phi they are shortened by
+the stiffness of all together (`overlap.stiffness`), and such a sweep never raises Phi.
 """
 
 from __future__ import annotations
@@ -54,6 +55,24 @@ def imbalance(symmetry: Symmetry, classes: Classes, x: Tensor, y: Tensor) -> Ten
 
 
 @dataclass(frozen=True, eq=False)
+class StepLimits:
+    """By what closed-form steps are divided, per symmetry and block, `[blocks]`.
+
+    Attributes:
+        alone: exact where a symmetry moves by itself.
+        together: no step of all symmetries at once raises Phi. Example: two symmetries of exponent 1 on the same
+            entries have `alone` 1 and `together` 2.
+    """
+
+    alone: tuple[Tensor, ...]
+    together: tuple[Tensor, ...]
+
+    def of(self, members: Sequence[int]) -> StepLimits:
+        """The limits of some of the symmetries."""
+        return StepLimits(tuple(self.alone[i] for i in members), tuple(self.together[i] for i in members))
+
+
+@dataclass(frozen=True, eq=False)
 class Minimum:
     """Where the solver stopped: logs of the group elements, the last point and how it got there."""
 
@@ -84,7 +103,7 @@ def _log_of_stretch(element: Tensor) -> Tensor:
 def minimise(
     orbit: Orbit,
     classes: Sequence[Classes],
-    kappa: Sequence[Tensor],
+    limits: StepLimits,
     *,
     start: Sequence[Tensor] | None = None,
     tolerance: float = 1e-11,
@@ -100,18 +119,18 @@ def minimise(
     history = _Anderson(memory)
     best: Minimum | None = None
     stalled = evaluations = 0
-    safe: Tensor | None = None
+    kappa, retreat = limits.alone, None
     merit = float("inf")
     for iteration in watched(range(max_iterations + 1), "noise equilibrium, sweeps:", max_iterations):
         elements = elements_of(symmetries, logs)
         point = orbit.at(elements)
         evaluations += 1
         value, worst = _merit(orbit, point), _worst(orbit, classes, point)
-        here = _flat(logs)
-        rejected = safe is not None and not value <= merit + 1e-9 * abs(merit) and not worst < 0.9 * _of(best)
-        if rejected and safe is not None:
-            logs, safe = _unflat(safe, symmetries), None
-            history.clear()
+        better = value <= merit + 1e-9 * abs(merit) or worst < 0.9 * _of(best)
+        if retreat is not None and not better:
+            kappa = limits.together
+            logs, retreat = _sweep(orbit, classes, kappa, *retreat), None
+            history = _Anderson(memory)
             continue
         if best is None or worst < best.imbalance:
             stalled = 0 if best is None or worst < 0.9 * best.imbalance else stalled + 1
@@ -122,8 +141,8 @@ def minimise(
             break
         merit = min(merit, value) if value == value else merit
         plain = _flat(_sweep(orbit, classes, kappa, elements, point))
-        proposal = history.propose(here, plain)
-        safe = None if proposal is plain else plain
+        proposal = history.propose(_flat(logs), plain)
+        retreat = None if proposal is plain and kappa is limits.together else (elements, point)
         logs = _unflat(proposal, symmetries)
     assert best is not None
     return Minimum(best.logs, best.point, best.imbalance, iteration, evaluations, best.imbalance <= tolerance)
@@ -219,9 +238,6 @@ class _Anderson:
         self.last: tuple[Tensor, Tensor] | None = None
         self.steps: list[Tensor] = []
         self.moves: list[Tensor] = []
-
-    def clear(self) -> None:
-        self.steps, self.moves = [], []
 
     def propose(self, point: Tensor, image: Tensor) -> Tensor:
         """The next point given that the map sends `point` to `image`; `image` itself while there is no history."""

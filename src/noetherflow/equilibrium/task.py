@@ -24,9 +24,10 @@ from noetherflow.equilibrium.orbit import (
     orbit_of,
     separate_orbits,
 )
+from noetherflow.equilibrium.parts import minimise_in_parts
 from noetherflow.equilibrium.potential import LegPair, Potential
 from noetherflow.equilibrium.regime import Regime, regime_of
-from noetherflow.equilibrium.solve import Classes, Minimum, drives, elements_of, logs_of, minimise
+from noetherflow.equilibrium.solve import Classes, Minimum, StepLimits, drives, elements_of, logs_of
 from noetherflow.equilibrium.start import Start
 from noetherflow.errors import MomentError
 from noetherflow.moments.result import GradientMoments
@@ -93,11 +94,11 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """The symmetries that move, the orbit they span (seen from a frame) and how far steps may go (`kappa`)."""
+    """The symmetries that move, the orbit they span (seen from a frame) and how far steps may go."""
 
     starts: tuple[Start, ...]
     orbit: FramedOrbit
-    kappa: tuple[Tensor, ...]
+    limits: StepLimits
     tolerance: float
     max_iterations: int
 
@@ -116,8 +117,8 @@ class Task:
             rounding = 8 * machine_epsilon(model, symmetries) if isinstance(orbit, RemeasuredOrbit) else 0.0
             tolerance = max(TOLERANCE, rounding)
         frame = tuple(_frame(s, options.recede) for s in movers)
-        kappa = tuple(_kappa(model, symmetries, options.joint))
-        return cls(movers, FramedOrbit(orbit, frame), kappa, tolerance, options.max_iterations)
+        limits = _limits(model, symmetries, options.joint)
+        return cls(movers, FramedOrbit(orbit, frame), limits, tolerance, options.max_iterations)
 
     @property
     def symmetries(self) -> tuple[Symmetry, ...]:
@@ -131,8 +132,8 @@ class Task:
 
     def solve(self) -> Minimum:
         """The joint minimum of Phi."""
-        return minimise(
-            self.orbit, self.classes, self.kappa, tolerance=self.tolerance, max_iterations=self.max_iterations
+        return minimise_in_parts(
+            self.orbit, self.classes, self.limits, tolerance=self.tolerance, max_iterations=self.max_iterations
         )
 
     def elements(self, logs: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -159,11 +160,10 @@ def _frame(start: Start, recede: float) -> Tensor:
     return gl_frame(start.classes, start.x, start.y, recede)
 
 
-def _kappa(model: nn.Module, symmetries: Sequence[Symmetry], joint: bool) -> list[Tensor]:
+def _limits(model: nn.Module, symmetries: Sequence[Symmetry], joint: bool) -> StepLimits:
     shapes = {n: tuple(t.shape) for n, t in tensors_of(model).items()}
-    if joint:
-        return stiffness(leg_coordinates(symmetries, shapes), symmetries)
-    return [stiffness(leg_coordinates([s], shapes), [s])[0] for s in symmetries]
+    alone = tuple(stiffness(leg_coordinates([s], shapes), [s])[0] for s in symmetries)
+    return StepLimits(alone, tuple(stiffness(leg_coordinates(symmetries, shapes), symmetries)) if joint else alone)
 
 
 def log_errors(model: nn.Module, task: Task, minimum: Minimum, question: Question) -> dict[str, Tensor]:
@@ -193,7 +193,7 @@ def _logs_without(model: nn.Module, task: Task, minimum: Minimum, question: Ques
     pairs = orbit.at([s.identity() for s in symmetries]).pairs
     xy = [drives(s, p, orbit.potential) for s, p in zip(symmetries, pairs, strict=True)]
     left = [_left_finite(c, x, y) for c, (x, y) in zip(task.classes, xy, strict=True)]
-    found = _named_logs(task, minimise(orbit, left, task.kappa, start=minimum.logs, tolerance=1e-6).logs)
+    found = _named_logs(task, minimise_in_parts(orbit, left, task.limits, start=minimum.logs, tolerance=1e-6).logs)
     for s, before, after in zip(symmetries, task.classes, left, strict=True):
         found[s.name][before.finite != after.finite] = torch.nan
     return found

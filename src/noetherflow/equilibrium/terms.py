@@ -23,6 +23,13 @@ class OrbitTerm(Protocol):
     Example: the Gram `K` of a torus leg `+` becomes `p^2 K` under the element `p`, and that of its gradients `M / p^2`.
     """
 
+    @property
+    def moved_by(self) -> tuple[int, ...]:
+        """The positions of the symmetries that move this part."""
+
+    def unpacked(self) -> OrbitTerm:
+        """The same part for many evaluations: faster where something can be worked out once, and then larger."""
+
     def add(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
         """Write `(K, M)` of this part's legs into `out[symmetry][leg]`; return its `||theta||^2` and `Tr M`."""
 
@@ -116,6 +123,13 @@ class LegTerm:
     weight: Tensor
     noise: Tensor
 
+    @property
+    def moved_by(self) -> tuple[int, ...]:
+        return (self.symmetry,)
+
+    def unpacked(self) -> LegTerm:
+        return self
+
     def add(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
         element = elements[self.symmetry]
         if self.torus:
@@ -152,6 +166,13 @@ class EntryTerm:
     weight: Tensor
     noise: Tensor
 
+    @property
+    def moved_by(self) -> tuple[int, ...]:
+        return tuple(leg.symmetry for leg in self.legs)
+
+    def unpacked(self) -> EntryTerm:
+        return self
+
     def add(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
         k, m = self.weight, self.noise
         for leg in self.legs:
@@ -183,6 +204,10 @@ class _GradientTerm:
     theta: Tensor
     mean: Tensor
     potential: Potential
+
+    @property
+    def moved_by(self) -> tuple[int, ...]:
+        return tuple(index for index, _ in self.symmetries)
 
     def slope_at(self, elements: Sequence[Tensor]) -> HeldSlope:
         """`slope` at these elements."""
@@ -224,6 +249,9 @@ class SampleTerm(_GradientTerm):
 
     gradients: Tensor
 
+    def unpacked(self) -> SampleTerm:
+        return self
+
     def add(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
         duals = self._duals(elements)
         theta, mean = self._moved(self.theta, elements), self._moved(self.mean, duals)
@@ -242,36 +270,62 @@ class FactorTerm(_GradientTerm):
 
     factors: Factors
 
+    def unpacked(self) -> FactorTerm:
+        """The same in float64, so that no evaluation has to convert anything."""
+        kept = replace(self, factors=self.factors.to(torch.float64))
+        return replace(kept, theta=self.theta.double(), mean=self.mean.double())
+
     def add(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
         duals = self._duals(elements)
         theta, mean = self._moved(self.theta, elements), self._moved(self.mean, duals)
-        n, t = self.factors.left.shape[:2]
-        sides = [
-            self._along(x.flatten(0, 1).mT, a, duals) for a, x in enumerate((self.factors.left, self.factors.right))
-        ]
-        samples = [x.reshape(-1, n, t).movedim(0, 1) for x in sides]
-        inner = [x.mT @ x for x in samples]
-        partner = [(samples[a] @ inner[1 - a]).movedim(0, 1).reshape(-1, n * t) for a in (0, 1)]
+        left, right = self._sides(duals)
+        inner = [x @ x.mT for x in (left, right)]
+        partners = (inner[1] @ left, inner[0] @ right)
+        n = len(left)
         for index, position, leg, symmetry in self._legs():
             axis = leg.axes[0] % 2
-            rows = replace(leg, axes=(0,))
-            x, y = rows.unfold(sides[axis]), rows.unfold(partner[axis])
-            second = (x * y).sum((1, 2)) if symmetry.is_torus else x @ y.mT
-            drive = self.potential.drive(second / n, symmetry.leg_gram(leg, mean))
-            out[index][position] = (symmetry.leg_gram(leg, theta), drive)
+            second = _form(leg, symmetry, _columns((left, right)[axis]), _columns(partners[axis])) / n
+            x, g = (theta, mean) if axis == 0 else (theta.mT, mean.mT)
+            drive = self.potential.drive(second, _form(leg, symmetry, g, g))
+            out[index][position] = (_form(leg, symmetry, x, x), drive)
         trace = (inner[0] * inner[1]).sum() / n
         return float(theta.square().sum()), float(self.potential.drive(trace, mean.square().sum()))
 
-    def _moved(self, values: Tensor, elements: Sequence[Tensor]) -> Tensor:
-        return self._along(self._along(values, 0, elements).mT, 1, elements).mT
+    def _sides(self, duals: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Both factors `[N, T, d]` under the group elements of gradients."""
+        left, right = (_own(f) for f in (self.factors.left, self.factors.right))
+        self._move_axis(0, _columns(left), duals)
+        self._move_axis(1, _columns(right), duals)
+        return left, right
 
-    def _along(self, matrix: Tensor, axis: int, elements: Sequence[Tensor]) -> Tensor:
-        """A float64 copy of `matrix`, whose rows run along `axis` of the parameter, under the legs on that axis."""
-        x = torch.empty(matrix.shape, dtype=torch.float64).copy_(matrix)
+    def _moved(self, values: Tensor, elements: Sequence[Tensor]) -> Tensor:
+        x = _own(values)
+        self._move_axis(0, x, elements)
+        self._move_axis(1, x.mT, elements)
+        return x
+
+    def _move_axis(self, axis: int, x: Tensor, elements: Sequence[Tensor]) -> None:
+        """Move the rows of `x`, which run along `axis` of the parameter, in place by the legs on that axis."""
         for index, _, leg, symmetry in self._legs():
             if leg.axes[0] % 2 == axis:
                 _apply(leg, symmetry, elements[index], x)
-        return x
+
+
+def _own(values: Tensor) -> Tensor:
+    """A contiguous copy in float64."""
+    return torch.empty(values.shape, dtype=torch.float64).copy_(values)
+
+
+def _columns(samples: Tensor) -> Tensor:
+    """A view of `[N, T, d]` as a matrix `[d, N T]`."""
+    return samples.flatten(0, 1).mT
+
+
+def _form(leg: Leg, symmetry: Symmetry, x: Tensor, y: Tensor) -> Tensor:
+    """`X Y^T` of the rows that the leg chooses, in the layout of the symmetry."""
+    rows = _chosen(leg)
+    x, y = (a[rows].reshape(leg.blocks, leg.dim, -1) for a in (x, y))
+    return (x * y).sum((1, 2)) if symmetry.is_torus else x @ y.mT
 
 
 def _apply(leg: Leg, symmetry: Symmetry, element: Tensor, x: Tensor) -> None:
@@ -281,7 +335,9 @@ def _apply(leg: Leg, symmetry: Symmetry, element: Tensor, x: Tensor) -> None:
         x[rows] *= (element**leg.exponent).repeat_interleave(leg.replicas)[:, None]
         return
     g = element if leg.sign > 0 else _dual(element)
-    x[rows] = (g @ x[rows].reshape(leg.blocks, leg.dim, -1)).reshape(leg.index.size, -1)
+    blocks = x[rows].reshape(leg.blocks, leg.dim, -1)
+    moved = (blocks.mT @ g.mT).mT if blocks.stride(1) == 1 else g @ blocks
+    x[rows] = moved.reshape(leg.index.size, -1) if leg.replicas > 1 else moved.flatten(0, 1)
 
 
 def _chosen(leg: Leg) -> slice | Tensor:
