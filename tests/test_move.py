@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import noetherflow as nf
 from noetherflow.balance.gains import norm_gains
-from noetherflow.errors import CertificateError, DataError
+from noetherflow.errors import CertificateError, CheckpointError, DataError
 from zoo import ZOO, Case, output_of
 from zoo import call as run
 
@@ -243,6 +243,58 @@ def test_a_file_moves_as_the_model_does(tmp_path: Any) -> None:
     with pytest.raises(CertificateError, match="negative scales"):
         nf.move_checkpoint(target, tmp_path / "c.pt", case.model, syms, bad)
     assert not (tmp_path / "c.pt").exists()
+
+
+def test_a_file_of_a_model_without_memory_moves_alike(tmp_path: Any) -> None:
+    """On the meta device the charges come from the file; what is written is the same, byte by byte."""
+    made = lambda: nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 4), nn.Linear(4, 2)).to(D)
+    torch.manual_seed(0)
+    model, x = made(), torch.randn(6, 3, dtype=D)
+    with torch.device("meta"):
+        outline = made()
+    syms = nf.find_symmetries(model, x)
+    assert {s.kind for s in syms} == {"diagonal", "general_linear"}
+    rng = torch.Generator().manual_seed(0)
+    elements = {s.name: s.random_element(0.3, rng) for s in syms}
+    torch.save({"net": model.state_dict()}, tmp_path / "a.pt")
+    here, there = tmp_path / "here" / "b.pt", tmp_path / "there" / "b.pt"
+    nf.move_checkpoint(tmp_path / "a.pt", here, model, syms, elements)
+    with pytest.raises(CertificateError, match=r"certificate=.*unchecked=True"):
+        nf.move_checkpoint(tmp_path / "a.pt", there, outline, syms, elements)
+    proof = nf.certify(model, syms, x)
+    report = nf.move_checkpoint(tmp_path / "a.pt", there, outline, syms, elements, certificate=proof, key="net")
+    assert len(report.moved) == 5
+    assert there.read_bytes() == here.read_bytes() != (tmp_path / "a.pt").read_bytes()
+    negative = {syms[0].name: -torch.ones(syms[0].shape)} if syms[0].is_torus else {syms[1].name: -torch.ones(5)}
+    for given, error, words in (
+        (negative, CertificateError, "meta device does not have: load the checkpoint"),
+        ({"nothing": 1.0}, DataError, "no symmetries named"),
+    ):
+        with pytest.raises(error, match=words):
+            nf.move_checkpoint(tmp_path / "a.pt", tmp_path / "d.pt", outline, syms, given, unchecked=True)
+    torch.save({"0.weight": torch.ones(5, 3)}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match="missing"):
+        nf.move_checkpoint(tmp_path / "other.pt", tmp_path / "d.pt", outline, syms, elements, unchecked=True)
+    assert not (tmp_path / "d.pt").exists()
+
+
+def test_weights_without_values_are_named_with_the_way_out() -> None:
+    made = lambda: nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.LayerNorm(5), nn.Linear(5, 2))
+    with torch.device("meta"):
+        outline = made()
+    model = made()
+    syms = nf.find_symmetries(outline, torch.zeros(2, 3))
+    eq = nf.noise_equilibrium(model, syms, None, objective="norm")
+    verbs = {
+        "move_": lambda: nf.move_(outline, syms, {}),
+        "balance_": lambda: nf.balance_(outline, eq),
+        "gains_to_one": lambda: nf.gains_to_one(outline, syms),
+        "align": lambda: nf.align(model, outline, syms),
+        "noise_equilibrium": lambda: nf.noise_equilibrium(outline, syms, None, objective="norm"),
+    }
+    for verb, go in verbs.items():
+        with pytest.raises(DataError, match=rf"{verb} needs the values.*0\.weight.*meta device.*load_checkpoint_"):
+            go()
 
 
 def test_a_sharded_folder_moves(tmp_path: Any) -> None:

@@ -17,6 +17,7 @@ from noetherflow.balance.motion import Motion, Reordering, refuse_frozen
 from noetherflow.balance.units import Units, permutable_units, rows_of, write
 from noetherflow.core.host import on_host
 from noetherflow.core.tensors import tensors_of
+from noetherflow.discovery.unusable import refuse_without_values
 from noetherflow.equilibrium.joint import noise_equilibrium
 from noetherflow.errors import DataError
 from noetherflow.symmetry.arguments import expect_model_and_symmetries
@@ -152,6 +153,7 @@ def align(
     """
     for model in (model_a, model_b):
         expect_model_and_symmetries("align(model_a, model_b, syms)", model, syms)
+        refuse_without_values(tensors_of(model), "align")
     exact = syms.without({s.name: "only approximate" for s in syms if s.eps is not None})
     a, b = (_in_double(model, exact) for model in (model_a, model_b))
     _refuse_different(a, b)

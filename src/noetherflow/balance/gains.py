@@ -17,6 +17,7 @@ from noetherflow.balance.move import move_
 from noetherflow.core.host import on_host
 from noetherflow.core.tensors import tensors_of
 from noetherflow.core.unwrap import unwrap
+from noetherflow.discovery.unusable import refuse_without_values
 from noetherflow.errors import DataError, NoetherflowError
 from noetherflow.symmetry.arguments import expect_model_and_symmetries
 from noetherflow.symmetry.leg import Leg
@@ -80,6 +81,7 @@ def gains_to_one(
     Source: theory.md section 2.
     """
     expect_model_and_symmetries("gains_to_one(model, syms, optimizer)", model, syms)
+    refuse_without_values(tensors_of(model), "gains_to_one")
     syms.tensors_in(model)
     names = norm_gains(model)
     if not names:

@@ -20,7 +20,7 @@ from noetherflow.core.printing import grouped
 from noetherflow.core.tensors import check_same_model, refuse_inference_tensors, tensors_of
 from noetherflow.core.unwrap import unwrap_optimizer
 from noetherflow.discovery.certificate import Certificate
-from noetherflow.discovery.unusable import refuse_bad_numbers
+from noetherflow.discovery.unusable import refuse_bad_numbers, refuse_without_values
 from noetherflow.equilibrium.result import Equilibrium
 from noetherflow.errors import CertificateError, DataError
 from noetherflow.symmetry.symmetry_set import SymmetrySet
@@ -167,6 +167,7 @@ def balance_(
     expect(call, "eq", eq, Equilibrium, EQUILIBRIUM)
     refuse_inference_tensors(tensors_of(model), "balance_")
     tensors = tensors_of(model)
+    refuse_without_values(tensors, "balance_")
     refuse_bad_numbers({n: tensors[n] for n in eq.symmetries.parameters if n in tensors}, "balance_")
     refuse_frozen(model, Motion.of(eq))
     given: Sequence[Any] = (

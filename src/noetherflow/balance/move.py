@@ -12,9 +12,12 @@ from torch import nn
 from noetherflow.balance.checkpoint import balance_checkpoint
 from noetherflow.balance.model import BalanceReport, balance_
 from noetherflow.balance.motion import Motion, refuse_frozen
+from noetherflow.balance.stored_given import stored_equilibrium_at
 from noetherflow.core.arguments import expect
 from noetherflow.core.host import on_host
+from noetherflow.core.tensors import tensors_of
 from noetherflow.discovery.certificate import Certificate
+from noetherflow.discovery.unusable import refuse_without_values
 from noetherflow.equilibrium.given import Destination, checked_elements, equilibrium_at
 from noetherflow.equilibrium.result import Equilibrium
 from noetherflow.errors import CertificateError, DataError
@@ -82,6 +85,7 @@ def move_(
     call = "move_(model, syms, elements, optimizer)"
     expect_model_and_symmetries(call, model, syms)
     expect(call, "elements", elements, Mapping, "group elements by name, {syms[0].name: [2.0, 0.5, ...]}")
+    refuse_without_values(tensors_of(model), "move_")
     eq = _equilibrium(model, syms, elements)
     refuse_frozen(model, Motion.of(eq))
     inverted = _inverted(eq)
@@ -109,7 +113,8 @@ def move_checkpoint(
 
     Args:
         source, target: files or folders; see `balance_checkpoint`.
-        model: the model with the weights of `source` (`load_checkpoint_`); it is not changed.
+        model: the model with the weights of `source` (`load_checkpoint_`), which is not changed; or on the meta device,
+            where the tensors are read one by one and `certificate` or `unchecked` stands for the outputs.
         syms: its symmetries.
         elements: by symmetry name; see `move_`.
         options: any keyword of `balance_checkpoint`: `example_inputs`, `certificate`, `tolerance`, `unchecked`,
@@ -131,8 +136,14 @@ def move_checkpoint(
 
     Source: theory.md section 2.
     """
-    eq = _equilibrium(model, syms, elements)
+    meta = any(t.is_meta for t in tensors_of(model).values())
+    eq = _stored_equilibrium(source, model, syms, elements, options) if meta else _equilibrium(model, syms, elements)
     inverted = _inverted(eq)
+    if inverted and meta:
+        raise CertificateError(
+            f"negative scales of {inverted[:3]} are proven by outputs alone, which a model on the meta device does not "
+            "have: load the checkpoint into one with weights (nf.load_checkpoint_), or use positive scales"
+        )
     if inverted:
         inputs = _inputs_for(inverted, syms, options.get("example_inputs"))
         options |= {"example_inputs": inputs, "certificate": None, "unchecked": False}
@@ -148,6 +159,14 @@ def _equilibrium(model: nn.Module, syms: SymmetrySet, elements: Elements) -> Equ
     """The destination of the move. Raises DeclarationError for the symmetries of another model."""
     syms.tensors_in(model)
     return equilibrium_at(model, syms, Destination(checked_elements(syms, elements)))
+
+
+def _stored_equilibrium(
+    source: str | Path, model: nn.Module, syms: SymmetrySet, elements: Elements, options: Mapping[str, Any]
+) -> Equilibrium:
+    """The same for a model on the meta device, from the file."""
+    destination = Destination(checked_elements(syms, elements))
+    return stored_equilibrium_at(source, model, syms, destination, key=options.get("key"), prefix=options.get("prefix"))
 
 
 def _inverted(eq: Equilibrium) -> list[str]:

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from noetherflow.balance import cuts
 from noetherflow.balance.cuts import Cutting, Piece, cuttings
-from noetherflow.balance.motion import Motion
 from noetherflow.balance.pieces import Moves, ready
-from noetherflow.balance.stored_parts import StoredPart, StoredReading, spilled_settled
-from noetherflow.equilibrium.given import Stays, settled_at
+from noetherflow.balance.stored_given import part_at
+from noetherflow.balance.stored_parts import StoredPart, StoredReading
+from noetherflow.equilibrium.given import Destination
 from noetherflow.equilibrium.levels import diagonal_part, element_of, levelled
 from noetherflow.equilibrium.objective import LevelObjective
-from noetherflow.equilibrium.result import Settled
 from noetherflow.symmetry.leg import Leg
 from noetherflow.symmetry.symmetry import Symmetry
 
@@ -41,13 +40,7 @@ def level_part(
     logs = {n: torch.zeros(torus.blocks, dtype=torch.float64) for n, torus in tori.items()}
     found = levelled(own, StoredLevels(reading, objective, tori, logs), objective, tolerance, passes)
     elements = {s.name: element_of(s, found.logs[s.name].exp()) for s in own}
-    now, there = _sums(symmetries, reading, {}), _sums(symmetries, reading, elements)
-    settled = [_settled(s, elements.get(s.name, s.identity()), now, there, found.stays.get(s.name)) for s in symmetries]
-    search = found.search
-    return StoredPart(
-        spilled_settled(settled), search.imbalance_now, search.imbalance, search.sweeps, search.sweeps,
-        search.converged, now.norm, there.norm,
-    )  # fmt: skip
+    return part_at(symmetries, reading, Destination(elements, objective.name, found.search, found.stays))
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,35 +132,3 @@ def _axes_within(view: Sequence[int], shape: Sequence[int], axis: int) -> list[i
     inside = [a for a in range(len(view)) if before <= math.prod(view[:a]) < before * shape[axis]]
     whole = inside and math.prod(view[: inside[0]]) == before
     return inside if whole and math.prod(view[a] for a in inside) == shape[axis] else []
-
-
-@dataclass(frozen=True, eq=False)
-class _Sums:
-    """Grams by symmetry and leg, and the squared norm of all parameters."""
-
-    grams: Mapping[tuple[str, int], Tensor]
-    norm: float
-
-
-def _sums(symmetries: Sequence[Symmetry], reading: StoredReading, elements: Mapping[str, Tensor]) -> _Sums:
-    """The sums of the stored weights under these elements. The norm is that of the stored numbers, without offsets."""
-    places: dict[str, list[tuple[Symmetry, int]]] = {}
-    for s in symmetries:
-        for j, leg in enumerate(s.weight_legs):
-            places.setdefault(leg.parameter, []).append((s, j))
-    movers = [s for s in symmetries if s.name in elements]
-    motion, grams, norm = Motion(movers, elements), dict[tuple[str, int], Tensor](), 0.0
-    for name, own in places.items():
-        moves = [(s, elements[s.name]) for s in movers if name in s.parameters]
-        found = reading.moved(name, moves, [(s, s.weight_legs[j]) for s, j in own])
-        grams |= {(s.name, j): gram for (s, j), gram in zip(own, found.grams, strict=True)}
-        offset = any(name in s.offsets for s, _ in own)
-        norm += float(motion.weight(name, reading.weights[name]).square().sum()) if offset else found.norm
-    return _Sums(grams, norm)
-
-
-def _settled(s: Symmetry, element: Tensor, now: _Sums, there: _Sums, held: Stays | None) -> Settled:
-    """One symmetry of the answer, without the Grams of its weights."""
-    legs = range(len(s.weight_legs))
-    before, after = (s.combine(tuple(sums.grams[s.name, j] for j in legs)) for sums in (now, there))
-    return settled_at(s, element, (before, after), (), held)

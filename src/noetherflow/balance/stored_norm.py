@@ -11,12 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from noetherflow.balance.layout import open_checkpoint
-from noetherflow.balance.names import match_names
-from noetherflow.balance.stored import RenamedTensors
 from noetherflow.balance.stored_levels import level_part
 from noetherflow.balance.stored_parts import StoredPart, StoredReading, components, joined, spilled_settled
-from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.blocks import TorusClasses, gl_frame
 from noetherflow.equilibrium.conditioning import ROUNDING, Stretches, stretch
 from noetherflow.equilibrium.levels import TOLERANCE as LEVEL_TOLERANCE
@@ -81,16 +77,11 @@ def stored_equilibrium(
             f"objective {chosen.name!r} needs gradients, which a file alone does not give: load the model, measure "
             "(nf.gradient_moments) and solve with nf.noise_equilibrium; norm and range need none"
         )
-    opened = open_checkpoint(source, key)
-    names = match_names(model, opened.stored, opened.path, prefix, opened.adapter)
-    shapes = {n: tuple(t.shape) for n, t in tensors_of(model).items()}
-    reading = StoredReading(
-        RenamedTensors(opened.stored, names.stored_names, names.parts, shapes), progress or (lambda name: None)
-    )
+    reading = StoredReading.of(source, model, key=key, prefix=prefix, progress=progress)
     syms = syms.trainable(model)
     if not approximate:
         syms = syms.without({s.name: f"only approximate (eps {s.eps:g})" for s in syms if s.eps is not None})
-    eps = max((torch.finfo(opened.stored.dtype(names.stored_names[n][0])).eps for n in syms.parameters), default=0.0)
+    eps = max((reading.eps.get(n, 0.0) for n in syms.parameters), default=0.0)
     if isinstance(chosen, LevelObjective):
         tolerance, passes = max(LEVEL_TOLERANCE, 0.01 * eps), max_iterations if joint else 1
         levels = [level_part(own, reading, chosen, tolerance, passes) for own in components(syms, True)]

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from noetherflow.balance.layout import open_checkpoint
+from noetherflow.balance.names import match_names
 from noetherflow.balance.pieces import MovedSums, leg_gram_of, moved_sums
 from noetherflow.balance.spill import spilled
+from noetherflow.balance.stored import RenamedTensors
+from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.result import Equilibrium, Settled
 from noetherflow.symmetry.leg import Leg
 from noetherflow.symmetry.symmetry import Symmetry
@@ -17,10 +23,39 @@ from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 @dataclass(frozen=True, eq=False)
 class StoredReading:
-    """Stored weights as a solve sees them, read when they are needed; `progress` is told the name of each."""
+    """Stored weights as a solve sees them, read when they are needed; `progress` is told the name of each.
+
+    Attributes:
+        weights: by canonical name.
+        eps: of the dtype in which each is stored, by the same names.
+        progress: called with the name of each tensor that is read.
+    """
 
     weights: Mapping[str, Tensor]
+    eps: Mapping[str, float]
     progress: Callable[[str], None]
+
+    @classmethod
+    def of(
+        cls,
+        source: str | Path,
+        model: nn.Module,
+        *,
+        key: str | None = None,
+        prefix: str | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> StoredReading:
+        """Open a checkpoint of a model, which may be on the meta device; see `load_checkpoint_` for the rest.
+
+        Raises CheckpointError for one that is unreadable or not of this model.
+        """
+        opened = open_checkpoint(source, key)
+        names = match_names(model, opened.stored, opened.path, prefix, opened.adapter)
+        shapes = {n: tuple(t.shape) for n, t in tensors_of(model).items()}
+        weights = RenamedTensors(opened.stored, names.stored_names, names.parts, shapes)
+        dtypes = {n: opened.stored.dtype(stored[0]) for n, stored in names.stored_names.items()}
+        eps = {n: torch.finfo(dtype).eps for n, dtype in dtypes.items() if dtype.is_floating_point}
+        return cls(weights, eps, progress or (lambda name: None))
 
     def gram(self, symmetry: Symmetry, leg: Leg) -> Tensor:
         """The Gram of one leg, float64."""

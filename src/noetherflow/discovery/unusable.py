@@ -43,6 +43,29 @@ def refuse_unusable(model: nn.Module, verb: str) -> None:
     refuse_bad_numbers({n: t for n, t in tensors.items() if isinstance(t, nn.Parameter)}, verb)
 
 
+def refuse_without_values(tensors: Mapping[str, Tensor], verb: str) -> None:
+    """Refuse weights on the meta device where their values are needed.
+
+    Args:
+        tensors: the weights by name.
+        verb: what the caller wants to do, for the message.
+
+    Raises:
+        DataError: names one, with both ways out: weights, or the functions that work on files.
+
+    Example:
+        >>> refuse_without_values({"w": torch.tensor([1.0, -2.0])}, "balance_")
+    """
+    meta = [n for n, t in tensors.items() if t.is_meta]
+    if meta:
+        raise DataError(
+            f"{verb} needs the values of the weights, and {meta[0]} ({len(meta)} of {len(tensors)} tensors) is on the "
+            "meta device: make memory, model.to_empty(device='cpu'), and load a checkpoint into it "
+            "(nf.load_checkpoint_); or leave the weights on the disk, nf.stored_equilibrium, nf.balance_checkpoint and "
+            "nf.move_checkpoint work on the files"
+        )
+
+
 def refuse_bad_numbers(tensors: Mapping[str, Tensor], verb: str) -> None:
     """Refuse weights that are no usable numbers.
 

@@ -6,13 +6,13 @@ from typing import Any
 
 from noetherflow.core.arguments import MOMENTS, expect
 from noetherflow.core.tensors import tensors_of
-from noetherflow.discovery.unusable import refuse_bad_numbers
+from noetherflow.discovery.unusable import refuse_bad_numbers, refuse_without_values
 from noetherflow.moments.result import GradientMoments
 from noetherflow.symmetry.arguments import expect_model_and_symmetries
 
 
 def refuse_strangers(verb: str, model: Any, syms: Any, mom: Any) -> None:
-    """Refuse arguments in another order, and weights that are NaN or infinite.
+    """Refuse arguments in another order, and weights that are NaN, infinite or without values.
 
     Args:
         verb: the function that was called, as `verb(model, syms, mom, sgd)`.
@@ -27,4 +27,6 @@ def refuse_strangers(verb: str, model: Any, syms: Any, mom: Any) -> None:
     expect_model_and_symmetries(call, model, syms)
     expect(call, "mom", mom, GradientMoments | None, MOMENTS)
     weights = tensors_of(model)
-    refuse_bad_numbers({n: weights[n] for n in syms.parameters if n in weights}, verb)
+    own = {n: weights[n] for n in syms.parameters if n in weights}
+    refuse_without_values(own, verb)
+    refuse_bad_numbers(own, verb)
