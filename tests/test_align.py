@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 import noetherflow as nf
 from noetherflow.balance.motion import Motion
 from noetherflow.balance.units import permutable_units, write
-from noetherflow.errors import CertificateError, DataError
+from noetherflow.errors import CertificateError, CheckpointError, DataError
 from test_move import gemma
 from zoo import ZOO, output_of
 from zoo import call as run
@@ -189,3 +190,68 @@ def test_an_alignment_of_other_models_is_refused() -> None:
     with pytest.raises(CertificateError, match="more than the tolerance"):
         found.move_(wrong)
     assert all(torch.equal(before[n], t) for n, t in wrong.state_dict().items())
+
+
+def test_files_come_together_as_models_do(tmp_path: Path) -> None:
+    """A permuted and scaled copy in a file, its optimiser's state with it: what is written is the model moved."""
+    model, x = net(4, 6, 5, 3), data(4)
+    syms = nf.find_symmetries(model, x)
+    other, rng = copy.deepcopy(model), torch.Generator().manual_seed(3)
+    units = permutable_units(model, syms, x)
+    orders = [torch.randperm(u.count, generator=rng) for u in units]
+    write(nf.tensors_of(other), Motion((), {}, tuple(u.reordering(o) for u, o in zip(units, orders, strict=True))))
+    nf.move_(other, syms, {s.name: s.random_element(0.4, rng) for s in syms})
+    optimizer = torch.optim.AdamW(other.named_parameters(), lr=1e-4)
+    other(x).square().mean().backward()
+    optimizer.step()
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    torch.save({"net": other.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "b.pt")
+    outline = net(4, 6, 5, 3, seed=9)
+    dry = nf.align_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "c.pt", outline, syms, dry_run=True)
+    assert not (tmp_path / "c.pt").exists()
+    found = nf.align_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "c.pt", outline, syms)
+    assert dry.alignment.distance == found.alignment.distance < 0.01 * found.alignment.distance_before
+    assert found.report.state_entries == 10
+    nf.align(model, other, syms).move_(other, optimizer)
+    stored = torch.load(tmp_path / "c.pt")
+    for name, t in other.state_dict().items():
+        torch.testing.assert_close(stored["net"][name], t, rtol=1e-14, atol=0)
+    for number, entries in optimizer.state_dict()["state"].items():
+        for entry, t in entries.items():
+            torch.testing.assert_close(stored["optimizer"]["state"][number][entry], t, rtol=1e-14, atol=0)
+    scaled = nf.align_checkpoint(
+        tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "d.pt", outline, syms, permutations=False, dry_run=True
+    )
+    assert scaled.alignment.distance > 10 * found.alignment.distance
+    torch.save(net(4, 6, 5, 2).state_dict(), tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match="other"):
+        nf.align_checkpoint(tmp_path / "other.pt", tmp_path / "b.pt", tmp_path / "d.pt", outline, syms)
+    with pytest.raises(CheckpointError, match="could not write"):
+        nf.align_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "a.pt" / "d.pt", outline, syms)
+    assert not (tmp_path / "d.pt").exists()
+
+
+def test_the_command_brings_a_moved_llama_back(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from typer.testing import CliRunner
+
+    from noetherflow.cli.app import app
+
+    case = ZOO["llama"]().double()
+    case.model.save_pretrained(tmp_path / "a", max_shard_size="3KB")
+    kept = {n: t.clone() for n, t in case.model.state_dict().items()}
+    syms = nf.find_symmetries(case.model, case.inputs)
+    rng = torch.Generator().manual_seed(0)
+    nf.move_(case.model, syms, {s.name: s.random_element(0.3, rng) for s in syms if s.eps is None})
+    case.model.save_pretrained(tmp_path / "b", max_shard_size="3KB")
+    words = ["align", str(tmp_path / "a"), str(tmp_path / "b")]
+    assert CliRunner().invoke(app, words).exit_code == 2
+    shown = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "c")])
+    assert shown.exit_code == 0, shown.output
+    assert "distance" in shown.output
+    assert f"written to {tmp_path / 'c'}" in shown.output.replace("\n", "")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "c", dtype=D)
+    far = max(float((case.model.state_dict()[n] - t).abs().max()) for n, t in kept.items())
+    assert far > 0.1
+    for n, t in again.state_dict().items():
+        torch.testing.assert_close(t, kept[n], rtol=1e-8, atol=1e-9)

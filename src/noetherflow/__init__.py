@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from noetherflow import extend
     from noetherflow.analysis import Analysis, analyze, diagnose
     from noetherflow.balance.align import Alignment, align, orbit_distance
+    from noetherflow.balance.align_file import AlignedCheckpoint, align_checkpoint
     from noetherflow.balance.checkpoint import balance_checkpoint, load_checkpoint_, read_checkpoint
     from noetherflow.balance.gains import gains_to_one
     from noetherflow.balance.model import BalanceReport, balance_
@@ -73,6 +74,7 @@ __version__ = "0.2.0"
 _LAZY = {
     "analysis": ("Analysis", "analyze", "diagnose"),
     "balance.align": ("Alignment", "align", "orbit_distance"),
+    "balance.align_file": ("AlignedCheckpoint", "align_checkpoint"),
     "balance.checkpoint": ("balance_checkpoint", "load_checkpoint_", "read_checkpoint"),
     "balance.stored_norm": ("stored_equilibrium",),
     "balance.gains": ("gains_to_one",),
@@ -125,6 +127,7 @@ __all__ = [
     "ActivationMoments",
     "AdamConfig",
     "AdaptiveBasis",
+    "AlignedCheckpoint",
     "Alignment",
     "Analysis",
     "BalanceReport",
@@ -152,6 +155,7 @@ __all__ = [
     "activation_moments",
     "adaptive_basis",
     "align",
+    "align_checkpoint",
     "analyze",
     "balance_",
     "balance_checkpoint",

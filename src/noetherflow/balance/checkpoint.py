@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from noetherflow.balance.names import NameMap, match_names
 from noetherflow.balance.safetensors_file import DEQUANTISE
 from noetherflow.balance.state_naming import StateNaming, StateOrder
 from noetherflow.balance.stored import RenamedTensors
-from noetherflow.balance.written import FilesWritten, moved_files, write_files, writing
+from noetherflow.balance.written import moved_files, write_files, writing
 from noetherflow.core.files import check_writable
 from noetherflow.core.tensors import is_narrow, tensors_of
 from noetherflow.core.unwrap import unwrap_optimizer
@@ -135,22 +136,101 @@ def balance_checkpoint(
             not match the model, or weights other than those in `model`.
         CertificateError: as `balance_` does, and so DataError.
     """
-    target = Path(target)
-    if not dry_run:
-        check_target(target, folder=_is_folder(Path(source)))
-    opened = _wide_checkpoint(source, key)
-    names = match_names(model, opened.stored, opened.path, prefix, opened.adapter)
-    motion, weights = Motion.of(eq), _weights(opened, names, model)
-    _refuse_absent(motion, weights, opened)
-    refuse_other_weights(model, weights, opened.path)
-    refuse_elsewhere(eq, motion, weights)
-    check = OutputCheck(example_inputs, certificate, tolerance, unchecked)
-    change = checked_change(model, motion, weights, check, eq.symmetries.example_inputs)
     given = [] if optimizer is None else optimizer if isinstance(optimizer, Sequence) else [optimizer]
-    naming, said = _naming(opened, tuple(unwrap_optimizer(o) for o in given), state_order)
-    move = FileMove(model, motion, names, weights, naming, progress or _silent)
-    done = moved_files(opened, move, target) if dry_run else write_files(opened, move, target)
-    return _report(eq, done, change, (*names.notes, *said), dry_run)
+    options = WriteOptions(dry_run, tuple(unwrap_optimizer(o) for o in given), state_order, progress or _silent)
+    matched, motion = MatchedCheckpoint.of(source, target, model, options, key=key, prefix=prefix), Motion.of(eq)
+    matched.refuse_unlike(motion)
+    refuse_elsewhere(eq, motion, matched.weights)
+    check = OutputCheck(example_inputs, certificate, tolerance, unchecked)
+    change = checked_change(model, motion, matched.weights, check, eq.symmetries.example_inputs)
+    report = matched.write(target, motion, options, change)
+    return replace(
+        report,
+        skipped={**eq.excluded, **{s.name: s.reason for s in eq if s.reason}},
+        converged=eq.converged,
+        imbalance=eq.imbalance,
+    )
+
+
+def _silent(name: str) -> None:
+    """No progress to show."""
+
+
+@dataclass(frozen=True, eq=False)
+class WriteOptions:
+    """How a moved checkpoint is written.
+
+    Attributes:
+        dry_run: write nothing.
+        optimizers: whose state the files hold.
+        state_order: how state without names is assigned.
+        progress: called with the name of each tensor when it is done.
+    """
+
+    dry_run: bool = False
+    optimizers: tuple[torch.optim.Optimizer, ...] = ()
+    state_order: StateOrder = "checked"
+    progress: Progress = _silent
+
+
+@dataclass(frozen=True, eq=False)
+class MatchedCheckpoint:
+    """The files of a checkpoint with their tensors under the names of its model."""
+
+    opened: OpenCheckpoint
+    names: NameMap
+    weights: RenamedTensors
+    model: nn.Module
+
+    @classmethod
+    def of(
+        cls,
+        source: str | Path,
+        target: str | Path,
+        model: nn.Module,
+        options: WriteOptions,
+        *,
+        key: str | None = None,
+        prefix: str | None = None,
+    ) -> MatchedCheckpoint:
+        """Open a checkpoint that is to be moved to `target`, which is tried first.
+
+        Raises CheckpointError for a target that cannot be written, and files that are unreadable or not of the model.
+        """
+        if not options.dry_run:
+            check_target(target, folder=_is_folder(Path(source)))
+        opened = _wide_checkpoint(source, key)
+        names = match_names(model, opened.stored, opened.path, prefix, opened.adapter)
+        return cls(opened, names, _weights(opened, names, model), model)
+
+    def refuse_unlike(self, motion: Motion) -> None:
+        """Raises CheckpointError where the files lack a tensor that moves, or hold others than the model does."""
+        _refuse_absent(motion, self.weights, self.opened)
+        refuse_other_weights(self.model, self.weights, self.opened.path)
+
+    def write(self, target: str | Path, motion: Motion, options: WriteOptions, change: float | None) -> BalanceReport:
+        """Write the moved files, or say what would move.
+
+        Args:
+            target: where to.
+            motion: the move.
+            options: how.
+            change: by how much the outputs change, for the report.
+        """
+        naming, said = _naming(self.opened, options.optimizers, options.state_order)
+        move = FileMove(self.model, motion, self.names, self.weights, naming, options.progress)
+        done = (moved_files if options.dry_run else write_files)(self.opened, move, Path(target))
+        return BalanceReport(
+            {n: s.change for n, s in done.shifts.items()},
+            change,
+            max((s.rounding for s in done.shifts.values()), default=0.0),
+            len(done.state.moves),
+            done.state.approximate,
+            unmoved=done.state.unmoved,
+            averages=done.averages,
+            dry_run=options.dry_run,
+            notes=(*self.names.notes, *said, *done.notes),
+        )
 
 
 def _wide_checkpoint(path: str | Path, key: str | None) -> OpenCheckpoint:
@@ -165,25 +245,6 @@ def _wide_checkpoint(path: str | Path, key: str | None) -> OpenCheckpoint:
     return opened
 
 
-def _report(
-    eq: Equilibrium, done: FilesWritten, change: float | None, notes: tuple[str, ...], dry_run: bool
-) -> BalanceReport:
-    return BalanceReport(
-        {n: s.change for n, s in done.shifts.items()},
-        change,
-        max((s.rounding for s in done.shifts.values()), default=0.0),
-        len(done.state.moves),
-        done.state.approximate,
-        skipped={**eq.excluded, **{s.name: s.reason for s in eq if s.reason}},
-        unmoved=done.state.unmoved,
-        averages=done.averages,
-        converged=eq.converged,
-        imbalance=eq.imbalance,
-        dry_run=dry_run,
-        notes=(*notes, *done.notes),
-    )
-
-
 def _naming(
     opened: OpenCheckpoint, optimizers: tuple[torch.optim.Optimizer, ...], order: StateOrder
 ) -> tuple[StateNaming, tuple[str, ...]]:
@@ -196,10 +257,6 @@ def _naming(
         )
         return StateNaming((), "parameters"), (said,)
     return StateNaming(optimizers, order), ()
-
-
-def _silent(name: str) -> None:
-    """No progress to show."""
 
 
 def _is_folder(source: Path) -> bool:

@@ -1,4 +1,4 @@
-"""The command line: `noetherflow find | analyze | flow | balance | reproduce | report | watch | demo`."""
+"""The command line: `noetherflow find | analyze | flow | balance | align | reproduce | report | watch | demo`."""
 
 from __future__ import annotations
 

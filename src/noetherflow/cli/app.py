@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from noetherflow import __version__
+from noetherflow.cli.align import align
 from noetherflow.cli.analyze import analyze
 from noetherflow.cli.balance import balance
 from noetherflow.cli.demo import demo
@@ -22,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (find, analyze, diagnose, flow, balance, report, watch, demo):
+for command in (find, analyze, diagnose, flow, balance, align, report, watch, demo):
     app.command()(command)
 for entry in entry_points(group="noetherflow.commands"):
     app.command(entry.name)(entry.load())

@@ -140,7 +140,7 @@ def balance(
             raise typer.BadParameter("give --out PATH, or --dry-run to write nothing")
         check_target(out, folder=source.is_dir() or source.name.endswith(".index.json"))
     files = FileChoice(source, out or source, key, prefix, state_order, tolerance, dry_run)
-    spec = _spec(source, model)
+    spec = model_of(source, model)
     if chosen == "none":
         if stream:
             eq, report = _streamed(files, spec, objective)
@@ -169,7 +169,7 @@ def _moments_needed(objective: str) -> str:
     return needed
 
 
-def _spec(source: Path, model: str | None) -> str:
+def model_of(source: Path, model: str | None) -> str:
     """The model asked for, or the one whose configuration lies in the folder."""
     if model is not None:
         return model
@@ -224,7 +224,7 @@ def _without_data(files: FileChoice, spec: str, objective: str, certified: bool)
     from noetherflow.equilibrium import noise_equilibrium
 
     loaded = load_model(spec, materialise=True)
-    model = _wide(loaded.model).eval()
+    model = wide(loaded.model).eval()
     files.load(model)
     say = announce(f"{files.source}: seconds for tracing and checking", 4)
     say("tracing the model")
@@ -242,7 +242,7 @@ def _without_data(files: FileChoice, spec: str, objective: str, certified: bool)
     return eq, files.move(model, eq, loaded.example_inputs, certificate, unchecked=False)
 
 
-def _wide(model: nn.Module) -> nn.Module:
+def wide(model: nn.Module) -> nn.Module:
     """The model in float32 where it was loaded in half precision, so that outputs can be compared."""
     return model.float() if any(p.element_size() < 4 for p in model.parameters()) else model
 
