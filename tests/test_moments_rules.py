@@ -363,8 +363,8 @@ def test_both_contractions_equal_the_loop(case: str, tokens: bool, monkeypatch: 
     """Token Grams and explicit gradients, whichever the cost model would choose."""
     chosen = []
 
-    def choose(target: Any, count: int, m: int, n: int) -> bool:
-        possible = not target.need.entries and not target.need.split(m).mixed
+    def choose(need: Any, count: int, m: int, n: int) -> bool:
+        possible = not need.entries and not need.split(m).mixed
         chosen.append(tokens and possible)
         return chosen[-1]
 

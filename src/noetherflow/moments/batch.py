@@ -22,13 +22,14 @@ from noetherflow.core.torch_internals import (
     unseen_by_modes,
 )
 from noetherflow.errors import DataError, MomentError, NoetherflowError
-from noetherflow.moments.forms import Form
-from noetherflow.moments.layout import WHOLE_BATCH, SampleLayout
+from noetherflow.moments.forms import Form, Outer
+from noetherflow.moments.layout import SampleLayout
 from noetherflow.moments.origins import Origins, Source, distinct
+from noetherflow.moments.packed import SMALL, ProductTensor
 from noetherflow.moments.rules import Site
 from noetherflow.moments.sums import Sums, Totals
 from noetherflow.moments.taps import CallId, Receiver, Recorder, Trace, Use
-from noetherflow.moments.target import Scratch, Workspace
+from noetherflow.moments.target import Scratch, Target, Workspace
 
 CHUNK_ENTRIES = 1 << 22
 
@@ -284,6 +285,9 @@ class Contraction:
         name = source.view_of
         if name in self._once and name is not None:
             whole = _as_whole(source.operand, self._roots[name], form)
+            if isinstance(whole, Outer) and self._stays_product(name, whole):
+                self._add_product(name, whole, scratch)
+                return
             if whole is not None:
                 for share in self._shares:
                     if share.totals is not None:
@@ -292,6 +296,31 @@ class Contraction:
                     share.settle([name])
                 return
         self._pending.append((source, form))
+
+    def _stays_product(self, name: str, form: Outer) -> bool:
+        """Whether every group of a divided batch takes less memory as a product of factors than packed, and no gradient
+        of its own is needed.
+        """
+        need, (m, n) = self._shares[0].sums.needs[name], form.matrix
+        divided = len(self._shares) > 1 and all(share.totals is not None for share in self._shares)
+        if not divided or need.entries or m * n <= SMALL or not form.leaves_gradients_out(need):
+            return False
+        rows = form.left[0, ..., 0].numel() * max(share.hi - share.lo for share in self._shares)
+        return rows * (m + n) * need.dtype.itemsize <= m * n
+
+    def _add_product(self, name: str, form: Outer, scratch: Scratch) -> None:
+        """Contract a parameter used once whose groups keep their rows of the factors; the summed gradient is made once
+        for all of them.
+        """
+        left, right = (t.clone() for t in form.rows(0, form.samples))
+        per_sample = len(left) // form.samples
+        for share in self._shares:
+            need, own = share.sums.needs[name], slice(share.lo * per_sample, share.hi * per_sample)
+            form.add_legs(Target(need, share.sums, scratch), share.lo, share.hi)
+            share.sums.keep(name, ProductTensor(left[own], right[own], need.shape))
+        totals, shape = self._shares[0].totals, self._shares[0].sums.needs[name].shape
+        assert totals is not None
+        totals.plus({name: (left.mT @ right).view(shape)}, {})
 
     def finish(self) -> None:
         """Contract the parameters used more than once: per-sample gradients are added over uses before squaring."""
@@ -370,10 +399,3 @@ def _components(items: list[tuple[Source, Form]]) -> list[tuple[frozenset[str], 
         names = item[0].names.union(*(g[0] for g in joined))
         groups.append((names, [i for g in joined for i in g[1]] + [item]))
     return groups
-
-
-def whole_batch_total(site: Site, delta: Tensor, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """`(sum_i G_i, its scale without cancellation)`, needing no layout."""
-    form = form_of(site, WHOLE_BATCH, 1, delta, saved)
-    scale = form.scale()
-    return form.total(), scale if site.cancelled is None else scale + site.cancelled(delta, *saved)

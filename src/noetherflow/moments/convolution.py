@@ -80,7 +80,7 @@ class Convolution(Form):
 
     def accumulate(self, target: Target, lo: int, hi: int) -> None:
         tokens, m, n = self._sizes
-        if not self.settings[3] and self.settings[5] == 1 and prefer_token_grams(target, tokens, m, n):
+        if not self.settings[3] and self.settings[5] == 1 and prefer_token_grams(target.need, tokens, m, n):
             target.gradient.view(self.weight.shape).add_(self._gradient(lo, hi))
             for i, j in chunks(target, tokens * n, lo, hi):
                 left = self.delta[i:j].flatten(3).mT.reshape(j - i, -1, m)

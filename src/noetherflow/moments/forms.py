@@ -14,7 +14,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from noetherflow.moments.target import SideLeg, Target, gram, wide
+from noetherflow.moments.target import Need, SideLeg, Target, gram, wide
 
 # Explicit gradients are made this many entries at a time: on a CPU they should stay in cache.
 CHUNK_ENTRIES, CHUNK_ENTRIES_CPU = 1 << 24, 1 << 20
@@ -115,11 +115,11 @@ class Outer(Form):
     def __post_init__(self) -> None:
         self.samples = self.left.shape[0]
         self.dtype = _wide(self.left, self.right)
-        self._matrix = self.left.shape[-1], self.right.shape[-1]
+        self.matrix = self.left.shape[-1], self.right.shape[-1]
 
     def _shaped(self, gradients: Tensor) -> Tensor:
         """`[.., m, n]` brought to the operand's shape."""
-        if self.shape is None or self.shape == self._matrix:
+        if self.shape is None or self.shape == self.matrix:
             return gradients
         return gradients.reshape(*gradients.shape[:-2], *self.shape)
 
@@ -142,13 +142,25 @@ class Outer(Form):
     def scale(self) -> Tensor:
         return norm(self.left.to(self.dtype)) * norm(self.right.to(self.dtype))
 
-    def accumulate(self, target: Target, lo: int, hi: int) -> None:
-        tokens, m, n = self.left.shape[1], self.left.shape[2], self.right.shape[2]
+    def rows(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+        """`left` `[rows, m]` and `right` `[rows, n]` whose product `left^T right` sums samples `lo .. hi - 1`."""
         left, right = self._slice(lo, hi)
-        if prefer_token_grams(target, tokens, m, n):
-            target.add_product(left.flatten(0, 1), right.flatten(0, 1))
-            add_token_grams(target, left, right)
+        return left.flatten(0, 1), right.flatten(0, 1)
+
+    def leaves_gradients_out(self, need: Need) -> bool:
+        """Whether everything but the summed gradient comes from the factors, by `add_legs`."""
+        return prefer_token_grams(need, self.left.shape[1], *self.matrix)
+
+    def add_legs(self, target: Target, lo: int, hi: int) -> None:
+        """Add the leg Grams of samples `lo .. hi - 1`, where `leaves_gradients_out`."""
+        add_token_grams(target, *self._slice(lo, hi))
+
+    def accumulate(self, target: Target, lo: int, hi: int) -> None:
+        if self.leaves_gradients_out(target.need):
+            target.add_product(*self.rows(lo, hi))
+            self.add_legs(target, lo, hi)
             return
+        (m, n), (left, right) = self.matrix, self._slice(lo, hi)
         for i, j in chunks(target, m * n, 0, hi - lo):
             out = target.scratch.workspace.empty((j - i, m, n), left)
             target.add_dense(torch.bmm(left[i:j].mT, right[i:j], out=out), Tensor.square_)
@@ -172,9 +184,15 @@ class OneToken(Outer):
         left, right = self._slice(0, self.samples)
         return self._shaped(torch.matmul(left.mT, right))
 
-    def accumulate(self, target: Target, lo: int, hi: int) -> None:
+    def rows(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+        return self._slice(lo, hi)
+
+    def leaves_gradients_out(self, need: Need) -> bool:
+        return True
+
+    def add_legs(self, target: Target, lo: int, hi: int) -> None:
+        """Add the leg Grams, or the squares they are read off, of samples `lo .. hi - 1`."""
         left, right = self._slice(lo, hi)
-        target.add_product(left, right)
         self._add_squares(target, left, right)
         split = target.need.split(left.shape[1])
         _add_weighted_grams(target, split.rows, left, right)
@@ -209,15 +227,15 @@ def _weighted(squares: Tensor, other: Tensor) -> Tensor:
     return torch.mv(squares.mT, torch.linalg.vector_norm(other, dim=1).square_())
 
 
-def prefer_token_grams(target: Target, tokens: int, m: int, n: int) -> bool:
+def prefer_token_grams(need: Need, tokens: int, m: int, n: int) -> bool:
     """Whether `tokens x tokens` Grams cost less than one explicit `m x n` gradient per sample.
 
     Both also pay `2 tokens m n` for the summed gradient. Direct: passes over the `m n` entries (one for the sum, one
     for rows, two for columns) and `2 m n dim` per general-linear leg. Token Grams: `2 tokens^2 (m + n)` per side and
     `2 tokens m dim` per linear leg, and passes over their factors.
     """
-    split = target.need.split(m)
-    if target.need.entries or split.mixed:
+    split = need.split(m)
+    if need.entries or split.mixed:
         return False
     direct, grams = PASS * m * n, 0.0
     for legs, own, passes in ((split.rows, m, 1), (split.columns, n, 2)):

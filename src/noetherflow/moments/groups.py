@@ -96,7 +96,9 @@ class GroupSums:
             before = self.by_group.get(g)
             if sums.samples and sums is not before:
                 self.by_group[g] = sums if before is None else before.plus(sums)
-        if opened.totals is not self.totals:
+        if not self.totals.gradient:
+            self.totals = opened.totals
+        elif opened.totals is not self.totals:
             self.totals.plus(opened.totals.gradient, opened.totals.squares)
         self._half_added = False
 

@@ -10,6 +10,7 @@ samples is kept exactly, and the groups are never added up to an estimate.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -22,8 +23,56 @@ ROW = 64
 """Rows shorter than this share the scale of their neighbours."""
 
 
+class CompactTensor(ABC):
+    """A tensor kept in less memory than its entries take."""
+
+    @abstractmethod
+    def times(self, factor: float) -> CompactTensor:
+        """The tensor times a number."""
+
+    @abstractmethod
+    def to(self, device: torch.device) -> CompactTensor:
+        """The tensor on a device."""
+
+    @abstractmethod
+    def unpack(self) -> Tensor:
+        """The tensor."""
+
+
 @dataclass(frozen=True, eq=False)
-class PackedTensor:
+class ProductTensor(CompactTensor):
+    """`factor * left^T right` in the given shape, exact: the summed gradient of a few samples of a linear layer.
+
+    A group of 16 samples of a layer with 784 inputs and 512 outputs is kept in 83 kB; packed it would take 401 kB.
+
+    Example:
+        >>> kept = ProductTensor(torch.ones(2, 30), torch.ones(2, 40), torch.Size([30, 40])).times(0.5)
+        >>> kept.unpack().shape, kept.bytes, float(kept.unpack().sum())
+        (torch.Size([30, 40]), 560, 1200.0)
+    """
+
+    left: Tensor
+    right: Tensor
+    shape: torch.Size
+    factor: float = 1.0
+
+    @property
+    def bytes(self) -> int:
+        """What the factors take."""
+        return sum(t.numel() * t.element_size() for t in (self.left, self.right))
+
+    def times(self, factor: float) -> ProductTensor:
+        return ProductTensor(self.left, self.right, self.shape, self.factor * factor)
+
+    def to(self, device: torch.device) -> ProductTensor:
+        return ProductTensor(self.left.to(device), self.right.to(device), self.shape, self.factor)
+
+    def unpack(self) -> Tensor:
+        return (self.left.mT @ self.right).mul_(self.factor).view(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTensor(CompactTensor):
     """A tensor in one byte per entry, and one float32 scale per row of at least 64 entries.
 
     Example:
@@ -77,8 +126,8 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, length)
 
 
-Held = Tensor | PackedTensor
-"""A tensor as it is kept: packed if it is large."""
+Held = Tensor | CompactTensor
+"""A tensor as it is kept: packed, or as a product, if it is large."""
 
 
 def packed(tensor: Tensor) -> Held:
@@ -88,7 +137,7 @@ def packed(tensor: Tensor) -> Held:
 
 def unpacked(held: Held) -> Tensor:
     """The tensor behind what is kept of it."""
-    return held.unpack() if isinstance(held, PackedTensor) else held
+    return held.unpack() if isinstance(held, CompactTensor) else held
 
 
 def packed_sum(held: Held | None, tensor: Tensor) -> Held:
@@ -178,7 +227,7 @@ class LeftOut(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         total, share = self._total[name], self._share
         held = self._group.held[name] if isinstance(self._group, PackedTensors) else self._group[name]
-        rest = held.times(-share).unpack() if isinstance(held, PackedTensor) else held * -share
+        rest = held.times(-share).unpack() if isinstance(held, CompactTensor) else held * -share
         return rest.to(total.dtype).add_(total).div_(1 - share)
 
     def __iter__(self) -> Iterator[str]:

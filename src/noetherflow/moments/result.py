@@ -373,7 +373,7 @@ def unresolved(moments: GradientMoments, syms: Iterable[Symmetry]) -> tuple[str,
     found = []
     for s in syms:
         eps = max(torch.finfo(moments.mean[n].dtype).eps for n in s.parameters)
-        means = s.grams({n: moments.mean[n].double() for n in s.parameters})
+        means = (s.leg_gram(leg, moments.mean[leg.parameter], torch.float64) for leg in s.weight_legs)
         for second, mean in zip(moments.second[s.name], means, strict=True):
             both, own = float(trace(second)), float(trace(mean))
             if own > 0 and both - own < 4 * eps * own:

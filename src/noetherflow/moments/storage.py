@@ -15,12 +15,12 @@ from noetherflow.core.arguments import MOMENTS, expect
 from noetherflow.core.files import replacing
 from noetherflow.errors import CheckpointError
 from noetherflow.moments.conditions import Conditions
-from noetherflow.moments.packed import PackedTensor, PackedTensors
+from noetherflow.moments.packed import Held, PackedTensor, PackedTensors, ProductTensor
 from noetherflow.moments.products import Factors
 from noetherflow.moments.result import GradientMoments, Replicates
 
-FORMAT = 2
-"""1 kept the groups' mean gradients and squares in float64; both are read."""
+FORMAT = 3
+"""1 kept the groups' mean gradients and squares in float64, 2 knew no products of factors; all are read."""
 
 
 UNRECORDED = Conditions(rounding=torch.finfo(torch.bfloat16).eps)
@@ -70,7 +70,7 @@ def load_moments(path: str | Path) -> GradientMoments:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as cause:
         raise CheckpointError(f"{path} holds no gradient moments: {cause}") from cause
-    if header.get("format") not in (1, FORMAT):
+    if header.get("format") not in range(1, FORMAT + 1):
         raise CheckpointError(f"{path} has moments format {header.get('format')!r}, this version reads {FORMAT}")
     groups = tuple(_unpack(g, f"{k}/", tensors) for k, g in enumerate(header["groups"]))
     return _unpack(header, "", tensors, groups)
@@ -99,6 +99,7 @@ def _header(moments: GradientMoments) -> dict[str, Any]:
         "squares": list(moments.squares),
         "factors": list(moments.factors),
         "packed": _dtypes(moments.mean) | _dtypes(moments.squares),
+        "products": _products(moments.mean),
         "fallback": list(moments.fallback),
         "unresolved": list(moments.unresolved),
         "replicates": moments.to_dict()["replicates"],
@@ -108,12 +109,17 @@ def _header(moments: GradientMoments) -> dict[str, Any]:
 
 
 def _flat(prefix: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under their names in the file; of a packed one, codes under its name and scales beside them."""
+    """The tensors under their names in the file; beside the codes of a packed one their scales, beside the left factor
+    of a product the right one.
+    """
     out: dict[str, Tensor] = {}
     for name, t in (named.held if isinstance(named, PackedTensors) else named).items():
         if isinstance(t, PackedTensor):
             out |= {f"{prefix}/{name}": t.codes, f"{prefix}-scales/{name}": t.scales}
+        elif isinstance(t, ProductTensor):
+            out |= {f"{prefix}/{name}": t.left.contiguous(), f"{prefix}-right/{name}": t.right.contiguous()}
         else:
+            assert isinstance(t, Tensor)
             out[f"{prefix}/{name}"] = t.contiguous()
     return out
 
@@ -124,13 +130,24 @@ def _dtypes(named: Mapping[str, Tensor]) -> dict[str, str]:
     return {n: str(t.dtype).removeprefix("torch.") for n, t in held.items() if isinstance(t, PackedTensor)}
 
 
+def _products(named: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """The names that are products of factors, with the number they are multiplied by and their shape."""
+    held = named.held if isinstance(named, PackedTensors) else {}
+    return {n: [t.factor, *t.shape] for n, t in held.items() if isinstance(t, ProductTensor)}
+
+
 def _named(header: Mapping[str, Any], prefix: str, kind: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """What `_flat` wrote."""
-    dtypes = header.get("packed", {})
-    held: dict[str, Tensor | PackedTensor] = {}
+    dtypes, products = header.get("packed", {}), header.get("products", {}) if kind == "mean" else {}
+    held: dict[str, Held] = {}
     for name in header[kind]:
-        codes, scales = tensors[f"{prefix}{kind}/{name}"], tensors.get(f"{prefix}{kind}-scales/{name}")
-        held[name] = codes if scales is None else PackedTensor(codes, scales, getattr(torch, dtypes[name]))
+        kept = tensors[f"{prefix}{kind}/{name}"]
+        scales = tensors.get(f"{prefix}{kind}-scales/{name}")
+        if name in products:
+            factor, *shape = products[name]
+            held[name] = ProductTensor(kept, tensors[f"{prefix}{kind}-right/{name}"], torch.Size(shape), factor)
+        else:
+            held[name] = kept if scales is None else PackedTensor(kept, scales, getattr(torch, dtypes[name]))
     return PackedTensors(held) if prefix else {n: t for n, t in held.items() if isinstance(t, Tensor)}
 
 

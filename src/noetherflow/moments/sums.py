@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from noetherflow.moments.packed import Held, PackedTensor, PackedTensors, packed, packed_into, packed_sum
+from noetherflow.moments.packed import (
+    CompactTensor,
+    Held,
+    PackedTensors,
+    ProductTensor,
+    packed,
+    packed_into,
+    packed_sum,
+)
 from noetherflow.moments.result import GradientMoments, trace
 from noetherflow.moments.target import Accumulators, Need, Scratch, Target
 from noetherflow.symmetry.symmetry_set import SymmetrySet
@@ -63,7 +71,7 @@ class Sums(Accumulators):
         sums.samples, sums.loss = n, moments.loss * n
         for mine, means in ((sums.packed_gradient, moments.mean), (sums.packed_squares, moments.squares)):
             for name, held in PackedTensors.of(means).held.items():
-                whole = held.times(n) if isinstance(held, PackedTensor) else held * n
+                whole = held.times(n) if isinstance(held, CompactTensor) else held * n
                 mine[name] = whole.to(needs[name].device)
         for symmetry, legs in sums.second.items():
             for leg, mean in zip(legs, moments.second[symmetry], strict=True):
@@ -82,6 +90,11 @@ class Sums(Accumulators):
             if squares is not None:
                 self._add_torus_legs(name, squares)
                 self.packed_squares[name] = packed_into(self.packed_squares.get(name), squares)
+
+    def keep(self, name: str, gradient: ProductTensor) -> None:
+        """Keep the summed gradient of a parameter as a product; what was summed of it before must be settled."""
+        before = self.packed_gradient.get(name)
+        self.packed_gradient[name] = gradient if before is None else packed_sum(before, gradient.unpack())
 
     def settle_all(self, totals: Totals) -> None:
         """`settle` of every parameter."""
@@ -153,7 +166,7 @@ class Sums(Accumulators):
             else:
                 held[name] = kept[name] if name in kept else packed(need.zeros())
         n = self.samples
-        return PackedTensors({k: h.times(1 / n) if isinstance(h, PackedTensor) else h / n for k, h in held.items()})
+        return PackedTensors({k: h.times(1 / n) if isinstance(h, CompactTensor) else h / n for k, h in held.items()})
 
 
 def leg_names(needs: dict[str, Need]) -> dict[str, tuple[str, ...]]:

@@ -25,14 +25,16 @@ from noetherflow.moments.batch import (
     Subject,
     buffers_kept,
     check_finite,
+    form_of,
     forward_backward,
-    whole_batch_total,
 )
 from noetherflow.moments.conditions import Conditions, random_states
 from noetherflow.moments.distributed import over_ranks
-from noetherflow.moments.layout import SampleLayout
+from noetherflow.moments.forms import Outer
+from noetherflow.moments.layout import WHOLE_BATCH, SampleLayout
 from noetherflow.moments.origins import Source
 from noetherflow.moments.result import all_finite
+from noetherflow.moments.rules import Site
 from noetherflow.moments.taps import CallId, Recorder, Trace, Use
 
 # Other samples' share of a sample's output gradient that passes for rounding; models that cast to float32 inside are
@@ -98,6 +100,12 @@ def size_of(tensor: Tensor) -> Tensor:
     return size.double()
 
 
+PROBES = 4
+"""Random vectors that a large matrix is multiplied by, in place of comparing it entry by entry."""
+LARGE = 4096
+"""Entries above which a matrix is so compared."""
+
+
 @dataclass(frozen=True, eq=False)
 class Total:
     """The summed gradient of one operand by its rule, its size without cancellation, and the output gradient's dtype.
@@ -109,14 +117,50 @@ class Total:
     scale: Tensor
     dtype: torch.dtype
 
-    def agrees(self, expected: Tensor) -> bool:
-        """Whether autograd's gradient is the same up to rounding.
+    def agrees(self, expected: Tensor, size: Tensor) -> bool:
+        """Whether autograd's gradient, of norm `size`, is the same up to rounding.
 
         Where terms cancel, what is left may be no more than their roundings, `eps` times `scale` each.
         """
-        error = size_of(self.total - expected)
         rounding = max(1e-2 * tolerance(self.dtype), 2 * torch.finfo(self.dtype).eps)
-        return bool(error <= tolerance(self.dtype) * size_of(expected) + rounding * self.scale.double())
+        return bool(self.distance(expected) <= tolerance(self.dtype) * size + rounding * self.scale.double())
+
+    def distance(self, expected: Tensor) -> Tensor:
+        """How far the two are apart, in the Frobenius norm."""
+        return size_of(self.total - expected)
+
+
+@dataclass(frozen=True, eq=False)
+class ProbedTotal(Total):
+    """The same of a large matrix `left^T right`, known by its products with random vectors (Freivalds' check).
+
+    Four Gaussian vectors scaled by 1/2 keep the norm of any difference on average, and shrink it below a thousandth of
+    that with a probability of at most 2e-12: what two full matrices would show, these show too, at the price of four of
+    their columns. `total` holds the products, `[m, 4]`; `probes` the vectors, `[n, 4]`.
+    """
+
+    probes: Tensor
+
+    @classmethod
+    def of(cls, form: Outer, scale: Tensor, dtype: torch.dtype) -> ProbedTotal:
+        """The products of the sum over all samples of a form."""
+        left, right = form.rows(0, form.samples)
+        rng = torch.Generator("cpu").manual_seed(0xF1E1)
+        drawn = torch.randn(right.shape[1], PROBES, generator=rng, dtype=torch.float64, device="cpu")
+        probes = (drawn / PROBES**0.5).to(right)
+        return cls(left.mT @ (right @ probes), scale, dtype, probes)
+
+    def distance(self, expected: Tensor) -> Tensor:
+        return size_of(self.total - expected.reshape(len(self.total), -1).to(self.total.dtype) @ self.probes)
+
+
+def total_of(site: Site, delta: Tensor, saved: tuple[Tensor, ...]) -> Total:
+    """What the rule of an operand makes of the gradients of all samples together, which needs no layout."""
+    form = form_of(site, WHOLE_BATCH, 1, delta, saved)
+    scale = form.scale() if site.cancelled is None else form.scale() + site.cancelled(delta, *saved)
+    if isinstance(form, Outer) and form.matrix[0] * form.matrix[1] > LARGE:
+        return ProbedTotal.of(form, scale, delta.dtype)
+    return Total(form.total(), scale, delta.dtype)
 
 
 @dataclass(eq=False)
@@ -170,7 +214,7 @@ class WeightedPass(BatchPass):
         for k, (site, source) in enumerate(zip(use.sites, use.sources, strict=True)):
             if source.names.isdisjoint(self.subject.measured):
                 continue
-            self.totals[use.id, k] = Total(*whole_batch_total(site, delta, saved), delta.dtype)
+            self.totals[use.id, k] = total_of(site, delta, saved)
 
     def settle(self, done: Backward) -> None:
         """Compare with autograd. Raises MomentError where a rule's summed gradient is another."""
@@ -270,14 +314,16 @@ def _compare(use: Use, source: Source, expected: Tensor | None, total: Total | N
     """Raises MomentError unless an operand's gradient summed by rule (`total`) is autograd's (`expected`)."""
     if expected is None and total is None:
         return
+    size = torch.zeros(())
     if expected is not None:
         expected = expected.to_dense()
-        if not all_finite(expected):
+        size = size_of(expected)
+        if not torch.isfinite(size) and not all_finite(expected):
             raise MomentError(
                 f"the gradient of {sorted(source.names)} at {use} is NaN or inf although the loss is finite; has "
                 "training diverged, or does loss_fn differentiate sqrt, log or a norm at 0?"
             )
-    if expected is None or total is None or not total.agrees(expected):
+    if expected is None or total is None or not total.agrees(expected, size):
         seen = [str(u) for u in trace.uses if any(s.names & source.names for s in u.sources)]
         raise MomentError(
             f"the gradient of {sorted(source.names)} summed by rule differs from autograd's at {use}; "
