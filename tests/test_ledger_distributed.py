@@ -44,8 +44,8 @@ def train(rank: int, how: str, optimizer_name: str, detail: str, out: Path, worl
         optimizer.zero_grad()
         backward(model, (x[share], y[share]))
         optimizer.step()
-    rows = ledger.records(detail)
     ledger.close()
+    rows = ledger.records(detail)
     (out / f"rows-{rank}.json").write_text(json.dumps(rows))
 
 

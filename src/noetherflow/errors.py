@@ -33,6 +33,10 @@ class CheckpointError(NoetherflowError, ValueError):
     """A checkpoint is unreadable or does not match the model."""
 
 
+class RankError(NoetherflowError, RuntimeError):
+    """Another process of a distributed run failed, ended or holds something else, so that none has a result."""
+
+
 class MissingExtraError(NoetherflowError, ImportError):
     """An optional dependency is not installed."""
 

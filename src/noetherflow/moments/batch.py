@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow.core.inputs import LossFn
+from noetherflow.core.ranks import ending_together
 from noetherflow.core.tensors import tensors_of
 from noetherflow.core.torch_internals import (
     has_accumulation_hooks,
@@ -39,6 +40,8 @@ class Subject:
     """What is measured: the model, its per-sample loss, all trainable parameters (`roots`), and the names `measured`.
 
     `sample_axes`: axes of the losses whose every entry is a sample; 1 for `[batch]`, 2 for `[batch, tokens]`.
+    `together`: the process group of ranks that go forward and backward together (a sharded model's); None for a process
+    that goes alone.
     """
 
     model: nn.Module
@@ -46,6 +49,7 @@ class Subject:
     roots: dict[str, Tensor]
     measured: frozenset[str]
     sample_axes: int = 1
+    together: Any = None
 
     @cached_property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -213,7 +217,7 @@ def forward_backward(
     with torch.autograd.set_multithreading_enabled(False), recorder:
         losses = subject.loss_fn(subject.model, batch)
         recorder.stop()
-        with unseen_by_modes():
+        with unseen_by_modes(), ending_together(subject.together):
             weights = purpose.begin(subject.checked(losses), recorder)
         if weights is None:
             return None

@@ -1,4 +1,4 @@
-"""Ranks of torch.distributed: sums added over ranks."""
+"""Ranks of torch.distributed: they go together, end together, and their sums are added."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from noetherflow.core.ranks import SAME_SYMMETRIES, ending_together, lost_ranks_named, refuse_other, told_by_all
 from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.packed import PackedTensors, packed
 from noetherflow.moments.sums import Sums, Totals
@@ -19,8 +20,13 @@ T = TypeVar("T")
 
 
 def ranks_of(model: nn.Module, process_group: Any) -> Any | None:
-    """The process group to add over: the one given, the default one for a distributed model, else None."""
+    """The process group to add over: the one given, the default one for a distributed model, else None.
+
+    Raises DataError where this process is not in the group given.
+    """
     if process_group is not None:
+        if dist.get_rank(process_group) < 0:
+            raise DataError(f"rank {dist.get_rank()} is not in the process_group given; call this on its ranks only")
         return process_group
     if not (dist.is_available() and dist.is_initialized()):
         return None
@@ -37,18 +43,39 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(m, FSDPModule) for m in model.modules())
 
 
-def in_step(batches: Iterable[Any], model: nn.Module, process_group: Any) -> Iterator[Any]:
-    """The batches; of a sharded model, whose ranks must go together, with the same number on every rank.
+def refuse_tensor_parallel(model: nn.Module, params: Mapping[str, Tensor]) -> None:
+    """Raises MomentError for parameters that several ranks share with the samples: each has a part of the layer."""
+    if not dist.is_available():
+        return
+    from torch.distributed.tensor import DTensor
 
-    Raises DataError on all ranks, instead of waiting for ever, as soon as only some of them have a batch left.
+    sharded = is_sharded(model)
+    split = [
+        n
+        for n, p in params.items()
+        if isinstance(p, DTensor) and not (sharded and sum(not at.is_replicate() for at in p.placements) <= 1)
+    ]
+    if split:
+        raise MomentError(
+            f"{split[:4]} are split by tensor parallelism, where no rank sees the gradient of a whole layer: measure a "
+            "copy under fully_shard or DistributedDataParallel, or in one process"
+        )
+
+
+def in_step(batches: Iterable[Any], together: Any | None) -> Iterator[Any]:
+    """The batches; for ranks that must go `together` (a sharded model's), the same number on each.
+
+    Raises DataError on all ranks, instead of waiting for ever, as soon as only some of them have a batch left, and
+    MomentError as soon as the batches of one of them raise.
     """
-    if not is_sharded(model):
+    if together is None:
         yield from batches
         return
     iterator, end, count = iter(batches), object(), 0
     while True:
-        batch = next(iterator, end)
-        having, ranks = _total(batch is not end, model, process_group), dist.get_world_size(process_group)
+        with ending_together(together):
+            batch = next(iterator, end)
+        having, ranks = sum(told_by_all(batch is not end, together)), dist.get_world_size(together)
         if having == 0:
             return
         if having < ranks:
@@ -60,27 +87,14 @@ def in_step(batches: Iterable[Any], model: nn.Module, process_group: Any) -> Ite
         count += 1
 
 
-def all_ranks(flag: bool, model: nn.Module) -> bool:
-    """Whether `flag` holds, of a sharded model on every rank, for ranks must go the same way."""
-    if not is_sharded(model):
-        return flag
-    return _total(flag, model, None) == dist.get_world_size()
+def all_ranks(flag: bool, together: Any | None) -> bool:
+    """Whether `flag` holds, for ranks that go `together` on every one of them, so that they go the same way."""
+    return flag if together is None else all(told_by_all(flag, together))
 
 
-def over_ranks(found: Iterable[T], model: nn.Module) -> list[T]:
-    """What any rank of a sharded model found, for they must go forward and backward equally often."""
-    if not is_sharded(model):
-        return list(found)
-    each: list[list[T]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(each, list(found))
-    return [x for part in each for x in part]
-
-
-def _total(flag: bool, model: nn.Module, process_group: Any) -> int:
-    """On how many ranks `flag` holds."""
-    total = torch.tensor(int(flag), device=next(model.parameters()).device)
-    dist.all_reduce(total, dist.ReduceOp.SUM, process_group)
-    return int(total)
+def over_ranks(found: Iterable[T], together: Any | None) -> list[T]:
+    """What any of the ranks that go `together` found, for they must go forward and backward equally often."""
+    return list(found) if together is None else [x for part in told_by_all(list(found), together) for x in part]
 
 
 def refuse_sharded(params: Mapping[str, Tensor], why: str) -> None:
@@ -103,31 +117,37 @@ def added_over_ranks(
     """The same groups and the totals summed over all ranks; a rank may hold other groups, or none.
 
     Groups are settled: of each the packed gradients are unpacked one by one, added and packed again.
+
+    Raises RankError where ranks measure other symmetries or parameters, or where one of them ended.
     """
-    device = next(iter(needs.values())).device
-    last = torch.tensor(max(groups, default=-1), device=device)
-    dist.all_reduce(last, dist.ReduceOp.MAX, process_group)
-    found: dict[int, Sums] = {}
-    for k in range(int(last) + 1):
-        added = _added_group(groups.get(k), syms, needs, process_group)
-        if added.samples:
-            found[k] = added
+    wanted = {s.name: s.fingerprint() for s in syms}
+    wanted |= {f"parameter {n}": f"{tuple(need.shape)} {need.dtype} {need.entries}" for n, need in needs.items()}
+    refuse_other(wanted, process_group, "symmetries to measure", SAME_SYMMETRIES)
+    last = max(max(each, default=-1) for each in told_by_all(list(groups), process_group))
+    with lost_ranks_named():
+        found = {k: _added_group(groups.get(k), syms, needs, process_group) for k in range(last + 1)}
+        totals = _added_totals(totals, needs, process_group)
+    return {k: group for k, group in found.items() if group.samples}, totals
+
+
+def _added_totals(totals: Totals, needs: dict[str, Need], process_group: Any) -> Totals:
+    """The totals over all ranks."""
     whole = Totals()
-    for name, need in needs.items():
+    for name, need in sorted(needs.items()):
         gradient = {name: _added(totals.gradient.get(name), need, process_group)}
         whole.plus(gradient, {name: _added(totals.squares.get(name), need, process_group)} if need.entries else {})
-    return found, whole
+    return whole
 
 
 def _added_group(mine: Sums | None, syms: SymmetrySet, needs: dict[str, Need], process_group: Any) -> Sums:
     """One group over all ranks."""
     own, added = mine or Sums.zeros(syms, needs), Sums.zeros(syms, needs)
     gradient, squares = PackedTensors(own.packed_gradient), PackedTensors(own.packed_squares)
-    for name, need in needs.items():
+    for name, need in sorted(needs.items()):
         added.packed_gradient[name] = packed(_added(gradient.get(name), need, process_group))
         if need.entries:
             added.packed_squares[name] = packed(_added(squares.get(name), need, process_group))
-    for symmetry, legs in added.second.items():
+    for symmetry, legs in sorted(added.second.items()):
         for leg, part in zip(legs, own.second[symmetry], strict=True):
             leg.copy_(part)
             dist.all_reduce(leg, dist.ReduceOp.SUM, process_group)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from noetherflow.core.arguments import BATCHES, expect
 from noetherflow.core.inputs import LossFn
+from noetherflow.core.ranks import ending_together, lost_ranks_named, told_by_all
 from noetherflow.core.tensors import refuse_inference_tensors, tensors_of
 from noetherflow.core.unwrap import unwrap
 from noetherflow.errors import DataError, MomentError
@@ -26,7 +27,7 @@ from noetherflow.moments.batch import (
 )
 from noetherflow.moments.batch_statistics import refuse_batch_statistics, refuse_running_statistics
 from noetherflow.moments.conditions import Conditions
-from noetherflow.moments.distributed import in_step, is_sharded, ranks_of, refuse_sharded
+from noetherflow.moments.distributed import in_step, is_sharded, ranks_of, refuse_sharded, refuse_tensor_parallel
 from noetherflow.moments.factors import FactorKeeper
 from noetherflow.moments.fallback import Fallback
 from noetherflow.moments.groups import GroupSums
@@ -158,6 +159,7 @@ class Meter:
         _refuse_other_losses(self.loss_fn)
         expect_model_and_symmetries(CALL, self.model, self.syms)
         self._given, self.model = self.model, unwrap(self.model)
+        self._together = ranks_of(self._given, None) if is_sharded(self._given) else None
         self._wanted = Wanted.of(self.syms, self.syms.tensors_in(self.model), self.for_)
         self.entries = self.entries or self._wanted.entries
         self._ways = Ways()
@@ -172,14 +174,15 @@ class Meter:
         self._needs = needs_of(self.syms, wanted, self.entries)
         roots = {n: t for n, t in tensors_of(self.model).items() if t.requires_grad}
         measured = frozenset(n for n, t in wanted.items() if t.numel())  # no gradient passes an empty parameter
-        self._subject = Subject(self.model, self.loss_fn, roots, measured, self.sample_axes)
+        refuse_tensor_parallel(self.model, wanted)
+        self._subject = Subject(self.model, self.loss_fn, roots, measured, self.sample_axes, self._together)
         self._fallback: Fallback | None = None
         # what the rules measure: everything but the parameters left to the fallback
         self._covered = replace(self._subject, measured=measured - set(self.uncovered))
         self._modules = tuple(self.model.named_modules())
         refuse_renormalising(self._modules)
         refuse_running_statistics(self.syms)
-        if not is_sharded(self.model):  # sharding hooks parameters of its own
+        if self._together is None:  # sharding hooks parameters of its own
             refuse_hooked(wanted)
         self._sums = GroupSums(self.syms, self._needs)
         self._factors: list[Mapping[str, Factors]] = []  # by batch
@@ -212,21 +215,25 @@ class Meter:
             DataError, MomentError: as `gradient_moments`.
         """
         ranks = ranks_of(self._given, process_group)
-        _refuse_loose_tensors(batches)
-        _check_until(until, groups, ranks)
-        self._refuse_ranks(ranks)
-        self._prepare()
-        if resume is not None:
-            self.resume(resume)
+        self._together = ranks if is_sharded(self._given) else None
+        with ending_together(ranks):
+            _refuse_loose_tensors(batches)
+            _check_until(until, groups, ranks)
+            self._refuse_ranks(ranks)
+            self._prepare()
+            if resume is not None:
+                self.resume(resume)
         known = isinstance(batches, Sized) and until is None and resume is None
         grouping = GroupPlan(groups, len(batches) if known and isinstance(batches, Sized) else None)
-        for k, batch in enumerate(in_step(batches, self._given, ranks), len(self.groups)):
-            with loose_tensors_named(batches):
-                self._place(batch, grouping.place(k))
-            if progress is not None:
-                progress(self.samples, self.loss)
-            if until is not None and self.noise_error() < until:
-                break
+        with ending_together(ranks if self._together is None else None), lost_ranks_named():
+            for k, batch in enumerate(in_step(batches, self._together), len(self.groups)):
+                with loose_tensors_named(batches):
+                    self._place(batch, grouping.place(k))
+                if progress is not None:
+                    progress(self.samples, self.loss)
+                if until is not None and self.noise_error() < until:
+                    break
+            self._sums.refuse_half_added()
         found = self._moments(ranks, spend=True)
         self._sums = GroupSums(self.syms, self._needs)
         self._factors = []
@@ -362,17 +369,21 @@ class Meter:
         """`result`; with `spend` the sums are lost."""
         self._refuse_ranks(ranks)
         self._sums.refuse_half_added()
+        of_ranks = [(self._used, set(self.uncovered))]
+        if ranks is not None:
+            of_ranks = told_by_all(of_ranks[0], ranks)
+        used, uncovered = (set().union(*each) for each in zip(*of_ranks, strict=True))
         sums = self._sums.over_ranks(ranks)
         if not sums.by_group:
             raise DataError("no batch to measure: the iterator of batches is empty")
-        reached = {*self._used, *self.uncovered, *(self._needs.keys() - self._subject.measured)}
-        unused = [n for n in self._needs if n not in reached] if self.groups else []
+        reached = {*used, *uncovered, *(self._needs.keys() - self._subject.measured)}
+        unused = [n for n in self._needs if n not in reached]
         if unused:
             raise MomentError(
                 f"no gradient reaches {unused}: the loss does not use them. "
                 "Freeze them (requires_grad_(False)) and take syms.trainable(model)"
             )
-        moments = sums.moments(tuple(n for n in self._needs if n in self.uncovered), spend=spend)
+        moments = sums.moments(tuple(n for n in self._needs if n in uncovered), spend=spend)
         return replace(
             moments,
             unresolved=unresolved(moments, self.syms),

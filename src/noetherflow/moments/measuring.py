@@ -21,7 +21,7 @@ from noetherflow.moments.batch import (
     forward_backward,
     used_once,
 )
-from noetherflow.moments.distributed import all_ranks, is_sharded, over_ranks
+from noetherflow.moments.distributed import all_ranks, over_ranks
 from noetherflow.moments.factors import FactorKeeper
 from noetherflow.moments.groups import GroupSums, Opened, edges, sums_over
 from noetherflow.moments.layout import SampleLayout
@@ -136,7 +136,7 @@ class MeasuringPass(BatchPass):
             if done is None or not self.settled():
                 return False
             _refuse_missed([n for n, g in done.missed.items() if g is not None], done.trace)
-            if is_sharded(self.subject.model):
+            if self.subject.together is not None:
                 self._refuse_uneven()
             self.contraction.finish()
         return True
@@ -152,7 +152,7 @@ class MeasuringPass(BatchPass):
     def _refuse_uneven(self) -> None:
         """Raises MomentError where ranks of a sharded model would go backward unequally often, sample by sample."""
         names, samples = self.contraction.pulled_back, self.shares[-1].hi
-        counts = over_ranks([samples], self.subject.model) if names else [samples]
+        counts = over_ranks([samples], self.subject.together) if names else [samples]
         if len(set(counts)) > 1:
             raise MomentError(
                 f"ranks have {counts} samples in one batch, and {sorted(names)}, whose use all samples share, need "
@@ -173,7 +173,7 @@ class KnownWay(MeasuringPass):
 
     def admits(self, trace: Trace) -> bool:
         known = self.way.done and self.subject.measured.isdisjoint(trace.uncovered)
-        return all_ranks(known, self.subject.model)
+        return all_ranks(known, self.subject.together)
 
     def certain(self, trace: Trace) -> bool:
         return len(self.way.layouts) >= len(trace.uses)
@@ -185,7 +185,7 @@ class KnownWay(MeasuringPass):
         return layout
 
     def settled(self) -> bool:
-        return all_ranks(not any(map(bool, self.reached)), self.subject.model)
+        return all_ranks(not any(map(bool, self.reached)), self.subject.together)
 
 
 @dataclass(eq=False)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from noetherflow.core.arguments import expect_measurement
 from noetherflow.core.inputs import LossFn
+from noetherflow.core.ranks import ending_together
 from noetherflow.core.settings import SGDConfig
 from noetherflow.core.tensors import refuse_inference_tensors
 from noetherflow.core.torch_internals import awaits_unscaling, scalers_alive
@@ -97,9 +98,20 @@ def minibatch_moments(
     Source: theory.md section 1.
     """
     expect_measurement("minibatch_moments(model, loss_fn, batches, syms)", model, loss_fn, batches)
-    meter = MinibatchMeter(model, syms, batch_size, dataset_size, sampling, entries, groups)
+    ranks = ranks_of(model, process_group)
+    with ending_together(ranks):
+        meter = MinibatchMeter(model, syms, batch_size, dataset_size, sampling, entries, groups)
+        conditions = _observe_all(meter, loss_fn, batches, progress)
+    found = meter.result(ranks)
+    return replace(at_fixed_weights(found), conditions=conditions)
+
+
+def _observe_all(
+    meter: MinibatchMeter, loss_fn: LossFn, batches: Iterable[Any], progress: Callable[[int, float], None] | None
+) -> Conditions:
+    """Observe every batch with the weights as they are; under which conditions."""
     if isinstance(batches, Sized) and len(batches):
-        meter.grouping = GroupPlan(min(groups, len(batches)), len(batches))
+        meter.grouping = GroupPlan(min(meter.groups, len(batches)), len(batches))
     refuse_renormalising(meter.model.named_modules())
     refuse_accumulation_hooks(meter.params)
     params, conditions, before = list(meter.params.values()), Conditions(), random_states()
@@ -109,13 +121,12 @@ def minibatch_moments(
                 {f"tensor {k} of the batch": t for k, t in enumerate(tensors_in(batch))}, "gradient moments"
             )
             with loose_tensors_named(batches):
-                loss = _mean_loss(loss_fn(meter.model, batch), batch, batch_size, meter.model)
+                loss = _mean_loss(loss_fn(meter.model, batch), batch, meter.batch_size, meter.model)
             conditions = conditions if conditions.rounding else Conditions.of(meter.model, loss, before)
             meter.observe(float(loss.detach()), torch.autograd.grad(loss, params, allow_unused=True))
             if progress is not None:
                 progress(meter.replicates, meter.loss)
-    found = meter.result(ranks_of(model, process_group))
-    return replace(at_fixed_weights(found), conditions=conditions)
+    return conditions
 
 
 def at_fixed_weights(moments: GradientMoments) -> GradientMoments:

@@ -197,7 +197,7 @@ class WeightedPass(BatchPass):
                 self.uncovered.update(dict.fromkeys(use.names, f"{use}: no sample axis"))
             else:
                 self.newly_shared.add(use.id)
-        self.newly_shared.update(over_ranks(self.newly_shared, self.subject.model))
+        self.newly_shared.update(over_ranks(self.newly_shared, self.subject.together))
         self.weights = random_weights(losses)
         return None if self.newly_shared else self.weights
 
@@ -221,7 +221,7 @@ class WeightedPass(BatchPass):
         for name, missed in done.missed.items():
             if missed is not None:
                 self.uncovered.setdefault(name, "a use that no rule saw")
-        self.uncovered = dict(over_ranks(self.uncovered.items(), self.subject.model))
+        self.uncovered = dict(over_ranks(self.uncovered.items(), self.subject.together))
         compared = self.subject.measured - set(self.uncovered)
         operands = ((use, k, source) for use in done.trace.uses for k, source in enumerate(use.sources))
         for (use, k, source), expected in zip(operands, done.leaves, strict=True):
@@ -277,9 +277,9 @@ class Locator:
 
     def settled(self) -> bool:
         """After the measuring pass: whether every use was located, on all ranks."""
-        model = self.weighted.subject.model
-        self.still_shared = set(over_ranks(self.still_shared, model))
-        self.scattered = dict(over_ranks(self.scattered.items(), model))
+        together = self.weighted.subject.together
+        self.still_shared = set(over_ranks(self.still_shared, together))
+        self.scattered = dict(over_ranks(self.scattered.items(), together))
         return not self.still_shared and not self.scattered
 
     def _limit(self, delta: Tensor) -> float:

@@ -99,10 +99,13 @@ class _LightningHooks:
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if self.ledger is not None:
-            self.ledger.close()
+            self.ledger.__exit__(type(exception), exception, exception.__traceback__)
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.ledger is None else self.ledger.state_dict()
+        if self.ledger is None:
+            return {}
+        self.ledger.flush()
+        return self.ledger.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = dict(state_dict) or None
@@ -207,6 +210,7 @@ class _TrainerHooks:
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.ledger is not None:
+            self.ledger.flush()
             saved = self.ledger.state_dict()
             if state.is_world_process_zero:
                 with replacing(_checkpoint(args, state) / STATE_NAME, durable=True) as scratch:

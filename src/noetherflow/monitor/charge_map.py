@@ -67,6 +67,11 @@ class WatchedTranslation:
     def shape(self) -> tuple[int, ...]:
         return (self.translation.leg.blocks,)
 
+    def fingerprint(self) -> str:
+        """What is watched, in short, as `Symmetry.fingerprint`."""
+        direction = self.translation.direction
+        return f"{self.translation.leg.fingerprint()} {None if direction is None else direction.tolist()}"
+
 
 Watched = Symmetry | WatchedTranslation
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import noetherflow as nf
 from noetherflow.core.printing import count, show, table
+from noetherflow.core.ranks import ending_together, told_by_all
 from noetherflow.core.shown import Shown
 from noetherflow.core.tensors import refuse_narrow, tensors_of
 from noetherflow.core.unwrap import unwrap_optimizer
@@ -118,7 +119,8 @@ class Ledger(Shown):
         chosen = rule or (JointRule() if joint else rule_for(self.optimizer))
         place = Place(run_dir, sinks, resume)
         how = Recording(name, chosen, detail, translations, capacity, estimate_every, flush_every, notes or {}, place)
-        self._recorder = StepRecorder(model, self.optimizer, syms, how, Pace(every, overhead))
+        with ending_together(sharding.ranks_of(tensors_of(model).values())):
+            self._recorder = StepRecorder(model, self.optimizer, syms, how, Pace(every, overhead))
         self._stamps: WeightStamps | None = None
         self._attached = -1
         self._closed = False
@@ -131,7 +133,7 @@ class Ledger(Shown):
 
     def describe(self, *, verbose: bool = False, legend: bool = True) -> str:
         """How many steps are recorded, and each family's charge now; `verbose`: all events; see `Shown.describe`."""
-        rows = self.records()
+        rows = self._recorder.books.records("family") if self._recorder.meter.sharded else self.records()
         made = f"{count(self.step, 'step', 'steps')} of {self._recorder.how.optimizer_name}"
         lines = [f"ledger of {made}, {count(len(rows), 'row', 'rows')} in memory"]
         latest = {row["family"]: row for row in rows}
@@ -147,7 +149,7 @@ class Ledger(Shown):
         last = None if log is None else log.last_step()
         begun = -1 if last is None else last
         if self._recorder.meter.sharded:
-            begun = sharding.from_first_rank(begun)
+            begun = told_by_all(begun, self._recorder.meter.ranks)[0]
         self._recorder.step = begun + 1
         self._undecided = resume is None and begun >= 0
         if not self._undecided:
@@ -234,7 +236,8 @@ class Ledger(Shown):
     def flush(self) -> None:
         """Close the books on the steps measured so far: one transfer from the device, one write to the log.
 
-        Under `fully_shard` every process must call it, as `records`, `estimates`, `state_dict` and `close`, which do.
+        Where weights are sharded (`fully_shard`, tensor parallelism) every process must call it, as `close()`. What
+        reads the books then does not wait for other processes: it is refused while recorded steps wait for a flush.
         """
         self._recorder.flush()
 
@@ -245,7 +248,7 @@ class Ledger(Shown):
         `theta^T |A| theta`. Raises DataError when `by` is finer than the ledger's `detail`.
         """
         self._notice_bypass()
-        self.flush()
+        self._recorder.bring_up_to_date()
         return self._recorder.books.records(by)
 
     def preconditioned(self, by: Level = "family") -> list[dict[str, Any]]:
@@ -264,19 +267,19 @@ class Ledger(Shown):
 
         Source: theory.md section 13.
         """
-        self.flush()
+        self._recorder.bring_up_to_date()
         return self._recorder.books.records(by, preconditioned=True)
 
     def estimates(self) -> list[dict[str, Any]]:
         """One row per estimated step and symmetry; `docs/ledger.md` explains the columns."""
-        self.flush()
+        self._recorder.bring_up_to_date()
         return self._recorder.books.estimates()
 
     def layers(self) -> list[dict[str, Any]]:
         """One row per estimated step and layer, and one for `all`: `norm` of its weights, `mean_share` of the mean
         gradient, and `noise_batches`, the gradient noise scale in minibatches; `docs/ledger.md` says when it is known.
         """
-        self.flush()
+        self._recorder.bring_up_to_date()
         return self._recorder.books.layer_rows()
 
     def run_data(self) -> RunData:
@@ -284,7 +287,7 @@ class Ledger(Shown):
 
         Raises DataError before the first recorded step.
         """
-        self.flush()
+        self._recorder.bring_up_to_date()
         log = self._recorder.journal.log
         if log is not None:
             return RunData.load(log.path.parent)
@@ -365,21 +368,29 @@ class Ledger(Shown):
     def close(self) -> None:
         """Detach, flush and close the log and the sinks; `records()` and `estimates()` stay readable.
 
-        Raises OSError when the last rows cannot be written.
+        Raises OSError when the last rows cannot be written, RankError where shards' processes do not all close.
         """
+        if self._closed and self._recorder.meter.sharded:
+            return
         if not self._closed:
             if isinstance(self.optimizer, JointOptimizer):
                 self.optimizer.finish()
             self._recorder.finish_step()
             self._notice_bypass()
+        self._release()
+        with self._recorder.whole():
+            try:
+                self.flush()
+            finally:
+                self._recorder.journal.close()
+
+    def _release(self) -> None:
+        """Take the hooks off the optimiser for good."""
         self.detach()
         for handle in self._handles:
             handle.remove()
         self._handles = []
         self._closed = True
-        with self._recorder.whole():
-            self.flush()
-            self._recorder.journal.close()
 
     def __enter__(self) -> Ledger:
         return self.attach()
@@ -389,4 +400,7 @@ class Ledger(Shown):
     ) -> None:
         if kind is not None and self._recorder.meter.sharded:
             self._recorder.forget()  # the other processes may not come here to close the books together
-        self.close()
+            self._release()
+            self._recorder.journal.close()
+        else:
+            self.close()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from noetherflow.core.ranks import lost_ranks_named
 from noetherflow.errors import DataError
 from noetherflow.monitor import sharding
 from noetherflow.monitor.charge_map import ChargeMap, Watched
@@ -74,12 +75,17 @@ class StepMeter:
         self, layout: ChargeMap, rule: AnyRule, optimizer: torch.optim.Optimizer, watched: Mapping[str, nn.Parameter]
     ) -> None:
         self.layout, self.rule, self.optimizer, self.watched = layout, rule, optimizer, watched
-        self.sharded = any(sharding.is_sharded(p) for p in watched.values())
+        self.ranks = sharding.ranks_of(watched.values())
         self.carried = {"weight_square": "weight_square_after", **rule.carried}
         self._each = [WatchedParameter(name, p, name in layout.totals_only) for name, p in watched.items()]
         self._grouping = Grouping([one.parameter for one in self._each])
         self._idle = rule.step_settings.idle()
         self._products = frozenset(f.name for f in fields(rule.products))
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights are spread over processes, which then close their books together."""
+        return self.ranks is not None
 
     @property
     def rounding(self) -> float:
@@ -172,7 +178,8 @@ class StepMeter:
             shares = [sharding.share(p, n in self.layout.totals_only) for n, p in self.watched.items()]
             device = next(iter(self.watched.values())).device
             total = torch.as_tensor(table * np.repeat(shares, list(self.layout.sizes.values())), device=device)
-            torch.distributed.all_reduce(total)
+            with lost_ranks_named():
+                torch.distributed.all_reduce(total, group=self.ranks)
             table = total.cpu().numpy()
         return dict(zip(names, table, strict=True))
 
@@ -214,7 +221,9 @@ class StepMeter:
             known = {}
         self._write(now.values, j, known)
         reads = moves and gradient is not None and self.rule.reads_gradient(c)
-        passing: StepTensors = {"gradient": _dense(gradient)} if reads and gradient is not None else {}
+        passing: StepTensors = (
+            {"gradient": sharding.laid_as(_dense(gradient), one.parameter)} if reads and gradient is not None else {}
+        )
         if passing or len(known) < len(self.carried):
             pairs_of = partial(self._pairs_before, c) if moves else _charge_before
             self._write(now.values, j, self._inner(one, lasting, passing, pairs_of, known))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from noetherflow.core.printing import count
+from noetherflow.core.ranks import SAME_SYMMETRIES, refuse_other, told_by_all
 from noetherflow.core.tensors import named_tensors
 from noetherflow.errors import DataError
-from noetherflow.monitor import sharding
 from noetherflow.monitor.bookkeeper import Bookkeeper
 from noetherflow.monitor.books import Level
 from noetherflow.monitor.charge_map import ChargeMap, Watched, WatchedTranslation
@@ -105,6 +106,7 @@ class StepRecorder:
         layout = ChargeMap.of(watched, shapes, self.how.detail)
         rule = self.how.rule
         self.meter = StepMeter(layout, rule, self.optimizer, {n: named[n] for n in layout.parameters})
+        self._refuse_other_ranks(watched)
         blocks = ChargeMap.of(tuple(syms), shapes, "block")
         estimator = Estimator(blocks, rule) if self.how.estimate_every else None
         self._clock = DeviceClock(next((p.device for p in self.meter.watched.values()), torch.device("cpu")))
@@ -112,6 +114,16 @@ class StepRecorder:
         self.books = Bookkeeper(
             rule, layout, estimator, self.how.detail, self.how.capacity, self.meter.rounding, self._probe.layers
         )
+
+    def _refuse_other_ranks(self, watched: Sequence[Watched]) -> None:
+        """Raises RankError where processes that close their books together watch other symmetries, or otherwise."""
+        if not self.meter.sharded:
+            return
+        how = self.how
+        held = {item.name: item.fingerprint() for item in watched}
+        paces = how.flush_every, how.estimate_every, self.pace.every, self.pace.fixed
+        held["settings"] = f"{how.detail} {paces} {type(how.rule).__name__}"
+        refuse_other(held, self.meter.ranks, "symmetries or settings in their ledgers", SAME_SYMMETRIES)
 
     def whole(self) -> AbstractContextManager[None]:
         """For work that Ctrl-C must not cut in two; but sharded processes wait for each other in it."""
@@ -184,7 +196,7 @@ class StepRecorder:
         self.flush()
         chosen = self.pace.choose()
         if self.meter.sharded:
-            chosen = sharding.from_first_rank(chosen)
+            chosen = told_by_all(chosen, self.meter.ranks)[0]
         if chosen != self.pace.every:
             self.pace.every = chosen
             self.meter.forget()
@@ -224,6 +236,11 @@ class StepRecorder:
     def flush(self) -> None:
         """Close the books on the steps measured so far: one transfer from the device, one write to the log."""
         with self.whole():
+            if self.meter.sharded:
+                steps = {f"step {m.step}": "recorded" for m in self._pending}
+                refuse_other(
+                    steps, self.meter.ranks, "steps to enter in the books", "call flush() on all ranks together"
+                )
             if pending := list(self._pending):
                 values = self.meter.gathered([m.values for m in pending])
                 self.pace.worked_on_device(self._clock.seconds())
@@ -236,9 +253,23 @@ class StepRecorder:
             self.journal.event("replaced", self.step, parameters=replaced[:8], note=note)
         self.journal.write()
 
+    def bring_up_to_date(self) -> None:
+        """Close the books before they are read, which one of several sharded processes cannot do alone.
+
+        Raises DataError where recorded steps of a sharded model wait for all processes.
+        """
+        if not self.meter.sharded:
+            self.flush()
+        elif self._pending:
+            raise DataError(
+                f"{count(len(self._pending), 'recorded step waits', 'recorded steps wait')} for the other ranks, which "
+                "hold shards of the weights: call flush() on every rank, then read on any of them"
+            )
+
     def event(self, what: str, **details: Any) -> None:
-        """Enter an event, after the rows of the steps before it."""
-        self.flush()
+        """Enter an event: after the rows of the steps before it, but at once where these wait for other processes."""
+        if not self.meter.sharded:
+            self.flush()
         self.journal.event(what, self.step, **details)
 
     def forget(self) -> None:
@@ -267,7 +298,7 @@ class StepRecorder:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs; everything up to here is on disk when this returns."""
-        self.flush()
+        self.bring_up_to_date()
         estimator = self.books.estimator
         return {
             "format": FORMAT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -156,6 +157,12 @@ class Leg:
         b, d, r = self.index.shape
         coordinates[self.index.reshape(-1)] = np.repeat(np.arange(b * d), r)
         return coordinates
+
+    def fingerprint(self) -> str:
+        """A hash of all that says how the leg acts; legs that act alike have the same."""
+        how = self.parameter, self.sign, self.axes, self.view, self.power, self.buffer, self.offset, self.index.shape
+        index = np.ascontiguousarray(self.index, dtype=np.int64)
+        return hashlib.sha256(repr(how).encode() + index.tobytes()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -284,6 +284,10 @@ class Symmetry:
 
     __repr__ = __str__
 
+    def fingerprint(self) -> str:
+        """How the symmetry acts, in short: what two processes compare before they add numbers."""
+        return " ".join([self.kind, str(self.eps), *(leg.fingerprint() for leg in self.legs)])
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.name,
