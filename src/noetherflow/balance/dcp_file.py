@@ -76,7 +76,7 @@ class DcpFolder:
         except (AttributeError, KeyError, TypeError, ValueError) as cause:
             raise CheckpointError(
                 f"{path / METADATA} is damaged, its records are not of the kinds that they should be "
-                f"({type(cause).__name__}: {cause})"
+                f"({type(cause).__name__}: {cause}); copy the folder again, or save it again"
             ) from cause
 
     @property
@@ -113,7 +113,7 @@ class DcpFolder:
             for key in outer:
                 node = node.setdefault(key, {})
                 if not isinstance(node, dict):
-                    raise CheckpointError(f"{self.path}: {name} lies inside another entry")
+                    raise CheckpointError(f"{self.path}: {name} lies inside another entry; save it again")
             node[last] = self._value(entry)
             if entry.path != self.paths[name] and outer[-2:-1] == ["param_groups"]:
                 node["params"] = [str(entry.path[-1]).partition(".")[2].rpartition(".")[0]]
@@ -152,7 +152,8 @@ def _loaded(chunk: DcpChunk, entry: DcpEntry) -> Tensor:
     if not isinstance(found, Tensor) or tuple(found.shape) != chunk.sizes or found.dtype != entry.dtype:
         what = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
         raise CheckpointError(
-            f"{entry.name} in {chunk.part}: the piece is {what}, the metadata says {entry.dtype} {chunk.sizes}"
+            f"{entry.name} in {chunk.part}: the piece is {what}, the metadata says {entry.dtype} {chunk.sizes}; "
+            "copy the folder again, or save it again"
         )
     return found.detach()
 

@@ -106,11 +106,11 @@ def read_metadata(folder: Path) -> Any:
     except Exception as cause:
         raise CheckpointError(
             f"{path} is not a readable description of a torch.distributed.checkpoint, nothing of it was run "
-            f"({type(cause).__name__}: {cause})"
+            f"({type(cause).__name__}: {cause}); copy it again, or save the checkpoint again"
         ) from cause
     kind = getattr(found, "state_dict_metadata", None)
     if not (isinstance(kind, dict) and isinstance(getattr(found, "storage_data", None), dict)):
-        raise CheckpointError(f"{path} describes no state dict and where it is stored; was it saved by dcp.save?")
+        raise CheckpointError(f"{path} describes no state dict and where it is stored; save the checkpoint by dcp.save")
     return found
 
 
@@ -126,7 +126,9 @@ def entries_of(folder: Path, metadata: Any) -> dict[str, DcpEntry]:
     for name, kind in metadata.state_dict_metadata.items():
         path = paths.get(name, (name,))
         if not (isinstance(path, tuple) and path and all(isinstance(k, str | int) for k in path)):
-            raise CheckpointError(f"{folder / METADATA}: {name!r} lies at {path!r}, which is no place in a state dict")
+            raise CheckpointError(
+                f"{folder / METADATA}: {name!r} lies at {path!r}, which is no place in a state dict; save it again"
+            )
         if hasattr(kind, "chunks"):
             chunks = tuple(
                 _chunk(folder, metadata, parts, name, (tuple(c.offsets), tuple(c.sizes))) for c in kind.chunks
@@ -147,7 +149,8 @@ def _parts(folder: Path, storage: Mapping[Any, Any]) -> dict[str, int]:
             continue
         if not isinstance(where, str) or Path(where).name != where or (folder / where).is_symlink():
             raise CheckpointError(
-                f"{folder / METADATA}: {key.fqn} lies at {where!r}, which is no file of that folder itself"
+                f"{folder / METADATA}: {key.fqn} lies at {where!r}, which is no file of that folder itself: copy all "
+                "parts into it"
             )
         if not (folder / where).is_file():
             raise CheckpointError(
@@ -170,7 +173,9 @@ def _chunk(
     key: Any = MetadataIndex(name, None if piece is None else piece[0])
     info = metadata.storage_data.get(key)
     if info is None:
-        raise CheckpointError(f"{folder / METADATA} does not say where {name} lies; was the save finished?")
+        raise CheckpointError(
+            f"{folder / METADATA} does not say where {name} lies; was the save finished? Save it again"
+        )
     if getattr(info, "transform_descriptors", None):
         raise CheckpointError(
             f"{folder}: {name} went through the stream transforms {list(info.transform_descriptors)}; save it again "
@@ -197,5 +202,5 @@ def _refuse_incomplete(folder: Path, entry: DcpEntry) -> None:
     if not inside or sum(math.prod(c.sizes) for c in entry.chunks) != math.prod(entry.shape):
         raise CheckpointError(
             f"{folder}: the stored pieces of {entry.name} do not make up its shape {entry.shape}; was it saved by "
-            "every process?"
+            "every process? Save it again"
         )

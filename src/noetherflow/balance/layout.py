@@ -85,7 +85,7 @@ def open_checkpoint(path: str | Path, key: str | None = None) -> OpenCheckpoint:
     if path.is_dir():
         return _open_dcp(path, path, key) if (path / METADATA).is_file() else _open_folder(path, key)
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}")
+        raise CheckpointError(f"no checkpoint at {path}: give a .safetensors or PyTorch file, an index, or a folder")
     if path.name.endswith(INDEX):
         return _open_index(path, path.parent, key, path)
     _refuse_format(path)
@@ -104,11 +104,15 @@ def index_of(path: Path) -> dict[str, Any]:
         weight_map = content["weight_map"]
         shards = sorted(set(weight_map.values()))
     except Exception as cause:
-        raise CheckpointError(f"{path} is not a readable index of shards ({type(cause).__name__}: {cause})") from cause
+        raise CheckpointError(
+            f"{path} is not a readable index of shards ({type(cause).__name__}: {cause}); copy it again, or save the "
+            "model again (save_pretrained writes one)"
+        ) from cause
     missing = [s for s in shards if not (path.parent / s).is_file()]
     if missing or not shards:
         raise CheckpointError(
-            f"{path} names shards that are not there: {missing[:4]} ({len(missing)} of {len(shards)})"
+            f"{path} names shards that are not there: {missing[:4]} ({len(missing)} of {len(shards)}); "
+            "copy them beside it"
         )
     return content
 
@@ -178,7 +182,8 @@ def _open_index(index: Path, folder: Path, key: str | None, path: Path) -> OpenC
     if listed != there:
         differing = sorted(listed ^ there)
         raise CheckpointError(
-            f"{index} and its shards name different tensors: {differing[:3]} ({len(differing)} in all)"
+            f"{index} and its shards name different tensors: {differing[:3]} ({len(differing)} in all); copy the "
+            "folder again, or save the model again (save_pretrained)"
         )
     return opened
 
@@ -188,10 +193,12 @@ def _open_files(
 ) -> OpenCheckpoint:
     if files[0].suffix == ".safetensors":
         if key is not None:
-            raise CheckpointError(f"{path}: key={key!r} goes with PyTorch files; a safetensors file has no nesting")
+            raise CheckpointError(
+                f"{path}: key={key!r} goes with PyTorch files; a safetensors file has no nesting: leave it out"
+            )
         stored = ShardedTensors(tuple(SafetensorsFile.open(f) for f in files))
         if not stored.names:
-            raise CheckpointError(f"{path} holds no named tensors")
+            raise CheckpointError(f"{path} holds no named tensors; name the file with the weights")
         return OpenCheckpoint(path, "safetensors", files, index, stored, folder=folder)
     contents = tuple(load_torch(f) for f in files)
     states = tuple(weights_in(c, f, key) for c, f in zip(contents, files, strict=True))

@@ -65,5 +65,13 @@ def copy_bytes(path: Path, start: int, length: int, file: BinaryIO, name: str) -
             length -= len(part)
 
 
+def unreadable(where: object, cause: Exception, text: str) -> str:
+    """The message where a file cannot be read: what it is called, why, in words, and the way out."""
+    return (
+        f"{where} is not a readable checkpoint ({type(cause).__name__}: {text}): it is cut off, or of another format; "
+        "copy it again, or save it again"
+    )
+
+
 def _ended(path: Path, name: str) -> CheckpointError:
-    return CheckpointError(f"{path} ended within {name}; has it been changed meanwhile?")
+    return CheckpointError(f"{path} ended within {name}; has it been changed meanwhile? Copy it again")

@@ -137,17 +137,19 @@ def _refuse_mismatch(
     problems = {"missing in the file": missing, "unknown to the model": unexpected, "of another shape": shapes}
     found = [f"{what}: {lines[:3]} ({len(lines)} in all)" for what, lines in problems.items() if lines]
     if found:
-        raise CheckpointError(f"{where} does not match the model; {'; '.join(found)}{_advice(missing, names, prefix)}")
+        raise CheckpointError(
+            f"{where} does not match the model; {'; '.join(found)}{_advice(unexpected, names, prefix)}"
+        )
 
 
-def _advice(missing: Collection[str], names: Mapping[str, str], prefix: Prefix) -> str:
+def _advice(unexpected: Collection[str], names: Mapping[str, str], prefix: Prefix) -> str:
     """What may be the matter, as the end of a sentence."""
-    if missing and len(missing) >= len(names) and not prefix.given:
+    if len(unexpected) == len(names) and not prefix.given:
         first = next(iter(names), "")
         return (
             f"; where all names in the file have a prefix that the model's lack, say so: prefix= (--prefix), {first!r}"
         )
-    return ""
+    return "; build the model as that of the file was (its configuration), or name the checkpoint of this model"
 
 
 def _refuse_contradictions(canonical: Mapping[str, str], stored: StoredTensors, where: Path) -> None:

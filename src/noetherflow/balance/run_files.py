@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from noetherflow.balance.dcp_file import DcpFolder
 from noetherflow.balance.dcp_metadata import METADATA
+from noetherflow.balance.mapped import unreadable
 from noetherflow.balance.torch_file import STATE_KEYS, tensors_in, weights_in
 from noetherflow.core.held import is_saved_optimizer
 from noetherflow.core.tensors import named_tensors
@@ -117,7 +118,7 @@ def optimizer_in_safetensors(path: Path) -> dict[str, Any]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
     except Exception as cause:
-        raise CheckpointError(f"{path} is not a readable checkpoint ({type(cause).__name__}: {cause})") from cause
+        raise CheckpointError(unreadable(path, cause, str(cause))) from cause
     state: dict[Any, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         parameter, key = _parameter_and_key(name, path)
@@ -206,7 +207,7 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as cause:
-        raise CheckpointError(f"{path} is not a readable checkpoint ({type(cause).__name__}: {cause})") from cause
+        raise CheckpointError(unreadable(path, cause, str(cause))) from cause
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dictionary")
     return content
@@ -241,4 +242,4 @@ def _weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except Exception as cause:
-        raise CheckpointError(f"{path} is not a readable checkpoint ({type(cause).__name__}: {cause})") from cause
+        raise CheckpointError(unreadable(path, cause, str(cause))) from cause

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from noetherflow.balance.mapped import MappedTensor, bytes_of, copy_bytes
+from noetherflow.balance.mapped import MappedTensor, bytes_of, copy_bytes, unreadable
 from noetherflow.errors import CheckpointError
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -81,7 +81,7 @@ class SafetensorsFile:
         except _Packed as packed:
             raise CheckpointError(f"{path}: {packed}; {DEQUANTISE}") from None
         except Exception as cause:
-            raise CheckpointError(f"{path} is not a readable checkpoint ({type(cause).__name__}: {cause})") from cause
+            raise CheckpointError(unreadable(path, cause, str(cause))) from cause
         ordered = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
         return cls(path, length.to_bytes(8, "little") + text, ordered, metadata)
 
@@ -144,7 +144,7 @@ def header_of(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metad
     start = 0
     for name, dtype, shape in tensors:
         if dtype not in known:
-            raise CheckpointError(f"{name}: safetensors files hold no {dtype}")
+            raise CheckpointError(f"{name}: safetensors files hold no {dtype}; name a target that ends in .pt")
         stop = start + torch.Size(shape).numel() * dtype.itemsize
         content[name] = {"dtype": known[dtype], "shape": list(shape), "data_offsets": [start, stop]}
         start = stop

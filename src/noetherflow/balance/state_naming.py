@@ -68,7 +68,8 @@ class StateNaming:
         }
         if len(found) != 1:
             raise CheckpointError(
-                f"{'none' if not found else 'several'} of the optimisers given have its groups of {sizes} parameters"
+                f"{'none' if not found else 'several'} of the optimisers given have its groups of {sizes} parameters: "
+                "give those whose state it is, with the groups that they had when it was saved"
             )
         return list(next(iter(found)))
 

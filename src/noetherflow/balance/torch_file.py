@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from noetherflow.balance.mapped import MappedTensor
+from noetherflow.balance.mapped import MappedTensor, unreadable
 from noetherflow.balance.waiting import WaitingTensor, replace_tensors
 from noetherflow.core.held import is_saved_optimizer
 from noetherflow.errors import CheckpointError
@@ -39,10 +39,8 @@ def load_torch(path: Path) -> Any:
     the user has allowed by `torch.serialization.add_safe_globals`.
 
     Raises:
-        CheckpointError: the file is missing, is no PyTorch file, or holds objects of other classes.
+        CheckpointError: the file is no PyTorch file, or holds objects of other classes.
     """
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}")
     if not zipfile.is_zipfile(path):
         return load_safely(path, path)
     content = load_safely(path, path, mmap=True)
@@ -76,7 +74,7 @@ def load_safely(file: Any, where: object, **options: Any) -> Any:
                 "weights again without it"
             ) from cause
         text = str(cause).splitlines()[0] if str(cause) else ""
-        raise CheckpointError(f"{where} is not a readable checkpoint ({type(cause).__name__}: {text})") from cause
+        raise CheckpointError(unreadable(where, cause, text)) from cause
 
 
 def _address(content: Any, path: Path) -> int | None:
@@ -143,7 +141,9 @@ def weights_in(content: Any, path: Path, key: str | None = None) -> dict[str, An
     if isinstance(content, argparse.Namespace):
         content = vars(content)
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dictionary of named tensors")
+        raise CheckpointError(
+            f"{path} holds a {type(content).__name__}, not a dictionary of named tensors: save model.state_dict()"
+        )
     if key is not None:
         return _under(content, path, key)
     found = next((content[k] for k in STATE_KEYS if _holds_tensors(content.get(k))), None)
@@ -157,7 +157,9 @@ def weights_in(content: Any, path: Path, key: str | None = None) -> dict[str, An
     deeper = [v for v in content.values() if isinstance(v, dict) and any(_holds_tensors(v.get(k)) for k in STATE_KEYS)]
     if not nested and len(deeper) == 1:
         return weights_in(deeper[0], path)
-    several = f"; weights may lie under {nested}: say which by key= (--key)" if nested else ""
+    several = (
+        f"; weights may lie under {nested}: say which by key= (--key)" if nested else ": say which by key= (--key)"
+    )
     raise CheckpointError(f"{path} holds no named tensors (keys: {list(content)[:6]}{several})")
 
 
@@ -179,11 +181,14 @@ def _under(content: Mapping[str, Any], path: Path, key: str) -> dict[str, Any]:
             else []
         )
         if not keys:
-            raise CheckpointError(f"{path} has nothing under {key!r}; keys: {list(content)[:8]}")
+            raise CheckpointError(f"{path} has nothing under {key!r}; give one of its keys: {list(content)[:8]}")
         longest = max(keys, key=len)
         node, rest = node[longest], rest[len(longest) + 1 :]
     if not _holds_tensors(node):
-        raise CheckpointError(f"{path} holds no named tensors under {key!r}, but {type(node).__name__}")
+        raise CheckpointError(
+            f"{path} holds no named tensors under {key!r}, but {type(node).__name__}: "
+            "give the key of a dictionary of them"
+        )
     return dict_of(node)
 
 

@@ -69,7 +69,7 @@ def writing(path: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as cause:
-        raise CheckpointError(f"could not write {path}: {cause}") from cause
+        raise CheckpointError(f"could not write {path}: {cause}; free the place, or name another target") from cause
 
 
 def bytes_needed(opened: OpenCheckpoint) -> int:
