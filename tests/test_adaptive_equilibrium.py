@@ -308,3 +308,31 @@ def test_drift_with_rates_of_their_own_is_the_mean_over_every_draw() -> None:
         cross += 2 * 0.03 * rates.lr * rates.weight_decay * leg.sign * leg.row_sums(theta[leg.parameter] * mean)
     torch.testing.assert_close(row.drift, total - cross, rtol=1e-9, atol=1e-14)
     assert float((cross.abs() / total.abs()).max()) < 0.2, "of order lr w, left out"
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.99), (0.9, 0.9), (0.0, 0.5)])
+def test_gain_of_lion_is_the_answer_of_its_signs_to_a_mean(betas: tuple[float, float]) -> None:
+    """Against signs of averages made step by step of white Gaussian gradients that have a small mean."""
+    (b1, b2), s, mean = betas, 3.0, 0.02
+    torch.manual_seed(0)
+    m, steps = torch.full((200_000,), mean, dtype=torch.float64), []
+    for k in range(400):
+        g = mean + s * torch.randn(200_000, dtype=torch.float64)
+        if k >= 390:
+            steps.append((b1 * m + (1 - b1) * g).sign().mean())
+        m = b2 * m + (1 - b2) * g
+    shown, error = float(torch.stack(steps).mean()), 200_000**-0.5
+    assert abs(shown - nf.LionConfig(1e-3, 8, betas).gain * mean / s) < 3 * error
+
+
+def test_answers_about_lion_say_what_they_rest_on() -> None:
+    problem = mlp()
+    moments = nf.gradient_moments(problem.model, problem.loss, [problem.data], problem.syms, entries=True)
+    lion = nf.LionConfig(1e-3, 4, dataset_size=40)
+    for said in (
+        nf.noise_equilibrium(problem.model, problem.syms, moments, lion).describe(verbose=True),
+        nf.noether_flow(problem.model, problem.syms, moments, lion).describe(verbose=True),
+    ):
+        assert "Lion's average is short" in said
+        assert "100 steps" in said
+        assert "6.7 / s" in said

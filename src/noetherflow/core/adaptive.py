@@ -135,7 +135,8 @@ class LionConfig(_AveragingConfig):
         >>> round(LionConfig(lr=1e-4, batch_size=32).correlation_sum, 1)
         45.9
 
-    Source: theory.md section 13, "Others"; it assumes that the entries of minibatch gradients are Gaussian.
+    Source: theory.md section 13, "Others"; it assumes that the entries of minibatch gradients are Gaussian, and that
+        the averages are short against the time in which weights relax (docs/adaptive.md, "Where it ends").
     """
 
     lr: float
@@ -150,6 +151,18 @@ class LionConfig(_AveragingConfig):
     def to_dict(self) -> dict[str, Any]:
         """The settings by name, for files."""
         return asdict(self)
+
+    @property
+    def gain(self) -> float:
+        """What a mean gradient moves a step by, times the root mean square of the minibatch gradient: the sign of a
+        Gaussian average with standard deviation `a s` answers with `sqrt(2 / pi) / (a s)`.
+
+        Example:
+            >>> round(LionConfig(lr=1e-4, batch_size=32).gain, 2)
+            6.73
+        """
+        b1, b2 = self.betas
+        return math.sqrt(2 / math.pi / ((1 - b1) ** 2 + b1**2 * (1 - b2) / (1 + b2)))
 
     @property
     def correlation_sum(self) -> float:

@@ -120,11 +120,7 @@ def assumptions(config: AdaptiveConfig, feedback: SquareFeedback | None = None) 
     if isinstance(config, SGDConfig):
         return ("charges count every squared weight over the learning rate of its group, relative to the largest",)
     if isinstance(config, LionConfig):
-        return (
-            frozen,
-            "entries of minibatch gradients are Gaussian (Lion): off by up to 0.06 in the log of an element where they "
-            "nearly are, by 0.3 for a small convolutional net with batches of 8",
-        )
+        return (frozen, *_of_lion(config))
     if feedback is not None:
         return (frozen, str(feedback))
     b2 = config.betas[1]
@@ -134,6 +130,18 @@ def assumptions(config: AdaptiveConfig, feedback: SquareFeedback | None = None) 
         f"{round(1 / (1 - b2)):,} steps, and (1 - b2) must be much less than lr times the curvatures that carry them, "
         "in v's metric. Without curvature that is unknown; at b2 = 0.95 it usually fails, and the equilibrium is off "
         "by factors",
+    )
+
+
+def _of_lion(config: LionConfig) -> tuple[str, str]:
+    """What an equilibrium or a flow of Lion rests on beside that."""
+    return (
+        "Lion's average is short against the time in which weights relax, and the size of its entries does not follow "
+        f"the fluctuations of the weights: it reaches back over {round(1 / (1 - config.betas[1])):,} steps, and a mean "
+        f"gradient moves the step by {config.gain:.1f} / s of itself. The first fails where lr times curvature times "
+        "both is not small, the second where it is; without curvature neither is known. Logs of elements were up to "
+        "0.06 off in one small net, 0.1 in another and 0.4 in a convolutional one",
+        "entries of minibatch gradients are Gaussian (Lion)",
     )
 
 
