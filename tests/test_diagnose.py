@@ -301,3 +301,32 @@ def test_arguments_of_another_kind_are_named(change, complaint) -> None:
     }
     with pytest.raises(DataError, match=complaint):
         nf.diagnose(**{**given, **change})
+
+
+def test_a_pair_of_linear_layers_of_low_rank_is_judged_by_the_directions_that_settle() -> None:
+    """Sixteen units between ten inputs and three outputs: three directions settle, the others have no noise."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(10, 16, bias=False), nn.Linear(16, 3, bias=False)).double()
+    x = torch.randn(400, 10).double()
+    data = [(x, x @ torch.randn(10, 3).double() + torch.randn(400, 3).double())]
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return (model(batch[0]) - batch[1]).square().sum(1)
+
+    syms = nf.find_symmetries(net, x[:2])
+    sgd = nf.SGDConfig(lr=0.01, batch_size=10)
+
+    def examined(factor: float) -> tuple[nf.Diagnosis, nf.Flow]:
+        with torch.no_grad():
+            net[0].weight *= factor
+            net[1].weight /= factor
+        flow = nf.noether_flow(net, syms, nf.gradient_moments(net, loss, data, syms), sgd)
+        return nf.diagnose(net, loss, data, torch.optim.SGD(net.parameters(), lr=0.01), steps=1000), flow
+
+    near, flow = examined(1.0)
+    assert "can trade scale here, so none" not in str(near)
+    assert not [f for f in near.findings if f.rule == "balance" and f.severity in ("watch", "act")]
+    assert "10 directions shrink to zero" in str(flow)
+    assert flow.families()[0]["imbalance"] > 0
+    far, _ = examined(200.0)
+    assert [f for f in far.findings if f.rule == "balance" and f.severity == "act"]

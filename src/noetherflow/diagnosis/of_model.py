@@ -194,7 +194,6 @@ def _balances(examined: Examined) -> Iterator[LayerBalance]:
         if symmetry.one_sided:
             continue
         logs = _logs(settled)
-        logs = torch.where(settled.finite, logs, torch.nan)
         errors = _log_errors(symmetry, examined.moments, settled)
         times = flow.relaxation_steps[flow.finite & (flow.relaxation_steps > 0)]
         if symmetry.family in HEADS:
@@ -210,12 +209,21 @@ def _balances(examined: Examined) -> Iterator[LayerBalance]:
         )
 
 
+STAYS = 1e-9
+"""Log factors below this are those of directions that the equilibrium leaves alone."""
+
+
 def _logs(settled: Settled) -> Tensor:
-    """The signed log factor of each coordinate; of a matrix the mean over its directions."""
+    """The signed log factor of each coordinate; of a matrix the mean over its directions. NaN where nothing settles.
+
+    A matrix moves the directions that have an equilibrium, and leaves the others as they are: these do not count.
+    """
     element = settled.element.double()
     if element.ndim == 1:
-        return element.log()
-    return torch.linalg.svdvals(element).log().mean(-1)
+        return torch.where(settled.finite, element.log(), torch.nan)
+    logs = torch.linalg.svdvals(element).log()
+    moved = settled.finite.unsqueeze(-1) | (logs.abs() > STAYS)
+    return torch.where(moved, logs, torch.nan).nanmean(-1)
 
 
 def _by_head(values: Tensor, heads: int) -> Tensor:

@@ -212,6 +212,7 @@ def _charge_flow(
         relaxation_steps=relaxation,
         imbalance=settled.imbalance_now,
         groups=len(moments.groups),
+        reason=settled.reason,
     )
 
 

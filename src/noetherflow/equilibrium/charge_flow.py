@@ -30,7 +30,8 @@ class ChargeFlow:
         finite: Which coordinates (torus) or blocks (general_linear) have a finite equilibrium, `[blocks]`.
         relaxation_steps: Steps in which a small deviation of a coordinate (torus) or of the slowest direction of a
             block falls by e near the equilibrium, `[blocks]`; 0 where not finite.
-        imbalance: Relative Noether flow, `[blocks]`.
+        imbalance: Relative Noether flow, `[blocks]`; of a matrix over the directions that have an equilibrium.
+        reason: Why not all coordinates or directions have an equilibrium; empty where they do.
     """
 
     name: str
@@ -47,6 +48,7 @@ class ChargeFlow:
     imbalance: Tensor
     groups: int = 0
     feedback: Tensor | None = None
+    reason: str = ""
 
     @property
     def drift(self) -> Tensor:
@@ -97,7 +99,7 @@ class ChargeFlow:
             "charge_sum": signed_sum(self.charge),
             "drift_sum": signed_sum(self.drift),
             "drift_error": None if self.error is None else norm_of(self.error),
-            "imbalance": float(self.imbalance.max()) if times.numel() else None,
+            "imbalance": largest(self.imbalance, self.finite),
             "relaxation_steps": float(times.median()) if times.numel() else None,
             "slowest_relaxation": float(times.max()) if times.numel() else None,
             "without_equilibrium": int((~self.finite).sum()),
@@ -112,7 +114,14 @@ class ChargeFlow:
             **{v: getattr(self, v).tolist() for v in values},
             **({} if self.feedback is None else {"feedback": self.feedback.tolist()}),
             "error": None if self.error is None else self.error.tolist(),
+            "reason": self.reason,
         }
+
+
+def largest(imbalance: Tensor, finite: Tensor) -> float | None:
+    """The largest imbalance, None where nothing has an equilibrium; a matrix may have one in some directions only."""
+    worst = float(imbalance.max()) if imbalance.numel() else 0.0
+    return worst if worst > 0 or bool(finite.any()) else None
 
 
 def norm_of(values: Tensor) -> float:

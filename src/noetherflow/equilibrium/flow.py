@@ -20,7 +20,7 @@ from noetherflow.core.shown import Shown
 from noetherflow.equilibrium.adaptive import assumptions
 from noetherflow.equilibrium.adaptive_flow import ForecastGroups, adaptive_drift, b2_of
 from noetherflow.equilibrium.arguments import refuse_strangers
-from noetherflow.equilibrium.charge_flow import ChargeFlow, flat, norm_of, norm_where, signed_sum
+from noetherflow.equilibrium.charge_flow import ChargeFlow, flat, largest, norm_of, norm_where, signed_sum
 from noetherflow.equilibrium.feedback import SquareFeedback, refuse_feedback_of_others
 from noetherflow.equilibrium.forecast import Forecast, TooFast, all_reached, orbit_forecast, whole_steps
 from noetherflow.equilibrium.joint import noise_equilibrium
@@ -138,7 +138,7 @@ class Flow(Shown):
             "drift per step: step size": norm_of(flat(r.step_size for r in own)),
             **({"drift per step: feedback of v": norm_of(flat(added))} if added else {}),
             "drift per step: sum": sum(signed_sum(r.drift) for r in own),
-            "imbalance": float(flat(r.imbalance for r in own).max()) if times.numel() else None,
+            "imbalance": largest(flat(r.imbalance for r in own), torch.cat([r.finite for r in own])),
             "relaxation (steps)": float(np.median(times.numpy())) if times.numel() else None,
             "coordinates without equilibrium": sum(int((~r.finite).sum()) for r in own),
             "equilibrium charge, others held": norm_where([(r.equilibrium, r.finite) for r in own]),
@@ -171,6 +171,7 @@ class Flow(Shown):
             *self.regime.cautions,
             *(few_samples(self.moments.samples) if self.moments.groups else []),
         ]
+        lines += grouped("without equilibrium", {r.name: r.reason for r in self.details if r.reason}, verbose)
         return "\n".join([*lines, *grouped("excluded", self.excluded, verbose)])
 
     def to_dict(self) -> dict[str, Any]:
@@ -345,6 +346,7 @@ def _charge_flow(
         relaxation_steps=_relaxation(symmetry, settled, drift.decay),
         imbalance=settled.imbalance_now,
         groups=groups,
+        reason=settled.reason,
     )
 
 
