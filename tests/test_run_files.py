@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import noetherflow as nf
 from noetherflow.balance.run_files import read_run, weights_for
 from noetherflow.cli import main
-from noetherflow.equilibrium.state_flow import state_flow
+from noetherflow.equilibrium.state_flow import RunSnapshot, state_flow
 from noetherflow.errors import CheckpointError
 
 transformers = pytest.importorskip("transformers")
@@ -83,6 +84,30 @@ def test_one_file_with_both(tmp_path: Path) -> None:
     other = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
     with pytest.raises(CheckpointError, match="instead of"):
         weights_for(other, run.weights)
+
+
+def test_a_file_larger_than_memory_is_mapped_as_it_is_and_left_alone(tmp_path: Path, monkeypatch: Any) -> None:
+    """The system refuses pages of one's own of such a file; pages of the file itself give the same flow."""
+    model, optimizer, syms, _ = small_run()
+    path = tmp_path / "run.pt"
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+    before, load, shared = path.read_bytes(), torch.load, []
+
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        shared.append(torch.serialization.get_default_mmap_options() == mmap.MAP_SHARED)
+        if not shared[-1]:
+            raise RuntimeError("unable to mmap 26953908759 bytes from file: Cannot allocate memory (12)")
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", refused)
+    run = read_run(path)
+    found = state_flow(model, syms, [RunSnapshot(run.optimizer, weights_for(model, run.weights))])
+    assert True in shared
+    assert torch.serialization.get_default_mmap_options() == mmap.MAP_PRIVATE
+    for detail, expected in zip(found.details, state_flow(model, syms, optimizer).details, strict=True):
+        torch.testing.assert_close(detail.from_momentum.drift, expected.from_momentum.drift)
+    del run, found
+    assert path.read_bytes() == before
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
