@@ -1,8 +1,9 @@
 """Run as a program: balance a synthetic bf16 Llama on disk, its model on the meta device, and print what it took.
 
 `python checkpoint_memory.py FOLDER LAYERS HIDDEN INTERMEDIATE VOCABULARY` writes random weights in shards of one layer,
-solves for the least norm (`--range`: equal ranges) and moves; the line printed is JSON: seconds and peak memory
-(anonymous pages, MB, above what the libraries take) of both parts, and the size of the largest tensor.
+solves for the least norm (`--range`: equal ranges; `--kept`: answers stay in memory instead of on the disk) and moves;
+the line printed is JSON: seconds and peak memory (anonymous pages, MB, above what the libraries take) of both parts,
+and the size of the largest tensor.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 import noetherflow as nf
+from noetherflow.balance import stored_parts
 from noetherflow.balance.checkpoint import balance_checkpoint
 from noetherflow.balance.safetensors_file import header_of, write_tensor
 from noetherflow.balance.stored_norm import stored_equilibrium
@@ -91,6 +93,8 @@ def main(folder: Path, layers: int, hidden: int, intermediate: int, vocabulary: 
     if not folder.exists():
         written(model, folder)
     syms = nf.find_symmetries(model, {"input_ids": torch.zeros(1, 4, dtype=torch.long), "use_cache": False})
+    if "--kept" in sys.argv:
+        stored_parts.spilled = list  # type: ignore[assignment]
     with Peak() as solving:
         objective = "range" if "--range" in sys.argv else "norm"
         eq = stored_equilibrium(folder, model, syms, objective=objective, joint="--alone" not in sys.argv)
