@@ -106,6 +106,77 @@ def test_a_forecast_is_compared_by_family_where_the_ledger_keeps_no_more(world: 
         world.forecast.compare(world.ledger, start=1000)
 
 
+def trained(steps: int, **options: Any) -> tuple[nf.Forecast, nf.Ledger]:
+    """A forecast at steps 0, 10 and 20, and a longer training from the measured weights that a ledger watched."""
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    x, y = torch.randn(32, 3).double(), torch.randn(32, 2).double()
+    analysis = nf.analyze(net, loss, [(x, y)], nf.SGDConfig(0.01, 4), x[:4])
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    ledger = nf.Ledger(net, optimizer, analysis.symmetries, detail="symmetry", **options)
+    with ledger:
+        for _ in range(steps):
+            chosen = torch.randint(32, (4,))
+            optimizer.zero_grad()
+            loss(net, (x[chosen], y[chosen])).mean().backward()
+            optimizer.step()
+    return analysis.flow.forecast([0, 10, 20]), ledger
+
+
+def test_a_long_training_is_compared_from_its_log_and_never_with_other_steps(tmp_path: Any) -> None:
+    forecast, whole = trained(60, every=1)
+    expected = forecast.compare(whole)
+    _, short = trained(60, every=1, capacity=15, run_dir=tmp_path)
+    for wanted, found in zip(expected.charges, forecast.compare(short).charges, strict=True):
+        assert (found.name, found.step) == (wanted.name, wanted.step)
+        assert found.measured == pytest.approx(wanted.measured, rel=1e-8)
+    assert short.dropped == 45
+    assert [r["step"] for r in short.records(since=55)] == list(range(55, 60))
+    _, forgetful = trained(60, every=1, capacity=15)
+    with pytest.raises(DataError, match=r"rows before step 45 are no longer in memory; give Ledger run_dir="):
+        forecast.compare(forgetful)
+    assert [c.step for c in forecast.compare(forgetful, start=45).charges] == [0, 10]
+
+
+def test_a_comparison_says_which_sums_it_prints_and_which_steps_it_leaves_out() -> None:
+    forecast, ledger = trained(40, every=4)
+    found = forecast.compare(ledger)
+    assert found.left_out == (10,)
+    assert {c.step for c in found.charges} == {0, 20}
+    assert "not compared, as the ledger did not record them: 1 step (10)" in str(found)
+    assert "signed sums of the charge" in str(found)
+    assert trained(40, every=1)[0].compare(trained(40, every=1)[1]).left_out == ()
+
+
+def test_a_forecast_of_adam_is_compared_with_the_preconditioned_charge() -> None:
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    x, y = torch.randn(256, 3).double(), torch.randn(256, 2).double()
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-4, betas=(0.9, 0.98))
+
+    def step() -> None:
+        chosen = torch.randint(256, (4,))
+        optimizer.zero_grad()
+        loss(net, (x[chosen], y[chosen])).mean().backward()
+        optimizer.step()
+
+    for _ in range(200):
+        step()
+    analysis = nf.analyze(net, loss, [(x, y)], optimizer, x[:4], batch_size=4)
+    ledger = nf.Ledger(net, optimizer, analysis.symmetries, detail="symmetry", every=1)
+    with ledger:
+        for _ in range(12):
+            step()
+    found = analysis.flow.forecast([0, 10]).compare(ledger)
+    rows = ledger.preconditioned("symmetry")
+    assert [c.measured for c in found.charges] == [rows[0]["charge"], rows[10]["charge"]]
+    assert rows[0]["charge"] == pytest.approx(found.charges[0].forecast, rel=0.3)
+    assert ledger.records("symmetry")[0]["charge"] != pytest.approx(found.charges[0].forecast, rel=0.3)
+    _, plain = trained(12, every=1)
+    with pytest.raises(DataError, match="forecast is of preconditioned charges"):
+        analysis.flow.forecast([0, 10]).compare(plain)
+
+
 def test_charts_show_the_extreme_ones_first(world: types.SimpleNamespace) -> None:
     a = world.analysis
     speeds = [float(r.drift.norm() / r.charge.norm()) for r in fastest(a.flow.details, 9)]

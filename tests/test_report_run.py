@@ -479,3 +479,20 @@ def test_page_on_a_phone(scheme: str, browser: Any, tmp_path: Path) -> None:
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_a_closed_ledger_still_reads_its_whole_log_and_one_without_says_what_it_lacks(tmp_path: Path) -> None:
+    runs = []
+    for where in (tmp_path / "run", None):
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with Ledger(model, optimizer, mlp_symmetries(model), every=1, capacity=10, run_dir=where) as ledger:
+            for batch in batches(30):
+                optimizer.zero_grad()
+                backward(model, batch)
+                optimizer.step()
+        runs.append(ledger.run_data())
+    logged, kept = runs
+    assert (len(logged.steps), logged.dropped, logged.span) == (30, 0, "30 steps")
+    assert (len(kept.steps), kept.dropped) == (10, 20)
+    assert kept.span == "the last 10 of 30 recorded steps (20 to 29)"

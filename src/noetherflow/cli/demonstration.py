@@ -179,12 +179,15 @@ class Followed:
     measured: dict[str, Tensor]
     detail: str = "symmetry"
 
-    def records(self, by: str) -> list[dict[str, Any]]:
-        """The signed sums of the measured charges, as rows of a ledger: what a forecast is compared with."""
+    def records(self, by: str, since: int | None = None) -> list[dict[str, Any]]:
+        """The signed sums of the measured charges from step `since` on, as rows of a ledger: what a forecast is
+        compared with.
+        """
         return [
             {by: name, "step": k, "charge": signed_sum(charge)}
             for name, charges in self.measured.items()
             for k, charge in zip(self.steps, charges, strict=True)
+            if k >= (since or 0)
         ]
 
     def change_and_error(self) -> tuple[float, float]:

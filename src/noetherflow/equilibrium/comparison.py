@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from noetherflow.core.printing import count, show, table
 from noetherflow.core.shown import Shown
@@ -19,8 +19,18 @@ class Recorded(Protocol):
     def detail(self) -> Any:
         """`family`, or `symmetry` or finer where rows by symmetry can be had."""
 
-    def records(self, by: Any) -> list[dict[str, Any]]:
-        """One row per recorded step and family or symmetry: `step`, its name and the `charge` before the step."""
+    def records(self, by: Any, since: int | None = None) -> list[dict[str, Any]]:
+        """One row per step recorded from `since` on and family or symmetry: `step`, its name and the `charge` before
+        the step. Raises DataError where rows asked for are no longer kept.
+        """
+
+
+@runtime_checkable
+class KeepsPreconditioned(Protocol):
+    """What a forecast of preconditioned charges is compared with: `nf.Ledger`."""
+
+    def preconditioned(self, by: Any, since: int | None = None) -> list[dict[str, Any]]:
+        """As `Recorded.records`, of the preconditioned charge; no rows where the optimiser has none."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +63,12 @@ class Comparison(Shown):
     Attributes:
         by: `symmetry` or `family`.
         charges: by name, then step.
+        left_out: steps of the forecast that are not compared, because the ledger did not record them.
     """
 
     by: str
     charges: tuple[ComparedCharge, ...]
+    left_out: tuple[int, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -75,14 +87,16 @@ class Comparison(Shown):
         ]
 
     def _sentence(self) -> str:
-        """How much of the change in training was foretold, over all charges: `1 - |F - C| / |C - C_0|`."""
+        """How much of the change in training was missed, over all charges: `|F - C| / |C - C_0|`."""
         last = [self.of(name)[-1] for name in self.names]
         first = [self.of(name)[0] for name in self.names]
         missed = math.dist([c.forecast for c in last], [c.measured for c in last])
         moved = math.dist([c.measured for c in last], [c.measured for c in first])
         what = count(len(last), *{"symmetry": ("symmetry", "symmetries"), "family": ("family", "families")}[self.by])
         told = "" if moved == 0 else f"; the forecast missed {missed / moved:.0%} of the change in training"
-        return f"forecast against training of {what} over {last[0].step:,} steps{told}"
+        begin, end = first[0].step, last[0].step
+        span = f"over {end:,} steps" if begin == 0 else f"from step {begin:,} to step {end:,}"
+        return f"forecast against training of {what} {span}{told}"
 
     def describe(self, *, verbose: bool = False, legend: bool = True) -> str:
         """How much of the change was foretold, and first and last charges; see `Shown.describe`."""
@@ -90,14 +104,24 @@ class Comparison(Shown):
         rows = [
             {
                 self.by: first.name,
-                "at the start": first.measured,
+                "at the start" if first.step == 0 else f"measured at step {show(first.step)}": first.measured,
                 f"forecast of step {show(last.step)}": last.forecast,
                 "measured": last.measured,
                 "s.e. of the forecast": last.error,
             }
             for first, last in ends
         ]
-        return "\n".join([self._sentence(), table(self.table_rows() if verbose else rows)])
+        what = f"signed sums of the charge over the coordinates of each {self.by} (a forecast alone prints norms)"
+        return "\n".join([self._sentence(), what, table(self.table_rows() if verbose else rows), *self._missing()])
+
+    def _missing(self) -> list[str]:
+        """Which steps of the forecast the ledger did not record."""
+        if not self.left_out:
+            return []
+        some = ", ".join(f"{k:,}" for k in self.left_out[:5]) + (", ..." if len(self.left_out) > 5 else "")
+        return [
+            f"not compared, as the ledger did not record them: {count(len(self.left_out), 'step', 'steps')} ({some})"
+        ]
 
 
 def added(parts: Sequence[SignedSum]) -> list[SignedSum]:
@@ -107,6 +131,23 @@ def added(parts: Sequence[SignedSum]) -> list[SignedSum]:
         was = out.get(part.step, SignedSum(part.name, part.step, 0.0, 0.0))
         out[part.step] = SignedSum(part.name, part.step, was.value + part.value, math.hypot(was.error, part.error))
     return list(out.values())
+
+
+def recorded_rows(ledger: Recorded, by: str, since: int, preconditioned: bool) -> list[dict[str, Any]]:
+    """The ledger's rows of the charge that is forecast.
+
+    Raises:
+        DataError: the forecast is of preconditioned charges, and this ledger has none.
+    """
+    if not preconditioned:
+        return ledger.records(by, since=since) or ledger.records(by)
+    rows = ledger.preconditioned(by, since=since) if isinstance(ledger, KeepsPreconditioned) else []
+    if not rows:
+        raise DataError(
+            "the forecast is of preconditioned charges, and this ledger has no rows of them: its optimiser must be one "
+            "of Adam, AdamW, RMSprop or NAdam"
+        )
+    return rows
 
 
 def compared(by: str, sums: Sequence[SignedSum], rows: Sequence[dict[str, Any]], start: int | None) -> Comparison:
@@ -126,7 +167,7 @@ def compared(by: str, sums: Sequence[SignedSum], rows: Sequence[dict[str, Any]],
         steps = sorted({row["step"] for row in rows})
         held = f"steps {steps[0]} to {steps[-1]}" if steps else "no step"
         raise DataError(
-            f"nothing to compare: the ledger holds {held} in memory (Ledger(..., capacity=...)), the forecast begins "
-            f"at step {first} of it and has steps {sorted({s.step for s in sums})[:6]}"
+            f"nothing to compare: the ledger holds {held}, the forecast begins at step {first} of it and has steps "
+            f"{sorted({s.step for s in sums})[:6]}"
         )
-    return Comparison(by, found)
+    return Comparison(by, found, tuple(sorted({s.step for s in sums} - {c.step for c in found})))

@@ -107,7 +107,8 @@ class Flow(Shown):
         reached = min((len(c) for c in charges.values()), default=len(at))
         asked = 0 if reached == len(at) else at[-1]
         families = {r.name: r.family for r in self.details}
-        return Forecast(at[:reached], charges, errors, self.joint, self.regime, *measured, families, asked)
+        adaptive = not isinstance(self.sgd, SGDConfig)
+        return Forecast(at[:reached], charges, errors, self.joint, self.regime, *measured, families, asked, adaptive)
 
     def _charges(self, steps: tuple[int, ...], moments: GradientMoments) -> dict[str, Tensor]:
         """Charges by moments without one group. Raises TooFast where not all steps are reached."""

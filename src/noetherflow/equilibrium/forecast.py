@@ -16,7 +16,7 @@ from noetherflow.core.printing import count, show
 from noetherflow.core.shown import Shown
 from noetherflow.equilibrium import stabilised
 from noetherflow.equilibrium.charge_flow import norm_of
-from noetherflow.equilibrium.comparison import Comparison, Recorded, SignedSum, added, compared
+from noetherflow.equilibrium.comparison import Comparison, Recorded, SignedSum, added, compared, recorded_rows
 from noetherflow.equilibrium.orbit import MeasuredOrbit
 from noetherflow.equilibrium.regime import Regime, few_samples
 from noetherflow.equilibrium.terms import FactorTerm, LegTerm, SampleTerm
@@ -45,6 +45,8 @@ class Forecast(Shown):
         groups: Groups of samples that the errors come from; their t distribution has one degree of freedom less.
         families: The family of each symmetry, by name.
         asked: The last step asked for, where the flow changes so fast that the forecast ended before; else 0.
+        preconditioned: The charges are those of an adaptive optimiser, each squared weight times the root mean square
+            of its gradient.
     """
 
     steps: tuple[int, ...]
@@ -56,6 +58,7 @@ class Forecast(Shown):
     groups: int = 0
     families: Mapping[str, str] = field(default_factory=dict)
     asked: int = 0
+    preconditioned: bool = False
 
     @property
     def valid(self) -> tuple[bool, ...]:
@@ -97,13 +100,16 @@ class Forecast(Shown):
             start: The step of the ledger before which the moments were measured; its first recorded one by default.
 
         Returns:
-            Forecast and measured charges at every step of the forecast that the ledger recorded.
+            Forecast and measured charges at every step of the forecast that the ledger recorded; the others are listed
+            (`Comparison.left_out`).
 
         Raises:
-            DataError: The ledger has recorded none of these steps.
+            DataError: The ledger has recorded none of these steps, or rows that are needed are neither in its memory
+                nor in a log, or the forecast is of preconditioned charges and the ledger keeps none.
         """
         by = "family" if ledger.detail == "family" else "symmetry"
-        return compared(by, self._signed_sums(by), ledger.records(by), start)
+        rows = recorded_rows(ledger, by, max(start or 0, 0), self.preconditioned)
+        return compared(by, self._signed_sums(by), rows, start)
 
     def _signed_sums(self, by: str) -> list[SignedSum]:
         """The sum of the charge's coordinates (for general_linear the trace) by symmetry or family at each step."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from noetherflow.monitor.charge_map import ChargeMap
 from noetherflow.monitor.estimates import Estimator, LegRoots, LegSquares, rotation_rows
 from noetherflow.monitor.journal import Journal
 from noetherflow.monitor.layers import LayerBook, LayerRow, named_rows
-from noetherflow.monitor.log import FORMAT, plain
+from noetherflow.monitor.log import FORMAT, plain, step_columns
 from noetherflow.monitor.measure import Measurement
 from noetherflow.monitor.rule import AnyRule
 from noetherflow.monitor.sums import Value, tabulate
@@ -189,12 +190,41 @@ class Bookkeeper:
         """See `Ledger.records`, with `preconditioned` `Ledger.preconditioned`."""
         if LEVELS.index(by) > LEVELS.index(self.detail):
             raise DataError(f"this ledger keeps detail={self.detail!r}; rows by {by!r} need Ledger(..., detail={by!r})")
+        return self._labelled(by, self._history.rows(by, preconditioned))
+
+    def _labelled(self, by: Level, found: Iterable[tuple[int, float, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+        """A row per label of this level, of each step `(step, lr, {field: [labels]})`."""
         labels = self.index.labels(self.layout, by)
         return [
             {"step": step, **label, "lr": lr} | {f: float(values[i]) for f, values in row.items()}
-            for step, lr, row in self._history.rows(by, preconditioned)
+            for step, lr, row in found
             for i, label in enumerate(labels)
         ]
+
+    def records_since(
+        self, by: Level, since: int, log: Path | None, preconditioned: bool = False
+    ) -> list[dict[str, Any]]:
+        """The rows of every step recorded here from `since` on: from the log where memory no longer has them.
+
+        Raises:
+            DataError: memory no longer has them and there is no log; or as `records`.
+        """
+        rows = self.records(by, preconditioned)
+        if not self._history.lacks(since):
+            return [row for row in rows if row["step"] >= since]
+        if log is None:
+            raise DataError(
+                f"rows before step {int(self._history.pages[0].steps[0]):,} are no longer in memory; give Ledger "
+                f"run_dir= or a larger capacity (it is {self._history.capacity:,})"
+            )
+        first = max(since, self._history.first or 0)
+        name = f"preconditioned_{by}" if preconditioned else by
+        return self._labelled(by, ((n, lr, columns) for n, lr, columns in step_columns(log, name) if n >= first))
+
+    @property
+    def dropped(self) -> int:
+        """Recorded steps whose rows are no longer in memory."""
+        return self._history.dropped
 
     def estimates(self) -> list[dict[str, Any]]:
         """See `Ledger.estimates`."""

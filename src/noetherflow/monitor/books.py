@@ -167,20 +167,32 @@ class Page:
 
 
 class History:
-    """The pages of the last `capacity` recorded steps."""
+    """The pages of the last `capacity` recorded steps.
+
+    `first` is the first step ever recorded here, `dropped` how many recorded steps are no longer kept.
+    """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.pages: deque[Page] = deque()
+        self.first: int | None = None
+        self.dropped = 0
 
     def add(self, page: Page) -> None:
         self.pages.append(page)
+        if self.first is None:
+            self.first = int(page.steps[0])
         surplus = sum(len(p.steps) for p in self.pages) - self.capacity
         while surplus > 0:
             first = self.pages.popleft()
             if len(first.steps) > surplus:
                 self.pages.appendleft(first.cut(slice(surplus, None)))
+            self.dropped += min(len(first.steps), surplus)
             surplus -= len(first.steps)
+
+    def lacks(self, since: int) -> bool:
+        """Whether steps from `since` on were recorded and are no longer kept."""
+        return self.dropped > 0 and (not self.pages or since < int(self.pages[0].steps[0]))
 
     def rewind(self, step: int) -> None:
         """Forget everything from `step` on."""

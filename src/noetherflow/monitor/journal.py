@@ -34,9 +34,15 @@ class Journal:
         self.events: list[dict[str, Any]] = []
         self.names: dict[str, Any] = {}
         self.log = RunLog(run_dir, resume) if run_dir is not None and first else None
+        self._closed_log: Path | None = None
         self._lines: list[_Line] = []
         self._number = 0
         self._flags: dict[str, bool] = {}
+
+    @property
+    def path(self) -> Path | None:
+        """The file of the log, also after it was closed; None where there is none."""
+        return self._closed_log if self.log is None else self.log.path
 
     def header(self, row: Mapping[str, Any], names: dict[str, Any]) -> None:
         self.names = names
@@ -113,4 +119,5 @@ class Journal:
         finally:
             for item in (self.log, *self.sinks):
                 getattr(item, "close", lambda: None)()
+            self._closed_log = self.path
             self.log, self.sinks = None, []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from noetherflow.monitor.books import LEVELS, Level
 from noetherflow.monitor.estimates import Estimator
 from noetherflow.monitor.joint import JointOptimizer, JointRule, as_one
 from noetherflow.monitor.journal import Sink
+from noetherflow.monitor.log import read_lines
 from noetherflow.monitor.pace import Pace
 from noetherflow.monitor.recorder import Place, Recording, StepRecorder
 from noetherflow.monitor.rule import AnyRule, LedgerRule
@@ -241,21 +243,49 @@ class Ledger(Shown):
         """
         self._recorder.flush()
 
-    def records(self, by: Level = "family") -> list[dict[str, Any]]:
+    def records(self, by: Level = "family", since: int | None = None) -> list[dict[str, Any]]:
         """One row per recorded step and family (or symmetry, or coordinate): `FIELDS`, step, lr, names.
 
         `charge` is before the step, `change` the measured change, `residual = change - sum of entries`, `norm` is
-        `theta^T |A| theta`. Raises DataError when `by` is finer than the ledger's `detail`.
+        `theta^T |A| theta`.
+
+        Args:
+            by: the level.
+            since: None for the last `capacity` steps, which are in memory; else all steps that this ledger recorded
+                from there on, read from the log in `run_dir` where memory no longer has them.
+
+        Raises:
+            DataError: `by` is finer than the ledger's `detail`, or rows asked for are neither in memory nor in a log.
         """
         self._notice_bypass()
-        self._recorder.bring_up_to_date()
-        return self._recorder.books.records(by)
+        return self._rows(by, since)
 
-    def preconditioned(self, by: Level = "family") -> list[dict[str, Any]]:
+    def _rows(self, by: Level, since: int | None, preconditioned: bool = False) -> list[dict[str, Any]]:
+        self._recorder.bring_up_to_date()
+        books = self._recorder.books
+        if since is None:
+            return books.records(by, preconditioned)
+        return books.records_since(by, since, self._recorder.journal.path, preconditioned)
+
+    @property
+    def dropped(self) -> int:
+        """Recorded steps that are no longer in memory (`capacity`); the log in `run_dir` has them."""
+        return self._recorder.books.dropped
+
+    @property
+    def log_path(self) -> Path | None:
+        """The log of this run, also after `close()`; None without `run_dir`."""
+        return self._recorder.journal.path
+
+    def preconditioned(self, by: Level = "family", since: int | None = None) -> list[dict[str, Any]]:
         """The books of the preconditioned charge `sum a d theta^2` of Adam, AdamW, RMSprop and NAdam; else no rows.
 
         `d` is one over the preconditioner of a step, `sqrt(v) + eps` after bias correction. This charge is what Adam
         leaves alone at first order, so that its `gradient` is zero, and `noise` and `decay` predict where it goes.
+
+        Args:
+            by: the level.
+            since: as in `records`.
 
         Returns:
             One row per recorded step and family (or symmetry, or coordinate): step, lr, names, `charge` before the step
@@ -263,12 +293,11 @@ class Ledger(Shown):
             `transport` (the change of `d`), which add up to it, `residual` and `norm` (`sum |a| d theta^2`).
 
         Raises:
-            DataError: `by` is finer than the ledger's `detail`.
+            DataError: as `records`.
 
         Source: theory.md section 13.
         """
-        self._recorder.bring_up_to_date()
-        return self._recorder.books.records(by, preconditioned=True)
+        return self._rows(by, since, preconditioned=True)
 
     def estimates(self) -> list[dict[str, Any]]:
         """One row per estimated step and symmetry; `docs/ledger.md` explains the columns."""
@@ -288,12 +317,13 @@ class Ledger(Shown):
         Raises DataError before the first recorded step.
         """
         self._recorder.bring_up_to_date()
-        log = self._recorder.journal.log
-        if log is not None:
-            return RunData.load(log.path.parent)
+        path = self.log_path
+        if path is not None and path.exists():
+            return RunData.of(read_lines(path), str(path.parent))
         header, _ = self._recorder.books.header(0, self._recorder.how.optimizer_name, self.every)
         header["momentum"] = self._recorder.momentum
-        return RunData.of([*self._recorder.books.as_log(header), *self.events], "the ledger")
+        found = RunData.of([*self._recorder.books.as_log(header), *self.events], "the ledger")
+        return replace(found, dropped=self.dropped)
 
     def diagnose(self, steps: int | None = None) -> Diagnosis:
         """What the run so far says in plain words (`docs/diagnosis.md`); `steps` of the whole run, where it goes on.

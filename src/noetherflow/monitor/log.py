@@ -256,6 +256,17 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield parse_line(line, path, number)
 
 
+def step_columns(path: Path, name: str) -> Iterator[tuple[int, float, dict[str, np.ndarray]]]:
+    """`(step, lr, {field: [n]})` of every step row that has the table `name` (a level); NaN for unknown numbers.
+
+    Raises DataError as `parse_line` does.
+    """
+    for row in read_lines(path):
+        if row["kind"] == "step" and isinstance(row.get(name), dict):
+            lr = math.nan if row.get("lr") is None else float(row["lr"])
+            yield row["step"], lr, {f: np.array(v, dtype=float) for f, v in row[name].items()}
+
+
 def parse_line(data: bytes, path: Path, number: int) -> dict[str, Any]:
     """One line of a log; for JSON that is no row of a log an `unreadable` event in its place, which names the line.
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from noetherflow.core.printing import count
 from noetherflow.errors import DataError
 from noetherflow.monitor.books import CAUSES, FIELDS, PRECONDITIONED_FIELDS
 from noetherflow.monitor.log import LOG_NAME, parse_line, read_log, unreadable
@@ -41,6 +42,8 @@ class RunData:
     `loss` and `lr` are `[T]`; unknown numbers are NaN, also estimates that only some of the run's optimisers have.
     `events` as logged, `started` as the first header says. When the watched symmetries were replaced during the run,
     this is the part since the first step recorded after that.
+
+    `dropped` recorded steps before these are missing, because a ledger without a log keeps the last ones only.
     """
 
     header: dict[str, Any]
@@ -55,6 +58,7 @@ class RunData:
     preconditioned: dict[str, np.ndarray] = field(default_factory=dict)
     layer: dict[str, np.ndarray] = field(default_factory=dict)
     mean_share: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    dropped: int = 0
 
     @classmethod
     def load(cls, run_dir: str | os.PathLike[str]) -> RunData:
@@ -70,6 +74,29 @@ class RunData:
         if data is None:
             raise DataError(f"{name} holds no recorded step yet")
         return data
+
+    @property
+    def made(self) -> int:
+        """Steps made up to the last recorded one, recorded or not."""
+        return int(self.steps[-1]) + 1
+
+    @property
+    def stride(self) -> np.ndarray:
+        """How many steps each recorded one stands for, `[T]`: those up to the next; the last as many as that before."""
+        gaps = np.diff(self.steps)
+        return np.concatenate([gaps, gaps[-1:] if gaps.size else [1]])
+
+    @property
+    def span(self) -> str:
+        """Which steps these are: `1,491 steps, 205 of them recorded`, `the last 500 of 2,000 recorded steps (1,500 to
+        1,999)`.
+        """
+        kept = len(self.steps)
+        if self.dropped:
+            first, last = int(self.steps[0]), int(self.steps[-1])
+            return f"the last {kept:,} of {kept + self.dropped:,} recorded steps ({first:,} to {last:,})"
+        made = count(self.made, "step", "steps")
+        return made if kept == self.made else f"{made}, {kept:,} of them recorded"
 
     @property
     def families(self) -> list[str]:
@@ -247,9 +274,9 @@ class _Rows:
 
     def _all_events(self) -> Iterator[dict[str, Any]]:
         yield from self._events
-        for what, count in self._counts.items():
-            if count > MOST:
-                note = f"{count - MOST:,} more of these are not listed"
+        for what, number in self._counts.items():
+            if number > MOST:
+                note = f"{number - MOST:,} more of these are not listed"
                 yield {"kind": "event", "event": what, "step": max(self._last, 0), "note": note}
 
     def _begin(self, header: dict[str, Any]) -> None:
