@@ -402,3 +402,9 @@ def test_sinks_take_a_prefix() -> None:
 def test_scalars_leave_out_what_is_not_finite() -> None:
     row = {"families": ["a"], "symmetries": ["s"], "family": {"charge": [1.5]}, "symmetry": {"steps": [math.nan]}}
     assert sinks.scalars(row) == {"noether/family/a/charge": 1.5}
+
+
+def test_callbacks_of_two_optimisers_do_not_share_a_key_in_lightnings_checkpoints() -> None:
+    pytest.importorskip("lightning.pytorch")
+    found = [adapters.lightning_callback(mlp_symmetries, optimizer=k).state_key for k in (0, 1)]
+    assert len(set(found)) == 2
