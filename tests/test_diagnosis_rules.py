@@ -23,7 +23,7 @@ from noetherflow.diagnosis.facts import (
     StepStability,
 )
 from noetherflow.diagnosis.finding import QUESTIONS, Diagnosis, Evidence, Finding, calm
-from noetherflow.diagnosis.of_run import _span
+from noetherflow.diagnosis.of_run import _span, norm_history
 from noetherflow.errors import DataError
 from noetherflow.moments.noise_scale import NoiseScale, NoiseScales
 
@@ -72,6 +72,35 @@ class TestNorms:
         assert "weight decay" in found.advice
         assert one(norms.norm_growth([GROWING], 100_000)).severity == "act"
 
+    @pytest.mark.parametrize(("power", "horizon"), [(2, 30.0), (1, 30.0), (2, 700.0)])
+    def test_growth_with_a_mean_gradient_that_ends_is_the_recursion(self, power, horizon):
+        """Fast growth until the horizon, then noise alone; decay takes the norm down again."""
+        fact = ScaleInvariantNorm("w", 4.0, 0.02, None, 0.003, power, horizon, later=0.0005)
+        n, path = 4.0, []
+        for k in range(2000):
+            growth = 0.02 if k < horizon else 0.0005
+            n += growth * (4.0 / n if power == 2 else 1.0) - 0.003 * n
+            path.append(abs(math.log(n / 4.0)))
+        assert fact.norm_factor(2000) == pytest.approx(n / 4.0, rel=5e-3)
+        assert abs(math.log(fact.norm_factor(fact.farthest(2000)))) == pytest.approx(max(path), rel=0.02)
+
+    def test_a_longer_run_never_finds_less(self):
+        """A mean gradient that lasts 50 steps, then decay: at the end of a long run the norm has come back."""
+        fact = replace(GROWING, growth=0.4, decay=1e-3, horizon=50.0, later=0.002)
+        sizes = [norms._size(fact, steps) for steps in (10, 50, 100, 1000, 2000, 20_000)]
+        assert sizes == sorted(sizes)
+        assert sizes[1] == pytest.approx(1 / fact.learning_rate_factor(50))
+        short = one(norms.norm_growth([replace(fact, growth=0.02)], 2000))
+        assert short.severity == "good"
+        assert "at most" not in short.title
+        assert "twice or half of that growth is usual" in short.title
+
+    def test_one_is_singular(self):
+        found = one(norms.norm_growth([GROWING], 100_000))
+        assert "1 of 1 scale-invariant weight grows" in found.title
+        both = one(norms.norm_growth([GROWING, replace(GROWING, name="b")], 100_000))
+        assert "2 of 2 scale-invariant weights grow:" in both.title
+
     def test_shrinking_is_told_from_growing(self):
         found = one(norms.norm_growth([replace(GROWING, growth=1e-6, decay=0.01)], 1000))
         assert found.severity in ("act", "watch")
@@ -84,22 +113,72 @@ class TestNorms:
         assert one(norms.norm_growth([], 1000)).severity == "good"
 
     def test_history(self):
-        found = one(norms.norms_so_far([NormHistory("conv", 9.0, 0.2, 350.0)], decays=True))
+        found = one(norms.norms_so_far([NormHistory("conv", 9.0, 0.2, 350.0)], decays=True, watched=1))
         assert found.severity == "watch"
         assert "3 times what it was 350 steps before" in found.title
         assert found.advice.startswith("raise the weight decay of `conv`")
-        without = one(norms.norms_so_far([NormHistory("conv", 20.0, 0.05, 100.0)], decays=False))
+        without = one(norms.norms_so_far([NormHistory("conv", 20.0, 0.05, 100.0)], decays=False, watched=1))
         assert without.severity == "act"
         assert without.advice.startswith("set weight decay on `conv`")
-        assert one(norms.norms_so_far([NormHistory("conv", 1.2, 0.9, 100.0)], False)).severity == "good"
-        assert one(norms.norms_so_far([NormHistory("conv", NAN, NAN, NAN)], False)).severity == "good"
+        assert one(norms.norms_so_far([NormHistory("conv", 1.2, 0.9, 100.0)], False, 1)).severity == "good"
+        assert one(norms.norms_so_far([NormHistory("conv", NAN, NAN, NAN)], False, 1)).severity == "open"
+
+    def test_one_estimate_is_no_history_and_no_weight_is_another_matter(self):
+        found = one(norms.norms_so_far([], decays=False, watched=1))
+        assert found.severity == "open"
+        assert "1 scale-invariant weight is watched" in found.title
+        assert "estimate_every" in found.advice
+        without = one(norms.norms_so_far([], decays=False, watched=0))
+        assert without.severity == "good"
+        assert "No scale-invariant weight is watched" in without.title
+
+    def test_the_steps_of_a_history_are_named(self):
+        past = NormHistory("conv", 1.5, 0.8, 500.0, start=500.0)
+        assert "from step 500 to 1,000" in one(norms.norms_so_far([past], False, 1)).title
+        assert "from step 500 to 1,000" in one(norms.norms_so_far([replace(past, rate_factor=0.1)], False, 1)).title
 
     def test_trends_name_the_fastest(self):
         found = one(norms.fastest_norms([NormTrend("slow", 1.0, 0.001), NormTrend("fast", 1.0, 0.1)]))
+        assert "very next step only" in found.title
         assert found.title.index("fast`") < found.title.index("slow`")
-        assert "No weight" in one(norms.fastest_norms([NormTrend("slow", 1.0, -0.1)])).title
+        assert "no weight" in one(norms.fastest_norms([NormTrend("slow", 1.0, -0.1)])).title
         assert found.severity == "good"
         assert one(norms.fastest_norms([NormTrend("wild", 1.0, 20.0)])).severity == "watch"
+
+    def test_the_next_step_is_no_answer_where_the_flow_says_otherwise(self):
+        facts = [NormTrend("2.weight", 1.0, 0.0156, settles=1.8), NormTrend("0.weight", 1.0, 4.6e-4, settles=0.6)]
+        to_come, step = norms.fastest_norms(facts, False)
+        assert to_come.title.endswith("take norms up: `2.weight` to 1.8 times; down: `0.weight` to 0.6 times.")
+        assert "In the very next step only, 2 of 2 weights grow" in step.title
+        assert step.title.endswith("Noise then shrinks `0.weight`.")
+        agree = norms.fastest_norms([replace(facts[0], name="a"), replace(facts[1], settles=1.0)])
+        assert "shrinks" not in agree[1].title
+        moving = norms.fastest_norms(facts, True)
+        assert [f.severity for f in moving] == ["open", "good"]
+        assert "shrinks" not in moving[1].title
+        still = norms.fastest_norms([replace(f, settles=1.0) for f in facts])[0]
+        assert "leave all norms as they are" in still.title
+
+    def test_all_growing_weights_are_named(self):
+        layers = [NormTrend(f"layers.{i}.q.weight", 1.0, 0.01) for i in range(12)]
+        found = one(norms.fastest_norms([*layers, NormTrend("head.weight", 1.0, 0.02), NormTrend("rest", 1.0, -1.0)]))
+        assert "13 of 14 weights grow" in found.title
+        assert "in all `head.weight`, `layers.0-11.q.weight`" in found.title
+        assert len(found.where) == 13
+
+    def test_numbers_are_written_out(self):
+        found = one(norms.fastest_norms([NormTrend("wild", 1.0, 9.86)]))
+        assert "`wild` 490 %" in found.title
+        assert "of `wild`" in found.advice
+
+    def test_short_runs_leave_decay_open(self):
+        found = one(norms.decay_bites([2e-4], 100))
+        assert found.severity == "open"
+        assert "raise" not in found.advice
+        assert "steps=" in found.advice
+        assert one(norms.decay_bites([2e-2], 100)).severity == "good"
+        assert "the default" in one(norms.decay_bites([2e-6], 1000, asked=False)).advice
+        assert "the default" not in one(norms.decay_bites([2e-6], 1000)).advice
 
     def test_decay(self):
         found = one(norms.decay_bites([0.0, 2e-6], 1000))
@@ -348,3 +427,18 @@ def test_factors_of_a_run_are_those_of_the_steps_between_their_estimates():
     found = _span(values, at)
     assert (found.factor, found.steps) == (3.0, 30.0)
     assert _span(np.array([NAN, 1.0]), at[:2]) is None
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_a_warmup_from_zero_does_not_hide_the_first_change_of_a_norm(power):
+    """At a learning rate of 0 the effective one over it is not known; the norm is, from the first step on."""
+    norm, at = np.array([20.76, 39.98, 60.16]), np.array([0.0, 500.0, 1000.0])
+    plain = norm ** (-power / 2)
+    found = norm_history("w", norm, np.array([NAN, *plain[1:]]), at)
+    assert found is not None
+    assert found.rate_factor == pytest.approx(plain[2] / plain[0])
+    assert found.span == "from step 0 to 1,000"
+    assert found == replace(norm_history("w", norm, plain, at), rate_factor=found.rate_factor)
+    still = norm_history("w", np.ones(3), np.array([NAN, 0.5, 0.5]), at)
+    assert (still.start, still.steps, still.rate_factor) == (500.0, 500.0, 1.0)
+    assert norm_history("w", norm, np.array([NAN, NAN, 1.0]), at) is None

@@ -227,6 +227,7 @@ def analyze(
         steps=ahead,
         warmup=warmup,
         started=bool(getattr(sgd, "state", None)),
+        steps_given=steps is not None,
     )
     diagnosis = diagnose_measurement(examined)
     return Analysis(measured.symmetries, measured.certificate, measured.moments, flow, eq, settings, found, diagnosis)

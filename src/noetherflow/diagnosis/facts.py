@@ -17,11 +17,13 @@ class ScaleInvariantNorm:
     Attributes:
         name: of the symmetry.
         norm_square: `|W|^2` now (preconditioned under Adam: only ratios of it are used).
-        growth: what gradients add to it per step, by noise and mean gradient; never negative.
+        growth: what gradients add to it per step now, by noise and mean gradient; never negative.
         growth_error: standard error of that, None where unknown.
         decay: the share of it that weight decay takes per step.
         power: how fast growth falls as the norm rises: 2 under SGD (growth goes as `1 / |W|^2`, the effective learning
             rate is `lr / |W|^2`), 1 under Adam (growth constant, effective learning rate `lr / |W|`).
+        horizon: steps for which the mean gradient lasts, and with it `growth`.
+        later: growth per step from there on, by noise alone.
     """
 
     name: str
@@ -30,6 +32,8 @@ class ScaleInvariantNorm:
     growth_error: float | None
     decay: float
     power: int
+    horizon: float = math.inf
+    later: float = 0.0
 
     def norm_factor(self, steps: float) -> float:
         """By which factor `|W|^2` changes in so many steps, the direction of the weight taken as it is.
@@ -43,14 +47,26 @@ class ScaleInvariantNorm:
 
         Source: theory.md section 7.
         """
-        rate, push = self.decay * self.power, self.growth / self.norm_square * self.power
-        left = math.exp(-rate * steps)
-        raised = left + (push * steps if rate == 0 else push * (1 - left) / rate)
+        first = min(steps, self.horizon)
+        raised = self._raised(self._raised(1.0, self.growth, first), self.later, steps - first)
         return float(raised ** (1 / self.power))
+
+    def _raised(self, start: float, growth: float, steps: float) -> float:
+        """The power of the norm that changes linearly, over today's: `start` now, so many steps later."""
+        rate, push = self.decay * self.power, growth / self.norm_square * self.power
+        left = math.exp(-rate * steps)
+        return start * left + (push * steps if rate == 0 else push * (1 - left) / rate)
 
     def learning_rate_factor(self, steps: float) -> float:
         """By which factor the effective learning rate changes in so many steps at a constant learning rate."""
         return float(self.norm_factor(steps) ** (-self.power / 2))
+
+    def farthest(self, steps: float) -> float:
+        """The number of steps, of these, after which the norm is farthest from today's.
+
+        It rises or falls all the way until the mean gradient is gone, and again from there on: two candidates.
+        """
+        return max((min(steps, self.horizon), steps), key=lambda k: abs(math.log(self.norm_factor(k))))
 
     @property
     def settling(self) -> float:
@@ -140,12 +156,19 @@ class NormHistory:
         norm_factor: `|W|^2` at the end over the beginning.
         rate_factor: effective learning rate at the end over the beginning, changes of the learning rate taken out.
         steps: between the two.
+        start: the step of the first; the ledger's first estimates may be missing, as at a learning rate of 0.
     """
 
     name: str
     norm_factor: float
     rate_factor: float
     steps: float
+    start: float = 0.0
+
+    @property
+    def span(self) -> str:
+        """From which step to which, in words."""
+        return f"from step {self.start:,.0f} to {self.start + self.steps:,.0f}"
 
 
 @dataclass(frozen=True)
@@ -191,12 +214,16 @@ class NormTrend:
         norm_square: `|W|^2` now.
         change: of it per step, by mean gradient, noise and decay.
         step_square: the squared length of a step.
+        settles: `|W|` where noise and decay come to rest over `|W|` now, the function held fixed; NaN where unknown.
+        unseen: the loss ignores its norm, for a normalisation follows.
     """
 
     name: str
     norm_square: float
     change: float
     step_square: float = 0.0
+    settles: float = math.nan
+    unseen: bool = False
 
     @property
     def step_length(self) -> float:

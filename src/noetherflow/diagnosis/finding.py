@@ -48,7 +48,7 @@ class Evidence:
     unit: str = ""
 
     def __str__(self) -> str:
-        sure = "" if self.error is None else f", +- {self.error:.2g}"
+        sure = "" if self.error is None else f", +- {plain(self.error)}"
         return f"{self.what}: {show(float(self.value))}{' ' + self.unit if self.unit else ''}{sure}"
 
 
@@ -100,6 +100,19 @@ class Finding:
     def to_dict(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
         return {**asdict(self), "question": self.question}
+
+
+def plain(value: float, digits: int = 2) -> str:
+    """A number for a sentence: so many significant digits, no powers of ten from a millionth to a thousand million.
+
+    Example:
+        >>> plain(493.2), plain(0.00123), plain(-51_234.0), plain(1.0)
+        ('490', '0.0012', '-51,000', '1')
+    """
+    rounded = float(f"{value:.{digits}g}")
+    if not 1e-6 <= abs(rounded) < 1e9:
+        return f"{rounded:.{digits}g}"
+    return f"{rounded:,.10f}".rstrip("0").rstrip(".")
 
 
 def calm(rule: str, topic: Topic, title: str, sure: str = "sure", evidence: tuple[Evidence, ...] = ()) -> Finding:

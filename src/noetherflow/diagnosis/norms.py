@@ -5,46 +5,53 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from noetherflow.core.members import compressed
+from noetherflow.core.printing import count
 from noetherflow.diagnosis.facts import LogitGrowth, NormHistory, NormTrend, ScaleInvariantNorm
-from noetherflow.diagnosis.finding import Evidence, Finding, Severity, calm
+from noetherflow.diagnosis.finding import NOTHING, Evidence, Finding, Severity, calm, plain
 
 HALVED, TENTH = 2.0, 10.0
 BITES, TOO_SMALL = 1.0, 0.1
 GROWN, GROWN_PREDICTED = 3.0, 10.0
 LOGITS, LOGITS_SATURATE = 3.0, 10.0
 TRENDS = 3
+NAMED = 12
 DOUBLES = 1.0
+MOVES = 1.01
+SHORT = 1000
+HIDDEN = "scale-invariant weight", "scale-invariant weights"
+NONE_HIDDEN = "The model has no scale-invariant weight: the loss feels the norm of every watched weight."
 
 
 def norm_growth(facts: Sequence[ScaleInvariantNorm], steps: float) -> list[Finding]:
     """What the norms of scale-invariant weights do to the effective learning rate over the steps to come.
+
+    The largest change on the way counts, not that at the end: a longer run can only find more.
 
     Threshold: a change by a factor of 2 is to watch, since it is what halving the learning rate by hand would do, a
     step that schedules take on purpose; by a factor of 10 to act on, since most schedules end at a tenth of the peak,
     so that the hidden schedule is then as strong as the one that was chosen.
     """
     if not facts:
-        title = "No norm can grow unseen: the loss feels the scale of every watched weight."
-        return [calm("norm-growth", "norms", title, "sure, as far as the symmetries were found")]
+        return [calm("norm-growth", "norms", NONE_HIDDEN, "sure, as far as the symmetries were found")]
     worst = max(facts, key=lambda f: _size(f, steps))
-    size, change = _size(worst, steps), worst.learning_rate_factor(steps)
-    number = f"{len(facts)} scale-invariant weights"
+    at = worst.farthest(steps)
+    size, change = _size(worst, steps), worst.learning_rate_factor(at)
+    number = count(len(facts), *HIDDEN)
     error = None if worst.growth_error is None else worst.growth_error / worst.norm_square
     numbers = (
         Evidence(f"squared norm's growth by gradients per step, {worst.name}", worst.growth / worst.norm_square, error),
         Evidence("what weight decay takes of it per step", worst.decay),
     )
     if size < HALVED:
-        title = (
-            f"None that matters: the norms of {number} change the effective learning rate by a factor of {size:.2g} "
-        )
-        title += f"at most in {steps:,.0f} steps (`{worst.name}`)."
+        title = f"None much, at present gradients: of {number} the norm of `{worst.name}` changes the effective "
+        title += f"learning rate most, by a factor of about {plain(size)} within {steps:,.0f} steps. {GUIDE}."
         return [calm("norm-growth", "norms", title, _sure(worst), numbers)]
     over = [f for f in facts if _size(f, steps) >= HALVED]
     severity: Severity = "act" if size >= TENTH else "watch"
-    title = f"{len(over)} of {number} {'grows' if change < 1 else 'shrinks'}: the norm of `{worst.name}` becomes "
-    title += f"{worst.norm_factor(steps) ** 0.5:.2g} times as large in {steps:,.0f} steps, its effective learning rate "
-    title += f"{change:.2g} times today's."
+    grown = plain(worst.norm_factor(at) ** 0.5)
+    title = f"{len(over)} of {number} {_verb(len(over), change)}: the norm of `{worst.name}` becomes about {grown} "
+    title += f"times as large in {at:,.0f} steps, its effective learning rate {plain(change)} times today's. {GUIDE}."
     means = "The loss ignores this norm, but a larger one makes every step turn the weight by less: a learning rate "
     means += "schedule that nobody wrote."
     names = tuple(f.name for f in over)
@@ -52,9 +59,16 @@ def norm_growth(facts: Sequence[ScaleInvariantNorm], steps: float) -> list[Findi
     return [Finding("norm-growth", "norms", severity, title, means, advice, _sure(worst), numbers, names, weight)]
 
 
+GUIDE = "A guide, no bound: as gradients change, twice or half of that growth is usual, and more is seen"
+
+
+def _verb(number: int, change: float) -> str:
+    return ("grow" if change < 1 else "shrink") + ("s" if number == 1 else "")
+
+
 def _size(fact: ScaleInvariantNorm, steps: float) -> float:
-    """The factor by which the effective learning rate changes, up or down."""
-    factor = fact.learning_rate_factor(steps)
+    """The largest factor by which the effective learning rate changes within so many steps, up or down."""
+    factor = fact.learning_rate_factor(fact.farthest(steps))
     return max(factor, 1 / factor)
 
 
@@ -68,40 +82,44 @@ def _advice(worst: ScaleInvariantNorm, change: float) -> str:
 
 
 def _sure(worst: ScaleInvariantNorm) -> str:
-    rests = "gradients of the present size and direction for all these steps, at a constant learning rate; as they "
-    rests += "change, twice or half of this growth is usual"
+    rests = "gradients of the present size for all these steps, and of the present direction for as long as the mean "
+    rests += "gradient can last, at a constant learning rate"
     if worst.growth_error is None or not worst.growth > 0:
         return f"a guide: {rests}"
     share = worst.growth_error / worst.growth
     return f"a guide: {rests} (sampling error {share:.0%})"
 
 
-def norms_so_far(facts: Sequence[NormHistory], decays: bool) -> list[Finding]:
+def norms_so_far(facts: Sequence[NormHistory], decays: bool, watched: int) -> list[Finding]:
     """What norms of scale-invariant weights did to the effective learning rate over a run; thresholds as above.
 
-    `decays`: whether the run has weight decay, which the advice depends on.
+    `decays`: whether the run has weight decay, which the advice depends on. `watched`: how many such weights the ledger
+    watches; those that it estimated once or never have no history.
     """
     known = [f for f in facts if math.isfinite(f.rate_factor) and f.rate_factor > 0]
-    if not known:
-        title = "No scale-invariant weight is watched: the loss feels the scale of every watched weight."
+    if not watched:
+        title = "No scale-invariant weight is watched: the loss feels the norm of every watched weight."
         return [calm("norm-growth", "norms", title, "sure, as far as the symmetries were found")]
+    if not known:
+        title = f"Not in the log: {count(watched, *HIDDEN)} {'is' if watched == 1 else 'are'} watched, but a change "
+        title += "takes two estimates of a norm, and there is one at most."
+        advice = "nf.Ledger(..., estimate_every=...) with fewer steps between estimates, or a longer run"
+        return [Finding("norm-growth", "norms", "open", title, "", advice, "open")]
     worst = max(known, key=lambda f: abs(math.log(f.rate_factor)))
     size = max(worst.rate_factor, 1 / worst.rate_factor)
     numbers = (Evidence(f"squared norm of {worst.name}, at the end over the beginning", worst.norm_factor),)
-    number = f"{len(known)} scale-invariant weights"
+    number = count(len(known), *HIDDEN)
     if size < HALVED:
-        title = (
-            f"None that matters: norms of {number} changed the effective learning rate by a factor of {size:.2g} at "
-        )
-        title += f"most in {worst.steps:,.0f} steps (`{worst.name}`)."
+        title = f"None much: of {number} the norm of `{worst.name}` changed the effective learning rate most, by a "
+        title += f"factor of {plain(size)} {worst.span}."
         return [calm("norm-growth", "norms", title, "measured", numbers)]
     over = tuple(f.name for f in known if abs(math.log(f.rate_factor)) >= math.log(HALVED))
     severity: Severity = "act" if size >= TENTH else "watch"
     changed = "grew" if worst.norm_factor > 1 else "shrank"
     grown = worst.norm_factor**0.5
-    title = f"{len(over)} of {number} {changed}: the norm of `{worst.name}` is {grown:.2g} times what it was "
-    title += f"{worst.steps:,.0f} steps before, its effective learning rate {worst.rate_factor:.2g} times, schedule "
-    title += "apart."
+    title = f"{len(over)} of {number} {changed}: the norm of `{worst.name}` is {plain(grown)} times what it was "
+    title += f"{worst.steps:,.0f} steps before ({worst.span}), its effective learning rate {plain(worst.rate_factor)} "
+    title += "times, schedule apart."
     means = "The loss ignores this norm, but a larger one makes every step turn the weight by less: a learning rate "
     means += "schedule that nobody wrote."
     verb = "raise the weight decay of" if decays else "set weight decay on"
@@ -110,26 +128,81 @@ def norms_so_far(facts: Sequence[NormHistory], decays: bool) -> list[Finding]:
     return [Finding("norm-growth", "norms", severity, title, means, advice, "measured", numbers, over, weight)]
 
 
-def fastest_norms(facts: Sequence[NormTrend]) -> list[Finding]:
-    """Which weights' norms grow fastest now.
+def fastest_norms(facts: Sequence[NormTrend], moving: bool = False) -> list[Finding]:
+    """Which weights' norms noise drives up in the long run, and apart from it, what the very next step does.
 
-    Threshold: a squared norm that doubles within one step is to watch; below, the loss feels these norms and guides
-    them.
+    The next step is no trend: its part along the mean gradient often turns within a few steps. So where the flow is
+    known the question is answered by where noise and decay take each norm, the function held fixed. It is open where
+    the function is `moving`: a mean gradient that counts and does not last changes it. Threshold: a squared norm that
+    doubles within one step is to watch; below, the loss feels these norms and guides them.
     """
+    return [*(MOVING if moving else _norms_to_come(facts)), _next_step(facts, moving)]
+
+
+MOVING = [
+    Finding(
+        "norms-to-come",
+        "norms",
+        "open",
+        "How far the norms that the loss feels grow in training cannot be told yet: the mean gradient counts and does "
+        "not last, and it moves them.",
+        "",
+        "ask again after some hundred steps, or let nf.Ledger(...) measure it: ledger.diagnose()",
+        "open",
+    )
+]
+
+
+def _norms_to_come(facts: Sequence[NormTrend]) -> list[Finding]:
+    """Where noise and decay take the norms that the loss feels; less than 1 % is called nothing."""
+    known = sorted((f for f in facts if f.settles > 0 and math.isfinite(f.settles)), key=lambda f: -f.settles)
+    if not known:
+        return []
+    grown, less = ([f for f in known if f.settles**sign >= MOVES] for sign in (1, -1))
+    parts = [_moved(grown[:TRENDS], len(grown), "up"), _moved(less[::-1][:TRENDS], len(less), "down")]
+    title = "Gradient noise and decay, the function held fixed, "
+    title += f"take norms {'; '.join(p for p in parts if p)}." if any(parts) else "leave all norms as they are."
+    numbers = tuple(Evidence(f"norm of {f.name} at the noise equilibrium over now", f.settles) for f in known)
+    sure = "how the two sides of symmetries trade; what changes the function, training itself, comes on top"
+    return [calm("norms-to-come", "norms", title, sure, numbers)]
+
+
+def _moved(shown: Sequence[NormTrend], number: int, where: str) -> str:
+    listed = ", ".join(f"`{f.name}` to {plain(f.settles)} times" for f in shown)
+    return f"{where}: {listed}{f' and {number - len(shown)} more' if number > len(shown) else ''}" if shown else ""
+
+
+def _next_step(facts: Sequence[NormTrend], moving: bool) -> Finding:
     rising = sorted((f for f in facts if f.change > 0 and f.norm_square > 0), key=lambda f: -f.change / f.norm_square)
+    sure = "the present gradients alone: many of these turn within a few steps"
     if not rising:
-        return [calm("fastest-norms", "norms", "No weight's norm grows at present.", "the present gradients alone")]
+        return calm("fastest-norms", "norms", "In the very next step no weight's norm grows.", sure)
     shown = rising[:TRENDS]
-    listed = ", ".join(f"`{f.name}` {50 * f.change / f.norm_square:+.2g} %" for f in shown)
-    title = f"{len(rising)} of {len(facts)} weights grow at present, fastest (norm per step): {listed}."
+    listed = ", ".join(f"`{f.name}` {plain(50 * f.change / f.norm_square)} %" for f in shown)
+    title = f"In the very next step only, {_of(len(rising), len(facts))} (norm per step), fastest {listed}"
+    title += f"; in all {_all_of([f.name for f in rising])}." if len(rising) > len(shown) else "."
+    turning = [] if moving else [f.name for f in rising if 0 < f.settles <= 1 / MOVES]
+    if turning:
+        title += f" Noise then shrinks {_all_of(turning)}."
     numbers = tuple(Evidence(f"squared norm's change per step, {f.name}", f.change / f.norm_square) for f in shown)
-    pace = shown[0].change / shown[0].norm_square
+    pace, names = shown[0].change / shown[0].norm_square, tuple(f.name for f in rising)
     if pace >= DOUBLES:
         means = "At this pace a squared norm doubles within a step."
-        advice, sure = "lower the learning rate", "the present gradients alone"
-        names = tuple(f.name for f in shown)
-        return [Finding("fastest-norms", "norms", "watch", title, means, advice, sure, numbers, names, pace)]
-    return [calm("fastest-norms", "norms", title, "the present gradients alone", numbers)]
+        fast = [f.name for f in rising if f.change >= DOUBLES * f.norm_square]
+        advice = f"lower the learning rate of {_all_of(fast)}"
+        return Finding("fastest-norms", "norms", "watch", title, means, advice, sure, numbers, names, pace)
+    return Finding("fastest-norms", "norms", "good", title, "", NOTHING, sure, numbers, names)
+
+
+def _of(some: int, number: int) -> str:
+    return f"{some} of {number} weights {'grows' if some == 1 else 'grow'}"
+
+
+def _all_of(names: Sequence[str]) -> str:
+    """All names in few words, each layer index as a range: `layers.0-3.mlp`."""
+    short = compressed(names)
+    more = f" and {len(short) - NAMED} more kinds" if len(short) > NAMED else ""
+    return ", ".join(f"`{name}`" for name in short[:NAMED]) + more
 
 
 def grown_layers(facts: Sequence[NormHistory]) -> list[Finding]:
@@ -142,12 +215,12 @@ def grown_layers(facts: Sequence[NormHistory]) -> list[Finding]:
         return []
     ranked = sorted(facts, key=lambda f: -f.norm_factor)
     grown = [f for f in ranked if f.norm_factor > 1]
-    listed = ", ".join(f"`{f.name}` {f.norm_factor**0.5:.3g} times" for f in grown[:TRENDS])
+    listed = ", ".join(f"`{f.name}` {plain(f.norm_factor**0.5, 3)} times" for f in grown[:TRENDS])
     steps = f"{max(f.steps for f in facts):,.0f} steps"
     numbers = tuple(Evidence(f"norm of {f.name}, now over then", f.norm_factor**0.5) for f in grown[:TRENDS])
     if not grown:
         return [calm("grown-layers", "norms", f"No layer's norm grew in {steps}.", "measured")]
-    title = f"The norms of {len(grown)} of {len(facts)} layers grew in {steps}, most: {listed}."
+    title = f"The norms of {len(grown)} of {count(len(facts), 'layer', 'layers')} grew in {steps}, most: {listed}."
     over = tuple(f.name for f in grown if f.norm_factor**0.5 >= TENTH)
     if not over:
         return [calm("grown-layers", "norms", title, "measured", numbers)]
@@ -157,8 +230,11 @@ def grown_layers(facts: Sequence[NormHistory]) -> list[Finding]:
     return [Finding("grown-layers", "norms", "watch", title, means, advice, "measured", numbers, over, weight)]
 
 
-def decay_bites(decays: Sequence[float], steps: float) -> list[Finding]:
+def decay_bites(decays: Sequence[float], steps: float, asked: bool = True) -> list[Finding]:
     """Whether weight decay has time to act within the run: `decays` are its shares of squared weights per step.
+
+    `asked`: somebody gave `steps`. Runs below a thousand steps are trials or beginnings, on which no decay that suits a
+    training acts: they leave the question open.
 
     Threshold: `share * steps < 0.1` removes less than a tenth of any squared norm, 5 % of a norm, in the whole run, as
     if there were no decay: to watch. From 1 on it removes 63 % and more, so that norms are where decay and growth
@@ -176,10 +252,16 @@ def decay_bites(decays: Sequence[float], steps: float) -> list[Finding]:
     )
     sure = "sure for a constant learning rate; a schedule that lowers it makes decay weaker still"
     if share < TOO_SMALL:
-        title = f"Weight decay is too small to matter in this run: it takes {taken:.2g} of the squared norms in "
+        title = f"Weight decay is too small to matter in this run: it takes {plain(taken)} of the squared norms in "
         title += f"{steps:,.0f} steps."
         means = f"It acts over {memory:,.0f} steps, so norms never settle; the run goes as if it had none."
+        if steps < SHORT:
+            title = f"{steps:,.0f} steps are too few to judge weight decay by: in them it takes {plain(taken)} of the "
+            title += f"squared norms; it acts over {memory:,.0f} steps."
+            advice = "give the steps of the whole training: steps=... (on the command line --steps)"
+            return [Finding("decay-bites", "decay", "open", title, "", advice, sure, numbers)]
         advice = f"raise weight decay about {BITES / share:,.0f} times to have norms settle within the run, or drop it"
+        advice += "" if asked else f"; if {steps:,.0f} steps, the default, are not the whole training, give steps=..."
         weight = math.log(TOO_SMALL / share)
         return [Finding("decay-bites", "decay", "watch", title, means, advice, sure, numbers, weight=weight)]
     if share < BITES:
@@ -208,12 +290,12 @@ def logit_growth(facts: Sequence[LogitGrowth]) -> list[Finding]:
     )
     sure = "measured" if worst.measured else "noise and decay alone: an upper bound, for curvature holds weights back"
     if worst.factor < (GROWN if worst.measured else GROWN_PREDICTED) or worst.spread < LOGITS:
-        title = f"Attention logits are calm: a spread of about {worst.spread:.2g} at most ({head}`{worst.name}`)."
+        title = f"Attention logits are calm: a spread of about {plain(worst.spread)} at most ({head}`{worst.name}`)."
         return [calm("logit-growth", "norms", title, sure, numbers)]
     severity: Severity = "act" if worst.spread >= LOGITS_SATURATE and worst.measured else "watch"
     verb = "have grown" if worst.measured else "are pushed to grow"
-    title = f"Attention logits grow: squared query and key norms of {head}`{worst.name}` {verb} {worst.factor:.2g} "
-    title += f"times in {worst.steps:,.0f} steps, to logits of about {worst.spread:.2g}."
+    title = f"Attention logits grow: squared query and key norms of {head}`{worst.name}` {verb} {plain(worst.factor)} "
+    title += f"times in {worst.steps:,.0f} steps, to logits of about {plain(worst.spread)}."
     means = "Their product bounds the logits; large ones turn attention into a hard choice and stop its gradient."
     advice = f"give the queries and keys of `{worst.name}` weight decay, normalise them (QK-norm), or lower their rate"
     weight = math.log(worst.spread)

@@ -29,6 +29,7 @@ from noetherflow.diagnosis.finding import Diagnosis, Finding
 from noetherflow.equilibrium.charge_flow import ChargeFlow
 from noetherflow.equilibrium.flow import Flow
 from noetherflow.equilibrium.potential import Drift
+from noetherflow.equilibrium.regime import COUNTS
 from noetherflow.equilibrium.result import Equilibrium, Settled
 from noetherflow.equilibrium.sharpness import Sharpness
 from noetherflow.equilibrium.validity import SquareMemory
@@ -62,6 +63,7 @@ class Examined:
         steps: of training to come.
         warmup: steps of warmup planned, None where nobody said.
         started: the optimiser has made steps.
+        steps_given: somebody said how many steps are to come.
     """
 
     model: nn.Module
@@ -75,6 +77,7 @@ class Examined:
     steps: int
     warmup: int | None
     started: bool
+    steps_given: bool = True
 
 
 def diagnose_measurement(examined: Examined) -> Diagnosis:
@@ -83,8 +86,8 @@ def diagnose_measurement(examined: Examined) -> Diagnosis:
     steps = replace(_stability(examined), replaced=bool(stability.step_length(trends)))
     found: list[Finding] = [
         *norms.norm_growth(list(_invariant_norms(examined)), examined.steps),
-        *norms.fastest_norms(trends),
-        *norms.decay_bites(_decays(examined), examined.steps),
+        *norms.fastest_norms(trends, _moving(examined)),
+        *norms.decay_bites(_decays(examined), examined.steps, examined.steps_given),
         *norms.logit_growth(list(_logits(examined))),
         *balance.far_from_equilibrium(balances, examined.steps),
         *balance.heads_apart(balances),
@@ -99,8 +102,15 @@ def diagnose_measurement(examined: Examined) -> Diagnosis:
     ]
     samples = f"{examined.moments.samples:,} {'minibatches' if examined.moments.replicates else 'samples'}"
     subject = f"{type(examined.model).__name__} under {described(examined.settings)}, for {examined.steps:,} steps"
+    subject += "" if examined.steps_given else " (the default: give steps=... of the whole training)"
     members = {s.name: modules_of(s.parameters) for s in examined.symmetries}
     return Diagnosis.of(f"{subject}, from {samples}", found, members)
+
+
+def _moving(examined: Examined) -> bool:
+    """Whether the function changes within the run: the mean gradient counts, and does not last for it."""
+    regime = examined.flow.regime
+    return regime.mean_share >= COUNTS and regime.horizon < examined.steps
 
 
 def _named(examined: Examined) -> Iterator[tuple[Symmetry, ChargeFlow, Settled]]:
@@ -112,18 +122,19 @@ def _named(examined: Examined) -> Iterator[tuple[Symmetry, ChargeFlow, Settled]]
 
 
 def _invariant_norms(examined: Examined) -> Iterator[ScaleInvariantNorm]:
-    """Norms without a counterweight; the mean gradient's growth counts for as long as it lasts, spread over the run."""
+    """Norms without a counterweight; the mean gradient's growth counts for as long as it lasts."""
     power = 2 if isinstance(examined.settings, SGDConfig) else 1
     for symmetry, flow, _ in _named(examined):
         charge = abs(float(flow.charge.sum()))
         if not symmetry.one_sided or charge == 0:
             continue
         sign = symmetry.weight_legs[0].sign
-        lasts = min(1.0, examined.flow.regime.horizon / examined.steps)
-        growth = max(0.0, sign * float((flow.noise + lasts * flow.step_size).sum()))
+        noise = sign * float(flow.noise.sum())
+        growth, later = max(0.0, noise + sign * float(flow.step_size.sum())), max(0.0, noise)
         error = None if flow.error is None else float(flow.error.norm())
         decay = abs(float(flow.decay.sum())) / charge
-        yield ScaleInvariantNorm(symmetry.name, charge, growth, error, decay, power)
+        horizon = examined.flow.regime.horizon
+        yield ScaleInvariantNorm(symmetry.name, charge, growth, error, decay, power, horizon, later)
 
 
 def decay_share(settings: Settings, parameter: str) -> float:
@@ -168,12 +179,14 @@ def heads_in(symmetry: Symmetry, syms: SymmetrySet) -> int:
 
 
 def _trends(examined: Examined) -> Iterator[NormTrend]:
-    """How the norms of matrices change per step: `-2 lr <W, mean step> + lr^2 |step|^2 - decay`."""
+    """How the norms of weights and gains change per step: `-2 lr <W, mean step> + lr^2 |step|^2 - decay`."""
     settings, tensors = examined.settings, tensors_of(examined.model)
+    settles, unseen = _settled_norms(examined), _unseen(examined)
     for name, mean in examined.moments.mean.items():
         weight = tensors[name].detach().double().cpu()
         norm = float(weight.square().sum())
-        if weight.ndim < 2 or norm == 0 or name not in examined.moments.squares:
+        bias = weight.ndim < 2 and not name.endswith("weight")
+        if bias or norm == 0 or name not in examined.moments.squares:
             continue
         lr = settings.rates(name).lr
         g, square = mean.double().cpu(), examined.moments.squares[name].double().cpu()
@@ -186,7 +199,27 @@ def _trends(examined: Examined) -> Iterator[NormTrend]:
         else:
             along = lr * float((weight * g / batch.sqrt().clamp_min(1e-12)).sum())
             added = lr**2 * weight.numel()
-        yield NormTrend(name, norm, added - 2 * along - decay_share(settings, name) * norm, added)
+        change = added - 2 * along - decay_share(settings, name) * norm
+        yield NormTrend(name, norm, change, added, settles.get(name, math.nan), name in unseen)
+
+
+def _unseen(examined: Examined) -> set[str]:
+    """Parameters whose norm the loss ignores, for a normalisation follows."""
+    return {leg.parameter for s in examined.symmetries if s.one_sided for leg in s.weight_legs}
+
+
+def _settled_norms(examined: Examined) -> dict[str, float]:
+    """By parameter, its norm at the noise equilibrium over its norm now; those that no symmetry settles are left out.
+
+    Norms without a counterweight are no part of this: they go on for ever or settle where decay holds them.
+    """
+    pairs = [(s, r) for s, _, r in _named(examined) if not s.one_sided and bool(r.finite.all())]
+    moved = {leg.parameter for s, _ in pairs for leg in s.weight_legs} - _unseen(examined)
+    now = {n: t.detach().double().cpu() for n, t in tensors_of(examined.model).items()}
+    then = {n: t.clone() for n, t in now.items()}
+    for symmetry, settled in pairs:
+        symmetry.act_(then, settled.element)
+    return {n: float(then[n].norm() / now[n].norm()) for n in moved if bool(now[n].any())}
 
 
 def _balances(examined: Examined) -> Iterator[LayerBalance]:

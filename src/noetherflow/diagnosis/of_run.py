@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ def diagnose_run(run: RunData | str | os.PathLike[str], steps: int | None = None
     whole = made if steps is None else float(steps)
     decays = _decays(data)
     found: list[Finding] = [
-        *norms.norms_so_far(list(_norms(data)), any(d > 0 for d in decays)),
+        *norms.norms_so_far(list(_norms(data)), any(d > 0 for d in decays), int(data.one_sided.sum())),
         *norms.decay_bites(decays, whole),
         *norms.logit_growth(list(_logits(data))),
         *balance.far_during_run(list(_balances(data)), whole),
@@ -68,11 +69,12 @@ def recent(data: RunData, column: str, symmetry: int) -> float:
 
 @dataclass(frozen=True)
 class Span:
-    """The first and the last known value of a quantity, and the steps between them."""
+    """The first and the last known value of a quantity, the steps between them, and at which step the first was."""
 
     first: float
     last: float
     steps: float
+    start: float
 
     @property
     def factor(self) -> float:
@@ -85,7 +87,7 @@ def _span(values: np.ndarray, at: np.ndarray) -> Span | None:
     if known.size < 2:
         return None
     first, last = known[0], known[-1]
-    return Span(float(values[first]), float(values[last]), float(at[last] - at[first]))
+    return Span(float(values[first]), float(values[last]), float(at[last] - at[first]), float(at[first]))
 
 
 def _norms(data: RunData) -> Iterator[NormHistory]:
@@ -95,9 +97,30 @@ def _norms(data: RunData) -> Iterator[NormHistory]:
     for i in np.flatnonzero(data.one_sided):
         with np.errstate(divide="ignore", invalid="ignore"):
             plain = data.estimates["effective_lr"][:, i] / rate
-        norm, effective = (_span(v, data.estimate_steps) for v in (data.estimates["norm"][:, i], plain))
-        if norm and effective:
-            yield NormHistory(data.symmetries[i], norm.factor, effective.factor, norm.steps)
+        found = norm_history(data.symmetries[i], data.estimates["norm"][:, i], plain, data.estimate_steps)
+        if found is not None:
+            yield found
+
+
+def norm_history(name: str, norm: np.ndarray, plain: np.ndarray, at: np.ndarray) -> NormHistory | None:
+    """From the squared norms and the effective learning rates over the learning rates, estimated at the steps `at`.
+
+    The latter are not known where the learning rate was 0, as at the start of a warmup. They are a power of the norm,
+    the same at all steps: so the norms of those steps tell them. None with fewer than two estimates.
+    """
+    whole, part = _span(norm, at), _span(plain, at)
+    within = _span(np.where(np.isfinite(plain) & (plain > 0), norm, np.nan), at)
+    if whole is None or part is None or within is None:
+        return None
+    moved = math.log(within.factor)
+    if whole.start == within.start or abs(moved) < TOO_STILL:
+        return NormHistory(name, within.factor, part.factor, part.steps, part.start)
+    power = math.log(part.factor) / moved
+    return NormHistory(name, whole.factor, whole.factor**power, whole.steps, whole.start)
+
+
+TOO_STILL = 1e-3
+"""Change of a norm's logarithm below which it does not tell the power that the effective learning rate goes with."""
 
 
 def _decays(data: RunData) -> list[float]:
