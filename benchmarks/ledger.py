@@ -1,36 +1,49 @@
 """Cost of the ledger on the models of the moments table: the same training steps with and without it, in one process.
 
+    python -m benchmarks ledger                                        # the table of docs/benchmarks.md
+    MODELS=mlp,resnet18 SECONDS=20 python -m benchmarks ledger         # some models, seconds per model and optimiser
     python -m benchmarks.ledger [--models mlp,gpt-relu,gpt-swiglu,resnet18] [--optimizers momentum,adamw] [--seconds 60]
     python -m benchmarks.ledger --memory
 
-Per model, optimiser and `every`: the time inside the ledger's two calls over the rest of the steps they sit in (log and
-estimates included), and as a check on what those calls do to the rest of the step, the ratio of whole blocks of steps
-with and without the ledger, in turns: medians over blocks ± half the distance of the quartiles. Memory: what the ledger
-holds on the host, and its growth of the peak of a step, at every step.
+Per model, optimiser and `every` (`default`: the ledger chooses its stride): the time inside the ledger's two calls over
+the rest of the steps they sit in (log and estimates included), and as a check on what those calls do to the rest of the
+step, the ratio of whole blocks of steps with and without the ledger, in turns: medians over blocks ± half the distance
+of the quartiles, in processor time (elapsed time on a GPU). Memory: what the ledger holds on the host, and its growth
+of the peak of a step, at every step. The first form keeps its record in `docs/figures/ledger.json`, with `LABEL=laptop`
+in `ledger-laptop.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
+import os
 import statistics
 import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import noetherflow as nf
-from benchmarks.moments import CASES, device_name, per_sample_loss, settle
+from benchmarks.moments import CASES, OUT, device_name, per_sample_loss, settle
+from benchmarks.tables import provenance, write_ledger
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "momentum": lambda model: torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9),
     "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-5),
 }
+
+
+def clock() -> float:
+    """Seconds: of the processor, which other programs do not take, except where a GPU does the work."""
+    return time.process_time() if torch.get_default_device().type == "cpu" else time.perf_counter()
 
 
 @dataclass
@@ -46,22 +59,22 @@ class Run:
     def steps(self, n: int, ledger: nf.Ledger | None = None) -> float:
         """Seconds for n steps; `inside` gets the share of them spent in the ledger's calls over the rest."""
         settle()
-        own, start = 0.0, time.perf_counter()
+        own, start = 0.0, clock()
         for _ in range(n):
             self.optimizer.zero_grad()
             self.loss().backward()
             if ledger is None:
                 self.optimizer.step()
                 continue
-            began = time.perf_counter()
+            began = clock()
             ledger.before_step()
-            own -= began - time.perf_counter()
+            own -= began - clock()
             self.optimizer.step()
-            began = time.perf_counter()
+            began = clock()
             ledger.after_step()
-            own -= began - time.perf_counter()
+            own -= began - clock()
         settle()
-        total = time.perf_counter() - start
+        total = clock() - start
         if ledger is not None:
             self.inside.append(own / (total - own))
             ledger.detach()
@@ -76,11 +89,35 @@ def build(model_name: str, optimizer_name: str) -> Run:
     return Run(model, OPTIMIZERS[optimizer_name](model), syms, lambda: per_sample_loss(model, case.batch).mean())
 
 
-def overhead(run: Run, every: int, block: int, rounds: int) -> str:
+@dataclass(frozen=True)
+class Overhead:
+    """The ledger's cost over the steps it watches, and the same from whole blocks: median and half the quartiles'
+    distance.
+    """
+
+    every: str
+    inside: float
+    inside_spread: float
+    blocks: float
+    blocks_spread: float
+    rounds: int
+    block: int
+
+    def __str__(self) -> str:
+        inside, blocks = (
+            f"{m:+6.2%} ± {d:5.2%}" for m, d in ((self.inside, self.inside_spread), (self.blocks, self.blocks_spread))
+        )
+        return f"every={self.every:<7} inside {inside}   blocks {blocks}   ({self.rounds} rounds of {self.block} steps)"
+
+
+STRIDES: dict[str, dict[str, int]] = {"1": {"every": 1}, "10": {"every": 10}, "default": {}}
+
+
+def overhead(run: Run, every: str, block: int, rounds: int) -> Overhead:
     run.inside.clear()
     ratios = []
     with tempfile.TemporaryDirectory() as run_dir:
-        ledger = nf.Ledger(run.model, run.optimizer, run.syms, every=every, run_dir=run_dir)
+        ledger = nf.Ledger(run.model, run.optimizer, run.syms, run_dir=run_dir, **STRIDES[every])
         for k in range(rounds):
             order = (None, ledger) if k % 2 else (ledger, None)
             taken = {used: run.steps(block, used) for used in order}
@@ -89,8 +126,38 @@ def overhead(run: Run, every: int, block: int, rounds: int) -> str:
     cells = []
     for values in (run.inside, ratios):
         low, middle, high = statistics.quantiles(values, n=4)
-        cells.append(f"{middle:+6.2%} ± {(high - low) / 2:5.2%}")
-    return f"every={every:<3} inside {cells[0]}   blocks {cells[1]}   ({rounds} rounds of {block} steps)"
+        cells += [middle, (high - low) / 2]
+    return Overhead(every, *cells, rounds, block)
+
+
+def overheads(run: Run, seconds: float) -> tuple[float, list[Overhead]]:
+    """Milliseconds of a step without the ledger, and its cost at every stride."""
+    run.steps(3)
+    alone, found = run.steps(5) / 5, []
+    for every, share in (("1", 0.4), ("10", 0.3), ("default", 0.3)):
+        length = 1.5 if every == "default" else 0.25  # seconds: the stride has to settle, and to come round
+        block = max(4 if every == "1" else 10, round(length / alone / 10) * 10)
+        rounds = max(3, round(seconds * share / (2 * block * alone)))
+        found.append(overhead(run, every, block, rounds))
+    return alone * 1e3, found
+
+
+def run() -> list[dict[str, Any]]:
+    """One row per model, optimiser and stride; keeps the record and writes the table of docs/benchmarks.md."""
+    names = os.environ.get("MODELS", ",".join(CASES)).split(",")
+    label = os.environ.get("LABEL", "")
+    path = OUT / f"ledger{f'-{label}' if label else ''}.json"
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() and "MODELS" in os.environ else {"rows": []}
+    record |= {**provenance(device_name()), "threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
+    rows = []
+    for name in names:
+        for kind in OPTIMIZERS:
+            step_ms, found = overheads(build(name, kind), float(os.environ.get("SECONDS", "60")))
+            rows += [{"model": name, "optimizer": kind, "step_ms": step_ms, **asdict(cost)} for cost in found]
+    record["rows"] = [row for row in record["rows"] if row["model"] not in names] + rows
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    write_ledger(OUT)
+    return rows
 
 
 def memory(run: Run) -> str:
@@ -142,14 +209,10 @@ if __name__ == "__main__":
     print(f"torch {torch.__version__}, {device_name()}", flush=True)
     for name in options.models.split(","):
         for kind in options.optimizers.split(","):
-            run = build(name, kind)
-            run.steps(3)
+            watched = build(name, kind)
             if options.memory:
-                print(f"{name}, {kind}: {memory(run)}", flush=True)
+                watched.steps(3)
+                print(f"{name}, {kind}: {memory(watched)}", flush=True)
                 continue
-            alone = run.steps(5) / 5
-            print(f"{name}, {kind}: {alone * 1e3:.1f} ms a step", flush=True)
-            for every, share in ((1, 0.6), (10, 0.4)):
-                block = max(10 if every > 1 else 4, round(0.25 / alone / 10) * 10)
-                rounds = max(3, round(options.seconds * share / (2 * block * alone)))
-                print("   ", overhead(run, every, block, rounds), flush=True)
+            alone, found = overheads(watched, options.seconds)
+            print(f"{name}, {kind}: {alone:.1f} ms a step", *found, sep="\n    ", flush=True)

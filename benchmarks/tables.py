@@ -125,3 +125,42 @@ def write_gpt2(folder: Path, page: Path = PAGE) -> None:
     """Write the table of GPT-2 from every record `gpt2-*.json` in the folder, smallest first."""
     records = sorted((json.loads(p.read_text()) for p in folder.glob("gpt2-*.json")), key=lambda r: r["parameters"])
     page.write_text(between(page.read_text(), "gpt2", gpt2_table(records)))
+
+
+def ledger_table(records: list[dict[str, Any]]) -> str:
+    """One row per model and machine: the ledger's time over that of the steps it watches, by optimiser and stride.
+
+    Example:
+        >>> row = {"model": "mlp", "optimizer": "adamw", "every": "10", "inside": 0.043, "inside_spread": 0.002}
+        >>> record = {"machine": "2 cores", "threads": 2, "load": 0.5, "versions": "torch 2.13", "date": "2026-11-27"}
+        >>> print(ledger_table([{**record, "rows": [row]}]))
+        | model | machine | adamw, every 10 |
+        |---|---|---|
+        | mlp | A | 4.3 ± 0.2 % |
+        <BLANKLINE>
+        A: 2 cores, 2 threads, load 0.5, torch 2.13, 2026-11-27
+    """
+    rows = [(chr(ord("A") + i), row) for i, record in enumerate(records) for row in record["rows"]]
+    kinds = list(dict.fromkeys((row["optimizer"], row["every"]) for _, row in rows))
+    heads = [f"{kind}, by default" if every == "default" else f"{kind}, every {every}" for kind, every in kinds]
+    lines = [f"| model | machine | {' | '.join(heads)} |", "|---|---|" + "---|" * len(kinds)]
+    for model, machine in dict.fromkeys((row["model"], machine) for machine, row in rows):
+        own = {(r["optimizer"], r["every"]): r for m, r in rows if (r["model"], m) == (model, machine)}
+        lines.append(f"| {model} | {machine} | {' | '.join(_share(own.get(kind)) for kind in kinds)} |")
+    return "\n".join([*lines, "", *(_loaded(chr(ord("A") + i), record) for i, record in enumerate(records))])
+
+
+def _loaded(name: str, record: dict[str, Any]) -> str:
+    about = f"{record['machine']}, {record['threads']} threads, load {record['load']:.1f}"
+    return f"{name}: {about}, {record['versions']}, {record['date']}"
+
+
+def _share(row: dict[str, Any] | None) -> str:
+    return "–" if row is None else f"{100 * row['inside']:.1f} ± {100 * row['inside_spread']:.1f} %"
+
+
+def write_ledger(folder: Path, page: Path = PAGE) -> None:
+    """Write the table of the ledger's cost from every record `ledger*.json` in the folder."""
+    paths = sorted(folder.glob("ledger*.json"), key=lambda p: (len(p.stem), p.stem))
+    table = ledger_table([json.loads(p.read_text()) for p in paths])
+    page.write_text(between(page.read_text(), "ledger", table))

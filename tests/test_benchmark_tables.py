@@ -14,6 +14,7 @@ def test_the_page_shows_the_records_kept(tmp_path: Path) -> None:
     page.write_text(tables.PAGE.read_text())
     tables.write_moments(tables.PAGE.parent / "figures", page)
     tables.write_gpt2(tables.PAGE.parent / "figures", page)
+    tables.write_ledger(tables.PAGE.parent / "figures", page)
     assert page.read_text() == tables.PAGE.read_text()
     assert page.read_text().count("| measure for the equilibrium |") == 1
     assert page.read_text().count("| MLP 784-512-512-10, batch 256 | A | 1.34 ± 0.021 |") == 1
@@ -35,6 +36,24 @@ def test_machines_stand_side_by_side_and_the_rest_is_left(tmp_path: Path) -> Non
     assert "| MLP | A | 1.3 ± 0.1 | – | – | – | – | 1.50 |" in text
     assert "| MLP | B | 1.3 ± 0.1 | – | – | refuses | – | 1.50 |" in text
     assert "B: moments-laptop, 1 threads, torch, 2026-01-01" in text
+
+
+def test_the_ledger_is_shown_by_model_and_stride(tmp_path: Path) -> None:
+    rows = [
+        {"model": model, "optimizer": kind, "every": every, "inside": share, "inside_spread": 0.002}
+        for model, kind, every, share in [("mlp", "adamw", "1", 0.2), ("mlp", "adamw", "default", 0.031)]
+    ]
+    for name, own in (("ledger", rows), ("ledger-laptop", rows[1:])):
+        about = {"machine": name, "versions": "torch", "date": "2026-01-01", "threads": 1, "load": 0.25}
+        (tmp_path / f"{name}.json").write_text(json.dumps({**about, "rows": own}))
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- ledger: begin -->\nold\n<!-- ledger: end -->\nafter\n")
+    tables.write_ledger(tmp_path, page)
+    text = page.read_text()
+    assert "| model | machine | adamw, every 1 | adamw, by default |" in text
+    assert "| mlp | A | 20.0 ± 0.2 % | 3.1 ± 0.2 % |" in text
+    assert "| mlp | B | – | 3.1 ± 0.2 % |" in text
+    assert "B: ledger-laptop, 1 threads, load 0.2, torch, 2026-01-01" in text
 
 
 def test_a_page_without_marks_is_refused() -> None:
