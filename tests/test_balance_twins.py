@@ -114,3 +114,20 @@ def test_decay_inside_the_gradients_makes_the_move_approximate_and_that_is_said(
     assert any("its weight-decay part moves like a weight" in line for line in report.approximate_state)
     moved, lives = (torch.tensor(losses(m, o, after)) for m, o in zip((model, twin), optimizers, strict=True))
     assert 1e-7 < float((moved - lives).abs().max() / lives.abs().max()) < 0.05
+
+
+def test_codes_of_eight_bits_stay_and_are_listed() -> None:
+    """Whole numbers are codes of some table: scaled, they would be other codes."""
+    model, there = net()
+    optimizer = MAKERS["adamw"](model.parameters())
+    lived(model, optimizer)
+    for state in optimizer.state.values():
+        state["exp_avg"] = (state["exp_avg"] * 1e3).to(torch.int8)
+        state["exp_avg_sq"] = (state["exp_avg_sq"] * 1e4).to(torch.uint8)
+    before = [state["exp_avg"].clone() for state in optimizer.state.values()]
+    report = nf.balance_(model, there, optimizer, example_inputs=batches(1, seed=2)[0][0])
+    assert {line.split(" left as it was")[0] for line in report.unmoved} == {
+        f"{name}: {key}" for name in ("0.weight", "2.weight") for key in ("exp_avg", "exp_avg_sq")
+    }
+    for state, old in zip(optimizer.state.values(), before, strict=True):
+        assert torch.equal(state["exp_avg"], old)
