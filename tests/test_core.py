@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,3 +137,23 @@ def test_what_holds_no_torch_optimiser_is_refused():
 def test_a_missing_extra_is_named(module):
     with pytest.raises(MissingExtraError, match=r"pip install 'noetherflow\[hf\]'"):
         require(module, "hf")
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_and_what_a_running_one_writes_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "points[1].json"
+    code = "import os, signal, sys\nfrom noetherflow.core.files import replacing\n"
+    code += "with replacing(sys.argv[1]) as scratch:\n"
+    code += "    scratch.write_text('half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    subprocess.run([sys.executable, "-c", code, str(path)], check=False)
+    (left,) = tmp_path.iterdir()
+    long_ago = time.time() - 3600
+    with replacing(path) as running:
+        assert left.exists()  # too young to tell
+        running.write_text("whole")
+        for file in (left, running):
+            os.utime(file, (long_ago, long_ago))
+        write_text(path, "another")
+        assert not left.exists()
+        assert running.exists()
+    assert [f.name for f in tmp_path.iterdir()] == [path.name]
+    assert path.read_text() == "whole"

@@ -289,3 +289,14 @@ def test_a_forked_worker_does_not_keep_the_lock_of_a_killed_run(tmp_path: Path) 
         os.killpg(holder.pid, signal.SIGKILL)
         assert holder.stdout is not None
         holder.stdout.close()
+
+
+def test_events_beyond_ten_thousand_of_a_kind_are_counted_and_not_kept(tmp_path: Path) -> None:
+    """10,050 lines that no reader understands, between the rows of a run."""
+    lines = lines_of_a_run(tmp_path)
+    (tmp_path / LOG_NAME).write_text("\n".join([*lines[:3], *["{}"] * 10_050, *lines[3:], ""]))
+    data = RunData.load(tmp_path)
+    assert data.steps.tolist() == list(range(6))
+    told = [e for e in data.events if e["event"] == "unreadable"]
+    assert len(told) == 10_001
+    assert told[-1]["note"] == "50 more of these are not listed"

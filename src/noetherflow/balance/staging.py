@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from noetherflow.core.files import is_free
 from noetherflow.errors import CheckpointError
 
 try:
@@ -74,7 +75,7 @@ def remove_litter(target: Path) -> list[Path]:
     """
     removed = []
     for room in target.parent.glob(f"{_prefix(target)}*"):
-        if room.is_dir() and _is_free(room / LOCK):
+        if room.is_dir() and is_free(room / LOCK):  # without a lock it was left before that was made
             shutil.rmtree(room, ignore_errors=True)
             removed.append(room)
     return removed
@@ -101,23 +102,6 @@ def _prefix(target: Path) -> str:
 def _existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that is there."""
     return folder if folder.exists() else _existing(folder.parent)
-
-
-def _is_free(lock: Path) -> bool:
-    """Whether no process holds the lock; a folder without a lock file was left before it was made."""
-    if fcntl is None:
-        return False
-    try:
-        descriptor = os.open(lock, os.O_RDWR)
-    except FileNotFoundError:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
 
 
 def _sync(path: Path) -> None:
