@@ -16,9 +16,9 @@ import noetherflow as nf
 from noetherflow.core.printing import grouped
 from noetherflow.core.shown import ROWS, Shown
 from noetherflow.errors import DataError, MissingExtraError
-from noetherflow.report import plots
+from noetherflow.report import drawings, plots
 from noetherflow.report.drawings import courses_of, fastest, sides_of
-from noetherflow.report.labels import labels_of, short
+from noetherflow.report.labels import chart_labels, labels_of, short
 from noetherflow.report.network_map import network_map
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -262,3 +262,135 @@ def test_labels_keep_layer_and_role() -> None:
     alike = [f"m.0.{'x' * 40}{c}.{'y' * 40}" for c in "ab"]
     assert len(set(labels_of(alike))) == 2
     assert short("0 -> 2") == "0 -> 2"
+
+
+def test_chart_labels_keep_the_arrow_and_say_the_block_once() -> None:
+    block = [f"model.layers.{i}.mlp.up_proj -> model.layers.{i}.mlp.down_proj (+2)" for i in range(2)]
+    assert chart_labels(block) == ["L0 up_proj → down_proj (+2)", "L1 up_proj → down_proj (+2)"]
+    assert chart_labels(["0 -> 2", "2 -> 4"]) == ["0 → 2", "2 → 4"]
+    assert chart_labels(["h.0.fc -> h.1.fc", "h.1.fc -> h.1.out"]) == ["0.fc → 1.fc", "L1 fc → out"]
+    twins = chart_labels([f"{side}.layers.0.q -> {side}.layers.0.k" for side in ("encoder", "decoder")])
+    assert len(set(twins)) == 2
+    assert all(side in label for side, label in zip(("encoder", "decoder"), twins, strict=True))
+
+
+class Renamed(nn.Module):
+    """Blocks with long names, whose norms are listed after the layers that they feed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict() for _ in range(2))
+        for layer in self.layers:
+            layer["gate_and_up_projection"] = nn.Linear(4, 6)
+            layer["value_projection"] = nn.Linear(4, 6)
+            layer["multilayer_down_projection"] = nn.Linear(6, 4)
+            layer["input_normalisation"] = nn.LayerNorm(4)
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            h = layer["input_normalisation"](x)
+            gated = layer["gate_and_up_projection"](h).sigmoid() * layer["value_projection"](h)
+            x = x + layer["multilayer_down_projection"](gated)
+        return x
+
+
+def test_no_title_or_label_is_cut_and_no_legend_lies_over_a_bar() -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    torch.manual_seed(0)
+    net = Renamed()
+    x, y = torch.randn(64, 4).double(), torch.randn(64, 4).double()
+    analysis = nf.analyze(net, loss, [(x, y)], nf.SGDConfig(0.01, 4, weight_decay=0.1), x[:4])
+    for result in (analysis.flow, analysis.moments, analysis.equilibrium, analysis.symmetries):
+        figure, axes = result.plot()
+        figure.set_dpi(80)
+        figure.canvas.draw()
+        page = figure.bbox
+        for ax in np.ravel(axes):
+            for text in (ax.xaxis.label, ax._left_title):
+                box = text.get_window_extent()
+                assert page.x0 <= box.x0, text.get_text()
+                assert box.x1 <= page.x1 + 1, text.get_text()
+            legend = ax.get_legend()
+            bars = [b for b in ax.patches if b.get_width() and type(result) is nf.Flow]
+            if legend is not None:
+                assert not any(legend.get_window_extent().overlaps(b.get_window_extent()) for b in bars)
+    _, axes = analysis.flow.plot()
+    assert "(+n): with n more weights of that side" in " ".join(axes[0].get_xlabel().split())
+    pyplot.close("all")
+
+
+def test_the_map_puts_what_feeds_before_what_it_feeds_and_explains_what_it_shows() -> None:
+    net = Renamed()
+    syms = nf.find_symmetries(net, torch.randn(2, 4).double())
+    order = network_map(syms, False).modules
+    for i in range(2):
+        roles = ("input_normalisation", "gate_and_up_projection", "value_projection", "multilayer_down_projection")
+        own = [next(m for m in order if m.endswith(f"{i}.{role}")) for role in roles]
+        assert sorted(own, key=order.index) == own
+    plain = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    _, ax = nf.find_symmetries(plain, torch.randn(2, 3)).without({}).plot()
+    words = {t.get_text() for t in ax.get_legend().get_texts()}
+    assert "scaled against" in words
+    assert "shifted" not in words
+
+
+def test_the_entries_of_a_strided_ledger_add_up_to_the_change_and_say_their_steps(tmp_path: Any) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    _, ledger = trained(300, every=5, estimate_every=0)
+    course = courses_of(ledger.records(), 1)[0]
+    rows = ledger.records()
+    moved = rows[-1]["charge"] - rows[0]["charge"]
+    explained = sum(v[-2] for v in course.causes.values())
+    assert abs(explained - moved) < 0.5 * abs(moved)
+    assert abs(sum(r["change"] for r in rows)) < 0.5 * abs(moved)
+    _, axes = ledger.plot()
+    assert "steps 0 to 295" in axes[0].get_title(loc="left")
+    assert "count for all up to the next" in " ".join(axes[0].get_title(loc="left").split())
+    _, logged = trained(40, every=1, capacity=10, run_dir=tmp_path)
+    assert "steps 0 to 39" in logged.plot()[1][0].get_title(loc="left")
+    _, forgetful = trained(40, every=1, capacity=10)
+    assert "steps 30 to 39" in forgetful.plot()[1][0].get_title(loc="left")
+    pyplot.close("all")
+
+
+def test_pictures_of_large_models_forecast_without_standard_errors(
+    world: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flow = world.analysis.flow
+    small = drawings.drawn_forecast(flow)
+    assert small.errors
+    assert len(small.steps) == drawings.POINTS
+    monkeypatch.setattr(drawings, "SURE", 1)
+    large = drawings.drawn_forecast(flow)
+    assert not large.errors
+    assert len(large.steps) == drawings.FEW_POINTS
+    _, ax = large.plot()
+    assert ax.get_title(loc="left") == "Forecast charges (without standard errors)"
+    capsys.readouterr()
+    monkeypatch.setattr("noetherflow.report.style.PATIENCE", 1e6)
+    drawings.drawn_forecast(flow)
+    assert not capsys.readouterr().err
+    monkeypatch.setattr("noetherflow.report.style.PATIENCE", 0.0)
+    drawings.drawn_forecast(flow)
+    assert "for a picture ..." in capsys.readouterr().err
+
+
+def test_a_drift_beyond_all_bounds_is_cut_and_one_that_is_not_valid_is_greyed() -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(10, 16, bias=False), nn.Linear(16, 3, bias=False)).double()
+    x, y = torch.randn(500, 10).double(), torch.randn(500, 3).double()
+    syms = nf.find_symmetries(net, x[:2])
+    moments = nf.gradient_moments(net, loss, [(x, y)], syms)
+    sgd = nf.SGDConfig(0.02, 10, momentum=0.9)
+    flow = nf.noether_flow(net, syms, moments, sgd)
+    assert not flow.regime.constant
+    _, axes = flow.plot()
+    assert max(map(abs, axes[0].get_xlim())) < 2 * drawings.MOST_PERCENT
+    assert any(t.get_text().endswith(" %") for t in axes[0].texts)
+    assert "not valid" in {t.get_text() for t in axes[0].get_legend().get_texts()}
+    assert [t.get_text() for t in axes[1].texts] == ["not in every direction"]
+    _, axes = nf.noise_equilibrium(net, syms, moments, sgd).plot()
+    assert "No symmetry has a finite equilibrium" in axes[0].texts[0].get_text()
+    pyplot.close("all")

@@ -27,7 +27,7 @@ from noetherflow.monitor.log import FORMAT, LOG_NAME, RunLog, read_log
 from noetherflow.monitor.rundata import WINDOW, RunData, RunReader, _before
 from noetherflow.report.labels import labels_of
 from noetherflow.report.run import _layers, _spacing, _training, summary, write_run_report
-from noetherflow.report.run_figures import COLUMNS, POINTS
+from noetherflow.report.run_figures import COLUMNS, POINTS, charges_figure
 from noetherflow.report.watch import sparkline, view, watch
 from test_ledger import backward, batches, mlp, mlp_symmetries
 
@@ -496,3 +496,21 @@ def test_a_closed_ledger_still_reads_its_whole_log_and_one_without_says_what_it_
     assert (len(logged.steps), logged.dropped, logged.span) == (30, 0, "30 steps")
     assert (len(kept.steps), kept.dropped) == (10, 20)
     assert kept.span == "the last 10 of 30 recorded steps (20 to 29)"
+
+
+def test_a_page_tells_steps_made_from_recorded_and_bars_are_as_wide_as_their_steps(tmp_path: Path) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Ledger(model, optimizer, mlp_symmetries(model), every=5, run_dir=tmp_path):
+        for batch in batches(80):
+            optimizer.zero_grad()
+            backward(model, batch)
+            optimizer.step()
+    data = RunData.load(tmp_path)
+    assert data.span == "76 steps, 16 of them recorded"
+    assert data.span in write_run_report(tmp_path).read_text()
+    bars = [t for t in charges_figure(data).data if t.type == "bar"]
+    assert bars
+    for bar in bars:
+        assert list(bar.width) == [5.0] * 16
+        assert list(bar.x) == [5 * i + 2.5 for i in range(16)]

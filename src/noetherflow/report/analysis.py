@@ -125,9 +125,13 @@ def _equilibrium_row(row: dict[str, Any]) -> dict[str, Any]:
 
 def _flow_figures(analysis: Analysis, prefix: str) -> list[Figure]:
     rows = drawings.fastest(analysis.flow.details, MOST)
-    forecast = analysis.flow.forecast(drawings.horizon(analysis.flow))
+    forecast = drawings.drawn_forecast(analysis.flow)
     return [
-        Figure(panel(len(rows), drawings.drifts, rows), "Drift of the charges, by cause.", f"{prefix}drifts"),
+        Figure(
+            panel(len(rows), drawings.drifts, rows, analysis.flow.regime),
+            "Drift of the charges, by cause.",
+            f"{prefix}drifts",
+        ),
         Figure(panel(len(rows), drawings.times, rows), "Relaxation times.", f"{prefix}times"),
         Figure(panel(10, drawings.forecast, forecast, 8), "Forecast from one measurement.", f"{prefix}forecast"),
     ]

@@ -39,6 +39,7 @@ def panel(lines: int, draw: Callable[..., None], *args: Any) -> bytes:
     with style.context():
         figure, (ax,) = style.figure(columns=1, width=5.6, height=height_of(lines))
         draw(ax, *args)
+        style.fit(figure)
         return png(figure)
 
 

@@ -44,3 +44,37 @@ def labels_of(names: Sequence[str]) -> list[str]:
     full = [name.replace(" -> ", " → ") for name in without_shared_prefix(names)]
     cut = [short(name) for name in full]
     return [c if cut.count(c) == 1 else f for c, f in zip(cut, full, strict=True)]
+
+
+def chart_labels(names: Sequence[str]) -> list[str]:
+    """Labels for the lines of a chart: what a symmetry within one block shares is said once, as the block's number.
+
+    Labels that would look alike, and those of symmetries that are in no block, are those of `labels_of`.
+
+    Example:
+        >>> chart_labels(["model.layers.1.mlp.up_proj -> model.layers.1.mlp.down_proj", "model.norm -> lm_head"])
+        ['L1 up_proj → down_proj', 'model.norm → lm_head']
+    """
+    blocks = [_in_block(name) for name in names]
+    return [b if b and blocks.count(b) == 1 else long for b, long in zip(blocks, labels_of(names), strict=True)]
+
+
+def _in_block(name: str) -> str:
+    """The label of a symmetry all of whose paths lie in one numbered block; "" for others."""
+    paths = [word.split(".") for word in name.split() if word[0].isalnum()]
+    heads = {tuple(_head(path)) for path in paths}
+    if len(heads) != 1 or not (head := heads.pop()) or any(path[-1].isdigit() for path in paths):
+        return ""
+    words = [word.split(".")[-1] if word[0].isalnum() else word for word in name.split()]
+    return f"L{head[-1]} {' '.join(words)}".replace("->", "→")
+
+
+def _head(path: Sequence[str]) -> list[str]:
+    """The beginning of a path up to its first number; nothing where no module follows the number."""
+    ends = [i + 1 for i, part in enumerate(path) if part.isdigit()]
+    return list(path[: ends[0]]) if ends and ends[0] < len(path) else []
+
+
+def more_legs(names: Sequence[str]) -> str:
+    """What `(+2)` in names means, where a name has it; else nothing."""
+    return "(+n): with n more weights of that side" if any("(+" in name for name in names) else ""

@@ -53,10 +53,29 @@ def network_map(syms: SymmetrySet, collapse: bool | None = None) -> NetworkMap:
     """
     order = list(syms.shapes) or list(syms.parameters)
     used = {p for item in syms.all_items for p in item.parameters}
-    modules = list(dict.fromkeys(_module(p) for p in order if p in used))
+    modules = _in_order(syms, list(dict.fromkeys(_module(p) for p in order if p in used)))
     if collapse or (collapse is None and len(modules) > MANY):
         return _collapsed(syms, modules)
     return _drawn(syms, modules, Counter(_marks(item, modules, str) for item in syms.all_items))
+
+
+def _in_order(syms: SymmetrySet, listed: list[str]) -> list[str]:
+    """The modules as listed, but every + side of a symmetry before its - side: what produces before what consumes.
+
+    A transformer may list its norms after the layers that they feed.
+    """
+    before: dict[str, set[str]] = {m: set() for m in listed}
+    for item in syms:
+        sides = {sign: {_module(leg.parameter) for leg in item.weight_legs if leg.sign == sign} for sign in (1, -1)}
+        for consumer in sides[-1] - sides[1]:
+            before[consumer] |= sides[1]
+    placed: list[str] = []
+    waiting = list(listed)
+    while waiting:
+        ready = (m for m in waiting if not before[m] - set(placed))
+        placed.append(chosen := next(ready, waiting[0]))
+        waiting.remove(chosen)
+    return placed
 
 
 def _drawn(syms: SymmetrySet, modules: list[str], found: Counter[tuple[str, Marks]]) -> NetworkMap:
@@ -116,7 +135,13 @@ def draw_map(ax: Any, chart: NetworkMap) -> None:
     ax.set_xlabel(f"{count(chart.symmetries, 'symmetry', 'symmetries')}, {what}")
     ax.grid(axis="y")
     handles = [lines.Line2D([], [], color=colours[f], marker="o", lw=0, label=f) for f in chart.families]
-    marks = [("o", style.MUTED, "scaled with"), ("o", "white", "scaled against"), ("_", style.MUTED, "shifted")]
+    seen = {sign for column in chart.columns for _, sign in column.marks}
+    kinds = (
+        (1, "o", style.MUTED, "scaled with"),
+        (-1, "o", "white", "scaled against"),
+        (0, "_", style.MUTED, "shifted"),
+    )
+    marks = [(shape, face, text) for sign, shape, face, text in kinds if sign in seen]
     handles += [lines.Line2D([], [], color=style.MUTED, marker=m, mfc=f, lw=0, label=t) for m, f, t in marks]
     ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     ax.set_title("Which layers share a symmetry")

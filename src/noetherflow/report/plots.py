@@ -53,7 +53,9 @@ def plot(result: Shown, **options: Any) -> tuple[Any, Any]:
     for kind, draw in DRAWINGS.items():
         if isinstance(result, kind):
             with style.context():
-                return draw(result, **options)
+                figure, axes = draw(result, **options)
+                style.fit(figure)
+                return figure, axes
     kinds = ", ".join(k.__name__ for k in DRAWINGS)
     raise DataError(f"nf.plot draws {kinds}; got {type(result).__name__}, whose rows to_frame() gives")
 
@@ -65,8 +67,8 @@ def _figure(columns: int, width: float, height: float) -> tuple[Any, Any]:
 
 
 def height_of(lines: int) -> float:
-    """The height in inches of a chart with so many lines."""
-    return min(1.3 + ROW * max(lines, 3), 14.0)
+    """The height in inches of a chart with so many lines and a legend."""
+    return min(1.3 + ROW * (max(lines, 3) + drawings.LEGEND_LINES), 14.0)
 
 
 def plot_symmetries(syms: SymmetrySet, *, collapse: bool | None = None) -> tuple[Any, Any]:
@@ -95,8 +97,9 @@ def plot_flow(flow: Flow, *, most: int = 30) -> tuple[Any, Any]:
     """The drift of the `most` charges that drift most, by cause, and how long each takes to settle."""
     rows = drawings.fastest(flow.details, most)
     figure, axes = _figure(2, 10.5, height_of(len(rows)))
-    drawings.drifts(axes[0], rows)
+    drawings.drifts(axes[0], rows, flow.regime)
     drawings.times(axes[1], rows)
+    axes[1].tick_params(labelleft=False)
     return figure, axes
 
 
@@ -118,14 +121,20 @@ def plot_equilibrium(equilibrium: Equilibrium, *, most: int = 30) -> tuple[Any, 
     """The imbalance of the `most` symmetries farthest from equilibrium now and after the move, and how far it goes."""
     settled = drawings.farthest(equilibrium, most)
     figure, axes = _figure(2, 10.5, height_of(len(settled)))
+    if not settled:
+        drawings.in_words(axes[0], drawings.without_equilibrium(equilibrium))
+        axes[1].set_axis_off()
+        return figure, axes
     drawings.imbalances(axes[0], settled)
     drawings.factors(axes[1], settled)
+    axes[1].tick_params(labelleft=False)
     return figure, axes
 
 
 def plot_ledger(ledger: Ledger, *, most: int = 4) -> tuple[Any, Any]:
     """The charge of each of the `most` families that moved most, and what its causes have added up to."""
-    courses = drawings.courses_of(ledger.records(), most)
+    known = ledger.log_path is not None or ledger.dropped == 0
+    courses = drawings.courses_of(ledger.records(since=0) if known else ledger.records(), most)
     figure, axes = _figure(max(len(courses), 1), 5.2 * max(len(courses), 1), 3.8)
     for ax, course in zip(axes, courses, strict=False):
         drawings.course(ax, course)
@@ -138,10 +147,14 @@ def plot_analysis(analysis: Analysis, *, most: int = 12) -> tuple[Any, Any]:
     rows, settled = drawings.fastest(analysis.flow.details, most), drawings.farthest(analysis.equilibrium, most)
     height = height_of(max(len(rows), len(settled)))
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 2 * max(height, 3.2)), layout="constrained")
-    drawings.drifts(axes[0, 0], rows)
+    drawings.drifts(axes[0, 0], rows, analysis.flow.regime)
     drawings.times(axes[0, 1], rows)
-    drawings.imbalances(axes[1, 0], settled)
-    drawings.forecast(axes[1, 1], analysis.flow.forecast(drawings.horizon(analysis.flow)), most=8)
+    axes[0, 1].tick_params(labelleft=False)
+    if settled:
+        drawings.imbalances(axes[1, 0], settled)
+    else:
+        drawings.in_words(axes[1, 0], drawings.without_equilibrium(analysis.equilibrium))
+    drawings.forecast(axes[1, 1], drawings.drawn_forecast(analysis.flow), most=8)
     return figure, axes
 
 

@@ -60,7 +60,7 @@ def write_run_report(run_dir: str | os.PathLike[str], path: str | os.PathLike[st
     diagnosis = diagnose_run(data)
     name = Path(run_dir).resolve().name
     title = f"Training run {name}: {headline(diagnosis)}"
-    subtitle = f"{data.header['optimizer']}, started {data.started.replace('T', ' ')}, {len(data.steps):,} steps"
+    subtitle = f"{data.header['optimizer']}, started {data.started.replace('T', ' ')}, {data.span}"
     return write_page(path or Path(run_dir) / REPORT_NAME, title, _sections(data, events, diagnosis), subtitle)
 
 
@@ -170,7 +170,7 @@ def _facts(data: RunData, events: list[dict[str, Any]]) -> list[tuple[str, Any]]
     if known.size:
         part = max(len(known) // 20, 1)
         facts += [("loss, first 5 %", float(known[:part].mean())), ("loss, last 5 %", float(known[-part:].mean()))]
-    facts += [("steps", int(data.steps[-1]) + 1), ("symmetries watched", len(data.symmetries)), ("events", len(events))]
+    facts += [("steps made", data.made), ("symmetries watched", len(data.symmetries)), ("events", len(events))]
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.nan_to_num(np.abs(data.family["residual"] / data.family["norm"]))
     facts.append(("largest unexplained change", float(ratio.max(initial=0))))

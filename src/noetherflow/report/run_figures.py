@@ -47,7 +47,9 @@ def charges_figure(data: RunData) -> Any:
     go: Any = require("plotly.graph_objects", "report")
     thin = thinned(len(data.steps))
     edges = np.unique(np.linspace(0, len(data.steps), min(BINS, len(data.steps)) + 1).astype(int))
-    centres = [float(data.steps[a:b].mean()) for a, b in itertools.pairwise(edges)]
+    centres = [float(data.steps[a] + data.steps[b - 1] + data.stride[b - 1]) / 2 for a, b in itertools.pairwise(edges)]
+    strides = data.stride
+    widths = [float(strides[a:b].sum()) for a, b in itertools.pairwise(edges)]
     figure = go.Figure()
     owners: list[int] = []
     for i, _ in enumerate(data.families):
@@ -59,7 +61,13 @@ def charges_figure(data: RunData) -> Any:
             entry = data.family[name][:, i]
             means = [finite_mean(entry[a:b]) for a, b in itertools.pairwise(edges)]
             bar = go.Bar(
-                x=centres, y=means, name=CAUSE_NAMES[name], marker_color=CAUSE_COLOURS[name], yaxis="y2", legendrank=1
+                x=centres,
+                y=means,
+                width=widths,
+                name=CAUSE_NAMES[name],
+                marker_color=CAUSE_COLOURS[name],
+                yaxis="y2",
+                legendrank=1,
             )
             figure.add_trace(bar)
             owners.append(i)

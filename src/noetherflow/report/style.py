@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -95,3 +100,37 @@ def tidy(fig: Any) -> None:
                 axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)) if span > 8 else few)
                 axis.set_major_formatter(ticker.FuncFormatter(lambda value, position: f"{value:g}"))
             axis.set_minor_formatter(ticker.NullFormatter())
+
+
+PATIENCE = 2.0
+"""Seconds after which long work for a picture says what it is."""
+
+
+@contextmanager
+def telling(what: str) -> Iterator[None]:
+    """Say on the terminal's error stream what is worked on, where it takes more than `PATIENCE` seconds."""
+    timer = threading.Timer(PATIENCE, lambda: print(f"{what} ...", file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def fit(fig: Any) -> None:
+    """Break titles and labels that are wider than their axes into lines: nothing is cut at the figure's edge."""
+    texts = [(ax, text, text.get_text()) for ax in fig.axes for text in (ax.xaxis.label, ax._left_title)]
+    for _ in range(2):
+        fig.draw_without_rendering()
+        for ax, text, whole in texts:
+            _break(text, whole, 0.92 * ax.get_window_extent().width)
+
+
+def _break(text: Any, whole: str, room: float) -> None:
+    """Set a text to the words of `whole` in lines that fit into so many pixels."""
+    text.set_text(whole)
+    length = max(map(len, whole.splitlines()), default=0)
+    while text.get_window_extent().width > room and length > 12:
+        length -= 1
+        text.set_text("\n".join(line for part in whole.splitlines() for line in textwrap.wrap(part, length)))
