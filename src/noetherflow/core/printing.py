@@ -23,7 +23,8 @@ MEANING = {
     "preconditioned charge": "norm of the charge with each weight over its step size: Adam's (s + eps) theta^2",
     "drift per step: noise": "by gradients, 'from squares' (v) if uncorrelated, 'from momentum' (m) in any case",
     "persistence": "'from momentum' over 'from squares': above 1 a mean gradient carries, below 1 epochs take back",
-    "drift per step": "expected change of C by decay, noise and the step along the mean gradient; sum: signed",
+    "drift per step": "expected change of C by decay, noise and the step along the mean gradient, summed over its "
+    "coordinates with their signs; norm: of the sum, coordinate by coordinate",
     "equilibrium charge": "where the drift is 0",
     "imbalance": "largest relative Noether flow, 0 at equilibrium, at most 1",
     "relaxation (steps)": "until a small deviation is down to 37 %, median",

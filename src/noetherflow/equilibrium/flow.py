@@ -121,8 +121,9 @@ class Flow(Shown):
         return [r.row() | ({} if steps is None else {"phase": r.phase(steps)}) for r in self.details]
 
     def families(self) -> list[dict[str, Any]]:
-        """One row per family under the names of `printing.MEANING`: norms over all its coordinates, of equilibrium
-        charges over those that have one; None where nothing is finite.
+        """One row per family under the names of `printing.MEANING`: norms of charges, of equilibrium charges over the
+        coordinates that have one; the parts of the drift summed with their signs, so that they add up to `sum`; None
+        where nothing is finite.
         """
         return [self._family(f) for f in dict.fromkeys(r.family for r in self.details)]
 
@@ -134,11 +135,12 @@ class Flow(Shown):
             "family": family,
             "symmetries": len(own),
             "charge": norm_of(flat(r.charge for r in own)),
-            "drift per step: weight decay": norm_of(flat(r.decay for r in own)),
-            "drift per step: noise": norm_of(flat(r.noise for r in own)),
-            "drift per step: step size": norm_of(flat(r.step_size for r in own)),
-            **({"drift per step: feedback of v": norm_of(flat(added))} if added else {}),
+            "drift per step: weight decay": sum(signed_sum(r.decay) for r in own),
+            "drift per step: noise": sum(signed_sum(r.noise) for r in own),
+            "drift per step: step size": sum(signed_sum(r.step_size) for r in own),
+            **({"drift per step: feedback of v": sum(map(signed_sum, added))} if added else {}),
             "drift per step: sum": sum(signed_sum(r.drift) for r in own),
+            "drift per step: norm": norm_of(flat(r.drift for r in own)),
             "imbalance": largest(flat(r.imbalance for r in own), torch.cat([r.finite for r in own])),
             "relaxation (steps)": float(np.median(times.numpy())) if times.numel() else None,
             "coordinates without equilibrium": sum(int((~r.finite).sum()) for r in own),

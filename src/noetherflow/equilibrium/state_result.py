@@ -218,23 +218,23 @@ class StateDrift:
 
 
 def _family(details: list[StateDrift]) -> dict[str, Any]:
-    """One family: norms over all its coordinates, medians over those that have a value."""
+    """One family: the norm of its charge, signed sums of the parts of the drift, medians where there is a value."""
     best = [d.best for d in details]
     times = torch.cat([b.relaxation_steps[b.finite] for b in best])
     held = [d.persistence.flatten() for d in details if d.persistence is not None]
-    squares = [d.from_squares.noise.flatten() for d in details if d.from_squares is not None]
-    momentum = [d.from_momentum.noise.flatten() for d in details if d.from_momentum is not None]
+    squares = [signed_sum(d.from_squares.noise) for d in details if d.from_squares is not None]
+    momentum = [signed_sum(d.from_momentum.noise) for d in details if d.from_momentum is not None]
     errors = [d.from_momentum.error.flatten() for d in details if d.from_momentum is not None]
     return {
         "family": details[0].family,
         "symmetries": len(details),
         "coordinates": sum(len(b.finite) for b in best),
         "preconditioned charge": norm_of(torch.cat([d.charge.flatten() for d in details])),
-        "drift per step: weight decay": norm_of(torch.cat([d.decay.flatten() for d in details])),
-        "drift per step: noise, from squares": norm_of(torch.cat(squares)) if squares else None,
-        "drift per step: noise, from momentum": norm_of(torch.cat(momentum)) if momentum else None,
+        "drift per step: weight decay": sum(signed_sum(d.decay) for d in details),
+        "drift per step: noise, from squares": sum(squares) if squares else None,
+        "drift per step: noise, from momentum": sum(momentum) if momentum else None,
         "+- of that": norm_of(torch.cat(errors)) if errors else None,
-        "drift per step: sum (signed)": sum(signed_sum(b.drift) for b in best),
+        "drift per step: sum": sum(signed_sum(b.drift) for b in best),
         "persistence (median)": float(torch.cat(held).median()) if held else None,
         "imbalance": max(float(b.imbalance.max()) for b in best),
         "relaxation (steps)": float(times.median()) if times.numel() else None,
