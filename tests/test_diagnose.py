@@ -276,6 +276,52 @@ def test_a_learning_rate_that_replaces_the_weights_is_to_act_on() -> None:
     assert all(f.rule != "step-length" for f in calm)
 
 
+def normalised() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 5))
+
+
+def test_a_model_in_evaluation_mode_leaves_what_training_changes_open() -> None:
+    model, data = normalised(), loader(*classes(noise=1.0))
+    trained = nf.diagnose(model, nn.CrossEntropyLoss(), data, sgd(model), curvature=False)
+    assert not any("evaluation mode" in text for text in trained.cautions)
+    assert trained["norm-growth"].severity == "good"
+    fixed = nf.diagnose(model.eval(), nn.CrossEntropyLoss(), data, sgd(model), curvature=False)
+    assert "evaluation mode" in fixed.cautions[0]
+    assert "CAUTION: measured in evaluation mode" in str(fixed)
+    assert all(f.severity == "open" for topic in ("norms", "batch") for f in fixed.about(topic))
+    assert fixed["certificate"].severity == "good"
+
+
+def test_a_loss_without_samples_is_told_the_remedy() -> None:
+    """Minibatch gradients go with a mean; curvature does not."""
+    model, data = normalised(), loader(*classes(noise=1.0))
+    mean = lambda m, b: F.cross_entropy(m(b[0]), b[1])
+    found = nf.diagnose(model, mean, data, sgd(model))["learning-rate"]
+    assert found.severity == "open"
+    assert found.advice.startswith("return one loss per sample")
+    off = nf.diagnose(model, mean, data, sgd(model), curvature=False)["learning-rate"]
+    assert off.advice == "nf.diagnose(..., curvature=True) measures it"
+
+
+def test_the_default_number_of_steps_is_said() -> None:
+    model, data = mlp(), loader(*classes())
+    default = nf.diagnose(model, nn.CrossEntropyLoss(), list(data), sgd(model), curvature=False)
+    assert "for 1,000 steps (the default: give steps=" in default.subject
+    given = nf.diagnose(model, nn.CrossEntropyLoss(), list(data), sgd(model), steps=1000, curvature=False)
+    assert "default" not in given.subject
+
+
+def test_a_flow_that_is_no_drift_is_said_where_balance_is() -> None:
+    """Momentum at a large rate uses the mean gradient up within its memory; a tiny rate does not."""
+    model, data = mlp(), loader(*classes())
+    fast = nf.diagnose(model, nn.CrossEntropyLoss(), data, sgd(model, lr=0.5), curvature=False)
+    slow = nf.diagnose(model, nn.CrossEntropyLoss(), data, sgd(model, lr=1e-5), curvature=False)
+    assert "NOT VALID as a drift" in fast["balance"].title
+    assert "NOT VALID" in str(fast).split("Which norms")[0].replace("\n  ", " ")
+    assert "NOT VALID" not in str(slow)
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [

@@ -22,8 +22,8 @@ from noetherflow.diagnosis.facts import (
     ScaleInvariantNorm,
     StepStability,
 )
-from noetherflow.diagnosis.finding import QUESTIONS, Diagnosis, Evidence, Finding, calm
-from noetherflow.diagnosis.of_run import _span, norm_history
+from noetherflow.diagnosis.finding import QUESTIONS, Diagnosis, Evidence, Finding, calm, doubted
+from noetherflow.diagnosis.of_run import _span, batch_ratio, norm_history
 from noetherflow.errors import DataError
 from noetherflow.moments.noise_scale import NoiseScale, NoiseScales
 
@@ -225,7 +225,21 @@ class TestBalance:
     def test_healthy_and_unknown(self):
         assert one(balance.far_from_equilibrium([layer([0.3, -0.5, 0.1])], 1000)).severity == "good"
         assert one(balance.far_from_equilibrium([layer([0.3, NAN, 0.1], [NAN] * 3)], 1000)).severity == "good"
-        assert one(balance.far_from_equilibrium([layer([NAN, NAN])], 1000)).severity == "good"
+        unknown = one(balance.far_from_equilibrium([layer([NAN, NAN])], 1000))
+        assert unknown.severity == "open"
+        assert "1 pair of layers can trade scale (`0 -> 2`)" in unknown.title
+        assert "No two layers" in one(balance.far_from_equilibrium([], 1000)).title
+
+    def test_each_layer_has_its_own_number(self):
+        wide, near = layer([0.0] * 4 + [math.log(10.6)]), layer([0.0] * 4 + [math.log(3.9)], name="near")
+        found = one(balance.far_from_equilibrium([wide, near], 1000))
+        assert "unit 4 of `0 -> 2` 10.6 times; unit 4 of `near` 3.9 times" in found.title
+        assert "`0 -> 2`; `near`" in found.advice
+        whole = [layer([math.log(50)] * 4), layer([math.log(12)] * 4, name="near")]
+        found = one(balance.far_from_equilibrium(whole, 1000), "balance-layer")
+        assert "`0 -> 2` 50 times; `near` 12 times" in found.title
+        large = one(balance.far_from_equilibrium([layer([0.0, 0.0, math.log(493.0)])], 1000))
+        assert "e+0" not in str(large)
 
     def test_during_a_run(self):
         assert one(balance.far_during_run([RunBalance("a", 0.1, math.log(30), 10.0)], 100)).severity == "act"
@@ -295,6 +309,23 @@ class TestStability:
         assert one(stability.sharpening(replace(STABLE, sharpening=0.1))).severity == "good"
         assert stability.sharpening(replace(STABLE, sharpening=NAN)) == []
 
+    def test_a_trace_that_is_not_positive_has_no_factor(self):
+        found = one(stability.sharpening(replace(STABLE, sharpening=0.19, saddle=True)))
+        assert found.severity == "open"
+        assert "not positive" in found.title
+        assert "function held fixed" in one(stability.sharpening(replace(STABLE, sharpening=0.19))).title
+
+    def test_the_limit_of_the_minibatches_is_quoted(self):
+        title = one(stability.learning_rate(replace(STABLE, lr=0.05, load=0.012, noisy_load=0.0275))).title
+        assert "0.028 of the largest stable one with these minibatches (1.818; with full batches 4.167)" in title
+        without = one(stability.learning_rate(replace(STABLE, noisy_load=NAN))).title
+        assert "with full batches (0.5)" in without
+
+    def test_a_curvature_that_failed_names_its_remedy(self):
+        assert "curvature=True" in one(stability.learning_rate(replace(STABLE, load=NAN))).advice
+        failed = replace(STABLE, load=NAN, remedy="return one loss per sample")
+        assert one(stability.learning_rate(failed)).advice == "return one loss per sample"
+
     def test_memory_of_squares(self):
         tiny = nf.AdamConfig(lr=1e-3, batch_size=8, betas=(0.9, 0.3))
         assert one(stability.memory_of_squares(tiny)).severity == "act"
@@ -348,6 +379,18 @@ class TestSampling:
         assert one(sampling.noise_share(40.0, "all")).severity == "watch"
         assert one(sampling.noise_share(0.5, "all")).severity == "good"
         assert sampling.noise_share(NAN, "all") == []
+        assert one(sampling.noise_share(0.0, "all")).severity == "open"
+
+    @pytest.mark.parametrize(
+        ("shares", "ratio"),
+        [([0.2] * 5, 0.25), ([0.01, -0.02, 0.03, 0.0, 0.01], 0.0), ([-0.1], 0.0), ([], NAN), ([1.0], math.inf)],
+    )
+    def test_a_share_around_zero_is_no_ratio(self, shares, ratio):
+        assert batch_ratio(np.array(shares)) == pytest.approx(ratio, nan_ok=True)
+
+    def test_before_a_run_it_is_the_scale_at_these_weights(self):
+        title = one(sampling.batch_size(BatchRegime(64, scale(), 0.2, 50.0, started=False))).title
+        assert "at these weights; it grows in training" in title
 
 
 class TestBreaking:
@@ -415,6 +458,32 @@ class TestStepLength:
         fact = StepStability(1.0, 0.5, NAN, NAN, NAN, NAN, NAN, None, False)
         assert one(stability.learning_rate(fact)).severity == "good"
         assert one(stability.learning_rate(replace(fact, replaced=True))).severity == "open"
+
+    def test_a_warmup_begins_with_short_steps(self):
+        long = NormTrend("wild", 4.0, 9.0, step_square=16.0)
+        assert stability.step_length([long], warmup=100) == []
+        assert (
+            "first step of the warmup of 2 is as long as `wild`" in one(stability.step_length([long], warmup=2)).title
+        )
+
+    def test_before_a_normalisation_a_long_step_is_to_watch(self):
+        hidden = NormTrend("conv", 4.0, 9.0, step_square=400.0, unseen=True)
+        found = one(stability.step_length([hidden]))
+        assert found.severity == "watch"
+        assert "`conv`" in found.advice
+        both = one(stability.step_length([hidden, NormTrend("head", 4.0, 9.0, step_square=4.0)]))
+        assert both.severity == "act"
+        assert "A step is as long as `head` itself (and too long for 1 more weight)." in both.title
+
+
+def test_conditions_of_the_measurement_leave_good_answers_open():
+    answers = [calm("g", "norms", "None grows."), calm("h", "decay", "It bites.")]
+    norm, decay = doubted(answers, ("norms",), "measured with running statistics")
+    assert (norm.severity, decay.severity) == ("open", "good")
+    assert "running statistics" in norm.title
+    text = str(Diagnosis.of("Model", [norm, decay], cautions=["measured in evaluation mode"]))
+    assert "CAUTION: measured in evaluation mode" in text
+    assert "CAUTION" not in str(Diagnosis.of("Model", answers))
 
 
 def test_unknown_topics_are_named():

@@ -228,6 +228,7 @@ def analyze(
         warmup=warmup,
         started=bool(getattr(sgd, "state", None)),
         steps_given=steps is not None,
+        remedy=_remedy(model, settings, curvature),
     )
     diagnosis = diagnose_measurement(examined)
     return Analysis(measured.symmetries, measured.certificate, measured.moments, flow, eq, settings, found, diagnosis)
@@ -351,6 +352,23 @@ def inputs_of(batch: Any, samples: int = 2) -> Any:
     return pytree.tree_map(lambda t: t[:samples] if isinstance(t, Tensor) and t.ndim else t, inputs)
 
 
+REMEDY = "return one loss per sample from loss_fn(model, batch), or pass the criterion itself; curvature=True says more"
+"""What measures a curvature that could not be measured."""
+
+
+def _remedy(model: nn.Module, settings: Settings, wanted: bool | None) -> str:
+    """What would measure a curvature that is missing; empty where asking for it would."""
+    if not isinstance(settings, SGDConfig | AdamConfig):
+        return "nothing: steps of this optimiser have one size at any curvature"
+    return REMEDY if _wants_curvature(model, wanted) else ""
+
+
+def _wants_curvature(model: nn.Module, wanted: bool | None) -> bool:
+    """As asked; where nobody asked, up to `LARGE` trainable entries."""
+    size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return size <= LARGE if wanted is None else wanted
+
+
 def _curvature(
     measured: MeasuredModel,
     model: nn.Module,
@@ -365,8 +383,7 @@ def _curvature(
     Raises:
         NoetherflowError: it cannot be measured, and was asked for.
     """
-    size = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if wanted is False or (wanted is None and size > LARGE):
+    if not _wants_curvature(model, wanted):
         return None
     some = list(islice(data, max(1, CURVED // max(1, samples_in(data[0])))))
     try:

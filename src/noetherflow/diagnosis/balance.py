@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from noetherflow.core.printing import show
+from noetherflow.core.printing import count, show
 from noetherflow.diagnosis.facts import LayerBalance, PartActivity, RunBalance
-from noetherflow.diagnosis.finding import Evidence, Finding, Severity, calm
+from noetherflow.diagnosis.finding import Evidence, Finding, Severity, calm, plain
 
 FAR, VERY_FAR = math.log(3.0), math.log(10.0)
 LAYER_FAR, LAYER_VERY_FAR = math.log(10.0), math.log(30.0)
@@ -34,6 +34,13 @@ def far_from_equilibrium(facts: Sequence[LayerBalance], steps: float) -> list[Fi
     are taken off first, so that sampling alone finds nothing.
     """
     parts = [(f, _beyond(f)) for f in facts if np.isfinite(f.factors).any()]
+    if not parts and facts:
+        title = (
+            f"Not known: {count(len(facts), 'pair', 'pairs')} of layers can trade scale (`{facts[0].name}`), but none "
+        )
+        title += "has a noise equilibrium that these gradients determine."
+        advice = "a run's ledger estimates the balance: nf.Ledger(...), then ledger.diagnose()"
+        return [Finding("balance", "balance", "open", title, "", advice, "open")]
     if not parts:
         title = "No two layers can trade scale here, so none is imbalanced."
         if facts:
@@ -58,7 +65,7 @@ def far_from_equilibrium(facts: Sequence[LayerBalance], steps: float) -> list[Fi
         f"None is far from its noise equilibrium: the farthest, {worst.part} {at} of `{worst.name}`, is a factor of "
     )
     factor = math.exp(abs(float(worst.factors[at])))
-    title += f"{factor:.2g} away" + (LIKE_ITS_LAYER if factor >= math.exp(FAR) else "") + "."
+    title += f"{plain(factor)} away" + (LIKE_ITS_LAYER if factor >= math.exp(FAR) else "") + "."
     return [calm("balance", "balance", title, _sure(worst, at))]
 
 
@@ -73,7 +80,9 @@ def heads_apart(facts: Sequence[LayerBalance]) -> list[Finding]:
     worst = max(heads, key=lambda f: float(np.nanmax(np.abs(f.factors))))
     at = int(np.nanargmax(np.abs(worst.factors)))
     factor, number = math.exp(abs(float(worst.factors[at]))), sum(len(f.factors) for f in heads)
-    title = f"No attention head is: of {number} the farthest, head {at} of `{worst.name}`, is a factor of {factor:.2g} "
+    title = (
+        f"No attention head is: of {number} the farthest, head {at} of `{worst.name}`, is a factor of {plain(factor)} "
+    )
     title += "from its equilibrium."
     return [calm("balance-heads", "balance", title, _sure(worst, at), (_number(worst, at),))]
 
@@ -101,17 +110,28 @@ def _outliers(lone: Sequence[tuple[LayerBalance, np.ndarray]], steps: float) -> 
     worst, sizes = ranked[0]
     at = int(sizes.argmax())
     factor = math.exp(abs(float(worst.factors[at])))
-    named = [f"{_listed(f, np.flatnonzero(s >= FAR))} of `{f.name}`" for f, s in ranked]
-    title = f"{_some(named)}: up to {factor:.3g} times from the noise equilibrium, unlike the rest of the layer "
-    title += f"(worst: {worst.part} {at} of `{worst.name}`)."
+    named = [_lone(f, s) for f, s in ranked]
+    title = f"{_some(named)} from the noise equilibrium, unlike the rest of the layer"
+    title += f" (worst: {worst.part} {at} of `{worst.name}`)." if len(ranked) > 1 else "."
     severity: Severity = "act" if sizes.max() >= VERY_FAR else "watch"
     numbers = tuple(_number(f, int(s.argmax())) for f, s in ranked[:SHOWN])
-    means, advice, names = _means(factor, worst, steps), ADVICE, tuple(f.name for f, _ in ranked)
+    names = tuple(f.name for f, _ in ranked)
+    means, advice = _means(factor, worst, steps), _advice(names)
     weight = float(sizes.max())
     return Finding("balance", "balance", severity, title, means, advice, _sure(worst, at), numbers, names, weight)
 
 
-ADVICE = "move it without changing the function: nf.balance_(model, nf.analyze(...).equilibrium, optimizer)"
+def _lone(fact: LayerBalance, sizes: np.ndarray) -> str:
+    """The units or heads of one layer that are far, with how far the farthest is."""
+    which = np.flatnonzero(sizes >= FAR)
+    most = math.exp(float(np.abs(fact.factors[which]).max()))
+    return f"{_listed(fact, which)} of `{fact.name}` {'up to ' if len(which) > 1 else ''}{plain(most, 3)} times"
+
+
+def _advice(names: Sequence[str]) -> str:
+    """How to move the layers of these symmetries."""
+    which = _some([f"`{n}`" for n in names])
+    return f"move {which} without changing the function: nf.balance_(model, nf.analyze(...).equilibrium, optimizer)"
 
 
 def _layers(whole: Sequence[LayerBalance], steps: float) -> Finding:
@@ -120,11 +140,15 @@ def _layers(whole: Sequence[LayerBalance], steps: float) -> Finding:
     worst, level = ranked[0], _level(ranked[0])
     at = int(np.nanargmin(np.abs(np.abs(worst.factors) - level)))
     factor = math.exp(abs(float(np.nanmedian(worst.factors))))
-    title = f"{_some([f'`{f.name}`' for f in ranked])}: as a layer up to {factor:.3g} times from the noise equilibrium."
+    sizes = [math.exp(abs(float(np.nanmedian(f.factors)))) for f in ranked]
+    named = [f"`{f.name}` {plain(size, 3)} times" for f, size in zip(ranked, sizes, strict=True)]
+    title = f"As a layer {_some(named)} from the noise equilibrium."
     severity: Severity = "act" if level >= LAYER_VERY_FAR else "watch"
     numbers = tuple(Evidence(f"median log factor of {f.name}", float(np.nanmedian(f.factors))) for f in ranked[:SHOWN])
     means, names = _means(factor, worst, steps), tuple(f.name for f in ranked)
-    return Finding("balance-layer", "balance", severity, title, means, ADVICE, _sure(worst, at), numbers, names, level)
+    return Finding(
+        "balance-layer", "balance", severity, title, means, _advice(names), _sure(worst, at), numbers, names, level
+    )
 
 
 def far_during_run(facts: Sequence[RunBalance], steps: float) -> list[Finding]:
@@ -140,15 +164,15 @@ def far_during_run(facts: Sequence[RunBalance], steps: float) -> list[Finding]:
     sure = "likely: a running estimate from single minibatches"
     factor = math.exp(worst.largest)
     if lone < FAR and whole < LAYER_FAR:
-        title = f"None is far from its noise equilibrium: at most a factor of {factor:.2g} (`{worst.name}`)."
+        title = f"None is far from its noise equilibrium: at most a factor of {plain(factor)} (`{worst.name}`)."
         return [calm("balance", "balance", title, sure, numbers)]
     severity: Severity = "act" if lone >= VERY_FAR or whole >= LAYER_VERY_FAR else "watch"
     where = "a part of it" if lone >= FAR else "the whole layer"
-    title = f"`{worst.name}` is up to {factor:.3g} times from its noise equilibrium, {where}."
+    title = f"`{worst.name}` is up to {plain(factor, 3)} times from its noise equilibrium, {where}."
     means = "The small side has gradients and curvature above the balanced ones, which holds down the stable learning "
     means += f"rate. {_phase(worst.steps, steps)}"
     names = tuple(f.name for f in known if f.largest - f.median >= FAR or f.median >= LAYER_FAR)
-    return [Finding("balance", "balance", severity, title, means, ADVICE, sure, numbers, names, worst.largest)]
+    return [Finding("balance", "balance", severity, title, means, _advice(names), sure, numbers, names, worst.largest)]
 
 
 def _number(fact: LayerBalance, at: int) -> Evidence:
@@ -158,7 +182,9 @@ def _number(fact: LayerBalance, at: int) -> Evidence:
 
 
 def _means(factor: float, fact: LayerBalance, steps: float) -> str:
-    means = f"The small side has gradients about {factor:.2g} times and curvature {factor**2:.2g} times the balanced "
+    means = (
+        f"The small side has gradients about {plain(factor)} times and curvature {plain(factor**2)} times the balanced "
+    )
     means += "one, which holds down the stable learning rate. "
     return means + _phase(fact.steps, steps)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from noetherflow.core.printing import count
-from noetherflow.diagnosis.finding import Evidence, Finding, Severity, calm
+from noetherflow.diagnosis.finding import Evidence, Finding, Severity, calm, plain
 
 BROKEN = 0.01
 MOVED = 0.5
@@ -46,7 +46,7 @@ def violated_in_training(checks: Sequence[tuple[str, float]]) -> list[Finding]:
     number = (Evidence(f"violation of {name}", worst),)
     if worst < BROKEN:
         return [calm("violation", "invariance", f"Gradients obey all symmetries, to {worst:.1g}.", "measured", number)]
-    title = f"The loss breaks `{name}`: its gradients violate it by {worst:.2g}."
+    title = f"The loss breaks `{name}`: its gradients violate it by {plain(worst)}."
     means = "Something besides the model's function enters the loss: a penalty, or noise between the two layers."
     advice = f"if no penalty on `{name}` is meant, look for one; else take its charge as driven by it"
     return [Finding("violation", "invariance", "watch", title, means, advice, "measured", number, (name,), worst)]
@@ -64,12 +64,10 @@ def moved_by_preconditioner(moved: Sequence[tuple[str, float, float]]) -> list[F
     family, share = max(known, key=lambda r: r[1])
     number = (Evidence(f"charge moved by the preconditioner over the squared weights, {family}", share),)
     if share < MOVED:
-        title = f"Adam treats the two sides of a symmetry differently; that moved {share:.2g} of the squared weights."
+        title = f"Adam treats the two sides of a symmetry differently; that moved {plain(share)} of the squares."
         title = "The optimiser treats both sides of every symmetry alike." if share == 0 else title
         return [calm("preconditioner", "optimiser", title, "measured", number)]
-    title = (
-        f"Adam breaks the symmetry `{family}`: it moved {share:.2g} of the squared weights from one side to the other."
-    )
+    title = f"Adam breaks the symmetry `{family}`: it moved {plain(share)} of the squared weights across."
     means = "Its two layers get different step sizes; their balance is the optimiser's, not that of SGD's noise."
     advice = (
         f"nothing, unless one side of `{family}` has grown too large: then weight decay or a rate of its own for it"
@@ -90,7 +88,7 @@ def touched_from_outside(shares: Sequence[tuple[str, float]], events: Sequence[M
         title = "Nobody but the optimiser changed the weights."
         return [calm("outside", "invariance", title, "sure for recorded steps")]
     when = f", first at step {noticed[0]['step']}" if noticed else ""
-    much = f" ({share:.2g} of the squared weights of `{family}`)" if share >= TOUCHED else ""
+    much = f" ({plain(share)} of the squared weights of `{family}`)" if share >= TOUCHED else ""
     title = f"Parameters were changed from outside the optimiser{when}{much}."
     means = "A second optimiser, clipping of weights, averaging or a loaded checkpoint writes to them: neither the "
     means += "optimiser's state nor any prediction knows of it."

@@ -128,6 +128,8 @@ class StepStability:
         planned: steps of warmup that the run has; None where nobody said.
         started: the optimiser has made steps with these weights.
         replaced: a step is as long as some weight that it changes, so that curvature here says nothing.
+        saddle: the trace of the curvature is not positive, now or at the noise equilibrium: it has no factor.
+        remedy: what would measure the curvature where it was not.
     """
 
     lr: float
@@ -140,6 +142,8 @@ class StepStability:
     planned: int | None
     started: bool
     replaced: bool = False
+    saddle: bool = False
+    remedy: str = "nf.diagnose(..., curvature=True) measures it"
 
     @property
     def stable(self) -> float:
@@ -216,6 +220,7 @@ class NormTrend:
         step_square: the squared length of a step.
         settles: `|W|` where noise and decay come to rest over `|W|` now, the function held fixed; NaN where unknown.
         unseen: the loss ignores its norm, for a normalisation follows.
+        matrix: it is one, no vector of gains.
     """
 
     name: str
@@ -224,6 +229,7 @@ class NormTrend:
     step_square: float = 0.0
     settles: float = math.nan
     unseen: bool = False
+    matrix: bool = True
 
     @property
     def step_length(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from noetherflow.core.members import spelled_out
@@ -120,6 +120,16 @@ def calm(rule: str, topic: Topic, title: str, sure: str = "sure", evidence: tupl
     return Finding(rule, topic, "good", title, "", NOTHING, sure, evidence)
 
 
+def doubted(findings: Sequence[Finding], topics: Sequence[Topic], why: str) -> list[Finding]:
+    """The same with the good answers on these topics left open, as they were measured under other conditions."""
+    return [
+        replace(f, severity="open", title=f"Not sure: {why}. Under these conditions: {f.title}", advice="", sure="open")
+        if f.severity == "good" and f.topic in topics
+        else f
+        for f in findings
+    ]
+
+
 @dataclass(frozen=True)
 class Diagnosis:
     """All findings on one model or run, the most urgent first; printing it answers each question in words.
@@ -128,20 +138,26 @@ class Diagnosis:
         subject: what was looked at, for the first line.
         findings: ranked: act, watch, open, good, and within these by weight.
         members: by the name of each symmetry, all modules that it acts on; names such as `embed (+4)` stand for some.
+        cautions: what to know before reading any of it.
     """
 
     subject: str
     findings: tuple[Finding, ...]
     members: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    cautions: tuple[str, ...] = ()
 
     @classmethod
     def of(
-        cls, subject: str, findings: Sequence[Finding], members: Mapping[str, Sequence[str]] | None = None
+        cls,
+        subject: str,
+        findings: Sequence[Finding],
+        members: Mapping[str, Sequence[str]] | None = None,
+        cautions: Sequence[str] = (),
     ) -> Diagnosis:
         """The findings, ranked."""
         rank: tuple[Severity, ...] = ("act", "watch", "open", "good")
         ranked = tuple(sorted(findings, key=lambda f: (rank.index(f.severity), -f.weight)))
-        return cls(subject, ranked, members or {})
+        return cls(subject, ranked, members or {}, tuple(cautions))
 
     def __iter__(self) -> Iterator[Finding]:
         return iter(self.findings)
@@ -186,6 +202,7 @@ class Diagnosis:
             if self.severity(s)
         ]
         lines = [_wrapped(f"{self.subject}: {', '.join(counts) or 'nothing found'}.", 2)]
+        lines += [_wrapped(f"CAUTION: {text}", 2) for text in self.cautions]
         for topic, question in QUESTIONS.items():
             if found := self.about(topic):
                 lines += ["", question, *(str(f) for f in found)]
@@ -206,6 +223,7 @@ class Diagnosis:
         return {
             "subject": self.subject,
             "verdict": self.verdict,
+            "cautions": list(self.cautions),
             "changes": list(self.changes),
             "findings": [f.to_dict() for f in self.findings],
         }

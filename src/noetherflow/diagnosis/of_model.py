@@ -25,7 +25,7 @@ from noetherflow.diagnosis.facts import (
     ScaleInvariantNorm,
     StepStability,
 )
-from noetherflow.diagnosis.finding import Diagnosis, Finding
+from noetherflow.diagnosis.finding import Diagnosis, Finding, doubted
 from noetherflow.equilibrium.charge_flow import ChargeFlow
 from noetherflow.equilibrium.flow import Flow
 from noetherflow.equilibrium.potential import Drift
@@ -44,6 +44,8 @@ FILLED = 2.0
 """Warmup of Adam in memories of `v`: over `2 / (1 - b2)` steps its average fills up with gradients of the settled run
 (Ma and Yarats, On the adequacy of untuned warmup for adaptive optimization, 2019).
 """
+IMBALANCE = ("balance", "balance-layer", "balance-heads")
+NOT_A_DRIFT = " But the flow is NOT VALID as a drift here (see CAUTION), so whether that is reached is open."
 QUERY_KEY = ("attention-qk", "rotary-qk")
 
 
@@ -64,6 +66,7 @@ class Examined:
         warmup: steps of warmup planned, None where nobody said.
         started: the optimiser has made steps.
         steps_given: somebody said how many steps are to come.
+        remedy: what would measure the curvature, where an attempt failed.
     """
 
     model: nn.Module
@@ -78,12 +81,14 @@ class Examined:
     warmup: int | None
     started: bool
     steps_given: bool = True
+    remedy: str = ""
 
 
 def diagnose_measurement(examined: Examined) -> Diagnosis:
     """All findings that one measurement supports."""
     trends, balances = list(_trends(examined)), list(_balances(examined))
-    steps = replace(_stability(examined), replaced=bool(stability.step_length(trends)))
+    long_steps = stability.step_length([t for t in trends if t.matrix], examined.warmup)
+    steps = replace(_stability(examined), replaced=bool(long_steps))
     found: list[Finding] = [
         *norms.norm_growth(list(_invariant_norms(examined)), examined.steps),
         *norms.fastest_norms(trends, _moving(examined)),
@@ -94,7 +99,7 @@ def diagnose_measurement(examined: Examined) -> Diagnosis:
         *balance.dead_units(list(_activities(examined))),
         *balance.frozen_heads(list(_activities(examined))),
         *stability.learning_rate(steps),
-        *stability.step_length(trends),
+        *long_steps,
         *stability.sharpening(steps),
         *stability.memory_of_squares(examined.settings),
         *sampling.batch_size(_regime(examined)),
@@ -104,7 +109,12 @@ def diagnose_measurement(examined: Examined) -> Diagnosis:
     subject = f"{type(examined.model).__name__} under {described(examined.settings)}, for {examined.steps:,} steps"
     subject += "" if examined.steps_given else " (the default: give steps=... of the whole training)"
     members = {s.name: modules_of(s.parameters) for s in examined.symmetries}
-    return Diagnosis.of(f"{subject}, from {samples}", found, members)
+    cautions = [*examined.moments.conditions.caution, *examined.flow.regime.cautions]
+    if examined.moments.conditions.running:
+        found = doubted(found, ("norms", "warmup", "balance", "batch"), "measured with running statistics")
+    if not examined.flow.regime.constant:
+        found = [replace(f, title=f.title + NOT_A_DRIFT) if f.rule in IMBALANCE else f for f in found]
+    return Diagnosis.of(f"{subject}, from {samples}", found, members, cautions)
 
 
 def _moving(examined: Examined) -> bool:
@@ -200,7 +210,8 @@ def _trends(examined: Examined) -> Iterator[NormTrend]:
             along = lr * float((weight * g / batch.sqrt().clamp_min(1e-12)).sum())
             added = lr**2 * weight.numel()
         change = added - 2 * along - decay_share(settings, name) * norm
-        yield NormTrend(name, norm, change, added, settles.get(name, math.nan), name in unseen)
+        rest = settles.get(name, math.nan)
+        yield NormTrend(name, norm, change, added, rest, name in unseen, weight.ndim > 1)
 
 
 def _unseen(examined: Examined) -> set[str]:
@@ -316,6 +327,7 @@ def _stability(examined: Examined) -> StepStability:
     fact = StepStability(
         lr, math.nan, math.nan, math.nan, math.nan, math.nan, math.nan, examined.warmup, examined.started
     )
+    fact = replace(fact, remedy=examined.remedy) if examined.remedy else fact
     if isinstance(found, Sharpness):
         return replace(
             fact,
@@ -323,6 +335,7 @@ def _stability(examined: Examined) -> StepStability:
             noisy_load=found.load_now,
             load_later=lr / found.stable_lr_equilibrium,
             sharpening=found.ratio,
+            saddle=not min(found.trace_now, found.trace_equilibrium) > 0,
             needed=_or_none(found.full_batch_warmup_steps),
             safe=_or_none(found.warmup_steps),
         )

@@ -166,22 +166,29 @@ def _layers(data: RunData) -> Iterator[NormHistory]:
 def _batch_ratio(data: RunData) -> float:
     """Batch size over noise scale: with the share `s` of the mean gradient in a minibatch's square, `s / (1 - s)`.
 
-    The share is that of all layers; in logs of earlier versions the median over the symmetries.
+    The shares are the last of all layers; in logs of earlier versions the median over the symmetries.
     """
-    share = _last_known(data.mean_share)
-    if not np.isfinite(share):
+    known = data.mean_share[np.isfinite(data.mean_share)][-RECENT:]
+    if not known.size:
         shares = np.array([recent(data, "mean_share", i) for i in range(len(data.symmetries))])
-        share = float(np.median(shares[np.isfinite(shares)])) if np.isfinite(shares).any() else float("nan")
-    if not np.isfinite(share):
+        shares = shares[np.isfinite(shares)]
+        known = np.array([np.median(shares)]) if shares.size else shares
+    return batch_ratio(known)
+
+
+def batch_ratio(shares: np.ndarray) -> float:
+    """Batch size over noise scale from the last shares of the mean gradient; 0 where they scatter around 0.
+
+    Example:
+        >>> batch_ratio(np.array([0.1, 0.2, 0.3])), batch_ratio(np.array([0.02, -0.01, 0.03]))
+        (0.25, 0.0)
+    """
+    if not np.isfinite(shares).all() or not shares.size:
         return float("nan")
-    share = float(np.clip(share, 0.0, 1.0))
+    if shares.min() <= 0:
+        return 0.0
+    share = float(np.median(shares))
     return share / (1 - share) if share < 1 else float("inf")
-
-
-def _last_known(values: np.ndarray) -> float:
-    """The last number that is known, NaN without any."""
-    known = values[np.isfinite(values)]
-    return float(known[-1]) if known.size else float("nan")
 
 
 def _course(data: RunData) -> LossCourse:

@@ -6,7 +6,7 @@ import math
 
 from noetherflow.core.printing import show
 from noetherflow.diagnosis.facts import BatchRegime
-from noetherflow.diagnosis.finding import Evidence, Finding, calm
+from noetherflow.diagnosis.finding import Evidence, Finding, calm, plain
 
 WASTED, WASTED_AT_FIRST, NOISY = 10.0, 100.0, 0.1
 LAYERS_SHOWN = 4
@@ -39,9 +39,9 @@ def batch_size(fact: BatchRegime) -> list[Finding]:
         advice = f"batches of about {least:,} samples save samples at nearly the same number of steps"
         return [Finding("batch-size", "batch", "watch", title, means, advice, sure, numbers, weight=math.log(ratio))]
     found = f"of {show(scale.value)} samples" if math.isfinite(scale.value) else f"too large to measure{_at_least(low)}"
-    title = f"Batches of {size:,} against a noise scale {found}: "
+    title = f"Batches of {size:,} against a noise scale {found} at these weights; it grows in training: "
     if ratio > WASTED:
-        title += "mean-gradient regime for now, as fresh runs are; the noise scale rises as the loss falls."
+        title += "mean-gradient regime for now, as fresh runs are."
     elif size < NOISY * scale.value:
         title += "noise regime; larger batches would save steps almost in proportion."
     else:
@@ -71,17 +71,22 @@ def _interval(low: float, high: float) -> str:
 def noise_share(ratio: float, layer: str) -> list[Finding]:
     """The same from a run's momentum buffer: `ratio` is the batch size over the noise scale of the layer.
 
+    Not positive where the share of the mean gradient, from which it comes, scatters around 0: then it is not measured.
     Threshold as in `batch_size`.
     """
     if not math.isfinite(ratio):
         return []
+    if ratio <= 0:
+        title = f"Not measured: the share of the mean gradient in steps scatters around 0 ({layer})."
+        advice = "nf.diagnose(model, loss_fn, loader, optimizer) at these weights measures the noise scale"
+        return [Finding("batch-size", "batch", "open", title, "", advice, "open")]
     number = (Evidence(f"batch size over noise scale, {layer}", ratio),)
     sure = "likely: from the momentum buffer, which scatters"
     if ratio > WASTED:
-        title = f"Mean-gradient regime: batches are {ratio:.3g} times the noise scale."
+        title = f"Mean-gradient regime: batches are {plain(ratio, 3)} times the noise scale."
         means = "Nearly all of a step is the mean gradient; smaller batches would make the same progress per step."
-        advice = f"batches about {ratio:.2g} times smaller save samples"
+        advice = f"batches about {plain(ratio)} times smaller save samples"
         return [Finding("batch-size", "batch", "watch", title, means, advice, sure, number, weight=math.log(ratio))]
     what = "noise regime; larger batches would save steps" if ratio < NOISY else "near the best trade"
-    times = f"{ratio:.2g} times" if ratio > 0.01 else "less than 0.01 times"
+    times = f"{plain(ratio)} times" if ratio > 0.01 else "less than 0.01 times"
     return [calm("batch-size", "batch", f"Batches are {times} the noise scale: {what}.", sure, number)]

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from noetherflow.core.adaptive import AdamConfig
 from noetherflow.core.optimizers import Settings
-from noetherflow.core.printing import show
+from noetherflow.core.printing import count, show
 from noetherflow.diagnosis.facts import LossCourse, NormTrend, StepStability
-from noetherflow.diagnosis.finding import NOTHING, Evidence, Finding, Severity, calm
+from noetherflow.diagnosis.finding import NOTHING, Evidence, Finding, Severity, calm, plain
 
 EDGE = 2.0
 NOISY = 1.0
@@ -17,6 +17,7 @@ SHARPER = 2.0
 SHORT_MEMORY, LLM_MEMORY = 0.9, 0.95
 TURN, BIG_TURN = 0.1, 0.3
 REPLACED = 1.0
+HELD = "with the function held fixed"
 CURVED = "likely: curvature on the data measured, the function taken to stay as it is meanwhile"
 
 
@@ -30,18 +31,17 @@ def learning_rate(fact: StepStability) -> list[Finding]:
     entropy does, survive it: to watch.
     """
     if math.isnan(fact.load):
-        advice = "nf.diagnose(..., curvature=True) measures it"
         title = "Not measured: the curvature is not known here."
-        return [Finding("learning-rate", "warmup", "open", title, "", advice, "open")]
+        return [Finding("learning-rate", "warmup", "open", title, "", fact.remedy, "open")]
     if fact.load < 1 and fact.replaced:
         title = "Curvature cannot tell: a step is as long as weights that it changes."
         return [Finding("learning-rate", "warmup", "open", title, "", "", "open", _numbers(fact))]
     if fact.load < 1:
         return [_stable(fact)]
     if fact.started and fact.load < EDGE:
-        title = f"The learning rate {fact.lr:g} is at the edge of stability: {fact.load:.2g} times the stable one."
+        title = f"The learning rate {fact.lr:g} is at the edge of stability: {plain(fact.load)} times the stable one."
         means = "A running training often settles there; a sharper stretch makes the loss spike."
-        advice = f"lower the learning rate below {show(fact.stable)} if the loss spikes"
+        advice = f"lower the optimiser's learning rate below {show(fact.stable)} if the loss spikes"
         return [
             Finding("learning-rate", "warmup", "watch", title, means, advice, CURVED, _numbers(fact), weight=fact.load)
         ]
@@ -59,19 +59,25 @@ def _numbers(fact: StepStability) -> tuple[Evidence, ...]:
 
 def _stable(fact: StepStability) -> Finding:
     """A load below 1: stable with full batches."""
-    title = f"Stable: the learning rate {fact.lr:g} is {fact.load:.2g} of the largest stable one ({show(fact.stable)})"
+    title = f"Stable: the learning rate {fact.lr:g} is {plain(fact.load)} of the largest stable one with full batches "
+    title += f"({show(fact.stable)})"
     if fact.noisy_load >= NOISY:
         return Finding(
             "learning-rate",
             "warmup",
             "watch",
-            f"{title}, but {fact.noisy_load:.2g} times what these minibatches allow on a quadratic loss.",
+            f"{title}, but {plain(fact.noisy_load)} times what these minibatches allow on a quadratic loss.",
             "Fluctuations along the stiffest directions are held only where the loss flattens out.",
             f"if the loss is noisy, a learning rate below {show(fact.lr / fact.noisy_load)} or larger batches",
             CURVED,
             _numbers(fact),
             weight=fact.noisy_load,
         )
+    if fact.noisy_load > 0:
+        title = (
+            f"Stable: the learning rate {fact.lr:g} is {plain(fact.noisy_load)} of the largest stable one with these "
+        )
+        title += f"minibatches ({show(fact.lr / fact.noisy_load)}; with full batches {show(fact.stable)})"
     warm = "no warmup is needed for that"
     if fact.planned:
         warm = f"the planned warmup of {fact.planned:,} steps is more than that needs"
@@ -81,16 +87,17 @@ def _stable(fact: StepStability) -> Finding:
 def _warmup(fact: StepStability) -> Finding:
     """A load that no edge of stability explains: what warmup does about it, and what it promises."""
     severity: Severity = "act"
-    lower = f"lower the peak learning rate below {show(fact.stable)}"
+    lower = f"lower the peak learning rate of the optimiser below {show(fact.stable)}"
     means = (
-        f"Steps of {fact.lr:g} overshoot here, at {fact.load:.2g} times the stable learning rate {show(fact.stable)}."
+        f"Steps of {fact.lr:g} overshoot here, at {plain(fact.load)} times the learning rate that is stable with full "
+        f"batches, {show(fact.stable)}."
     )
     if fact.needed is None:
         title = f"The learning rate {fact.lr:g} is too large, and no warmup along the noise flow makes it stable."
         advice = lower
     elif math.isnan(fact.needed):
         title, advice = (
-            f"The learning rate {fact.lr:g} is {fact.load:.2g} times the stable one.",
+            f"The learning rate {fact.lr:g} is {plain(fact.load)} times the stable one.",
             f"warm up, or {lower}",
         )
     elif fact.planned is None:
@@ -112,27 +119,44 @@ def _warmup(fact: StepStability) -> Finding:
     return Finding("learning-rate", "warmup", severity, title, means, advice, CURVED, _numbers(fact), weight=fact.load)
 
 
-def step_length(facts: Sequence[NormTrend]) -> list[Finding]:
-    """Steps as long as the weights that they change, root mean square over noise.
+def step_length(facts: Sequence[NormTrend], warmup: int | None = None) -> list[Finding]:
+    """Steps as long as the weights that they change, root mean square over noise, at the first step of a warmup.
+
+    With a warmup of `W` steps the first is `1 / W` of the full length, and what the steps before it leave keeps later
+    ones shorter than the weight: by noise alone step `s` of relative size `a s` finds a weight of `1 + a^2 s^3 / 3`
+    times the square. A weight whose norm the loss ignores is drawn anew by one long step, and its norm grows to that
+    of the step, so that the next turns it less: to watch at most.
 
     Threshold: at a relative length of 1 one step replaces the weight, wherever the gradient points: neither curvature
     nor any forecast at the present weights says where it lands, so this is to act on. Usual peak rates are below 0.05
     (Adam at 1e-3 with weights of standard deviation 0.02), so nothing is said below 1.
     """
-    far = sorted(((f, f.step_length) for f in facts if f.step_length >= REPLACED), key=lambda p: -p[1])
+    share = 1 / max(warmup or 1, 1)
+    sizes = ((f, f.step_length * share) for f in facts)
+    far = sorted(((f, size) for f, size in sizes if size >= REPLACED), key=lambda p: (p[0].unseen, -p[1]))
     if not far:
         return []
     worst, length = far[0]
-    title = f"A step is {length:.2g} times as long as `{worst.name}` itself"
-    title += f" (and too long for {len(far) - 1} more weights)." if len(far) > 1 else "."
+    step = f"The first step of the warmup of {warmup:,}" if warmup else "A step"
+    times = f"{plain(length)} times as long as" if plain(length) != "1" else "as long as"
+    title = f"{step} is {times} `{worst.name}` itself"
+    title += f" (and too long for {count(len(far) - 1, 'more weight', 'more weights')})." if len(far) > 1 else "."
     means = "One step replaces what the weight was; curvature at the present weights says nothing of where it lands."
     advice = (
-        f"lower the learning rate at least {10 * length:,.0f} times, so that a step is a tenth of the weight at most"
+        f"lower the learning rate of `{worst.name}` at least {10 * length:,.0f} times, so that a step is a tenth of "
     )
+    advice += "it at most"
+    severity: Severity = "watch" if worst.unseen else "act"
+    if worst.unseen:
+        means = (
+            "One step draws its direction anew; the loss ignores its norm, which grows to that of the step, so that "
+        )
+        means += "the next steps turn it less."
+        advice = f"look whether the loss falls; if not, warm up, or lower the learning rate of `{worst.name}`"
     numbers = tuple(Evidence(f"step over weight, {f.name}", size) for f, size in far[:3])
     names = tuple(f.name for f, _ in far)
     sure = "sure for the next step: from the gradients measured and the learning rate"
-    return [Finding("step-length", "warmup", "act", title, means, advice, sure, numbers, names, weight=length)]
+    return [Finding("step-length", "warmup", severity, title, means, advice, sure, numbers, names, weight=length)]
 
 
 def sharpening(fact: StepStability) -> list[Finding]:
@@ -141,20 +165,29 @@ def sharpening(fact: StepStability) -> list[Finding]:
     Threshold: a factor of 2 either way; less is within what the curvature of one batch differs from another's. It is to
     watch where sharpening takes the load beyond 1, else good to know.
     """
+    if fact.saddle:
+        title = (
+            "Whether noise sharpens or flattens cannot be told: the trace of the curvature is not positive, as away "
+        )
+        title += "from a minimum."
+        return [Finding("sharpening", "warmup", "open", title, "", "ask again once the loss has fallen", "open")]
     if math.isnan(fact.sharpening):
         return []
     factor = max(fact.sharpening, 1 / fact.sharpening)
     numbers = (Evidence("curvature at the noise equilibrium over today's", fact.sharpening),)
-    sure = "the function taken as it is now"
+    sure = "the function held fixed: what training makes of the curvature comes on top, and is often more"
     if fact.sharpening >= SHARPER and fact.load_later >= 1:
-        title = f"Sharpening to come: noise will raise the curvature {factor:.2g} times."
-        means = f"The learning rate becomes {fact.load_later:.2g} times the stable one on the way."
-        advice = "plan a lower learning rate for later, or larger batches"
+        title = f"Sharpening to come: {HELD}, noise raises the curvature {plain(factor)} times."
+        means = f"The learning rate becomes {plain(fact.load_later)} times the stable one on the way."
+        advice = f"plan a learning rate below {show(fact.lr / fact.load_later)} for later, or larger batches"
         return [Finding("sharpening", "warmup", "watch", title, means, advice, sure, numbers, weight=factor)]
     word = "sharpening" if fact.sharpening >= 1 else "flattening"
-    title = f"Noise leaves the curvature as it is (a factor of {fact.sharpening:.2g})."
+    title = f"Noise leaves the curvature as it is, {HELD} (a factor of {plain(fact.sharpening)})."
     if factor >= SHARPER:
-        title = f"{word.capitalize()} to come, by a factor of {factor:.2g}; the learning rate stays stable."
+        title = (
+            f"{word.capitalize()} by noise, {HELD}: by a factor of {plain(factor)}, at which the learning rate stays "
+        )
+        title += "stable. What training makes of the curvature comes on top."
     return [calm("sharpening", "warmup", title, sure, numbers)]
 
 
@@ -172,7 +205,7 @@ def memory_of_squares(settings: Settings) -> list[Finding]:
     steps = 1 / (1 - b2)
     numbers = (Evidence("b2", b2), Evidence("gradients that v averages", steps))
     if b2 < SHORT_MEMORY:
-        title = f"Adam's b2 = {b2:g} is tiny: v averages {steps:.2g} gradients."
+        title = f"Adam's b2 = {b2:g} is tiny: v averages {plain(steps)} gradients."
         means = (
             f"Step sizes scatter by about {1 / math.sqrt(2 * steps):.0%} from step to step, and rare large gradients "
         )
@@ -207,7 +240,7 @@ def loss_course(fact: LossCourse) -> list[Finding]:
     short = first <= 2 * fact.warmup if fact.warmup else first <= max(100, fact.steps // 10)
     if short:
         title = f"The warmup of {fact.warmup:,} steps is too short: {what.lower()} at step {first:,}."
-        advice = "warm up longer (nf.diagnose(model, ..., optimizer) says how long), or lower the peak learning rate"
+        advice = "warm up longer (nf.diagnose(model, ..., optimizer) says how long), or lower the optimiser's peak rate"
     else:
         title = f"{what} at step {first:,}, long after the warmup."
         advice = "look at the data of that step; clip gradients, or lower the learning rate from there on"
@@ -229,13 +262,11 @@ def turning(angles: Sequence[tuple[str, float]]) -> list[Finding]:
     name, worst = max(known, key=lambda r: r[1])
     number = (Evidence(f"angle per step of {name}", worst, unit="radians"),)
     if worst < TURN:
-        title = (
-            f"Steps are small: of scale-invariant weights the fastest, `{name}`, lately turned by {worst:.2g} radians "
-        )
-        title += "a step."
+        title = f"Steps are small: of scale-invariant weights the fastest, `{name}`, lately turned by "
+        title += f"{plain(worst)} radians a step."
         return [calm("turning", "warmup", title, "measured", number)]
     severity: Severity = "act" if worst >= BIG_TURN else "watch"
-    title = f"Each step turns `{name}` by {worst:.2g} radians: its effective learning rate is too large."
+    title = f"Each step turns `{name}` by {plain(worst)} radians: its effective learning rate is too large."
     means = f"Its direction is forgotten within about {1 / worst**2:,.0f} steps."
     advice = (
         f"lower the learning rate or the weight decay of `{name}`: at a stationary norm the angle is sqrt(2 lr decay)"

@@ -151,6 +151,11 @@ class Flow(Shown):
         """`rows()`."""
         return self.rows()
 
+    @property
+    def _each(self) -> str:
+        """What one sample of the moments is, in words."""
+        return "samples" if self.moments.replicates is None else "minibatches"
+
     def _sentence(self) -> str:
         """Of how many symmetries, under what optimiser, and how long it takes."""
         times = [r.relaxation_steps[r.finite] for r in self.details]
@@ -172,7 +177,7 @@ class Flow(Shown):
             str(self.regime),
             *(f"CAUTION: {text}" for text in self.cautions),
             *self.regime.cautions,
-            *(few_samples(self.moments.samples) if self.moments.groups else []),
+            *(few_samples(self.moments.samples, self._each) if self.moments.groups else []),
         ]
         lines += grouped("without equilibrium", {r.name: r.reason for r in self.details if r.reason}, verbose)
         return "\n".join([*lines, *grouped("excluded", self.excluded, verbose)])

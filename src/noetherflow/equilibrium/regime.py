@@ -83,11 +83,11 @@ FEW = 200
 """Samples below which intervals hold the truth less often than they say."""
 
 
-def few_samples(samples: int) -> list[str]:
-    """A line of caution where standard errors come from few samples, else nothing."""
+def few_samples(samples: int, each: str = "samples") -> list[str]:
+    """A line of caution where standard errors come from few samples, or minibatches as replicates; else nothing."""
     if samples >= FEW:
         return []
-    return [f"{samples} samples are few: errors come out small"]
+    return [f"{samples} {each} are few: errors come out small"]
 
 
 def drift_parts(

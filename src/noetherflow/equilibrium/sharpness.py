@@ -115,12 +115,13 @@ class Sharpness:
         return self.limit / self.top_equilibrium
 
     def __str__(self) -> str:
-        change = "sharpening" if self.ratio > 1 else "flattening"
+        change = f"{'sharpening' if self.ratio > 1 else 'flattening'} by {max(self.ratio, 1 / self.ratio):.3g}"
+        if not min(self.trace_now, self.trace_equilibrium) > 0:
+            change = "not positive, as away from a minimum, so neither sharpening nor flattening can be told"
         small = self.lr / self.load_now, self.lr / self.load_equilibrium
         return "\n".join(
             [
-                f"Tr H {self.trace_now:.4g} -> {self.trace_equilibrium:.4g} at the noise equilibrium: {change} by "
-                f"{max(self.ratio, 1 / self.ratio):.3g}",
+                f"Tr H {self.trace_now:.4g} -> {self.trace_equilibrium:.4g} at the noise equilibrium: {change}",
                 f"largest eigenvalue {self.top_now:.4g} -> {self.top_equilibrium:.4g}; stable lr below "
                 f"{self.stable_lr_now:.3g} -> {self.stable_lr_equilibrium:.3g} with full batches, "
                 f"{small[0]:.3g} -> {small[1]:.3g} with batches of {self.batch_size}",
