@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -221,3 +222,23 @@ def test_a_checkpoint_file_without_a_model_is_named(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["flow", str(tmp_path / "run.pt")])
     assert result.exit_code == 2
     assert "does not say what the model is" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_a_criterion_is_refused_by_every_measurement_with_the_way_to_wrap_it() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    data, criterion = [(torch.randn(8, 3), torch.randint(2, (8,)))], nn.CrossEntropyLoss()
+    syms = nf.find_symmetries(net, data[0][0])
+    for measure in (
+        lambda: nf.minibatch_moments(net, criterion, data, syms, batch_size=8),
+        lambda: nf.gradient_moments(net, criterion, data, syms),
+        lambda: nf.curvature_moments(net, criterion, data, syms),
+    ):
+        with pytest.raises(NoetherflowError, match="wrap a criterion with reduction='none'"):
+            measure()
+
+
+def test_arrays_in_place_of_tensors_are_named_and_not_printed() -> None:
+    net = nn.Sequential(nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(NoetherflowError, match=r"ndarray of shape \(4, 64\) \(no tensor: torch.as_tensor") as caught:
+        nf.find_symmetries(net, np.zeros((4, 64)))
+    assert len(str(caught.value)) < 400

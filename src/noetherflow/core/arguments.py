@@ -38,7 +38,18 @@ def expect_measurement(call: str, model: Any, loss_fn: Any, batches: Any) -> Non
     """
     expect(call, "model", model, nn.Module, A_MODEL)
     expect(call, "loss_fn", loss_fn, Callable, A_LOSS)
+    refuse_other_losses(loss_fn)
     expect(call, "batches", batches, Iterable, BATCHES)
+
+
+def refuse_other_losses(loss_fn: Any) -> None:
+    """Raises DataError for a loss that is a module (a criterion) or cannot be called."""
+    if not callable(loss_fn) or isinstance(loss_fn, nn.Module):
+        raise DataError(
+            f"loss_fn is called as loss_fn(model, batch) and returns one loss per sample, got a "
+            f"{type(loss_fn).__name__}; wrap a criterion with reduction='none': "
+            "lambda model, batch: criterion(model(batch[0]), batch[1])"
+        )
 
 
 A_MODEL = "a torch.nn.Module"

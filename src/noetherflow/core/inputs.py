@@ -48,7 +48,15 @@ class ModelInputs:
         return ModelInputs(args, kwargs)
 
     def shapes(self) -> str:
-        """The arguments with shapes in place of tensors, for messages."""
-        shape = lambda value: tuple(value.shape) if isinstance(value, Tensor) else value
+        """The arguments with shapes in place of tensors, and arrays named as such, for messages."""
+        shape = lambda value: tuple(value.shape) if isinstance(value, Tensor) else _brief(value)
         args, kwargs = pytree.tree_map(shape, (self.args, self.kwargs))
         return ", ".join([*map(str, args), *(f"{name}={value}" for name, value in kwargs.items())])
+
+
+def _brief(value: Any) -> Any:
+    """An array in few words, with what to give in its place; anything else as it is."""
+    shape = getattr(value, "shape", None)
+    if shape is None or not hasattr(value, "dtype"):
+        return value
+    return f"{type(value).__name__} of shape {tuple(shape)} (no tensor: torch.as_tensor makes one of it)"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from noetherflow.core.arguments import BATCHES, expect
+from noetherflow.core.arguments import BATCHES, expect, refuse_other_losses
 from noetherflow.core.inputs import LossFn
 from noetherflow.core.ranks import ending_together, lost_ranks_named, told_by_all
 from noetherflow.core.tensors import refuse_inference_tensors, tensors_of
@@ -156,7 +156,7 @@ class Meter:
     uncovered: dict[str, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        _refuse_other_losses(self.loss_fn)
+        refuse_other_losses(self.loss_fn)
         expect_model_and_symmetries(CALL, self.model, self.syms)
         self._given, self.model = self.model, unwrap(self.model)
         self._together = ranks_of(self._given, None) if is_sharded(self._given) else None
@@ -398,16 +398,6 @@ def _check_until(until: float | None, groups: int, ranks: Any) -> None:
         raise MomentError("until= is for one process: ranks would stop at different batches; fix the number of batches")
     if until is not None and groups < 4:
         raise MomentError(f"until= takes its error from at least 4 groups of samples, got groups={groups}")
-
-
-def _refuse_other_losses(loss_fn: Any) -> None:
-    """Raises DataError for a loss that is a module (a criterion) or cannot be called."""
-    if not callable(loss_fn) or isinstance(loss_fn, nn.Module):
-        raise DataError(
-            f"loss_fn is called as loss_fn(model, batch) and returns one loss per sample, got a "
-            f"{type(loss_fn).__name__}; wrap a criterion with reduction='none': "
-            "lambda model, batch: criterion(model(batch[0]), batch[1])"
-        )
 
 
 def _refuse_loose_tensors(batches: Any) -> None:
