@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from noetherflow.core.printing import show
+from noetherflow.diagnosis.finding import Diagnosis, Finding, Severity, Topic
 from noetherflow.errors import DataError
 from noetherflow.report.page import Figure, Notice, Section, render_page, write_page
+from noetherflow.report.verdicts import verdicts
 
 go = pytest.importorskip("plotly.graph_objects")
 
@@ -133,3 +135,17 @@ def test_failed_write_leaves_the_old_page(tmp_path: Path) -> None:
 )
 def test_numbers_for_people(value: object, text: str) -> None:
     assert show(value) == text
+
+
+def test_verdicts_stand_under_their_questions_and_names_are_spelled_out() -> None:
+    def found(rule: str, topic: Topic, severity: Severity) -> Finding:
+        return Finding(rule, topic, severity, f"`a (+2) [scale]` says {rule}.", "It matters.", "Do it.", "sure")
+
+    findings = [found("one", "decay", "act"), found("two", "norms", "watch"), found("three", "decay", "watch")]
+    members = {"a (+2) [scale]": ("a", "h.0.o", "h.1.o")}
+    html = render_page("t", [verdicts(Diagnosis.of("a model", findings, members), {})])
+    order = ("Which norms grow?", "says two", "Does weight decay bite?", "says one", "says three")
+    places = [html.index(text) for text in order]
+    assert places == sorted(places)
+    assert html.count("Does weight decay bite?") == 1
+    assert "h.0-1.o" in html

@@ -13,6 +13,7 @@ from noetherflow.discovery import CertificateRow
 from noetherflow.equilibrium.flow import EXPLAINED
 from noetherflow.report import drawings
 from noetherflow.report.figures import panel, picture
+from noetherflow.report.labels import more_legs
 from noetherflow.report.page import Figure, Section, write_page
 from noetherflow.report.verdicts import headline, verdicts
 
@@ -67,6 +68,7 @@ def analysis_sections(analysis: Analysis, prefix: str = "") -> list[Section]:
         analysis: what to show.
         prefix: put before the names of figures, where a page holds several analyses.
     """
+    names = [row.name for row in analysis.certificate.rows]
     return [
         Section(
             "Symmetries",
@@ -94,7 +96,7 @@ def analysis_sections(analysis: Analysis, prefix: str = "") -> list[Section]:
             "Certificate",
             str(analysis.certificate).splitlines()[0].capitalize() + ".",
             table=[_certificate_row(r) for r in analysis.certificate.rows],
-            notes=legend("outputs changed by", "gradients off by"),
+            notes="; ".join(filter(None, [legend("outputs changed by", "gradients off by"), more_legs(names)])),
         ),
     ]
 

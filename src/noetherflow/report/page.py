@@ -41,6 +41,7 @@ class Notice:
         details: what it means and what to do, a paragraph each.
         small: folded away: how sure it is, the numbers.
         figure: the `name` of the figure that shows it, if the page has one.
+        question: what it answers; written above the first of those that follow each other and answer the same.
     """
 
     level: str
@@ -48,6 +49,7 @@ class Notice:
     details: tuple[str, ...] = ()
     small: tuple[str, ...] = ()
     figure: str = ""
+    question: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +155,7 @@ def _prepare(section: Section, position: int, safe: Any, named: Mapping[str, str
 def _notice(notice: Notice, safe: Any, named: Mapping[str, str]) -> dict[str, Any]:
     return {
         "level": notice.level,
+        "question": notice.question,
         "title": _paragraph(notice.title, safe),
         "details": [_paragraph(text, safe) for text in notice.details],
         "small": [_paragraph(text, safe) for text in notice.small],

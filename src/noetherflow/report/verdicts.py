@@ -4,29 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from noetherflow.core.members import spelled_out
 from noetherflow.core.printing import brief, count
-from noetherflow.diagnosis.finding import Diagnosis, Evidence, Finding
+from noetherflow.diagnosis.finding import QUESTIONS, Diagnosis, Evidence, Finding
 from noetherflow.report.page import Notice, Section
 
 
 def verdicts(diagnosis: Diagnosis, pictures: Mapping[str, str], facts: tuple[tuple[str, object], ...] = ()) -> Section:
-    """The first card of a page: what to act on, what to watch, what is good.
+    """The first card of a page: question by question what to act on, what to watch, what is good, and which modules
+    the names with a `(+2)` in it stand for.
 
     Args:
         diagnosis: the findings.
         pictures: by topic of a finding, the name of the figure that shows it.
         facts: pairs `(label, value)` below the verdicts, the loss first.
     """
-    notices = [_notice(f, pictures.get(f.topic, "")) for f in diagnosis.findings]
-    return Section("Verdicts", notices=notices, facts=facts)
+    notices = [_notice(f, pictures.get(f.topic, "")) for topic in QUESTIONS for f in diagnosis.about(topic)]
+    text = " ".join(f"{f.title} {f.means} {f.advice}" for f in diagnosis.findings)
+    names = [" ".join(line.split()) for line in spelled_out(text, diagnosis.members)]
+    prose = "\n\n".join(["What the names stand for:", *names]) if names else ""
+    return Section("Verdicts", prose, notices=notices, facts=facts)
 
 
 def _notice(finding: Finding, picture: str) -> Notice:
     if finding.severity == "good":
-        return Notice("good", finding.title, small=_numbers(finding), figure=picture)
+        return Notice("good", finding.title, (), _numbers(finding), picture, finding.question)
     details = tuple(text for text in (finding.means, f"What to do: {finding.advice}" if finding.advice else "") if text)
     sure = (f"How sure: {finding.sure}.",) if finding.sure else ()
-    return Notice(finding.severity, finding.title, details, (*sure, *_numbers(finding)), picture)
+    return Notice(finding.severity, finding.title, details, (*sure, *_numbers(finding)), picture, finding.question)
 
 
 def _numbers(finding: Finding) -> tuple[str, ...]:
