@@ -22,8 +22,10 @@ from noetherflow.diagnosis.facts import (
     ScaleInvariantNorm,
     StepStability,
 )
-from noetherflow.diagnosis.finding import QUESTIONS, Diagnosis, Evidence, Finding, calm, doubted
+from noetherflow.diagnosis.finding import QUESTIONS, Diagnosis, Evidence, Finding, calm, doubted, plain
 from noetherflow.diagnosis.of_run import _span, batch_ratio, norm_history
+from noetherflow.equilibrium.regime import few_samples
+from noetherflow.equilibrium.sharpness import Sharpness
 from noetherflow.errors import DataError
 from noetherflow.moments.noise_scale import NoiseScale, NoiseScales
 
@@ -484,6 +486,26 @@ def test_conditions_of_the_measurement_leave_good_answers_open():
     text = str(Diagnosis.of("Model", [norm, decay], cautions=["measured in evaluation mode"]))
     assert "CAUTION: measured in evaluation mode" in text
     assert "CAUTION" not in str(Diagnosis.of("Model", answers))
+
+
+@pytest.mark.parametrize(("traces", "told"), [((4.0, 2.0), "flattening by 2"), ((-20.43, -3.933), "not positive")])
+def test_a_printed_forecast_of_sharpness_calls_no_negative_trace_flat(traces, told):
+    found = Sharpness(*traces, 1.0, 1.0, 0.1, 0.1, 0.1, 8, 2.0, 0.1, 0.1, 0, 0)
+    assert told in str(found)
+    assert ("flattening by" in str(found)) == (min(traces) > 0)
+
+
+def test_few_minibatches_are_not_called_samples():
+    assert few_samples(40, "minibatches") == ["40 minibatches are few: errors come out small"]
+    assert few_samples(40)[0].startswith("40 samples")
+    assert few_samples(400, "minibatches") == []
+
+
+@pytest.mark.parametrize(
+    ("value", "written"), [(493.2, "490"), (248.0, "250"), (0.00123, "0.0012"), (-51_234.0, "-51,000"), (1.0, "1")]
+)
+def test_numbers_of_sentences_have_no_powers_of_ten(value, written):
+    assert plain(value) == written
 
 
 def test_unknown_topics_are_named():
