@@ -264,7 +264,7 @@ def frozen_heads(facts: Sequence[PartActivity]) -> list[Finding]:
     listed = ", ".join(f"head {h} of `{f.name}`" for f, h, _ in ranked[:SHOWN]) + (
         ", ..." if len(ranked) > SHOWN else ""
     )
-    title = f"Frozen out: {listed}, at {share:.2g} of its layer's median head."
+    title = f"Frozen out: {listed}, at {plain(share)} of its layer's median head."
     means = "It adds next to nothing (values and outputs) or looks everywhere alike (queries and keys), and its "
     means += "gradients are as small, so it does not catch up by itself."
     advice = f"draw head {head} of `{worst.name}` anew or prune it; look for a mask or a skipped initialisation"
