@@ -48,10 +48,10 @@ DRIFT_PARTS = (
 """Fields of a `ChargeFlow`, what they are called, and their colours."""
 
 
-def _lines(ax: Any, names: Sequence[str], xlabel: str) -> None:
+def _lines(ax: Any, names: Sequence[str], xlabel: str, room: float = LEGEND_LINES) -> None:
     """One horizontal line per name, the first on top, and below them room for a legend that covers no line."""
     ax.set_yticks(range(len(names)), chart_labels(names), fontsize=8)
-    ax.set_ylim(max(len(names), 3) - 0.4 + LEGEND_LINES, -0.6)
+    ax.set_ylim(max(len(names), 3) - 0.4 + room, -0.6)
     ax.set_xlabel("\n".join(text for text in (xlabel, more_legs(names)) if text))
 
 
@@ -297,7 +297,12 @@ def imbalances(ax: Any, settled: Sequence[Settled], after: Sequence[Settled] | N
         _dots(ax, row.imbalance_now[row.finite], y, style.GD)
     for y, row in enumerate(after or ()):
         _dots(ax, row.imbalance_now[row.finite], y, style.SGD)
-    _lines(ax, [row.name for row in settled], "imbalance of each coordinate (0: at equilibrium)")
+    _lines(
+        ax,
+        [row.name for row in settled],
+        "imbalance of each coordinate (0: at equilibrium)",
+        0 if after is None else LEGEND_LINES,
+    )
     ax.set_xlim(-0.03, 1.03)
     ax.set_title("How far from equilibrium")
     if after is not None:
@@ -333,7 +338,7 @@ def factors(ax: Any, settled: Sequence[Settled]) -> None:
         _dots(ax, spectrum, y, style.OTHER)
         values += spectrum.tolist()
     ax.axvline(1, color=style.MUTED, lw=1)
-    _lines(ax, [row.name for row in settled], "factor of the + side; the − side takes its inverse")
+    _lines(ax, [row.name for row in settled], "factor of the + side; the − side takes its inverse", 0)
     ax.set_xscale("log", base=2)
     ticker: Any = require("matplotlib.ticker", "report")
     ax.xaxis.set_major_formatter(
