@@ -304,6 +304,17 @@ def test_a_loss_without_samples_is_told_the_remedy() -> None:
     assert off.advice == "nf.diagnose(..., curvature=True) measures it"
 
 
+def test_the_next_step_is_the_first_of_the_warmup() -> None:
+    """Steps of Adam at lr 1: long ones now, a thousandth with a warmup, whose growth is told for what it is."""
+    model, data = mlp(), loader(*classes())
+    run = lambda warmup: nf.diagnose(model, nn.CrossEntropyLoss(), data, adamw(model, lr=1.0), warmup=warmup)
+    now, later = run(None), run(1000)
+    assert now["fastest-norms"].severity == "watch"
+    assert now["step-length"].severity == "act"
+    assert later["fastest-norms"].severity == "good"
+    assert all(f.rule != "step-length" for f in later)
+
+
 def test_the_default_number_of_steps_is_said() -> None:
     model, data = mlp(), loader(*classes())
     default = nf.diagnose(model, nn.CrossEntropyLoss(), list(data), sgd(model), curvature=False)

@@ -189,9 +189,13 @@ def heads_in(symmetry: Symmetry, syms: SymmetrySet) -> int:
 
 
 def _trends(examined: Examined) -> Iterator[NormTrend]:
-    """How the norms of weights and gains change per step: `-2 lr <W, mean step> + lr^2 |step|^2 - decay`."""
+    """How the norms of weights and gains change in the next step: `-2 lr <W, mean step> + lr^2 |step|^2 - decay`.
+
+    With a warmup of `W` steps its rate is `1 / W` of the learning rate; `step_square` is that of full steps.
+    """
     settings, tensors = examined.settings, tensors_of(examined.model)
     settles, unseen = _settled_norms(examined), _unseen(examined)
+    first = 1 / max(examined.warmup or 1, 1)
     for name, mean in examined.moments.mean.items():
         weight = tensors[name].detach().double().cpu()
         norm = float(weight.square().sum())
@@ -209,7 +213,7 @@ def _trends(examined: Examined) -> Iterator[NormTrend]:
         else:
             along = lr * float((weight * g / batch.sqrt().clamp_min(1e-12)).sum())
             added = lr**2 * weight.numel()
-        change = added - 2 * along - decay_share(settings, name) * norm
+        change = first**2 * added - first * (2 * along + decay_share(settings, name) * norm)
         rest = settles.get(name, math.nan)
         yield NormTrend(name, norm, change, added, rest, name in unseen, weight.ndim > 1)
 
