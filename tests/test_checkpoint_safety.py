@@ -57,7 +57,7 @@ def removed(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_at_any_instant(tmp_path: Path) -> None:
-    """SIGKILL at 50 random instants: the source intact, the target absent or whole, no litter after the next run."""
+    """SIGKILL at 50 random instants or more: source intact, target absent or whole, no litter after the next run."""
     problem = mlp((64, 700, 600, 3), scales=(4, 0.5, 1))
     eq = least_norm(problem)
     source, target = tmp_path / "in", tmp_path / "out"
@@ -67,8 +67,9 @@ def test_killed_at_any_instant(tmp_path: Path) -> None:
     balance_checkpoint(source, target, problem.model, eq, unchecked=True)
     duration = time.perf_counter() - began
     whole = contents(target)
-    rng, absent, litter = random.Random(0), 0, 0
-    for _ in range(50):
+    rng, kills, absent, litter = random.Random(0), 0, 0, 0
+    while kills < 50 or (kills < 500 and (absent <= 10 or litter <= 5)):  # on a busy machine the instants are others
+        kills += 1
         removed(target)
         child = os.fork()
         if child == 0:
