@@ -452,11 +452,14 @@ class TestDiagnosis:
 
 class TestStepLength:
     def test_steps_as_long_as_the_weight_are_to_act_on_and_curvature_is_silent(self):
-        calm, wild = NormTrend("calm", 4.0, 0.01, step_square=0.04), NormTrend("wild", 4.0, 9.0, step_square=16.0)
+        calm, wild = NormTrend("calm", 4.0, 0.01, step_square=0.04), NormTrend("wild", 4.0, 9.0, step_square=64.0)
         assert stability.step_length([calm, NormTrend("zero", 0.0, 1.0, 1.0)]) == []
         found = one(stability.step_length([calm, wild]))
         assert found.severity == "act"
-        assert "2 times as long as `wild`" in found.title
+        assert "4 times as long as `wild`" in found.title
+        once = one(stability.step_length([replace(wild, step_square=16.0)]))
+        assert once.severity == "watch"
+        assert once.advice.startswith("look whether the loss falls")
         fact = StepStability(1.0, 0.5, NAN, NAN, NAN, NAN, NAN, None, False)
         assert one(stability.learning_rate(fact)).severity == "good"
         assert one(stability.learning_rate(replace(fact, replaced=True))).severity == "open"
@@ -473,9 +476,9 @@ class TestStepLength:
         found = one(stability.step_length([hidden]))
         assert found.severity == "watch"
         assert "`conv`" in found.advice
-        both = one(stability.step_length([hidden, NormTrend("head", 4.0, 9.0, step_square=4.0)]))
+        both = one(stability.step_length([hidden, NormTrend("head", 4.0, 9.0, step_square=36.0)]))
         assert both.severity == "act"
-        assert "A step is as long as `head` itself (and too long for 1 more weight)." in both.title
+        assert "A step is 3 times as long as `head` itself (and too long for 1 more weight)." in both.title
 
 
 def test_conditions_of_the_measurement_leave_good_answers_open():

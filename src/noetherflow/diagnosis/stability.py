@@ -17,6 +17,7 @@ SHARPER = 2.0
 SHORT_MEMORY, LLM_MEMORY = 0.9, 0.95
 TURN, BIG_TURN = 0.1, 0.3
 REPLACED = 1.0
+LOST = 3.0
 HELD = "with the function held fixed"
 CURVED = "likely: curvature on the data measured, the function taken to stay as it is meanwhile"
 
@@ -128,8 +129,10 @@ def step_length(facts: Sequence[NormTrend], warmup: int | None = None) -> list[F
     of the step, so that the next turns it less: to watch at most.
 
     Threshold: at a relative length of 1 one step replaces the weight, wherever the gradient points: neither curvature
-    nor any forecast at the present weights says where it lands, so this is to act on. Usual peak rates are below 0.05
-    (Adam at 1e-3 with weights of standard deviation 0.02), so nothing is said below 1.
+    nor any forecast at the present weights says where it lands. Usual peak rates are below 0.05 (Adam at 1e-3 with
+    weights of standard deviation 0.02), so nothing is said below 1. From 3 on the step is nine times the weight's
+    square, and this is to act on; below, a first gradient that is larger than all later ones may be harmless (a small
+    last layer before the loss has fallen), and it is to watch.
     """
     share = 1 / max(warmup or 1, 1)
     sizes = ((f, f.step_length * share) for f in facts)
@@ -146,13 +149,14 @@ def step_length(facts: Sequence[NormTrend], warmup: int | None = None) -> list[F
         f"lower the learning rate of `{worst.name}` at least {10 * length:,.0f} times, so that a step is a tenth of "
     )
     advice += "it at most"
-    severity: Severity = "watch" if worst.unseen else "act"
+    severity: Severity = "watch" if worst.unseen or length < LOST else "act"
+    if severity == "watch":
+        advice = f"look whether the loss falls; if not, warm up, or lower the learning rate of `{worst.name}`"
     if worst.unseen:
         means = (
             "One step draws its direction anew; the loss ignores its norm, which grows to that of the step, so that "
         )
         means += "the next steps turn it less."
-        advice = f"look whether the loss falls; if not, warm up, or lower the learning rate of `{worst.name}`"
     numbers = tuple(Evidence(f"step over weight, {f.name}", size) for f, size in far[:3])
     names = tuple(f.name for f, _ in far)
     sure = "sure for the next step: from the gradients measured and the learning rate"
