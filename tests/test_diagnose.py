@@ -387,3 +387,27 @@ def test_a_pair_of_linear_layers_of_low_rank_is_judged_by_the_directions_that_se
     assert flow.families()[0]["imbalance"] > 0
     far, _ = examined(200.0)
     assert [f for f in far.findings if f.rule == "balance-layer" and f.severity == "act"]
+
+
+@pytest.mark.parametrize(("lr", "severities"), [(0.1, ["good"]), (30.0, ["watch", "act"])])
+def test_a_run_whose_loss_rose_is_never_said_to_be_in_hand(lr: float, severities: list[str]) -> None:
+    """Also without a single jump: a blow-up from the first step on has no level to jump from."""
+    model, (x, y) = mlp(), classes()
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    with nf.Ledger(model, optimizer, nf.find_symmetries(model, x[:2]), every=1) as ledger:
+        for k in range(40):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x[32 * (k % 32) :][:32]), y[32 * (k % 32) :][:32])
+            loss.backward()
+            ledger.note(loss)
+            optimizer.step()
+    found = ledger.diagnose()["loss-course"]
+    assert found.severity in severities
+    assert ("stayed in hand" in found.title) == (severities == ["good"])
+
+
+def test_groups_with_rates_of_their_own_are_diagnosed_under_sgd() -> None:
+    model, data = mlp(), loader(*classes())
+    rates = [{"params": model[0].parameters(), "lr": 0.01}, {"params": model[2:].parameters()}]
+    found = nf.diagnose(model, nn.CrossEntropyLoss(), data, torch.optim.SGD(rates, lr=0.05, momentum=0.9))
+    assert found["fastest-norms"].title.startswith("Once the momentum buffer is full")

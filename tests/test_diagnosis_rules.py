@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 import noetherflow as nf
 from noetherflow.diagnosis import balance, breaking, norms, sampling, stability
@@ -24,6 +25,7 @@ from noetherflow.diagnosis.facts import (
 )
 from noetherflow.diagnosis.finding import QUESTIONS, Diagnosis, Evidence, Finding, calm, doubted, plain
 from noetherflow.diagnosis.of_run import _span, batch_ratio, norm_history
+from noetherflow.diagnosis.step import Step
 from noetherflow.equilibrium.regime import few_samples
 from noetherflow.equilibrium.sharpness import Sharpness
 from noetherflow.errors import DataError
@@ -342,12 +344,17 @@ class TestStability:
         assert stability.turning([("conv", NAN)]) == []
 
     def test_loss_course(self):
-        calm_run = LossCourse(100, (), None, 1000)
+        calm_run = LossCourse(100, (), None, 1000, 2.3, 0.1)
         assert one(stability.loss_course(calm_run)).severity == "good"
+        assert one(stability.loss_course(replace(calm_run, ended=5.0))).severity == "act"
+        assert one(stability.loss_course(replace(calm_run, ended=2.25))).severity == "watch"
+        assert one(stability.loss_course(replace(calm_run, began=NAN, ended=NAN))).severity == "open"
+        assert one(stability.loss_course(replace(calm_run, began=-1.0, ended=-3.0))).severity == "good"
         early = one(stability.loss_course(replace(calm_run, spikes=(120, 130))))
         assert early.severity == "act"
         assert "too short" in early.title
         assert one(stability.loss_course(replace(calm_run, spikes=(900,)))).severity == "watch"
+        assert one(stability.loss_course(replace(calm_run, spikes=(900,), ended=9.0))).severity == "act"
         assert one(stability.loss_course(replace(calm_run, broken=900))).severity == "act"
 
 
@@ -479,6 +486,27 @@ class TestStepLength:
         both = one(stability.step_length([hidden, NormTrend("head", 4.0, 9.0, step_square=36.0)]))
         assert both.severity == "act"
         assert "A step is 3 times as long as `head` itself (and too long for 1 more weight)." in both.title
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_step_with_a_full_buffer_is_as_long_as_simulated_ones(momentum: float) -> None:
+    """Minibatch gradients of one mean and covariance, and the weight left where it is."""
+    rng = torch.Generator().manual_seed(0)
+    weight, mean, scatter = (torch.randn(40, generator=rng, dtype=torch.float64) for _ in range(3))
+    settings = nf.SGDConfig(lr=0.1, batch_size=4, momentum=momentum)
+    squares = scatter.square() + mean.square()
+    found = Step.of(settings, "w", weight, mean, squares)
+    buffer, lengths, along = torch.zeros(40, dtype=torch.float64), [], []
+    for k in range(20_000):
+        noise = torch.randn(40, generator=rng, dtype=torch.float64) * scatter * settings.covariance_factor**0.5
+        buffer = momentum * buffer + mean + noise
+        if k >= 200:
+            lengths.append(float((0.1 * buffer).square().sum()))
+            along.append(0.1 * float((weight * buffer).sum()))
+    for values, expected in ((lengths, found.square), (along, found.along)):
+        parts = np.array(values).reshape(99, 200).mean(1)  # far longer than the memory
+        assert abs(parts.mean() - expected) < 4 * parts.std(ddof=1) / 99**0.5
+    assert found.grown == pytest.approx(settings.effective_lr**2 * float((squares / 4 + 0.75 * mean.square()).sum()))
 
 
 def test_conditions_of_the_measurement_leave_good_answers_open():

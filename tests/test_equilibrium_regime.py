@@ -138,7 +138,11 @@ def test_signed_sums_tell_the_direction_that_norms_hide() -> None:
     assert row["drift_sum"] == pytest.approx(float(drift.sum()))
     assert row["charge_sum"] == pytest.approx(float(charge.sum()))
     assert row["charge"] == pytest.approx(float(charge.norm()))
-    assert flow.families()[0]["drift per step: sum"] == pytest.approx(float(drift.sum()))
+    family = flow.families()[0]
+    assert family["drift per step: sum"] == pytest.approx(float(drift.sum()))
+    parts = [family[f"drift per step: {part}"] for part in ("weight decay", "noise", "step size")]
+    assert sum(parts) == pytest.approx(family["drift per step: sum"])
+    assert family["drift per step: norm"] == pytest.approx(float(drift.norm()))
     assert float(drift.sum()) < 0 < row["drift"]
 
 

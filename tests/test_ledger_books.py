@@ -32,7 +32,7 @@ def test_table_of_numbers_and_tensors() -> None:
 def page(start: int, stop: int) -> Page:
     steps = np.arange(start, stop)
     table = np.broadcast_to(steps[None, :, None], (len(FIELDS), len(steps), 2)).astype(float)
-    return Page(steps, steps / 10, {"family": Columns(table)})
+    return Page(steps, steps / 10, np.where(steps % 2, np.nan, steps), {"family": Columns(table)})
 
 
 def test_history_keeps_the_last_steps_and_rewinds() -> None:
@@ -42,8 +42,10 @@ def test_history_keeps_the_last_steps_and_rewinds() -> None:
     found = list(history.rows("family"))
     assert [step for step, _, _ in found] == [7, 8, 9, 10, 11]
     assert all(row["charge"].tolist() == [step, step] and lr == step / 10 for step, lr, row in found)
+    assert history.losses() == {8: 8.0, 10: 10.0}
     history.rewind(9)
     assert [step for step, _, _ in history.rows("family")] == [7, 8]
+    assert history.losses() == {8: 8.0}
     history.add(page(9, 30))
     assert [step for step, _, _ in history.rows("family")] == [25, 26, 27, 28, 29]
 

@@ -355,7 +355,7 @@ def test_the_entries_of_a_strided_ledger_add_up_to_the_change_and_say_their_step
 
 
 def test_pictures_of_large_models_forecast_without_standard_errors(
-    world: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    world: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flow = world.analysis.flow
     small = drawings.drawn_forecast(flow)
@@ -367,13 +367,6 @@ def test_pictures_of_large_models_forecast_without_standard_errors(
     assert len(large.steps) == drawings.FEW_POINTS
     _, ax = large.plot()
     assert ax.get_title(loc="left") == "Forecast charges (without standard errors)"
-    capsys.readouterr()
-    monkeypatch.setattr("noetherflow.report.style.PATIENCE", 1e6)
-    drawings.drawn_forecast(flow)
-    assert not capsys.readouterr().err
-    monkeypatch.setattr("noetherflow.report.style.PATIENCE", 0.0)
-    drawings.drawn_forecast(flow)
-    assert "for a picture ..." in capsys.readouterr().err
 
 
 def test_a_drift_beyond_all_bounds_is_cut_and_one_that_is_not_valid_is_greyed() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import time
 
 import pytest
 
@@ -43,3 +44,14 @@ def test_a_bar_goes_away_when_the_work_stops_early(monkeypatch: pytest.MonkeyPat
         break
     work.close()  # type: ignore[attr-defined]
     assert stream.getvalue().endswith("0/2\r\x1b[K")
+
+
+@pytest.mark.parametrize(("stream", "said"), [(Terminal(), "drawing ..."), (io.StringIO(), "")])
+def test_long_work_without_parts_is_named_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, said: str
+) -> None:
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress.telling("drawing"):
+        time.sleep(0.2)
+    assert stream.getvalue().strip() == said

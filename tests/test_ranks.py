@@ -26,7 +26,8 @@ from noetherflow.moments import gradient_moments, minibatch_moments
 from noetherflow.monitor.ledger import Ledger
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 from processes import outcomes
-from test_ledger import ENTRIES, OPTIMIZERS, backward, batches, mlp, mlp_symmetries
+from test_ledger import OPTIMIZERS, backward, batches, mlp, mlp_symmetries
+from test_ledger_distributed import assert_same_books
 from test_moments_engine import data, hidden, net, squared
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs torch with gloo")
@@ -261,12 +262,7 @@ def test_tensor_parallel_ledger_is_that_of_one_process(shape: tuple[int, ...], k
         together, refused = json.loads(outcome)
         assert refused.startswith("MomentError")
         assert "are split by tensor parallelism" in refused
-        assert len(together) == len(alone) > 0
-        size = max(r["norm"] for r in alone)
-        for a, b in zip(alone, together, strict=True):
-            for field in ("charge", "change", "norm", *ENTRIES):
-                assert b[field] == pytest.approx(a[field], rel=1e-7, abs=1e-13 * size), (field, a["step"])
-            assert abs(b["residual"]) <= 1e-13 * size
+        assert_same_books(alone, together)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 try:
@@ -42,8 +42,9 @@ def replacing(path: str | Path, *, mode: int = 0o644, durable: bool = False) -> 
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{glob.escape(path.stem)}.*.partial{glob.escape(path.suffix)}"):
-        if left.stat().st_mtime < time.time() - YOUNG and is_free(left):
-            left.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # its writer may end meanwhile
+            if left.stat().st_mtime < time.time() - YOUNG and is_free(left):
+                left.unlink()
     scratch = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}.partial{path.suffix}")  # writers look at the ending
     descriptor = -1
     try:

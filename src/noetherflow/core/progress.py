@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.file_proxy import FileProxy
@@ -40,6 +42,23 @@ def watched(items: Iterable[T], what: str, total: int) -> Iterator[T]:
         if shown:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
+
+
+@contextmanager
+def telling(what: str) -> Iterator[None]:
+    """On a terminal, a line on standard error that says what is worked on, where it takes more than 2 s.
+
+    Example:
+        >>> with telling("forecasting 512 coordinates"):
+        ...     pass
+    """
+    timer = threading.Timer(PATIENCE, lambda: _on_terminal() and print(f"{what} ...", file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def bar(done: int, total: int, width: int = 24) -> str:

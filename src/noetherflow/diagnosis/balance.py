@@ -43,12 +43,6 @@ def far_from_equilibrium(facts: Sequence[LayerBalance], steps: float) -> list[Fi
         return [Finding("balance", "balance", "open", title, "", advice, "open")]
     if not parts:
         title = "No two layers can trade scale here, so none is imbalanced."
-        if facts:
-            names = _some([f"`{f.name}`" for f in facts])
-            title = (
-                f"{names} can trade scale, but nothing of it has an equilibrium to be far from (gradients of one side "
-            )
-            title += "vanish); nf.noise_equilibrium says of each why."
         return [calm("balance", "balance", title, "sure, as far as the symmetries were found")]
     found: list[Finding] = []
     lone = [(f, s) for f, s in parts if s.max() >= FAR]

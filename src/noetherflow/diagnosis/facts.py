@@ -201,12 +201,15 @@ class LossCourse:
         spikes: steps at which the loss jumped far above its level.
         broken: the first step with numbers that are not finite, None without.
         steps: made.
+        began, ended: the first loss, and the median of the last tenth; NaN where losses were not noted.
     """
 
     warmup: int
     spikes: tuple[int, ...]
     broken: int | None
     steps: int
+    began: float
+    ended: float
 
 
 @dataclass(frozen=True)

@@ -128,15 +128,17 @@ def norms_so_far(facts: Sequence[NormHistory], decays: bool, watched: int) -> li
     return [Finding("norm-growth", "norms", severity, title, means, advice, "measured", numbers, over, weight)]
 
 
-def fastest_norms(facts: Sequence[NormTrend], moving: bool = False) -> list[Finding]:
+def fastest_norms(facts: Sequence[NormTrend], moving: bool = False, momentum: bool = False) -> list[Finding]:
     """Which weights' norms noise drives up in the long run, and apart from it, what the very next step does.
 
     The next step is no trend: its part along the mean gradient often turns within a few steps. So where the flow is
     known the question is answered by where noise and decay take each norm, the function held fixed. It is open where
-    the function is `moving`: a mean gradient that counts and does not last changes it. Threshold: a squared norm that
-    doubles within one step is to watch; below, the loss feels these norms and guides them.
+    the function is `moving`: a mean gradient that counts and does not last changes it. With `momentum` a step is that
+    of a full buffer, which a fresh run reaches after some tens of steps. Threshold: a squared norm that doubles within
+    one step is to watch; below, the loss feels these norms and guides them.
     """
-    return [*(MOVING if moving else _norms_to_come(facts)), _next_step(facts, moving)]
+    when = "Once the momentum buffer is full, at the present gradients," if momentum else "In the very next step only,"
+    return [*(MOVING if moving else _norms_to_come(facts)), _next_step(facts, moving, when)]
 
 
 MOVING = [
@@ -172,14 +174,14 @@ def _moved(shown: Sequence[NormTrend], number: int, where: str) -> str:
     return f"{where}: {listed}{f' and {number - len(shown)} more' if number > len(shown) else ''}" if shown else ""
 
 
-def _next_step(facts: Sequence[NormTrend], moving: bool) -> Finding:
+def _next_step(facts: Sequence[NormTrend], moving: bool, when: str) -> Finding:
     rising = sorted((f for f in facts if f.change > 0 and f.norm_square > 0), key=lambda f: -f.change / f.norm_square)
     sure = "the present gradients alone: many of these turn within a few steps"
     if not rising:
-        return calm("fastest-norms", "norms", "In the very next step no weight's norm grows.", sure)
+        return calm("fastest-norms", "norms", f"{when} no weight's norm grows in a step.", sure)
     shown = rising[:TRENDS]
     listed = ", ".join(f"`{f.name}` {plain(50 * f.change / f.norm_square)} %" for f in shown)
-    title = f"In the very next step only, {_of(len(rising), len(facts))} (norm per step), fastest {listed}"
+    title = f"{when} {_of(len(rising), len(facts))} (norm per step), fastest {listed}"
     title += f"; in all {_all_of([f.name for f in rising])}." if len(rising) > len(shown) else "."
     turning = [] if moving else [f.name for f in rising if 0 < f.settles <= 1 / MOVES]
     if turning:

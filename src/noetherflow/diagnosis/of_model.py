@@ -26,6 +26,7 @@ from noetherflow.diagnosis.facts import (
     StepStability,
 )
 from noetherflow.diagnosis.finding import Diagnosis, Finding, doubted
+from noetherflow.diagnosis.step import Step, of_parameter
 from noetherflow.equilibrium.charge_flow import ChargeFlow
 from noetherflow.equilibrium.flow import Flow
 from noetherflow.equilibrium.potential import Drift
@@ -86,12 +87,12 @@ class Examined:
 
 def diagnose_measurement(examined: Examined) -> Diagnosis:
     """All findings that one measurement supports."""
-    trends, balances = list(_trends(examined)), list(_balances(examined))
+    trends, balances, settings = list(_trends(examined)), list(_balances(examined)), examined.settings
     long_steps = stability.step_length([t for t in trends if t.matrix], examined.warmup)
     steps = replace(_stability(examined), replaced=bool(long_steps))
     found: list[Finding] = [
         *norms.norm_growth(list(_invariant_norms(examined)), examined.steps),
-        *norms.fastest_norms(trends, _moving(examined)),
+        *norms.fastest_norms(trends, _moving(examined), isinstance(settings, SGDConfig) and settings.momentum > 0),
         *norms.decay_bites(_decays(examined), examined.steps, examined.steps_given),
         *norms.logit_growth(list(_logits(examined))),
         *balance.far_from_equilibrium(balances, examined.steps),
@@ -101,7 +102,7 @@ def diagnose_measurement(examined: Examined) -> Diagnosis:
         *stability.learning_rate(steps),
         *long_steps,
         *stability.sharpening(steps),
-        *stability.memory_of_squares(examined.settings),
+        *stability.memory_of_squares(settings),
         *sampling.batch_size(_regime(examined)),
         *breaking.broken_by_the_loss(examined.refused),
     ]
@@ -189,9 +190,9 @@ def heads_in(symmetry: Symmetry, syms: SymmetrySet) -> int:
 
 
 def _trends(examined: Examined) -> Iterator[NormTrend]:
-    """How the norms of weights and gains change in the next step: `-2 lr <W, mean step> + lr^2 |step|^2 - decay`.
+    """How the norms of weights and gains change in a step at the present gradients.
 
-    With a warmup of `W` steps its rate is `1 / W` of the learning rate; `step_square` is that of full steps.
+    With a warmup of `W` steps the first has `1 / W` of the learning rate; `step_square` is that of full steps.
     """
     settings, tensors = examined.settings, tensors_of(examined.model)
     settles, unseen = _settled_norms(examined), _unseen(examined)
@@ -202,20 +203,10 @@ def _trends(examined: Examined) -> Iterator[NormTrend]:
         bias = weight.ndim < 2 and not name.endswith("weight")
         if bias or norm == 0 or name not in examined.moments.squares:
             continue
-        lr = settings.rates(name).lr
-        g, square = mean.double().cpu(), examined.moments.squares[name].double().cpu()
-        batch = square * settings.covariance_factor + g.square() * (1 - settings.covariance_factor)
-        if isinstance(settings, SGDConfig):
-            along, added = (
-                settings.effective_lr * float((weight * g).sum()),
-                Drift.of(settings).noise * float(batch.sum()),
-            )
-        else:
-            along = lr * float((weight * g / batch.sqrt().clamp_min(1e-12)).sum())
-            added = lr**2 * weight.numel()
-        change = first**2 * added - first * (2 * along + decay_share(settings, name) * norm)
+        step = Step.of(settings, name, weight, mean.double().cpu(), examined.moments.squares[name].double().cpu())
+        change = first**2 * step.grown - first * (2 * step.along + decay_share(settings, name) * norm)
         rest = settles.get(name, math.nan)
-        yield NormTrend(name, norm, change, added, rest, name in unseen, weight.ndim > 1)
+        yield NormTrend(name, norm, change, step.square, rest, name in unseen, weight.ndim > 1)
 
 
 def _unseen(examined: Examined) -> set[str]:
@@ -386,9 +377,8 @@ def _growth(symmetry: Symmetry, examined: Examined) -> Tensor:
     """
     settings = examined.settings
     if isinstance(settings, SGDConfig):
-        return Drift.of(settings).noise * sum_of(
-            [_diagonal(g) for g in examined.moments.batch_grams(symmetry, settings)]
-        )
+        grams = zip(symmetry.weight_legs, examined.moments.batch_grams(symmetry, settings), strict=True)
+        return sum_of([Drift.of(of_parameter(settings, leg.parameter)).noise * _diagonal(g) for leg, g in grams])
     scales = scales_of(symmetry)
     ones = {n: torch.ones_like(t) for n, t in tensors_of(examined.model).items() if n in symmetry.parameters}
     return settings.lr**2 * sum_of(scales.grams(ones))

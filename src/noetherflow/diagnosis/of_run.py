@@ -197,7 +197,11 @@ def _course(data: RunData) -> LossCourse:
     spikes = tuple(e["step"] for e in data.spikes() if e["where"] == "loss")
     broken = [e["step"] for e in data.events if e["event"] == "non-finite"]
     broken += [int(s) for s in data.steps[np.isnan(data.family["charge"]).any(axis=1)][:1]]
-    return LossCourse(warmup, spikes, min(broken, default=None), int(data.steps[-1] - data.steps[0]) + 1)
+    known = data.loss[np.isfinite(data.loss)]
+    began, ended = math.nan, math.nan
+    if known.size:
+        began, ended = float(known[0]), float(np.median(known[-max(1, known.size // 10) :]))
+    return LossCourse(warmup, spikes, min(broken, default=None), int(data.steps[-1] - data.steps[0]) + 1, began, ended)
 
 
 def _preconditioned(data: RunData) -> Iterator[tuple[str, float, float]]:

@@ -18,6 +18,7 @@ SHORT_MEMORY, LLM_MEMORY = 0.9, 0.95
 TURN, BIG_TURN = 0.1, 0.3
 REPLACED = 1.0
 LOST = 3.0
+ROSE, FELL = 2.0, 0.95
 HELD = "with the function held fixed"
 CURVED = "likely: curvature on the data measured, the function taken to stay as it is meanwhile"
 
@@ -230,17 +231,17 @@ def loss_course(fact: LossCourse) -> list[Finding]:
 
     Threshold: the ledger's own for a spike, ten times the 90 % quantile of what the loss did in the 50 steps before.
     One spike is to watch. Numbers that are not finite, or spikes that begin within twice the warmup, are to act on:
-    there the learning rate had just come to its peak, and the curvature had not fallen with it.
+    there the learning rate had just come to its peak, and the curvature had not fallen with it. Without either the
+    last losses are compared with the first: twice as much is no accident of a batch, and to act on; less than 5 % below
+    is to watch, since so ends both a run that began at its minimum and one that was thrown back to chance.
     """
     early = [s for s in fact.spikes if fact.warmup and s <= 2 * fact.warmup]
     first = fact.broken if fact.broken is not None else fact.spikes[0] if fact.spikes else None
     if first is None:
-        title = f"The loss stayed in hand over {fact.steps:,} steps"
-        title += f", with a warmup of {fact.warmup:,} steps." if fact.warmup else ", without a warmup."
-        return [calm("loss-course", "warmup", title, "measured")]
+        return [_without_spikes(fact)]
     what = "Numbers were not finite" if fact.broken is not None else f"The loss spiked {len(fact.spikes)} times, first"
     numbers = (Evidence("warmup", float(fact.warmup), unit="steps"), Evidence("first trouble at step", float(first)))
-    severity: Severity = "act" if early or fact.broken is not None else "watch"
+    severity: Severity = "act" if early or fact.broken is not None or _rose(fact) else "watch"
     short = first <= 2 * fact.warmup if fact.warmup else first <= max(100, fact.steps // 10)
     if short:
         title = f"The warmup of {fact.warmup:,} steps is too short: {what.lower()} at step {first:,}."
@@ -252,6 +253,34 @@ def loss_course(fact: LossCourse) -> list[Finding]:
     return [
         Finding("loss-course", "warmup", severity, title, means, advice, "measured", numbers, weight=len(fact.spikes))
     ]
+
+
+def _rose(fact: LossCourse) -> bool:
+    """Whether the loss ended far above where it began; a loss of 0 or below has no ratio."""
+    return fact.began > 0 and fact.ended >= ROSE * fact.began
+
+
+def _without_spikes(fact: LossCourse) -> Finding:
+    """Where the loss went that never jumped."""
+    if math.isnan(fact.ended):
+        title = f"No number was NaN or infinite in {fact.steps:,} steps; losses were not noted, so no more is known."
+        advice = "ledger.note(loss) in every step, or after_step(loss)"
+        return Finding("loss-course", "warmup", "open", title, "", advice, "open")
+    went = f"from {show(fact.began)} to {show(fact.ended)} in {fact.steps:,} steps"
+    warm = f"with a warmup of {fact.warmup:,} steps" if fact.warmup else "without a warmup"
+    numbers = (Evidence("loss at first", fact.began), Evidence("loss of the last tenth, median", fact.ended))
+    lower = "lower the optimiser's peak learning rate, or warm up"
+    if _rose(fact):
+        means = "Steps are too long for this loss, or it is not the loss that they descend."
+        title = f"The loss rose {went}, {warm}."
+        return Finding("loss-course", "warmup", "act", title, means, lower, "measured", numbers, weight=ROSE)
+    if fact.began > 0 and fact.ended > FELL * fact.began:
+        means = "The run began near a minimum, or it does not learn: steps far too long throw a network back to chance."
+        title = f"The loss hardly fell, {went}, {warm}."
+        return Finding(
+            "loss-course", "warmup", "watch", title, means, f"if it should fall: {lower}", "measured", numbers
+        )
+    return calm("loss-course", "warmup", f"The loss stayed in hand, {went}, {warm}.", "measured", numbers)
 
 
 def turning(angles: Sequence[tuple[str, float]]) -> list[Finding]:

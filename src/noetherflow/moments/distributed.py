@@ -66,7 +66,7 @@ def in_step(batches: Iterable[Any], together: Any | None) -> Iterator[Any]:
     """The batches; for ranks that must go `together` (a sharded model's), the same number on each.
 
     Raises DataError on all ranks, instead of waiting for ever, as soon as only some of them have a batch left, and
-    MomentError as soon as the batches of one of them raise.
+    RankError on the others as soon as the batches of one of them raise.
     """
     if together is None:
         yield from batches

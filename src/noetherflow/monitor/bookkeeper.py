@@ -99,7 +99,9 @@ class Bookkeeper:
         preconditioned = close_preconditioned(self.rule, self.layout, values, settings)
         beside: dict[Level, Columns] = {} if preconditioned is None else self._levels(preconditioned)
         steps, lr = np.array([m.step for m in pending]), np.array([m.lr for m in pending])
-        page = Page(steps, lr, self._levels(books), beside)
+        rows = [_row_of(m) for m in pending]
+        loss = np.array([row.get("loss", np.nan) for row in rows])
+        page = Page(steps, lr, loss, self._levels(books), beside)
         self._history.add(page)
         finite, family = books.finite(), page.tables["family"]
         unexplained = family.unexplained(self._rounding) > UNEXPLAINED
@@ -107,9 +109,8 @@ class Bookkeeper:
         shown: dict[str, Columns] = dict(page.tables.items())
         shown |= {f"preconditioned_{level}": c for level, c in page.preconditioned.items()}
         listed = {name: columns.listed() for name, columns in shown.items()} if journal.log is not None else {}
-        for t, m in enumerate(pending):
-            row = _row_of(m)
-            line = plain(row) | {name: rows[t] for name, rows in listed.items()}
+        for t, (m, row) in enumerate(zip(pending, rows, strict=True)):
+            line = plain(row) | {name: values[t] for name, values in listed.items()}
             if journal.sinks:
                 row |= {name: table.row(t) for name, table in shown.items()}
             journal.emit(row, line)
@@ -241,11 +242,13 @@ class Bookkeeper:
 
     def as_log(self, header: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """The rows in memory as lines of a log that begins with `header`."""
-        rows = list(self._history.rows("family"))
+        rows, losses = list(self._history.rows("family")), self._history.losses()
         beside = {step: row for step, _, row in self._history.rows("family", preconditioned=True)}
         yield {**header, "step": rows[0][0] if rows else 0}
         for step, lr, row in rows:
             line = {"kind": "step", "step": step, "lr": lr, "family": {f: v.tolist() for f, v in row.items()}}
+            if step in losses:
+                line["loss"] = losses[step]
             if step in beside:
                 line["preconditioned_family"] = {f: v.tolist() for f, v in beside[step].items()}
             yield line

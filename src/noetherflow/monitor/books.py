@@ -152,18 +152,20 @@ def _products(rule: AnyRule, values: Mapping[str, np.ndarray]) -> Products:
 class Page:
     """Closed books of some consecutive recorded steps: `tables[level]` for every level kept.
 
-    `preconditioned[level]` are those of the preconditioned charge, empty where the optimiser has none.
+    `preconditioned[level]` are those of the preconditioned charge, empty where the optimiser has none. `loss` is NaN
+    where nobody noted it.
     """
 
     steps: np.ndarray
     lr: np.ndarray
+    loss: np.ndarray
     tables: Mapping[Level, Columns]
     preconditioned: Mapping[Level, Columns] = field(default_factory=dict)
 
     def cut(self, which: slice | np.ndarray) -> Page:
         """The chosen steps only."""
         kept = [{level: c.cut(which) for level, c in tables.items()} for tables in (self.tables, self.preconditioned)]
-        return Page(self.steps[which], self.lr[which], *kept)
+        return Page(self.steps[which], self.lr[which], self.loss[which], *kept)
 
 
 class History:
@@ -189,6 +191,10 @@ class History:
                 self.pages.appendleft(first.cut(slice(surplus, None)))
             self.dropped += min(len(first.steps), surplus)
             surplus -= len(first.steps)
+
+    def losses(self) -> dict[int, float]:
+        """The losses that were noted, by step."""
+        return {int(k): float(x) for p in self.pages for k, x in zip(p.steps, p.loss, strict=True) if not np.isnan(x)}
 
     def lacks(self, since: int) -> bool:
         """Whether steps from `since` on were recorded and are no longer kept."""

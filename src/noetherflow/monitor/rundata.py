@@ -82,9 +82,8 @@ class RunData:
 
     @property
     def stride(self) -> np.ndarray:
-        """How many steps each recorded one stands for, `[T]`: those up to the next; the last as many as that before."""
-        gaps = np.diff(self.steps)
-        return np.concatenate([gaps, gaps[-1:] if gaps.size else [1]])
+        """How many steps each recorded one stands for, `[T]`."""
+        return strides_of(self.steps)
 
     @property
     def span(self) -> str:
@@ -147,6 +146,17 @@ class RunData:
             level = _before(self.loss, 0.5)
             out.append(("loss", _times_usual(np.maximum(self.loss - level, 0), np.abs(self.loss - level))))
         return out
+
+
+def strides_of(steps: np.ndarray) -> np.ndarray:
+    """How many steps each recorded one stands for: those up to the next; the last as many as that before.
+
+    Example:
+        >>> strides_of(np.array([0, 1, 5, 10])).tolist()
+        [1, 4, 5, 5]
+    """
+    gaps = np.diff(steps)
+    return np.concatenate([gaps, gaps[-1:] if gaps.size else [1]])
 
 
 class _Columns:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from noetherflow.core.progress import telling
 from noetherflow.equilibrium.charge_flow import ChargeFlow, norm_of, signed_sum
 from noetherflow.equilibrium.comparison import Comparison
 from noetherflow.equilibrium.flow import Flow
@@ -20,9 +21,9 @@ from noetherflow.equilibrium.result import Equilibrium, Settled
 from noetherflow.errors import require
 from noetherflow.moments.result import GradientMoments, trace
 from noetherflow.monitor.books import CAUSES
+from noetherflow.monitor.rundata import strides_of
 from noetherflow.report import style
 from noetherflow.report.labels import chart_labels, more_legs
-from noetherflow.report.style import telling
 from noetherflow.report.words import CAUSE_COLOURS, CAUSE_NAMES
 
 FLOOR = 1e-16
@@ -372,7 +373,7 @@ def courses_of(records: Sequence[dict[str, Any]], most: int) -> list[Course]:
         own = [row for row in records if row["family"] == family]
         charge = np.array([row["charge"] for row in own])
         steps = np.array([row["step"] for row in own])
-        strides = np.diff(steps, append=2 * steps[-1] - steps[-2] if len(steps) > 1 else steps[-1] + 1)
+        strides = strides_of(steps)
         sums = {c: np.nancumsum(strides * np.array([row[c] for row in own], dtype=float)) for c in CAUSES}
         scale = float(np.nanmax([row["norm"] for row in own])) or 1.0
         causes = {c: v for c, v in sums.items() if np.abs(v).max() > 1e-9 * scale}

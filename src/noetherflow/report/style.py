@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import textwrap
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -100,22 +96,6 @@ def tidy(fig: Any) -> None:
                 axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)) if span > 8 else few)
                 axis.set_major_formatter(ticker.FuncFormatter(lambda value, position: f"{value:g}"))
             axis.set_minor_formatter(ticker.NullFormatter())
-
-
-PATIENCE = 2.0
-"""Seconds after which long work for a picture says what it is."""
-
-
-@contextmanager
-def telling(what: str) -> Iterator[None]:
-    """Say on the terminal's error stream what is worked on, where it takes more than `PATIENCE` seconds."""
-    timer = threading.Timer(PATIENCE, lambda: print(f"{what} ...", file=sys.stderr, flush=True))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def fit(fig: Any) -> None:
