@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -751,8 +752,11 @@ class Child:
                 self._stop()
 
     def _stop(self) -> None:
-        os.killpg(self.process, signal.SIGKILL)
-        os.waitpid(self.process, 0)
+        with suppress(
+            ProcessLookupError, ChildProcessError
+        ):  # it ended by itself, as when pytest refuses its arguments
+            os.killpg(self.process, signal.SIGKILL)
+            os.waitpid(self.process, 0)
 
     def _ended(self) -> Run | None:
         done, status = os.waitpid(self.process, os.WNOHANG)
@@ -767,7 +771,18 @@ class Child:
         if code not in (0, 1):
             raise RuntimeError(f"pytest could not run the tests:\n{text[-3000:]}")
         failed = re.search(r"^FAILED (tests/\S+::\S+)", text, re.MULTILINE)
-        return Run(code == 0, failed[1].removeprefix("tests/") if failed else "")
+        return Run(code == 0, whole_name(failed[1]) if failed else "")
+
+
+def whole_name(listed: str) -> str:
+    """The name of a test as pytest lists it, up to the first space; of parameters that hold one nothing is kept.
+
+    Example:
+        >>> whole_name("tests/test_a.py::test_b[products"), whole_name("tests/test_a.py::test_b[c]")
+        ('test_a.py::test_b', 'test_a.py::test_b[c]')
+    """
+    name = listed.removeprefix("tests/")
+    return name if "[" not in name or name.endswith("]") else name.partition("[")[0]
 
 
 def faulty_source(mutant: Mutant, folder: Path) -> Path:
@@ -806,7 +821,7 @@ def tried(mutant: Mutant, memory: Memory) -> Iterator[Run | None]:
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         source = faulty_source(mutant, Path(folder))
         last = memory.noticed_by.get(mutant.title, "")
-        first = existing(last) if last.startswith(tuple(mutant.tests.split())) else []
+        first = existing(whole_name(last)) if last.startswith(tuple(mutant.tests.split())) else []
         for tests in filter(None, (first, existing(mutant.tests))):
             run = None
             for run in Child(source, tests).outcome():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mutants import MUTANTS, Mutant, existing
+from mutants import MUTANTS, Mutant, existing, whole_name
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.title[:90])
@@ -23,3 +23,8 @@ def test_there_are_enough_and_each_is_one_of_a_kind() -> None:
         f"noetherflow/{f}" for f in ["core", "symmetry", "discovery", "moments", "equilibrium", "balance", "monitor"]
     }
     assert "noetherflow_paper" in folders
+
+
+def test_a_test_whose_parameters_hold_a_space_is_found_again() -> None:
+    assert whole_name("tests/test_a.py::test_b[products") == "test_a.py::test_b"
+    assert whole_name("tests/test_a.py::test_b[c]") == "test_a.py::test_b[c]"
