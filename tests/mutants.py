@@ -64,8 +64,15 @@ MOM, EQ, BAL, MON, PAPER = (
     "noetherflow/monitor",
     "noetherflow_paper",
 )
+DIAG = "noetherflow/diagnosis"
 
 MUTANTS = (
+    # diagnosis, ranks and waiting books
+    Mutant(f"{DIAG}/step.py", "scattered / (1 - m**2)", "scattered / (1 - m) ** 2", "test_diagnosis_rules.py"),
+    Mutant(f"{DIAG}/stability.py", "fact.ended >= ROSE * fact.began", "False", "test_diagnosis_rules.py"),
+    Mutant(f"{DIAG}/of_run.py", "if known.size:", "if False:", "test_diagnose.py"),
+    Mutant(f"{CORE}/ranks.py", "if first.get(n) != other.get(n)", "if False", "test_ranks.py"),
+    Mutant(f"{MON}/recorder.py", "elif self._pending:", "elif False:", "test_ranks.py"),
     # symmetry algebra
     Mutant(f"{SYM}/leg.py", "return self.sign * self.power", "return self.sign", "test_symmetry.py test_flow.py"),
     Mutant(f"{SYM}/leg.py", "return x @ x.mT", "return x.mT @ x", "test_symmetry.py"),
@@ -752,9 +759,7 @@ class Child:
                 self._stop()
 
     def _stop(self) -> None:
-        with suppress(
-            ProcessLookupError, ChildProcessError
-        ):  # it ended by itself, as when pytest refuses its arguments
+        with suppress(ProcessLookupError, ChildProcessError):  # it ended by itself: pytest refused
             os.killpg(self.process, signal.SIGKILL)
             os.waitpid(self.process, 0)
 
