@@ -20,6 +20,7 @@ import noetherflow as nf
 from noetherflow.errors import DataError, DeclarationError
 from noetherflow.monitor.ledger import Ledger
 from noetherflow.monitor.log import FORMAT, LOG_NAME, RunLog, plain, read_log
+from noetherflow.monitor.rundata import RunData
 from test_ledger import assert_closed, backward, batches, mlp, mlp_symmetries, tensors
 
 
@@ -366,7 +367,7 @@ def test_log_is_line_atomic_and_rewinds(tmp_path: Path) -> None:
     mark = log.mark(3)
     log.append([{"kind": "step", "step": k} for k in range(3, 5)])
     log.append([{"kind": "event", "step": 5, "event": "x"}])
-    assert log.last_step() == 4
+    assert log.steps_made() == 5
     with pytest.raises(DataError, match="steps are missing"):
         log.rewind("another")
     assert log.rewind(mark) == 2
@@ -425,3 +426,50 @@ def test_float16_weights_are_summed_in_float32() -> None:
     expected = float(sum(syms[0].charge({n: p.detach().double() for n, p in model.named_parameters()})))
     optimizer.step()
     assert ledger.records()[0]["charge"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("logged", [True, False])
+def test_a_run_knows_the_steps_after_the_last_recorded_one(tmp_path: Path, logged: bool) -> None:
+    """23 steps of which 0, 10 and 20 are recorded: 23 were made, also for who reads the log or goes on with it."""
+    model, options = mlp(), {"every": 10, "run_dir": tmp_path if logged else None}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    ledger = Ledger(model, optimizer, mlp_symmetries(model), **options).attach()
+    train(model, optimizer, 22)
+    assert ledger.run_data().steps_made == 22, "while it is running"
+    train(model, optimizer, 1)
+    ledger.close()
+    ledger.close()
+    assert ledger.run_data().steps_made == 23
+    assert ledger.run_data().span == "23 steps, 3 of them recorded"
+    if not logged:
+        return
+    assert RunData.load(tmp_path).steps_made == 23
+    assert [row["step"] for row in read_log(tmp_path) if row["kind"] == "end"] == [23], "two closings are one end"
+    Ledger(model, optimizer, mlp_symmetries(model), **options).close()
+    assert RunData.load(tmp_path).steps_made == 23, "a ledger that nobody told to resume says nothing"
+    again = Ledger(model, optimizer, mlp_symmetries(model), **options, resume=True).attach()
+    assert again.step == 23
+    train(model, optimizer, 18)
+    again.close()
+    data = RunData.load(tmp_path)
+    assert (data.steps_made, data.steps.tolist(), data.events) == (41, [0, 10, 20, 30, 40], ())
+
+
+def test_a_log_without_an_end_counts_to_its_last_line(tmp_path: Path) -> None:
+    """A checkpoint says how many steps were made; a run that was killed is known up to its last recorded step."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    ledger = Ledger(model, optimizer, mlp_symmetries(model), every=10, run_dir=tmp_path).attach()
+    train(model, optimizer, 14)
+    ledger.flush()
+    assert RunData.load(tmp_path).steps_made == 11
+    state = ledger.state_dict()
+    assert RunData.load(tmp_path).steps_made == 14
+    train(model, optimizer, 10)
+    ledger.close()
+    assert RunData.load(tmp_path).steps_made == 24
+    other = Ledger(model, optimizer, mlp_symmetries(model), every=10, run_dir=tmp_path)
+    other.load_state_dict(state)
+    other.flush()
+    assert RunData.load(tmp_path).steps_made == 14, "what came after the checkpoint is taken back, its end as well"
+    other.close()

@@ -77,6 +77,11 @@ class Journal:
         before, self._flags[what] = self._flags.get(what, False), now
         return now and not before
 
+    def end(self, step: int) -> None:
+        """Note how many steps were made when the ledger was closed; the last of them need not have been recorded."""
+        if self.begins("ended", True):
+            self._add({"kind": "end", "step": step})
+
     def write(self) -> None:
         """Hand the rows that wait to the operating system; where that fails they wait on, and a warning says so."""
         try:

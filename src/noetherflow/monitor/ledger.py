@@ -146,14 +146,13 @@ class Ledger(Shown):
         return "\n".join(lines)
 
     def _begin(self, resume: bool | None) -> None:
-        """Number the step to come: one after the last in the log, if that is the same run."""
+        """Number the step to come: one after the last that the log tells of, if that is the same run."""
         log = self._recorder.journal.log
-        last = None if log is None else log.last_step()
-        begun = -1 if last is None else last
+        begun = 0 if log is None else log.steps_made()
         if self._recorder.meter.sharded:
             begun = told_by_all(begun, self._recorder.meter.ranks)[0]
-        self._recorder.step = begun + 1
-        self._undecided = resume is None and begun >= 0
+        self._recorder.step = begun
+        self._undecided = resume is None and begun > 0
         if not self._undecided:
             self._recorder.write_header()
 
@@ -319,11 +318,11 @@ class Ledger(Shown):
         self._recorder.bring_up_to_date()
         path = self.log_path
         if path is not None and path.exists():
-            return RunData.of(read_lines(path), str(path.parent))
+            return replace(RunData.of(read_lines(path), str(path.parent)), steps_made=self.step)
         header, _ = self._recorder.books.header(0, self._recorder.how.optimizer_name, self.every)
         header["momentum"] = self._recorder.momentum
         found = RunData.of([*self._recorder.books.as_log(header), *self.events], "the ledger")
-        return replace(found, dropped=self.dropped)
+        return replace(found, steps_made=self.step, dropped=self.dropped)
 
     def diagnose(self, steps: int | None = None) -> Diagnosis:
         """What the run so far says in plain words (`docs/diagnosis.md`); `steps` of the whole run, where it goes on.
@@ -411,6 +410,8 @@ class Ledger(Shown):
         with self._recorder.whole():
             try:
                 self.flush()
+                if not self._undecided:
+                    self._recorder.journal.end(self.step)
             finally:
                 self._recorder.journal.close()
 

@@ -21,7 +21,8 @@ from noetherflow.errors import DataError
 
 LOG_NAME = "ledger.jsonl"
 FORMAT = 2
-KINDS = ("run", "step", "estimates", "event", "checkpoint")
+KINDS = ("run", "step", "estimates", "event", "checkpoint", "end")
+"""Of a log's lines; `end` is the last of a ledger that was closed, its `step` the number of steps made until then."""
 
 
 def plain(value: Any, digits: int = 9) -> Any:
@@ -60,7 +61,7 @@ class RunLog:
         self.path = Path(run_dir) / LOG_NAME
         self._open(os.O_CREAT)
         try:
-            if resume is False and self.last_step() is not None:
+            if resume is False and self.steps_made() > 0:
                 os.rename(self.path, self._free_name())
                 self.close()
                 self._open(os.O_CREAT)
@@ -136,9 +137,9 @@ class RunLog:
         self._write(held)
         self._written = written
 
-    def last_step(self) -> int | None:
-        """The last recorded step, or None for a new log."""
-        return max((row["step"] for row in read_lines(self.path) if row["kind"] == "step"), default=None)
+    def steps_made(self) -> int:
+        """Steps of the run as far as the log tells, recorded or not; 0 for a new log."""
+        return max((steps_told(row) for row in read_lines(self.path)), default=0)
 
     def mark(self, step: int) -> str:
         """Append a checkpoint line, force all onto the disk, and return the line's name."""
@@ -284,6 +285,17 @@ def parse_line(data: bytes, path: Path, number: int) -> dict[str, Any]:
     if not isinstance(row, dict) or row.get("kind") not in KINDS or type(row.get("step")) is not int:
         return unreadable(number, "it is no row of a ledger's log")
     return row
+
+
+def steps_told(row: Mapping[str, Any]) -> int:
+    """How many steps had been made at the least when this line was written: `end` and checkpoints say it exactly.
+
+    Example:
+        >>> steps_told({"kind": "step", "step": 980}), steps_told({"kind": "end", "step": 1000})
+        (981, 1000)
+    """
+    step: int = row.get("step", 0)
+    return {"step": step + 1, "checkpoint": step, "end": step}.get(row["kind"], 0)
 
 
 def _whole(digits: str) -> int | float:

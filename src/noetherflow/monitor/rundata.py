@@ -19,7 +19,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from noetherflow.core.printing import count
 from noetherflow.errors import DataError
 from noetherflow.monitor.books import CAUSES, FIELDS, PRECONDITIONED_FIELDS
-from noetherflow.monitor.log import LOG_NAME, parse_line, read_log, unreadable
+from noetherflow.monitor.log import LOG_NAME, parse_line, read_log, steps_told, unreadable
 from noetherflow.monitor.row_form import wrong_form
 
 SPIKE = 10.0
@@ -43,6 +43,9 @@ class RunData:
     `events` as logged, `started` as the first header says. When the watched symmetries were replaced during the run,
     this is the part since the first step recorded after that.
 
+    `steps_made` steps were made since the run's first (step 0), recorded or not. A log tells those after the last
+    recorded one when its ledger was closed or saved; where a run ended otherwise, or goes on, they are not counted.
+
     `dropped` recorded steps before these are missing, because a ledger without a log keeps the last ones only.
     """
 
@@ -55,6 +58,7 @@ class RunData:
     estimate_steps: np.ndarray
     estimates: dict[str, np.ndarray]
     events: tuple[dict[str, Any], ...]
+    steps_made: int
     preconditioned: dict[str, np.ndarray] = field(default_factory=dict)
     layer: dict[str, np.ndarray] = field(default_factory=dict)
     mean_share: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -76,11 +80,6 @@ class RunData:
         return data
 
     @property
-    def made(self) -> int:
-        """Steps made up to the last recorded one, recorded or not."""
-        return int(self.steps[-1]) + 1
-
-    @property
     def stride(self) -> np.ndarray:
         """How many steps each recorded one stands for, `[T]`."""
         return strides_of(self.steps)
@@ -94,8 +93,8 @@ class RunData:
         if self.dropped:
             first, last = int(self.steps[0]), int(self.steps[-1])
             return f"the last {kept:,} of {kept + self.dropped:,} recorded steps ({first:,} to {last:,})"
-        made = count(self.made, "step", "steps")
-        return made if kept == self.made else f"{made}, {kept:,} of them recorded"
+        made = count(self.steps_made, "step", "steps")
+        return made if kept == self.steps_made else f"{made}, {kept:,} of them recorded"
 
     @property
     def families(self) -> list[str]:
@@ -253,7 +252,7 @@ class _Rows:
         self._steps, self._estimates = _Columns(keep), _Columns(keep)
         self._events: list[dict[str, Any]] = []
         self._counts: Counter[str] = Counter()
-        self._last = -1
+        self._last, self._made = -1, 0
         self._expected: int | None = None
 
     def add(self, row: dict[str, Any], number: int = 0) -> None:
@@ -261,7 +260,9 @@ class _Rows:
         why = wrong_form(row, self._latest)
         if why:
             self._event(unreadable(number, why, max(self._last, 0)))
-        elif row["kind"] == "run":
+            return
+        self._made = max(self._made, steps_told(row))
+        if row["kind"] == "run":
             self._begin(row)
         elif row["kind"] == "step":
             self._add_step(row)
@@ -354,6 +355,7 @@ class _Rows:
             estimates.pop("step", np.zeros(0)).astype(int),
             estimates,
             tuple(self._all_events()),
+            self._made,
             {f: steps[f"preconditioned.{f}"] for f in PRECONDITIONED_FIELDS if f"preconditioned.{f}" in steps},
             layer,
             mean_share,

@@ -170,7 +170,7 @@ def _facts(data: RunData, events: list[dict[str, Any]]) -> list[tuple[str, Any]]
     if known.size:
         part = max(len(known) // 20, 1)
         facts += [("loss, first 5 %", float(known[:part].mean())), ("loss, last 5 %", float(known[-part:].mean()))]
-    facts += [("steps made", data.made), ("symmetries watched", len(data.symmetries)), ("events", len(events))]
+    facts += [("steps made", data.steps_made), ("symmetries watched", len(data.symmetries)), ("events", len(events))]
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.nan_to_num(np.abs(data.family["residual"] / data.family["norm"]))
     facts.append(("largest unexplained change", float(ratio.max(initial=0))))
