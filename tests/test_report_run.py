@@ -507,7 +507,7 @@ def test_a_page_tells_steps_made_from_recorded_and_bars_are_as_wide_as_their_ste
             backward(model, batch)
             optimizer.step()
     data = RunData.load(tmp_path)
-    assert data.span == "76 steps, 16 of them recorded"
+    assert data.span == "80 steps, 16 of them recorded"
     assert data.span in write_run_report(tmp_path).read_text()
     bars = [t for t in charges_figure(data).data if t.type == "bar"]
     assert bars
