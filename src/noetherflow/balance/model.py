@@ -15,6 +15,7 @@ from noetherflow.balance.motion import Motion, refuse_frozen
 from noetherflow.balance.optimizer_state import StatePlan, optimizers_in, plan_state, without_optimizer
 from noetherflow.balance.state_rules import state_rule_of
 from noetherflow.core.arguments import A_MODEL, EQUILIBRIUM, OPTIMISER, expect
+from noetherflow.core.codes import BlockCodes, copied
 from noetherflow.core.held import held_by
 from noetherflow.core.printing import grouped
 from noetherflow.core.tensors import check_same_model, refuse_inference_tensors, tensors_of
@@ -301,12 +302,12 @@ def _gradients(names: Iterable[str], tensors: Mapping[str, Tensor]) -> tuple[dic
 
 
 @contextmanager
-def _all_or_nothing() -> Iterator[Callable[[Tensor, Tensor], None]]:
+def _all_or_nothing() -> Iterator[Callable[[Tensor | BlockCodes, Tensor], None]]:
     """Gives `write(target, value)`; what was written is put back when the block raises or is interrupted."""
-    old: list[tuple[Tensor, Tensor]] = []
+    old: list[tuple[Tensor | BlockCodes, Any]] = []
 
-    def write(target: Tensor, value: Tensor) -> None:
-        old.append((target, target.detach().clone()))
+    def write(target: Tensor | BlockCodes, value: Tensor) -> None:
+        old.append((target, copied(target)))
         target.copy_(value)
 
     with torch.no_grad():

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from noetherflow.balance.motion import Motion
 from noetherflow.balance.state_rules import StateMove, StateRule
+from noetherflow.core.codes import BlockCodes, is_coded, numbers_in, plain
 from noetherflow.core.held import Held
 from noetherflow.core.tensors import is_narrow
 from noetherflow.errors import DataError
@@ -34,7 +35,7 @@ class EntryMove:
     def value(self, motion: Motion) -> Tensor:
         """The entry at the moved weights, in its own dtype."""
         assert self.move.change is not None
-        old: Tensor = self.held.state[self.key]
+        old = plain(self.held.state[self.key])
         return self.move.change(motion, self.held.name, old).to(old.dtype)
 
 
@@ -110,7 +111,7 @@ def _plan_entry(held: Held, key: str, rule: StateRule, motion: Motion, span: int
     if move is None:
         _refuse_iterate(held, key, value, motion)
     concerned = 2 if held.name in motion.by_parameter else span
-    if not any(t.numel() >= concerned for t in tree_leaves(value) if isinstance(t, Tensor)):
+    if numbers_in(value) < concerned:
         return StatePlan()
     why = f": {move.note}" if move is not None and move.note else ""
     return StatePlan(unmoved=(f"{held.name}: {key} left as it was (no rule for this optimiser state{why})",))
@@ -121,7 +122,8 @@ def _approximations(held: Held, key: str, move: StateMove, rule: StateRule, moti
         yield f"{held.name}: {key} moved like a gradient; its weight-decay part moves like a weight"
     if move.squares and not motion.is_torus(held.name):
         yield f"{held.name}: {key} moved as if gradient entries were uncorrelated"
-    for note in (move.note, rule.note):
+    coded = "stored in a few bits, so that it is rounded anew" if is_coded(held.state[key]) else ""
+    for note in (move.note, rule.note, coded):
         if note:
             yield f"{held.name}: {key} moved approximately: {note}"
 
@@ -130,8 +132,8 @@ def _fits(held: Held, value: object, motion: Motion) -> bool:
     """Whether the entry has one floating number per entry of a parameter that moves."""
     return (
         held.name in motion.by_parameter
-        and isinstance(value, Tensor)
-        and value.is_floating_point()
+        and isinstance(value, Tensor | BlockCodes)
+        and value.dtype.is_floating_point
         and not is_narrow(value.dtype)
         and value.shape == held.parameter.shape
     )
@@ -139,10 +141,10 @@ def _fits(held: Held, value: object, motion: Motion) -> bool:
 
 def _refuse_iterate(held: Held, key: str, value: object, motion: Motion) -> None:
     """An iterate of the weights (schedule-free `z`, a moving average) that stayed would undo the move."""
-    if not (_fits(held, value, motion) and isinstance(value, Tensor)):
+    if not (_fits(held, value, motion) and isinstance(value, Tensor | BlockCodes)):
         return
     weight = held.parameter.detach().double()
-    distance = torch.linalg.vector_norm(value.detach().double() - weight)
+    distance = torch.linalg.vector_norm(plain(value).detach().double() - weight)
     if float(distance) < ITERATE * float(torch.linalg.vector_norm(weight)):
         raise DataError(
             f"{held.name}: the optimiser's state {key!r} lies near the weights, so it seems to be an iterate of the "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from noetherflow.balance.motion import Motion
+from noetherflow.core.foreign import ADAM, class_name, is_bitsandbytes
 from noetherflow.errors import DataError
 
 Settings = Mapping[str, Any]
@@ -119,6 +120,10 @@ def state_rule_of(optimizer: torch.optim.Optimizer) -> StateRule:
         rule = _RULES.get(base)
         if rule is not None and step is inspect.unwrap(getattr(base, "step")):  # noqa: B009
             return rule
+    if is_bitsandbytes(optimizer):
+        return StateRule(lambda settings: _BITSANDBYTES)
+    if ADAM.fullmatch(class_name(optimizer)):
+        return StateRule(lambda settings: _ADAM)
     moves = _NAMED.get(type(optimizer).__name__)
     if moves is None:
         return NO_RULE
@@ -155,6 +160,7 @@ _table(torch.optim.ASGD, {"ax": LIKE_WEIGHT}, ("lambd", "alpha", "t0"))
 if hasattr(torch.optim, "Muon"):
     _table(torch.optim.Muon, {"momentum_buffer": LIKE_GRADIENT}, ("ns_coefficients", "ns_steps"))
 
+_BITSANDBYTES = _ADAM | {"momentum_buffer": LIKE_GRADIENT, "square_avg": LIKE_SQUARES, "sum": LIKE_SQUARES}
 _NAMED: Mapping[str, StateMoves] = {
     "AdEMAMix": {"exp_avg_fast": LIKE_GRADIENT, "exp_avg_slow": LIKE_GRADIENT, "exp_avg_sq": LIKE_SQUARES},
     "Adan": {

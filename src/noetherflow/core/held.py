@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from noetherflow.core.foreign import settings_of, state_of
 from noetherflow.core.prefix import prefix_of
 from noetherflow.core.tensors import named_tensors, tensors_of
 from noetherflow.errors import CheckpointError
@@ -40,7 +41,9 @@ def held_by(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> 
     """The state of a living optimiser, under the names of `tensors`."""
     names = {id(t): n for n, t in tensors.items()}
     return [
-        Held(names.get(id(p), "a parameter outside the model"), p, optimizer.state.get(p, {}), _settings(group))
+        Held(
+            names.get(id(p), "a parameter outside the model"), p, state_of(optimizer, p), settings_of(optimizer, group)
+        )
         for group in optimizer.param_groups
         for p in group["params"]
     ]

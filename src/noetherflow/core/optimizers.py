@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from noetherflow.core.adaptive import AdamConfig, LionConfig
+from noetherflow.core.foreign import ADAM, class_name, decays_weights
 from noetherflow.core.held import held_by
 from noetherflow.core.loaders import FRESH, Drawn, drawn_by
 from noetherflow.core.rates import GroupRates
@@ -31,8 +32,6 @@ REASONS = {
     "soap": "it preconditions in a rotated basis, and no equilibrium along symmetries has been derived for that",
 }
 """Why there is no prediction, by a word in the name of the optimiser's class."""
-ADAM_NAMES = frozenset({"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam", "CPUAdam"})
-"""Classes that are Adam whatever library they come from, beside those whose name continues with bits (`AdamW8bit`)."""
 
 
 def optimizer_config(optimizer: Any, batch_size: int, loader: Any = None, model: nn.Module | None = None) -> Settings:
@@ -106,21 +105,20 @@ def kind_of(optimizer: torch.optim.Optimizer) -> str:
     for word, why in REASONS.items():
         if word in name.lower():
             raise DataError(f"no prediction for {name}: {why}; {INSTEAD}")
+    origin = type(optimizer).__module__.partition(".")[0]
     if isinstance(optimizer, torch.optim.SGD):
         return "sgd"
     if isinstance(optimizer, torch.optim.RMSprop):
         return "rmsprop"
-    if name in ADAM_NAMES or (name.lower().startswith(("adam8", "adam4", "adamw8", "adamw4", "pagedadam"))):
-        return "adam"
-    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) or (
+    if ADAM.fullmatch(class_name(optimizer)) or (
         isinstance(optimizer, torch.optim.Adam) and type(optimizer).step is torch.optim.Adam.step
     ):
         return "adam"
     if "lion" in name.lower() and _is_lion(optimizer):
         return "lion"
     raise DataError(
-        f"no prediction for {name}: the theory covers SGD, Adam, AdamW, RMSprop and Lion; {INSTEAD}, or build "
-        "nf.SGDConfig(...) or nf.AdamConfig(...) by hand for the optimiser you want to compare with"
+        f"no prediction for {name} of {origin}: the theory covers torch's SGD, Adam, AdamW, RMSprop and Lion; "
+        f"{INSTEAD}, or build nf.SGDConfig(...) or nf.AdamConfig(...) by hand for one to compare with"
     )
 
 
@@ -173,8 +171,7 @@ def _shared_settings(optimizer: torch.optim.Optimizer, model: nn.Module | None) 
         )
     rates = [(float(g["lr"]), float(g.get("weight_decay", 0.0))) for g in groups]
     others = [] if len(set(rates)) == 1 else _named_groups(optimizer, model)
-    name = type(optimizer).__name__.lower()
-    decoupled = bool(first.get("decoupled_weight_decay", "adamw" in name or "lion" in name or "fusedadam" in name))
+    decoupled = bool(first.get("decoupled_weight_decay", decays_weights(optimizer)))
     return _Shared(*rates[0], decoupled, first, tuple(others))
 
 

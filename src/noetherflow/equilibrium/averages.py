@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from noetherflow.core.codes import is_coded, is_packed, numbers_in, plain
+from noetherflow.core.foreign import SAVED_BITSANDBYTES
 from noetherflow.core.held import Held, held_by, held_in, is_saved_optimizer
 from noetherflow.core.optimizers import kind_of
 from noetherflow.core.rates import Rates
@@ -99,6 +101,8 @@ class OptimizerAverages:
     law: AveragingLaw
     by_name: Mapping[str, Averages]
     left_out: Mapping[str, str]
+    coded: bool = False
+    """Some averages are stored in 8 bits."""
 
     @property
     def steps(self) -> int | None:
@@ -193,12 +197,17 @@ def _united(parts: Sequence[OptimizerAverages], left_out: Mapping[str, str]) -> 
         raise DataError(f"the optimisers step by different laws, read one at a time: {sorted(map(str, laws))[:3]}")
     by_name = {n: a for p in parts for n, a in p.by_name.items()}
     lacking = {n: why for p in parts for n, why in p.left_out.items()} | dict(left_out)
-    return OptimizerAverages(parts[0].law, by_name, lacking)
+    return OptimizerAverages(parts[0].law, by_name, lacking, any(p.coded for p in parts))
 
 
 def averages_of(held: list[Held], lr: float | None = None) -> OptimizerAverages:
     """`read_averages` of parameters that are identified already."""
-    with_state = [h for h in held if any(isinstance(v, Tensor) and v.numel() > 1 for v in h.state.values())]
+    if any(SAVED_BITSANDBYTES in h.state for h in held):
+        raise DataError(
+            "the state was saved by bitsandbytes, which does not write down whether it is of Adam, LAMB or another: "
+            "load it into its optimiser and pass that, nf.noether_flow(model, syms, optimizer=optimizer)"
+        )
+    with_state = [h for h in held if numbers_in(h.state) > 1]
     left_out = {h.name: "no optimiser state: it has not been stepped" for h in held if h not in with_state}
     if not with_state:
         raise DataError(
@@ -223,7 +232,7 @@ def averages_of(held: list[Held], lr: float | None = None) -> OptimizerAverages:
         if lr == 0:
             raise DataError("lr=0: without steps nothing drifts; pass the learning rate that the run had")
         raise DataError(f"every learning rate in the optimiser is 0: its schedule has ended{hint}; pass lr=...")
-    return OptimizerAverages(law, found, left_out)
+    return OptimizerAverages(law, found, left_out, any(is_coded(v) for h in with_state for v in h.state.values()))
 
 
 def _law_of(held: Held) -> AveragingLaw:
@@ -267,7 +276,14 @@ def _decoupled(settings: Mapping[str, Any]) -> bool:
 
 def _averages(held: Held, law: AveragingLaw, lr: float | None) -> Averages:
     """The averages of one parameter; RMSprop's momentum of preconditioned gradients is brought to Adam's form."""
-    state, settings = held.state, held.settings
+    coarse = [key for key, value in held.state.items() if is_packed(value)]
+    if coarse:
+        raise DataError(
+            f"{coarse[0]} of {held.name} is stored in fewer than 8 bits, which is too coarse for the identity that the "
+            f"flow is read from; {INSTEAD}"
+        )
+    state = {key: plain(value) if is_coded(value) else value for key, value in held.state.items()}
+    settings = held.settings
     for key in SHAPED:
         if isinstance(state.get(key), Tensor) and state[key].shape != held.parameter.shape:
             raise DataError(

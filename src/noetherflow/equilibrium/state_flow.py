@@ -113,7 +113,7 @@ def state_flow(
     tests = {s.name: state_invariance(s, reads) for s in syms}
     refuse_broken(tests, last.law)
     details = tuple(_drift(s, reads, tests[s.name]) for s in syms)
-    return StateFlow(details, last.law, last.reference_lr, last.steps, len(reads), dict(syms.excluded))
+    return StateFlow(details, last.law, last.reference_lr, last.steps, len(reads), dict(syms.excluded), last.coded)
 
 
 def _reads(

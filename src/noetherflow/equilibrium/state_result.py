@@ -39,6 +39,7 @@ class StateFlow:
         steps: optimiser steps made, the most of all snapshots; None where the state does not say.
         snapshots: how many states were averaged; with several, errors are those of the mean, from their scatter.
         excluded: symmetries without an answer, with the reason.
+        coded: averages are stored in 8 bits.
     """
 
     details: tuple[StateDrift, ...]
@@ -47,6 +48,7 @@ class StateFlow:
     steps: int | None
     snapshots: int
     excluded: Mapping[str, str]
+    coded: bool = False
 
     def __getitem__(self, name: str) -> StateDrift:
         for detail in self.details:
@@ -74,6 +76,8 @@ class StateFlow:
             + (several if self.snapshots > 1 else "average several"),
             "equilibria are those of the function as it is now, every symmetry with the others held",
         ]
+        if self.coded:
+            out.append("averages are stored in 8 bits, whose rounding is in every number")
         out += self._tested()
         b2 = self.law.square_memory
         if b2 is None:

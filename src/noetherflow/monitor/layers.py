@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from noetherflow.core.foreign import decays_weights
 from noetherflow.core.members import modules_of
 from noetherflow.core.tensors import tensors_of
 from noetherflow.core.unwrap import unwrap
@@ -105,7 +106,7 @@ class LayerProbe:
         elif any(k in AVERAGED for k in kinds) and "exp_avg" in state:
             b1 = float(group["betas"][0])
             total, buffer = 1 - b1 ** float(state["step"]), state["exp_avg"]
-            coupled = not (group.get("decoupled_weight_decay", False) or "AdamW" in kinds)
+            coupled = not (group.get("decoupled_weight_decay", False) or decays_weights(self._optimizer))
         else:
             return None
         average = accumulation_dtype(buffer).flatten() / total

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from noetherflow.monitor.rule import (
-    AnyRule,
     Array,
     Group,
     LedgerRule,
@@ -90,10 +88,3 @@ class LionRule(DecoupledRule):
         "Lion steps by signs and keeps no average of squares: theta^T A D^-1 sign(m) is 0 for no D but in the mean "
         "over minibatches, at a minimum, for the root mean squares of what it takes the sign of, not in its state"
     )
-
-
-DECOUPLED_BY_NAME: Mapping[str, type[AnyRule]] = {
-    **dict.fromkeys(("AdEMAMix", "MARS", "Muon", "SOAP"), DecoupledRule),
-    "Lion": LionRule,
-}
-"""Optimisers outside torch whose weight decay is decoupled, by the name of their class."""

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import noetherflow.monitor.divided_rules  # noqa: F401 - registers its rules
+from noetherflow.core.foreign import LION, class_name, decays_weights
 from noetherflow.equilibrium.potential import decay_rate, mean_rate, noise_rate
-from noetherflow.monitor.realised_rules import DECOUPLED_BY_NAME, RealisedRule
+from noetherflow.monitor.realised_rules import DecoupledRule, LionRule, RealisedRule
 from noetherflow.monitor.rule import (
     AnyRule,
     Array,
@@ -349,6 +350,8 @@ class AdamRule(LedgerRule[AdamProducts, AdamSettings]):
 def rule_for(optimizer: torch.optim.Optimizer) -> AnyRule:
     """The rule registered for the optimiser's class, or for a base class whose step it keeps; else the realised one."""
     rule = registered_rule(optimizer)
-    if rule is None:
-        rule = DECOUPLED_BY_NAME.get(type(optimizer).__name__, RealisedRule)()
-    return rule
+    if rule is not None:
+        return rule
+    if LION.fullmatch(class_name(optimizer)):
+        return LionRule()
+    return DecoupledRule() if decays_weights(optimizer) else RealisedRule()
