@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import subprocess
 import sys
 from dataclasses import replace
@@ -159,3 +160,29 @@ def test_memory_is_that_of_three_tensors(tmp_path: Path, state: bool) -> None:
     assert took["file_MB"] > 3 * took["largest_MB"] - 1
     assert took["move_MB"] < 3 * took["largest_MB"], took
     assert took["solve_MB"] < 3 * took["largest_MB"], took
+
+
+def test_a_file_whose_pages_cannot_be_its_readers_own_is_balanced_and_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of files larger than memory the system gives pages of the file itself: a write to them would change it."""
+    problem = mlp(scales=(4, 0.5, 1))
+    model, syms = problem.model, problem.syms
+    eq = nf.noise_equilibrium(model, syms, objective="norm")
+    source, load = tmp_path / "in.pt", torch.load
+    torch.save({"model": model.state_dict()}, source)
+    before = source.read_bytes()
+    nf.balance_checkpoint(source, tmp_path / "expected.pt", model, eq, example_inputs=problem.data[0])
+
+    def refused(file: Any, **options: Any) -> Any:
+        if options.get("mmap") and torch.serialization.get_default_mmap_options() == mmap.MAP_PRIVATE:
+            raise RuntimeError("unable to mmap 26953908759 bytes from file: Cannot allocate memory (12)")
+        return load(file, **options)
+
+    monkeypatch.setattr(torch, "load", refused)
+    nf.balance_checkpoint(source, tmp_path / "out.pt", model, eq, example_inputs=problem.data[0])
+    assert source.read_bytes() == before
+    expected = load(tmp_path / "expected.pt", weights_only=True)["model"]
+    found = load(tmp_path / "out.pt", weights_only=True)["model"]
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert any(not torch.equal(value, model.state_dict()[name]) for name, value in found.items())

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,9 +42,8 @@ class MappedTensor:
         length = torch.Size(self.shape).numel() * self.dtype.itemsize
         if not length or self.start % self.dtype.itemsize:
             return self.read()
-        storage = torch.UntypedStorage.from_file(str(self.path), False, self.start + length)
-        every = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
-        out: Tensor = every[self.start :].view(self.dtype).reshape(self.shape)
+        pages = np.memmap(self.path, dtype=np.uint8, mode="c", offset=self.start, shape=(length,))
+        out: Tensor = torch.from_numpy(pages).view(self.dtype).reshape(self.shape)
         return out
 
 

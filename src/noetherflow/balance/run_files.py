@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from noetherflow.balance.dcp_file import DcpFolder
 from noetherflow.balance.dcp_metadata import METADATA
 from noetherflow.balance.mapped import unreadable
-from noetherflow.balance.torch_file import STATE_KEYS, tensors_in, weights_in
+from noetherflow.balance.torch_file import STATE_KEYS, load_mapped, tensors_in, weights_in
 from noetherflow.core.held import is_saved_optimizer
 from noetherflow.core.tensors import named_tensors
 from noetherflow.errors import CheckpointError
@@ -206,25 +205,12 @@ def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
-        content = _mapped(path) if zipfile.is_zipfile(path) else torch.load(path, map_location="cpu", weights_only=True)
+        content = load_mapped(path, {"map_location": "cpu", "mmap": zipfile.is_zipfile(path)})
     except Exception as cause:
         raise CheckpointError(unreadable(path, cause, str(cause))) from cause
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dictionary")
     return content
-
-
-def _mapped(path: Path) -> Any:
-    """The content of a PyTorch file in pages of their own. The system refuses those of a file larger than its memory,
-    since they could all be changed; they are then the file's own, which no reader of a run writes to.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as cause:
-        if "Cannot allocate memory" not in str(cause):
-            raise
-    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _optimizer(content: Mapping[str, Any], path: Path) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import mmap
 import pathlib
 import re
 import sys
@@ -64,7 +65,7 @@ def load_safely(file: Any, where: object, **options: Any) -> Any:
     allowed = [*torch.serialization.get_safe_globals(), *SAFE]
     try:
         with torch.serialization.safe_globals(allowed):
-            return torch.load(file, weights_only=True, **{"map_location": "cpu", **options})
+            return load_mapped(file, {"map_location": "cpu", **options})
     except Exception as cause:
         found = re.search(r"(?:GLOBAL|Unsupported class|Trying to call) ([\w.]+)", str(cause))
         if found is not None:
@@ -75,6 +76,19 @@ def load_safely(file: Any, where: object, **options: Any) -> Any:
             ) from cause
         text = str(cause).splitlines()[0] if str(cause) else ""
         raise CheckpointError(unreadable(where, cause, text)) from cause
+
+
+def load_mapped(file: Any, options: Mapping[str, Any]) -> Any:
+    """`torch.load` of plain values; with `mmap` in pages of its own. The system refuses those of a file larger than its
+    memory, since they could all be changed; they are then the file's own, which nothing here writes to.
+    """
+    try:
+        return torch.load(file, weights_only=True, **options)
+    except RuntimeError as cause:
+        if not (options.get("mmap") and "Cannot allocate memory" in str(cause)):
+            raise
+    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+        return torch.load(file, weights_only=True, **options)
 
 
 def _address(content: Any, path: Path) -> int | None:
