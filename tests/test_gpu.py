@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import noetherflow as nf
+from noetherflow.core.torch_internals import CudaGraph
 from noetherflow.moments import Meter, batch
 from noetherflow_paper.runner import compute_point
 from reference import moments_by_loop
@@ -168,3 +169,23 @@ def test_an_experiment_runs_on_the_gpu() -> None:
     config = e.config("quick", None)
     point = next(p for p in e.points(config) if p["name"] == "sgd")
     assert compute_point("fig2", {**config, "steps": 50, "seeds": 2}, dict(point), "cuda").versions["device"] == "cuda"
+
+
+def test_captured_passes_are_cuda_graphs_that_see_new_weights_and_draw_anew() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Dropout(0.5), nn.Tanh(), nn.Linear(6, 3)).double().eval()
+    batches = [torch.randn(4, 5, dtype=torch.float64) for _ in range(7)]
+    meter = Meter(model, squared_output, every_axis(model), capture=True)
+    for _ in range(2):
+        found, expected = (m.measure(batches, groups=1) for m in (meter, Meter(model, squared_output, meter.syms)))
+        for name, legs in expected.second.items():
+            assert all(relative_error(a, b) <= 1e-12 for a, b in zip(found.second[name], legs, strict=True))
+        with torch.no_grad():
+            model[0].weight.mul_(0.5)
+    assert (meter.captured.traces, meter.captured.replays) == (1, 3 + 7)
+    assert [type(held.graph) for held in meter._captures.held.values()] == [CudaGraph]
+    model.train()
+    meter.measure(batches, groups=1)
+    first, second = (meter.measure(batches[:1], groups=1) for _ in range(2))
+    assert meter.captured.traces == 2
+    assert relative_error(first.mean["3.weight"], second.mean["3.weight"]) > 1e-3

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from noetherflow.core import torch_internals as internals
@@ -183,3 +183,61 @@ def test_a_dispatch_mode_sees_the_casts_of_a_model() -> None:
     with Casts():
         nn.Linear(2, 2).double()(torch.ones(1, 2, dtype=torch.float64)).float()
     assert any("_to_copy" in name for name in seen)
+
+
+def test_traced_writes_out_backwards_and_holds_other_tensors_by_reference() -> None:
+    """Else: look in `torch.fx.experimental.proxy_tensor` for `make_fx`, or keep `Meter(capture=True)` out."""
+    x, factor = torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor(3.0)
+    graph = internals.traced(lambda: torch.autograd.grad((factor * x**3).sum(), [x]), [x])
+    graph = internals.ready(graph, [x], [])
+    given = torch.tensor([2.0, -1.0])
+    assert torch.equal(graph(given)[0], 9 * given**2)
+    factor.fill_(1.0)
+    assert torch.equal(graph(given)[0], 3 * given**2)
+
+
+def test_traced_draws_random_numbers_anew() -> None:
+    """Else: refuse to capture what has the tag `nondeterministic_seeded`."""
+    x = torch.ones(100)
+    graph = internals.ready(internals.traced(lambda: [F.dropout(x, 0.5)], [x]), [x], [])
+    torch.manual_seed(0)
+    first = graph(x)[0]
+    assert not torch.equal(graph(x)[0], first)
+    torch.manual_seed(0)
+    assert torch.equal(graph(x)[0], first)
+    assert torch.equal(F.dropout(x, 0.5), graph(x)[0]) is False
+    torch.manual_seed(0)
+    assert torch.equal(F.dropout(x, 0.5), first)
+
+
+def _through_a_view(x: Tensor) -> list[Tensor]:
+    held = torch.zeros(4)
+    held[1:3].copy_(x)
+    return [x * float(held.sum())]
+
+
+def _through_another_view(x: Tensor) -> list[Tensor]:
+    held = torch.zeros(4)
+    left, right = held.view(2, 2).unbind()
+    other = held.view(4)
+    torch.add(x, 1, out=left)
+    return [right * float(other.max())]
+
+
+def _beside(x: Tensor) -> list[Tensor]:
+    positions = torch.arange(4)
+    positions.add_(1)
+    x = x.clone().index_add_(0, positions[:2] - 1, x)
+    return [x * float(positions.sum())]
+
+
+def test_numbers_read_of_what_inputs_were_written_to_depend_on_them() -> None:
+    """Else: the names of aliases in `OpOverload._schema` or of the tags have changed."""
+    x = torch.tensor([1.0, 2.0])
+    reads = "aten._local_scalar_dense.default"
+    for run, found in [(_through_a_view, reads), (_through_another_view, reads), (_beside, None)]:
+        assert internals.data_dependent(internals.traced(lambda run=run: run(x), [x])) == found, run.__name__
+    noise = internals.traced(lambda: [x * float(torch.rand(()))], [x])
+    assert internals.data_dependent(noise) == reads
+    masked = internals.traced(lambda: [x[x > 1]], [x])
+    assert internals.data_dependent(masked) == "aten.index.Tensor"

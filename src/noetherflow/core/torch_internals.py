@@ -7,16 +7,18 @@ function must go on doing; nothing outside this module needs to change.
 from __future__ import annotations
 
 import gc
+import operator
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -42,6 +44,142 @@ def run_backward(outputs: Tensor, weights: Tensor, inputs: Sequence[Tensor]) -> 
         (outputs,), (weights,), False, False, tuple(inputs), True, accumulate_grad=False
     )
     return found
+
+
+def traced(run: Callable[[], Sequence[Tensor]], given: Sequence[Tensor]) -> fx.GraphModule:
+    """All operators that `run` performs, those of backwards included, as a graph that computes the same again.
+
+    Where `run` reads a number of a tensor, or the shape of a result depends on values, the graph holds what was found
+    this time; `data_dependent` tells whether that may be another for other inputs.
+
+    Args:
+        run: what is traced. It is run once, and really, and returns tensors.
+        given: the tensors that `run` works on. They become the graph's inputs, in this order; any other tensor, such as
+            one that a list of the model holds, becomes part of the graph as it is, by reference.
+
+    Returns:
+        A function of as many tensors as `given`, which returns a list of what `run` returns. To be called without
+        gradients and autocast: both are written out in the graph.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> graph = traced(lambda: torch.autograd.grad((x**3).sum(), [x]), [x])
+        >>> graph(torch.tensor([2.0, 3.0]))
+        [tensor([12., 27.])]
+    """
+    return make_fx(lambda *_: list(run()), _error_on_data_dependent_ops=False)(*given)
+
+
+def data_dependent(graph: fx.GraphModule) -> str | None:
+    """The first operator of a traced graph that gives a number or a shape which depends on the graph's inputs.
+
+    Such a graph computes something else, or nothing, on other inputs. Numbers of what does not depend on them, such as
+    `torch.arange(5).max()`, are the same each time.
+
+    Example:
+        >>> x = torch.tensor([0.0, 1.0])
+        >>> data_dependent(traced(lambda: [x * float(x.sum())], [x]))
+        'aten._local_scalar_dense.default'
+        >>> data_dependent(traced(lambda: [x.nonzero()], [x])), data_dependent(traced(lambda: [x[[0, 1]]], [x]))
+        ('aten.nonzero.default', None)
+        >>> data_dependent(traced(lambda: [x * float(torch.arange(5).max())], [x]))
+    """
+    changing = _changing(graph)
+    for node in graph.graph.nodes:
+        if _fixes_values(node) and not changing.isdisjoint(node.all_input_nodes):
+            return str(node.target)
+    return None
+
+
+def _fixes_values(node: fx.Node) -> bool:
+    """Whether an operator gives a number, or a shape that depends on values."""
+    tags = getattr(node.target, "tags", ())
+    if torch.Tag.dynamic_output_shape in tags and node.target is torch.ops.aten.index.Tensor:  # by numbers or a mask
+        chosen = [n.meta["val"].dtype for n in node.all_input_nodes[1:] if isinstance(n.meta.get("val"), Tensor)]
+        return bool({torch.bool, torch.uint8} & set(chosen))
+    return torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags
+
+
+def _changing(graph: fx.GraphModule) -> set[fx.Node]:
+    """The nodes whose values depend on inputs, on tensors held by reference or on random numbers.
+
+    What is overwritten with such a value depends on it, and so does whatever it may be a view of.
+    """
+    found: set[fx.Node] = set()
+    grown = True
+    while grown:
+        before = len(found)
+        for node in graph.graph.nodes:
+            random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+            if node.op in ("placeholder", "get_attr") or random or not found.isdisjoint(node.all_input_nodes):
+                found.add(node)
+            if node in found:
+                found |= _seen_through(_shared(node, written=True))
+        grown = len(found) > before
+    return found
+
+
+def _seen_through(views: set[fx.Node]) -> set[fx.Node]:
+    """These nodes, and those that they are views of."""
+    found, waiting = set(views), list(views)
+    while waiting:
+        new = _shared(waiting.pop(), written=False) - found
+        found |= new
+        waiting += new
+    return found
+
+
+def _shared(node: fx.Node, written: bool) -> set[fx.Node]:
+    """The arguments that an operator may return a view of; with `written` those that it writes to."""
+    if node.target is operator.getitem:
+        return set() if written else set(node.all_input_nodes)
+    schema, found = getattr(node.target, "_schema", None), set[fx.Node]()
+    for k, argument in enumerate(schema.arguments if schema is not None else ()):
+        if argument.alias_info is not None and (argument.alias_info.is_write or not written):
+            given = node.args[k] if k < len(node.args) else node.kwargs.get(argument.name)
+            found.update(n for n in (given if isinstance(given, list | tuple) else (given,)) if isinstance(n, fx.Node))
+    return found
+
+
+class CudaGraph:
+    """A traced graph whose launches are recorded once on a GPU and repeated together.
+
+    Args:
+        graph: what `traced` gave.
+        fixed: its first inputs, which are read where they lie, whatever they hold by then.
+        given: its further inputs. Those of later calls are copied over these.
+    """
+
+    def __init__(self, graph: fx.GraphModule, fixed: Sequence[Tensor], given: Sequence[Tensor]) -> None:
+        self._fixed, self._given = tuple(fixed), tuple(t.detach().clone() for t in given)
+        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.no_grad(), torch.cuda.stream(beside):  # what libraries set up at first use cannot be recorded
+            graph(*self._fixed, *self._given)
+        torch.cuda.current_stream().wait_stream(beside)
+        self._recorded = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(self._recorded):
+            self._found: list[Tensor] = graph(*self._fixed, *self._given)
+
+    def __call__(self, *tensors: Tensor) -> list[Tensor]:
+        """Copies of what the graph gives for these inputs."""
+        for mine, theirs in zip(self._given, tensors[len(self._fixed) :], strict=True):
+            mine.copy_(theirs)
+        self._recorded.replay()
+        return [t.clone() for t in self._found]
+
+
+def ready(graph: fx.GraphModule, fixed: Sequence[Tensor], given: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
+    """The graph to be called, without operators whose results nobody uses; a `CudaGraph` where all inputs are on a GPU.
+
+    Args:
+        graph: what `traced` gave.
+        fixed: the first inputs, which later calls give again, with whatever values.
+        given: the further inputs, of which later calls give others.
+    """
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return CudaGraph(graph, fixed, given) if all(t.is_cuda for t in (*fixed, *given)) else graph
 
 
 def unseen_by_modes() -> AbstractContextManager[None]:

@@ -1,5 +1,6 @@
 """Measuring gradient noise on the legs of symmetries."""
 
+from noetherflow.moments.capture import Captured
 from noetherflow.moments.engine import Meter, gradient_moments
 from noetherflow.moments.factors import gradient_factors
 from noetherflow.moments.minibatch import MinibatchMeter, minibatch_moments
@@ -9,6 +10,7 @@ from noetherflow.moments.statistics import Estimate, standard_error
 from noetherflow.moments.storage import load_moments, save_moments
 
 __all__ = [
+    "Captured",
     "Estimate",
     "Factors",
     "GradientMoments",

@@ -26,6 +26,7 @@ from noetherflow.moments.batch import (
     tensors_in,
 )
 from noetherflow.moments.batch_statistics import refuse_batch_statistics, refuse_running_statistics
+from noetherflow.moments.capture import Captured, CapturedWay, Captures
 from noetherflow.moments.conditions import Conditions
 from noetherflow.moments.distributed import in_step, is_sharded, ranks_of, refuse_sharded, refuse_tensor_parallel
 from noetherflow.moments.factors import FactorKeeper
@@ -125,6 +126,12 @@ class Meter:
     training steps. A meter keeps what it has proved about the ways through the model: `measure`, called every hundred
     training steps, then costs no more than its batches. What a later batch does differently is verified when it comes.
 
+    With `capture=True` the pass over a batch is kept as a graph of operators once its shapes came before, and replayed
+    without autograd and rules, on a GPU as a CUDA graph (not run on one yet). The first replay is compared with the
+    pass itself. Replays see weights and buffers as they are by then and draw random numbers anew; any other change of
+    the model is captured anew. What no graph can hold, such as `if x.sum() > 0` in the forward, is measured without,
+    and `captured` says why.
+
     Attributes:
         model: The model, in the mode it is to be measured in.
         loss_fn: `loss_fn(model, batch)` returns one loss per sample, `[batch]`, not reduced.
@@ -133,6 +140,7 @@ class Meter:
         parameters: Names of parameters measured beside those of `syms`.
         sample_axes: 2 if losses are `[batch, tokens]` and every entry is a sample.
         for_: `flow`, or `equilibrium` to measure what a joint equilibrium needs, as in `gradient_moments`.
+        capture: Replay the pass where batches of the same shapes come again and again.
         uncovered: Parameters that no rule covers, with the reason; the fallback measures them.
 
     Example:
@@ -153,6 +161,7 @@ class Meter:
     parameters: Iterable[str] = ()
     sample_axes: int = 1
     for_: Purpose = "flow"
+    capture: bool = False
     uncovered: dict[str, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -163,6 +172,7 @@ class Meter:
         self._wanted = Wanted.of(self.syms, self.syms.tensors_in(self.model), self.for_)
         self.entries = self.entries or self._wanted.entries
         self._ways = Ways()
+        self._captures = Captures()
         self._used: set[str] = set()
         self._conditions = Conditions()
         self._prepare()
@@ -245,6 +255,11 @@ class Meter:
         return self._sums.by_group
 
     @property
+    def captured(self) -> Captured:
+        """How many passes were captured, how many batches replayed, and why others were not."""
+        return self._captures.captured
+
+    @property
     def samples(self) -> int:
         return self._sums.samples
 
@@ -299,8 +314,7 @@ class Meter:
 
     def _update(self, batch: Any, placed: Placement) -> None:
         """Measure a batch by the way it went before, else by a new way, once that is verified."""
-        here = self._covered, batch, self._ways, self._sums, placed
-        if self._ways.known and self._measured(KnownWay(*here, FactorKeeper(self._wanted.factors))):
+        if self._ways.known and self._measured(self._known_way(batch, placed)):
             return
         shared: frozenset[CallId] = frozenset()
         while True:
@@ -318,6 +332,13 @@ class Meter:
             self._leave_to_fallback(new.locator.scattered)
             shared = shared | new.locator.still_shared
 
+    def _known_way(self, batch: Any, placed: Placement) -> KnownWay:
+        """The pass over a batch that is expected to go a way verified before."""
+        kept, ways = FactorKeeper(self._wanted.factors), self._ways
+        if not self.capture:
+            return KnownWay(self._covered, batch, ways, self._sums, placed, kept)
+        return CapturedWay(self._covered, batch, ways, self._sums, placed, kept, self._captures, self._modules)
+
     def _leave_to_fallback(self, uncovered: dict[str, str]) -> bool:
         """True if any of these was measured by rules until now."""
         new = {n: why for n, why in uncovered.items() if n in self._covered.measured}
@@ -333,7 +354,7 @@ class Meter:
             return False
         if self.uncovered:
             self._add_fallback(attempt.batch, attempt.shares)
-        factors = attempt.kept.factors()
+        factors = attempt.factors()
         attempt.count()
         self._factors.append({n: f.to(self._subject.roots[n].dtype) for n, f in factors.items()})
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -26,6 +27,7 @@ from noetherflow.moments.factors import FactorKeeper
 from noetherflow.moments.groups import GroupSums, Opened, edges, sums_over
 from noetherflow.moments.layout import SampleLayout
 from noetherflow.moments.placement import Placement
+from noetherflow.moments.products import Factors
 from noetherflow.moments.taps import CallId, Recorder, Trace, Use
 from noetherflow.moments.verify import Locator, WeightedPass, signature
 
@@ -108,15 +110,20 @@ class MeasuringPass(BatchPass):
         if not self.admits(trace):
             return None
         parts = edges(samples, len(self.placed.groups))
-        self.losses = sums_over(losses.detach().flatten(), parts)
-        if not all(map(isfinite, self.losses)):
-            check_finite(losses, self.batch, self.subject.model)
+        self.losses = self.read(losses, parts)
         self.opened = self.sums.open(self.placed, in_place=self.certain(trace))
         totals = self.opened.totals if self.placed.complete else None
         opened = zip(parts, self.opened.sums.values(), strict=True)
         self.shares = [Share(lo, hi, s, totals) for (lo, hi), s in opened if hi > lo]
         self.contraction = Contraction(recorder.roots, self.subject.measured, self.way.once, self.shares)
         return torch.ones_like(losses)
+
+    def read(self, losses: Tensor, parts: Sequence[tuple[int, int]]) -> list[float]:
+        """The summed losses of each part of the batch. Raises DataError for one that is not finite."""
+        found = sums_over(losses.detach().flatten(), parts)
+        if not all(map(isfinite, found)):
+            check_finite(losses, self.batch, self.subject.model)
+        return found
 
     def receive(self, use: Use, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
         layout = self.place(use, delta)
@@ -148,6 +155,10 @@ class MeasuringPass(BatchPass):
             sums.samples += hi - lo
             sums.loss += loss
         self.sums.close(self.opened)
+
+    def factors(self) -> dict[str, Factors]:
+        """The factors wanted of the batch, once it is measured."""
+        return self.kept.factors()
 
     def _refuse_uneven(self) -> None:
         """Raises MomentError where ranks of a sharded model would go backward unequally often, sample by sample."""
