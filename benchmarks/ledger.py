@@ -2,7 +2,7 @@
 
     python -m benchmarks ledger                                        # the table of docs/benchmarks.md
     MODELS=mlp,resnet18 SECONDS=20 python -m benchmarks ledger         # some models, seconds per model and optimiser
-    python -m benchmarks.ledger [--models mlp,gpt-relu,gpt-swiglu,resnet18] [--optimizers momentum,adamw] [--seconds 60]
+    python -m benchmarks.ledger [--models mlp,gpt-relu,gpt-swiglu,llama,resnet18] [--optimizers momentum,adamw]
     python -m benchmarks.ledger --memory
 
 Per model, optimiser and `every` (`default`: the ledger chooses its stride): the time inside the ledger's two calls over

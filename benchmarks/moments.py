@@ -21,12 +21,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.peers import PEERS
 from benchmarks.tables import provenance, write_moments
-from noetherflow import SymmetrySet, declare
+from noetherflow import SymmetrySet, declare, find_symmetries
 from noetherflow.moments import Meter
 
 OUT = Path(__file__).parent.parent / "docs" / "figures"
 # Rounds of (plain, leg sums, entries), then of (plain, entries, peer); slow peers get fewer.
-ROUNDS = {"mlp": 151, "gpt-relu": 11, "gpt-swiglu": 11, "resnet18": 5}
+ROUNDS = {"mlp": 151, "gpt-relu": 11, "gpt-swiglu": 11, "llama": 11, "resnet18": 5}
 PEER_SECONDS, PEER_ROUNDS = 5.0, (2, 7)
 
 
@@ -41,6 +41,7 @@ class Case:
 def per_sample_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Cross entropy, averaged over a sequence where there is one."""
     out, y = model(batch[0]), batch[1]
+    out = getattr(out, "logits", out)
     if y.ndim == 1:
         return F.cross_entropy(out, y, reduction="none")
     return F.cross_entropy(out.flatten(0, 1), y.flatten(), reduction="none").view(y.shape).mean(1)
@@ -109,6 +110,19 @@ def gpt(gated: bool, length: int = 128, batch: int = 16) -> Case:
     return Case(name, model, (ids, ids.roll(-1, 1)), syms)
 
 
+def llama(length: int = 128, batch: int = 16) -> Case:
+    """A small Llama (SwiGLU, RMSNorm, rotary positions, grouped queries) with random weights; symmetries as found."""
+    import transformers
+
+    sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "vocab_size": 96}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": length}
+    config = transformers.LlamaConfig(**sizes, **heads, use_cache=False, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.randint(96, (batch, length))
+    name = f"Llama d 256, 4 layers, T {length}, batch {batch}, SwiGLU"
+    return Case(name, model, (ids, ids.roll(-1, 1)), find_symmetries(model, ids[:2]))
+
+
 class Residual(nn.Module):
     def __init__(self, a: int, b: int, stride: int) -> None:
         super().__init__()
@@ -141,6 +155,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "mlp": mlp,
     "gpt-relu": partial(gpt, False),
     "gpt-swiglu": partial(gpt, True),
+    "llama": llama,
     "resnet18": resnet18,
 }
 
