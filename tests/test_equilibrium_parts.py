@@ -14,8 +14,10 @@ from noetherflow.equilibrium.blocks import classify_torus
 from noetherflow.equilibrium.orbit import FramedOrbit, MeasuredOrbit, blank_pairs
 from noetherflow.equilibrium.parts import independent, minimise_in_parts
 from noetherflow.equilibrium.potential import Potential
-from noetherflow.equilibrium.solve import Minimum, StepLimits, drives, minimise
-from noetherflow.equilibrium.terms import EntryTerm, FactorTerm, SampleTerm
+from noetherflow.equilibrium.sample_terms import FactorTerm, SampleTerm
+from noetherflow.equilibrium.search import Minimum
+from noetherflow.equilibrium.solve import StepLimits, drives, minimise
+from noetherflow.equilibrium.terms import EntryTerm
 from noetherflow.moments import Factors
 from noetherflow.symmetry.overlap import leg_coordinates, stiffness
 

@@ -30,7 +30,8 @@ from noetherflow.equilibrium.roots import (
     root_orbit,
     second_moments,
 )
-from noetherflow.equilibrium.solve import Minimum, StepLimits, drives, elements_of, imbalance, minimise
+from noetherflow.equilibrium.search import Minimum
+from noetherflow.equilibrium.solve import StepLimits, drives, elements_of, imbalance, minimise
 from noetherflow.equilibrium.task import TOLERANCE, SolveOptions
 from noetherflow.equilibrium.verdict import torus_verdict
 from noetherflow.errors import MomentError

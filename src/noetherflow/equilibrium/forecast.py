@@ -19,7 +19,8 @@ from noetherflow.equilibrium.charge_flow import norm_of
 from noetherflow.equilibrium.comparison import Comparison, Recorded, SignedSum, added, compared, recorded_rows
 from noetherflow.equilibrium.orbit import MeasuredOrbit
 from noetherflow.equilibrium.regime import Regime, few_samples
-from noetherflow.equilibrium.terms import FactorTerm, LegTerm, SampleTerm
+from noetherflow.equilibrium.sample_terms import FactorTerm, SampleTerm
+from noetherflow.equilibrium.terms import LegTerm
 from noetherflow.equilibrium.velocity import orbit_velocity
 from noetherflow.errors import DataError
 from noetherflow.moments.statistics import t_quantile

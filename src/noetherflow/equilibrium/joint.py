@@ -20,7 +20,7 @@ from noetherflow.equilibrium.feedback import SquareFeedback, refuse_feedback_of_
 from noetherflow.equilibrium.invariance import cautions, refuse_other_moments
 from noetherflow.equilibrium.levels import level_equilibrium
 from noetherflow.equilibrium.objective import AnyObjective, LevelObjective, objective_of
-from noetherflow.equilibrium.orbit import Remeasure, Samples
+from noetherflow.equilibrium.orbit import Remeasure, Samples, sizes_now
 from noetherflow.equilibrium.potential import LegPair
 from noetherflow.equilibrium.result import Equilibrium, Settled
 from noetherflow.equilibrium.solve import drives, imbalance
@@ -195,7 +195,7 @@ def _solved(model: nn.Module, question: Question, stretches: Stretches) -> Equil
             settled.append(_moved(start, elements[name], pairs[name], question, verdict, errors.get(name)))
         else:
             settled.append(_held(start, charges[name], verdict))
-    now = task.orbit.orbit.at([s.identity() for s in task.symmetries])
+    norm_now, trace_now = sizes_now(task.orbit.orbit)
     objective = question.objective.name
     return Equilibrium(
         objective="noise" if objective == "noise+decay" and not decays else objective,
@@ -206,9 +206,9 @@ def _solved(model: nn.Module, question: Question, stretches: Stretches) -> Equil
         evaluations=minimum.evaluations,
         converged=minimum.converged,
         joint=question.options.joint,
-        norm_now=now.norm,
+        norm_now=norm_now,
         norm=minimum.point.norm,
-        trace_now=now.trace,
+        trace_now=trace_now,
         trace=minimum.point.trace,
         symmetries=question.symmetries,
         regime=question.regime,

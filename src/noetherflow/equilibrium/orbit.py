@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.potential import LegPair, Potential
-from noetherflow.equilibrium.terms import EntryTerm, FactorTerm, LegTerm, OrbitTerm, SampleTerm, fits_factors
+from noetherflow.equilibrium.sample_terms import FactorTerm, SampleTerm, fits_factors
+from noetherflow.equilibrium.terms import EntryTerm, LegTerm, OrbitTerm
 from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.products import Factors
 from noetherflow.moments.result import GradientMoments
@@ -136,6 +137,17 @@ class FramedOrbit:
     def unframed(self, elements: Sequence[Tensor]) -> list[Tensor]:
         """`G frame`: the elements as seen from `theta`."""
         return [s.compose(g, f) for s, g, f in zip(self.symmetries, elements, self.frame, strict=True)]
+
+
+def sizes_now(orbit: Orbit) -> tuple[float, float | None]:
+    """`||theta||^2` and `Tr M` of the moved parameters at the identity, without leg Grams where that is less work."""
+    here = [s.identity() for s in orbit.symmetries]
+    if not isinstance(orbit, MeasuredOrbit):
+        point = orbit.at(here)
+        return point.norm, point.trace
+    out = blank_pairs(orbit.symmetries)
+    sizes = [t.sizes_now() if isinstance(t, FactorTerm) else t.add(here, out) for t in orbit.terms]
+    return sum(a for a, _ in sizes), sum(b for _, b in sizes)
 
 
 def leg_pairs(
@@ -350,12 +362,11 @@ def _refuse_other_data(
 
     Raises DataError otherwise: other data, or factors whose first axis is not the batch.
     """
-    out = blank_pairs(symmetries)
-    term.add([s.identity() for s in symmetries], out)
+    noise = term.noise_now()
     dtype = gradients.left.dtype if isinstance(gradients, Factors) else gradients.dtype
     tolerance = max(torch.finfo(t).eps for t in (dtype, theta.dtype, torch.float32)) ** 0.5
     for leg in legs:
-        found = out[leg.symmetry][leg.leg][1]
+        found = noise[leg.symmetry, leg.leg]
         expected = _leg_pair(symmetries[leg.symmetry], leg.leg, theta, moments, term.potential)[1]
         off = float(torch.linalg.vector_norm(found - expected))
         size = float(torch.linalg.vector_norm(expected))

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from noetherflow.core.progress import watched
+from noetherflow.equilibrium.alternate import HalvedOrbit, alternating, halves_of, minimise_in_turns
 from noetherflow.equilibrium.orbit import FramedOrbit, MeasuredOrbit, Point, blank_pairs
 from noetherflow.equilibrium.potential import LegPair, Potential
-from noetherflow.equilibrium.solve import Classes, Minimum, StepLimits, minimise
+from noetherflow.equilibrium.search import Minimum
+from noetherflow.equilibrium.solve import Classes, StepLimits, minimise
 from noetherflow.equilibrium.terms import OrbitTerm
 from noetherflow.symmetry.symmetry import Symmetry
 
@@ -85,15 +87,18 @@ def minimise_in_parts(
         return minimise(orbit, classes, limits, start=start, tolerance=tolerance, max_iterations=max_iterations)
     groups, found = independent(whole), []
     for members in watched(groups, "noise equilibrium, parts:", len(groups)):
-        part = minimise(
-            FramedOrbit(PartOrbit.of(whole, members), tuple(orbit.frame[i] for i in members)),
-            [classes[i] for i in members],
-            limits.of(members),
-            start=None if start is None else [start[i] for i in members],
-            tolerance=tolerance,
-            max_iterations=max_iterations,
-        )
-        found.append(part)
+        part, logs = PartOrbit.of(whole, members), None if start is None else [start[i] for i in members]
+        terms = alternating(part.terms) if max_iterations else ()
+        halves = halves_of(whole.symmetries, members, terms, limits.alone)
+        if halves is None:
+            framed = FramedOrbit(part, tuple(orbit.frame[i] for i in members))
+            chosen = [classes[i] for i in members]
+            own = limits.of(members)
+            best = minimise(framed, chosen, own, start=logs, tolerance=tolerance, max_iterations=max_iterations)
+        else:
+            halved = HalvedOrbit(whole, halves, terms, orbit.frame, tuple(classes), limits.alone)
+            best = minimise_in_turns(halved, start=logs, tolerance=tolerance, max_iterations=max_iterations)
+        found.append(best)
     return _joined(groups, found)
 
 

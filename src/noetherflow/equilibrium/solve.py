@@ -1,25 +1,25 @@
 """Minimise the convex Phi over all symmetries at once: simultaneous closed-form steps, Anderson-accelerated.
 
 Every sweep takes, for every symmetry from the same point, the closed-form step of theory.md section 5. It needs one
-evaluation of the leg Grams and no order or colouring of the symmetries; Anderson acceleration then gives the speed of a
-quasi-Newton method. Steps are first those of each symmetry alone; once one of them has raised Phi they are shortened by
+evaluation of the leg Grams and no order or colouring of the symmetries (`alternate.py` has the way for those that have
+one); Anderson acceleration then gives the speed of a quasi-Newton method. Steps are first those of each symmetry alone; once one of them has raised Phi they are shortened by
 the stiffness of all together (`overlap.stiffness`), and such a sweep never raises Phi.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from noetherflow.core import spd
-from noetherflow.core.progress import watched
 from noetherflow.equilibrium.blocks import GLClasses, TorusClasses, classify_gl, classify_torus
 from noetherflow.equilibrium.orbit import Orbit, Point
 from noetherflow.equilibrium.potential import Potential
+from noetherflow.equilibrium.search import Minimum, Visit, flat, search, unflat
 from noetherflow.errors import MomentError
 from noetherflow.symmetry.symmetry import Symmetry
 
@@ -72,18 +72,6 @@ class StepLimits:
         return StepLimits(tuple(self.alone[i] for i in members), tuple(self.together[i] for i in members))
 
 
-@dataclass(frozen=True, eq=False)
-class Minimum:
-    """Where the solver stopped: logs of the group elements, the last point and how it got there."""
-
-    logs: list[Tensor]
-    point: Point
-    imbalance: float
-    iterations: int
-    evaluations: int
-    converged: bool
-
-
 def elements_of(symmetries: Sequence[Symmetry], logs: Sequence[Tensor]) -> list[Tensor]:
     """`G = exp(log)`, vectors for tori and symmetric positive matrices for GL."""
     return [s.exp(a) for s, a in zip(symmetries, logs, strict=True)]
@@ -114,78 +102,77 @@ def minimise(
 
     Stops when the relative Noether flow of every symmetry is below `tolerance`, or when it no longer falls.
     """
-    symmetries = orbit.symmetries
-    logs = [torch.zeros(s.shape, dtype=torch.float64) for s in symmetries] if start is None else list(start)
-    history = _Anderson(memory)
-    best: Minimum | None = None
-    stalled = evaluations = 0
-    kappa, retreat = limits.alone, None
-    merit = float("inf")
-    for iteration in watched(range(max_iterations + 1), "noise equilibrium, sweeps:", max_iterations):
-        elements = elements_of(symmetries, logs)
-        point = orbit.at(elements)
-        evaluations += 1
-        value, worst = _merit(orbit, point), _worst(orbit, classes, point)
-        better = value <= merit + 1e-9 * abs(merit) or worst < 0.9 * _of(best)
-        if retreat is not None and not better:
-            kappa = limits.together
-            logs, retreat = _sweep(orbit, classes, kappa, *retreat), None
-            history = _Anderson(memory)
-            continue
-        if best is None or worst < best.imbalance:
-            stalled = 0 if best is None or worst < 0.9 * best.imbalance else stalled + 1
-            best = Minimum(logs, point, worst, iteration, evaluations, worst <= tolerance)
-        else:
-            stalled += 1
-        if worst <= tolerance or stalled > 3 * memory:
-            break
-        merit = min(merit, value) if value == value else merit
-        plain = _flat(_sweep(orbit, classes, kappa, elements, point))
-        proposal = history.propose(_flat(logs), plain)
-        retreat = None if proposal is plain and kappa is limits.together else (elements, point)
-        logs = _unflat(proposal, symmetries)
-    assert best is not None
-    return Minimum(best.logs, best.point, best.imbalance, iteration, evaluations, best.imbalance <= tolerance)
+    logs = [torch.zeros(s.shape, dtype=torch.float64) for s in orbit.symmetries] if start is None else list(start)
+    sweeps = _AtOnce(orbit, tuple(classes), limits, limits.alone)
+    return search(sweeps, flat(logs), tolerance, max_iterations, memory)
 
 
-def _of(best: Minimum | None) -> float:
-    return float("inf") if best is None else best.imbalance
+@dataclass(frozen=True, eq=False)
+class _AtOnce:
+    """One closed-form step of every symmetry, all from the same point, divided by `kappa`."""
+
+    orbit: Orbit
+    classes: tuple[Classes, ...]
+    limits: StepLimits
+    kappa: tuple[Tensor, ...]
+
+    @property
+    def safe(self) -> bool:
+        return self.kappa is self.limits.together
+
+    def shortened(self) -> _AtOnce:
+        return replace(self, kappa=self.limits.together)
+
+    def visit(self, at: Tensor, last: Visit | None) -> Visit:
+        orbit = self.orbit
+        logs = unflat(at, orbit.symmetries)
+        point = orbit.at(elements_of(orbit.symmetries, logs))
+        worst = worst_of(orbit.symmetries, self.classes, point, orbit.potential)
+        return Visit(logs, point, merit_of(orbit.potential, point), worst)
+
+    def image(self, visit: Visit) -> Tensor:
+        """Raises MomentError for a symmetry whose drives are not positive on its finite coordinates."""
+        new, elements = [], elements_of(self.orbit.symmetries, visit.logs)
+        for s, c, k, g, pairs in zip(
+            self.orbit.symmetries, self.classes, self.kappa, elements, visit.point.pairs, strict=True
+        ):
+            new.append(step_of(s, c, k, g, drives(s, pairs, self.orbit.potential)))
+            refuse_unfinished(s, new[-1])
+        return flat(new)
 
 
-def _merit(orbit: Orbit, point: Point) -> float:
+def merit_of(potential: Potential, point: Point) -> float:
     """Phi up to a constant, NaN where it is not known."""
     if point.trace is None:
         return float("nan")
-    return 0.5 * (orbit.potential.norm * point.norm + point.trace)
+    return 0.5 * (potential.norm * point.norm + point.trace)
 
 
-def _worst(orbit: Orbit, classes: Sequence[Classes], point: Point) -> float:
+def worst_of(symmetries: Sequence[Symmetry], classes: Sequence[Classes], point: Point, potential: Potential) -> float:
     """The largest imbalance, infinite where it is not a number."""
     worst = 0.0
-    for s, c, pairs in zip(orbit.symmetries, classes, point.pairs, strict=True):
-        flow = imbalance(s, c, *drives(s, pairs, orbit.potential)).max()
+    for s, c, pairs in zip(symmetries, classes, point.pairs, strict=True):
+        flow = imbalance(s, c, *drives(s, pairs, potential)).max()
         worst = max(worst, float(flow.nan_to_num(nan=torch.inf)))
     return worst
 
 
-def _sweep(
-    orbit: Orbit, classes: Sequence[Classes], kappa: Sequence[Tensor], elements: Sequence[Tensor], point: Point
-) -> list[Tensor]:
-    """New logs after one simultaneous step of every symmetry.
-
-    Raises MomentError for a symmetry whose drives are not positive on its finite coordinates.
+def step_of(symmetry: Symmetry, classes: Classes, kappa: Tensor, element: Tensor, xy: tuple[Tensor, Tensor]) -> Tensor:
+    """The log of the element after one closed-form step from `element` under the drives `xy`, divided by `kappa`; not
+    finite where the drives are not positive on the finite coordinates.
     """
-    logs = []
-    for s, c, k, g, pairs in zip(orbit.symmetries, classes, kappa, elements, point.pairs, strict=True):
-        x, y = drives(s, pairs, orbit.potential)
-        new = g.log() + _torus_step(c, x, y) / (4 * k) if isinstance(c, TorusClasses) else _gl_log(c, x, y, k, g)
-        if not bool(torch.isfinite(new).all()):
-            raise MomentError(
-                f"symmetry {s.name!r}: an estimated second moment is not positive or not finite on the way to the "
-                f"equilibrium; {_remedy(s)}"
-            )
-        logs.append(new)
-    return logs
+    if isinstance(classes, TorusClasses):
+        return element.log() + _torus_step(classes, *xy) / (4 * kappa)
+    return _gl_log(classes, *xy, kappa, element)
+
+
+def refuse_unfinished(symmetry: Symmetry, log: Tensor) -> None:
+    """Raises MomentError for a step that is not finite."""
+    if not bool(torch.isfinite(log).all()):
+        raise MomentError(
+            f"symmetry {symmetry.name!r}: an estimated second moment is not positive or not finite on the way to the "
+            f"equilibrium; {_remedy(symmetry)}"
+        )
 
 
 def _remedy(symmetry: Symmetry) -> str:
@@ -228,38 +215,3 @@ def finite_gl_step(classes: GLClasses, x: Tensor, y: Tensor) -> Tensor:
 
     p = spd.geometric_mean(padded(x), padded(y))
     return spd.symmetric(q @ p @ q + outside)
-
-
-class _Anderson:
-    """Type-II Anderson mixing of a fixed-point map, on flat vectors; keeps `memory - 1` differences of each kind."""
-
-    def __init__(self, memory: int) -> None:
-        self.differences = memory - 1
-        self.last: tuple[Tensor, Tensor] | None = None
-        self.steps: list[Tensor] = []
-        self.moves: list[Tensor] = []
-
-    def propose(self, point: Tensor, image: Tensor) -> Tensor:
-        """The next point given that the map sends `point` to `image`; `image` itself while there is no history."""
-        residual = image - point
-        if self.last is not None:
-            self.steps = [*self.steps, residual - self.last[0]][-self.differences :]
-            self.moves = [*self.moves, image - self.last[1]][-self.differences :]
-        self.last = (residual, image)
-        if not self.steps:
-            return image
-        columns = torch.stack(self.steps, dim=1)
-        mixing = torch.linalg.lstsq(columns, residual[:, None], rcond=1e-12, driver="gelsd").solution
-        proposal = image.clone()
-        for weight, move in zip(mixing.flatten().tolist(), self.moves, strict=True):
-            proposal.sub_(move, alpha=weight)
-        return proposal if bool(torch.isfinite(proposal).all()) else image
-
-
-def _flat(logs: Sequence[Tensor]) -> Tensor:
-    return torch.cat([a.reshape(-1) for a in logs]) if logs else torch.zeros(0, dtype=torch.float64)
-
-
-def _unflat(flat: Tensor, symmetries: Sequence[Symmetry]) -> list[Tensor]:
-    sizes = [int(torch.Size(s.shape).numel()) for s in symmetries]
-    return [part.reshape(s.shape) for part, s in zip(torch.split(flat, sizes), symmetries, strict=True)]

@@ -27,7 +27,8 @@ from noetherflow.equilibrium.orbit import (
 from noetherflow.equilibrium.parts import minimise_in_parts
 from noetherflow.equilibrium.potential import LegPair, Potential
 from noetherflow.equilibrium.regime import Regime, regime_of
-from noetherflow.equilibrium.solve import Classes, Minimum, StepLimits, drives, elements_of, logs_of
+from noetherflow.equilibrium.search import Minimum
+from noetherflow.equilibrium.solve import Classes, StepLimits, drives, elements_of, logs_of
 from noetherflow.equilibrium.start import Start
 from noetherflow.errors import MomentError
 from noetherflow.moments.result import GradientMoments

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import combinations
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from noetherflow.equilibrium.potential import LegPair, Potential
-from noetherflow.moments.products import Factors
-from noetherflow.symmetry.leg import Leg
+from noetherflow.equilibrium.potential import LegPair
 from noetherflow.symmetry.overlap import LegCoordinates
-from noetherflow.symmetry.symmetry import Symmetry
 
 
 class OrbitTerm(Protocol):
@@ -40,7 +37,20 @@ class OrbitTerm(Protocol):
         """`slope` at these elements, with what depends on them alone worked out."""
 
 
-def _dual(element: Tensor) -> Tensor:
+class HeldTerm(Protocol):
+    """A part of the model of whose symmetries some stand still: what follows from where they stand is worked out.
+
+    Elements are those of all symmetries; those that stand are given as they stand.
+    """
+
+    def free(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
+        """Write `(K, M)` of the legs that move into `out[symmetry][leg]`; return `||theta||^2` and `Tr M`."""
+
+    def held(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> None:
+        """Write `(K, M)` of the legs that stand."""
+
+
+def dual_of(element: Tensor) -> Tensor:
     """`G^-T` of every block `[blocks, n, n]`; NaN where a block is singular in float64, which the solver steps back
     from.
     """
@@ -113,6 +123,56 @@ class HeldSlope:
 
 
 @dataclass(frozen=True, eq=False)
+class HeldLeg:
+    """A leg that shares no entry with others: nothing is worked out beforehand."""
+
+    term: LegTerm
+
+    def free(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
+        return self.term.add(elements, out)
+
+    def held(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> None:
+        self.term.add(elements, out)
+
+
+@dataclass(frozen=True, eq=False)
+class HeldEntries:
+    """Entries `weight` and `noise` as the legs of `term` that stand have moved them."""
+
+    term: EntryTerm
+    standing: frozenset[int]
+    weight: Tensor
+    noise: Tensor
+
+    def free(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
+        k, m = self._moved(elements)
+        for leg in self.term.legs:
+            if leg.symmetry not in self.standing:
+                out[leg.symmetry][leg.leg] = (leg.collect(k), leg.collect(m))
+        return float(k.sum()), float(m.sum())
+
+    def held(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> None:
+        k, m = self._moved(elements)
+        for leg in self.term.legs:
+            if leg.symmetry in self.standing:
+                out[leg.symmetry][leg.leg] = (leg.collect(k), leg.collect(m))
+
+    def _moved(self, elements: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        free = [leg for leg in self.term.legs if leg.symmetry not in self.standing]
+        return moved_entries(free, elements, self.weight, self.noise)
+
+
+def moved_entries(
+    legs: Sequence[LegCoordinates], elements: Sequence[Tensor], weight: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Squares of weights and noise of all entries after some legs have moved them."""
+    for leg in legs:
+        factor = leg.spread(elements[leg.symmetry]) ** (2 * leg.exponent)
+        weight, noise = weight * factor, noise / factor
+    return weight, noise
+
+
+@dataclass(frozen=True, eq=False)
 class LegTerm:
     """A leg that shares no entry with any other leg: its two Grams say everything."""
 
@@ -127,8 +187,17 @@ class LegTerm:
     def moved_by(self) -> tuple[int, ...]:
         return (self.symmetry,)
 
+    @property
+    def meetings(self) -> frozenset[frozenset[int]]:
+        """Pairs of symmetries that move an entry together; a symmetry by itself where it meets itself: none."""
+        return frozenset()
+
     def unpacked(self) -> LegTerm:
         return self
+
+    def holding(self, elements: Sequence[Tensor], members: frozenset[int]) -> HeldLeg:
+        """The same part with the symmetries `members` standing at these elements."""
+        return HeldLeg(self)
 
     def add(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
         element = elements[self.symmetry]
@@ -137,7 +206,7 @@ class LegTerm:
             k, m = self.weight * factor, self.noise / factor
             traces = float(k.sum()), float(m.sum())
         else:
-            dual = _dual(element)
+            dual = dual_of(element)
             g, h = (element, dual) if self.exponent > 0 else (dual, element)
             k, m = g @ self.weight @ g.mT, h @ self.noise @ h.mT
             traces = _trace(k), _trace(m)
@@ -153,7 +222,7 @@ class LegTerm:
         if self.torus:
             k = 2 * self.exponent**2 * self.weight * element ** (2 * self.exponent)
         else:
-            g = element if self.exponent > 0 else _dual(element)
+            g = element if self.exponent > 0 else dual_of(element)
             k = g @ self.weight @ g.mT
         return LegSlope(self.symmetry, self.torus, k)
 
@@ -170,14 +239,25 @@ class EntryTerm:
     def moved_by(self) -> tuple[int, ...]:
         return tuple(leg.symmetry for leg in self.legs)
 
+    @property
+    def meetings(self) -> frozenset[frozenset[int]]:
+        """Pairs of symmetries that move an entry together; a symmetry by itself where it meets itself."""
+        return frozenset(
+            frozenset((a.symmetry, b.symmetry))
+            for a, b in combinations(self.legs, 2)
+            if bool((a.moves & b.moves).any())
+        )
+
     def unpacked(self) -> EntryTerm:
         return self
 
+    def holding(self, elements: Sequence[Tensor], members: frozenset[int]) -> HeldEntries:
+        """The same part with the symmetries `members` standing at these elements."""
+        standing = [leg for leg in self.legs if leg.symmetry in members]
+        return HeldEntries(self, members, *moved_entries(standing, elements, self.weight, self.noise))
+
     def add(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
-        k, m = self.weight, self.noise
-        for leg in self.legs:
-            factor = leg.spread(elements[leg.symmetry]) ** (2 * leg.exponent)
-            k, m = k * factor, m / factor
+        k, m = moved_entries(self.legs, elements, self.weight, self.noise)
         for leg in self.legs:
             out[leg.symmetry][leg.leg] = (leg.collect(k), leg.collect(m))
         return float(k.sum()), float(m.sum())
@@ -191,168 +271,6 @@ class EntryTerm:
         for leg in self.legs:
             k = k * leg.spread(elements[leg.symmetry]) ** (2 * leg.exponent)
         return EntrySlope(self.legs, k)
-
-
-@dataclass(frozen=True, eq=False)
-class _GradientTerm:
-    """A parameter that general_linear and other legs move together: its weights, mean gradient and what a subclass
-    holds.
-    """
-
-    parameter: str
-    symmetries: tuple[tuple[int, Symmetry], ...]
-    theta: Tensor
-    mean: Tensor
-    potential: Potential
-
-    @property
-    def moved_by(self) -> tuple[int, ...]:
-        return tuple(index for index, _ in self.symmetries)
-
-    def slope_at(self, elements: Sequence[Tensor]) -> HeldSlope:
-        """`slope` at these elements."""
-        return HeldSlope(self, elements)
-
-    def slope(self, elements: Sequence[Tensor], generators: Sequence[Tensor], out: list[Tensor]) -> None:
-        theta = self._moved(self.theta, elements)
-        rate = torch.zeros_like(theta)
-        for index, symmetry in self.symmetries:
-            rate = rate + symmetry.tangent_of(self.parameter, theta, generators[index])
-        for index, _, leg, symmetry in self._legs():
-            grown, shrunk = symmetry.leg_gram(leg, theta + rate), symmetry.leg_gram(leg, theta - rate)
-            out[index] = out[index] + leg.exponent * (grown - shrunk) / 2
-
-    def _legs(self) -> list[tuple[int, int, Leg, Symmetry]]:
-        return [
-            (index, position, leg, symmetry)
-            for index, symmetry in self.symmetries
-            for position, leg in enumerate(symmetry.weight_legs)
-            if leg.parameter == self.parameter
-        ]
-
-    def _duals(self, elements: Sequence[Tensor]) -> list[Tensor]:
-        """What gradients are moved by; elements of symmetries without a leg here as they are."""
-        duals = list(elements)
-        for i, s in self.symmetries:
-            duals[i] = s.inverse(elements[i]) if s.is_torus else _dual(elements[i])
-        return duals
-
-    def _moved(self, values: Tensor, elements: Sequence[Tensor]) -> Tensor:
-        for index, symmetry in self.symmetries:
-            values = symmetry.move(self.parameter, values, elements[index])
-        return values
-
-
-@dataclass(frozen=True, eq=False)
-class SampleTerm(_GradientTerm):
-    """... with its dense gradient for every sample, `[N, *shape]`."""
-
-    gradients: Tensor
-
-    def unpacked(self) -> SampleTerm:
-        return self
-
-    def add(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
-        duals = self._duals(elements)
-        theta, mean = self._moved(self.theta, elements), self._moved(self.mean, duals)
-        gradients = torch.stack([self._moved(g, duals) for g in self.gradients])
-        for index, position, leg, symmetry in self._legs():
-            second = torch.stack([symmetry.leg_gram(leg, g) for g in gradients]).mean(0)
-            drive = self.potential.drive(second, symmetry.leg_gram(leg, mean))
-            out[index][position] = (symmetry.leg_gram(leg, theta), drive)
-        trace = self.potential.drive(gradients.square().mean(0), mean.square()).sum()
-        return float(theta.square().sum()), float(trace)
-
-
-@dataclass(frozen=True, eq=False)
-class FactorTerm(_GradientTerm):
-    """... as a matrix whose gradients are `Factors`, every leg along one of its axes (`fits_factors`)."""
-
-    factors: Factors
-
-    def unpacked(self) -> FactorTerm:
-        """The same in float64, so that no evaluation has to convert anything."""
-        kept = replace(self, factors=self.factors.to(torch.float64))
-        return replace(kept, theta=self.theta.double(), mean=self.mean.double())
-
-    def add(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
-        duals = self._duals(elements)
-        theta, mean = self._moved(self.theta, elements), self._moved(self.mean, duals)
-        left, right = self._sides(duals)
-        inner = [x @ x.mT for x in (left, right)]
-        partners = (inner[1] @ left, inner[0] @ right)
-        n = len(left)
-        for index, position, leg, symmetry in self._legs():
-            axis = leg.axes[0] % 2
-            second = _form(leg, symmetry, _columns((left, right)[axis]), _columns(partners[axis])) / n
-            x, g = (theta, mean) if axis == 0 else (theta.mT, mean.mT)
-            drive = self.potential.drive(second, _form(leg, symmetry, g, g))
-            out[index][position] = (_form(leg, symmetry, x, x), drive)
-        trace = (inner[0] * inner[1]).sum() / n
-        return float(theta.square().sum()), float(self.potential.drive(trace, mean.square().sum()))
-
-    def _sides(self, duals: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Both factors `[N, T, d]` under the group elements of gradients."""
-        left, right = (_own(f) for f in (self.factors.left, self.factors.right))
-        self._move_axis(0, _columns(left), duals)
-        self._move_axis(1, _columns(right), duals)
-        return left, right
-
-    def _moved(self, values: Tensor, elements: Sequence[Tensor]) -> Tensor:
-        x = _own(values)
-        self._move_axis(0, x, elements)
-        self._move_axis(1, x.mT, elements)
-        return x
-
-    def _move_axis(self, axis: int, x: Tensor, elements: Sequence[Tensor]) -> None:
-        """Move the rows of `x`, which run along `axis` of the parameter, in place by the legs on that axis."""
-        for index, _, leg, symmetry in self._legs():
-            if leg.axes[0] % 2 == axis:
-                _apply(leg, symmetry, elements[index], x)
-
-
-def _own(values: Tensor) -> Tensor:
-    """A contiguous copy in float64."""
-    return torch.empty(values.shape, dtype=torch.float64).copy_(values)
-
-
-def _columns(samples: Tensor) -> Tensor:
-    """A view of `[N, T, d]` as a matrix `[d, N T]`."""
-    return samples.flatten(0, 1).mT
-
-
-def _form(leg: Leg, symmetry: Symmetry, x: Tensor, y: Tensor) -> Tensor:
-    """`X Y^T` of the rows that the leg chooses, in the layout of the symmetry."""
-    rows = _chosen(leg)
-    x, y = (a[rows].reshape(leg.blocks, leg.dim, -1) for a in (x, y))
-    return (x * y).sum((1, 2)) if symmetry.is_torus else x @ y.mT
-
-
-def _apply(leg: Leg, symmetry: Symmetry, element: Tensor, x: Tensor) -> None:
-    """Move the rows of `x` that the leg chooses, in place."""
-    rows = _chosen(leg)
-    if symmetry.is_torus:
-        x[rows] *= (element**leg.exponent).repeat_interleave(leg.replicas)[:, None]
-        return
-    g = element if leg.sign > 0 else _dual(element)
-    blocks = x[rows].reshape(leg.blocks, leg.dim, -1)
-    moved = (blocks.mT @ g.mT).mT if blocks.stride(1) == 1 else g @ blocks
-    x[rows] = moved.reshape(leg.index.size, -1) if leg.replicas > 1 else moved.flatten(0, 1)
-
-
-def _chosen(leg: Leg) -> slice | Tensor:
-    """The rows that a leg moves: a slice where they follow one another, which takes no copy."""
-    index = leg.index.reshape(-1)
-    first, size = int(index[0]), index.size
-    if bool((index == np.arange(first, first + size)).all()):
-        return slice(first, first + size)
-    return torch.as_tensor(index)
-
-
-def fits_factors(symmetries: Sequence[Symmetry], parameter: str, shape: tuple[int, ...]) -> bool:
-    """True when every leg on the parameter lies along one of its two axes as it is stored."""
-    legs = [leg for s in symmetries for leg in s.weight_legs if leg.parameter == parameter]
-    return len(shape) == 2 and all(leg.view in (None, shape) and len(leg.axes) == 1 for leg in legs)
 
 
 def _trace(a: Tensor) -> float:
