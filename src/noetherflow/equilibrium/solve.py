@@ -1,9 +1,10 @@
 """Minimise the convex Phi over all symmetries at once: simultaneous closed-form steps, Anderson-accelerated.
 
 Every sweep takes, for every symmetry from the same point, the closed-form step of theory.md section 5. It needs one
-evaluation of the leg Grams and no order or colouring of the symmetries (`alternate.py` has the way for those that have
-one); Anderson acceleration then gives the speed of a quasi-Newton method. Steps are first those of each symmetry alone; once one of them has raised Phi they are shortened by
-the stiffness of all together (`overlap.stiffness`), and such a sweep never raises Phi.
+evaluation of the leg Grams and no order or colouring of the symmetries (`alternate.py` uses one where there is one);
+Anderson acceleration then gives the speed of a quasi-Newton method. Steps are first those of each symmetry alone; once
+one of them has raised Phi they are shortened by the stiffness of all together (`overlap.stiffness`), and such a sweep
+never raises Phi.
 """
 
 from __future__ import annotations
