@@ -148,7 +148,7 @@ class FactorTerm(_GradientTerm):
         for axis in (0, 1):
             side, other = sides[axis], sides[1 - axis]
             partner, mean = (other @ other.mT) @ side, self.mean.to(side.dtype)
-            for index, position, leg, symmetry in self._along(axis):
+            for index, position, leg, symmetry in self.along(axis):
                 second = _form(leg, symmetry, _columns(side), _columns(partner)) / len(side)
                 x = mean.mT if axis else mean
                 out[index, position] = self.potential.drive(second, _form(leg, symmetry, x, x)).double()
@@ -172,7 +172,7 @@ class FactorTerm(_GradientTerm):
         other side, times `x.side`.
         """
         theta, mean = (x.theta.mT, x.mean.mT) if axis else (x.theta, x.mean)
-        for index, position, leg, symmetry in self._along(axis):
+        for index, position, leg, symmetry in self.along(axis):
             second = _form(leg, symmetry, _columns(x.side), _columns(partner)) / len(partner)
             drive = self.potential.drive(second, _form(leg, symmetry, mean, mean))
             out[index][position] = (_form(leg, symmetry, theta, theta), drive)
@@ -187,9 +187,15 @@ class FactorTerm(_GradientTerm):
         return values
 
     def _moves(self, axis: int, elements: Sequence[Tensor]) -> list[_Move]:
-        return [_Move.of(leg, s, elements[index]) for index, _, leg, s in self._along(axis)]
+        return [_Move.of(leg, s, elements[index]) for index, _, leg, s in self.along(axis)]
 
-    def _along(self, axis: int) -> list[tuple[int, int, Leg, Symmetry]]:
+    def scales(self, axis: int, elements: Sequence[Tensor]) -> Tensor:
+        """What the torus legs along an axis multiply the rows of weights by."""
+        rows = torch.ones(1, self.theta.shape[axis], dtype=torch.float64)
+        return _turned(self._moves(axis, elements), rows, 1)[0]
+
+    def along(self, axis: int) -> list[tuple[int, int, Leg, Symmetry]]:
+        """The legs along an axis: symmetry, position of the leg, leg, and the symmetry itself."""
         return [own for own in self._legs() if own[2].axes[0] % 2 == axis]
 
 
@@ -210,6 +216,8 @@ class HeldFactors:
     inner: Tensor
 
     def free(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
+        if all(symmetry.is_torus for *_, symmetry in self.term.along(1 - self.axis)):
+            return self._free_rows(elements, out)
         x = self._moved(elements)
         partner = self.inner @ x.side
         self.term.write(1 - self.axis, x, partner, out)
@@ -219,6 +227,22 @@ class HeldFactors:
         x = self._moved(elements)
         partner = (x.side @ x.side.mT) @ self.at.side
         self.term.write(self.axis, replace(x, side=self.at.side), partner, out)
+
+    def _free_rows(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
+        """`free` where only numbers scale the rows along the other axis: sums of squares of rows say everything."""
+        axis, term = 1 - self.axis, self.term
+        side = (term.factors.right if axis else term.factors.left).double()
+        second = (side * (self.inner @ side)).sum((0, 1)) / len(side)
+        squares = [x.square().sum(self.axis) for x in (self.at.theta, self.at.mean)]
+        scale = term.scales(axis, elements).square()
+        weight, noise = squares[0] * scale, term.potential.drive(second, squares[1]) / scale
+        for index, position, leg, _ in term.along(axis):
+            rows = _chosen(leg)
+            out[index][position] = (
+                weight[rows].reshape(leg.blocks, -1).sum(1),
+                noise[rows].reshape(leg.blocks, -1).sum(1),
+            )
+        return float(weight.sum()), float(noise.sum())
 
     def _moved(self, elements: Sequence[Tensor]) -> Noisy:
         """What the symmetries along the other axis make of it, with the factor along that axis."""
@@ -249,10 +273,12 @@ class _Move:
 def _turned(moves: Sequence[_Move], values: Tensor, axis: int, *, dual: bool = False) -> Tensor:
     """Values in float64 with their rows along an axis moved by one leg after the other; other rows stay."""
     x = values.double().movedim(axis, -1).flatten(0, -2)
-    out, taken = x.clone(), torch.zeros(x.shape[-1], dtype=torch.bool)
+    met = torch.zeros(x.shape[-1], dtype=torch.int64)
     for move in moves:
-        source = out.clone() if bool(taken[move.rows].any()) else x
-        taken[move.rows] = True
+        met[move.rows] += 1
+    out = torch.empty_like(x) if bool((met == 1).all()) else x.clone()
+    for move in moves:
+        source = out.clone() if bool((met[move.rows] > 1).any()) else x
         _turn(move.rows, move.dual if dual else move.weight, source, out)
     return out.reshape(values.shape[:axis] + values.shape[axis + 1 :] + x.shape[-1:]).movedim(-1, axis)
 
@@ -260,7 +286,10 @@ def _turned(moves: Sequence[_Move], values: Tensor, axis: int, *, dual: bool = F
 def _turn(rows: slice | Tensor, by: Tensor, source: Tensor, out: Tensor) -> None:
     """Write the chosen rows of `source`, which run along its last axis, into `out` as they are moved."""
     if by.ndim == 1:
-        out[:, rows] = source[:, rows] * by
+        if isinstance(rows, slice):
+            torch.mul(source[:, rows], by, out=out[:, rows])
+        else:
+            out[:, rows] = source[:, rows] * by
         return
     n = by.shape[-1]
     if isinstance(rows, slice) and rows.stop - rows.start == len(by) * n:

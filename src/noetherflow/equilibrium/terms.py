@@ -123,8 +123,8 @@ class HeldSlope:
 
 
 @dataclass(frozen=True, eq=False)
-class HeldLeg:
-    """A leg that shares no entry with others: nothing is worked out beforehand."""
+class FreeLeg:
+    """A leg that shares no entry with others, of a symmetry that moves."""
 
     term: LegTerm
 
@@ -132,7 +132,23 @@ class HeldLeg:
         return self.term.add(elements, out)
 
     def held(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> None:
-        self.term.add(elements, out)
+        """There is none."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeldLeg:
+    """A leg that shares no entry with others, of a symmetry that stands: its Grams `(K, M)` and their traces."""
+
+    symmetry: int
+    leg: int
+    pair: LegPair
+    traces: tuple[float, float]
+
+    def free(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
+        return self.traces
+
+    def held(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> None:
+        out[self.symmetry][self.leg] = self.pair
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,11 +211,19 @@ class LegTerm:
     def unpacked(self) -> LegTerm:
         return self
 
-    def holding(self, elements: Sequence[Tensor], members: frozenset[int]) -> HeldLeg:
+    def holding(self, elements: Sequence[Tensor], members: frozenset[int]) -> HeldLeg | FreeLeg:
         """The same part with the symmetries `members` standing at these elements."""
-        return HeldLeg(self)
+        if self.symmetry not in members:
+            return FreeLeg(self)
+        pair, traces = self._at(elements)
+        return HeldLeg(self.symmetry, self.leg, pair, traces)
 
     def add(self, elements: Sequence[Tensor], out: list[list[LegPair]]) -> tuple[float, float]:
+        out[self.symmetry][self.leg], traces = self._at(elements)
+        return traces
+
+    def _at(self, elements: Sequence[Tensor]) -> tuple[LegPair, tuple[float, float]]:
+        """`(K, M)` at these elements, and their traces."""
         element = elements[self.symmetry]
         if self.torus:
             factor = element ** (2 * self.exponent)
@@ -210,8 +234,7 @@ class LegTerm:
             g, h = (element, dual) if self.exponent > 0 else (dual, element)
             k, m = g @ self.weight @ g.mT, h @ self.noise @ h.mT
             traces = _trace(k), _trace(m)
-        out[self.symmetry][self.leg] = (k, m)
-        return traces
+        return (k, m), traces
 
     def slope(self, elements: Sequence[Tensor], generators: Sequence[Tensor], out: list[Tensor]) -> None:
         self.slope_at(elements).add(generators, out)
