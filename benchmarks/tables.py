@@ -164,3 +164,37 @@ def write_ledger(folder: Path, page: Path = PAGE) -> None:
     paths = sorted(folder.glob("ledger*.json"), key=lambda p: (len(p.stem), p.stem))
     table = ledger_table([json.loads(p.read_text()) for p in paths])
     page.write_text(between(page.read_text(), "ledger", table))
+
+
+def one_call_table(records: list[dict[str, Any]]) -> str:
+    """One row per model and machine: the time of each call over that of as many plain steps as it has batches.
+
+    Example:
+        >>> row = {"model": "MLP", "call": "16 batches", "ratio": 1.38, "spread": 0.02, "load": 1.5}
+        >>> record = {"machine": "2 cores", "threads": 1, "versions": "torch 2.13", "date": "2026-11-27", "rows": [row]}
+        >>> print(one_call_table([record]))
+        | model | machine | 16 batches |
+        |---|---|---|
+        | MLP | A | 1.38 ± 0.02 |
+        <BLANKLINE>
+        A: 2 cores, 1 threads, load 1.5, torch 2.13, 2026-11-27
+    """
+    letters = [chr(ord("A") + i) for i in range(len(records))]
+    found = [(letter, row) for letter, record in zip(letters, records, strict=True) for row in record["rows"]]
+    heads = list(dict.fromkeys(row["call"] for _, row in found))
+    lines = [f"| model | machine | {' | '.join(heads)} |", "|---|---|" + "---|" * len(heads)]
+    for model, letter in sorted(dict.fromkeys((row["model"], letter) for letter, row in found)):
+        own = {row["call"]: row for at, row in found if (row["model"], at) == (model, letter)}
+        lines.append(f"| {model} | {letter} | {' | '.join(_ratio(own.get(head)) for head in heads)} |")
+    return "\n".join([*lines, "", *map(_circumstances, letters, records)])
+
+
+def _ratio(row: dict[str, Any] | None) -> str:
+    return "–" if row is None else f"{row['ratio']:.2f} ± {row['spread']:.2f}"
+
+
+def write_one_call(folder: Path, page: Path = PAGE) -> None:
+    """Write the table of single calls from every record `one_call*.json` in the folder."""
+    paths = sorted(folder.glob("one_call*.json"), key=lambda p: (len(p.stem), p.stem))
+    table = one_call_table([json.loads(p.read_text()) for p in paths])
+    page.write_text(between(page.read_text(), "one call", table))
