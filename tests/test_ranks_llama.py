@@ -11,9 +11,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 import noetherflow as nf
+from noetherflow.errors import MomentError
 from noetherflow.moments import load_moments, save_moments
 from processes import run_ranks
 from test_ledger_distributed import assert_same_books
@@ -60,10 +70,41 @@ def wrapped(how: str, model: nn.Module, checkpointed: bool) -> nn.Module:
     if how == "ddp":
         return nn.parallel.DistributedDataParallel(model)
     if how == "fsdp":
-        for layer in model.model.layers:
-            fully_shard(layer)
-        return fully_shard(model)
+        return sharded(model)
     return model
+
+
+def sharded(model: nn.Module, mesh: DeviceMesh | None = None) -> nn.Module:
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def split(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Tensor parallel: attention by heads, the gated layer by hidden units, embedding and head by words."""
+    plan: dict[str, ParallelStyle] = {
+        "model.embed_tokens": RowwiseParallel(input_layouts=Replicate()),
+        "lm_head": ColwiseParallel(output_layouts=Replicate()),
+    }
+    for i in range(len(model.model.layers)):
+        into = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+        plan |= {f"model.layers.{i}.{name}": ColwiseParallel() for name in into}
+        plan |= {f"model.layers.{i}.{name}": RowwiseParallel() for name in ("self_attn.o_proj", "mlp.down_proj")}
+    return parallelize_module(model, mesh, plan)
+
+
+def measure_split(rank: int, fully: bool, out: Path) -> None:
+    """On two ranks with samples of their own, times two that share them, under `fully_shard` or not."""
+    plain = llama()
+    syms = nf.find_symmetries(plain, {"input_ids": texts(1, 2)[0]})
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    model = split(plain, mesh["tensor"])
+    model = sharded(model, mesh["data"]) if fully else model
+    mine, group = texts(8, 2)[mesh["data"].get_local_rank() :: 2], mesh["data"].get_group()
+    with pytest.raises(MomentError, match="would count each sample several times"):
+        nf.gradient_moments(model, loss, mine, syms, process_group=dist.group.WORLD)
+    moments = nf.gradient_moments(model, loss, mine, syms, entries=True, process_group=group)
+    save_moments(moments, out / f"split{rank}")
 
 
 def measure(rank: int, how: str, checkpointed: bool, out: Path, world: int = WORLD) -> None:
@@ -106,6 +147,38 @@ def test_moments_of_four_ranks_are_those_of_one_process(how: str, checkpointed: 
     expected = load_moments(tmp_path / "alone0")
     for rank in range(WORLD):
         assert_same(load_moments(tmp_path / f"{how}{rank}"), expected, 1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module.*returned a view tensor:UserWarning")
+@pytest.mark.parametrize("fully", [False, True])
+def test_moments_of_layers_split_by_tensor_parallelism_are_those_of_one_process(fully: bool, tmp_path: Path) -> None:
+    measure(0, "alone", False, tmp_path, world=1)
+    run_ranks(measure_split, fully, tmp_path, world=WORLD)
+    expected = load_moments(tmp_path / "alone0")
+    for rank in range(WORLD):
+        assert_same(load_moments(tmp_path / f"split{rank}"), expected, 1e-9)
+
+
+def measure_normed(rank: int, out: Path, world: int = 2) -> None:
+    """A norm between split layers, which sees a part of every sequence where there are two ranks."""
+    torch.manual_seed(0)
+    layers = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 4)
+    model = nn.Sequential(*layers).double()
+    batches = [torch.randn(3, 4, 6, dtype=torch.float64) for _ in range(2)]
+    syms = nf.find_symmetries(model, batches[0])
+    if world > 1:
+        into = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1), use_local_output=False)
+        plan = {"0": into, "1": SequenceParallel(use_local_output=True), "2": ColwiseParallel(input_layouts=Shard(1))}
+        parallelize_module(model, init_device_mesh("cpu", (world,)), {**plan, "4": RowwiseParallel()})
+    moments = nf.gradient_moments(model, lambda m, b: m(b).square().flatten(1).sum(1), batches, syms, entries=True)
+    save_moments(moments, out / f"normed{world}{rank}")
+
+
+def test_moments_of_norms_on_parts_of_sequences_are_those_of_one_process(tmp_path: Path) -> None:
+    measure_normed(0, tmp_path, world=1)
+    run_ranks(measure_normed, tmp_path, world=2)
+    for rank in range(2):
+        assert_same(load_moments(tmp_path / f"normed2{rank}"), load_moments(tmp_path / "normed10"), 1e-9)
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])

@@ -41,6 +41,20 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return out
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor of which ranks hold parts (a DTensor), each of which must call this; any other as it is.
+
+    Example:
+        >>> x = torch.ones(2)
+        >>> gathered(x) is x
+        True
+    """
+    if type(tensor) in (Tensor, nn.Parameter) or not hasattr(tensor, "full_tensor"):
+        return tensor
+    whole: Tensor = tensor.full_tensor()
+    return whole
+
+
 def refuse_inference_tensors(tensors: Mapping[str, Tensor], verb: str) -> None:
     """Refuse tensors made under `torch.inference_mode`, which autograd cannot use and nothing outside can change.
 

@@ -43,23 +43,29 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(m, FSDPModule) for m in model.modules())
 
 
-def refuse_tensor_parallel(model: nn.Module, params: Mapping[str, Tensor]) -> None:
-    """Raises MomentError for parameters that several ranks share with the samples: each has a part of the layer."""
-    if not dist.is_available():
+def refuse_counting_twice(params: Mapping[str, Tensor], ranks: Any | None, sharded: bool) -> None:
+    """Raises MomentError where ranks that share their samples, each with a part of a layer, would count each as own.
+
+    Args:
+        params: the model's parameters.
+        ranks: the process group whose sums are added.
+        sharded: `fully_shard` splits parameters over ranks with samples of their own, along one axis of the mesh.
+    """
+    if ranks is None:
         return
     from torch.distributed.tensor import DTensor
 
-    sharded = is_sharded(model)
-    split = [
-        n
-        for n, p in params.items()
-        if isinstance(p, DTensor) and not (sharded and sum(not at.is_replicate() for at in p.placements) <= 1)
-    ]
-    if split:
-        raise MomentError(
-            f"{split[:4]} are split by tensor parallelism, where no rank sees the gradient of a whole layer: measure a "
-            "copy under fully_shard or DistributedDataParallel, or in one process"
-        )
+    adding = set(dist.get_process_group_ranks(ranks))
+    for name, p in params.items():
+        if isinstance(p, DTensor):
+            split = [axis for axis, at in enumerate(p.placements) if not at.is_replicate()]
+            beside = [dist.get_process_group_ranks(p.device_mesh.get_group(axis)) for axis in split]
+            if sum(len(adding.intersection(members)) > 1 for members in beside) > sharded:
+                raise MomentError(
+                    f"{name} is split by tensor parallelism over ranks that share their samples, and adding over "
+                    f"{len(adding)} ranks would count each sample several times: give process_group=, the ranks whose "
+                    "batches differ (of a mesh with axes data and tensor: mesh['data'].get_group())"
+                )
 
 
 def in_step(batches: Iterable[Any], together: Any | None) -> Iterator[Any]:

@@ -28,7 +28,7 @@ from noetherflow.moments.batch import (
 from noetherflow.moments.batch_statistics import refuse_batch_statistics, refuse_running_statistics
 from noetherflow.moments.capture import Captured, CapturedWay, Captures
 from noetherflow.moments.conditions import Conditions
-from noetherflow.moments.distributed import in_step, is_sharded, ranks_of, refuse_sharded, refuse_tensor_parallel
+from noetherflow.moments.distributed import in_step, is_sharded, ranks_of, refuse_counting_twice, refuse_sharded
 from noetherflow.moments.factors import FactorKeeper
 from noetherflow.moments.fallback import Fallback
 from noetherflow.moments.groups import GroupSums
@@ -184,7 +184,6 @@ class Meter:
         self._needs = needs_of(self.syms, wanted, self.entries)
         roots = {n: t for n, t in tensors_of(self.model).items() if t.requires_grad}
         measured = frozenset(n for n, t in wanted.items() if t.numel())  # no gradient passes an empty parameter
-        refuse_tensor_parallel(self.model, wanted)
         self._subject = Subject(self.model, self.loss_fn, roots, measured, self.sample_axes, self._together)
         self._fallback: Fallback | None = None
         # what the rules measure: everything but the parameters left to the fallback
@@ -366,7 +365,8 @@ class Meter:
         self._fallback.add(batch, shares)
 
     def _refuse_ranks(self, ranks: Any) -> None:
-        """Raises MomentError where several ranks would have to gather factors."""
+        """Raises MomentError where several ranks would have to gather factors, or would count samples twice."""
+        refuse_counting_twice(self._subject.roots, ranks, is_sharded(self._given))
         if self._wanted.factors and ranks is not None:
             raise MomentError(
                 f"factors of {sorted(self._wanted.factors)[:4]} are not gathered over ranks: measure with for_='flow' "

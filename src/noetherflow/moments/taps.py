@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from noetherflow.core.tensors import gathered
 from noetherflow.core.torch_internals import (
     is_attribute_access,
     is_python_function_of_torch,
@@ -281,8 +282,11 @@ class Recorder(TorchFunctionMode):
         )
 
     def arrived(self, tapped: Tapped, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
-        """Called by a tap; an output gradient during the forward is of a derivative that is part of the loss."""
+        """Called by a tap; an output gradient during the forward is of a derivative that is part of the loss.
+
+        Of layers that tensor parallelism splits, rules get whole output gradients and activations.
+        """
         if self._recording:
             self.trace.leave(tapped.use.names, "autograd.grad in the forward")
         else:
-            self._receiver.receive(tapped.use, tapped.call.seen(delta), saved)
+            self._receiver.receive(tapped.use, tapped.call.seen(gathered(delta)), tuple(map(gathered, saved)))

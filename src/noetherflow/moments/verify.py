@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from noetherflow.core.tensors import gathered
 from noetherflow.errors import MomentError
 from noetherflow.moments.batch import (
     Backward,
@@ -316,7 +317,7 @@ def _compare(use: Use, source: Source, expected: Tensor | None, total: Total | N
         return
     size = torch.zeros(())
     if expected is not None:
-        expected = expected.to_dense()
+        expected = gathered(expected).to_dense()
         size = size_of(expected)
         if not torch.isfinite(size) and not all_finite(expected):
             raise MomentError(

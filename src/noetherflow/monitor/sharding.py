@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from noetherflow.core.tensors import gathered
+
 PLAIN = (Tensor, nn.Parameter)
 
 
@@ -18,9 +20,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local(tensor: Any, whole: bool) -> Tensor:
     """A plain tensor: the local shard when only totals over the whole parameter are needed, else the gathered one."""
-    if not is_sharded(tensor):
-        return tensor
-    return tensor.to_local() if whole else tensor.full_tensor()
+    return tensor.to_local() if whole and is_sharded(tensor) else gathered(tensor)
 
 
 def laid_as(tensor: Any, parameter: Any) -> Any:
