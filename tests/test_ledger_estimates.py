@@ -261,3 +261,80 @@ def test_rotation_is_not_predicted_where_there_is_no_formula() -> None:
     assert math.isnan(RealisedRule().rotation(RealisedSettings(0.1, 0.0)))
     plain = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1).param_groups[0]
     assert SGDRule().rotation(SGDRule().settings(plain, {}, 0)) == 0
+
+
+def test_the_last_estimate_is_of_the_weights_that_the_run_ended_with() -> None:
+    """Norm and charge from the final weights; drive and distance from the gradients of steps 0 and 4 (memory 0.9)."""
+    model = mlp()
+    eta, w = 0.05, 0.01
+    optimizer = torch.optim.SGD(model.parameters(), lr=eta, weight_decay=w)
+    syms = mlp_symmetries(model)
+    squares: dict[str, list[list[torch.Tensor]]] = {s.name: [] for s in syms}
+    with Ledger(model, optimizer, syms, estimate_every=4, every=1) as ledger:
+        for k, batch in enumerate(batches(7)):
+            optimizer.zero_grad()
+            backward(model, batch)
+            gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            if k in (0, 4):
+                for s in syms:
+                    squares[s.name].append([_diagonal(s, g) for g in s.grams(gradients)])
+            optimizer.step()
+        optimizer.zero_grad()
+    rows = ledger.estimates()
+    assert sorted({r["step"] for r in rows}) == [0, 4, 7]
+    theta = {n: p.detach() for n, p in model.named_parameters()}
+    for row, s in zip(rows[-len(syms) :], syms, strict=True):
+        legs = [(0.09 * a + 0.1 * b) / 0.19 for a, b in zip(*squares[s.name], strict=True)]
+        weight = [_diagonal(s, x) for x in s.grams(theta)]
+        signs = [leg.sign for leg in s.weight_legs]
+        side = lambda values, sign: sum(v for v, t in zip(values, signs, strict=True) if t == sign)  # noqa: B023
+        assert row["symmetry"] == s.name
+        assert row["norm"] == pytest.approx(float(sum(x.sum() for x in weight)), rel=1e-12)
+        assert row["charge_sum"] == pytest.approx(
+            float((side(weight, 1) - side(weight, -1)).sum()), rel=1e-9, abs=1e-12
+        )
+        assert row["drive"] == pytest.approx(float((side(legs, 1) - side(legs, -1)).sum()), rel=1e-9)
+        pull = w / eta * (2 - eta * w)
+        x, y = pull * side(weight, 1) + side(legs, -1), pull * side(weight, -1) + side(legs, 1)
+        lam = (0.25 * torch.log(y / x)).abs().cpu().numpy()
+        assert row["distance"] == pytest.approx(float(np.median(lam)), rel=1e-9)
+        assert all(math.isnan(row[k]) for k in ("check", "growth", "angular"))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_the_last_estimate_says_what_the_next_one_would(kind: Any) -> None:
+    """What needs no gradient equals the estimate of one step more: norms, the rate, Adam's distance from its state."""
+    rows = []
+    for steps in (7, 8):
+        model = mlp()
+        optimizer = kind(model.parameters(), lr=1e-3, weight_decay=0.1)
+        with Ledger(model, optimizer, mlp_symmetries(model), estimate_every=7, every=1) as ledger:
+            for batch in batches(steps):
+                optimizer.zero_grad()
+                backward(model, batch)
+                optimizer.step()
+        rows.append({r["symmetry"]: r for r in ledger.estimates() if r["step"] == 7})
+        layers = [r for r in ledger.layers() if r["step"] == 7]
+        assert len(layers) > 1
+        rows[-1] |= {f"layer {r['layer']}": {"norm": r["norm"]} for r in layers}
+    same = ["norm", "charge", "charge_sum", "effective_lr"]
+    same += ["distance", "distance_max", "steps", "persistence"] if kind is torch.optim.AdamW else []
+    assert rows[0].keys() == rows[1].keys()
+    for name, ended in rows[0].items():
+        for column in [k for k in same if k in ended]:
+            assert ended[column] == pytest.approx(rows[1][name][column], rel=1e-9, nan_ok=True), (name, column)
+
+
+def test_weights_written_to_after_the_last_step_are_not_estimated() -> None:
+    """As where the best checkpoint is loaded before the ledger is closed; and nothing is added after one step."""
+    for edited, steps, expected in [(False, 3, [0, 3]), (True, 3, [0]), (False, 1, [0])]:
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        with Ledger(model, optimizer, mlp_symmetries(model), estimate_every=10, every=1) as ledger:
+            for batch in batches(steps):
+                backward(model, batch)
+                optimizer.step()
+            if edited:
+                with torch.no_grad():
+                    model[0].weight.mul_(2)
+        assert sorted({r["step"] for r in ledger.estimates()}) == expected

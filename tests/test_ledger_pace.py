@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+import noetherflow as nf
 from noetherflow.errors import DataError
 from noetherflow.monitor import pace, recorder
+from noetherflow.monitor.charge_map import ChargeMap
 from noetherflow.monitor.ledger import Ledger
 from noetherflow.monitor.log import read_log
-from noetherflow.monitor.pace import AGAIN, FIRST, Pace, stride
+from noetherflow.monitor.measure import Rows
+from noetherflow.monitor.pace import AGAIN, FIRST, Cost, Pace, stride
 from noetherflow.monitor.rule import ENTRIES
 from noetherflow.monitor.rundata import RunData, RunReader
 from test_ledger import backward, batches, mlp, mlp_symmetries
@@ -100,10 +103,10 @@ def test_work_on_a_device_counts_where_it_is_longer(clock: Clock) -> None:
 def test_the_stride_does_not_change_to_and_fro() -> None:
     now, seen = 1, []
     for k in range(40):
-        now = stride(0.0005 * (1 + 0.04 * math.sin(k)), 0.005, 0.02, now)
+        now = stride(Cost(0.0005 * (1 + 0.04 * math.sin(k))), 0.005, 0.02, now)
         seen.append(now)
     assert set(seen[2:]) == {10}
-    assert stride(1.0, 0.0, 0.02, 1) == pace.STRIDES[-1]
+    assert stride(Cost(1.0), 0.0, 0.02, 1) == pace.STRIDES[-1]
 
 
 def test_bad_budgets_are_refused() -> None:
@@ -196,3 +199,102 @@ def test_a_fixed_stride_stays_fixed(clock: Clock, monkeypatch: pytest.MonkeyPatc
     steps = [k for k, _ in itertools.groupby(ledger.records(), lambda r: r["step"])]
     assert steps == list(range(0, 120, 3))
     assert ledger.events == []
+
+
+def slow_estimates(ledger: Ledger, clock: Clock, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every estimate take so long."""
+    gradients = ledger._recorder.meter.gradients
+
+    def timed(layout: ChargeMap) -> Rows:
+        clock.now += seconds
+        return gradients(layout)
+
+    monkeypatch.setattr(ledger._recorder.meter, "gradients", timed)
+
+
+def estimated(ledger: Ledger) -> list[int]:
+    """The steps that have estimates."""
+    return sorted({row["step"] for row in ledger.estimates()})
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"), [(1, [0, 50, 100, 120]), (20, [0, 60, 100, 120]), (70, [0, 70, 120]), (500, [0, 120])]
+)
+def test_estimates_are_counted_in_steps_whatever_the_stride(every: int, expected: list[int]) -> None:
+    """At the first recorded step at or after 0, 50, 100, and at the end: with 20 that is 0, 60, 100, and 120."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    with Ledger(model, optimizer, mlp_symmetries(model), every=every) as ledger:
+        for batch in batches(120):
+            backward(model, batch)
+            optimizer.step()
+    assert estimated(ledger) == expected
+    assert sorted({row["step"] for row in ledger.layers()}) == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "every", "first"),
+    [(0.0, 10, [0, 50, 100]), (0.0005, 10, [0, 50, 100]), (0.002, 20, [0, 60, 100]), (0.02, 200, [0, 200, 400])],
+)
+def test_estimates_keep_to_the_budget_too(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, seconds: float, every: int, first: list[int]
+) -> None:
+    """The ledger takes 2 % of the time where estimates cost nothing, a fifth of a step, or two steps."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    steps, step, record = 3000, 0.01, 0.0012
+    with Ledger(model, optimizer, mlp_symmetries(model), overhead=0.02) as ledger:
+        slow(ledger, clock, record, monkeypatch)
+        slow_estimates(ledger, clock, seconds, monkeypatch)
+        train(model, optimizer, clock, FIRST, step)
+        began = clock.now
+        train(model, optimizer, clock, steps, step)
+        own = clock.now - began - steps * step
+    assert own <= 0.02 * steps * step
+    assert own >= 0.3 * 0.02 * steps * step, "the budget is used"
+    assert (ledger.every, estimated(ledger)[:3]) == (every, first)
+
+
+@pytest.mark.parametrize("record", [3e-4, 5e-3])
+@pytest.mark.parametrize("estimate", [0.0, 1e-3, 4e-3, 0.1])
+def test_strides_with_dear_estimates_equal_a_search_over_all_strides(record: float, estimate: float) -> None:
+    """The smallest stride whose recordings and estimates, counted one by one over many steps, fit into the budget."""
+    steps, step, overhead = 100_000, 0.005, 0.02
+
+    def own(every: int) -> float:
+        made = Pace(every, overhead, estimate_every=50)
+        return sum(record + estimate * made.estimates(k) for k in range(0, steps, every))
+
+    fitting = [s for s in pace.STRIDES if own(s) <= overhead * step * steps * (1 + 1e-9)]
+    assert fitting[0] > 2
+    assert stride(Cost(record, estimate, 50), step, overhead, now=2) == fitting[0]
+
+
+@pytest.mark.parametrize("record", [0.0012, 0.05])
+def test_a_run_of_1000_steps_by_default_says_which_norms_grow(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, record: float
+) -> None:
+    """However seldom the budget has it record: the growth told is that of the weights over the whole run."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(5, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3, bias=False), nn.BatchNorm1d(3)
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    x, y = torch.randn(64, 5), torch.randint(3, (64,))
+    with Ledger(model, optimizer, nf.find_symmetries(model, x)) as ledger:
+        slow(ledger, clock, record, monkeypatch)
+        before = model[0].weight.detach().square().sum()
+        for _ in range(1000):
+            optimizer.zero_grad()
+            at = torch.randint(64, (8,))
+            nn.functional.cross_entropy(model(x[at]), y[at]).backward()
+            clock.now += 0.01
+            optimizer.step()
+    assert ledger.every == {0.0012: 10, 0.05: 500}[record]
+    found = ledger.diagnose()["norm-growth"]
+    assert found.severity != "open"
+    grown = float(model[0].weight.detach().square().sum() / before)
+    rows = [r for r in ledger.estimates() if r["symmetry"] == "0 [scale]"]
+    assert (rows[0]["step"], rows[-1]["step"]) == (0, 1000)
+    assert rows[-1]["norm"] / rows[0]["norm"] == pytest.approx(grown, rel=1e-5)
+    assert rows[-1]["effective_lr"] / rows[0]["effective_lr"] == pytest.approx(1 / grown, rel=1e-5)

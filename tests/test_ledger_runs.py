@@ -276,7 +276,7 @@ def test_log_rows_equal_records_and_state_resumes(tmp_path: Path) -> None:
         assert new["family"]["change"] == pytest.approx(old["family"]["change"], rel=1e-6)
         assert new["loss"] == pytest.approx(old["loss"], rel=1e-6)
     assert [r["event"] for r in lines if r["kind"] == "event"] == ["resumed"]
-    assert {r["step"] for r in lines if r["kind"] == "estimates"} == set(range(0, 20, 2))
+    assert {r["step"] for r in lines if r["kind"] == "estimates"} == set(range(0, 21, 2)), "20 at the end"
     row = next(r for r in records if r["step"] == 19)
     assert steps[19]["family"]["charge"][0] == pytest.approx(row["charge"], rel=1e-8)
 

@@ -29,7 +29,7 @@ from noetherflow.monitor.journal import Journal
 from noetherflow.monitor.layers import LayerBook, LayerRow, named_rows
 from noetherflow.monitor.log import FORMAT, plain, step_columns
 from noetherflow.monitor.measure import Measurement
-from noetherflow.monitor.rule import AnyRule
+from noetherflow.monitor.rule import AnyRule, StepSettings
 from noetherflow.monitor.sums import Value, tabulate
 
 UNEXPLAINED = 1e-3
@@ -143,31 +143,74 @@ class Bookkeeper:
 
     def _estimate(self, m: Measurement, row: Mapping[str, np.ndarray], journal: Journal) -> None:
         assert self.estimator is not None
-        blocks = self.estimator.layout
-        sizes = list(blocks.sizes.values())
-        nothing: list[Value] = [0.0] * len(sizes)
+        settings, matrices = self._settings(m), np.array([float(c) for c in m.matrix_charges])
+        squares = LegSquares(*self._legs(LegSquares, m.blocks))
+        step_size = row["second_order"][: len(self.estimator.layout.symmetries)]
+        columns = self.estimator.rows(m.step, squares, settings, step_size, matrices)
+        layers = None if m.layers is None else self.layer_book.row(m.step, m.layers)
+        self._enter_estimate(m, columns, squares.weight_square, row, layers, journal)
 
-        def read(record: type, rows: Mapping[str, list[Value]]) -> np.ndarray:
-            names = [f.name for f in fields(record)]
-            return tabulate([[rows.get(name, nothing)[: len(sizes)]] for name in names], sizes)[:, 0]
+    def estimate_end(self, m: Measurement, layers: np.ndarray, journal: Journal) -> None:
+        """One more estimate after the last step, from weights and averages alone.
 
-        settings = settings_arrays(self.rule, blocks, [m.settings]).at(0)
-        n = len(blocks.symmetries)
+        Args:
+            m: weights, state and settings after the last step; `blocks` holds `weight_square` only.
+            layers: the squared norm of each layer's weights, `[layers]`.
+            journal: where the row goes.
+        """
+        assert self.estimator is not None
         matrices = np.array([float(c) for c in m.matrix_charges])
-        squares = LegSquares(*read(LegSquares, m.blocks))
-        columns = self.estimator.rows(m.step, squares, settings, row["second_order"][:n], matrices)
+        squares = LegSquares(*self._legs(LegSquares, m.blocks)).weight_square
+        if not np.isfinite(squares).all():
+            return
+        columns = self.estimator.weight_rows(squares, self._settings(m), matrices)
+        unknown = np.full(len(self.layout.symmetries), np.nan)
+        row = dict.fromkeys(("change", "residual", "second_order"), unknown)
+        norm = np.concatenate([columns["norm"], unknown[len(columns["norm"]) :]])
+        told = self.layer_book.so_far(m.step, layers) if self.layers else None
+        self._enter_estimate(m, columns, squares, {**row, "norm": norm}, told, journal)
+
+    def _settings(self, m: Measurement) -> StepSettings:
+        """The settings of one step on the legs that are estimated."""
+        assert self.estimator is not None
+        return settings_arrays(self.rule, self.estimator.layout, [m.settings]).at(0)
+
+    def _legs(self, record: type, rows: Mapping[str, list[Value]]) -> np.ndarray:
+        """The fields of a record as `[fields, n_values]` on the legs that are estimated; 0 what was not measured."""
+        assert self.estimator is not None
+        sizes = list(self.estimator.layout.sizes.values())
+        nothing: list[Value] = [0.0] * len(sizes)
+        names = [f.name for f in fields(record)]
+        return tabulate([[rows.get(name, nothing)[: len(sizes)]] for name in names], sizes)[:, 0]
+
+    def _enter_estimate(
+        self,
+        m: Measurement,
+        columns: dict[str, np.ndarray],
+        weight_square: np.ndarray,
+        row: Mapping[str, np.ndarray],
+        layers: LayerRow | None,
+        journal: Journal,
+    ) -> None:
+        """Complete the columns by what the optimiser's squares and the step's row tell, and keep them."""
+        assert self.estimator is not None
+        n = len(self.estimator.layout.symmetries)
         spread = np.ones(n)
         if self.rule.keeps_squares:
-            roots = LegRoots(*read(LegRoots, m.roots))
-            columns |= self.estimator.root_rows(roots, settings)
-            spread = self.estimator.spread(roots, squares.weight_square)
+            roots = LegRoots(*self._legs(LegRoots, m.roots))
+            columns = columns | self.estimator.root_rows(roots, self._settings(m))
+            spread = self.estimator.spread(roots, weight_square)
         shifts = np.full(len(self.layout.symmetries) - n, np.nan)
         columns = {k: np.concatenate([v, shifts]) for k, v in columns.items()}
         columns |= rotation_rows(self.layout, self.rule, row, m.settings)
         columns["angular_predicted"] = columns["angular_predicted"] * np.concatenate([spread, shifts])
-        row_of_layers = None if m.layers is None else self.layer_book.row(m.step, m.layers)
-        self._estimates.append(EstimateRow(m.step, columns, row_of_layers))
+        self._estimates.append(EstimateRow(m.step, columns, layers))
         journal.emit(self._estimates[-1].line())
+
+    @property
+    def last_estimate(self) -> int | None:
+        """The step of the last estimate in memory, None for none."""
+        return self._estimates[-1].step if self._estimates else None
 
     def header(self, step: int, optimizer: str, every: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """The log's header from this step on, and the names of the rows' columns for the sinks."""

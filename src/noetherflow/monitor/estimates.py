@@ -103,7 +103,13 @@ class RunningMean:
         added = (1 - keep) * np.where(known, values, 0.0)
         self.total = np.where(known, keep * self.total + added, self.total)
         self.weight = np.where(known, keep * self.weight + 1 - keep, self.weight)
-        return np.divide(self.total, self.weight, out=np.full_like(values, np.nan), where=self.weight > 0)
+        return self.mean(values.size)
+
+    def mean(self, n: int) -> np.ndarray:
+        """The mean of the `[n]` numbers so far, NaN where none was known yet."""
+        if self.total is None or self.weight is None:
+            return np.full(n, np.nan)
+        return np.divide(self.total, self.weight, out=np.full_like(self.total, np.nan), where=self.weight > 0)
 
 
 @dataclass
@@ -157,21 +163,34 @@ class Estimator:
         `E[g^2]`. `step_size` `[n_symmetries]` is `u^T A u`, for one-sided symmetries the growth of the squared norm per
         step; `matrix_charges` `[n_symmetries]` the Frobenius norm of charges that are matrices, else NaN.
         """
-        layout = self.layout
-        second = self.gradient.update(q.gradient_square, self.memory)
-        mean = self.persistent.update(self._mean_square(step, q, c), self.memory)
-        norm = layout.totals_matrix @ (layout.absolute @ q.weight_square)
-        charges = layout.matrix @ q.weight_square
+        self.gradient.update(q.gradient_square, self.memory)
+        self.persistent.update(self._mean_square(step, q, c), self.memory)
+        out = self.weight_rows(q.weight_square, c, matrix_charges)
+        norm = out["norm"]
+        out["check"] = self._largest(self._violation(q))
+        out["growth"] = np.divide(step_size, norm, out=np.full_like(step_size, np.nan), where=norm > 0)
+        return out
+
+    def weight_rows(
+        self, weight_square: np.ndarray, c: StepSettings, matrix_charges: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """The same columns from the weights `[n_values]` and the averages so far, at the end of a run.
+
+        `check` and `growth` need the gradient of a step that is under way, and are NaN.
+        """
+        layout, n = self.layout, self.layout.n_values
+        second, mean = self.gradient.mean(n), self.persistent.mean(n)
+        charges = layout.matrix @ weight_square
         out = {
             "charge": np.where(np.isnan(matrix_charges), self._over(charges, np.linalg.norm), matrix_charges),
             "charge_sum": layout.totals_matrix @ charges,
-            "norm": norm,
+            "norm": layout.totals_matrix @ (layout.absolute @ weight_square),
             "drive": layout.totals_matrix @ (layout.matrix @ second),
-            "check": self._largest(self._violation(q)),
-            "growth": np.divide(step_size, norm, out=np.full_like(step_size, np.nan), where=norm > 0),
+            "check": np.full(len(layout.symmetries), np.nan),
+            "growth": np.full(len(layout.symmetries), np.nan),
         }
         if self.rule.has_equilibrium:
-            out |= self._equilibrium(q.weight_square, second, mean, c)
+            out |= self._equilibrium(weight_square, second, mean, c)
         return out
 
     def _violation(self, q: LegSquares) -> np.ndarray:

@@ -83,6 +83,14 @@ class LayerProbe:
                     row[layer] = row[layer] + value.to(device)
         return LayerSums(*(torch.stack(row) if row else torch.zeros(0) for row in sums))
 
+    def weights(self) -> np.ndarray:
+        """The squared norm of each layer's weights as they are now, `[layers]`."""
+        squares = np.zeros(len(self.layers))
+        with torch.no_grad():
+            for p, layer in self._parameters:
+                squares[layer] += float(accumulation_dtype(p.detach()).square().sum())
+        return squares
+
     def _products(
         self, p: nn.Parameter, weight: Tensor, group: Mapping[str, Any] | None, step: int, scale: Any
     ) -> tuple[Tensor, Tensor]:
@@ -126,7 +134,13 @@ class LayerBook:
         """The row of one step, from the averages so far."""
         weight, square, product = (t.double().cpu().numpy() for t in (sums.weight, sums.gradient, sums.lasting))
         square = np.where(np.isfinite(product), square, np.nan)
-        square, product = self.gradient.update(square, MEMORY), self.lasting.update(product, MEMORY)
+        self.gradient.update(square, MEMORY)
+        self.lasting.update(product, MEMORY)
+        return self.so_far(step, weight)
+
+    def so_far(self, step: int, weight: np.ndarray) -> LayerRow:
+        """The row of weights of these squared norms `[layers]`, with the averages as they are."""
+        square, product = self.gradient.mean(weight.size), self.lasting.mean(weight.size)
         known = np.isfinite(square) & np.isfinite(product)
         with np.errstate(divide="ignore", invalid="ignore"):
             share = np.where(square > 0, product / square, np.nan)

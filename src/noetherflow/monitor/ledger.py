@@ -56,7 +56,8 @@ class Ledger(Shown):
         run_dir: where the append-only log `ledger.jsonl` is kept; None for none.
         capacity: recorded steps kept in memory for `records()`; the log keeps all.
         translations: watch these too, each by the square of its linear charge; one projection per tensor read.
-        estimate_every: recorded steps between the live estimates (`estimates()`), 0 for none.
+        estimate_every: training steps from one live estimate (`estimates()`) to the next, 0 for none; each is taken at
+            the first recorded step from there on, and one more when the ledger is closed.
         flush_every: recorded steps between writes to the log.
         sinks: called with every logged row (TensorBoard, W&B, MLflow, CSV: see `monitor.sinks`).
         resume: what to do with an earlier run's log in `run_dir`: True goes on after its last step, False keeps it
@@ -122,7 +123,7 @@ class Ledger(Shown):
         place = Place(run_dir, sinks, resume)
         how = Recording(name, chosen, detail, translations, capacity, estimate_every, flush_every, notes or {}, place)
         with ending_together(sharding.ranks_of(tensors_of(model).values())):
-            self._recorder = StepRecorder(model, self.optimizer, syms, how, Pace(every, overhead))
+            self._recorder = StepRecorder(model, self.optimizer, syms, how, Pace(every, overhead, estimate_every))
         self._stamps: WeightStamps | None = None
         self._attached = -1
         self._closed = False
@@ -411,7 +412,7 @@ class Ledger(Shown):
             try:
                 self.flush()
                 if not self._undecided:
-                    self._recorder.journal.end(self.step)
+                    self._recorder.end()
             finally:
                 self._recorder.journal.close()
 

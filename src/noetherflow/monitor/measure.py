@@ -121,6 +121,15 @@ class StepMeter:
                 one.settle(lasting[j], {q: found[r] for q, r in self.carried.items() if r in found})
             now.kept.clear()
 
+    def weights(self, layout: ChargeMap) -> Rows:
+        """Squares of the weights as they are now, on the legs of another layout."""
+        values: Rows = {}
+        with torch.no_grad():
+            for j, name in enumerate(layout.parameters):
+                weight = accumulation_dtype(sharding.local(self.watched[name], False))
+                self._write(values, j, layout.inner(name, _squares({"weight": weight})))
+        return values
+
     def gradients(self, layout: ChargeMap) -> Rows:
         """Squares and product of weight, gradient and momentum on the legs of another layout.
 
@@ -210,6 +219,21 @@ class StepMeter:
                 c = rule.settings(groups[group], states[j], key[2])
                 distinct.append(c if scale is None else rule.unscaled(c, float(scale)))
             which[j] = place[key]
+        return StepTable(distinct, which)
+
+    def settings_at_end(self, last: StepTable) -> StepTable:
+        """The settings of a step after the run's last one, at the learning rates of the one recorded last.
+
+        Gradients may be gone and the schedule at 0 by then: `last` tells which parameters move, and how fast.
+        """
+        states, groups = self._states(), self.optimizer.param_groups
+        steps = _steps_made(states) if self.rule.counts_steps else {}
+        distinct, which = [self._idle], [0] * len(self._each)
+        for j, group in enumerate(self._grouping.of(groups)):
+            if group is not None and last.moves(j):
+                which[j] = len(distinct)
+                known = {**groups[group], "lr": last.of(j).lr}
+                distinct.append(self.rule.settings(known, states[j], steps.get(j, 0.0)))
         return StepTable(distinct, which)
 
     def _measure_before(self, now: Measurement, j: int, one: WatchedParameter, lasting: Lasting) -> None:

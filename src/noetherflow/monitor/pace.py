@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -31,40 +32,57 @@ class Pace:
 
     Args:
         every: the fixed number; None to choose.
-        overhead: the share of the training's time that recording may take.
+        overhead: the share of the training's time that recording may take, live estimates included.
+        estimate_every: steps from one live estimate to the next, 0 for none. They are timed apart, since a larger
+            stride makes them no rarer until it is longer than that.
 
     Raises:
         DataError: `every` is below 1 or `overhead` is not positive.
 
     Example:
-        >>> Pace(every=10, overhead=0.02).every
-        10
+        >>> pace = Pace(every=20, overhead=0.02, estimate_every=50)
+        >>> [step for step in range(0, 300, pace.every) if pace.estimates(step)]
+        [0, 60, 100, 160, 200, 260]
     """
 
-    def __init__(self, every: int | None, overhead: float) -> None:
+    def __init__(self, every: int | None, overhead: float, estimate_every: int = 0) -> None:
         if every is not None and every < 1:
             raise DataError(f"every={every} must be >= 1, or None to choose it by overhead={overhead}")
         if not overhead > 0:
             raise DataError(f"overhead={overhead} must be positive; every=1 records all steps")
-        self.fixed, self.overhead = every is not None, overhead
+        self.fixed, self.overhead, self.estimate_every = every is not None, overhead, estimate_every
         self.every = 1 if every is None else every
         self._left = FIRST
         self._end = math.nan
         self._own = 0.0
+        self._estimate = 0.0
         self._begin()
 
     def _begin(self) -> None:
         """Begin to time afresh."""
         self._recorded, self._host, self._device = 0, 0.0, 0.0
+        self._estimates, self._estimates_host, self._estimates_device = 0, 0.0, 0.0
         self._steps: deque[float] = deque(maxlen=LAST)
 
     def worked(self, since: float) -> None:
         """Count the time since then, by `perf_counter`, as the ledger's own."""
         self._own += perf_counter() - since
 
-    def worked_on_device(self, seconds: float) -> None:
-        """Count the time that recorded steps took of another device, which works while the host goes on."""
+    def worked_on_device(self, seconds: float, estimates: float = 0.0) -> None:
+        """Count the time that recorded steps and estimates took of another device, for which the host does not wait."""
         self._device += seconds
+        self._estimates_device += estimates
+
+    def estimates(self, step: int) -> bool:
+        """Whether an estimate is due at this recorded step: the first at or after each multiple of `estimate_every`."""
+        return self.estimate_every > 0 and step % self.estimate_every < self.every
+
+    def estimated(self, since: float) -> None:
+        """Count the time since then as the ledger's own, taken by one estimate."""
+        spent = perf_counter() - since
+        self._own += spent
+        self._estimates += 1
+        self._estimates_host += spent
 
     def stepped(self, recorded: bool) -> None:
         """A step of the training is over, and this is whether the ledger recorded it."""
@@ -85,10 +103,13 @@ class Pace:
 
     def choose(self) -> int:
         """The stride that seems right by what was timed since the last choice."""
-        record = max(self._host, self._device) / self._recorded
-        chosen = (
-            stride(record, statistics.median(self._steps), self.overhead, self.every) if self._steps else self.every
-        )
+        record = max(self._host - self._estimates_host, self._device) / self._recorded
+        if self._estimates:
+            self._estimate = max(self._estimates_host, self._estimates_device) / self._estimates
+        chosen = self.every
+        if self._steps:
+            cost = Cost(record, self._estimate, self.estimate_every)
+            chosen = stride(cost, statistics.median(self._steps), self.overhead, self.every)
         self._left = AGAIN
         self._begin()
         return chosen
@@ -133,31 +154,56 @@ def _mark() -> Any:
     return event
 
 
-def stride(record: float, step: float, overhead: float, now: int) -> int:
-    """The smallest of 1, 2, 5, 10, ... at which recording takes no more than its share.
+@dataclass(frozen=True)
+class Cost:
+    """What a ledger takes of a training.
+
+    Attributes:
+        record: seconds to record one step.
+        estimate: seconds of one estimate beside.
+        estimate_every: steps from one estimate to the next, as far as steps between are recorded; 0 for none.
+    """
+
+    record: float
+    estimate: float = 0.0
+    estimate_every: int = 0
+
+    def per_step(self, every: int) -> float:
+        """Seconds per step of the training with this stride.
+
+        Example:
+            >>> Cost(record=0.001, estimate=0.01, estimate_every=50).per_step(10)
+            0.0003
+        """
+        estimates = self.estimate / max(self.estimate_every, every) if self.estimate_every else 0.0
+        return self.record / every + estimates
+
+
+def stride(cost: Cost, step: float, overhead: float, now: int) -> int:
+    """The smallest of 1, 2, 5, 10, ... at which the ledger takes no more than its share.
 
     From every step to fewer, recording a step becomes dearer by `NOTHING_KNOWN`.
     It becomes smaller only where that leaves a third of the share unused, so that it does not change to and fro.
 
     Args:
-        record: seconds to record one step.
+        cost: what recording and estimates take.
         step: seconds of one step of the training.
         overhead: the share allowed.
         now: the present stride.
 
     Example:
-        >>> stride(0.001, 0.005, 0.02, now=1)
+        >>> stride(Cost(0.001), 0.005, 0.02, now=1)
         20
-        >>> stride(0.00049, 0.005, 0.02, now=10), stride(0.0003, 0.005, 0.02, now=10)
+        >>> stride(Cost(0.00049), 0.005, 0.02, now=10), stride(Cost(0.0003), 0.005, 0.02, now=10)
         (10, 5)
+        >>> stride(Cost(0.001, estimate=0.002, estimate_every=50), 0.005, 0.02, now=1)
+        50
     """
-    wanted = record / (overhead * step) if step > 0 else math.inf
-    if now == 1 < wanted:
-        wanted *= NOTHING_KNOWN
-    if now < wanted or 1.5 * wanted <= _next(wanted) < now:
-        return _next(wanted)
+    allowed = overhead * step
+    within = cost.per_step(now) <= allowed
+    if now == 1 and not within:
+        cost = replace(cost, record=cost.record * NOTHING_KNOWN)
+    smallest = next((s for s in STRIDES if cost.per_step(s) <= allowed), STRIDES[-1])
+    if not within or (smallest < now and 1.5 * cost.per_step(smallest) <= allowed):
+        return smallest
     return now
-
-
-def _next(wanted: float) -> int:
-    return next((s for s in STRIDES if s >= wanted), STRIDES[-1])

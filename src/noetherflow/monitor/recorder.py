@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from noetherflow.monitor.interrupts import uninterrupted
 from noetherflow.monitor.journal import Journal, Sink
 from noetherflow.monitor.layers import LayerProbe
 from noetherflow.monitor.log import FORMAT
-from noetherflow.monitor.measure import Measurement, StepMeter, one_number
+from noetherflow.monitor.measure import Measurement, StepMeter, StepTable, one_number
 from noetherflow.monitor.pace import DeviceClock, Pace
 from noetherflow.monitor.rule import AnyRule
 from noetherflow.monitor.watching import group_settings, parameters_of
@@ -91,6 +92,8 @@ class StepRecorder:
         self._pending: list[Measurement] = []
         self._open: _Open | None = None
         self._loss: Any = None
+        self._latest: StepTable | None = None
+        self._left_at = 0
         self.watch(syms)
         self.journal = Journal(how.place.run_dir, how.place.sinks, how.place.resume)
 
@@ -104,12 +107,13 @@ class StepRecorder:
         named = parameters_of(self.model, self.optimizer, [n for item in watched for n in item.parameters], syms.shapes)
         shapes = {n: tuple(t.shape) for n, t in named.items()}
         layout = ChargeMap.of(watched, shapes, self.how.detail)
-        rule = self.how.rule
+        rule, self._latest = self.how.rule, None
         self.meter = StepMeter(layout, rule, self.optimizer, {n: named[n] for n in layout.parameters})
         self._refuse_other_ranks(watched)
         blocks = ChargeMap.of(tuple(syms), shapes, "block")
         estimator = Estimator(blocks, rule) if self.how.estimate_every else None
-        self._clock = DeviceClock(next((p.device for p in self.meter.watched.values()), torch.device("cpu")))
+        device = next((p.device for p in self.meter.watched.values()), torch.device("cpu"))
+        self._clock, self._estimate_clock = DeviceClock(device), DeviceClock(device)
         self._probe = LayerProbe(self.model, self.optimizer)
         self.books = Bookkeeper(
             rule, layout, estimator, self.how.detail, self.how.capacity, self.meter.rounding, self._probe.layers
@@ -150,17 +154,23 @@ class StepRecorder:
     def read_gradients(self) -> None:
         """The gradients are final: read from them what the live estimates need, where these are due."""
         start = perf_counter()
-        estimator = self.books.estimator
-        due = estimator is not None and (self.step // self.pace.every) % self.how.estimate_every == 0
-        if due and estimator is not None and self._open is not None and self._open.measurement is not None:
-            with self.whole():
-                now, layout = self._open.measurement, estimator.layout
-                now.blocks = self.meter.gradients(layout)
-                if self.how.rule.keeps_squares:
-                    now.roots = self.meter.roots(layout, now.settings)
-                now.layers = self._probe.read(self.step) if self._probe.layers else None
-                now.matrix_charges = self.meter.matrix_charges(layout.symmetries)
-            self.pace.worked(start)
+        estimator, now = self.books.estimator, self._open.measurement if self._open else None
+        if estimator is None or now is None or not self.pace.estimates(self.step):
+            return
+        with self.whole():
+            layout = estimator.layout
+            self._estimate_clock.start()
+            now.blocks = self.meter.gradients(layout)
+            self._read_state(now, layout)
+            now.layers = self._probe.read(self.step) if self._probe.layers else None
+            self._estimate_clock.stop()
+        self.pace.estimated(start)
+
+    def _read_state(self, now: Measurement, layout: ChargeMap) -> None:
+        """What an estimate takes from the optimiser's state and from matrix charges."""
+        if self.how.rule.keeps_squares:
+            now.roots = self.meter.roots(layout, now.settings)
+        now.matrix_charges = self.meter.matrix_charges(layout.symmetries)
 
     def stepped(self, *_: Any) -> None:
         """The optimiser's step ran; `found_inf` says whether a fused one left the weights alone."""
@@ -213,8 +223,10 @@ class StepRecorder:
                 self.meter.forget()
             now.measurement.loss = self._loss
             self._pending.append(now.measurement)
+            self._latest = now.measurement.settings
         self._open, self._loss = None, None
         self.step += 1
+        self._left_at = self._written()
 
     def finish_step(self) -> None:
         """Measure a step that was made, when something interrupted the ledger after it or before it could take note."""
@@ -243,7 +255,7 @@ class StepRecorder:
                 )
             if pending := list(self._pending):
                 values = self.meter.gathered([m.values for m in pending])
-                self.pace.worked_on_device(self._clock.seconds())
+                self.pace.worked_on_device(self._clock.seconds(), self._estimate_clock.seconds())
                 self.books.enter(pending, values, self.journal)
                 del self._pending[: len(pending)]
         now = dict(named_tensors(self.model))
@@ -252,6 +264,21 @@ class StepRecorder:
             note = "the model has other parameters of these names; replace_symmetries() watches them"
             self.journal.event("replaced", self.step, parameters=replaced[:8], note=note)
         self.journal.write()
+
+    def end(self) -> None:
+        """The ledger is closed: estimate once more where the last estimate is older, and note how many steps were made.
+
+        Weights that somebody wrote to after the last step (the best checkpoint loaded, an average swapped in) are not
+        what the run led to, and are not estimated.
+        """
+        estimator, latest, last = self.books.estimator, self._latest, self.books.last_estimate
+        newer = last is None or self.step > last + 1
+        if estimator is not None and latest is not None and newer and self._written() == self._left_at:
+            settings, weights = self.meter.settings_at_end(latest), self.meter.weights(estimator.layout)
+            now = Measurement(self.step, math.nan, settings, blocks=weights)
+            self._read_state(now, estimator.layout)
+            self.books.estimate_end(now, self._probe.weights(), self.journal)
+        self.journal.end(self.step)
 
     def bring_up_to_date(self) -> None:
         """Close the books before they are read, which one of several sharded processes cannot do alone.

@@ -241,8 +241,8 @@ class _Columns:
 class _Rows:
     """A log's rows since its symmetries were last replaced: at most `keep` steps and estimates (None: all).
 
-    Steps that are missing, come twice or out of order, and lines of the wrong form become events; a step that comes
-    twice counts once.
+    Steps that are missing, come twice or out of order, and lines of the wrong form become events; a step or an
+    estimate that comes twice counts once (a run that ended at a step and was resumed there estimates it again).
     """
 
     def __init__(self, keep: int | None = None) -> None:
@@ -270,7 +270,8 @@ class _Rows:
             self._renew()
             beside = {f"layer.{k}": v for k, v in row.get("layer", {}).items()}
             beside |= {"all.mean_share": row.get("mean_share")} if beside else {}
-            self._estimates.add({"step": row["step"], **row["symmetry"], **beside})
+            if not self._estimates.has(row["step"]):
+                self._estimates.add({"step": row["step"], **row["symmetry"], **beside})
         elif row["kind"] == "event":
             unread = row["event"] == "unreadable"
             self._event({**row, "step": max(self._last, 0)} if unread else row)

@@ -230,7 +230,10 @@ def _spacing(steps: np.ndarray) -> str:
     """How far apart the estimates are, and what to do about too few."""
     text = "One estimate"
     if len(steps) > 1:
-        text = f"{len(steps):,} estimates, {int(np.median(np.diff(steps))):,} steps apart"
+        apart = np.diff(steps)
+        usual = int(np.median(apart[:-1])) if len(apart) > 1 else int(apart[0])
+        text = f"{len(steps):,} estimates, {usual:,} steps apart"
+        text += ", the last at the end" if apart[-1] < usual else ""
     few = ": few for a course in time; a smaller `estimate_every` of the ledger gives more" if len(steps) < FEW else ""
     return f"{text} (`Ledger(..., estimate_every=...)`){few}."
 
