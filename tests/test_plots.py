@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import types
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import nn
 import noetherflow as nf
 from noetherflow.core.printing import grouped
 from noetherflow.core.shown import ROWS, Shown
+from noetherflow.equilibrium.regime import Regime
 from noetherflow.errors import DataError, MissingExtraError
 from noetherflow.report import drawings, plots
 from noetherflow.report.drawings import courses_of, fastest, sides_of
@@ -384,6 +386,59 @@ def test_a_drift_beyond_all_bounds_is_cut_and_one_that_is_not_valid_is_greyed() 
     assert any(t.get_text().endswith(" %") for t in axes[0].texts)
     assert "not valid" in {t.get_text() for t in axes[0].get_legend().get_texts()}
     assert [t.get_text() for t in axes[1].texts] == ["not in every direction"]
-    _, axes = nf.noise_equilibrium(net, syms, moments, sgd).plot()
-    assert "No symmetry has a finite equilibrium" in axes[0].texts[0].get_text()
+    pyplot.close("all")
+
+
+def test_a_pair_without_equilibrium_shows_how_unequal_its_layers_are_and_why_it_does_not_settle() -> None:
+    """Dots at the eigenvalues of `W0 W0^T - W1^T W1`, and at those of the moved layers."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(10, 16, bias=False), nn.Linear(16, 3, bias=False)).double()
+    x, y = torch.randn(500, 10).double(), torch.randn(500, 3).double()
+    syms = nf.find_symmetries(net, x[:2])
+    found = nf.noise_equilibrium(net, syms, nf.gradient_moments(net, loss, [(x, y)], syms), nf.SGDConfig(0.02, 10))
+    _, axes = found.plot()
+    assert "No symmetry has a finite equilibrium" in axes[1].texts[0].get_text()
+    first, second = (net[k].weight.detach() for k in (0, 1))
+    element = found["0 -> 1"].element[0]
+    moved = element @ first, second @ torch.linalg.inv(element)
+    for line, (a, b) in zip(axes[0].lines, [(first, second), moved], strict=False):
+        expected = torch.linalg.eigvalsh(a @ a.mT - b.mT @ b)
+        assert sorted(line.get_xdata()) == pytest.approx(expected.tolist(), rel=1e-6, abs=1e-6)
+    assert [t.get_text() for t in axes[0].get_legend().get_texts()] == ["now", "moved as far as it settles"]
+    pyplot.close("all")
+
+
+def test_the_panels_of_an_analysis_list_symmetries_in_one_order(world: types.SimpleNamespace) -> None:
+    """The one that drifts most on top in both, also where others are farther from equilibrium."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    _, axes = world.analysis.plot()
+    above, below = ([t.get_text() for t in ax.get_yticklabels()] for ax in (axes[0, 0], axes[1, 0]))
+    assert len(below) > 1
+    assert below == [name for name in above if name in below]
+    assert all(ax.yaxis_inverted() for ax in (axes[0, 0], axes[1, 0])), "the first on top"
+    turned = drawings.in_order(list(world.analysis.equilibrium), [s.name for s in world.analysis.equilibrium][::-1])
+    assert turned == list(world.analysis.equilibrium)[::-1]
+    pyplot.close("all")
+
+
+@pytest.mark.parametrize(("horizon", "steps", "said"), [(15.0, (20,), "from step 20 on"), (5.0, (10, 20), "for all")])
+def test_a_comparison_says_where_its_forecast_was_not_valid_and_why(
+    world: types.SimpleNamespace, horizon: float, steps: tuple[int, ...], said: str
+) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    lasting = replace(world.forecast, regime=Regime(0.6, float("inf"))).compare(world.ledger)
+    assert (lasting.not_valid, lasting.why) == ((), ())
+    assert "NOT VALID" not in str(lasting)
+    found = replace(world.forecast, regime=Regime(0.6, horizon)).compare(world.ledger)
+    assert found.not_valid == steps
+    assert f"the forecast was marked NOT VALID {said}" in str(found)
+    assert "the measured mean gradient would have used up the loss" in str(found)
+    for one, shaded in ((lasting, False), (found, True)):
+        figure, ax = one.plot()
+        figure.canvas.draw()
+        assert ("forecast not valid" in [t.get_text() for t in ax.get_legend().get_texts()]) == shaded
+        assert ("NOT VALID" in ax.get_xlabel()) == shaded
+        assert figure.bbox.x0 <= ax.xaxis.label.get_window_extent().x0
+        assert ax.xaxis.label.get_window_extent().x1 <= figure.bbox.x1
     pyplot.close("all")

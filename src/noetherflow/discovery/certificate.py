@@ -122,7 +122,8 @@ class Certificate(Shown):
         """How many symmetries hold, and a row for each; see `Shown.describe`."""
         explained = ("outputs changed by", "gradients off by") if legend else ()
         lines = [self._verdicts(), *([table(self.table_rows(), *explained)] if self.rows else [])]
-        lines += spelled_out(" ".join(r.name for r in self.rows), self.members) if legend or verbose else []
+        spelled = spelled_out(" ".join(r.name for r in self.rows), self.members) if legend or verbose else []
+        lines += ["  (+n): n further modules that the symmetry acts on; all of them:", *spelled] if spelled else []
         if self.casts:
             shown = f"{'; '.join(self.casts[:3])}{' ...' if len(self.casts) > 3 else ''}"
             lines.append(f"the model itself casts to a lower precision in {len(self.casts)} places: {shown}")

@@ -64,11 +64,15 @@ class Comparison(Shown):
         by: `symmetry` or `family`.
         charges: by name, then step.
         left_out: steps of the forecast that are not compared, because the ledger did not record them.
+        not_valid: compared steps for which the forecast itself was marked as not valid.
+        why: the reasons for that, a sentence each.
     """
 
     by: str
     charges: tuple[ComparedCharge, ...]
     left_out: tuple[int, ...] = ()
+    not_valid: tuple[int, ...] = ()
+    why: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -112,7 +116,16 @@ class Comparison(Shown):
             for first, last in ends
         ]
         what = f"signed sums of the charge over the coordinates of each {self.by} (a forecast alone prints norms)"
-        return "\n".join([self._sentence(), what, table(self.table_rows() if verbose else rows), *self._missing()])
+        shown = table(self.table_rows() if verbose else rows)
+        return "\n".join([self._sentence(), *self.validity(), what, shown, *self._missing()])
+
+    def validity(self) -> list[str]:
+        """Of which steps the forecast was marked as not valid, and why; empty where it was valid."""
+        if not self.not_valid:
+            return []
+        valid = [c.step for c in self.charges if 0 < c.step < self.not_valid[0]]
+        steps = f"from step {self.not_valid[0]:,} on" if valid else "for all steps"
+        return [f"the forecast was marked NOT VALID {steps}: {text}" for text in self.why]
 
     def _missing(self) -> list[str]:
         """Which steps of the forecast the ledger did not record."""

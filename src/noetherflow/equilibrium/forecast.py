@@ -110,7 +110,10 @@ class Forecast(Shown):
         """
         by = "family" if ledger.detail == "family" else "symmetry"
         rows = recorded_rows(ledger, by, max(start or 0, 0), self.preconditioned)
-        return compared(by, self._signed_sums(by), rows, start)
+        found = compared(by, self._signed_sums(by), rows, start)
+        doubtful = {k for k, valid in zip(self.steps, self.valid, strict=True) if not valid}
+        steps = tuple(sorted(doubtful & {c.step for c in found.charges}))
+        return replace(found, not_valid=steps, why=self._why_not_valid() if steps else ())
 
     def _signed_sums(self, by: str) -> list[SignedSum]:
         """The sum of the charge's coordinates (for general_linear the trace) by symmetry or family at each step."""
@@ -152,10 +155,12 @@ class Forecast(Shown):
                 lines.append(f"{'':<37}+- " + self._cells([norm_of(e) for e in self.errors[name]], ".2g"))
         return "\n".join([*lines, str(self.regime), *self._cautions()])
 
+    def _why_not_valid(self) -> tuple[str, ...]:
+        """Why the mean gradient does not last as long as the forecast takes it to."""
+        return tuple(self.regime.cautions or [self.regime.advice])
+
     def _cautions(self) -> list[str]:
-        out = (
-            [] if all(self.valid) else [f"* not valid: {text}" for text in self.regime.cautions or [self.regime.advice]]
-        )
+        out = [] if all(self.valid) else [f"* not valid: {text}" for text in self._why_not_valid()]
         if self.asked:
             out.append(
                 f"STOPPED at step {self.steps[-1]:,} of {self.asked:,}: the flow changes too fast to be followed "

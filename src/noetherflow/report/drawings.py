@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,11 +62,12 @@ def _legend(ax: Any) -> None:
     ax.legend(loc="lower center", ncols=2, borderaxespad=0.2, handlelength=1.4, columnspacing=1.2)
 
 
-def in_words(ax: Any, text: str) -> None:
-    """Words in place of a picture that would be empty."""
+def in_words(ax: Any, text: str, title: str = "Nothing to draw", width: int = 62) -> None:
+    """Words in place of a picture that would be empty, in lines of `width` characters."""
     ax.set_axis_off()
-    ax.set_title("Nothing to draw")
-    ax.text(0.0, 1.0, text, transform=ax.transAxes, va="top", fontsize=9, wrap=True)
+    ax.set_title(title)
+    lines = [textwrap.fill(line, width, subsequent_indent="   ") for line in text.splitlines()]
+    ax.text(0.0, 1.0, "\n".join(lines), transform=ax.transAxes, va="top", fontsize=9)
 
 
 def _numbers(axis: Any) -> None:
@@ -262,8 +264,14 @@ def comparison(ax: Any, found: Comparison, most: int) -> None:
         ax.fill_between(at, low, high, color=colour, alpha=0.25, linewidth=0)
         ax.plot(steps, [c.measured for c in own], "o", color=colour, ms=4)
     ax.plot([], [], "o", color=style.THEORY, ms=4, label="training")
+    if found.not_valid:
+        first, last = found.not_valid[0], max(c.step for c in found.charges)
+        ax.axvspan(max((c.step for c in found.charges if c.step < first), default=first), last, color=style.MUTED,
+                   alpha=0.14, lw=0, label="forecast not valid")  # fmt: skip
     _numbers(ax.xaxis)
-    ax.set(xlabel="steps after the measurement", ylabel="charge, summed over coordinates")
+    reasons = [textwrap.fill(text, 100) for text in found.validity()]
+    ax.set_xlabel("\n".join(["steps after the measurement", *reasons]), fontsize=7 if reasons else None)
+    ax.set_ylabel("charge, summed over coordinates")
     ax.set_title("One measurement (lines) against training (dots)")
     ax.legend(loc="best")
 
@@ -292,6 +300,12 @@ def farthest(equilibrium: Equilibrium, most: int) -> list[Settled]:
     return sorted(finite, key=lambda s: -float(s.imbalance_now[s.finite].max()))[:most]
 
 
+def in_order(settled: Sequence[Settled], names: Sequence[str]) -> list[Settled]:
+    """The same, in the order in which another panel lists its symmetries; those that it does not list come last."""
+    place = {name: i for i, name in enumerate(names)}
+    return sorted(settled, key=lambda s: place.get(s.name, len(place)))
+
+
 def imbalances(ax: Any, settled: Sequence[Settled], after: Sequence[Settled] | None = None) -> None:
     """Per symmetry the imbalance of every coordinate now as dots; with `after`, those measured after the move."""
     for y, row in enumerate(settled):
@@ -312,10 +326,30 @@ def imbalances(ax: Any, settled: Sequence[Settled], after: Sequence[Settled] | N
         ax.legend(loc="lower center", ncols=2)
 
 
+def spectra(ax: Any, rows: Sequence[Settled]) -> None:
+    """Per symmetry what the squared norm of the + side has over that of the − side, coordinate by coordinate (in the
+    directions of its eigenvectors for general_linear): now, and after the move as far as it settles.
+    """
+    for y, row in enumerate(rows):
+        _dots(ax, _spectrum(row.charge_now), y - 0.14, style.GD, 0.9)
+        _dots(ax, _spectrum(row.charge), y + 0.14, style.SGD, 0.9)
+    ax.axvline(0, color=style.MUTED, lw=1)
+    _lines(ax, [row.name for row in rows], "squared norm of the + side less that of the − side, each direction")
+    for colour, label in ((style.GD, "now"), (style.SGD, "moved as far as it settles")):
+        ax.plot([], [], "o", color=colour, label=label)
+    ax.set_title("How unequal the two sides are")
+    _legend(ax)
+
+
+def _spectrum(charge: Tensor) -> Tensor:
+    """The charge's coordinates, of matrices the eigenvalues."""
+    return torch.linalg.eigvalsh(charge).flatten() if charge.ndim == 3 else charge.flatten()
+
+
 def without_equilibrium(equilibrium: Equilibrium) -> str:
     """Why there is nothing to draw where no symmetry has a finite equilibrium."""
     own = [f"{label}: {s.reason or s.classification}" for label, s in _labelled(equilibrium)]
-    return "\n".join(["No symmetry has a finite equilibrium, so there is none to draw:", *own])
+    return "\n".join(["No symmetry has a finite equilibrium:", *own])
 
 
 def _labelled(equilibrium: Equilibrium) -> list[tuple[str, Settled]]:
@@ -323,11 +357,11 @@ def _labelled(equilibrium: Equilibrium) -> list[tuple[str, Settled]]:
     return list(zip(chart_labels([s.name for s in settled]), settled, strict=True))
 
 
-def _dots(ax: Any, values: Tensor, y: int, colour: str) -> None:
+def _dots(ax: Any, values: Tensor, y: float, colour: str, alpha: float = 0.55) -> None:
     """A thin cloud of dots on one line."""
     x = values.numpy()
     jitter = 0.22 * np.sin(7.0 * np.arange(len(x)))
-    ax.plot(x, y + jitter, "o", color=colour, ms=3.5, alpha=0.55, mew=0)
+    ax.plot(x, y + jitter, "o", color=colour, ms=3.5, alpha=alpha, mew=0)
 
 
 def factors(ax: Any, settled: Sequence[Settled]) -> None:

@@ -122,8 +122,9 @@ def plot_equilibrium(equilibrium: Equilibrium, *, most: int = 30) -> tuple[Any, 
     settled = drawings.farthest(equilibrium, most)
     figure, axes = _figure(2, 10.5, height_of(len(settled)))
     if not settled:
-        drawings.in_words(axes[0], drawings.without_equilibrium(equilibrium))
-        axes[1].set_axis_off()
+        shown = [s for s in equilibrium if s.charge_now.numel()][:most]
+        drawings.spectra(axes[0], shown)
+        drawings.in_words(axes[1], drawings.without_equilibrium(equilibrium), "Why they do not settle")
         return figure, axes
     drawings.imbalances(axes[0], settled)
     drawings.factors(axes[1], settled)
@@ -144,7 +145,8 @@ def plot_ledger(ledger: Ledger, *, most: int = 4) -> tuple[Any, Any]:
 def plot_analysis(analysis: Analysis, *, most: int = 12) -> tuple[Any, Any]:
     """Four pictures of one analysis: where the charges drift, how long they take, their imbalance, their forecast."""
     pyplot: Any = require("matplotlib.pyplot", "report")
-    rows, settled = drawings.fastest(analysis.flow.details, most), drawings.farthest(analysis.equilibrium, most)
+    rows, order = drawings.fastest(analysis.flow.details, most), drawings.fastest(analysis.flow.details, 10**6)
+    settled = drawings.in_order(drawings.farthest(analysis.equilibrium, most), [row.name for row in order])
     height = height_of(max(len(rows), len(settled)))
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 2 * max(height, 3.2)), layout="constrained")
     drawings.drifts(axes[0, 0], rows, analysis.flow.regime)
@@ -153,7 +155,7 @@ def plot_analysis(analysis: Analysis, *, most: int = 12) -> tuple[Any, Any]:
     if settled:
         drawings.imbalances(axes[1, 0], settled)
     else:
-        drawings.in_words(axes[1, 0], drawings.without_equilibrium(analysis.equilibrium))
+        drawings.spectra(axes[1, 0], list(analysis.equilibrium)[:most])
     drawings.forecast(axes[1, 1], drawings.drawn_forecast(analysis.flow), most=8)
     return figure, axes
 
