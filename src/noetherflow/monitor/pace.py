@@ -172,8 +172,8 @@ class Cost:
         """Seconds per step of the training with this stride.
 
         Example:
-            >>> Cost(record=0.001, estimate=0.01, estimate_every=50).per_step(10)
-            0.0003
+            >>> Cost(record=0.25, estimate=1.0, estimate_every=4).per_step(2)
+            0.375
         """
         estimates = self.estimate / max(self.estimate_every, every) if self.estimate_every else 0.0
         return self.record / every + estimates
