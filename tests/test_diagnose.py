@@ -172,7 +172,7 @@ class TestPlanted:
         found = run(lr=1.0)["norm-growth"]
         assert found.severity in ("watch", "act")
         assert "0" in found.where[0]
-        assert "weight decay" in found.advice
+        assert found.advice.startswith("nothing to do while the loss falls")
         assert run(lr=0.01)["norm-growth"].severity == "good"
 
     def test_dead_units(self):
@@ -283,7 +283,7 @@ def normalised() -> nn.Sequential:
 
 def test_a_model_in_evaluation_mode_leaves_what_training_changes_open() -> None:
     model, data = normalised(), loader(*classes(noise=1.0))
-    trained = nf.diagnose(model, nn.CrossEntropyLoss(), data, sgd(model), curvature=False)
+    trained = nf.diagnose(model, nn.CrossEntropyLoss(), data, sgd(model, momentum=0.0), curvature=False)
     assert not any("evaluation mode" in text for text in trained.cautions)
     assert trained["norm-growth"].severity == "good"
     fixed = nf.diagnose(model.eval(), nn.CrossEntropyLoss(), data, sgd(model), curvature=False)
@@ -329,6 +329,8 @@ def test_a_flow_that_is_no_drift_is_said_where_balance_is() -> None:
     fast = nf.diagnose(model, nn.CrossEntropyLoss(), data, sgd(model, lr=0.5), curvature=False)
     slow = nf.diagnose(model, nn.CrossEntropyLoss(), data, sgd(model, lr=1e-5), curvature=False)
     assert "NOT VALID as a drift" in fast["balance"].title
+    assert fast["balance"].severity == "open"
+    assert slow["balance"].severity == "good"
     assert "NOT VALID" in str(fast).split("Which norms")[0].replace("\n  ", " ")
     assert "NOT VALID" not in str(slow)
 
@@ -404,6 +406,57 @@ def test_a_run_whose_loss_rose_is_never_said_to_be_in_hand(lr: float, severities
     found = ledger.diagnose()["loss-course"]
     assert found.severity in severities
     assert ("stayed in hand" in found.title) == (severities == ["good"])
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_run_that_diverged_is_led_by_that_and_the_rest_means_little(noted: bool) -> None:
+    """Two linear layers at a rate far too large, with and without losses in the log."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 8, bias=False), nn.Linear(8, 5, bias=False)).double()
+    x, y = classes(64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=50.0)
+    with nf.Ledger(model, optimizer, nf.find_symmetries(model, x[:2].double()), every=1, estimate_every=5) as ledger:
+        for _ in range(30):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x.double()), y)
+            loss.backward()
+            if noted:
+                ledger.note(loss)
+            optimizer.step()
+    found = ledger.diagnose()
+    assert found.verdict == "act"
+    assert found.findings[0].rule == "loss-course"
+    assert found["loss-course"].title.startswith("The run diverged at step")
+    assert "diverged" in found.cautions[0]
+    assert "stayed in hand" not in str(found)
+    assert all(f.title.startswith("Means little") for f in found if f.rule not in ("loss-course", "outside"))
+    assert len(found.changes) == 1
+
+
+def test_decay_is_judged_alike_before_a_run_and_after_it() -> None:
+    """By the share of the squared norms that it takes in the steps made, recorded or not."""
+    model, (x, y) = mlp(), classes()
+    optimizer = adamw(model, lr=2e-3, weight_decay=0.01)
+    before = nf.diagnose(model, nn.CrossEntropyLoss(), loader(x, y), optimizer, steps=1000, curvature=False)
+    with nf.Ledger(model, optimizer, nf.find_symmetries(model, x[:4]), every=30) as ledger:
+        train(model, loader(x, y), optimizer, 1000, ledger)
+    after = ledger.diagnose()
+    told = before["decay-bites"], after["decay-bites"]
+    assert told[0].title == told[1].title
+    assert told[0].severity == told[1].severity == "watch"
+    assert after["norm-growth"].severity in ("good", "open")
+    assert after.changes == ()
+    assert "1,000 steps, 34 of them recorded" in after.subject
+
+
+def test_rows_that_were_dropped_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (x, y) = mlp(), classes()
+    optimizer = sgd(model)
+    with nf.Ledger(model, optimizer, nf.find_symmetries(model, x[:4]), every=1, capacity=20) as ledger:
+        train(model, loader(x, y), optimizer, 50, ledger)
+    found = ledger.diagnose()
+    assert "the last 20 of 50 recorded steps" in found.subject
+    assert "30 recorded steps before step 30 were dropped" in found.cautions[0]
 
 
 def test_groups_with_rates_of_their_own_are_diagnosed_under_sgd() -> None:

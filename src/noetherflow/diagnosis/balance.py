@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from noetherflow.core.printing import count, show
+from noetherflow.core.printing import count
 from noetherflow.diagnosis.facts import LayerBalance, PartActivity, RunBalance
-from noetherflow.diagnosis.finding import Evidence, Finding, Severity, calm, plain
+from noetherflow.diagnosis.finding import Evidence, Finding, Severity, calm, in_steps, plain
 
 FAR, VERY_FAR = math.log(3.0), math.log(10.0)
 LAYER_FAR, LAYER_VERY_FAR = math.log(10.0), math.log(30.0)
@@ -19,7 +19,7 @@ SOME_DEAD, MANY_DEAD = 0.1, 0.5
 SILENT = 1e-6
 FAINT, FROZEN_OUT = 0.1, 0.01
 SHOWN = 4
-LIKE_ITS_LAYER = ", as the rest of its layer is, and no more than usual initial weights are"
+USUAL = "layers of usual initial weights are up to 10 away, gains of 1 up to 30"
 
 
 def far_from_equilibrium(facts: Sequence[LayerBalance], steps: float) -> list[Finding]:
@@ -55,11 +55,12 @@ def far_from_equilibrium(facts: Sequence[LayerBalance], steps: float) -> list[Fi
         return found
     worst = max((f for f, _ in parts), key=lambda f: float(np.nanmax(np.abs(f.factors))))
     at = int(np.nanargmax(np.abs(worst.factors)))
-    title = (
-        f"None is far from its noise equilibrium: the farthest, {worst.part} {at} of `{worst.name}`, is a factor of "
-    )
-    factor = math.exp(abs(float(worst.factors[at])))
-    title += f"{plain(factor)} away" + (LIKE_ITS_LAYER if factor >= math.exp(FAR) else "") + "."
+    factor, median = (math.exp(abs(float(v))) for v in (worst.factors[at], np.nanmedian(worst.factors)))
+    farthest = f"{worst.part} {at} of `{worst.name}`, is a factor of {plain(factor)} away"
+    title = f"None is far from its noise equilibrium: the farthest, {farthest}."
+    if factor >= math.exp(FAR):
+        title = f"None stands out from its layer. The farthest from its noise equilibrium, {farthest}, its layer as a "
+        title += f"whole {plain(median)}; {USUAL}."
     return [calm("balance", "balance", title, _sure(worst, at))]
 
 
@@ -159,6 +160,9 @@ def far_during_run(facts: Sequence[RunBalance], steps: float) -> list[Finding]:
     factor = math.exp(worst.largest)
     if lone < FAR and whole < LAYER_FAR:
         title = f"None is far from its noise equilibrium: at most a factor of {plain(factor)} (`{worst.name}`)."
+        if factor >= math.exp(FAR):
+            title = f"None stands out from its layer. The farthest from its noise equilibrium, a part of `{worst.name}`"
+            title += f", is a factor of {plain(factor)} away, its layer as a whole {plain(math.exp(whole))}; {USUAL}."
         return [calm("balance", "balance", title, sure, numbers)]
     severity: Severity = "act" if lone >= VERY_FAR or whole >= LAYER_VERY_FAR else "watch"
     where = "a part of it" if lone >= FAR else "the whole layer"
@@ -188,7 +192,7 @@ def _phase(needed: float, steps: float) -> str:
     if not needed > 0 or math.isinf(needed):
         return "How long noise takes to even that out is not known."
     phase = "within this run (fast phase)" if needed <= steps else "longer than this run (slow phase)"
-    return f"Noise evens it out over some {show(round(needed))} steps, {phase}."
+    return f"Noise evens it out over some {in_steps(needed)}, {phase}."
 
 
 def _listed(fact: LayerBalance, which: np.ndarray) -> str:

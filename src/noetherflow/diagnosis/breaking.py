@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from noetherflow.core.printing import count
-from noetherflow.diagnosis.finding import Evidence, Finding, Severity, calm, plain
+from noetherflow.diagnosis.finding import Evidence, Finding, Severity, calm, plain, unless
 
 BROKEN = 0.01
 MOVED = 0.5
@@ -69,9 +69,7 @@ def moved_by_preconditioner(moved: Sequence[tuple[str, float, float]]) -> list[F
         return [calm("preconditioner", "optimiser", title, "measured", number)]
     title = f"Adam breaks the symmetry `{family}`: it moved {plain(share)} of the squared weights across."
     means = "Its two layers get different step sizes; their balance is the optimiser's, not that of SGD's noise."
-    advice = (
-        f"nothing, unless one side of `{family}` has grown too large: then weight decay or a rate of its own for it"
-    )
+    advice = unless(f"look whether one side of `{family}` has grown too large, and give it a rate of its own")
     return [Finding("preconditioner", "optimiser", "watch", title, means, advice, "measured", number, (family,), share)]
 
 

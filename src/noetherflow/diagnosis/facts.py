@@ -202,6 +202,10 @@ class LossCourse:
         broken: the first step with numbers that are not finite, None without.
         steps: made.
         began, ended: the first loss, and the median of the last tenth; NaN where losses were not noted.
+        middle: the median loss of the middle fifth, NaN where unknown.
+        highest: the largest loss, NaN where unknown.
+        diverged: the step from which the run was lost to its end: losses above twice the first one, weights a thousand
+            times as large, or numbers that are not finite; None where it was not.
     """
 
     warmup: int
@@ -210,6 +214,30 @@ class LossCourse:
     steps: int
     began: float
     ended: float
+    middle: float = math.nan
+    highest: float = math.nan
+    diverged: int | None = None
+
+    @property
+    def well(self) -> bool:
+        """The loss is below a tenth of the first one, or it still falls: 2 % between the middle and the end."""
+        if self.diverged is not None or math.isnan(self.ended):
+            return False
+        return self.ended <= TRAINED * self.began or self.ended < self.middle - FALLS * abs(self.middle)
+
+    @property
+    def stalled(self) -> bool:
+        """Losses were noted, and they fall no longer, or never did."""
+        return self.diverged is None and not math.isnan(self.ended) and not self.well
+
+    @property
+    def slowed(self) -> bool:
+        """The loss fell without a spike, and falls no longer: steps may have become too short, and are not too long."""
+        return self.stalled and not self.spikes and self.broken is None and self.ended <= FELL * self.began
+
+
+TRAINED, FALLS, FELL = 0.1, 0.02, 0.95
+"""Losses, over the first one, of a run that has learned; their fall in half a run that still learns; and a fall."""
 
 
 @dataclass(frozen=True)

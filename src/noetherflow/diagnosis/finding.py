@@ -115,6 +115,28 @@ def plain(value: float, digits: int = 2) -> str:
     return f"{rounded:,.10f}".rstrip("0").rstrip(".")
 
 
+def unless(otherwise: str, when: str = "if it does not") -> str:
+    """Advice for what is no fault as long as training goes well: nothing to do, and what to try otherwise.
+
+    It does not count among the `changes` of a diagnosis.
+
+    Example:
+        >>> unless("lower the learning rate")
+        'nothing to do while the loss falls; if it does not, lower the learning rate'
+    """
+    return f"{NOTHING} while the loss falls; {when}, {otherwise}"
+
+
+def in_steps(steps: float) -> str:
+    """A number of steps in words: whole, and at least one.
+
+    Example:
+        >>> in_steps(0.53), in_steps(37.4183), in_steps(1000.0)
+        ('1 step', '37 steps', '1,000 steps')
+    """
+    return count(max(1, round(steps)), "step", "steps")
+
+
 def calm(rule: str, topic: Topic, title: str, sure: str = "sure", evidence: tuple[Evidence, ...] = ()) -> Finding:
     """A good answer: nothing to do."""
     return Finding(rule, topic, "good", title, "", NOTHING, sure, evidence)
@@ -128,6 +150,30 @@ def doubted(findings: Sequence[Finding], topics: Sequence[Topic], why: str) -> l
         else f
         for f in findings
     ]
+
+
+def of_little_meaning(findings: Sequence[Finding], kept: Sequence[str], why: str) -> list[Finding]:
+    """All findings but those of the rules `kept`, left open: they describe numbers of a run that is lost."""
+    return [
+        f
+        if f.rule in kept
+        else replace(f, severity="open", title=f"Means little, for {why}. {f.title}", advice="", sure="open")
+        for f in findings
+    ]
+
+
+def not_judged(findings: Sequence[Finding], rules: Sequence[str], why: str) -> list[Finding]:
+    """Findings of these rules rest on an answer that is not valid: good ones are open, others say so."""
+    out = []
+    for f in findings:
+        if f.rule not in rules or f.severity == "open":
+            out.append(f)
+        elif f.severity == "good":
+            title = f"Could not be judged, because {why}. By present gradients alone: {f.title}"
+            out.append(replace(f, severity="open", title=title, advice="", sure="open"))
+        else:
+            out.append(replace(f, sure=f"{f.sure}; but {why}, so how it goes on is open"))
+    return out
 
 
 @dataclass(frozen=True)
@@ -192,8 +238,9 @@ class Diagnosis:
 
     @property
     def changes(self) -> tuple[str, ...]:
-        """What to change, the most urgent first; empty where there is nothing to do."""
-        return tuple(dict.fromkeys(f.advice for f in self.findings if f.severity in ("act", "watch") and f.advice))
+        """What to change, the most urgent first; empty where there is nothing to do, at least while the loss falls."""
+        asked = (f.advice for f in self.findings if f.severity in ("act", "watch") and f.advice)
+        return tuple(dict.fromkeys(advice for advice in asked if not advice.startswith(NOTHING)))
 
     def __str__(self) -> str:
         counts = [

@@ -25,7 +25,7 @@ from noetherflow.diagnosis.facts import (
     ScaleInvariantNorm,
     StepStability,
 )
-from noetherflow.diagnosis.finding import Diagnosis, Finding, doubted
+from noetherflow.diagnosis.finding import Diagnosis, Finding, doubted, not_judged
 from noetherflow.diagnosis.step import Step, of_parameter
 from noetherflow.equilibrium.charge_flow import ChargeFlow
 from noetherflow.equilibrium.flow import Flow
@@ -45,8 +45,17 @@ FILLED = 2.0
 """Warmup of Adam in memories of `v`: over `2 / (1 - b2)` steps its average fills up with gradients of the settled run
 (Ma and Yarats, On the adequacy of untuned warmup for adaptive optimization, 2019).
 """
-IMBALANCE = ("balance", "balance-layer", "balance-heads")
-NOT_A_DRIFT = " But the flow is NOT VALID as a drift here (see CAUTION), so whether that is reached is open."
+ON_THE_FLOW = (
+    "balance",
+    "balance-layer",
+    "balance-heads",
+    "norm-growth",
+    "norms-to-come",
+    "fastest-norms",
+    "sharpening",
+)
+"""Rules that rest on the flow or on where it ends; the learning rate does where a warmup along it is counted on."""
+NOT_A_DRIFT = "the flow is NOT VALID as a drift here (see CAUTION)"
 QUERY_KEY = ("attention-qk", "rotary-qk")
 
 
@@ -114,7 +123,9 @@ def diagnose_measurement(examined: Examined) -> Diagnosis:
     if examined.moments.conditions.running:
         found = doubted(found, ("norms", "warmup", "balance", "batch"), "measured with running statistics")
     if not examined.flow.regime.constant:
-        found = [replace(f, title=f.title + NOT_A_DRIFT) if f.rule in IMBALANCE else f for f in found]
+        found = not_judged(found, ON_THE_FLOW, NOT_A_DRIFT)
+        if steps.load >= 1:
+            found = not_judged(found, ("learning-rate",), NOT_A_DRIFT)
     return Diagnosis.of(f"{subject}, from {samples}", found, members, cautions)
 
 

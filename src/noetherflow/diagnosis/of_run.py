@@ -11,9 +11,10 @@ import numpy as np
 
 from noetherflow.core.arguments import expect
 from noetherflow.core.members import modules_of
+from noetherflow.core.printing import count
 from noetherflow.diagnosis import balance, breaking, norms, sampling, stability
 from noetherflow.diagnosis.facts import LogitGrowth, LossCourse, NormHistory, RunBalance
-from noetherflow.diagnosis.finding import Diagnosis, Finding
+from noetherflow.diagnosis.finding import Diagnosis, Finding, of_little_meaning
 from noetherflow.diagnosis.of_model import QUERY_KEY
 from noetherflow.monitor.rundata import RunData
 
@@ -36,16 +37,14 @@ def diagnose_run(run: RunData | str | os.PathLike[str], steps: int | None = None
     """
     expect("diagnose_run(run, steps)", "run", run, RunData | str | os.PathLike, "a run's folder or a RunData")
     data = run if isinstance(run, RunData) else RunData.load(run)
-    made = float(data.steps[-1] - data.steps[0] + 1)
-    whole = made if steps is None else float(steps)
-    decays = _decays(data)
+    whole, course = float(max(data.steps_made, steps or 0)), _course(data)
     found: list[Finding] = [
-        *norms.norms_so_far(list(_norms(data)), any(d > 0 for d in decays), int(data.one_sided.sum())),
-        *norms.decay_bites(decays, whole),
+        *norms.norms_so_far(list(_norms(data)), course, int(data.one_sided.sum())),
+        *norms.decay_bites(_decays(data), whole),
         *norms.logit_growth(list(_logits(data))),
         *balance.far_during_run(list(_balances(data)), whole),
-        *stability.loss_course(_course(data)),
-        *stability.turning([(n, recent(data, "angular", i)) for i, n in enumerate(data.symmetries)]),
+        *stability.loss_course(course),
+        *stability.turning([(n, recent(data, "angular", i)) for i, n in enumerate(data.symmetries)], course),
         *norms.grown_layers(list(_layers(data))),
         *sampling.noise_share(_batch_ratio(data), "all layers"),
         *breaking.violated_in_training([(n, recent(data, "check", i)) for i, n in enumerate(data.symmetries)]),
@@ -54,8 +53,24 @@ def diagnose_run(run: RunData | str | os.PathLike[str], steps: int | None = None
     ]
     optimizer = data.header.get("optimizer", "an optimiser")
     members = {s["name"]: modules_of(s.get("parameters", ())) for s in data.header["symmetries"]}
-    subject = f"Run under {optimizer}, steps {int(data.steps[0]):,} to {int(data.steps[-1]):,}"
-    return Diagnosis.of(subject, found, members)
+    cautions = _covered(data)
+    if course.diverged is not None:
+        why = f"the run diverged at step {course.diverged:,}"
+        found = of_little_meaning(found, ("loss-course", "outside"), why)
+        cautions = [f"{why}", *cautions]
+    return Diagnosis.of(f"Run under {optimizer}, {data.span}", found, members, cautions)
+
+
+def _covered(data: RunData) -> list[str]:
+    """What to know where the log holds a part of the run only."""
+    first, last = int(data.steps[0]), int(data.steps[-1])
+    if data.dropped:
+        text = f"{count(data.dropped, 'recorded step', 'recorded steps')} before step {first:,} were dropped, so that "
+        text += f"beginnings and sums are those of steps {first:,} to {last:,}: nf.Ledger(..., run_dir=...) keeps all"
+        return [text]
+    if first:
+        return [f"recording began at step {first:,}: what is said of beginnings is said of that step"]
+    return []
 
 
 def recent(data: RunData, column: str, symmetry: int) -> float:
@@ -198,10 +213,45 @@ def _course(data: RunData) -> LossCourse:
     broken = [e["step"] for e in data.events if e["event"] == "non-finite"]
     broken += [int(s) for s in data.steps[np.isnan(data.family["charge"]).any(axis=1)][:1]]
     known = data.loss[np.isfinite(data.loss)]
-    began, ended = math.nan, math.nan
+    began, middle, ended, highest = math.nan, math.nan, math.nan, math.nan
     if known.size:
         began, ended = float(known[0]), float(np.median(known[-max(1, known.size // 10) :]))
-    return LossCourse(warmup, spikes, min(broken, default=None), int(data.steps[-1] - data.steps[0]) + 1, began, ended)
+        highest = float(known.max())
+        middle = float(np.median(known[2 * known.size // 5 : max(3 * known.size // 5, 2 * known.size // 5 + 1)]))
+    first = min(broken, default=None)
+    lost = _lost(data, began, ended)
+    lost = first if lost is None and first is not None and _ends_broken(data) else lost
+    return LossCourse(warmup, spikes, first, data.steps_made, began, ended, middle, highest, lost)
+
+
+def _lost(data: RunData, began: float, ended: float) -> int | None:
+    """The step from which the run was lost to its end: the first of the last stretch that is; None where it was not.
+
+    Lost are losses above twice the first one where the last ones are and, where no loss was noted, squared weights a
+    million times as large as at first.
+    """
+    weights = data.family["norm"]
+    if math.isfinite(ended):
+        if not (began > 0 and ended >= stability.ROSE * began):
+            return None
+        low = np.isfinite(data.loss) & (data.loss < stability.ROSE * began)
+    else:
+        with np.errstate(invalid="ignore"):
+            low = ~(weights > BEYOND * weights[0]).any(axis=1)
+        if low[-1]:
+            return None
+    last = np.flatnonzero(low)
+    at = int(last[-1]) + 1 if last.size else 0
+    return int(data.steps[min(at, len(data.steps) - 1)])
+
+
+def _ends_broken(data: RunData) -> bool:
+    """Whether the last recorded step has numbers that are not finite."""
+    return not bool(np.isfinite(data.family["charge"][-1]).all())
+
+
+BEYOND = 1e6
+"""Growth of squared weights beyond which a run without losses is lost: a thousand times the norm."""
 
 
 def _preconditioned(data: RunData) -> Iterator[tuple[str, float, float]]:

@@ -33,10 +33,13 @@ def batch_size(fact: BatchRegime) -> list[Finding]:
         title = f"Mean-gradient regime: batches of {size:,} are far above the noise scale, {show(scale.value)} samples."
         if math.isinf(ratio):
             title = f"Mean-gradient regime: batches of {size:,} hold all samples, so there is no gradient noise."
-        means = "Nearly all of a step is the mean gradient: smaller batches would make the same progress per step, and "
-        means += "noise does not drive the symmetries, so noise equilibria are not where this run goes."
-        least = max(1, math.ceil(scale.value))
-        advice = f"batches of about {least:,} samples save samples at nearly the same number of steps"
+        means = (
+            "Nearly all of a step is the mean gradient: smaller batches would make nearly the same progress a step, "
+        )
+        means += "and noise does not drive the symmetries, so noise equilibria are not where this run goes."
+        least = max(1, math.ceil(WASTED * most))
+        advice = f"if samples or time are short, batches of about {least:,} samples: a step of them still makes "
+        advice += "nine tenths of this progress; ask again as the noise scale grows"
         return [Finding("batch-size", "batch", "watch", title, means, advice, sure, numbers, weight=math.log(ratio))]
     found = f"of {show(scale.value)} samples" if math.isfinite(scale.value) else f"too large to measure{_at_least(low)}"
     title = f"Batches of {size:,} against a noise scale {found} at these weights; it grows in training: "
@@ -84,8 +87,9 @@ def noise_share(ratio: float, layer: str) -> list[Finding]:
     sure = "likely: from the momentum buffer, which scatters"
     if ratio > WASTED:
         title = f"Mean-gradient regime: batches are {plain(ratio, 3)} times the noise scale."
-        means = "Nearly all of a step is the mean gradient; smaller batches would make the same progress per step."
-        advice = f"batches about {plain(ratio)} times smaller save samples"
+        means = "Nearly all of a step is the mean gradient; smaller batches would make nearly the same progress a step."
+        advice = f"if samples or time are short, batches up to {plain(ratio / WASTED)} times smaller: a step of them "
+        advice += "still makes nine tenths of this progress"
         return [Finding("batch-size", "batch", "watch", title, means, advice, sure, number, weight=math.log(ratio))]
     what = "noise regime; larger batches would save steps" if ratio < NOISY else "near the best trade"
     times = f"{plain(ratio)} times" if ratio > 0.01 else "less than 0.01 times"

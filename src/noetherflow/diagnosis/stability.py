@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from noetherflow.core.adaptive import AdamConfig
 from noetherflow.core.optimizers import Settings
 from noetherflow.core.printing import count, show
-from noetherflow.diagnosis.facts import LossCourse, NormTrend, StepStability
-from noetherflow.diagnosis.finding import NOTHING, Evidence, Finding, Severity, calm, plain
+from noetherflow.diagnosis.facts import FELL, LossCourse, NormTrend, StepStability
+from noetherflow.diagnosis.finding import NOTHING, Evidence, Finding, Severity, calm, in_steps, plain, unless
 
 EDGE = 2.0
 NOISY = 1.0
@@ -18,7 +18,8 @@ SHORT_MEMORY, LLM_MEMORY = 0.9, 0.95
 TURN, BIG_TURN = 0.1, 0.3
 REPLACED = 1.0
 LOST = 3.0
-ROSE, FELL = 2.0, 0.95
+ROSE = 2.0
+LOST_RUN = 1e9
 HELD = "with the function held fixed"
 CURVED = "likely: curvature on the data measured, the function taken to stay as it is meanwhile"
 
@@ -33,17 +34,17 @@ def learning_rate(fact: StepStability) -> list[Finding]:
     entropy does, survive it: to watch.
     """
     if math.isnan(fact.load):
-        title = "Not measured: the curvature is not known here."
+        title = "Not known whether a warmup is needed: the curvature is not measured here."
         return [Finding("learning-rate", "warmup", "open", title, "", fact.remedy, "open")]
     if fact.load < 1 and fact.replaced:
-        title = "Curvature cannot tell: a step is as long as weights that it changes."
+        title = "Curvature cannot tell whether a warmup is needed: a step is as long as weights that it changes."
         return [Finding("learning-rate", "warmup", "open", title, "", "", "open", _numbers(fact))]
     if fact.load < 1:
         return [_stable(fact)]
     if fact.started and fact.load < EDGE:
         title = f"The learning rate {fact.lr:g} is at the edge of stability: {plain(fact.load)} times the stable one."
         means = "A running training often settles there; a sharper stretch makes the loss spike."
-        advice = f"lower the optimiser's learning rate below {show(fact.stable)} if the loss spikes"
+        advice = unless(f"lower the optimiser's learning rate below {show(fact.stable)}", "if it spikes")
         return [
             Finding("learning-rate", "warmup", "watch", title, means, advice, CURVED, _numbers(fact), weight=fact.load)
         ]
@@ -61,29 +62,30 @@ def _numbers(fact: StepStability) -> tuple[Evidence, ...]:
 
 def _stable(fact: StepStability) -> Finding:
     """A load below 1: stable with full batches."""
-    title = f"Stable: the learning rate {fact.lr:g} is {plain(fact.load)} of the largest stable one with full batches "
+    warm = "No warmup is needed for stability"
+    if fact.planned:
+        warm = f"Yes, the planned warmup of {fact.planned:,} steps is long enough; stability asks for none"
+    title = f"{warm}: the learning rate {fact.lr:g} is {plain(fact.load)} of the largest stable one with full batches "
     title += f"({show(fact.stable)})"
     if fact.noisy_load >= NOISY:
         return Finding(
             "learning-rate",
             "warmup",
             "watch",
-            f"{title}, but {plain(fact.noisy_load)} times what these minibatches allow on a quadratic loss.",
-            "Fluctuations along the stiffest directions are held only where the loss flattens out.",
-            f"if the loss is noisy, a learning rate below {show(fact.lr / fact.noisy_load)} or larger batches",
+            f"{title}. It is {plain(fact.noisy_load)} times what these minibatches allow on a quadratic loss.",
+            "That bound is for the worst case: cross entropy flattens out away from its minimum, and training often "
+            "goes well above it. Where it does not, the loss scatters from the first steps on.",
+            unless("try a smaller learning rate or larger batches"),
             CURVED,
             _numbers(fact),
             weight=fact.noisy_load,
         )
     if fact.noisy_load > 0:
         title = (
-            f"Stable: the learning rate {fact.lr:g} is {plain(fact.noisy_load)} of the largest stable one with these "
+            f"{warm}: the learning rate {fact.lr:g} is {plain(fact.noisy_load)} of the largest stable one with these "
         )
         title += f"minibatches ({show(fact.lr / fact.noisy_load)}; with full batches {show(fact.stable)})"
-    warm = "no warmup is needed for that"
-    if fact.planned:
-        warm = f"the planned warmup of {fact.planned:,} steps is more than that needs"
-    return calm("learning-rate", "warmup", f"{title}; {warm}.", CURVED, _numbers(fact))
+    return calm("learning-rate", "warmup", f"{title}.", CURVED, _numbers(fact))
 
 
 def _warmup(fact: StepStability) -> Finding:
@@ -99,7 +101,8 @@ def _warmup(fact: StepStability) -> Finding:
         advice = lower
     elif math.isnan(fact.needed):
         title, advice = (
-            f"The learning rate {fact.lr:g} is {plain(fact.load)} times the stable one.",
+            f"The learning rate {fact.lr:g} is {plain(fact.load)} times the stable one: it needs a warmup, of unknown "
+            "length.",
             f"warm up, or {lower}",
         )
     elif fact.planned is None:
@@ -108,16 +111,18 @@ def _warmup(fact: StepStability) -> Finding:
             f"warm up linearly over {fact.needed:,.0f} steps or more (warmup=steps checks a planned one), or {lower}"
         )
     elif fact.planned < fact.needed:
-        title = f"The warmup of {fact.planned:,} steps is too short: stability asks for about {fact.needed:,.0f}."
+        title = f"No, the warmup of {fact.planned:,} steps is too short: stability asks for about {fact.needed:,.0f}."
         advice = f"lengthen the warmup to {fact.needed:,.0f} steps or more, or {lower}"
     elif fact.safe is not None and fact.planned < fact.safe:
         severity = "watch"
         title = f"The warmup of {fact.planned:,} steps is enough for full batches (about {fact.needed:,.0f}), "
         title += f"short for these minibatches (about {fact.safe:,.0f})."
-        advice = f"lengthen the warmup towards {fact.safe:,.0f} steps if runs diverge"
+        advice = unless(f"lengthen the warmup towards {fact.safe:,.0f} steps", "if it spikes")
     else:
         severity, advice = "good", NOTHING
-        title = f"The warmup of {fact.planned:,} steps is long enough: stability asks for about {fact.needed:,.0f}."
+        title = (
+            f"Yes, the warmup of {fact.planned:,} steps is long enough: stability asks for about {fact.needed:,.0f}."
+        )
     return Finding("learning-rate", "warmup", severity, title, means, advice, CURVED, _numbers(fact), weight=fact.load)
 
 
@@ -152,7 +157,7 @@ def step_length(facts: Sequence[NormTrend], warmup: int | None = None) -> list[F
     advice += "it at most"
     severity: Severity = "watch" if worst.unseen or length < LOST else "act"
     if severity == "watch":
-        advice = f"look whether the loss falls; if not, warm up, or lower the learning rate of `{worst.name}`"
+        advice = unless(f"warm up, or lower the learning rate of `{worst.name}`")
     if worst.unseen:
         means = (
             "One step draws its direction anew; the loss ignores its norm, which grows to that of the step, so that "
@@ -184,7 +189,9 @@ def sharpening(fact: StepStability) -> list[Finding]:
     if fact.sharpening >= SHARPER and fact.load_later >= 1:
         title = f"Sharpening to come: {HELD}, noise raises the curvature {plain(factor)} times."
         means = f"The learning rate becomes {plain(fact.load_later)} times the stable one on the way."
-        advice = f"plan a learning rate below {show(fact.lr / fact.load_later)} for later, or larger batches"
+        advice = unless(
+            f"a learning rate below {show(fact.lr / fact.load_later)} or larger batches", "if it spikes later"
+        )
         return [Finding("sharpening", "warmup", "watch", title, means, advice, sure, numbers, weight=factor)]
     word = "sharpening" if fact.sharpening >= 1 else "flattening"
     title = f"Noise leaves the curvature as it is, {HELD} (a factor of {plain(fact.sharpening)})."
@@ -235,24 +242,46 @@ def loss_course(fact: LossCourse) -> list[Finding]:
     last losses are compared with the first: twice as much is no accident of a batch, and to act on; less than 5 % below
     is to watch, since so ends both a run that began at its minimum and one that was thrown back to chance.
     """
+    if fact.diverged is not None:
+        return [_diverged(fact, fact.diverged)]
     early = [s for s in fact.spikes if fact.warmup and s <= 2 * fact.warmup]
     first = fact.broken if fact.broken is not None else fact.spikes[0] if fact.spikes else None
     if first is None:
         return [_without_spikes(fact)]
-    what = "Numbers were not finite" if fact.broken is not None else f"The loss spiked {len(fact.spikes)} times, first"
+    times = count(len(fact.spikes), "time", "times") + (", first" if len(fact.spikes) > 1 else "")
+    what = "Numbers were not finite" if fact.broken is not None else f"The loss spiked {times}"
     numbers = (Evidence("warmup", float(fact.warmup), unit="steps"), Evidence("first trouble at step", float(first)))
     severity: Severity = "act" if early or fact.broken is not None or _rose(fact) else "watch"
     short = first <= 2 * fact.warmup if fact.warmup else first <= max(100, fact.steps // 10)
     if short:
-        title = f"The warmup of {fact.warmup:,} steps is too short: {what.lower()} at step {first:,}."
+        warm = f"No, the warmup of {fact.warmup:,} steps is too short" if fact.warmup else "There was no warmup"
+        title = f"{warm}: {what.lower()} at step {first:,}."
         advice = "warm up longer (nf.diagnose(model, ..., optimizer) says how long), or lower the optimiser's peak rate"
     else:
-        title = f"{what} at step {first:,}, long after the warmup."
+        title = f"{what} at step {first:,}, long after {'the warmup' if fact.warmup else 'the first steps'}, so that a "
+        title += "longer warmup would hardly help."
         advice = "look at the data of that step; clip gradients, or lower the learning rate from there on"
-    means = "The learning rate was above the stable one at that point."
+    if severity == "watch" and fact.well:
+        advice = unless(advice, "if it spikes again")
+    means = "A sample out of the ordinary, or a learning rate above the stable one at that point."
     return [
         Finding("loss-course", "warmup", severity, title, means, advice, "measured", numbers, weight=len(fact.spikes))
     ]
+
+
+def _diverged(fact: LossCourse, at: int) -> Finding:
+    """A run that was lost before its end."""
+    losses = not math.isnan(fact.ended)
+    gone = f"from {show(fact.began)} to {show(fact.ended)}" if losses else "by numbers that grew beyond all bounds"
+    title = f"The run diverged at step {at:,}: {'the loss rose ' if losses else 'lost '}{gone}. "
+    warm = (
+        f"The warmup of {fact.warmup:,} steps was too short for this learning rate, or the rate is too high after any."
+    )
+    title += warm if fact.warmup else "There was no warmup."
+    means = "Steps are too long for this loss. What is said of norms, angles and noise describes a run that is lost."
+    advice = "lower the optimiser's peak learning rate and begin again from before it; a warmup alone may not be enough"
+    numbers = (Evidence("diverged at step", float(at)), Evidence("warmup", float(fact.warmup), unit="steps"))
+    return Finding("loss-course", "warmup", "act", title, means, advice, "measured", numbers, weight=LOST_RUN)
 
 
 def _rose(fact: LossCourse) -> bool:
@@ -263,31 +292,43 @@ def _rose(fact: LossCourse) -> bool:
 def _without_spikes(fact: LossCourse) -> Finding:
     """Where the loss went that never jumped."""
     if math.isnan(fact.ended):
-        title = f"No number was NaN or infinite in {fact.steps:,} steps; losses were not noted, so no more is known."
+        title = (
+            f"Not known whether the warmup was long enough: no number was NaN or infinite in {in_steps(fact.steps)}, "
+        )
+        title += "but losses were not noted."
         advice = "ledger.note(loss) in every step, or after_step(loss)"
         return Finding("loss-course", "warmup", "open", title, "", advice, "open")
-    went = f"from {show(fact.began)} to {show(fact.ended)} in {fact.steps:,} steps"
+    went = f"from {show(fact.began)} to {show(fact.ended)} in {in_steps(fact.steps)}"
     warm = f"with a warmup of {fact.warmup:,} steps" if fact.warmup else "without a warmup"
     numbers = (Evidence("loss at first", fact.began), Evidence("loss of the last tenth, median", fact.ended))
-    lower = "lower the optimiser's peak learning rate, or warm up"
+    lower = "lower the optimiser's peak learning rate; a warmup alone may not be enough"
     if _rose(fact):
         means = "Steps are too long for this loss, or it is not the loss that they descend."
         title = f"The loss rose {went}, {warm}."
         return Finding("loss-course", "warmup", "act", title, means, lower, "measured", numbers, weight=ROSE)
+    if fact.began > 0 and fact.ended > FELL * fact.began and fact.highest >= ROSE * fact.began:
+        title = f"The loss was thrown back: up to {show(fact.highest)} on the way {went}, {warm}."
+        means = "Steps are too long: such a run has lost what it began with, and often learns nothing more."
+        return Finding("loss-course", "warmup", "act", title, means, lower, "measured", numbers, weight=ROSE)
     if fact.began > 0 and fact.ended > FELL * fact.began:
         means = "The run began near a minimum, or it does not learn: steps far too long throw a network back to chance."
-        title = f"The loss hardly fell, {went}, {warm}."
+        title = f"The loss {'rose' if fact.ended > fact.began else 'hardly fell'}, {went}, {warm}."
         return Finding(
             "loss-course", "warmup", "watch", title, means, f"if it should fall: {lower}", "measured", numbers
         )
-    return calm("loss-course", "warmup", f"The loss stayed in hand, {went}, {warm}.", "measured", numbers)
+    fine = "No warmup was needed"
+    if fact.warmup:
+        fine = f"Yes, the warmup of {fact.warmup:,} steps was long enough"
+    title = f"{fine}: the loss stayed in hand, {went}, and never spiked."
+    return calm("loss-course", "warmup", title, "measured", numbers)
 
 
-def turning(angles: Sequence[tuple[str, float]]) -> list[Finding]:
+def turning(angles: Sequence[tuple[str, float]], course: LossCourse) -> list[Finding]:
     """How far one step turns scale-invariant weights: `(name, radians per step)`.
 
     Threshold: 0.1 radians forget a direction within about 100 steps (a random walk of angle 1), fewer than most data
-    sets have batches: to watch. 0.3 forget it within 10: to act on.
+    sets have batches: to watch. 0.3 forget it within 10: to act on where the loss falls no longer. Where it falls, the
+    steps are not too long, whatever the angle: nothing to do.
     """
     known = [(n, a) for n, a in angles if math.isfinite(a)]
     if not known:
@@ -298,10 +339,12 @@ def turning(angles: Sequence[tuple[str, float]]) -> list[Finding]:
         title = f"Steps are small: of scale-invariant weights the fastest, `{name}`, lately turned by "
         title += f"{plain(worst)} radians a step."
         return [calm("turning", "warmup", title, "measured", number)]
-    severity: Severity = "act" if worst >= BIG_TURN else "watch"
-    title = f"Each step turns `{name}` by {plain(worst)} radians: its effective learning rate is too large."
-    means = f"Its direction is forgotten within about {1 / worst**2:,.0f} steps."
-    advice = (
-        f"lower the learning rate or the weight decay of `{name}`: at a stationary norm the angle is sqrt(2 lr decay)"
-    )
+    severity: Severity = "act" if worst >= BIG_TURN and course.stalled else "watch"
+    title = f"Each step lately turned `{name}` by {plain(worst)} radians, which is much."
+    memory = round(1 / worst**2)
+    means = f"Its direction is forgotten within {'one step' if memory <= 1 else f'about {in_steps(memory)}'}."
+    advice = f"lower the learning rate of `{name}`"
+    advice = advice if course.stalled else unless(advice)
+    if course.stalled:
+        means += " The loss falls no longer, for which this may be the reason."
     return [Finding("turning", "warmup", severity, title, means, advice, "measured", number, (name,), worst)]

@@ -53,16 +53,21 @@ class Regime:
             return []
         return [
             f"NOT VALID as a drift: momentum remembers {self.memory:.0f} steps and counts the mean gradient as "
-            f"constant over them, but it lasts {self._steps()} at most, fewer than {LASTING:.0f} memories; where "
-            f"gradients turn sooner the drift is smaller by up to {2 * self.memory - 1:.0f} times; {self.advice}"
+            f"constant over them, but it lasts {self._steps()} {self._word()} at most, fewer than "
+            f"{LASTING:.0f} memories; where gradients turn sooner the drift is smaller by up to "
+            f"{2 * self.memory - 1:.0f} times; {self.advice}"
         ]
 
     def __str__(self) -> str:
-        lasts = "" if math.isinf(self.horizon) else f", lasts about {self._steps()} steps"
+        lasts = "" if math.isinf(self.horizon) else f", lasts about {self._steps()} {self._word()}"
         return f"mean gradient: {self.mean_share:.0%} of the drift{lasts}"
 
     def _steps(self) -> str:
-        return f"{self.horizon:,.0f}" if 10 <= self.horizon < 1e7 else show(self.horizon)
+        """A whole number, at least 1."""
+        return f"{max(1, round(self.horizon)):,}" if self.horizon < 1e7 else show(self.horizon)
+
+    def _word(self) -> str:
+        return "step" if self._steps() == "1" else "steps"
 
     @property
     def advice(self) -> str:
