@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.stateless import _reparametrize_module
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["FakeTensor", "FakeTensorMode", "TorchDispatchMode"]
@@ -46,6 +47,15 @@ def run_backward(outputs: Tensor, weights: Tensor, inputs: Sequence[Tensor]) -> 
     return found
 
 
+class WithinTorch(TorchFunctionMode):
+    """Refuses, by RuntimeError, what hands the memory of a tensor to another library."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("numpy", "__array__", "__dlpack__"):
+            raise RuntimeError(f"a tensor is handed to another library ({func.__name__})")
+        return func(*args, **(kwargs or {}))
+
+
 def traced(run: Callable[[], Sequence[Tensor]], given: Sequence[Tensor]) -> fx.GraphModule:
     """All operators that `run` performs, those of backwards included, as a graph that computes the same again.
 
@@ -61,13 +71,17 @@ def traced(run: Callable[[], Sequence[Tensor]], given: Sequence[Tensor]) -> fx.G
         A function of as many tensors as `given`, which returns a list of what `run` returns. To be called without
         gradients and autocast: both are written out in the graph.
 
+    Raises:
+        RuntimeError: `run` hands a tensor to NumPy or another library, where no operator can be followed.
+
     Example:
         >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
         >>> graph = traced(lambda: torch.autograd.grad((x**3).sum(), [x]), [x])
         >>> graph(torch.tensor([2.0, 3.0]))
         [tensor([12., 27.])]
     """
-    return make_fx(lambda *_: list(run()), _error_on_data_dependent_ops=False)(*given)
+    with WithinTorch():
+        return make_fx(lambda *_: list(run()), _error_on_data_dependent_ops=False)(*given)
 
 
 def data_dependent(graph: fx.GraphModule) -> str | None:

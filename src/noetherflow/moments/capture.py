@@ -1,16 +1,16 @@
 """Measuring passes captured once and replayed: operators of a forward, its backward and its contractions as a graph.
 
 A pass whose shapes came before is traced by `torch.fx` down to single operators, with the model's tensors and the
-batch's as inputs. On its next batch the graph must give what the pass itself gives, with the same random numbers; from
-then on it is run in its place, without autograd, taps or rules. What a graph cannot hold is measured as before, and
-the reason is kept.
+batch's as inputs. On its next batch, and on the first with other weights, the graph must give what the pass itself
+gives, with the same random numbers; else it is run in its place, without autograd, taps or rules. What a graph cannot
+hold is measured as before, and the reason is kept.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,14 +24,15 @@ from noetherflow.moments.groups import GroupSums, Opened, edges
 from noetherflow.moments.measuring import KnownWay, Way
 from noetherflow.moments.products import Factors
 from noetherflow.moments.scene import PLAIN, Scene
-from noetherflow.moments.sums import Sums, Totals
-from noetherflow.moments.taps import CallId, Trace
+from noetherflow.moments.sums import Sums
+from noetherflow.moments.taps import CallId
+from noetherflow.moments.traced import Capturing, Found, TracedWay, UnknownWayError, refilled, tensors_within
 from noetherflow.moments.verify import same_random_numbers, size_of, tolerance
 
-ENOUGH = 4
-"""Captures and changes of the model in a row without a replay, after which nothing more is captured."""
-SUMS = ("gradient", "squares", "second", "packed_gradient", "packed_squares")
-"""What `Sums` holds in tensors."""
+CHANGES, UNUSED = 4, 16
+"""Changes of the model, and captures, in a row without a replay, after which nothing more is captured."""
+HELD = 32
+"""Captured passes of one meter; beyond, the oldest is dropped."""
 
 
 class CaptureRefusedError(Exception):
@@ -80,99 +81,36 @@ class Pattern:
     factors: frozenset[str]
 
 
-@dataclass(frozen=True, eq=False)
-class Found:
-    """What one pass found: losses by sample, whether gradients reached uses without a known layout, sums by group in
-    the order of the groups, totals of complete ones, and factors.
-    """
-
-    losses: Tensor
-    reached: list[Tensor]
-    sums: list[dict[str, Any]]
-    totals: Totals
-    factors: dict[str, Factors]
-
-
-def tensors_within(value: Any) -> Iterator[Tensor]:
-    """The tensors in dictionaries, lists, tuples and dataclasses, in order.
-
-    Example:
-        >>> [len(t) for t in tensors_within({"a": [torch.ones(1), None], "b": (torch.ones(2),)})]
-        [1, 2]
-    """
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for v in value.values():
-            yield from tensors_within(v)
-    elif isinstance(value, list | tuple):
-        for v in value:
-            yield from tensors_within(v)
-    elif is_dataclass(value):
-        for f in fields(value):
-            yield from tensors_within(getattr(value, f.name))
-
-
-def refilled(value: Any, tensors: Iterator[Tensor]) -> Any:
-    """The same with other tensors, taken one after the other in the order of `tensors_within`.
-
-    Example:
-        >>> refilled({"a": [torch.ones(1), 7]}, iter([torch.zeros(1)]))
-        {'a': [tensor([0.]), 7]}
-    """
-    if isinstance(value, Tensor):
-        return next(tensors)
-    if isinstance(value, dict):
-        return {k: refilled(v, tensors) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)([refilled(v, tensors) for v in value])
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: refilled(getattr(value, f.name), tensors) for f in fields(value)})
-    return value
-
-
-@dataclass(eq=False)
-class TracedWay(KnownWay):
-    """A pass over a batch in which nothing is read back from the device, into sums of its own."""
-
-    losses_of_samples: Tensor = field(init=False)
-
-    def certain(self, trace: Trace) -> bool:
-        return False
-
-    def settled(self) -> bool:
-        return True
-
-    def read(self, losses: Tensor, parts: Sequence[tuple[int, int]]) -> list[float]:
-        self.losses_of_samples = losses.detach().flatten()
-        return []
-
-    def found(self) -> Found | None:
-        """Measure the batch; None if it goes a way not verified yet."""
-        if not self.run():
-            return None
-        sums = [{kind: getattr(s, kind) for kind in SUMS} for s in self.opened.sums.values()]
-        return Found(self.losses_of_samples, self.reached, sums, self.opened.totals, self.factors())
-
-
 @dataclass(eq=False)
 class CapturedPass:
     """A graph of one pass, and how its outputs are arranged.
 
-    `way`: the way through the model, of which `known` uses had a known layout. `proved`: on a batch other than the one
-    that it was traced on it gave what the pass itself gives.
+    `way`: the way through the model, of which `known` uses had a known layout. `versions`, `untried`: how often weights
+    had been changed when the pass was traced, and the tensors of that batch by position, as long as no replay was
+    compared with the pass itself where they were others. `compared`: whether any replay was.
     """
 
     graph: Any
     arranged: Found
     way: Way
     known: int
-    proved: bool = False
+    versions: int | None
+    untried: dict[int, Tensor]
+    compared: bool = False
 
     @property
     def current(self) -> bool:
         """Whether no further use was placed since."""
         return len(self.way.layouts) == self.known
+
+    def to_compare(self, fixed: Sequence[Tensor], given: Sequence[Tensor]) -> bool:
+        """Whether a replay may show what none before has shown; it will have been compared after that."""
+        weights = self.versions is not None and self.versions != versions_of(fixed)
+        others = [k for k, t in self.untried.items() if not torch.equal(t, given[k])]
+        due = weights or bool(others) or not self.compared
+        self.compared, self.versions = True, None if weights else self.versions
+        self.untried = {k: t for k, t in self.untried.items() if k not in others}
+        return due
 
     def replay(self, fixed: Sequence[Tensor], given: Sequence[Tensor]) -> Found:
         """What the pass finds with these tensors of the model and of the batch."""
@@ -193,9 +131,14 @@ class CapturedPass:
         for (a, b), dtype in zip(pairs, dtypes, strict=True):
             if not size_of(a - b) <= tolerance(dtype) * size_of(b) + floor:
                 raise CaptureRefusedError(
-                    "a replay found something else than the pass itself on another batch: the forward reads numbers "
-                    "of the batch past torch (numpy(), a kernel of its own), or recomputes with restored random numbers"
+                    "a replay found something else than the pass itself: the forward reads numbers past torch (kernels "
+                    "of its own), counts its calls, or recomputes with restored random numbers"
                 )
+
+
+def versions_of(tensors: Sequence[Tensor]) -> int:
+    """How often weights were changed in place, all together."""
+    return sum(t._version for t in tensors if t.requires_grad)
 
 
 @dataclass(eq=False)
@@ -209,10 +152,11 @@ class Captures:
     held: dict[Pattern, CapturedPass] = field(default_factory=dict)
     seen: set[Pattern] = field(default_factory=set)
     refused: dict[Pattern | None, str] = field(default_factory=dict)
-    changed: str = "the shape of the batch"
+    changed: str = ""
     traces: int = 0
     replays: int = 0
-    wasted: int = 0
+    changes: int = 0
+    unused: int = 0
 
     @property
     def captured(self) -> Captured:
@@ -224,7 +168,7 @@ class Captures:
         different = None if self.scene is None else self.scene.difference(now)
         if different is not None:
             self.held, self.changed = {}, different
-            self.wasted += 1
+            self.changes += 1
             self.seen.clear()
             self.refused = {k: why for k, why in self.refused.items() if k is None}
         self.scene = now
@@ -232,11 +176,24 @@ class Captures:
 
     def worth(self, pattern: Pattern) -> bool:
         """Whether a pass is to be captured: it came before, and captures have been replayed."""
-        if self.wasted >= ENOUGH:
+        if self.changes >= CHANGES:
             self.refused[None] = f"{self.changed} is another before anything captured could be replayed"
+        if self.unused >= UNUSED:
+            self.refused[None] = f"{self.unused} passes were captured, and no batch of their shapes came again"
         fits = pattern in self.seen and pattern not in self.refused and None not in self.refused
         self.seen.add(pattern)
         return fits
+
+    def keep(self, pattern: Pattern, captured: CapturedPass) -> None:
+        """Keep a pass for batches to come."""
+        self.held = dict([*self.held.items(), (pattern, captured)][-HELD:])
+        self.traces += 1
+        self.unused += 1
+
+    def note_replay(self) -> None:
+        """Count a batch measured by a replay."""
+        self.replays += 1
+        self.changes = self.unused = 0
 
 
 @dataclass(eq=False)
@@ -322,26 +279,26 @@ class CapturedWay(KnownWay):
             raise CaptureRefusedError("the forward draws random numbers of Python or NumPy, which no graph holds")
         empty = (torch.empty_like(t, device="meta") for t in tensors_within(tracing.found))
         way = tracing.way.way
-        self.captures.held[pattern] = CapturedPass(run, refilled(tracing.found, empty), way, len(way.layouts))
-        self.captures.traces += 1
-        self.captures.wasted += 1
+        versions, untried = versions_of(scene.tensors), {k: t.detach().clone() for k, t in enumerate(given)}
+        arranged = refilled(tracing.found, empty)
+        captured = CapturedPass(run, arranged, way, len(way.layouts), versions, untried)
+        self.captures.keep(pattern, captured)
         return tracing.found
 
     def _replay(self, captured: CapturedPass, scene: Scene, given: Sequence[Tensor]) -> bool:
-        """Measure the batch by a replay; the first time beside the pass itself."""
+        """Measure the batch by a replay; beside the pass itself where that may show what none before has shown."""
         modules = self.subject.modules
-        if captured.proved:
+        if not captured.to_compare(scene.tensors, given):
             with buffers_kept(modules):
                 found = captured.replay(scene.tensors, given)
-            self.captures.replays += 1
-            self.captures.wasted = 0
+            self.captures.note_replay()
             return self._take(found)
         with same_random_numbers(), buffers_kept(modules):
             again = captured.replay(scene.tensors, given)
         itself = self._measuring().found()
-        if itself is not None:
-            captured.refuse_other(again, itself)
-            captured.proved = True
+        if itself is None:
+            raise CaptureRefusedError("the forward takes another way on another batch of the same shapes")
+        captured.refuse_other(again, itself)
         return self._take(itself)
 
     def _take(self, found: Found | None) -> bool:
@@ -358,25 +315,6 @@ class CapturedWay(KnownWay):
         self.opened = Opened(dict(zip(self.placed.groups, summed, strict=True)), found.totals)
         self.shares = [Share(lo, hi, s, totals) for (lo, hi), s in zip(parts, summed, strict=True) if hi > lo]
         return True
-
-
-class UnknownWayError(Exception):
-    """A pass that is being captured goes a way not verified yet."""
-
-
-@dataclass(eq=False)
-class Capturing:
-    """A pass while it is captured."""
-
-    way: TracedWay
-    found: Found | None = None
-
-    def outputs(self) -> list[Tensor]:
-        """Measure the batch. Raises UnknownWayError where that is not to be done."""
-        self.found = self.way.found()
-        if self.found is None:
-            raise UnknownWayError
-        return list(tensors_within(self.found))
 
 
 def _states_outside_torch() -> tuple[Any, ...]:
