@@ -219,35 +219,37 @@ class _LegTerms:
 def _leg_terms(symmetry: Symmetry, leg: Leg, averages: Averages, law: AveragingLaw) -> _LegTerms:
     """The terms of one leg, one after the other: parameters may be large."""
     assert averages.mean is not None
-
-    def total(entries: Tensor) -> Tensor:
-        return abs(leg.exponent) * leg.row_sums(entries).double().cpu().reshape(-1)
-
-    theta = accumulation_dtype(symmetry.positions({averages.name: averages.theta.detach()})[averages.name])
-    weight, product = total(theta.square()), theta * accumulation_dtype(averages.mean)
-    del theta
-    cross = total(product)
+    theta = symmetry.positions({averages.name: averages.theta.detach()})[averages.name]
+    given = [theta, averages.mean] + ([] if averages.square is None else [averages.square])
+    found = leg.sums_by_piece(lambda *pieces: _terms(averages, law, *pieces), given)
+    weight, cross, squares, now, size = (abs(leg.exponent) * sums.double().cpu().reshape(-1) for sums in found)
     fine = max(torch.finfo(t.dtype).eps for t in (averages.theta, averages.mean) if t.is_floating_point())
-    rounding = fine**2 * abs(leg.exponent) * total(product.square_())
-    del product
-    now, size = (total(t) for t in _steps(averages, law))
+    rounding = fine**2 * abs(leg.exponent) * squares
     held = 0.0 if law.decoupled else averages.rates.weight_decay
     held *= averages.mean_total if law.kind == "adam" else 1 / (1 - law.memory)
     variance = size.square() * 2 / independent_entries(leg, averages)
     return _LegTerms(cross, now, held * weight, size, rounding, variance)
 
 
-def _steps(averages: Averages, law: AveragingLaw) -> tuple[Tensor, Tensor]:
+def _terms(
+    averages: Averages, law: AveragingLaw, theta: Tensor, mean: Tensor, square: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Entry by entry `theta^2`, `theta m`, its square, and `_steps`."""
+    theta, mean = accumulation_dtype(theta), accumulation_dtype(mean)
+    product = theta * mean
+    return theta.square(), product, product.square(), *_steps(averages, law, mean, square)
+
+
+def _steps(averages: Averages, law: AveragingLaw, mean: Tensor, square: Tensor | None) -> tuple[Tensor, Tensor]:
     """`lr d m^2` of every entry now, and the size to compare its past with.
 
     For Adam the size is at least what uncorrelated gradients of `v`'s size make of the average, so that an average that
     is small by chance, or has just become so, is not mistaken. Nesterov's last step is not in the state.
     """
-    assert averages.mean is not None
     lr = averages.rates.lr
-    now = accumulation_dtype(averages.mean).square().mul_(lr / averages.mean_total)
-    if averages.square is not None:
-        root = (accumulation_dtype(averages.square) / averages.square_total).sqrt_().add_(law.eps or 0.0)
+    now = mean.square().mul_(lr / averages.mean_total)
+    if square is not None:
+        root = (accumulation_dtype(square) / averages.square_total).sqrt_().add_(law.eps or 0.0)
         now = torch.where(root > 0, now.div_(root), torch.zeros((), dtype=now.dtype))
         return now, torch.maximum(now, root.mul_(lr * (1 - law.memory) / (1 + law.memory)))
     if law.nesterov:

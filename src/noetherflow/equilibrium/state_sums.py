@@ -68,7 +68,7 @@ def leg_sums(
         One record per leg of `symmetry.weight_legs`, or per leg wanted.
     """
     legs = symmetry.weight_legs if only is None else tuple(symmetry.weight_legs[i] for i in only)
-    return tuple(_summed(g, _moved(symmetry, averages[g.parameter], element), law, lr) for g in legs)
+    return tuple(_summed(symmetry, g, averages[g.parameter], law, lr, element) for g in legs)
 
 
 def mean_sums(parts: Sequence[Sequence[LegSums]]) -> tuple[LegSums, ...]:
@@ -93,63 +93,69 @@ def _mean_of(leg: Sequence[LegSums]) -> LegSums:
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Moved:
-    """One parameter, its root mean square gradient and its mean gradient at one point of the orbit."""
-
-    averages: Averages
-    theta: Tensor
-    root: Tensor | None
-    mean: Tensor | None
-
-
-def _moved(symmetry: Symmetry, averages: Averages, element: Tensor | None) -> _Moved:
-    """Averages with total weight 1, moved along the orbit as gradients are."""
-    theta = accumulation_dtype(symmetry.positions({averages.name: averages.theta.detach()})[averages.name])
-    root = None if averages.square is None else (accumulation_dtype(averages.square) / averages.square_total).sqrt()
-    mean = None if averages.mean is None else accumulation_dtype(averages.mean) / averages.mean_total
-    if element is None:
-        return _Moved(averages, theta, root, mean)
-
-    def move(values: Tensor | None, by: Tensor) -> Tensor | None:
-        return None if values is None else symmetry.move(averages.name, values, by)
-
-    back = element.reciprocal()
-    return _Moved(averages, symmetry.move(averages.name, theta, element), move(root, back), move(mean, back))
-
-
 def _quotient(a: Tensor, b: Tensor) -> Tensor:
     """`a / b`, 0 where the gradient has always been 0."""
     return torch.where(b > 0, a / b, torch.zeros_like(a))
 
 
-def _summed(leg: Leg, at: _Moved, law: AveragingLaw, lr: float) -> LegSums:
-    """The sums of one leg, one after the other: parameters may be large, and so are all entry-wise tensors."""
-    rates, eps, scale = at.averages.rates, law.eps or 0.0, lr / at.averages.rates.lr
-    over = None if at.root is None else at.root + eps
-
-    def total(entries: Tensor, factor: float) -> Tensor:
-        return leg.row_sums(entries).double().cpu() * factor
-
-    def noise(root: Tensor | None, factor: float) -> Tensor | None:
-        if root is None:
-            return None
-        square = root.square()
-        return total(square if over is None else _quotient(square, over), lr * rates.lr * factor)
-
-    square = at.theta.square()
-    plain = total(square, scale)
-    weight = plain if over is None else total(square.mul_(over), scale)
-    del square
+def _summed(
+    symmetry: Symmetry, leg: Leg, averages: Averages, law: AveragingLaw, lr: float, element: Tensor | None
+) -> LegSums:
+    """The sums of one leg, piece by piece: parameters may be large."""
+    rates, eps, scale = averages.rates, law.eps or 0.0, lr / averages.rates.lr
+    theta = symmetry.positions({averages.name: averages.theta.detach()})[averages.name]
+    given = {"theta": theta, "square": averages.square, "mean": averages.mean}
+    if element is not None:
+        given["factor"] = _factors(symmetry, leg, theta, element)
+    names = [name for name, tensor in given.items() if tensor is not None]
+    found = leg.sums_by_piece(
+        lambda *pieces: _entries(averages, eps, **dict(zip(names, pieces, strict=True))),
+        [tensor for tensor in given.values() if tensor is not None],
+    )
+    plain, weight, white, held = (sums.double().cpu() for sums in found)
+    plain, weight = plain * scale, weight * scale
     decayed = weight if law.decoupled or law.kind == "sgd" else plain
+    step = lr * rates.lr
     return LegSums(
         leg.exponent,
         weight,
         rates.lr * law.decay_per_step(rates) * decayed,
-        noise(at.root, 1.0),
-        noise(at.mean, law.persistence),
+        None if averages.square is None else step * white,
+        None if averages.mean is None else step * law.persistence * held,
         _quotient(plain * eps, weight),
     )
+
+
+def _factors(symmetry: Symmetry, leg: Leg, theta: Tensor, element: Tensor) -> Tensor:
+    """By how much the element multiplies each weight of a parameter."""
+    if sum(other.parameter == leg.parameter for other in symmetry.legs) == 1:
+        return leg.moved_by(theta, element)
+    return symmetry.move(leg.parameter, torch.ones_like(theta, dtype=torch.float64), element)
+
+
+def _entries(
+    averages: Averages,
+    eps: float,
+    theta: Tensor,
+    square: Tensor | None = None,
+    mean: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`theta^2`, `theta^2 / d`, `s^2 d` and `m^2 d` of a piece of a parameter, 0 for what the optimiser does not keep;
+    `factor` multiplies weights and divides averages of gradients.
+    """
+    theta = accumulation_dtype(theta)
+    by = torch.ones((), dtype=theta.dtype) if factor is None else factor.to(theta.dtype)
+    back = by.reciprocal()
+    theta_square = (theta * by).square_()
+    nothing = torch.zeros((), dtype=theta.dtype).expand_as(theta)
+    mean_square = nothing if mean is None else (accumulation_dtype(mean) * (back / averages.mean_total)).square_()
+    if square is None:
+        return theta_square, theta_square, nothing, mean_square
+    root = (accumulation_dtype(square) / averages.square_total).sqrt_() * back
+    over = root + eps
+    step = over.reciprocal() if eps else torch.where(over > 0, over.reciprocal(), nothing)
+    return theta_square, theta_square * over, root.square_() * step, mean_square * step
 
 
 def independent_entries(leg: Leg, averages: Averages) -> Tensor:
@@ -162,21 +168,29 @@ def independent_entries(leg: Leg, averages: Averages) -> Tensor:
     Source: theory.md section 13.
     """
     assert averages.mean is not None
-    mean = accumulation_dtype(averages.mean)
-    squares = mean.square()
-    sums, fourth = leg.row_sums(squares).double().cpu(), leg.row_sums(squares.square()).double().cpu()
+    sums, fourth = _powers(leg, averages.mean)
     by_size = torch.where(fourth > 0, 3 * sums.square() / fourth, torch.ones_like(sums))
-    by_direction = _directions(leg.unfold(mean).flatten(1)) if leg.blocks > 1 else _of_whole(mean)
+    by_direction = _directions(leg.unfold(averages.mean).flatten(1)) if leg.blocks > 1 else _of_whole(averages.mean)
     return by_size.clamp(max=by_direction).clamp_min(1.0)
 
 
 def entries_of_whole(leg: Leg, averages: Averages) -> float:
     """How many independent numbers the average of gradients holds in a leg with all its coordinates, at least 1."""
     assert averages.mean is not None
-    mean = accumulation_dtype(averages.mean)
-    sums, fourth = (float(leg.row_sums(mean**power).double().sum()) for power in (2, 4))
+    sums, fourth = (float(found.sum()) for found in _powers(leg, averages.mean))
     by_size = 3 * sums**2 / fourth if fourth > 0 else 1.0
-    return max(1.0, min(by_size, _of_whole(mean)))
+    return max(1.0, min(by_size, _of_whole(averages.mean)))
+
+
+def _powers(leg: Leg, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Second and fourth powers, summed over the entries of each coordinate."""
+
+    def powers(piece: Tensor) -> tuple[Tensor, Tensor]:
+        square = accumulation_dtype(piece).square()
+        return square, square.square()
+
+    sums, fourth = (found.double().cpu() for found in leg.sums_by_piece(powers, [mean]))
+    return sums, fourth
 
 
 def _directions(rows: Tensor) -> float:

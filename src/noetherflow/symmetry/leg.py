@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -109,9 +110,31 @@ class Leg:
 
     def square_sums(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """`row_sums` of the squares of a tensor, computed in `dtype` without a copy of the whole tensor."""
-        x = self._viewed(tensor)
+        (sums,) = self.sums_by_piece(lambda piece: (piece.to(dtype).square(),), [tensor])
+        return sums
+
+    def sums_by_piece(self, entries: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) -> list[Tensor]:
+        """`row_sums` of entry-wise functions of tensors, without a copy of a whole tensor.
+
+        Args:
+            entries: takes one piece of each tensor and gives the terms to sum, each of the shape of the piece.
+            tensors: of the parameter's shape, or of its view (`factors(...)`, expanded).
+
+        Returns:
+            The sums of each term by coordinate, `[blocks * dim]`.
+        """
+        viewed = [self._viewed(t) for t in tensors]
+        x = viewed[0]
         other = tuple(a for a in range(x.ndim) if a not in self._positive_axes(x))
-        return self._by_coordinate(x, _square_sums(x, other, dtype))
+
+        def sums(*pieces: Tensor) -> list[Tensor]:
+            return [t.sum(dim=other) if other else t for t in entries(*pieces)]
+
+        return [self._by_coordinate(x, found) for found in _piecewise(sums, viewed, 0 in other)]
+
+    def moved_by(self, tensor: Tensor, values: Tensor) -> Tensor:
+        """The factor of every entry under `scale`, in the shape of the view; it takes no memory of that size."""
+        return self.factors(values, tensor).expand(self._viewed(tensor).shape)
 
     def _by_coordinate(self, viewed: Tensor, sums: Tensor) -> Tensor:
         """Sums over the other axes of a viewed tensor, collected by coordinate."""
@@ -221,18 +244,21 @@ def _lattice(shape: tuple[int, ...], start: int, strides: list[int]) -> np.ndarr
 
 
 PIECE = 1 << 16
-"""Entries that are squared at a time: what fits in cache is read from memory once."""
+"""Entries that are worked on at a time: what fits in cache is read from memory once."""
 
 
-def _square_sums(x: Tensor, other: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Sums of squares over the axes `other`, on a processor piece by piece along the first axis."""
-
-    def squares(piece: Tensor) -> Tensor:
-        found = piece.to(dtype).square()
-        return found.sum(dim=other) if other else found
-
+def _piecewise(sums: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], added: bool) -> Sequence[Tensor]:
+    """`sums` of the pieces of tensors along the first axis, on a processor; added up, or one after the other."""
+    x = tensors[0]
     rows = max(1, PIECE * x.shape[0] // max(1, x.numel())) if x.ndim else 1
     if x.ndim == 0 or rows >= x.shape[0] or not x.is_cpu:
-        return squares(x)
-    parts = [squares(x[k : k + rows]) for k in range(0, x.shape[0], rows)]
-    return torch.stack(parts).sum(0) if 0 in other else torch.cat(parts)
+        return sums(*tensors)
+    parts = (sums(*(t[k : k + rows] for t in tensors)) for k in range(0, x.shape[0], rows))
+    if not added:
+        return [torch.cat(column) for column in zip(*parts, strict=True)]
+    first = next(parts)
+    total = [t.double() for t in first]
+    for part in parts:
+        for whole, piece in zip(total, part, strict=True):
+            whole += piece
+    return [whole.to(t.dtype) for whole, t in zip(total, first, strict=True)]
