@@ -517,3 +517,25 @@ def test_a_page_tells_steps_made_from_recorded_and_bars_are_as_wide_as_their_ste
     for bar in bars:
         assert list(bar.width) == [5.0] * 16
         assert list(bar.x) == [5 * i + 2.5 for i in range(16)]
+
+
+def test_a_printed_page_keeps_headings_with_their_pictures_and_names_its_tables(browser: Any, tmp_path: Path) -> None:
+    """On paper figures are blocks, since a grid ignores breaks, and whatever leads up to one stays with it."""
+    record(tmp_path)
+    browser.get(write_run_report(tmp_path).as_uri())
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    try:
+        style = "[...document.querySelectorAll('%s')].map(e => getComputedStyle(e).%s)"
+        for where, what, expected in (
+            (".figures", "display", "block"),
+            ("figure", "breakInside", "avoid"),
+            ("h2", "breakAfter", "avoid"),
+            ("section > p:has(+ .figures)", "breakAfter", "avoid"),
+            ("section > details > summary", "display", "block"),
+            ("nav", "display", "none"),
+        ):
+            found = browser.execute_script("return " + style % (where, what))
+            assert found, where
+            assert set(found) == {expected}, (where, what)
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
