@@ -12,8 +12,16 @@ import torch
 from torch import Tensor, nn
 
 import noetherflow as nf
-from noetherflow.moments import GradientMoments, load_moments, merge_moments, packed, save_moments, standard_error
-from noetherflow.moments.batch import Contraction
+from noetherflow.moments import (
+    GradientMoments,
+    load_moments,
+    measuring,
+    merge_moments,
+    packed,
+    save_moments,
+    standard_error,
+)
+from noetherflow.moments.contraction import Contraction
 from noetherflow.moments.packed import PackedTensor, PackedTensors, ProductTensor
 from noetherflow.moments.placement import GroupPlan
 
@@ -117,6 +125,43 @@ def test_groups_of_few_samples_are_kept_as_products_of_their_factors(tmp_path: P
     resumed = nf.gradient_moments(model, loss, [before], syms, resume=moments)
     for name in moments.mean:
         torch.testing.assert_close(resumed.mean[name], moments.mean[name], rtol=1e-5, atol=1e-7)
+
+
+class LoopedContraction(Contraction):
+    """One group after the other, as it is done where groups cannot be summed at once."""
+
+    @property
+    def _divided(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Identity])
+def test_groups_summed_at_once_are_those_measured_alone(
+    activation: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups of 7 and 8 samples, with biases; ReLU has diagonal symmetries, two linear layers a general_linear one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(200, 150), activation(), nn.Linear(150, 160)).double()
+    x = torch.randn(37, 200, dtype=torch.float64) + 0.5
+    syms = nf.find_symmetries(model, x[:2])
+    assert {s.is_torus for s in syms} == {activation is nn.ReLU}
+    loss = lambda m, b: m(b).square().sum(1)
+    whole = nf.gradient_moments(model, loss, [x], syms, groups=5)
+    monkeypatch.setattr(measuring, "Contraction", LoopedContraction)
+    looped = nf.gradient_moments(model, loss, [x], syms, groups=5)
+    starts = [37 * k // 5 for k in range(6)]
+    for group, other, lo, hi in zip(whole.groups, looped.groups, starts, starts[1:], strict=False):
+        alone = nf.gradient_moments(model, loss, [x[lo:hi]], syms, groups=1)
+        assert group.samples == other.samples == alone.samples == hi - lo
+        for s in syms:
+            for a, b, c in zip(group.second[s.name], other.second[s.name], alone.second[s.name], strict=True):
+                scale = 1e-12 * float(c.abs().max())
+                torch.testing.assert_close(a, b, rtol=0, atol=scale)
+                torch.testing.assert_close(a, c, rtol=0, atol=scale)
+        for name in whole.mean:
+            torch.testing.assert_close(group.mean[name], alone.mean[name], rtol=1e-12, atol=1e-13)
+    for name, mean in whole.mean.items():
+        torch.testing.assert_close(mean, looped.mean[name], rtol=1e-12, atol=1e-14)
 
 
 def test_groups_of_many_samples_are_packed() -> None:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from noetherflow import SymmetrySet, declare
 from noetherflow.errors import MomentError
-from noetherflow.moments import Meter, batch, convolution, forms, gradient_moments
+from noetherflow.moments import Meter, batch, contraction, convolution, forms, gradient_moments
 from reference import moments_by_loop
 
 TOLERANCE = 1e-10
@@ -380,7 +380,7 @@ def test_both_contractions_equal_the_loop(case: str, tokens: bool, monkeypatch: 
 @pytest.mark.parametrize("case", ["linear-sequence", "conv2d", "conv-transpose", "einsum", "embedding", "tied"])
 def test_chunks_of_any_size_equal_the_loop(case: str, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forms, "CHUNK_ENTRIES_CPU", entries)
-    monkeypatch.setattr(batch, "CHUNK_ENTRIES", entries)
+    monkeypatch.setattr(contraction, "CHUNK_ENTRIES", entries)
     torch.manual_seed(0)
     build, sample = CASES[case]
     assert_agrees(build().double(), squared_output, [sample()], groups=2)

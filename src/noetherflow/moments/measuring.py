@@ -14,7 +14,6 @@ from torch import Tensor
 from noetherflow.errors import MomentError
 from noetherflow.moments.batch import (
     BatchPass,
-    Contraction,
     Share,
     Subject,
     buffers_kept,
@@ -22,6 +21,7 @@ from noetherflow.moments.batch import (
     forward_backward,
     used_once,
 )
+from noetherflow.moments.contraction import Contraction
 from noetherflow.moments.distributed import all_ranks, over_ranks
 from noetherflow.moments.factors import FactorKeeper
 from noetherflow.moments.groups import GroupSums, Opened, edges, sums_over

@@ -38,6 +38,13 @@ class Totals:
                 else:
                     mine[name] = tensor.clone()
 
+    def take(self, name: str, gradient: Tensor) -> None:
+        """Add a summed gradient that nobody else holds, without a copy of it."""
+        if name in self.gradient:
+            self.gradient[name].add_(gradient)
+        else:
+            self.gradient[name] = gradient
+
 
 @dataclass(eq=False)
 class Sums(Accumulators):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -261,9 +261,12 @@ class Target:
         """Torus legs of one side from `sum_i g_i^2` summed over the other side, computed if there is any."""
         torus = [leg for leg in legs if leg.torus]
         if torus:
-            values = squares()
-            for leg in torus:
-                self.add_leg(leg, leg.sums(values))
+            self.add_sums(torus, squares())
+
+    def add_sums(self, torus: Sequence[SideLeg], values: Tensor) -> None:
+        """Torus legs of one side from `sum_i g_i^2` summed over the other side."""
+        for leg in torus:
+            self.add_leg(leg, leg.sums(values))
 
     def add_dense(self, gradients: Tensor, square: Callable[[Tensor], Tensor] = torch.square) -> None:
         """Add everything from explicit per-sample gradients.
