@@ -366,12 +366,12 @@ class Meter:
 
     def _refuse_ranks(self, ranks: Any) -> None:
         """Raises MomentError where several ranks would have to gather factors, or would count samples twice."""
-        refuse_counting_twice(self._subject.roots, ranks, is_sharded(self._given))
         if self._wanted.factors and ranks is not None:
             raise MomentError(
                 f"factors of {sorted(self._wanted.factors)[:4]} are not gathered over ranks: measure with for_='flow' "
                 "and pass remeasure= to noise_equilibrium, or measure in one process"
             )
+        refuse_counting_twice(self._subject.roots, ranks, is_sharded(self._given))
 
     def noise_error(self) -> float:
         """The largest relative standard error of any leg's `Tr E[g g^T]`, infinite with fewer than four groups."""
