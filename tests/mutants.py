@@ -443,9 +443,9 @@ MUTANTS = (
         "test_brute_force.py::test_slopes_of_charges_are_those_of_charges_moved_a_little",
     ),
     Mutant(
-        f"{EQ}/terms.py",
-        "trace = (inner[0] * inner[1]).sum() / n",
-        "trace = (inner[0] * inner[1]).sum()",
+        f"{EQ}/sample_terms.py",
+        "return self.sizes(there.theta, there.mean, (inner[0] * inner[1]).sum() / len(inner[0]))",
+        "return self.sizes(there.theta, there.mean, (inner[0] * inner[1]).sum())",
         "test_brute_force.py::test_trace_of_the_noise_from_samples_is_the_mean_over_samples",
     ),
     Mutant(

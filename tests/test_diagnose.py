@@ -464,3 +464,23 @@ def test_groups_with_rates_of_their_own_are_diagnosed_under_sgd() -> None:
     rates = [{"params": model[0].parameters(), "lr": 0.01}, {"params": model[2:].parameters()}]
     found = nf.diagnose(model, nn.CrossEntropyLoss(), data, torch.optim.SGD(rates, lr=0.05, momentum=0.9))
     assert found["fastest-norms"].title.startswith("Once the momentum buffer is full")
+
+
+def test_coupled_decay_is_named_before_and_after_a_run():
+    """Adam's coupled decay is decay, though no share of a norm can be told; AdamW's is told, none is none."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+    data = TensorDataset(torch.randn(64, 6), torch.randn(64, 2))
+    loader = DataLoader(data, batch_size=8, shuffle=True)
+    for kind, decay, words in (("Adam", 0.1, "not known"), ("Adam", 0.0, "no weight decay"), ("AdamW", 0.1, "")):
+        optimizer = getattr(torch.optim, kind)(net.parameters(), lr=1e-3, weight_decay=decay)
+        before = nf.diagnose(net, nn.MSELoss(), loader, optimizer, steps=1000)["decay-bites"]
+        with nf.Ledger(net, optimizer, nf.find_symmetries(net, data[:2][0]), every=1) as ledger:
+            for x, y in loader:
+                optimizer.zero_grad()
+                nn.functional.mse_loss(net(x), y).backward()
+                optimizer.step()
+        after = ledger.diagnose()["decay-bites"]
+        for finding in (before, after):
+            assert words in finding.title
+            assert words or "not known" not in finding.title

@@ -219,13 +219,22 @@ class TestNorms:
         for share in (0.0, 2e-4, 2e-2):
             assert one(norms.decay_bites([share], 1000)).severity == "good"
 
+    def test_decay_that_goes_into_gradients_is_not_called_none(self):
+        found = one(norms.decay_bites([math.nan], 1000))
+        assert found.severity == "open"
+        assert "not known" in found.title
+        assert "no weight decay" in one(norms.decay_bites([0.0], 1000)).title
+        assert one(norms.decay_bites([math.nan, 2e-3], 1000)).severity == "good"
+
     def test_logits(self):
         assert norms.logit_growth([]) == []
         grown = LogitGrowth("q -> k", 3, 5.0, 4.0, 1000, measured=True)
         found = one(norms.logit_growth([grown, replace(grown, head=1, spread=2.0)]))
         assert found.severity == "watch"
         assert "head 3" in found.title
-        assert one(norms.logit_growth([replace(grown, spread=30.0)])).severity == "act"
+        assert one(norms.logit_growth([replace(grown, spread=30.0)])).severity == "watch"
+        assert one(norms.logit_growth([replace(grown, spread=30.0)], stalled=True)).severity == "act"
+        assert one(norms.logit_growth([grown], stalled=True)).severity == "watch"
         assert one(norms.logit_growth([replace(grown, factor=1.5)])).severity == "good"
         assert one(norms.logit_growth([replace(grown, spread=0.5)])).severity == "good"
         assert one(norms.logit_growth([replace(grown, measured=False)])).severity == "good"

@@ -260,7 +260,8 @@ def grown_layers(facts: Sequence[NormHistory]) -> list[Finding]:
 
 
 def decay_bites(decays: Sequence[float], steps: float, asked: bool = True) -> list[Finding]:
-    """Whether weight decay has time to act within the run: `decays` are its shares of squared weights per step.
+    """Whether weight decay has time to act within the run: `decays` are its shares of squared weights per step, NaN where
+    there is decay whose share is not known.
 
     `asked`: somebody gave `steps`. Runs below a thousand steps are trials or beginnings, on which no decay that suits a
     training acts: they leave the question open.
@@ -270,6 +271,11 @@ def decay_bites(decays: Sequence[float], steps: float, asked: bool = True) -> li
     balance, whatever they began with.
     """
     decaying = [d for d in decays if d > 0]
+    if not decaying and any(math.isnan(d) for d in decays):
+        title = "What weight decay takes of norms is not known: it goes into the gradients, as in `torch.optim.Adam`, or "
+        title += "into a step that cannot be told apart."
+        advice = "to know it, use decoupled decay, such as torch.optim.AdamW, whose share is lr times decay"
+        return [Finding("decay-bites", "decay", "open", title, "", advice, "open")]
     if not decaying:
         return [calm("decay-bites", "decay", "There is no weight decay; norms are what gradients make of them.")]
     share, memory = max(decaying) * steps, max(1, round(1 / max(decaying)))
@@ -303,13 +309,13 @@ def decay_bites(decays: Sequence[float], steps: float, asked: bool = True) -> li
     return [calm("decay-bites", "decay", title, sure, numbers)]
 
 
-def logit_growth(facts: Sequence[LogitGrowth]) -> list[Finding]:
+def logit_growth(facts: Sequence[LogitGrowth], stalled: bool = False) -> list[Finding]:
     """Attention logits that query and key norms drive up.
 
     Logits are at most `|W_q| |W_k| |x|^2`, so the squared norms bound their growth. Threshold: growth by a factor of 3
     (measured; 10 where it is a prediction, an upper bound) to a spread of at least 3 is to watch: `e^3 = 20` turns a
-    soft maximum over a few tokens into a choice. A measured spread of 10 is to act on: `e^-10` is below what bfloat16
-    tells from 0 beside 1. Growth from tiny initial weights to a spread below 3 is how attention begins to work.
+    soft maximum over a few tokens into a choice. A measured spread of 10 is to act on where the loss falls no longer
+    (`stalled`): `e^-10` is below what bfloat16 tells from 0 beside 1. Growth from tiny initial weights to a spread below 3 is how attention begins to work.
     """
     if not facts:
         return []
@@ -323,12 +329,12 @@ def logit_growth(facts: Sequence[LogitGrowth]) -> list[Finding]:
     if worst.factor < (GROWN if worst.measured else GROWN_PREDICTED) or worst.spread < LOGITS:
         title = f"Attention logits are calm: a spread of about {plain(worst.spread)} at most ({head}`{worst.name}`)."
         return [calm("logit-growth", "norms", title, sure, numbers)]
-    severity: Severity = "act" if worst.spread >= LOGITS_SATURATE and worst.measured else "watch"
+    severity: Severity = "act" if worst.spread >= LOGITS_SATURATE and worst.measured and stalled else "watch"
     verb = "have grown" if worst.measured else "are pushed to grow"
     title = f"Attention logits grow: squared query and key norms of {head}`{worst.name}` {verb} {plain(worst.factor)} "
     title += f"times in {in_steps(worst.steps)}, to logits of about {plain(worst.spread)}."
     means = "Their product bounds the logits; large ones turn attention into a hard choice and stop its gradient."
-    advice = f"give the queries and keys of `{worst.name}` weight decay, normalise them (QK-norm), or lower their rate"
+    advice = f"normalise the queries and keys of `{worst.name}` (QK-norm), or lower their learning rate"
     advice = advice if severity == "act" else unless(advice)
     weight = math.log(worst.spread)
     return [Finding("logit-growth", "norms", severity, title, means, advice, sure, numbers, (worst.name,), weight)]

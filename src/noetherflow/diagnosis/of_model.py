@@ -176,7 +176,11 @@ def decay_share(settings: Settings, parameter: str) -> float:
 
 
 def _decays(examined: Examined) -> list[float]:
-    return [decay_share(examined.settings, n) for n in examined.moments.mean]
+    """The share of every parameter; NaN for decay that is coupled to Adam's gradients."""
+    settings = examined.settings
+    coupled = isinstance(settings, AdamConfig) and not settings.decoupled
+    unknown = [math.nan for n in examined.moments.mean if coupled and settings.rates(n).weight_decay > 0]
+    return unknown or [decay_share(settings, n) for n in examined.moments.mean]
 
 
 def part_of(symmetry: Symmetry) -> str:

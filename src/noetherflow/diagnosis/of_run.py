@@ -41,7 +41,7 @@ def diagnose_run(run: RunData | str | os.PathLike[str], steps: int | None = None
     found: list[Finding] = [
         *norms.norms_so_far(list(_norms(data)), course, int(data.one_sided.sum())),
         *norms.decay_bites(_decays(data), whole),
-        *norms.logit_growth(list(_logits(data))),
+        *norms.logit_growth(list(_logits(data)), course.stalled),
         *balance.far_during_run(list(_balances(data)), whole),
         *stability.loss_course(course),
         *stability.turning([(n, recent(data, "angular", i)) for i, n in enumerate(data.symmetries)], course),
@@ -141,7 +141,8 @@ TOO_STILL = 1e-3
 def _decays(data: RunData) -> list[float]:
     """What decay took of each family's charge per step: the slope of its entries on the charges.
 
-    With momentum the entry is the first touch of a step's decay; its memory carries on to `1 / (1 - m)` of it.
+    With momentum the entry is the first touch of a step's decay; its memory carries on to `1 / (1 - m)` of it. NaN where
+    there is decay that no entry shows.
     """
     shares, memory = [], 1 - float(data.header.get("momentum", 0.0))
     for i, _ in enumerate(data.families):
@@ -150,7 +151,8 @@ def _decays(data: RunData) -> list[float]:
         square = float(np.sum(charge[known] ** 2))
         if square > 0:
             shares.append(max(0.0, -float(np.sum(charge[known] * decay[known])) / square) / memory)
-    return shares
+    decayed = any(group.get("weight_decay") for group in data.header.get("groups", ()))
+    return shares if any(shares) or not decayed else [math.nan]
 
 
 def _logits(data: RunData) -> Iterator[LogitGrowth]:
