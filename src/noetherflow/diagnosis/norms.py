@@ -260,8 +260,8 @@ def grown_layers(facts: Sequence[NormHistory]) -> list[Finding]:
 
 
 def decay_bites(decays: Sequence[float], steps: float, asked: bool = True) -> list[Finding]:
-    """Whether weight decay has time to act within the run: `decays` are its shares of squared weights per step, NaN where
-    there is decay whose share is not known.
+    """Whether weight decay has time to act within the run: `decays` are its shares of squared weights per step, NaN
+    where there is decay whose share is not known.
 
     `asked`: somebody gave `steps`. Runs below a thousand steps are trials or beginnings, on which no decay that suits a
     training acts: they leave the question open.
@@ -272,8 +272,8 @@ def decay_bites(decays: Sequence[float], steps: float, asked: bool = True) -> li
     """
     decaying = [d for d in decays if d > 0]
     if not decaying and any(math.isnan(d) for d in decays):
-        title = "What weight decay takes of norms is not known: it goes into the gradients, as in `torch.optim.Adam`, or "
-        title += "into a step that cannot be told apart."
+        title = "What weight decay takes of norms is not known: it goes into the gradients, as in `torch.optim.Adam`, "
+        title += "or into a step that cannot be told apart."
         advice = "to know it, use decoupled decay, such as torch.optim.AdamW, whose share is lr times decay"
         return [Finding("decay-bites", "decay", "open", title, "", advice, "open")]
     if not decaying:
@@ -315,7 +315,8 @@ def logit_growth(facts: Sequence[LogitGrowth], stalled: bool = False) -> list[Fi
     Logits are at most `|W_q| |W_k| |x|^2`, so the squared norms bound their growth. Threshold: growth by a factor of 3
     (measured; 10 where it is a prediction, an upper bound) to a spread of at least 3 is to watch: `e^3 = 20` turns a
     soft maximum over a few tokens into a choice. A measured spread of 10 is to act on where the loss falls no longer
-    (`stalled`): `e^-10` is below what bfloat16 tells from 0 beside 1. Growth from tiny initial weights to a spread below 3 is how attention begins to work.
+    (`stalled`): `e^-10` is below what bfloat16 tells from 0 beside 1. Growth from tiny initial weights to a spread
+    below 3 is how attention begins to work.
     """
     if not facts:
         return []

@@ -141,8 +141,8 @@ TOO_STILL = 1e-3
 def _decays(data: RunData) -> list[float]:
     """What decay took of each family's charge per step: the slope of its entries on the charges.
 
-    With momentum the entry is the first touch of a step's decay; its memory carries on to `1 / (1 - m)` of it. NaN where
-    there is decay that no entry shows.
+    With momentum the entry is the first touch of a step's decay; its memory carries on to `1 / (1 - m)` of it. NaN
+    where there is decay that no entry shows, or that Adam divides by its own average.
     """
     shares, memory = [], 1 - float(data.header.get("momentum", 0.0))
     for i, _ in enumerate(data.families):
@@ -151,8 +151,9 @@ def _decays(data: RunData) -> list[float]:
         square = float(np.sum(charge[known] ** 2))
         if square > 0:
             shares.append(max(0.0, -float(np.sum(charge[known] * decay[known])) / square) / memory)
-    decayed = any(group.get("weight_decay") for group in data.header.get("groups", ()))
-    return shares if any(shares) or not decayed else [math.nan]
+    decaying = [group for group in data.header.get("groups", ()) if group.get("weight_decay")]
+    divided = any("betas" in group and group.get("decoupled_weight_decay") is False for group in decaying)
+    return [math.nan] if divided or (decaying and not any(shares)) else shares
 
 
 def _logits(data: RunData) -> Iterator[LogitGrowth]:

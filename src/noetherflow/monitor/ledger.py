@@ -320,8 +320,7 @@ class Ledger(Shown):
         path = self.log_path
         if path is not None and path.exists():
             return replace(RunData.of(read_lines(path), str(path.parent)), steps_made=self.step)
-        header, _ = self._recorder.books.header(0, self._recorder.how.optimizer_name, self.every)
-        header["momentum"] = self._recorder.momentum
+        header, _ = self._recorder.header(0)
         found = RunData.of([*self._recorder.books.as_log(header), *self.events], "the ledger")
         return replace(found, steps_made=self.step, dropped=self.dropped)
 

@@ -308,9 +308,11 @@ class StepRecorder:
         """The momentum of the first group, 0 where the optimiser has none."""
         return float(self.optimizer.param_groups[0].get("momentum", 0.0))
 
-    def write_header(self) -> None:
-        """Begin a part of the log: which charges its rows are of, and the optimiser's settings."""
-        header, names = self.books.header(self.step, self.how.optimizer_name, self.pace.every)
+    def header(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a part of the log from `step` on begins with: its charges, and the optimiser's settings;
+        and the names of the symmetries' coordinates.
+        """
+        header, names = self.books.header(step, self.how.optimizer_name, self.pace.every)
         own = {
             "overhead": None if self.pace.fixed else self.pace.overhead,
             "excluded": self.excluded,
@@ -318,7 +320,11 @@ class StepRecorder:
             **group_settings(self.optimizer),
             **self.how.notes,
         }
-        self.journal.header(header | own, names)
+        return header | own, names
+
+    def write_header(self) -> None:
+        """Begin a part of the log."""
+        self.journal.header(*self.header(self.step))
         self.journal.write()
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
