@@ -149,14 +149,15 @@ def run() -> list[dict[str, Any]]:
     path = OUT / f"ledger{f'-{label}' if label else ''}.json"
     record: dict[str, Any] = json.loads(path.read_text()) if path.exists() and "MODELS" in os.environ else {"rows": []}
     record |= {**provenance(device_name()), "threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
-    rows = []
+    rows: list[dict[str, Any]] = []
+    kept = [row for row in record["rows"] if row["model"] not in names]
     for name in names:
         for kind in OPTIMIZERS:
             step_ms, found = overheads(build(name, kind), float(os.environ.get("SECONDS", "60")))
             rows += [{"model": name, "optimizer": kind, "step_ms": step_ms, **asdict(cost)} for cost in found]
-    record["rows"] = [row for row in record["rows"] if row["model"] not in names] + rows
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    write_ledger(OUT)
+            print(f"{name}, {kind}: {step_ms:.1f} ms a step", *found, sep="\n    ", flush=True)
+        path.write_text(json.dumps({**record, "rows": kept + rows}, indent=1) + "\n")
+        write_ledger(OUT)
     return rows
 
 
