@@ -15,6 +15,7 @@ def test_the_page_shows_the_records_kept(tmp_path: Path) -> None:
     tables.write_moments(tables.PAGE.parent / "figures", page)
     tables.write_gpt2(tables.PAGE.parent / "figures", page)
     tables.write_ledger(tables.PAGE.parent / "figures", page)
+    tables.write_one_call(tables.PAGE.parent / "figures", page)
     assert page.read_text() == tables.PAGE.read_text()
     assert page.read_text().count("| measure for the equilibrium |") == 1
     assert page.read_text().count("| MLP 784-512-512-10, batch 256 | A | 1.34 ± 0.021 |") == 1
@@ -54,6 +55,21 @@ def test_the_ledger_is_shown_by_model_and_stride(tmp_path: Path) -> None:
     assert "| mlp | A | 20.0 ± 0.2 % | 3.1 ± 0.2 % |" in text
     assert "| mlp | B | – | 3.1 ± 0.2 % |" in text
     assert "B: ledger-laptop, 1 threads, load 0.2, torch, 2026-01-01" in text
+
+
+def test_calls_are_shown_by_model_and_machine(tmp_path: Path) -> None:
+    row = {"model": "MLP", "call": "16 batches", "ratio": 1.384, "spread": 0.02, "load": 1.5}
+    for name, rows in (("one_call", [row]), ("one_call-laptop", [{**row, "call": "1 batch", "ratio": 3.5}])):
+        about = {"machine": name, "versions": "torch", "date": "2026-01-01", "threads": 1}
+        (tmp_path / f"{name}.json").write_text(json.dumps({**about, "rows": rows}))
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- one call: begin -->\n<!-- one call: end -->\nafter\n")
+    tables.write_one_call(tmp_path, page)
+    text = page.read_text()
+    assert "| model | machine | 16 batches | 1 batch |" in text
+    assert "| MLP | A | 1.38 ± 0.02 | – |" in text
+    assert "| MLP | B | – | 3.50 ± 0.02 |" in text
+    assert "A: one_call, 1 threads, load 1.5, torch, 2026-01-01" in text
 
 
 def test_a_page_without_marks_is_refused() -> None:
