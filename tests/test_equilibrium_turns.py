@@ -135,6 +135,15 @@ def test_in_turns_is_the_minimum_of_all_at_once(orbit: MeasuredOrbit, limits: St
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+def test_entries_alone_are_solved_at_once_and_factors_in_turns() -> None:
+    """A sweep in turns over entries costs twice one of all at once, and saves less than half of the sweeps."""
+    for name, orbit, limits, _ in cases():
+        classes = classes_of(orbit)
+        found = minimise_in_parts(FramedOrbit(orbit, tuple(s.identity() for s in orbit.symmetries)), classes, limits)
+        at_once = minimise(orbit, classes, limits)
+        assert (found.evaluations == at_once.evaluations) == (name == "chain")
+
+
 def test_no_point_near_the_minimum_has_a_smaller_phi() -> None:
     """The minimum by itself, without the other solver: Phi rises along random directions from it."""
     orbit, limits = attention_orbit(), limits_of(attention(), SHAPES)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from noetherflow.core.progress import watched
-from noetherflow.equilibrium.alternate import HalvedOrbit, alternating, halves_of, minimise_in_turns
+from noetherflow.equilibrium.alternate import HalvedOrbit, alternating, halves_of, minimise_in_turns, worth_turns
 from noetherflow.equilibrium.orbit import FramedOrbit, MeasuredOrbit, Point, blank_pairs
 from noetherflow.equilibrium.potential import LegPair, Potential
 from noetherflow.equilibrium.search import Minimum
@@ -88,7 +88,7 @@ def minimise_in_parts(
     groups, found = independent(whole), []
     for members in watched(groups, "noise equilibrium, parts:", len(groups)):
         part, logs = PartOrbit.of(whole, members), None if start is None else [start[i] for i in members]
-        terms = alternating(part.terms) if max_iterations else ()
+        terms = alternating(part.terms) if max_iterations and worth_turns(part.terms) else ()
         halves = halves_of(whole.symmetries, members, terms, limits.alone)
         if halves is None:
             framed = FramedOrbit(part, tuple(orbit.frame[i] for i in members))
