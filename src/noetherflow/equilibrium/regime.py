@@ -22,6 +22,12 @@ LASTING = 10.0
 its drift is smaller than that of a constant one by about `1 / (1 + 1 / t)`; and the horizon is an upper bound."""
 COUNTS = 0.1
 """Share of the drift from which the mean gradient counts."""
+FOR_EVER = 1e9
+"""Steps that no training makes: at a minimum the horizon is infinite but for rounding."""
+FIRST_ORDER = (
+    "first order in lr: right far below the largest stable lr, off near it, void above; that lr is not measured here "
+    "(nf.sharpness_forecast, nf.diagnose)"
+)
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,13 @@ class Regime:
         ]
 
     def __str__(self) -> str:
-        lasts = "" if math.isinf(self.horizon) else f", lasts about {self._steps()} {self._word()}"
+        lasts = f", lasts about {self._steps()} {self._word()}" if self.horizon < FOR_EVER else ""
         return f"mean gradient: {self.mean_share:.0%} of the drift{lasts}"
+
+    @property
+    def lines(self) -> list[str]:
+        """What is printed below every drift, forecast and equilibrium."""
+        return [str(self), FIRST_ORDER]
 
     def _steps(self) -> str:
         """A whole number, at least 1."""
