@@ -21,6 +21,7 @@ from noetherflow.errors import DataError
 from noetherflow.monitor import sharding
 from noetherflow.monitor.books import LEVELS, Level
 from noetherflow.monitor.estimates import Estimator
+from noetherflow.monitor.hooks import StepHooks
 from noetherflow.monitor.joint import JointOptimizer, JointRule, as_one
 from noetherflow.monitor.journal import Sink
 from noetherflow.monitor.log import read_lines
@@ -29,7 +30,6 @@ from noetherflow.monitor.recorder import Place, Recording, StepRecorder
 from noetherflow.monitor.rule import AnyRule, LedgerRule
 from noetherflow.monitor.rules import rule_for
 from noetherflow.monitor.rundata import RunData
-from noetherflow.monitor.watching import WeightStamps, untraced, watch_closure
 from noetherflow.symmetry.arguments import expect_model_and_symmetries
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
@@ -124,11 +124,8 @@ class Ledger(Shown):
         how = Recording(name, chosen, detail, translations, capacity, estimate_every, flush_every, notes or {}, place)
         with ending_together(sharding.ranks_of(tensors_of(model).values())):
             self._recorder = StepRecorder(model, self.optimizer, syms, how, Pace(every, overhead, estimate_every))
-        self._stamps: WeightStamps | None = None
-        self._attached = -1
-        self._closed = False
         self._begin(resume)
-        self._handles: list[Any] = [self.optimizer.register_step_post_hook(untraced(self._recorder.stepped))]
+        self._hooks = StepHooks(self.optimizer, self._recorder, self._before_step)
 
     def table_rows(self) -> list[dict[str, Any]]:
         """`records()`."""
@@ -257,7 +254,7 @@ class Ledger(Shown):
         Raises:
             DataError: `by` is finer than the ledger's `detail`, or rows asked for are neither in memory nor in a log.
         """
-        self._notice_bypass()
+        self._hooks.notice_bypass()
         return self._rows(by, since)
 
     def _rows(self, by: Level, since: int | None, preconditioned: bool = False) -> list[dict[str, Any]]:
@@ -354,59 +351,26 @@ class Ledger(Shown):
 
         Raises DataError after `close()`.
         """
-        if self._closed:
-            raise DataError("this ledger is closed; make a new one (with its run_dir and resume=True it goes on there)")
-        if len(self._handles) == 1:
-            self._handles += [
-                self.optimizer.register_step_pre_hook(untraced(self._pre_hook)),
-                self.optimizer.register_step_post_hook(untraced(lambda *_: self.after_step())),
-            ]
-            self._stamps, self._attached = WeightStamps(self._recorder.meter.watched.values()), self.step
+        self._hooks.attach()
         return self
-
-    def _pre_hook(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A closure makes the gradients within the step; a rule that needs no gradients measures before it moves."""
-        early = self.rule.keeps_copy
-        watched = watch_closure(args, kwargs, self._recorder.read_gradients if early else self.before_step)
-        if early or watched is None:
-            self._before_step()
-        if watched is None:
-            self._recorder.read_gradients()
-        return watched
-
-    def _notice_bypass(self) -> None:
-        """Say so where a training moves the weights and never calls the step of the watched optimiser."""
-        unseen = self._stamps is not None and self.step == self._attached and self._stamps.trained()
-        if self._recorder.journal.begins("bypassed", unseen):
-            note = (
-                "the weights were trained, but the step of the watched optimiser was never called: give the ledger the "
-                "optimiser whose step() moves them, for SAM in two steps its base_optimizer"
-            )
-            self._recorder.event("bypassed", note=note)
 
     def detach(self) -> None:
         """Stop watching; `attach()` starts again."""
-        if isinstance(self.optimizer, JointOptimizer):
-            self.optimizer.finish()
-        for handle in self._handles[1:]:
-            handle.remove()
-        del self._handles[1:]
-        self._recorder.meter.forget()
-        self._recorder.pace.pause()
+        self._hooks.detach()
 
     def close(self) -> None:
         """Detach, flush and close the log and the sinks; `records()` and `estimates()` stay readable.
 
         Raises OSError when the last rows cannot be written, RankError where shards' processes do not all close.
         """
-        if self._closed and self._recorder.meter.sharded:
+        if self._hooks.released and self._recorder.meter.sharded:
             return
-        if not self._closed:
+        if not self._hooks.released:
             if isinstance(self.optimizer, JointOptimizer):
                 self.optimizer.finish()
             self._recorder.finish_step()
-            self._notice_bypass()
-        self._release()
+            self._hooks.notice_bypass()
+        self._hooks.release()
         with self._recorder.whole():
             try:
                 self.flush()
@@ -414,14 +378,6 @@ class Ledger(Shown):
                     self._recorder.end()
             finally:
                 self._recorder.journal.close()
-
-    def _release(self) -> None:
-        """Take the hooks off the optimiser for good."""
-        self.detach()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._closed = True
 
     def __enter__(self) -> Ledger:
         return self.attach()
@@ -431,7 +387,7 @@ class Ledger(Shown):
     ) -> None:
         if kind is not None and self._recorder.meter.sharded:
             self._recorder.forget()  # the other processes may not come here to close the books together
-            self._release()
+            self._hooks.release()
             self._recorder.journal.close()
         else:
             self.close()
