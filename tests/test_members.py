@@ -47,6 +47,23 @@ def test_a_certificate_names_them_too() -> None:
     assert "norm -> left (+1): norm, left, right" in str(certificate)
 
 
+def test_the_key_of_a_certificate_stands_above_its_names_and_nowhere_else() -> None:
+    """One line says what `(+n)` means; without such a name, or with the legend left out, there is none."""
+    key = "(+n): n further modules that the symmetry acts on"
+    model, plain = TwoReaders(), nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
+    certificate, without = (
+        nf.certify(m, nf.find_symmetries(m, torch.randn(2, 6)), torch.randn(4, 6)) for m in (model, plain)
+    )
+    lines = str(certificate).splitlines()
+    (at,) = (i for i, line in enumerate(lines) if key in line)
+    assert lines[at + 1].strip() == "norm -> left (+1): norm, left, right"
+    assert any("norm -> left (+1)" in line for line in lines[:at])
+    assert key not in certificate.describe(legend=False)
+    assert "norm -> left (+1): norm" in certificate.describe(legend=False, verbose=True)
+    assert not any("(+" in row.name for row in without.rows)
+    assert "(+n)" not in str(without)
+
+
 def test_names_without_more_are_left_alone() -> None:
     assert spelled_out("`0 -> 2` and a (+7) that is no name", {"0 -> 2": ("0", "2"), "b (+1)": ("b", "c")}) == []
 

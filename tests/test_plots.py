@@ -18,8 +18,9 @@ from noetherflow.core.printing import grouped
 from noetherflow.core.shown import ROWS, Shown
 from noetherflow.equilibrium.regime import Regime
 from noetherflow.errors import DataError, MissingExtraError
-from noetherflow.report import drawings, plots
-from noetherflow.report.drawings import courses_of, fastest, sides_of
+from noetherflow.report import curves, drawings, plots
+from noetherflow.report.curves import courses_of
+from noetherflow.report.drawings import fastest, sides_of
 from noetherflow.report.labels import chart_labels, labels_of, short
 from noetherflow.report.network_map import network_map
 
@@ -78,15 +79,74 @@ def test_every_kind_draws_itself_with_labelled_axes(world: types.SimpleNamespace
     pyplot.close("all")
 
 
+def covered(ax: Any) -> list[Any]:
+    """The curves of which a point lies under the legend."""
+    box = ax.get_legend().get_window_extent()
+    points = [(line, ax.transData.transform(np.column_stack(line.get_data()))) for line in ax.lines]
+    return [line for line, at in points if any(box.contains(*p) for p in at)]
+
+
+def test_no_curve_runs_under_a_legend(world: types.SimpleNamespace) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    for result in (world.forecast, world.forecast.compare(world.ledger), world.ledger):
+        figure, axes = result.plot()
+        figure.canvas.draw()
+        for ax in np.atleast_1d(axes):
+            assert covered(ax) == []
+            assert len(ax.get_legend().get_texts()) > 1
+    ax.set_ylim(ax.dataLim.y0, ax.dataLim.y1 - 0.3 * ax.dataLim.height)
+    figure.canvas.draw()
+    assert covered(ax) != []
+    pyplot.close("all")
+
+
+def test_the_map_of_a_network_with_long_names_has_room_for_its_columns() -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    path = "model.layers.self_attention.projection"
+    for size in (1, 2):
+        net = nn.Sequential()
+        net.add_module((path * size).replace(".", "_"), nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
+        figure, ax = nf.find_symmetries(net, torch.randn(2, 3)).plot()
+        figure.canvas.draw()
+        assert ax.get_window_extent().width > 0.3 * figure.bbox.width
+        assert "\n" not in ax.get_title(loc="left")
+    pyplot.close("all")
+
+
+def test_what_has_no_equilibrium_is_named_below_the_picture_of_those_that_have_one(
+    world: types.SimpleNamespace,
+) -> None:
+    """A scale without weight decay never settles; where all settle nothing is said."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    found = world.analysis.equilibrium
+    finite = [s.name for s in found if bool(s.finite.any())]
+    missing = [s.name for s in found if s.name not in finite]
+    assert finite
+    assert missing
+    _, axes = found.plot()
+    below = " ".join(axes[0].get_xlabel().split())
+    assert f"without equilibrium, not shown: {labels_of(missing)[0]}" in below
+    settled = replace(found, settled=tuple(s for s in found if s.name in finite))
+    _, axes = settled.plot()
+    assert "not shown" not in axes[0].get_xlabel()
+    pyplot.close("all")
+
+
 def test_what_is_drawn_is_what_was_measured(world: types.SimpleNamespace) -> None:
     pyplot = pytest.importorskip("matplotlib.pyplot")
-    _, ax = world.forecast.compare(world.ledger).plot()
+    found = world.forecast.compare(world.ledger)
+    _, ax = found.plot()
+    charge = {(r["symmetry"], r["step"]): r["charge"] for r in world.ledger.records(by="symmetry")}
+    foretold = {(c.name, c.step): c.forecast for c in found.charges}
     dots = [line for line in ax.lines if line.get_marker() == "o" and len(line.get_xdata())]
-    rows = world.ledger.records(by="symmetry")
-    for line in dots:
-        first, last = line.get_ydata()[[0, -1]]
-        assert any(r["charge"] == first for r in rows if r["step"] == 0)
-        assert any(r["charge"] == last for r in rows if r["step"] == 20)
+    lines = {line.get_color(): line for line in ax.lines if line.get_marker() != "o"}
+    names = {line.get_label(): line.get_color() for line in lines.values()}
+    for name in found.names:
+        (seen,) = (line for line in dots if line.get_color() == names[labels_of([name])[0]])
+        start = charge[name, 0]
+        np.testing.assert_allclose(seen.get_ydata(), [charge[name, k] - start for k in (0, 10, 20)], rtol=1e-12)
+        ahead = lines[seen.get_color()].get_ydata()[[0, -1]]
+        np.testing.assert_allclose(ahead, [foretold[name, k] - start for k in (0, 20)], rtol=1e-9, atol=1e-12)
     assert len(dots) == len(world.analysis.symmetries)
     _, ax = world.forecast.plot()
     curves = {line.get_label(): line.get_ydata() for line in ax.lines}
@@ -360,13 +420,13 @@ def test_pictures_of_large_models_forecast_without_standard_errors(
     world: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flow = world.analysis.flow
-    small = drawings.drawn_forecast(flow)
+    small = curves.drawn_forecast(flow)
     assert small.errors
-    assert len(small.steps) == drawings.POINTS
-    monkeypatch.setattr(drawings, "SURE", 1)
-    large = drawings.drawn_forecast(flow)
+    assert len(small.steps) == curves.POINTS
+    monkeypatch.setattr(curves, "SURE", 1)
+    large = curves.drawn_forecast(flow)
     assert not large.errors
-    assert len(large.steps) == drawings.FEW_POINTS
+    assert len(large.steps) == curves.FEW_POINTS
     _, ax = large.plot()
     assert ax.get_title(loc="left") == "Forecast charges (without standard errors)"
 
@@ -438,7 +498,11 @@ def test_a_comparison_says_where_its_forecast_was_not_valid_and_why(
         figure, ax = one.plot()
         figure.canvas.draw()
         assert ("forecast not valid" in [t.get_text() for t in ax.get_legend().get_texts()]) == shaded
-        assert ("NOT VALID" in ax.get_xlabel()) == shaded
-        assert figure.bbox.x0 <= ax.xaxis.label.get_window_extent().x0
-        assert ax.xaxis.label.get_window_extent().x1 <= figure.bbox.x1
+        assert any("NOT VALID" in text.get_text() for text in ax.texts) == shaded
+        for text in (ax.xaxis.label, *ax.texts):
+            box = text.get_window_extent()
+            assert figure.bbox.x0 <= box.x0
+            assert figure.bbox.y0 <= box.y0
+            assert box.x1 <= figure.bbox.x1
+        assert not any(text.get_window_extent().overlaps(ax.xaxis.label.get_window_extent()) for text in ax.texts)
     pyplot.close("all")

@@ -31,7 +31,7 @@ from noetherflow.equilibrium.charge_flow import signed_sum
 from noetherflow.equilibrium.curvature import curvature_moments, trace_at
 from noetherflow.equilibrium.forecast import Forecast
 from noetherflow.moments import gradient_moments
-from noetherflow.report import drawings
+from noetherflow.report import curves
 from noetherflow.report.analysis import analysis_sections
 from noetherflow.report.figures import balance_figure, orbit_figure, panel
 from noetherflow.report.page import Figure, Notice, Section, write_page
@@ -264,8 +264,8 @@ def _told(run: Run, analysis: Analysis, followed: Followed, moved: Moved) -> Tol
 def _forecast_section(run: Run, followed: Followed) -> Section:
     """Forecast charges as lines, those of the trained twin as dots."""
     name, forecast = run.workload.name, followed.forecast
-    against = panel(10, drawings.comparison, forecast.compare(followed), 8)
-    changes = panel(10, drawings.changes, forecast, followed.measured)
+    against = panel(10, curves.comparison, forecast.compare(followed), 8)
+    changes = panel(10, curves.changes, forecast, followed.measured)
     return Section(
         f"{name}: forecast against training",
         f"After {run.warm:,} SGD steps the gradient noise was measured once. Lines: the charges this one measurement "

@@ -11,7 +11,7 @@ from noetherflow.core.optimizers import described
 from noetherflow.core.printing import brief, count, legend, transposed
 from noetherflow.discovery import CertificateRow
 from noetherflow.equilibrium.flow import EXPLAINED
-from noetherflow.report import drawings
+from noetherflow.report import curves, drawings
 from noetherflow.report.figures import panel, picture
 from noetherflow.report.labels import more_legs
 from noetherflow.report.page import Figure, Section, write_page
@@ -127,7 +127,7 @@ def _equilibrium_row(row: dict[str, Any]) -> dict[str, Any]:
 
 def _flow_figures(analysis: Analysis, prefix: str) -> list[Figure]:
     rows = drawings.fastest(analysis.flow.details, MOST)
-    forecast = drawings.drawn_forecast(analysis.flow)
+    forecast = curves.drawn_forecast(analysis.flow)
     return [
         Figure(
             panel(len(rows), drawings.drifts, rows, analysis.flow.regime),
@@ -135,7 +135,7 @@ def _flow_figures(analysis: Analysis, prefix: str) -> list[Figure]:
             f"{prefix}drifts",
         ),
         Figure(panel(len(rows), drawings.times, rows), "Relaxation times.", f"{prefix}times"),
-        Figure(panel(10, drawings.forecast, forecast, 8), "Forecast from one measurement.", f"{prefix}forecast"),
+        Figure(panel(10, curves.forecast, forecast, 8), "Forecast from one measurement.", f"{prefix}forecast"),
     ]
 
 

@@ -1,10 +1,10 @@
-"""What the pictures of results consist of: each function draws one thing on given axes."""
+"""Charts with a line per symmetry: each function draws one of them on given axes."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,35 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from noetherflow.core.progress import telling
 from noetherflow.equilibrium.charge_flow import ChargeFlow, norm_of, signed_sum
-from noetherflow.equilibrium.comparison import Comparison
-from noetherflow.equilibrium.flow import Flow
-from noetherflow.equilibrium.forecast import Forecast
 from noetherflow.equilibrium.regime import Regime
 from noetherflow.equilibrium.result import Equilibrium, Settled
 from noetherflow.errors import require
 from noetherflow.moments.result import GradientMoments, trace
-from noetherflow.monitor.books import CAUSES
-from noetherflow.monitor.rundata import strides_of
 from noetherflow.report import style
 from noetherflow.report.labels import chart_labels, more_legs
-from noetherflow.report.words import CAUSE_COLOURS, CAUSE_NAMES
 
 FLOOR = 1e-16
 """Imbalances below are rounding, and drawn here."""
 LEGEND_LINES = 2.4
 """Lines of a chart that its legend takes."""
+FEW_DOTS = 4
+"""A line with so few dots has large ones."""
 MOST_PERCENT = 500.0
 """Bars of drifts end here; beyond, the number is written."""
-HORIZON, FARTHEST = 3.0, 1_000_000
-"""Forecasts that are drawn without being asked for run to this many median relaxation times, and no
-farther than so many steps."""
-SURE, POINTS, FEW_POINTS = 300, 31, 11
-"""Forecasts of more coordinates are drawn without standard errors, each of which takes a forecast per group of samples,
-and at few points in place of many."""
-SPARSE = 16
-"""Forecasts at fewer steps are drawn as dots with a curve through them."""
 
 DRIFT_PARTS = (
     ("decay", "weight decay", style.GD),
@@ -59,7 +46,9 @@ def _lines(ax: Any, names: Sequence[str], xlabel: str, room: float = LEGEND_LINE
 
 def _legend(ax: Any) -> None:
     """A legend in the room that `_lines` leaves."""
-    ax.legend(loc="lower center", ncols=2, borderaxespad=0.2, handlelength=1.4, columnspacing=1.2)
+    legend = ax.legend(loc="lower center", ncols=2, borderaxespad=0.2, handlelength=1.4, columnspacing=1.2)
+    legend.set(zorder=6, frame_on=True)
+    legend.get_frame().set(facecolor="white", edgecolor="none", alpha=1)
 
 
 def in_words(ax: Any, text: str, title: str = "Nothing to draw", width: int = 62) -> None:
@@ -68,13 +57,6 @@ def in_words(ax: Any, text: str, title: str = "Nothing to draw", width: int = 62
     ax.set_title(title)
     lines = [textwrap.fill(line, width, subsequent_indent="   ") for line in text.splitlines()]
     ax.text(0.0, 1.0, "\n".join(lines), transform=ax.transAxes, va="top", fontsize=9)
-
-
-def _numbers(axis: Any) -> None:
-    """Few round ticks on an axis of counts: 2k, 10M."""
-    ticker: Any = require("matplotlib.ticker", "report")
-    axis.set_major_locator(ticker.MaxNLocator(6))
-    axis.set_major_formatter(ticker.EngFormatter(sep=""))
 
 
 def _log(axis: Any, values: Iterable[float]) -> None:
@@ -188,116 +170,18 @@ def _unsettled(row: ChargeFlow) -> str:
     return "never settles" if row.charge.ndim == 1 else "not in every direction"
 
 
-def drawn_forecast(flow: Flow) -> Forecast:
-    """The forecast that pictures show: with standard errors up to `SURE` coordinates."""
-    with telling(f"forecasting {_coordinates(flow):,} coordinates for a picture"):
-        return flow.forecast(horizon(flow), errors=_coordinates(flow) <= SURE)
-
-
-def _coordinates(flow: Flow) -> int:
-    return sum(r.charge.numel() for r in flow.details)
-
-
-def horizon(flow: Flow) -> list[int]:
-    """Steps of a forecast worth drawing: up to `HORIZON` median relaxation times, fewer of them for large models."""
-    own = [r.relaxation_steps[r.finite].flatten().numpy() for r in flow.details]
-    known = np.concatenate(own) if own else np.zeros(0)
-    end = int(min(HORIZON * np.median(known), FARTHEST)) if known.size else 10_000
-    points = POINTS if _coordinates(flow) <= SURE else FEW_POINTS
-    return sorted({int(k) for k in np.linspace(0, max(end, 10), points)})
-
-
-def _norms(values: Tensor) -> np.ndarray:
-    return np.asarray(values.flatten(1).norm(dim=1))
-
-
-def _norm_error(values: Tensor, errors: Tensor) -> np.ndarray:
-    """Standard error of the norm over independent coordinates, to first order."""
-    v, e = values.flatten(1), errors.flatten(1)
-    return np.asarray((v * e).norm(dim=1) / v.norm(dim=1).clamp_min(1e-300))
-
-
-def forecast(ax: Any, found: Forecast, most: int) -> None:
-    """The norms of the `most` charges that change most; steps that are not valid are shaded."""
-    names = sorted(found.charges, key=lambda n: -float((found.charges[n][-1] - found.charges[n][0]).norm()))[:most]
-    for name, label, colour in zip(names, chart_labels(names), style.CYCLE * 3, strict=False):
-        charge = found.charges[name]
-        curve = _norms(charge)
-        sparse = len(found.steps) < SPARSE
-        ax.plot(found.steps, curve, "o" if sparse else "-", ms=3.5, color=colour, label=label)
-        if sparse:
-            ax.plot(*_smooth(found.steps, curve), color=colour, lw=1.2)
-        if name in found.errors:
-            spread = 2 * _norm_error(charge, found.errors[name])
-            (at, low), (_, high) = (_smooth(found.steps, curve + sign * spread) for sign in (-1, 1))
-            ax.fill_between(at, low, high, color=colour, alpha=0.25, linewidth=0)
-    if not all(found.valid):
-        until = found.regime.horizon if found.regime.constant else found.steps[0]
-        ax.axvspan(until, found.steps[-1], color=style.MUTED, alpha=0.14, lw=0, label="not valid")
-    _numbers(ax.xaxis)
-    ax.set(xlabel="steps after the measurement", ylabel="norm of the charge", ylim=(0, None))
-    sure = "band: 2 s.e." if found.errors else "without standard errors"
-    ax.set_title(f"Forecast charges ({sure})")
-    ax.legend(loc="best")
-
-
-def _smooth(steps: Sequence[int], values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A dense curve through a few points that turns nowhere but at them."""
-    from scipy.interpolate import PchipInterpolator
-
-    if not 2 < len(steps) < SPARSE:
-        return np.asarray(steps), values
-    at = np.linspace(steps[0], steps[-1], 200)
-    return at, np.asarray(PchipInterpolator(steps, values)(at))
-
-
-def comparison(ax: Any, found: Comparison, most: int) -> None:
-    """Forecast as lines with bands, measured charges as dots."""
-    moved = {n: abs(found.of(n)[-1].measured - found.of(n)[0].measured) for n in found.names}
-    names = sorted(moved, key=lambda n: -moved[n])[:most]
-    for name, label, colour in zip(names, chart_labels(names), style.CYCLE * 3, strict=False):
-        own = found.of(name)
-        steps, curve = [c.step for c in own], np.array([c.forecast for c in own])
-        spread = 2 * np.nan_to_num(np.array([c.error for c in own]))
-        ax.plot(*_smooth(steps, curve), color=colour, label=label)
-        (at, low), (_, high) = (_smooth(steps, curve + sign * spread) for sign in (-1, 1))
-        ax.fill_between(at, low, high, color=colour, alpha=0.25, linewidth=0)
-        ax.plot(steps, [c.measured for c in own], "o", color=colour, ms=4)
-    ax.plot([], [], "o", color=style.THEORY, ms=4, label="training")
-    if found.not_valid:
-        first, last = found.not_valid[0], max(c.step for c in found.charges)
-        ax.axvspan(max((c.step for c in found.charges if c.step < first), default=first), last, color=style.MUTED,
-                   alpha=0.14, lw=0, label="forecast not valid")  # fmt: skip
-    _numbers(ax.xaxis)
-    reasons = [textwrap.fill(text, 100) for text in found.validity()]
-    ax.set_xlabel("\n".join(["steps after the measurement", *reasons]), fontsize=7 if reasons else None)
-    ax.set_ylabel("charge, summed over coordinates")
-    ax.set_title("One measurement (lines) against training (dots)")
-    ax.legend(loc="best")
-
-
-def changes(ax: Any, found: Forecast, measured: Mapping[str, Tensor]) -> None:
-    """Measured against forecast change of every coordinate over all steps.
-
-    Args:
-        ax: where to draw.
-        found: the forecast.
-        measured: charges in training by symmetry at the forecast's steps, `[len(steps), *symmetry.shape]`.
-    """
-    for (name, charges), colour in zip(found.charges.items(), style.CYCLE * 9, strict=False):
-        change = (charges[-1] - charges[0]).flatten().numpy()
-        seen = (measured[name][len(found.steps) - 1] - measured[name][0]).flatten().numpy()
-        ax.plot(change, seen, "o", color=colour, ms=3.5, alpha=0.7)
-    ends = [*ax.get_xlim(), *ax.get_ylim()]
-    ax.plot([min(ends), max(ends)], [min(ends), max(ends)], color=style.MUTED, lw=1, zorder=0)
-    ax.set(xlabel="forecast change of charge", ylabel="measured change of charge")
-    ax.set_title(f"Every coordinate after {found.steps[-1]:,} steps")
-
-
 def farthest(equilibrium: Equilibrium, most: int) -> list[Settled]:
     """The `most` symmetries with a finite equilibrium that are farthest from it."""
     finite = [s for s in equilibrium if bool(s.finite.any())]
     return sorted(finite, key=lambda s: -float(s.imbalance_now[s.finite].max()))[:most]
+
+
+def not_shown(equilibrium: Equilibrium) -> str:
+    """Which symmetries `farthest` leaves out, as a line below a chart; "" where there are none."""
+    names = chart_labels([s.name for s in equilibrium])
+    out = [name for name, s in zip(names, equilibrium, strict=True) if not bool(s.finite.any())]
+    more = f" and {len(out) - 3} more" if len(out) > 3 else ""
+    return f"without equilibrium, not shown: {', '.join(out[:3])}{more}" if out else ""
 
 
 def in_order(settled: Sequence[Settled], names: Sequence[str]) -> list[Settled]:
@@ -306,18 +190,18 @@ def in_order(settled: Sequence[Settled], names: Sequence[str]) -> list[Settled]:
     return sorted(settled, key=lambda s: place.get(s.name, len(place)))
 
 
-def imbalances(ax: Any, settled: Sequence[Settled], after: Sequence[Settled] | None = None) -> None:
-    """Per symmetry the imbalance of every coordinate now as dots; with `after`, those measured after the move."""
+def imbalances(ax: Any, settled: Sequence[Settled], after: Sequence[Settled] | None = None, left_out: str = "") -> None:
+    """Per symmetry the imbalance of every coordinate now as dots; with `after`, those measured after the move. Below,
+    a line on what is `left_out`.
+    """
     for y, row in enumerate(settled):
         _dots(ax, row.imbalance_now[row.finite], y, style.GD)
     for y, row in enumerate(after or ()):
         _dots(ax, row.imbalance_now[row.finite], y, style.SGD)
-    _lines(
-        ax,
-        [row.name for row in settled],
-        "imbalance of each coordinate (0: at equilibrium)",
-        0 if after is None else LEGEND_LINES,
-    )
+    blocks = ", or block of a matrix symmetry" if any(row.charge_now.ndim == 3 for row in settled) else ""
+    label = f"imbalance of each coordinate{blocks} (0: at equilibrium)"
+    below = "\n".join(text for text in (label, left_out) if text)
+    _lines(ax, [row.name for row in settled], below, 0 if after is None else LEGEND_LINES)
     ax.set_xlim(-0.03, 1.03)
     ax.set_title("How far from equilibrium")
     if after is not None:
@@ -359,9 +243,9 @@ def _labelled(equilibrium: Equilibrium) -> list[tuple[str, Settled]]:
 
 def _dots(ax: Any, values: Tensor, y: float, colour: str, alpha: float = 0.55) -> None:
     """A thin cloud of dots on one line."""
-    x = values.numpy()
+    x, large = values.numpy(), len(values) <= FEW_DOTS
     jitter = 0.22 * np.sin(7.0 * np.arange(len(x)))
-    ax.plot(x, y + jitter, "o", color=colour, ms=3.5, alpha=alpha, mew=0)
+    ax.plot(x, y + jitter, "o", color=colour, ms=5 if large else 3.5, alpha=0.9 if large else alpha, mew=0)
 
 
 def factors(ax: Any, settled: Sequence[Settled]) -> None:
@@ -383,47 +267,3 @@ def factors(ax: Any, settled: Sequence[Settled]) -> None:
         low, high = min(values), max(values)
         ax.set_xlim(min(low, 0.5) / 1.1, max(high, 2) * 1.1)
     ax.set_title("How far the move goes")
-
-
-@dataclass(frozen=True, eq=False)
-class Course:
-    """The charge of one family over recorded steps, and what each cause has added so far.
-
-    Where not every step is recorded, each recorded one counts for the `strides` up to the next, so that the causes add
-    up to the change but for what differs in between.
-    """
-
-    family: str
-    steps: np.ndarray
-    charge: np.ndarray
-    causes: dict[str, np.ndarray]
-    strides: np.ndarray
-
-
-def courses_of(records: Sequence[dict[str, Any]], most: int) -> list[Course]:
-    """The `most` families whose charge changed most for its norm."""
-    found: list[tuple[float, Course]] = []
-    for family in dict.fromkeys(row["family"] for row in records):
-        own = [row for row in records if row["family"] == family]
-        charge = np.array([row["charge"] for row in own])
-        steps = np.array([row["step"] for row in own])
-        strides = strides_of(steps)
-        sums = {c: np.nancumsum(strides * np.array([row[c] for row in own], dtype=float)) for c in CAUSES}
-        scale = float(np.nanmax([row["norm"] for row in own])) or 1.0
-        causes = {c: v for c, v in sums.items() if np.abs(v).max() > 1e-9 * scale}
-        course = Course(family, steps, charge, causes, strides)
-        found.append((float(np.ptp(np.nan_to_num(charge))) / scale, course))
-    return [course for _, course in sorted(found, key=lambda pair: -pair[0])[:most]]
-
-
-def course(ax: Any, shown: Course) -> None:
-    """What a charge has changed by since the first recorded step, and the causes that add up to it."""
-    ax.plot(shown.steps, shown.charge - shown.charge[0], color=style.THEORY, lw=2.2, label="change of the charge")
-    for cause, values in sorted(shown.causes.items(), key=lambda item: -abs(item[1][-1]))[:4]:
-        start = np.concatenate([[0.0], values[:-1]])
-        ax.plot(shown.steps, start, color=CAUSE_COLOURS[cause], label=CAUSE_NAMES[cause])
-    _numbers(ax.xaxis)
-    ax.set(xlabel="step", ylabel="change since the first recorded step")
-    sampled = "" if (shown.strides == 1).all() else "\nentries of a recorded step count for all up to the next"
-    ax.set_title(f"{shown.family}, steps {int(shown.steps[0]):,} to {int(shown.steps[-1]):,}{sampled}")
-    ax.legend(loc="best")

@@ -11,7 +11,7 @@ from typing import Any
 from noetherflow.core.printing import count
 from noetherflow.errors import require
 from noetherflow.report import style
-from noetherflow.report.labels import short, without_shared_prefix
+from noetherflow.report.labels import chart_labels, without_shared_prefix
 from noetherflow.symmetry.symmetry import Symmetry, Translation
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
@@ -128,11 +128,12 @@ def draw_map(ax: Any, chart: NetworkMap) -> None:
             ax.annotate(f"×{column.repeats}", (x, -0.75), ha="center", va="bottom", fontsize=7, color=style.MUTED)
     ax.set_ylim(len(chart.modules) - 0.4, -1.4 if any(c.repeats > 1 for c in chart.columns) else -0.6)
     ax.set_xlim(-0.8, max(len(chart.columns), 4) - 0.2)
-    ax.set_yticks(range(len(chart.modules)), [short(m) for m in chart.modules], fontsize=8)
+    ax.set_yticks(range(len(chart.modules)), chart_labels(chart.modules), fontsize=8)
     ax.set_xticks([])
     collapsed = len(chart.columns) < chart.symmetries
     what = "a column per kind (×n: n alike)" if collapsed else "a column each"
     ax.set_xlabel(f"{count(chart.symmetries, 'symmetry', 'symmetries')}, {what}")
+    ax.set_ylabel("modules, from input to output")
     ax.grid(axis="y")
     handles = [lines.Line2D([], [], color=colours[f], marker="o", lw=0, label=f) for f in chart.families]
     seen = {sign for column in chart.columns for _, sign in column.marks}

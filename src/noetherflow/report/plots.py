@@ -18,7 +18,8 @@ from noetherflow.equilibrium.result import Equilibrium
 from noetherflow.errors import DataError, require
 from noetherflow.moments.result import GradientMoments
 from noetherflow.monitor.ledger import Ledger
-from noetherflow.report import drawings, style
+from noetherflow.report import curves, drawings, style
+from noetherflow.report.labels import chart_labels
 from noetherflow.report.network_map import NetworkMap, draw_map, network_map
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
@@ -79,8 +80,9 @@ def plot_symmetries(syms: SymmetrySet, *, collapse: bool | None = None) -> tuple
         collapse: draw blocks that repeat once, with their number; None does so for more than 36 modules.
     """
     chart: NetworkMap = network_map(syms, collapse)
-    width = 3.2 + 0.17 * len(chart.columns)
-    figure, axes = _figure(1, min(max(width, 5.2), 15.0), height_of(len(chart.modules)) + 0.5)
+    labels = 0.07 * max(map(len, chart_labels(chart.modules)), default=0)
+    width = 1.7 + labels + max(0.2 * len(chart.columns), 3.0)
+    figure, axes = _figure(1, min(width, 15.0), height_of(len(chart.modules)) + 0.5)
     draw_map(axes[0], chart)
     return figure, axes[0]
 
@@ -106,14 +108,14 @@ def plot_flow(flow: Flow, *, most: int = 30) -> tuple[Any, Any]:
 def plot_forecast(forecast: Forecast, *, most: int = 8) -> tuple[Any, Any]:
     """The norm of the `most` charges that change most, with bands of two standard errors."""
     figure, axes = _figure(1, 6.8, 4.0)
-    drawings.forecast(axes[0], forecast, most)
+    curves.forecast(axes[0], forecast, most)
     return figure, axes[0]
 
 
 def plot_comparison(comparison: Comparison, *, most: int = 8) -> tuple[Any, Any]:
     """Forecast as lines, training as dots, for the `most` charges that changed most."""
     figure, axes = _figure(1, 6.8, 4.0)
-    drawings.comparison(axes[0], comparison, most)
+    curves.comparison(axes[0], comparison, most)
     return figure, axes[0]
 
 
@@ -126,7 +128,7 @@ def plot_equilibrium(equilibrium: Equilibrium, *, most: int = 30) -> tuple[Any, 
         drawings.spectra(axes[0], shown)
         drawings.in_words(axes[1], drawings.without_equilibrium(equilibrium), "Why they do not settle")
         return figure, axes
-    drawings.imbalances(axes[0], settled)
+    drawings.imbalances(axes[0], settled, left_out=drawings.not_shown(equilibrium))
     drawings.factors(axes[1], settled)
     axes[1].tick_params(labelleft=False)
     return figure, axes
@@ -135,10 +137,10 @@ def plot_equilibrium(equilibrium: Equilibrium, *, most: int = 30) -> tuple[Any, 
 def plot_ledger(ledger: Ledger, *, most: int = 4) -> tuple[Any, Any]:
     """The charge of each of the `most` families that moved most, and what its causes have added up to."""
     known = ledger.log_path is not None or ledger.dropped == 0
-    courses = drawings.courses_of(ledger.records(since=0) if known else ledger.records(), most)
+    courses = curves.courses_of(ledger.records(since=0) if known else ledger.records(), most)
     figure, axes = _figure(max(len(courses), 1), 5.2 * max(len(courses), 1), 3.8)
     for ax, course in zip(axes, courses, strict=False):
-        drawings.course(ax, course)
+        curves.course(ax, course)
     return figure, axes
 
 
@@ -153,10 +155,10 @@ def plot_analysis(analysis: Analysis, *, most: int = 12) -> tuple[Any, Any]:
     drawings.times(axes[0, 1], rows)
     axes[0, 1].tick_params(labelleft=False)
     if settled:
-        drawings.imbalances(axes[1, 0], settled)
+        drawings.imbalances(axes[1, 0], settled, left_out=drawings.not_shown(analysis.equilibrium))
     else:
         drawings.spectra(axes[1, 0], list(analysis.equilibrium)[:most])
-    drawings.forecast(axes[1, 1], drawings.drawn_forecast(analysis.flow), most=8)
+    curves.forecast(axes[1, 1], curves.drawn_forecast(analysis.flow), most=8)
     return figure, axes
 
 

@@ -12,7 +12,7 @@ from noetherflow.core.printing import brief
 from noetherflow.diagnosis.finding import Diagnosis
 from noetherflow.diagnosis.of_run import diagnose_run
 from noetherflow.monitor.rundata import RunData
-from noetherflow.report.labels import labels_of
+from noetherflow.report.labels import chart_labels
 from noetherflow.report.page import Figure, Section, write_page
 from noetherflow.report.run_figures import (
     INK,
@@ -59,7 +59,7 @@ def write_run_report(run_dir: str | os.PathLike[str], path: str | os.PathLike[st
     events = sorted([*data.events, *data.spikes()], key=lambda e: e["step"])
     diagnosis = diagnose_run(data)
     name = Path(run_dir).resolve().name
-    title = f"Training run {name}: {headline(diagnosis)}"
+    title = f"Training run{'' if name == 'run' else f' {name}'}: {headline(diagnosis)}"
     subtitle = f"{data.header['optimizer']}, started {data.started.replace('T', ' ')}, {data.span}"
     return write_page(path or Path(run_dir) / REPORT_NAME, title, _sections(data, events, diagnosis), subtitle)
 
@@ -86,7 +86,7 @@ def _ends(data: RunData) -> list[dict[str, Any]]:
     if not shown:
         return []
     key = np.nan_to_num(np.abs(data.estimates[shown[0][0]][-1]))
-    names = labels_of(data.symmetries)
+    names = chart_labels(data.symmetries)
     rows = np.argsort(-key, kind="stable")
     return [{"symmetry": names[i], **{t: float(data.estimates[k][-1, i]) for k, t in shown}} for i in rows]
 
@@ -263,7 +263,9 @@ def _norms(data: RunData) -> list[Section]:
 
 
 def _training(data: RunData, events: list[dict[str, Any]]) -> list[Figure]:
-    caption = "Loss and learning rate; dashed lines mark events."
+    known = bool(np.isfinite(data.loss).any())
+    what = "Loss and learning rate" if known else "Learning rate (no losses were noted: ledger.note(loss) keeps them)"
+    caption = f"{what}; dashed lines mark events."
     return [Figure(training_figure(data, events), caption, "loss")]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from noetherflow.errors import require
 from noetherflow.monitor.rundata import RunData
-from noetherflow.report.labels import labels_of
+from noetherflow.report.labels import chart_labels
 from noetherflow.report.style import CYCLE
 from noetherflow.report.words import CAUSE_COLOURS, CAUSE_NAMES
 
@@ -130,7 +130,7 @@ def layers_figure(data: RunData) -> Any:
     buttons = [{"label": title, "method": "update", "args": [{"visible": shown}]} for title, shown in choices]
     layout = layout_of(max(300, 110 + 22 * len(rows)))
     menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1 + 44 / layout["height"], "yanchor": "bottom"}
-    labels = {"tickmode": "array", "tickvals": rows, "ticktext": labels_of(data.symmetries)}
+    labels = {"tickmode": "array", "tickvals": rows, "ticktext": chart_labels(data.symmetries)}
     axis = labels | {"autorange": "reversed", "automargin": True, "showgrid": False}
     figure.update_layout(**layout, yaxis=axis, updatemenus=[menu])
     figure.update_layout(margin={"l": 30, "r": 20, "t": 70, "b": 50}, xaxis_rangemode="nonnegative")
@@ -165,14 +165,15 @@ def training_figure(data: RunData, events: list[dict[str, Any]]) -> Any:
         figure.add_vline(x=event["step"], line={"color": "#999", "width": 1, "dash": "dash"})
     axis2 = {"title": "learning rate", "overlaying": "y", "side": "right", "showgrid": False, "rangemode": "tozero"}
     axis2 |= {"tickmode": "auto", "nticks": 6}
-    figure.update_layout(**layout_of(340), yaxis={"title": "loss"}, yaxis2=axis2)
+    axis = {"title": "loss"} if known.size else {"visible": False}
+    figure.update_layout(**layout_of(340), yaxis=axis, yaxis2=axis2)
     return figure
 
 
 def curves_figure(data: RunData, field: str, chosen: np.ndarray, title: str, relative: bool = False) -> Any:
     """One line per chosen symmetry; `relative`: as a multiple of its first known value."""
     go: Any = require("plotly.graph_objects", "report")
-    figure, thin, labels = go.Figure(), thinned(len(data.estimate_steps)), labels_of(data.symmetries)
+    figure, thin, labels = go.Figure(), thinned(len(data.estimate_steps)), chart_labels(data.symmetries)
     for k, i in enumerate(chosen):
         colour = {"color": CYCLE[k % len(CYCLE)], "dash": "solid" if k < len(CYCLE) else "dot"}
         values = data.estimates[field][thin, i]
@@ -191,6 +192,6 @@ def layout_of(height: int) -> dict[str, Any]:
         "template": "plotly_white",
         "font": {"family": "system-ui, sans-serif", "size": 13},
         "xaxis": {"title": "step"},
-        "legend": {"orientation": "h", "y": -0.16, "x": 0},
+        "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
         "margin": {"l": 70, "r": 70, "t": 50, "b": 60},
     }

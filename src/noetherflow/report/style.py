@@ -98,6 +98,20 @@ def tidy(fig: Any) -> None:
             axis.set_minor_formatter(ticker.NullFormatter())
 
 
+def legend_on_top(ax: Any) -> None:
+    """A legend at the top of the axes, whose upper limit is raised until it covers no curve."""
+    low, high = ax.get_ylim()
+    for columns, size in ((2, 8.5), (2, 7), (1, 7)):
+        legend = ax.legend(loc="upper left", ncols=columns, fontsize=size, borderaxespad=0.1, handlelength=1.2,
+                           columnspacing=1.0)  # fmt: skip
+        ax.figure.draw_without_rendering()
+        needed, given = legend.get_window_extent(), ax.get_window_extent()
+        if needed.width <= given.width:
+            break
+    share = min(needed.height / given.height + 0.03, 0.7)
+    ax.set_ylim(low, low + (high - low) / (1 - share))
+
+
 def fit(fig: Any) -> None:
     """Break titles and labels that are wider than their axes into lines: nothing is cut at the figure's edge."""
     texts = [(ax, text, text.get_text()) for ax in fig.axes for text in (ax.xaxis.label, ax._left_title)]

@@ -22,7 +22,7 @@ CAUSE_COLOURS = {
 }
 ESTIMATES = (
     ("norm", "norm"),
-    ("distance", "|lam*|"),
+    ("distance", "|λ*|"),
     ("steps", "steps to go"),
     ("growth", "growth/step"),
     ("angular", "angle/step"),
