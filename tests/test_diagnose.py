@@ -305,13 +305,14 @@ def test_a_loss_without_samples_is_told_the_remedy() -> None:
 
 
 def test_the_next_step_is_the_first_of_the_warmup() -> None:
-    """Steps of Adam at lr 1: long ones now, a thousandth with a warmup, whose growth is told for what it is."""
+    """Steps of Adam at lr 1: long ones now, a thousandth with a warmup."""
     model, data = mlp(), loader(*classes())
     run = lambda warmup: nf.diagnose(model, nn.CrossEntropyLoss(), data, adamw(model, lr=1.0), warmup=warmup)
     now, later = run(None), run(1000)
-    assert now["fastest-norms"].severity == "watch"
     assert now["step-length"].severity == "act"
-    assert later["fastest-norms"].severity == "good"
+    assert "%" not in later["fastest-norms"].title, (
+        "the pace of Adam's steps depends on rows that a batch does not meet"
+    )
     assert all(f.rule != "step-length" for f in later)
 
 

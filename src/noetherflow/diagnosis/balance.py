@@ -75,10 +75,8 @@ def heads_apart(facts: Sequence[LayerBalance]) -> list[Finding]:
     worst = max(heads, key=lambda f: float(np.nanmax(np.abs(f.factors))))
     at = int(np.nanargmax(np.abs(worst.factors)))
     factor, number = math.exp(abs(float(worst.factors[at]))), sum(len(f.factors) for f in heads)
-    title = (
-        f"No attention head is: of {number} the farthest, head {at} of `{worst.name}`, is a factor of {plain(factor)} "
-    )
-    title += "from its equilibrium."
+    title = f"Of {number} attention heads (queries with keys and values with outputs count apart) none stands out; the "
+    title += f"farthest, head {at} of `{worst.name}`, is a factor of {plain(factor)} from its equilibrium."
     return [calm("balance-heads", "balance", title, _sure(worst, at), (_number(worst, at),))]
 
 

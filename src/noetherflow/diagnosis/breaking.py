@@ -64,7 +64,8 @@ def moved_by_preconditioner(moved: Sequence[tuple[str, float, float]]) -> list[F
     family, share = max(known, key=lambda r: r[1])
     number = (Evidence(f"charge moved by the preconditioner over the squared weights, {family}", share),)
     if share < MOVED:
-        title = f"Adam treats the two sides of a symmetry differently; that moved {plain(share)} of the squares."
+        title = f"Adam's unequal steps moved {plain(share)} of the squared weights of `{family}` from one side to the "
+        title += "other, too little to rule its balance."
         title = "The optimiser treats both sides of every symmetry alike." if share == 0 else title
         return [calm("preconditioner", "optimiser", title, "measured", number)]
     title = f"Adam breaks the symmetry `{family}`: it moved {plain(share)} of the squared weights across."

@@ -130,6 +130,7 @@ class StepStability:
         replaced: a step is as long as some weight that it changes, so that curvature here says nothing.
         saddle: the trace of the curvature is not positive, now or at the noise equilibrium: it has no factor.
         remedy: what would measure the curvature where it was not.
+        run: steps of the whole run; infinite where nobody said.
     """
 
     lr: float
@@ -144,6 +145,7 @@ class StepStability:
     replaced: bool = False
     saddle: bool = False
     remedy: str = "nf.diagnose(..., curvature=True) measures it"
+    run: float = math.inf
 
     @property
     def stable(self) -> float:

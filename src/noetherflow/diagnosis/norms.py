@@ -155,19 +155,6 @@ def norms_so_far(facts: Sequence[NormHistory], course: LossCourse, watched: int)
     return [Finding("norm-growth", "norms", severity, title, means, advice, "measured", numbers, over, weight)]
 
 
-def fastest_norms(facts: Sequence[NormTrend], moving: bool = False, momentum: bool = False) -> list[Finding]:
-    """Which weights' norms noise drives up in the long run, and apart from it, what the very next step does.
-
-    The next step is no trend: its part along the mean gradient often turns within a few steps. So where the flow is
-    known the question is answered by where noise and decay take each norm, the function held fixed. It is open where
-    the function is `moving`: a mean gradient that counts and does not last changes it. With `momentum` a step is that
-    of a full buffer, which a fresh run reaches after some tens of steps. Threshold: a squared norm that doubles within
-    one step is to watch; below, the loss feels these norms and guides them.
-    """
-    when = "Once the momentum buffer is full, at the present gradients," if momentum else "In the very next step only,"
-    return [*(MOVING if moving else _norms_to_come(facts)), _next_step(facts, moving, when)]
-
-
 MOVING = [
     Finding(
         "norms-to-come",
@@ -176,14 +163,19 @@ MOVING = [
         "How far the norms that the loss feels grow in training cannot be told yet: the mean gradient counts and does "
         "not last, and it moves them.",
         "",
-        "ask again after some hundred steps, or let nf.Ledger(...) measure it: ledger.diagnose()",
+        "let nf.Ledger(...) measure it while it trains: ledger.diagnose()",
         "open",
     )
 ]
 
 
-def _norms_to_come(facts: Sequence[NormTrend]) -> list[Finding]:
-    """Where noise and decay take the norms that the loss feels; less than 1 % is called nothing."""
+def norms_to_come(facts: Sequence[NormTrend], moving: bool = False) -> list[Finding]:
+    """Where noise and decay take the norms that the loss feels, the function held fixed; below 1 % counts as nothing.
+
+    Open where the function is `moving`: a mean gradient that counts and does not last changes it.
+    """
+    if moving:
+        return MOVING
     known = sorted((f for f in facts if f.settles > 0 and math.isfinite(f.settles)), key=lambda f: -f.settles)
     if not known:
         return []
@@ -201,11 +193,29 @@ def _moved(shown: Sequence[NormTrend], number: int, where: str) -> str:
     return f"{where}: {listed}{f' and {number - len(shown)} more' if number > len(shown) else ''}" if shown else ""
 
 
-def _next_step(facts: Sequence[NormTrend], moving: bool, when: str) -> Finding:
+def first_steps(facts: Sequence[NormTrend]) -> list[Finding]:
+    """Which norms the first steps of a fresh Adam make larger: how fast is not told, since rows of an embedding that a
+    batch does not meet stand still, and later steps depend on the state.
+    """
+    rising = [f.name for f in facts if f.change > 0 and f.norm_square > 0]
+    title = f"In the first steps {_of(len(rising), len(facts))}"
+    title += f": {_all_of(rising)}." if rising else "."
+    sure = "the direction alone, by the present gradients: many of these turn within a few steps"
+    return [Finding("fastest-norms", "norms", "good", title, "", NOTHING, sure, (), tuple(rising))]
+
+
+def next_step(facts: Sequence[NormTrend], moving: bool = False, momentum: bool = False) -> list[Finding]:
+    """What the very next step of SGD does to norms, apart from where they go: `moving` as above.
+
+    It is no trend: its part along the mean gradient often turns within a few steps. With `momentum` a step is that of a
+    full buffer, which a fresh run reaches after some tens of steps. Threshold: a squared norm that doubles within one
+    step is to watch; below, the loss guides these norms.
+    """
+    when = "Once the momentum buffer is full, at the present gradients," if momentum else "In the very next step only,"
     rising = sorted((f for f in facts if f.change > 0 and f.norm_square > 0), key=lambda f: -f.change / f.norm_square)
     sure = "the present gradients alone: many of these turn within a few steps"
     if not rising:
-        return calm("fastest-norms", "norms", f"{when} no weight's norm grows in a step.", sure)
+        return [calm("fastest-norms", "norms", f"{when} no weight's norm grows in a step.", sure)]
     shown = rising[:TRENDS]
     listed = ", ".join(f"`{f.name}` {plain(50 * f.change / f.norm_square)} %" for f in shown)
     title = f"{when} {_of(len(rising), len(facts))} (norm per step), fastest {listed}"
@@ -219,8 +229,8 @@ def _next_step(facts: Sequence[NormTrend], moving: bool, when: str) -> Finding:
         means = "At this pace a squared norm doubles within a step."
         fast = [f.name for f in rising if f.change >= DOUBLES * f.norm_square]
         advice = unless(f"lower the learning rate of {_all_of(fast)}, or warm up")
-        return Finding("fastest-norms", "norms", "watch", title, means, advice, sure, numbers, names, pace)
-    return Finding("fastest-norms", "norms", "good", title, "", NOTHING, sure, numbers, names)
+        return [Finding("fastest-norms", "norms", "watch", title, means, advice, sure, numbers, names, pace)]
+    return [Finding("fastest-norms", "norms", "good", title, "", NOTHING, sure, numbers, names)]
 
 
 def _of(some: int, number: int) -> str:
@@ -302,17 +312,19 @@ def decay_bites(decays: Sequence[float], steps: float, asked: bool = True) -> li
         weight = math.log(TOO_SMALL / share)
         return [Finding("decay-bites", "decay", "watch", title, means, advice, sure, numbers, weight=weight)]
     if share < BITES:
-        title = f"Partly: it takes {taken:.0%} of squared norms in {in_steps(steps)}, so they do not settle yet."
+        title = f"Partly: in {in_steps(steps)} it takes {taken:.0%} of the squares that decayed weights began with, so "
+        title += "they do not settle yet."
         return [calm("decay-bites", "decay", title, sure, numbers)]
-    title = f"Yes: it acts over {in_steps(memory)}; in {steps:,.0f} it takes {taken:.0%} of what norms began with, so "
-    title += "they are mostly where decay and growth balance."
+    title = f"Yes: it acts over {in_steps(memory)}; in {steps:,.0f} it takes {taken:.0%} of the squares that decayed "
+    title += "weights began with, so by then they are mostly where decay and growth balance."
     return [calm("decay-bites", "decay", title, sure, numbers)]
 
 
 def logit_growth(facts: Sequence[LogitGrowth], stalled: bool = False) -> list[Finding]:
     """Attention logits that query and key norms drive up.
 
-    Logits are at most `|W_q| |W_k| |x|^2`, so the squared norms bound their growth. Threshold: growth by a factor of 3
+    Where queries and keys are unrelated the spread follows from the norms; where they align it is larger, so that small
+    norms clear nothing (open). Threshold: growth by a factor of 3
     (measured; 10 where it is a prediction, an upper bound) to a spread of at least 3 is to watch: `e^3 = 20` turns a
     soft maximum over a few tokens into a choice. A measured spread of 10 is to act on where the loss falls no longer
     (`stalled`): `e^-10` is below what bfloat16 tells from 0 beside 1. Growth from tiny initial weights to a spread
@@ -326,14 +338,18 @@ def logit_growth(facts: Sequence[LogitGrowth], stalled: bool = False) -> list[Fi
         Evidence(f"growth of squared norms, {head}{worst.name}", worst.factor, unit="times"),
         Evidence("spread of its logits then, about", worst.spread),
     )
-    sure = "measured" if worst.measured else "noise and decay alone: an upper bound, for curvature holds weights back"
+    sure = "norms alone: trained queries and keys align, so that logits are larger, ten times in a small Llama"
     if worst.factor < (GROWN if worst.measured else GROWN_PREDICTED) or worst.spread < LOGITS:
-        title = f"Attention logits are calm: a spread of about {plain(worst.spread)} at most ({head}`{worst.name}`)."
-        return [calm("logit-growth", "norms", title, sure, numbers)]
+        title = (
+            f"How large attention logits are is not measured; norms alone would give a spread of {plain(worst.spread)} "
+        )
+        title += f"({head}`{worst.name}`), and trained queries and keys align."
+        advice = "if attention is in question, take them from the model: output_attentions=True, or a hook"
+        return [Finding("logit-growth", "norms", "open", title, "", advice, sure, numbers)]
     severity: Severity = "act" if worst.spread >= LOGITS_SATURATE and worst.measured and stalled else "watch"
     verb = "have grown" if worst.measured else "are pushed to grow"
     title = f"Attention logits grow: squared query and key norms of {head}`{worst.name}` {verb} {plain(worst.factor)} "
-    title += f"times in {in_steps(worst.steps)}, to logits of about {plain(worst.spread)}."
+    title += f"times in {in_steps(worst.steps)}, to logits of about {plain(worst.spread)} or more."
     means = "Their product bounds the logits; large ones turn attention into a hard choice and stop its gradient."
     advice = f"normalise the queries and keys of `{worst.name}` (QK-norm), or lower their learning rate"
     advice = advice if severity == "act" else unless(advice)

@@ -101,7 +101,8 @@ def diagnose_measurement(examined: Examined) -> Diagnosis:
     steps = replace(_stability(examined), replaced=bool(long_steps))
     found: list[Finding] = [
         *norms.norm_growth(list(_invariant_norms(examined)), examined.steps),
-        *norms.fastest_norms(trends, _moving(examined), isinstance(settings, SGDConfig) and settings.momentum > 0),
+        *norms.norms_to_come(trends, _moving(examined)),
+        *_first_norms(examined, trends),
         *norms.decay_bites(_decays(examined), examined.steps, examined.steps_given),
         *norms.logit_growth(list(_logits(examined))),
         *balance.far_from_equilibrium(balances, examined.steps),
@@ -202,6 +203,13 @@ def heads_in(symmetry: Symmetry, syms: SymmetrySet) -> int:
     siblings = [s for s in syms if s.family == "attention-vo" and s.parameters[0].startswith(f"{layer}.")]
     blocks = siblings[0].blocks if siblings else symmetry.blocks
     return blocks if symmetry.blocks % blocks == 0 else symmetry.blocks
+
+
+def _first_norms(examined: Examined, trends: Sequence[NormTrend]) -> list[Finding]:
+    """What the next steps do to norms; of an Adam that has made steps, whose state is not looked at, nothing."""
+    if isinstance(examined.settings, SGDConfig):
+        return norms.next_step(trends, _moving(examined), examined.settings.momentum > 0)
+    return [] if examined.started else norms.first_steps(trends)
 
 
 def _trends(examined: Examined) -> Iterator[NormTrend]:
@@ -338,6 +346,7 @@ def _stability(examined: Examined) -> StepStability:
         lr, math.nan, math.nan, math.nan, math.nan, math.nan, math.nan, examined.warmup, examined.started
     )
     fact = replace(fact, remedy=examined.remedy) if examined.remedy else fact
+    fact = replace(fact, run=examined.steps) if examined.steps_given else fact
     if isinstance(found, Sharpness):
         return replace(
             fact,

@@ -105,6 +105,10 @@ def _warmup(fact: StepStability) -> Finding:
             "length.",
             f"warm up, or {lower}",
         )
+    elif fact.needed > fact.run:
+        title = f"The learning rate {fact.lr:g} is too large for this run: stability asks for a warmup of about "
+        title += f"{fact.needed:,.0f} steps, and the run has {fact.run:,.0f}."
+        advice = lower
     elif fact.planned is None:
         title = f"The learning rate {fact.lr:g} needs a warmup of about {fact.needed:,.0f} steps; none was named."
         advice = (

@@ -236,6 +236,10 @@ def _intact_length(path: Path) -> int:
     return 0
 
 
+OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer.safetensors")
+"""What a folder holds that is the checkpoint of a run and not its log."""
+
+
 def read_log(run_dir: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """The lines of a run's log; a torn last line is left out.
 
@@ -244,7 +248,11 @@ def read_log(run_dir: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """
     path = Path(run_dir) / LOG_NAME
     if not path.exists():
-        raise DataError(f"{path} does not exist; a run directory is written by Ledger(..., run_dir=...)")
+        checkpoint = any((path.parent / name).exists() for name in OPTIMIZER_FILES)
+        raise DataError(
+            f"{path} does not exist; a run directory is written by Ledger(..., run_dir=...)"
+            + (f". This is a checkpoint: `noetherflow flow {run_dir}` reads its optimiser" if checkpoint else "")
+        )
     return read_lines(path)
 
 
