@@ -195,6 +195,23 @@ class RunBalance:
 
 
 @dataclass(frozen=True)
+class LossRise:
+    """A loss that has left the lowest level that it reached.
+
+    Attributes:
+        lowest: that level, a mean over several losses (of their logarithms where they are positive).
+        level: the same of the last losses.
+        step: about where it was lowest.
+        share: of what the loss had fallen by since its start, that much is lost again, in logarithms or as it is.
+    """
+
+    lowest: float
+    level: float
+    step: int
+    share: float
+
+
+@dataclass(frozen=True)
 class LossCourse:
     """What the loss and the learning rate did in a run.
 
@@ -208,6 +225,8 @@ class LossCourse:
         highest: the largest loss, NaN where unknown.
         diverged: the step from which the run was lost to its end: losses above twice the first one, weights a thousand
             times as large, or numbers that are not finite; None where it was not.
+        rise: how the loss left its lowest level; None where it did not.
+        decay: the share of squared weights that weight decay takes per step, 0 where there is none or it is not known.
     """
 
     warmup: int
@@ -219,11 +238,26 @@ class LossCourse:
     middle: float = math.nan
     highest: float = math.nan
     diverged: int | None = None
+    rise: LossRise | None = None
+    decay: float = 0.0
+
+    @property
+    def decay_memory(self) -> float:
+        """Steps over which weight decay acts; infinite without any."""
+        return 1 / self.decay if self.decay > 0 else math.inf
+
+    @property
+    def decay_acts(self) -> bool:
+        """Weight decay has had three times its memory: 95 % of what squared norms began with is its making."""
+        return self.steps >= ACTS * self.decay_memory
 
     @property
     def well(self) -> bool:
-        """The loss is below a tenth of the first one, or it still falls: 2 % between the middle and the end."""
-        if self.diverged is not None or math.isnan(self.ended):
+        """The loss is below a tenth of the first one, or it still falls: 2 % between the middle and the end.
+
+        A loss that has left its lowest level is not well, however low it still is.
+        """
+        if self.diverged is not None or math.isnan(self.ended) or self.rise is not None:
             return False
         return self.ended <= TRAINED * self.began or self.ended < self.middle - FALLS * abs(self.middle)
 
@@ -235,11 +269,14 @@ class LossCourse:
     @property
     def slowed(self) -> bool:
         """The loss fell without a spike, and falls no longer: steps may have become too short, and are not too long."""
-        return self.stalled and not self.spikes and self.broken is None and self.ended <= FELL * self.began
+        calm = not self.spikes and self.broken is None and self.rise is None
+        return self.stalled and calm and self.ended <= FELL * self.began
 
 
 TRAINED, FALLS, FELL = 0.1, 0.02, 0.95
 """Losses, over the first one, of a run that has learned; their fall in half a run that still learns; and a fall."""
+ACTS = 3.0
+"""Memories of weight decay after which it has made the norms."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from noetherflow.core.printing import count
 from noetherflow.diagnosis import balance, breaking, norms, sampling, stability
 from noetherflow.diagnosis.facts import LogitGrowth, LossCourse, NormHistory, RunBalance
 from noetherflow.diagnosis.finding import Diagnosis, Finding, of_little_meaning
+from noetherflow.diagnosis.losses import rise_of
 from noetherflow.diagnosis.of_model import QUERY_KEY
 from noetherflow.monitor.rundata import RunData
 
@@ -40,7 +41,7 @@ def diagnose_run(run: RunData | str | os.PathLike[str], steps: int | None = None
     whole, course = float(max(data.steps_made, steps or 0)), _course(data)
     found: list[Finding] = [
         *norms.norms_so_far(list(_norms(data)), course, int(data.one_sided.sum())),
-        *norms.decay_bites(_decays(data), whole),
+        *norms.decay_bites(_decays(data), whole, course=course),
         *norms.logit_growth(list(_logits(data)), course.stalled),
         *balance.far_during_run(list(_balances(data)), whole),
         *stability.loss_course(course),
@@ -224,7 +225,9 @@ def _course(data: RunData) -> LossCourse:
     first = min(broken, default=None)
     lost = _lost(data, began, ended)
     lost = first if lost is None and first is not None and _ends_broken(data) else lost
-    return LossCourse(warmup, spikes, first, data.steps_made, began, ended, middle, highest, lost)
+    rise = rise_of(data.steps[np.isfinite(data.loss)], known)
+    decay = max((d for d in _decays(data) if d > 0), default=0.0)
+    return LossCourse(warmup, spikes, first, data.steps_made, began, ended, middle, highest, lost, rise, decay)
 
 
 def _lost(data: RunData, began: float, ended: float) -> int | None:

@@ -10,6 +10,7 @@ from noetherflow.core.optimizers import Settings
 from noetherflow.core.printing import count, show
 from noetherflow.diagnosis.facts import FELL, LossCourse, NormTrend, StepStability
 from noetherflow.diagnosis.finding import NOTHING, Evidence, Finding, Severity, calm, in_steps, plain, unless
+from noetherflow.diagnosis.losses import rose_late
 
 EDGE = 2.0
 NOISY = 1.0
@@ -244,7 +245,8 @@ def loss_course(fact: LossCourse) -> list[Finding]:
     One spike is to watch. Numbers that are not finite, or spikes that begin within twice the warmup, are to act on:
     there the learning rate had just come to its peak, and the curvature had not fallen with it. Without either the
     last losses are compared with the first: twice as much is no accident of a batch, and to act on; less than 5 % below
-    is to watch, since so ends both a run that began at its minimum and one that was thrown back to chance.
+    is to watch, since so ends both a run that began at its minimum and one that was thrown back to chance. And with the
+    lowest level before them: `losses.rose_late`.
     """
     if fact.diverged is not None:
         return [_diverged(fact, fact.diverged)]
@@ -314,6 +316,8 @@ def _without_spikes(fact: LossCourse) -> Finding:
         title = f"The loss was thrown back: up to {show(fact.highest)} on the way {went}, {warm}."
         means = "Steps are too long: such a run has lost what it began with, and often learns nothing more."
         return Finding("loss-course", "warmup", "act", title, means, lower, "measured", numbers, weight=ROSE)
+    if fact.rise is not None:
+        return rose_late(fact, fact.rise)
     if fact.began > 0 and fact.ended > FELL * fact.began:
         means = "The run began near a minimum, or it does not learn: steps far too long throw a network back to chance."
         title = f"The loss {'rose' if fact.ended > fact.began else 'hardly fell'}, {went}, {warm}."

@@ -1,0 +1,102 @@
+"""Whether the loss of a run lately stands above the lowest level that it had reached, and what is told of that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from noetherflow.core.printing import show
+from noetherflow.diagnosis.facts import LossCourse, LossRise
+from noetherflow.diagnosis.finding import Evidence, Finding, Severity, in_steps, plain
+
+SEVERAL = 3.0
+"""Times its lowest level from which on a loss that rose is told of."""
+REGAINED, MOST = 0.25, 0.5
+"""Shares of what the loss had fallen, now lost again: to watch, and to act on."""
+CERTAIN = 6.0
+"""Standard errors by which the level must have risen: the lowest of many windows lies up to four below by chance."""
+LATELY, LEAST = 0.1, 5
+"""The last losses are those of a tenth of the steps, and at least five of them."""
+NORMAL_MAD = 1.4826
+"""The standard deviation of a normal distribution over its median absolute deviation."""
+
+
+def rise_of(steps: np.ndarray, losses: np.ndarray) -> LossRise | None:
+    """How far the last losses stand above the lowest level before them; None where they do not, beyond chance.
+
+    Levels are over as many losses as the last tenth of the steps has. They are compared on the scale of logarithms, by
+    their means: there the loss of one minibatch scatters by as much at 0.001 as at 1; and so that a single large loss
+    does not count, the median must have risen half as far. And as they are, by their medians, for losses that have no logarithm and
+    for those that fell by less than `SEVERAL` times. The scatter is that of successive losses, which no slow change
+    enters.
+
+    Args:
+        steps: of the losses, rising. `[T]`.
+        losses: those that were noted, all finite. `[T]`.
+
+    Example:
+        >>> at = np.arange(100)
+        >>> risen = rise_of(at, np.where(at < 80, 0.01, 0.08) * (1 + 0.1 * (at % 2)))
+        >>> round(risen.level / risen.lowest, 1), risen.step < 80
+        (8.0, True)
+        >>> rise_of(at, 0.01 * (1 + 0.1 * (at % 2))) is None
+        True
+    """
+    last = int(np.sum(steps >= steps[-1] - LATELY * (steps[-1] - steps[0]))) if len(steps) else 0
+    last = max(last, LEAST)
+    if len(losses) < 2 * last + 1:
+        return None
+    found: list[LossRise] = []
+    if (losses > 0).all():
+        logs = np.log(losses)
+        at, low, high, error = _levels(logs, last, np.mean)
+        usual = float(np.median(logs[-last:])) - low
+        if high - low > max(math.log(SEVERAL), CERTAIN * error) and usual > math.log(SEVERAL) / 2:
+            share = (high - low) / (logs[0] - low) if logs[0] > low else math.inf
+            found.append(LossRise(math.exp(low), math.exp(high), int(steps[at]), float(share)))
+    at, low, high, error = _levels(losses, last, np.median)
+    fell = float(losses[0]) - low
+    if high - low > max(CERTAIN * error, REGAINED * fell) and fell > CERTAIN * error:
+        share = (high - low) / fell
+        found.append(LossRise(low, high, int(steps[at]), float(share)))
+    return max(found, key=lambda f: f.share, default=None)
+
+
+def _levels(values: np.ndarray, last: int, level: Callable[..., np.ndarray]) -> tuple[int, float, float, float]:
+    """The middle of the window of so many values whose level is lowest, that level, that of the last ones, and the
+    standard error of the difference of the two.
+    """
+    levels = level(sliding_window_view(values, last), axis=1)
+    low = int(np.argmin(levels[:-last]))
+    jumps = np.abs(np.diff(values[min(low, len(values) // 2) :]))
+    scatter = NORMAL_MAD * float(np.median(jumps)) / math.sqrt(2)
+    return low + last // 2, float(levels[low]), float(levels[-1]), scatter * math.sqrt(2 / last)
+
+
+def rose_late(fact: LossCourse, rise: LossRise) -> Finding:
+    """A loss that has left its own minimum.
+
+    Threshold: three times its lowest level, or a quarter of all that it had fallen by, where six standard errors of
+    the scatter from minibatch to minibatch do not explain it: to watch. Half of what had been gained, on the scale of
+    logarithms or as it is, is to act on: such a run undoes what it did.
+    """
+    times = f"{plain(rise.level / rise.lowest)} times its" if rise.lowest > 0 else "above its"
+    title = f"The loss rises again: lately {show(rise.level)}, {times} lowest level of {show(rise.lowest)} about step "
+    title += f"{rise.step:,}; it began at {show(fact.began)}, {in_steps(fact.steps)} ago."
+    severity: Severity = "act" if rise.share >= MOST else "watch"
+    means = "Training undoes what it had reached. Steps became too long for where it is, by the learning rate or by "
+    means += "norms that shrank, or the data or the loss changed."
+    advice = "lower the optimiser's learning rate from there on, or go on from a checkpoint of its lowest level"
+    if fact.decay_acts:
+        advice = f"try a smaller weight decay, which acts within {in_steps(fact.decay_memory)} here and keeps steps "
+        advice += f"long against the weights, from a checkpoint of about step {rise.step:,}; or lower the learning rate"
+    numbers = (
+        Evidence("lowest level of the loss", rise.lowest),
+        Evidence("its level lately", rise.level),
+        Evidence("share of what it had fallen by, lost again", min(rise.share, 1.0)),
+    )
+    weight = math.log(rise.level / rise.lowest) if rise.lowest > 0 else rise.share
+    return Finding("loss-course", "warmup", severity, title, means, advice, "measured", numbers, weight=weight)

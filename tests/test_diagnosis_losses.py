@@ -1,0 +1,105 @@
+"""A loss that left its own minimum is told of; one that scatters, falls or stays is not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from noetherflow.diagnosis import norms, stability
+from noetherflow.diagnosis.facts import LossCourse, LossRise, NormHistory
+from noetherflow.diagnosis.finding import NOTHING
+from noetherflow.diagnosis.losses import rise_of
+
+RISEN = LossCourse(0, (), None, 1000, 2.4, 0.05, 0.006, 2.4, rise=LossRise(0.005, 0.05, 400, 0.37), decay=0.005)
+"""A loss that fell from 2.4 to 0.005 and lately stands at 0.05, under a decay with a memory of 200 steps."""
+
+
+def sparse(steps):
+    """The steps that a ledger with a budget records: the first fifty, then every tenth."""
+    return np.concatenate([np.arange(50), np.arange(50, steps, 10)])
+
+
+def course(at, scatter, seed, late=1.0):
+    """A loss that falls from 2.4 to 0.0024 in 300 steps, each minibatch scattered, times `late` in the last fifth."""
+    fall = 2.4 * np.exp(-np.log(1000) * np.minimum(at / 300, 1))
+    risen = np.where(at >= 0.8 * at[-1], late, 1.0)
+    return fall * risen * np.exp(scatter * np.random.default_rng(seed).standard_normal(len(at)))
+
+
+@pytest.mark.parametrize("at", [sparse(1000), np.arange(1000), np.arange(0, 5000, 100)])
+class TestRise:
+    @pytest.mark.parametrize("scatter", [0.0, 0.2, 0.4])
+    def test_planted(self, at, scatter):
+        found = rise_of(at, course(at, scatter, 0, late=10.0))
+        assert found is not None
+        assert found.lowest == pytest.approx(0.0024, rel=0.5)
+        assert found.level == pytest.approx(0.024, rel=0.5)
+        assert found.step < 0.8 * at[-1]
+        assert found.share == pytest.approx(1 / 3, abs=0.1)
+
+    @pytest.mark.parametrize("scatter", [0.0, 0.3, 0.6, 1.0])
+    def test_scatter_alone_is_no_rise(self, at, scatter):
+        assert [s for s in range(50) if rise_of(at, course(at, scatter, s)) is not None] == []
+
+    def test_one_large_loss_is_no_rise(self, at):
+        losses = course(at, 0.3, 0)
+        losses[-2] *= 100
+        assert rise_of(at, losses) is None
+
+    def test_a_loss_below_zero_rises_as_it_is(self, at):
+        noise = 0.1 * np.random.default_rng(0).standard_normal(len(at))
+        falling = -3.0 * np.minimum(at / (at[-1] / 2), 1) + noise
+        assert rise_of(at, falling) is None
+        found = rise_of(at, falling + np.where(at >= 0.8 * at[-1], 2.0, 0.0))
+        assert found is not None
+        assert found.share == pytest.approx(2 / 3, abs=0.1)
+
+    def test_a_high_loss_that_gives_half_of_its_fall_back(self, at):
+        noise = 1 + 0.05 * np.random.default_rng(1).standard_normal(len(at))
+        losses = (2.3 - 1.2 * np.minimum(at / (at[-1] / 2), 1)) * noise
+        assert rise_of(at, losses) is None
+        found = rise_of(at, np.where(at >= 0.8 * at[-1], 1.8, losses))
+        assert found is not None
+        assert found.share == pytest.approx(0.58, abs=0.1)
+
+
+class TestRules:
+    def test_it_is_told_with_weight_decay_as_a_candidate(self):
+        (found,) = stability.loss_course(RISEN)
+        assert found.severity == "watch"
+        assert found.title.startswith("The loss rises again: lately 0.05, 10 times its lowest level of 0.005")
+        assert "smaller weight decay" in found.advice
+        (bites,) = norms.decay_bites([0.005], 1000, course=RISEN)
+        assert (bites.severity, bites.rule) == ("watch", "decay-bites")
+        assert "smaller weight decay" in bites.advice
+
+    def test_most_of_the_gain_lost_is_to_act_on(self):
+        (found,) = stability.loss_course(replace(RISEN, ended=0.4, rise=LossRise(0.005, 0.4, 400, 0.71)))
+        assert found.severity == "act"
+
+    def test_decay_that_hardly_acts_is_no_candidate(self):
+        slow = replace(RISEN, decay=5e-4)
+        (found,) = stability.loss_course(slow)
+        assert found.severity == "watch"
+        assert "weight decay" not in found.advice
+        (bites,) = norms.decay_bites([0.005], 1000, course=slow)
+        assert bites.severity == "good"
+
+    def test_a_healthy_run_of_strong_decay_is_good(self):
+        calm = replace(RISEN, rise=None)
+        assert stability.loss_course(calm)[0].severity == "good"
+        assert norms.decay_bites([0.005], 1000, course=calm)[0].severity == "good"
+
+    def test_a_rise_is_a_symptom_that_turns_advice_on(self):
+        assert RISEN.stalled
+        assert not RISEN.slowed
+        assert replace(RISEN, rise=None).well
+        shrunk = NormHistory("conv", 0.1, 10.0, 1000)
+        (found,) = norms.norms_so_far([shrunk], RISEN, watched=1)
+        assert not found.advice.startswith(NOTHING)
+        (calm,) = norms.norms_so_far([shrunk], replace(RISEN, rise=None), watched=1)
+        assert calm.advice.startswith(NOTHING)
+        (fast,) = stability.turning([("conv", 0.5)], RISEN)
+        assert fast.severity == "act"
