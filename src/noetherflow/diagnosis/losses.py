@@ -28,10 +28,9 @@ def rise_of(steps: np.ndarray, losses: np.ndarray) -> LossRise | None:
     """How far the last losses stand above the lowest level before them; None where they do not, beyond chance.
 
     Levels are over as many losses as the last tenth of the steps has. They are compared on the scale of logarithms, by
-    their means: there the loss of one minibatch scatters by as much at 0.001 as at 1; and so that a single large loss
-    does not count, the median must have risen half as far. And as they are, by their medians, for losses that have no logarithm and
-    for those that fell by less than `SEVERAL` times. The scatter is that of successive losses, which no slow change
-    enters.
+    their means without the largest: there the loss of one minibatch scatters by as much at 0.001 as at 1, and a single
+    large one does not count. And as they are, by their medians, for losses that have no logarithm and for those that
+    fell by less than `SEVERAL` times. The scatter is that of successive losses, which no slow change enters.
 
     Args:
         steps: of the losses, rising. `[T]`.
@@ -52,9 +51,8 @@ def rise_of(steps: np.ndarray, losses: np.ndarray) -> LossRise | None:
     found: list[LossRise] = []
     if (losses > 0).all():
         logs = np.log(losses)
-        at, low, high, error = _levels(logs, last, np.mean)
-        usual = float(np.median(logs[-last:])) - low
-        if high - low > max(math.log(SEVERAL), CERTAIN * error) and usual > math.log(SEVERAL) / 2:
+        at, low, high, error = _levels(logs, last, _without_largest)
+        if high - low > max(math.log(SEVERAL), CERTAIN * error):
             share = (high - low) / (logs[0] - low) if logs[0] > low else math.inf
             found.append(LossRise(math.exp(low), math.exp(high), int(steps[at]), float(share)))
     at, low, high, error = _levels(losses, last, np.median)
@@ -63,6 +61,12 @@ def rise_of(steps: np.ndarray, losses: np.ndarray) -> LossRise | None:
         share = (high - low) / fell
         found.append(LossRise(low, high, int(steps[at]), float(share)))
     return max(found, key=lambda f: f.share, default=None)
+
+
+def _without_largest(windows: np.ndarray, axis: int) -> np.ndarray:
+    """The mean of each window but for its largest value."""
+    found: np.ndarray = (windows.sum(axis) - windows.max(axis)) / (windows.shape[axis] - 1)
+    return found
 
 
 def _levels(values: np.ndarray, last: int, level: Callable[..., np.ndarray]) -> tuple[int, float, float, float]:
