@@ -309,6 +309,12 @@ class TestBalance:
         (found,) = balance.far_from_equilibrium([layer([off, off, off, -off])], 1000)
         assert found.severity == "watch"
 
+    def test_heads_are_open_in_a_log_of_layers(self):
+        assert balance.heads_not_logged([]) == []
+        found = one(balance.heads_not_logged(["q -> k", "v -> o"]))
+        assert found.severity == "open"
+        assert "`q -> k` and 1 more" in found.title
+
     def test_the_farthest_head_is_named_while_none_is_far(self):
         (found,) = balance.heads_apart([layer([0.1, -0.5], part="head", name="v -> o"), layer([0.9], name="mlp")])
         assert found.severity == "good"

@@ -80,6 +80,16 @@ def heads_apart(facts: Sequence[LayerBalance]) -> list[Finding]:
     return [calm("balance-heads", "balance", title, _sure(worst, at), (_number(worst, at),))]
 
 
+def heads_not_logged(layers: Sequence[str]) -> list[Finding]:
+    """Attention layers of a log, whose rows are of layers: which of their heads stand out is open."""
+    if not layers:
+        return []
+    title = f"Which attention heads stand out is not in the log, whose estimates are of layers (`{layers[0]}`"
+    title += f" and {len(layers) - 1} more)." if len(layers) > 1 else ")."
+    advice = "nf.diagnose(model, loss_fn, loader, optimizer) names them"
+    return [Finding("balance-heads", "balance", "open", title, "", advice, "open")]
+
+
 def _beyond(fact: LayerBalance) -> np.ndarray:
     """How far beyond its layer a coordinate is off, less two standard errors; 0 where there is no equilibrium.
 

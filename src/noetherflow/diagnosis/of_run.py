@@ -44,6 +44,7 @@ def diagnose_run(run: RunData | str | os.PathLike[str], steps: int | None = None
         *norms.decay_bites(_decays(data), whole, course=course),
         *norms.logit_growth(list(_logits(data)), course.stalled),
         *balance.far_during_run(list(_balances(data)), whole),
+        *balance.heads_not_logged([s["name"] for s in data.header["symmetries"] if s.get("family") in OF_HEADS]),
         *stability.loss_course(course),
         *stability.turning([(n, recent(data, "angular", i)) for i, n in enumerate(data.symmetries)], course),
         *norms.grown_layers(list(_layers(data))),
@@ -155,6 +156,10 @@ def _decays(data: RunData) -> list[float]:
     decaying = [group for group in data.header.get("groups", ()) if group.get("weight_decay")]
     divided = any("betas" in group and group.get("decoupled_weight_decay") is False for group in decaying)
     return [math.nan] if divided or (decaying and not any(shares)) else shares
+
+
+OF_HEADS = (*QUERY_KEY, "attention-vo")
+"""Families whose layers consist of attention heads."""
 
 
 def _logits(data: RunData) -> Iterator[LogitGrowth]:
