@@ -484,6 +484,47 @@ def test_page_on_a_phone(scheme: str, browser: Any, tmp_path: Path) -> None:
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
+INSIDE = """[...document.querySelectorAll("%s")].every(e => { const r = e.getBoundingClientRect();
+  return r.width > 0 && r.left >= 0 && r.right <= window.innerWidth; })"""
+"""Whether everything that a selector finds lies within the window, from left to right."""
+
+
+def test_menus_and_names_of_layers_are_whole_on_a_phone_and_menus_are_words_in_print(
+    browser: Any, tmp_path: Path
+) -> None:
+    """Buttons of the families become a menu on a narrow screen; on paper the chosen one stands above its picture."""
+    record(tmp_path)
+    wide = {"width": 1280, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    try:
+        for size, kind in ((wide, "buttons"), (wide | {"width": 420, "mobile": True}, "dropdown")):
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            browser.get(write_run_report(tmp_path).as_uri())
+            charges = "document.querySelector('#fig-charges .plot')"
+            wait_for(browser, f"{charges}?._fullLayout?.updatemenus?.length")
+            assert browser.execute_script(f"return {charges}._fullLayout.updatemenus[0].type") == kind
+            wait_for(browser, "document.querySelectorAll('.updatemenu-header, .updatemenu-button').length > 0")
+            for what in (".updatemenu-container", "#fig-layers .ytick text", ".legend"):
+                assert browser.execute_script("return " + INSIDE % what), (size, what)
+        family = browser.execute_script(f"return {charges}._fullLayout.updatemenus[0].buttons[0].label")
+        browser.execute_script("window.dispatchEvent(new Event('beforeprint'))")
+        wait_for(browser, f"{charges}._fullLayout.updatemenus.length === 0")
+        assert browser.execute_script(f"return {charges}._fullLayout.title.text") == family
+        browser.execute_script("window.dispatchEvent(new Event('afterprint'))")
+        wait_for(browser, f"{charges}._fullLayout.updatemenus.length")
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_without_losses_the_picture_says_that_none_were_noted(tmp_path: Path) -> None:
+    record(tmp_path)
+    data = RunData.load(tmp_path)
+    told = _training(data, [])[0].caption
+    assert told.startswith("Loss and learning rate")
+    silent = _training(dataclasses.replace(data, loss=np.full_like(data.loss, np.nan)), [])[0]
+    assert silent.caption.startswith("Learning rate (no losses were noted")
+    assert silent.content.layout.yaxis.visible is False
+
+
 def test_a_closed_ledger_still_reads_its_whole_log_and_one_without_says_what_it_lacks(tmp_path: Path) -> None:
     runs = []
     for where in (tmp_path / "run", None):

@@ -120,7 +120,7 @@ def comparison(ax: Any, found: Comparison, most: int) -> None:
         ax.axvspan(max((c.step for c in found.charges if c.step < first), default=first), last, color=style.MUTED,
                    alpha=0.14, lw=0, label="forecast not valid")  # fmt: skip
     _numbers(ax.xaxis)
-    ax.set(xlabel="steps after the measurement", ylabel="change of the charge, summed over coordinates")
+    ax.set(xlabel="steps after the measurement", ylabel="change of the charge, summed")
     ax.set_title("One measurement (lines) against training (dots)")
     width = int(14.5 * ax.figure.get_figwidth())
     _below(ax, [textwrap.fill(text, width) for text in found.validity()])
