@@ -6,11 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+import noetherflow as nf
 from noetherflow.diagnosis import norms, stability
 from noetherflow.diagnosis.facts import LossCourse, LossRise, NormHistory
 from noetherflow.diagnosis.finding import NOTHING
-from noetherflow.diagnosis.losses import rise_of
+from noetherflow.diagnosis.losses import rise_of, rise_of_all
+from noetherflow.monitor.noted import NotedLosses
+from noetherflow.monitor.rundata import RunData
 
 RISEN = LossCourse(0, (), None, 1000, 2.4, 0.05, 0.006, 2.4, rise=LossRise(0.005, 0.05, 400, 0.37), decay=0.005)
 """A loss that fell from 2.4 to 0.005 and lately stands at 0.05, under a decay with a memory of 200 steps."""
@@ -70,10 +74,10 @@ class TestRules:
         (found,) = stability.loss_course(RISEN)
         assert found.severity == "watch"
         assert found.title.startswith("The loss rises again: lately 0.05, 10 times its lowest level of 0.005")
-        assert "smaller weight decay" in found.advice
+        assert "a tenth of the weight decay" in found.advice
         (bites,) = norms.decay_bites([0.005], 1000, course=RISEN)
         assert (bites.severity, bites.rule) == ("watch", "decay-bites")
-        assert "smaller weight decay" in bites.advice
+        assert "a tenth of the weight decay" in bites.advice
 
     def test_most_of_the_gain_lost_is_to_act_on(self):
         (found,) = stability.loss_course(replace(RISEN, ended=0.4, rise=LossRise(0.005, 0.4, 400, 0.71)))
@@ -103,3 +107,73 @@ class TestRules:
         assert calm.advice.startswith(NOTHING)
         (fast,) = stability.turning([("conv", 0.5)], RISEN)
         assert fast.severity == "act"
+
+
+def rows_of(losses, stride):
+    """What a ledger of that stride keeps of the losses: the first alone, then those of each stretch."""
+    ends = np.arange(1, len(losses) + 1, stride)
+    parts = np.split(losses, ends)[: len(ends)]
+    return ends, np.array([list(NotedLosses.of(part.tolist()).line().values()) for part in parts])
+
+
+@pytest.mark.parametrize("stride", [1, 10, 100])
+class TestEveryLoss:
+    @pytest.mark.parametrize("seed", range(5))
+    def test_planted_and_healthy(self, stride, seed):
+        at = np.arange(2001)
+        healthy = course(at, 0.8, seed)
+        assert rise_of_all(*rows_of(healthy, stride), 2001) is None
+        found = rise_of_all(*rows_of(np.where(at > 1800, 10 * healthy, healthy), stride), 2001)
+        assert found is not None
+        assert found.level / found.lowest == pytest.approx(10, rel=0.35)
+
+    def test_one_large_loss_is_no_rise(self, stride):
+        losses = course(np.arange(2001), 0.5, 0)
+        losses[-20] = 2.4
+        assert rise_of_all(*rows_of(losses, stride), 2001) is None
+
+
+def run(losses, every, folder=None, close=True):
+    """A ledger over a run whose steps have these losses, and its data."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    syms = nf.find_symmetries(model, torch.randn(2, 3))
+    ledger = nf.Ledger(model, optimizer, syms, every=every, run_dir=folder).attach()
+    for k, loss in enumerate(losses):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3)).square().mean().backward()
+        ledger.note(torch.tensor(loss) if k % 2 else float(loss))
+        optimizer.step()
+    data = ledger.run_data()
+    ledger.close()
+    return data
+
+
+@pytest.mark.parametrize("logged", [False, True])
+def test_the_losses_of_steps_in_between_reach_the_diagnosis(logged, tmp_path):
+    """Every 7th of 200 steps is recorded, and no recorded step sees the rise; the rows and the end hold all losses."""
+    losses = 2.0 * np.exp(-np.minimum(np.arange(200) / 20, 4)) * (1 + 0.1 * (np.arange(200) % 3))
+    recorded = np.arange(200) % 7 == 0
+    losses[(np.arange(200) >= 180) & ~recorded] *= 8
+    torch.manual_seed(0)
+    data = run(losses, 7, tmp_path if logged else None)
+    number, mean, highest = data.noted[:, 0], data.noted[:, 1], data.noted[:, 4]
+    assert number.sum() + data.since.steps == 200
+    assert np.sum(number * mean) + data.since.steps * data.since.mean == pytest.approx(losses.sum(), rel=1e-6)
+    assert highest[-1] == pytest.approx(losses[190:197].max())
+    assert data.loss[1:].min() == pytest.approx(losses[recorded].min())
+    found = nf.diagnose_run(data)["loss-course"]
+    assert found.title.startswith("The loss rises again")
+    if logged:
+        again = RunData.load(tmp_path)
+        assert again.since.mean == pytest.approx(data.since.mean)
+        np.testing.assert_allclose(again.noted, data.noted)
+        assert nf.diagnose_run(tmp_path)["loss-course"].severity == found.severity
+
+
+def test_a_step_alone_is_logged_as_before(tmp_path):
+    torch.manual_seed(0)
+    data = run([1.0, 0.9, 0.8], 1, tmp_path)
+    assert "losses" not in (tmp_path / "ledger.jsonl").read_text()
+    assert data.noted[:, 0].tolist() == [1.0, 1.0, 1.0]
+    assert data.since is None

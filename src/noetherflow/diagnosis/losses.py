@@ -63,6 +63,51 @@ def rise_of(steps: np.ndarray, losses: np.ndarray) -> LossRise | None:
     return max(found, key=lambda f: f.share, default=None)
 
 
+def rise_of_all(steps: np.ndarray, noted: np.ndarray, made: int) -> LossRise | None:
+    """The same where nearly every loss was noted, from their means and spreads over ten equal stretches of the steps.
+
+    The last stretch is held against the lowest one. The standard error of each mean is that of its own losses, so that
+    one large loss does not make a rise.
+
+    Args:
+        steps: at which each row of `noted` ends, rising. `[T]`.
+        noted: the columns of `NotedLosses`. `[T, 5]`.
+        made: steps of the run.
+
+    Example:
+        >>> rows = np.array([[100, 2.0, 0.1, 0, 3], *[[100, 0.01, 0.005, 0, 1]] * 8, [100, 0.08, 0.05, 0, 1]])
+        >>> found = rise_of_all(np.arange(100, 1100, 100), rows, 1000)
+        >>> round(found.level / found.lowest)
+        8
+    """
+    number, mean, spread = noted[:, 0], noted[:, 1], noted[:, 2]
+    middle = steps - number / 2
+    part = np.clip((middle * PARTS / made).astype(int), 0, PARTS - 1)
+    n, total = (np.bincount(part, weights=w, minlength=PARTS) for w in (number, number * mean))
+    squares = np.bincount(part, weights=number * (spread**2 + mean**2), minlength=PARTS)
+    full = np.flatnonzero(n >= ENOUGH)
+    if full.size < 2 or full[-1] != PARTS - 1:
+        return None
+    level = total[full] / n[full]
+    errors = np.sqrt(np.maximum(squares[full] / n[full] - level**2, 0) / n[full])
+    low = int(np.argmin(level[:-1]))
+    lowest, last, began = float(level[low]), float(level[-1]), float(mean[0])
+    gap, fell = last - lowest, began - lowest
+    if gap <= CERTAIN * math.hypot(errors[low], errors[-1]) or fell <= 0:
+        return None
+    share = gap / fell
+    several = lowest > 0 and last > SEVERAL * lowest
+    if several:
+        share = max(share, math.log(last / lowest) / math.log(began / lowest))
+    if not (several or share > REGAINED):
+        return None
+    return LossRise(lowest, last, round((full[low] + 0.5) * made / PARTS), share)
+
+
+PARTS, ENOUGH = 10, 10
+"""Stretches of steps whose mean losses are compared, and the losses that one needs at the least."""
+
+
 def _without_largest(windows: np.ndarray, axis: int) -> np.ndarray:
     """The mean of each window but for its largest value."""
     found: np.ndarray = (windows.sum(axis) - windows.max(axis)) / (windows.shape[axis] - 1)
@@ -80,6 +125,15 @@ def _levels(values: np.ndarray, last: int, level: Callable[..., np.ndarray]) -> 
     return low + last // 2, float(levels[low]), float(levels[-1]), scatter * math.sqrt(2 / last)
 
 
+def less_decay(fact: LossCourse, rise: LossRise) -> str:
+    """What to try where the loss rises under a weight decay that acts within the run."""
+    acts = f"it acts within {in_steps(fact.decay_memory)} here and keeps steps long against the weights"
+    return (
+        f"try a third or a tenth of the weight decay ({acts}) from a checkpoint of about step {rise.step:,}; or a "
+        + ("lower learning rate")
+    )
+
+
 def rose_late(fact: LossCourse, rise: LossRise) -> Finding:
     """A loss that has left its own minimum.
 
@@ -95,8 +149,7 @@ def rose_late(fact: LossCourse, rise: LossRise) -> Finding:
     means += "norms that shrank, or the data or the loss changed."
     advice = "lower the optimiser's learning rate from there on, or go on from a checkpoint of its lowest level"
     if fact.decay_acts:
-        advice = f"try a smaller weight decay, which acts within {in_steps(fact.decay_memory)} here and keeps steps "
-        advice += f"long against the weights, from a checkpoint of about step {rise.step:,}; or lower the learning rate"
+        advice = less_decay(fact, rise)
     numbers = (
         Evidence("lowest level of the loss", rise.lowest),
         Evidence("its level lately", rise.level),

@@ -9,6 +9,7 @@ from noetherflow.core.members import compressed
 from noetherflow.core.printing import count
 from noetherflow.diagnosis.facts import LogitGrowth, LossCourse, NormHistory, NormTrend, ScaleInvariantNorm
 from noetherflow.diagnosis.finding import NOTHING, Evidence, Finding, Severity, calm, in_steps, plain, unless
+from noetherflow.diagnosis.losses import less_decay
 
 HALVED, TENTH = 2.0, 10.0
 BITES, TOO_SMALL = 1.0, 0.1
@@ -325,7 +326,7 @@ def decay_bites(
     if course is not None and course.rise is not None and course.decay_acts:
         title += " The loss has left its lowest level meanwhile."
         means = "Decay keeps norms small, and steps long against them, which may be why the loss rises again."
-        advice = f"try a smaller weight decay from a checkpoint of about step {course.rise.step:,}, a third or a tenth"
+        advice = less_decay(course, course.rise)
         sure = "decay is measured; that it is the reason is a guess that the trial decides"
         return [Finding("decay-bites", "decay", "watch", title, means, advice, sure, numbers, weight=math.log(share))]
     return [calm("decay-bites", "decay", title, sure, numbers)]

@@ -13,9 +13,9 @@ from noetherflow.core.arguments import expect
 from noetherflow.core.members import modules_of
 from noetherflow.core.printing import count
 from noetherflow.diagnosis import balance, breaking, norms, sampling, stability
-from noetherflow.diagnosis.facts import LogitGrowth, LossCourse, NormHistory, RunBalance
+from noetherflow.diagnosis.facts import LogitGrowth, LossCourse, LossRise, NormHistory, RunBalance
 from noetherflow.diagnosis.finding import Diagnosis, Finding, of_little_meaning
-from noetherflow.diagnosis.losses import rise_of
+from noetherflow.diagnosis.losses import rise_of, rise_of_all
 from noetherflow.diagnosis.of_model import QUERY_KEY
 from noetherflow.monitor.rundata import RunData
 
@@ -230,9 +230,29 @@ def _course(data: RunData) -> LossCourse:
     first = min(broken, default=None)
     lost = _lost(data, began, ended)
     lost = first if lost is None and first is not None and _ends_broken(data) else lost
-    rise = rise_of(data.steps[np.isfinite(data.loss)], known)
+    rise, most = _rise(data, known)
+    highest = max(highest, most)
     decay = max((d for d in _decays(data) if d > 0), default=0.0)
     return LossCourse(warmup, spikes, first, data.steps_made, began, ended, middle, highest, lost, rise, decay)
+
+
+def _rise(data: RunData, known: np.ndarray) -> tuple[LossRise | None, float]:
+    """How the loss left its lowest level, and the largest loss of all steps, from every loss where most were noted."""
+    rows, at = data.noted, data.steps + 1
+    if data.since is not None:
+        rows = np.vstack([rows, [list(data.since.line().values())]])
+        at = np.append(at, data.steps_made)
+    whole = np.isfinite(rows).all(axis=1)
+    rows, at = rows[whole], at[whole]
+    highest = float(rows[:, 4].max(initial=-math.inf))
+    first = int(data.steps[0])
+    if rows[:, 0].sum() >= MOST_NOTED * (data.steps_made - first):
+        return rise_of_all(at - first, rows, data.steps_made - first), highest
+    return rise_of(data.steps[np.isfinite(data.loss)], known), highest
+
+
+MOST_NOTED = 0.5
+"""Share of the steps whose losses must have been noted for means over all to stand for them."""
 
 
 def _lost(data: RunData, began: float, ended: float) -> int | None:

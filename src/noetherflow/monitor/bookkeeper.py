@@ -29,6 +29,7 @@ from noetherflow.monitor.journal import Journal
 from noetherflow.monitor.layers import LayerBook, LayerRow, named_rows
 from noetherflow.monitor.log import FORMAT, plain, step_columns
 from noetherflow.monitor.measure import Measurement
+from noetherflow.monitor.noted import NotedLosses, noted_row
 from noetherflow.monitor.rule import AnyRule, StepSettings
 from noetherflow.monitor.sums import Value, tabulate
 
@@ -101,7 +102,7 @@ class Bookkeeper:
         steps, lr = np.array([m.step for m in pending]), np.array([m.lr for m in pending])
         rows = [_row_of(m) for m in pending]
         loss = np.array([row.get("loss", np.nan) for row in rows])
-        page = Page(steps, lr, loss, self._levels(books), beside)
+        page = Page(steps, lr, loss, self._levels(books), beside, np.array([noted_row(row) for row in rows]))
         self._history.add(page)
         finite, family = books.finite(), page.tables["family"]
         unexplained = family.unexplained(self._rounding) > UNEXPLAINED
@@ -285,13 +286,15 @@ class Bookkeeper:
 
     def as_log(self, header: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """The rows in memory as lines of a log that begins with `header`."""
-        rows, losses = list(self._history.rows("family")), self._history.losses()
+        rows, losses, noted = list(self._history.rows("family")), self._history.losses(), self._history.noted()
         beside = {step: row for step, _, row in self._history.rows("family", preconditioned=True)}
         yield {**header, "step": rows[0][0] if rows else 0}
         for step, lr, row in rows:
             line = {"kind": "step", "step": step, "lr": lr, "family": {f: v.tolist() for f, v in row.items()}}
             if step in losses:
                 line["loss"] = losses[step]
+            if step in noted:
+                line["losses"] = noted[step]
             if step in beside:
                 line["preconditioned_family"] = {f: v.tolist() for f, v in beside[step].items()}
             yield line
@@ -307,4 +310,5 @@ class Bookkeeper:
 
 def _row_of(m: Measurement) -> dict[str, Any]:
     row: dict[str, Any] = {"kind": "step", "step": m.step, "lr": m.lr}
-    return row if m.loss is None else {**row, "loss": float(m.loss)}
+    row |= {} if m.loss is None else {"loss": float(m.loss)}
+    return row if len(m.losses) < 2 else {**row, "losses": NotedLosses.of(m.losses).line()}

@@ -12,6 +12,7 @@ import scipy.sparse
 
 from noetherflow.monitor.charge_map import ChargeMap, Watched, apply
 from noetherflow.monitor.measure import StepTable
+from noetherflow.monitor.noted import COLUMNS
 from noetherflow.monitor.rule import ENTRIES, PRECONDITIONED, AnyRule, Products, StepSettings, decompose
 from noetherflow.symmetry.symmetry import Symmetry
 
@@ -153,7 +154,7 @@ class Page:
     """Closed books of some consecutive recorded steps: `tables[level]` for every level kept.
 
     `preconditioned[level]` are those of the preconditioned charge, empty where the optimiser has none. `loss` is NaN
-    where nobody noted it.
+    where nobody noted it; `noted` `[T, 5]` says what the losses since the step before were, empty where nothing does.
     """
 
     steps: np.ndarray
@@ -161,11 +162,13 @@ class Page:
     loss: np.ndarray
     tables: Mapping[Level, Columns]
     preconditioned: Mapping[Level, Columns] = field(default_factory=dict)
+    noted: np.ndarray = field(default_factory=lambda: np.zeros((0, len(COLUMNS))))
 
     def cut(self, which: slice | np.ndarray) -> Page:
         """The chosen steps only."""
         kept = [{level: c.cut(which) for level, c in tables.items()} for tables in (self.tables, self.preconditioned)]
-        return Page(self.steps[which], self.lr[which], self.loss[which], *kept)
+        noted = self.noted[which] if len(self.noted) else self.noted
+        return Page(self.steps[which], self.lr[which], self.loss[which], *kept, noted)
 
 
 class History:
@@ -195,6 +198,15 @@ class History:
     def losses(self) -> dict[int, float]:
         """The losses that were noted, by step."""
         return {int(k): float(x) for p in self.pages for k, x in zip(p.steps, p.loss, strict=True) if not np.isnan(x)}
+
+    def noted(self) -> dict[int, dict[str, float]]:
+        """The losses of several steps that a recorded one stands for, by step."""
+        return {
+            int(k): dict(zip(COLUMNS, row.tolist(), strict=True))
+            for p in self.pages
+            for k, row in zip(p.steps, p.noted, strict=False)
+            if row[0] > 1
+        }
 
     def lacks(self, since: int) -> bool:
         """Whether steps from `since` on were recorded and are no longer kept."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from noetherflow.monitor import sharding
 from noetherflow.monitor.log import RunLog, plain
+from noetherflow.monitor.noted import NotedLosses
 
 Sink = Callable[[Mapping[str, Any]], None]
 
@@ -77,10 +78,10 @@ class Journal:
         before, self._flags[what] = self._flags.get(what, False), now
         return now and not before
 
-    def end(self, step: int) -> None:
-        """Note how many steps were made when the ledger was closed; the last of them need not have been recorded."""
+    def end(self, step: int, losses: NotedLosses | None = None) -> None:
+        """Note how many steps were made when the ledger was closed, and the losses of those after the last recorded."""
         if self.begins("ended", True):
-            self._add({"kind": "end", "step": step})
+            self._add({"kind": "end", "step": step} | ({} if losses is None else {"losses": plain(losses.line())}))
 
     def write(self) -> None:
         """Hand the rows that wait to the operating system; where that fails they wait on, and a warning says so."""

@@ -316,10 +316,11 @@ class Ledger(Shown):
         self._recorder.bring_up_to_date()
         path = self.log_path
         if path is not None and path.exists():
-            return replace(RunData.of(read_lines(path), str(path.parent)), steps_made=self.step)
+            found = RunData.of(read_lines(path), str(path.parent))
+            return replace(found, steps_made=self.step, since=self._recorder.losses_since)
         header, _ = self._recorder.header(0)
         found = RunData.of([*self._recorder.books.as_log(header), *self.events], "the ledger")
-        return replace(found, steps_made=self.step, dropped=self.dropped)
+        return replace(found, steps_made=self.step, dropped=self.dropped, since=self._recorder.losses_since)
 
     def diagnose(self, steps: int | None = None) -> Diagnosis:
         """What the run so far says in plain words (`docs/diagnosis.md`); `steps` of the whole run, where it goes on.

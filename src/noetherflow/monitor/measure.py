@@ -48,6 +48,7 @@ class Measurement:
     """One recorded step. `values`: inner products; `weight_square` and `weight_square_after` are its charges.
 
     A value stays a tensor on the weights' device until the books are closed; on a CPU totals are plain numbers.
+    `losses`: those of the steps since the recorded one before, and its own.
     `settings`: what the optimiser did with each parameter. `blocks`, `roots`, `matrix_charges`, `layers`: for the
     estimates, empty where none are due. `edited`: somebody wrote to a watched weight since the step before.
     """
@@ -57,6 +58,7 @@ class Measurement:
     settings: StepTable
     values: Rows = field(default_factory=dict)
     loss: Any = None
+    losses: Sequence[float | Tensor] = ()
     blocks: Rows = field(default_factory=dict)
     roots: Rows = field(default_factory=dict)
     matrix_charges: Sequence[Value] = ()

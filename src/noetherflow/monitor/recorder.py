@@ -11,7 +11,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from noetherflow.core.printing import count
 from noetherflow.core.ranks import SAME_SYMMETRIES, refuse_other, told_by_all
@@ -26,6 +26,7 @@ from noetherflow.monitor.journal import Journal, Sink
 from noetherflow.monitor.layers import LayerProbe
 from noetherflow.monitor.log import FORMAT
 from noetherflow.monitor.measure import Measurement, StepMeter, StepTable, one_number
+from noetherflow.monitor.noted import NotedLosses
 from noetherflow.monitor.pace import DeviceClock, Pace
 from noetherflow.monitor.rule import AnyRule
 from noetherflow.monitor.watching import group_settings, parameters_of
@@ -91,7 +92,8 @@ class StepRecorder:
         self.step = 0
         self._pending: list[Measurement] = []
         self._open: _Open | None = None
-        self._loss: Any = None
+        self._loss: float | Tensor | None = None
+        self._losses: list[float | Tensor] = []
         self._latest: StepTable | None = None
         self._left_at = 0
         self.watch(syms)
@@ -215,13 +217,16 @@ class StepRecorder:
 
     def _enter(self, now: _Open) -> None:
         """Count a step that is made, measure it, and have its measurement wait for the books."""
+        if self._loss is not None:
+            self._losses.append(self._loss)
         if now.measurement is not None:
             self._clock.start()
             self.meter.after(now.measurement)
             self._clock.stop()
             if self.pace.every > 1:
                 self.meter.forget()
-            now.measurement.loss = self._loss
+            now.measurement.loss, now.measurement.losses = self._loss, self._losses
+            self._losses = []
             self._pending.append(now.measurement)
             self._latest = now.measurement.settings
         self._open, self._loss = None, None
@@ -278,7 +283,12 @@ class StepRecorder:
             now = Measurement(self.step, math.nan, settings, blocks=weights)
             self._read_state(now, estimator.layout)
             self.books.estimate_end(now, self._probe.weights(), self.journal)
-        self.journal.end(self.step)
+        self.journal.end(self.step, self.losses_since)
+
+    @property
+    def losses_since(self) -> NotedLosses | None:
+        """The losses noted since the last recorded step; None without any."""
+        return NotedLosses.of(self._losses) if self._losses else None
 
     def bring_up_to_date(self) -> None:
         """Close the books before they are read, which one of several sharded processes cannot do alone.
@@ -301,7 +311,7 @@ class StepRecorder:
 
     def forget(self) -> None:
         """Drop what is measured and not in the books: after a crash, or when the run goes on from elsewhere."""
-        self._pending, self._open = [], None
+        self._pending, self._open, self._losses = [], None, []
 
     @property
     def momentum(self) -> float:

@@ -17,6 +17,7 @@ from noetherflow.errors import DataError
 from noetherflow.monitor.books import CAUSES, FIELDS, PRECONDITIONED_FIELDS
 from noetherflow.monitor.growing import GrowingTable
 from noetherflow.monitor.log import LOG_NAME, parse_line, read_log, steps_told, unreadable
+from noetherflow.monitor.noted import COLUMNS, NotedLosses, noted_row
 from noetherflow.monitor.row_form import wrong_form
 
 SPIKE = 10.0
@@ -42,6 +43,9 @@ class RunData:
     `steps_made` steps were made since the run's first (step 0), recorded or not. A log tells those after the last
     recorded one when its ledger was closed or saved; where a run ended otherwise, or goes on, they are not counted.
 
+    `noted` `[T, 5]` are the columns of `NotedLosses`: what the losses of the steps since the recorded one before were,
+    as far as they were noted; `since` those after the last recorded step.
+
     `dropped` recorded steps before these are missing, because a ledger without a log keeps the last ones only.
     """
 
@@ -59,6 +63,8 @@ class RunData:
     layer: dict[str, np.ndarray] = field(default_factory=dict)
     mean_share: np.ndarray = field(default_factory=lambda: np.zeros(0))
     dropped: int = 0
+    noted: np.ndarray = field(default_factory=lambda: np.zeros((0, len(COLUMNS))))
+    since: NotedLosses | None = None
 
     @classmethod
     def load(cls, run_dir: str | os.PathLike[str]) -> RunData:
@@ -169,6 +175,7 @@ class _Rows:
         self._events: list[dict[str, Any]] = []
         self._counts: Counter[str] = Counter()
         self._last, self._made = -1, 0
+        self._since: NotedLosses | None = None
         self._expected: int | None = None
 
     def add(self, row: dict[str, Any], number: int = 0) -> None:
@@ -188,6 +195,9 @@ class _Rows:
             beside |= {"all.mean_share": row.get("mean_share")} if beside else {}
             if not self._estimates.has(row["step"]):
                 self._estimates.add({"step": row["step"], **row["symmetry"], **beside})
+        elif row["kind"] == "end" and isinstance(row.get("losses"), dict):
+            told = noted_row(row)
+            self._since = NotedLosses(int(told[0]), *told[1:]) if np.isfinite(told).all() else None
         elif row["kind"] == "event":
             unread = row["event"] == "unreadable"
             self._event({**row, "step": max(self._last, 0)} if unread else row)
@@ -245,7 +255,9 @@ class _Rows:
         beside = row.get("preconditioned_family")
         if isinstance(beside, dict):
             family |= {f"preconditioned.{f}": beside.get(f, unknown) for f in PRECONDITIONED_FIELDS}
-        self._steps.add({"step": step, "lr": row.get("lr"), "loss": row.get("loss"), **family})
+        self._since = None
+        noted = {"noted": noted_row(row)}
+        self._steps.add({"step": step, "lr": row.get("lr"), "loss": row.get("loss"), **noted, **family})
 
     def _gap(self, expected: int, found: int) -> None:
         note = f"steps from {expected} to before {found} are missing from the log"
@@ -276,6 +288,8 @@ class _Rows:
             {f: steps[f"preconditioned.{f}"] for f in PRECONDITIONED_FIELDS if f"preconditioned.{f}" in steps},
             layer,
             mean_share,
+            noted=steps["noted"],
+            since=self._since,
         )
 
 
