@@ -166,9 +166,11 @@ class Page:
 
     def cut(self, which: slice | np.ndarray) -> Page:
         """The chosen steps only."""
-        kept = [{level: c.cut(which) for level, c in tables.items()} for tables in (self.tables, self.preconditioned)]
+        tables, preconditioned = (
+            {level: c.cut(which) for level, c in tables.items()} for tables in (self.tables, self.preconditioned)
+        )
         noted = self.noted[which] if len(self.noted) else self.noted
-        return Page(self.steps[which], self.lr[which], self.loss[which], *kept, noted)
+        return Page(self.steps[which], self.lr[which], self.loss[which], tables, preconditioned, noted)
 
 
 class History:
