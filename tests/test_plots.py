@@ -444,6 +444,9 @@ def test_a_drift_beyond_all_bounds_is_cut_and_one_that_is_not_valid_is_greyed() 
     _, axes = flow.plot()
     assert max(map(abs, axes[0].get_xlim())) < 2 * drawings.MOST_PERCENT
     assert any(t.get_text().endswith(" %") for t in axes[0].texts)
+    written = [t for t in axes[0].texts if t.get_text().startswith("sum ")]
+    assert {abs(t.xy[0]) for t in written} == {drawings.MOST_PERCENT}
+    assert f"(bars end at {drawings.MOST_PERCENT:g})" in " ".join(axes[0].get_xlabel().split())
     assert "not valid" in {t.get_text() for t in axes[0].get_legend().get_texts()}
     assert [t.get_text() for t in axes[1].texts] == ["not in every direction"]
     pyplot.close("all")

@@ -574,6 +574,8 @@ def test_a_printed_page_keeps_headings_with_their_pictures_and_names_its_tables(
             ("section > p:has(+ .figures)", "breakAfter", "avoid"),
             ("section > details > summary", "display", "block"),
             ("nav", "display", "none"),
+            (".notices > li:not(.question)", "display", "block"),
+            (".notices > .question", "breakAfter", "avoid"),
         ):
             found = browser.execute_script("return " + style % (where, what))
             assert found, where

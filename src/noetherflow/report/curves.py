@@ -134,8 +134,10 @@ def _largest(moved: Mapping[str, float], most: int) -> list[str]:
 
 
 def _below(ax: Any, reasons: Sequence[str]) -> None:
-    """Small lines under the label of the x axis."""
+    """Small lines under the label of the x axis, for which the figure grows."""
     if reasons:
+        lines = sum(len(text.splitlines()) for text in reasons)
+        ax.figure.set_figheight(ax.figure.get_figheight() + 0.13 * lines)
         ax.annotate("\n".join(reasons), (0.5, 0), (0, -4), xycoords=ax.xaxis.label, textcoords="offset points",
                     fontsize=7, ha="center", va="top", annotation_clip=False)  # fmt: skip
 

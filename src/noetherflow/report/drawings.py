@@ -120,6 +120,7 @@ def drifts(ax: Any, rows: Sequence[ChargeFlow], regime: Regime | None = None) ->
 
     Bars end at `MOST_PERCENT`, where the number is written; with a `regime` whose drift is not valid all is greyed.
     """
+    cut = False
     for y, row in enumerate(rows):
         ends, scale = {1: 0.0, -1: 0.0}, 1e5 / (norm_of(row.charge) or 1.0)
         for field, _, colour in DRIFT_PARTS:
@@ -132,15 +133,20 @@ def drifts(ax: Any, rows: Sequence[ChargeFlow], regime: Regime | None = None) ->
         ax.plot(np.clip(total, -MOST_PERCENT, MOST_PERCENT), y, "|", color=style.THEORY, ms=11, mew=2)
         if abs(total) > MOST_PERCENT:
             side = 1 if total > 0 else -1
-            ax.annotate(f"{total:,.0f} %", (ends[-side], y), (-8 * side, 0), textcoords="offset points", fontsize=7,
-                        va="center", ha="right" if side > 0 else "left")  # fmt: skip
+            ax.annotate(f"sum {total:,.0f} %", (side * MOST_PERCENT, y), (-6 * side, 0), textcoords="offset points",
+                        fontsize=7, weight="bold", color="white", zorder=5, va="center",
+                        ha="right" if side > 0 else "left")  # fmt: skip
+        cut = cut or max(ends[1], -ends[-1]) > MOST_PERCENT
     if regime is not None and not regime.constant:
-        ax.axvspan(*ax.get_xlim(), color=style.MUTED, alpha=0.3, lw=0, zorder=3, label="not valid")
+        low, high = ax.get_xlim()
+        ax.axvspan(low, high, color=style.MUTED, alpha=0.3, lw=0, zorder=3, label="not valid")
+        ax.set_xlim(low, high)
     for _, label, colour in DRIFT_PARTS:
         ax.barh([0], [0], color=colour, label=label)
     ax.plot([], [], "|", color=style.THEORY, ms=9, mew=2, label="sum")
     ax.axvline(0, color=style.THEORY, lw=0.8)
-    _lines(ax, [row.name for row in rows], "change of the charge per 1,000 steps, % of its norm")
+    label = "change of the charge per 1,000 steps, % of its norm"
+    _lines(ax, [row.name for row in rows], f"{label} (bars end at {MOST_PERCENT:g})" if cut else label)
     ax.set_title("What moves the charges")
     _legend(ax)
 
@@ -152,8 +158,9 @@ def times(ax: Any, rows: Sequence[ChargeFlow]) -> None:
         own = row.relaxation_steps[row.finite].numpy()
         if not own.size:
             ax.annotate(
-                _unsettled(row), (0.02, y), xycoords=("axes fraction", "data"), fontsize=8, va="center", color=style.GD
-            )
+                _unsettled(row), (0.02, y), xycoords=("axes fraction", "data"), fontsize=8, va="center", color=style.GD,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            )  # fmt: skip
             continue
         ax.plot([own.min(), own.max()], [y, y], color=style.SGD, lw=3, alpha=0.35, solid_capstyle="round")
         ax.plot(np.median(own), y, "o", color=style.SGD, ms=5)
