@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import noetherflow as nf
-from noetherflow.diagnosis import norms, stability
-from noetherflow.diagnosis.facts import LossCourse, LossRise, NormHistory
+from noetherflow.diagnosis import breaking, norms, sampling, stability
+from noetherflow.diagnosis.facts import BatchRegime, LossCourse, LossRise, NormHistory
 from noetherflow.diagnosis.finding import NOTHING
 from noetherflow.diagnosis.losses import rise_of, rise_of_all
+from noetherflow.moments.noise_scale import NoiseScale, NoiseScales
 from noetherflow.monitor.noted import NotedLosses
 from noetherflow.monitor.rundata import RunData
 
@@ -177,3 +178,89 @@ def test_a_step_alone_is_logged_as_before(tmp_path):
     assert "losses" not in (tmp_path / "ledger.jsonl").read_text()
     assert data.noted[:, 0].tolist() == [1.0, 1.0, 1.0]
     assert data.since is None
+
+
+class TestDead:
+    DEAD = LossCourse(0, (), None, 1000, 2.37, 2.5, 2.5, 78.0, dead=True)
+
+    def test_a_network_without_gradients_is_to_act_on(self):
+        (found,) = stability.loss_course(self.DEAD)
+        assert found.severity == "act"
+        assert found.title.startswith("The network is dead")
+        assert stability.loss_course(replace(self.DEAD, dead=False, ended=0.1))[0].severity == "good"
+
+    @pytest.mark.parametrize("bias", [-100.0, 0.1])
+    def test_units_that_are_off_for_every_sample(self, bias):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        torch.nn.init.constant_(model[0].bias, bias)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, weight_decay=1e-3)
+        with nf.Ledger(model, optimizer, nf.find_symmetries(model, torch.randn(2, 3)), estimate_every=5) as ledger:
+            for _ in range(60):
+                optimizer.zero_grad()
+                inputs = torch.randn(16, 3)
+                loss = (model(inputs)[:, 0] - inputs[:, 0]).square().mean()
+                loss.backward()
+                ledger.note(2.0 if bias < 0 else loss)
+                optimizer.step()
+        found = ledger.diagnose()
+        if bias < 0:
+            assert found["loss-course"].title.startswith("The network is dead")
+            others = [f for f in found if f.rule not in ("loss-course", "outside")]
+            assert others
+            assert all(f.title.startswith("Means little") for f in others if f.severity == "open")
+            assert {f.severity for f in others} == {"open"}
+        else:
+            assert "dead" not in str(found)
+
+
+class TestTrends:
+    def test_a_norm_that_falls_since_its_peak_says_so(self):
+        risen = NormHistory("conv", 4.0, 0.25, 1000, peak=9.0, peak_step=300)
+        (found,) = norms.norms_so_far([risen], RISEN, watched=1)
+        assert "It was largest at step 300 (3 times), and falls since." in found.title
+        (layers,) = norms.grown_layers([risen])
+        assert "`conv` 2 times (3 times at step 300, falls since)" in layers.title
+        (rising,) = norms.grown_layers([replace(risen, peak=4.0, peak_step=1000)])
+        assert "falls" not in rising.title
+
+    def test_a_norm_that_came_back_from_far_above_is_not_told_to_be_still(self):
+        (found,) = norms.grown_layers([NormHistory("conv", 0.5, 2.0, 1000, peak=10_000.0, peak_step=30)])
+        assert (
+            found.title
+            == "No layer's norm is larger than 1,000 steps before; but `conv` was 100 times as large at step 30."
+        )
+        (still,) = norms.grown_layers([NormHistory("conv", 0.5, 2.0, 1000, peak=1.0, peak_step=0)])
+        assert still.title == "No layer's norm grew in 1,000 steps."
+
+    def test_words_follow_the_sign(self):
+        shrunk = NormHistory("conv", 0.1, 10.0, 1000)
+        assert (
+            "a smaller one makes every step turn the weight by more" in norms.norms_so_far([shrunk], RISEN, 1)[0].means
+        )
+        grown = replace(shrunk, norm_factor=10.0, rate_factor=0.1)
+        assert "a larger one makes every step turn the weight by less" in norms.norms_so_far([grown], RISEN, 1)[0].means
+
+
+class TestViolation:
+    def test_eps_is_named_before_a_normalisation_and_a_penalty_elsewhere(self):
+        checks = [("conv [scale]", 0.02), ("0 -> 2", 1e-7)]
+        (eps,) = breaking.violated_in_training(checks, {"conv [scale]"})
+        assert "eps" in eps.means
+        assert "penalty" not in eps.advice
+        assert eps.advice.startswith(NOTHING)
+        (penalty,) = breaking.violated_in_training([*checks, ("4 -> 7", 0.02)], {"conv [scale]"})
+        assert penalty.where == ("4 -> 7",)
+        assert "look for one" in penalty.advice
+        (large,) = breaking.violated_in_training([("conv [scale]", 0.3)], {"conv [scale]"})
+        assert "look for one" in large.advice
+        (small,) = breaking.violated_in_training([("conv [scale]", 0.002)], {"conv [scale]"})
+        assert small.severity == "good"
+
+
+def test_a_noise_scale_beyond_the_training_set_says_so():
+    scale = NoiseScale(2609.0, 1.0, 50.0, 0.0005, 16)
+    fact = BatchRegime(32, NoiseScales(scale, {}), 0.1, 50.0, dataset_size=1437)
+    (found,) = sampling.batch_size(fact)
+    assert "more than the 1,437 of the training set, so that any batch is below it" in found.title
+    assert "training set" not in sampling.batch_size(replace(fact, dataset_size=10_000))[0].title

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from noetherflow.core.printing import count
 from noetherflow.diagnosis.finding import Evidence, Finding, Severity, calm, plain, unless
 
-BROKEN = 0.01
+BROKEN, BEYOND_EPS = 0.01, 0.1
 MOVED = 0.5
 TOUCHED = 0.01
 OUTSIDE_EVENTS = ("edited", "unexplained", "replaced")
@@ -33,16 +33,24 @@ def broken_by_the_loss(refused: Mapping[str, str]) -> list[Finding]:
     return [Finding("certificate", "invariance", "watch", title, means, advice, sure, (), names, len(refused))]
 
 
-def violated_in_training(checks: Sequence[tuple[str, float]]) -> list[Finding]:
+def violated_in_training(checks: Sequence[tuple[str, float]], normalised: Collection[str] = ()) -> list[Finding]:
     """Symmetries that the gradients of a run violate: `(name, |theta^T A g| / (|theta| |g|))`.
 
-    Threshold: rounding leaves 1e-6 in float32 and 1e-3 in bfloat16, a normalisation's eps rarely 1e-3; at 0.01 the loss
-    itself depends on the position along the symmetry (a penalty on weights or logits, dropout between the legs).
+    `normalised`: those of weights whose scale a normalisation takes out.
+
+    Threshold: rounding leaves 1e-6 in float32 and 1e-3 in bfloat16; at 0.01 the loss itself depends on the position
+    along the symmetry (a penalty on weights or logits, dropout between the legs). Before a normalisation its eps does
+    the same, by about eps over the variance that it divides by: with the usual 1e-5 a violation of 0.01 is a variance
+    of 1e-3, which weights that decay has shrunk come to, and 0.1 one of 1e-4. Up to there eps is named, and nothing is
+    to be done as long as the loss falls; beyond, or without a normalisation, a penalty.
     """
     known = [(n, c) for n, c in checks if math.isfinite(c)]
     if not known:
         return []
-    name, worst = max(known, key=lambda r: r[1])
+    explained = [(n, c) for n, c in known if n in normalised and BROKEN <= c < BEYOND_EPS]
+    if explained and all(c < BROKEN for n, c in known if (n, c) not in explained):
+        return [_eps(*max(explained, key=lambda r: r[1]))]
+    name, worst = max((r for r in known if r not in explained), key=lambda r: r[1])
     number = (Evidence(f"violation of {name}", worst),)
     if worst < BROKEN:
         return [calm("violation", "invariance", f"Gradients obey all symmetries, to {worst:.1g}.", "measured", number)]
@@ -50,6 +58,17 @@ def violated_in_training(checks: Sequence[tuple[str, float]]) -> list[Finding]:
     means = "Something besides the model's function enters the loss: a penalty, or noise between the two layers."
     advice = f"if no penalty on `{name}` is meant, look for one; else take its charge as driven by it"
     return [Finding("violation", "invariance", "watch", title, means, advice, "measured", number, (name,), worst)]
+
+
+def _eps(name: str, violation: float) -> Finding:
+    """A weight before a normalisation that is small enough for the eps of it to count."""
+    number = (Evidence(f"violation of {name}", violation),)
+    title = f"The scale of `{name}` is no exact symmetry here: gradients violate it by {plain(violation)}."
+    means = "The eps of the normalisation after it explains as much, where it is about that share of the variance that "
+    means += "it is added to: the weight's norm is small. Its charge then drifts by the gradient, too."
+    advice = unless(f"a smaller weight decay of `{name}`, which keeps its norm larger, or a smaller eps")
+    sure = "measured; that it is eps is likely: a penalty on this weight would look alike"
+    return Finding("violation", "invariance", "watch", title, means, advice, sure, number, (name,), violation)
 
 
 def moved_by_preconditioner(moved: Sequence[tuple[str, float, float]]) -> list[Finding]:

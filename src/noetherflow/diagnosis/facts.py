@@ -163,6 +163,8 @@ class NormHistory:
         rate_factor: effective learning rate at the end over the beginning, changes of the learning rate taken out.
         steps: between the two.
         start: the step of the first; the ledger's first estimates may be missing, as at a learning rate of 0.
+        peak: the largest `|W|^2` over that at the beginning, NaN where only the ends are known.
+        peak_step: the step at which it was largest.
     """
 
     name: str
@@ -170,11 +172,22 @@ class NormHistory:
     rate_factor: float
     steps: float
     start: float = 0.0
+    peak: float = math.nan
+    peak_step: float = math.nan
+
+    @property
+    def falls(self) -> bool:
+        """It was larger on the way by more than 2 % of the norm, and has come down since."""
+        return self.peak * FALLEN**2 > self.norm_factor
 
     @property
     def span(self) -> str:
         """From which step to which, in words."""
         return f"from step {self.start:,.0f} to {self.start + self.steps:,.0f}"
+
+
+FALLEN = 0.98
+"""A norm below this share of its largest is said to fall since."""
 
 
 @dataclass(frozen=True)
@@ -226,6 +239,8 @@ class LossCourse:
         diverged: the step from which the run was lost to its end: losses above twice the first one, weights a thousand
             times as large, or numbers that are not finite; None where it was not.
         rise: how the loss left its lowest level; None where it did not.
+        dead: lately no gradient reached any watched weight.
+        seen: how many losses were noted, where these are less than half of the steps; None where they are not.
         decay: the share of squared weights that weight decay takes per step, 0 where there is none or it is not known.
     """
 
@@ -240,6 +255,8 @@ class LossCourse:
     diverged: int | None = None
     rise: LossRise | None = None
     decay: float = 0.0
+    dead: bool = False
+    seen: int | None = None
 
     @property
     def decay_memory(self) -> float:
@@ -317,6 +334,7 @@ class BatchRegime:
         mean_share: the mean gradient's share of what gradients add to the charges.
         horizon: steps for which the measured mean gradient lasts.
         started: the optimiser has made steps.
+        dataset_size: samples of the training set, None where it is not known.
         noise_share: covariance of a minibatch gradient over that of fresh batches of its size; 0 for the full batch.
     """
 
@@ -326,6 +344,7 @@ class BatchRegime:
     horizon: float
     started: bool = True
     noise_share: float = 1.0
+    dataset_size: int | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from noetherflow.core.members import compressed
 from noetherflow.core.printing import count
-from noetherflow.diagnosis.facts import LogitGrowth, LossCourse, NormHistory, NormTrend, ScaleInvariantNorm
+from noetherflow.diagnosis.facts import FALLEN, LogitGrowth, LossCourse, NormHistory, NormTrend, ScaleInvariantNorm
 from noetherflow.diagnosis.finding import NOTHING, Evidence, Finding, Severity, calm, in_steps, plain, unless
 from noetherflow.diagnosis.losses import less_decay
 
@@ -63,11 +63,22 @@ def norm_growth(facts: Sequence[ScaleInvariantNorm], steps: float) -> list[Findi
     title += f", its effective learning rate {plain(change)} times today's"
     title += f" ({_range(change)})" if change < 1 else ""
     title += f". {GUIDE}."
-    means = "The loss ignores this norm, but a larger one makes every step turn the weight by less: a learning rate "
-    means += "schedule that nobody wrote."
+    means = _means(larger=change < 1)
     names = tuple(f.name for f in over)
     advice, weight = _advice(worst, change), math.log(size)
     return [Finding("norm-growth", "norms", "watch", title, means, advice, _sure(worst), numbers, names, weight)]
+
+
+def _means(larger: bool) -> str:
+    """What a norm that the loss ignores does to the steps."""
+    turn = "a larger one makes every step turn the weight by less" if larger else ""
+    turn = turn or "a smaller one makes every step turn the weight by more"
+    return f"The loss ignores this norm, but {turn}: a learning rate schedule that nobody wrote."
+
+
+def _way(fact: NormHistory) -> str:
+    """What the ends of a norm's course do not tell; nothing where it ends at its largest."""
+    return f" ({plain(fact.peak**0.5)} times at step {fact.peak_step:,.0f}, falls since)" if fact.falls else ""
 
 
 GUIDE = "A guide, no bound: gradients change as the loss falls"
@@ -143,8 +154,9 @@ def norms_so_far(facts: Sequence[NormHistory], course: LossCourse, watched: int)
     title = f"{len(over)} of {number} {changed}: the norm of `{worst.name}` is {plain(grown)} times what it was "
     title += f"{in_steps(worst.steps)} before ({worst.span}), its effective learning rate {plain(worst.rate_factor)} "
     title += "times, schedule apart."
-    means = "The loss ignores this norm, but a larger one makes every step turn the weight by less: a learning rate "
-    means += "schedule that nobody wrote."
+    means = _means(larger=worst.rate_factor < 1)
+    if worst.falls:
+        title += f" It was largest at step {worst.peak_step:,.0f} ({plain(worst.peak**0.5)} times), and falls since."
     if slowed:
         means += " The loss falls no longer, for which this may be the reason; or it is as low as it gets."
         advice = f"{TRIAL} `{worst.name}`"
@@ -256,11 +268,16 @@ def grown_layers(facts: Sequence[NormHistory]) -> list[Finding]:
         return []
     ranked = sorted(facts, key=lambda f: -f.norm_factor)
     grown = [f for f in ranked if f.norm_factor > 1]
-    listed = ", ".join(f"`{f.name}` {plain(f.norm_factor**0.5, 3)} times" for f in grown[:TRENDS])
+    listed = ", ".join(f"`{f.name}` {plain(f.norm_factor**0.5, 3)} times{_way(f)}" for f in grown[:TRENDS])
     steps = in_steps(max(f.steps for f in facts))
     numbers = tuple(Evidence(f"norm of {f.name}, now over then", f.norm_factor**0.5) for f in grown[:TRENDS])
     if not grown:
-        return [calm("grown-layers", "norms", f"No layer's norm grew in {steps}.", "measured")]
+        title = f"No layer's norm grew in {steps}."
+        highest = max(facts, key=lambda f: f.peak if math.isfinite(f.peak) else 0.0)
+        if highest.falls and highest.peak > 1 / FALLEN:
+            title = f"No layer's norm is larger than {steps} before; but `{highest.name}` was "
+            title += f"{plain(highest.peak**0.5)} times as large at step {highest.peak_step:,.0f}."
+        return [calm("grown-layers", "norms", title, "measured")]
     title = f"The norms of {len(grown)} of {count(len(facts), 'layer', 'layers')} grew in {steps}, most: {listed}."
     over = tuple(f.name for f in grown if f.norm_factor**0.5 >= TENTH)
     if not over:

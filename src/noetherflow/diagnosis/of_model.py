@@ -372,7 +372,9 @@ def _regime(examined: Examined) -> BatchRegime:
     settings, regime = examined.settings, examined.flow.regime
     scales = examined.moments.noise_scale(settings.dataset_size)
     share = settings.covariance_factor * settings.batch_size
-    return BatchRegime(settings.batch_size, scales, regime.mean_share, regime.horizon, examined.started, share)
+    return BatchRegime(
+        settings.batch_size, scales, regime.mean_share, regime.horizon, examined.started, share, settings.dataset_size
+    )
 
 
 def _logits(examined: Examined) -> Iterator[LogitGrowth]:

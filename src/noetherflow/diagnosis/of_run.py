@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from noetherflow.core.arguments import expect
 from noetherflow.core.members import modules_of
 from noetherflow.core.printing import count
 from noetherflow.diagnosis import balance, breaking, norms, sampling, stability
-from noetherflow.diagnosis.facts import LogitGrowth, LossCourse, LossRise, NormHistory, RunBalance
+from noetherflow.diagnosis.facts import FELL, LogitGrowth, LossCourse, LossRise, NormHistory, RunBalance
 from noetherflow.diagnosis.finding import Diagnosis, Finding, of_little_meaning
 from noetherflow.diagnosis.losses import rise_of, rise_of_all
 from noetherflow.diagnosis.of_model import QUERY_KEY
@@ -49,7 +49,10 @@ def diagnose_run(run: RunData | str | os.PathLike[str], steps: int | None = None
         *stability.turning([(n, recent(data, "angular", i)) for i, n in enumerate(data.symmetries)], course),
         *norms.grown_layers(list(_layers(data))),
         *sampling.noise_share(_batch_ratio(data), "all layers"),
-        *breaking.violated_in_training([(n, recent(data, "check", i)) for i, n in enumerate(data.symmetries)]),
+        *breaking.violated_in_training(
+            [(n, recent(data, "check", i)) for i, n in enumerate(data.symmetries)],
+            {n for n, alone in zip(data.symmetries, data.one_sided, strict=True) if alone},
+        ),
         *breaking.moved_by_preconditioner(list(_preconditioned(data))),
         *breaking.touched_from_outside(list(_outside(data)), data.events),
     ]
@@ -60,6 +63,8 @@ def diagnose_run(run: RunData | str | os.PathLike[str], steps: int | None = None
         why = f"the run diverged at step {course.diverged:,}"
         found = of_little_meaning(found, ("loss-course", "outside"), why)
         cautions = [f"{why}", *cautions]
+    elif course.dead:
+        found = of_little_meaning(found, ("loss-course", "outside"), "no gradient reaches the watched weights any more")
     return Diagnosis.of(f"Run under {optimizer}, {data.span}", found, members, cautions)
 
 
@@ -131,9 +136,18 @@ def norm_history(name: str, norm: np.ndarray, plain: np.ndarray, at: np.ndarray)
         return None
     moved = math.log(within.factor)
     if whole.start == within.start or abs(moved) < TOO_STILL:
-        return NormHistory(name, within.factor, part.factor, part.steps, part.start)
-    power = math.log(part.factor) / moved
-    return NormHistory(name, whole.factor, whole.factor**power, whole.steps, whole.start)
+        found = NormHistory(name, within.factor, part.factor, part.steps, part.start)
+    else:
+        power = math.log(part.factor) / moved
+        found = NormHistory(name, whole.factor, whole.factor**power, whole.steps, whole.start)
+    return _with_peak(found, norm, at)
+
+
+def _with_peak(history: NormHistory, squares: np.ndarray, at: np.ndarray) -> NormHistory:
+    """The same with where the squared norm was largest since its beginning."""
+    known = np.isfinite(squares) & (squares > 0) & (at >= history.start)
+    peak = int(np.argmax(np.where(known, squares, -np.inf)))
+    return replace(history, peak=float(squares[peak] / squares[known][0]), peak_step=float(at[peak]))
 
 
 TOO_STILL = 1e-3
@@ -184,7 +198,8 @@ def _layers(data: RunData) -> Iterator[NormHistory]:
     """The norms of all layers, symmetric or not; those that began at 0 have no factor."""
     for name, values in zip(data.layers, data.layer.get("norm", np.zeros((0, 0))).T, strict=False):
         if span := _span(values, data.estimate_steps):
-            yield NormHistory(name, span.factor**2, 1 / span.factor, span.steps)
+            whole = NormHistory(name, span.factor**2, 1 / span.factor, span.steps, span.start)
+            yield _with_peak(whole, values**2, data.estimate_steps)
 
 
 def _batch_ratio(data: RunData) -> float:
@@ -233,7 +248,18 @@ def _course(data: RunData) -> LossCourse:
     rise, most = _rise(data, known)
     highest = max(highest, most)
     decay = max((d for d in _decays(data) if d > 0), default=0.0)
-    return LossCourse(warmup, spikes, first, data.steps_made, began, ended, middle, highest, lost, rise, decay)
+    dead = lost is None and _dead(data) and not ended <= FELL * began
+    seen = known.size if np.nansum(data.noted[:, 0]) < MOST_NOTED * data.steps_made else None
+    return LossCourse(
+        warmup, spikes, first, data.steps_made, began, ended, middle, highest, lost, rise, decay, dead, seen
+    )
+
+
+def _dead(data: RunData) -> bool:
+    """Whether no gradient reached any watched weight in the last estimates: rounding alone leaves more than 0."""
+    lately = [recent(data, "check", i) for i in range(len(data.symmetries))]
+    known = [c for c in lately if math.isfinite(c)]
+    return bool(known) and not any(known) and data.steps_made > 1
 
 
 def _rise(data: RunData, known: np.ndarray) -> tuple[LossRise | None, float]:

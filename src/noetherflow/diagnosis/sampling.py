@@ -42,6 +42,8 @@ def batch_size(fact: BatchRegime) -> list[Finding]:
         advice += "nine tenths of this progress; ask again as the noise scale grows"
         return [Finding("batch-size", "batch", "watch", title, means, advice, sure, numbers, weight=math.log(ratio))]
     found = f"of {show(scale.value)} samples" if math.isfinite(scale.value) else f"too large to measure{_at_least(low)}"
+    if fact.dataset_size and scale.value > fact.dataset_size and math.isfinite(scale.value):
+        found += f", more than the {fact.dataset_size:,} of the training set, so that any batch is below it,"
     title = f"Batches of {size:,} against a noise scale {found} at these weights; it grows in training: "
     if ratio > WASTED:
         title += "mean-gradient regime for now, as fresh runs are."

@@ -73,9 +73,10 @@ def _stable(fact: StepStability) -> Finding:
             "learning-rate",
             "warmup",
             "watch",
-            f"{title}. It is {plain(fact.noisy_load)} times what these minibatches allow on a quadratic loss.",
-            "That bound is for the worst case: cross entropy flattens out away from its minimum, and training often "
-            "goes well above it. Where it does not, the loss scatters from the first steps on.",
+            f"{title}.",
+            f"On a quadratic loss these minibatches would allow {plain(1 / fact.noisy_load)} of it only. That bound is "
+            "for the worst case: cross entropy flattens out away from its minimum, and training often goes well above "
+            "it. Where it does not, the loss scatters from the first steps on.",
             unless("try a smaller learning rate or larger batches"),
             CURVED,
             _numbers(fact),
@@ -250,6 +251,8 @@ def loss_course(fact: LossCourse) -> list[Finding]:
     """
     if fact.diverged is not None:
         return [_diverged(fact, fact.diverged)]
+    if fact.dead:
+        return [_dead(fact)]
     early = [s for s in fact.spikes if fact.warmup and s <= 2 * fact.warmup]
     first = fact.broken if fact.broken is not None else fact.spikes[0] if fact.spikes else None
     if first is None:
@@ -290,6 +293,20 @@ def _diverged(fact: LossCourse, at: int) -> Finding:
     return Finding("loss-course", "warmup", "act", title, means, advice, "measured", numbers, weight=LOST_RUN)
 
 
+def _dead(fact: LossCourse) -> Finding:
+    """A network whose watched weights learn nothing any more."""
+    title = "The network is dead: lately no gradient reached any of the watched weights"
+    if not math.isnan(fact.ended):
+        title += f", and the loss went from {show(fact.began)} to {show(fact.ended)}"
+        up = fact.highest >= ROSE * fact.began > 0
+        title += f", up to {show(fact.highest)} on the way" if up else ""
+    means = "Units that are off for every sample, as steps far too long leave them, learn nothing; what weights still "
+    means += "do is weight decay and momentum."
+    advice = "lower the optimiser's peak learning rate and begin again from before it; a warmup alone may not be enough"
+    numbers = (Evidence("loss at first", fact.began), Evidence("loss of the last tenth, median", fact.ended))
+    return Finding("loss-course", "warmup", "act", f"{title}.", means, advice, "measured", numbers, weight=LOST_RUN)
+
+
 def _rose(fact: LossCourse) -> bool:
     """Whether the loss ended far above where it began; a loss of 0 or below has no ratio."""
     return fact.began > 0 and fact.ended >= ROSE * fact.began
@@ -327,7 +344,8 @@ def _without_spikes(fact: LossCourse) -> Finding:
     fine = "No warmup was needed"
     if fact.warmup:
         fine = f"Yes, the warmup of {fact.warmup:,} steps was long enough"
-    title = f"{fine}: the loss stayed in hand, {went}, and never spiked."
+    title = f"{fine}: the loss stayed in hand, {went}, and never spiked"
+    title += "." if fact.seen is None else f", as far as the {count(fact.seen, 'loss', 'losses')} noted tell."
     return calm("loss-course", "warmup", title, "measured", numbers)
 
 
