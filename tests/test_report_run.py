@@ -28,6 +28,7 @@ from noetherflow.monitor.rundata import WINDOW, RunData, RunReader, _before
 from noetherflow.report.labels import labels_of
 from noetherflow.report.run import _layers, _spacing, _training, summary, write_run_report
 from noetherflow.report.run_figures import COLUMNS, POINTS, charges_figure
+from noetherflow.report.verdicts import headline
 from noetherflow.report.watch import sparkline, view, watch
 from test_ledger import backward, batches, mlp, mlp_symmetries
 
@@ -513,6 +514,29 @@ def test_menus_and_names_of_layers_are_whole_on_a_phone_and_menus_are_words_in_p
         wait_for(browser, f"{charges}._fullLayout.updatemenus.length")
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_numbers_on_the_axis_of_norms_are_those_at_their_ticks(browser: Any, tmp_path: Path) -> None:
+    """Norms that hardly change have ticks such as 1.0005, which must not be rounded to 1."""
+    record(tmp_path, lr=1e-3)
+    browser.get(write_run_report(tmp_path).as_uri())
+    ticks = wait_for(
+        browser, "document.querySelector('#fig-norms .plot')?._fullLayout?.yaxis?._vals?.map(v => [v.x, v.text])"
+    )
+    assert len(ticks) >= 3
+    assert len({text for _, text in ticks}) == len(ticks)
+    span = ticks[-1][0] - ticks[0][0]
+    for value, text in ticks:
+        assert abs(float(text.replace("−", "-")) - value) < 0.02 * span
+
+
+def test_a_title_says_what_could_not_be_answered(tmp_path: Path) -> None:
+    """Open questions are counted beside what is to be done; where none is open nothing is said."""
+    diagnosis = nf.diagnose_run(record(tmp_path))
+    without = dataclasses.replace(diagnosis, findings=tuple(f for f in diagnosis.findings if f.severity == "good"))
+    assert headline(without) == "nothing to do"
+    unknown = dataclasses.replace(without.findings[0], severity="open")
+    assert headline(dataclasses.replace(without, findings=(*without.findings, unknown))) == "nothing to do, 1 open"
 
 
 def test_without_losses_the_picture_says_that_none_were_noted(tmp_path: Path) -> None:

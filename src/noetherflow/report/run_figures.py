@@ -180,7 +180,7 @@ def curves_figure(data: RunData, field: str, chosen: np.ndarray, title: str, rel
         known = values[np.isfinite(values) & (values > 0)]
         values = values / known[0] if relative and known.size else values
         figure.add_scatter(x=data.estimate_steps[thin], y=values, name=labels[i], line=colour)
-    axis = {"title": title, "tickformat": ".3~g", "nticks": 7}
+    axis = {"title": title, "tickformat": ".6~g", "nticks": 7}
     figure.update_layout(**layout_of(380 + 20 * (len(chosen) // 2)), yaxis=axis, showlegend=True)
     return figure
 

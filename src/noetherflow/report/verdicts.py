@@ -44,8 +44,9 @@ def _number(evidence: Evidence) -> str:
 
 
 def headline(diagnosis: Diagnosis) -> str:
-    """`2 things to act on, 1 to watch`, or that all is well."""
+    """`2 things to act on, 1 to watch, 1 open`, or that all is well where nothing is left open."""
     act, watch = len(diagnosis.severity("act")), len(diagnosis.severity("watch"))
     words = [count(act, "thing", "things") + " to act on"] if act else []
     words += [f"{watch} to watch"] if watch else []
-    return ", ".join(words) or "nothing to do"
+    unknown = len(diagnosis.severity("open"))
+    return ", ".join([*(words or ["nothing to do"]), *([f"{unknown} open"] if unknown else [])])
