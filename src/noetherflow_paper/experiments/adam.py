@@ -256,7 +256,14 @@ SECOND_ORDER = (
     "What v does where it follows the fluctuations (kap in theory.md section 13) is in the prediction, and is small "
     "here: 0.004 at most. The deviation falls with the rate; terms of second order in it are not in the theory."
 )
-LIMIT = "Not explained: v's following the fluctuations is in the prediction, and the moments' error is 0.001."
+LIMIT = (
+    "The prediction's own error is 0.0014 from 400,000 samples (over four sets of them) and not in z, and two rates "
+    "leave the second order in the rate. From a quarter and an eighth of the rate and four times the samples, at "
+    "the paper's scale, all four units agree."
+)
+SGD_AT_ITS_RATE = (
+    "SGD's end is taken at its finite rate, where it is 0.006 below its prediction in the mean over units."
+)
 
 
 def verdicts(results: Results[AdamConfigs, ExperimentPoint]) -> list[Verdict]:
@@ -286,7 +293,7 @@ def verdicts(results: Results[AdamConfigs, ExperimentPoint]) -> list[Verdict]:
     apart = (limit - ends(results, "SGD")).mean(1)
     expected = float((results.array("Adam", "predicted") - results.array("SGD", "predicted")).mean())
     claim = "Adam, rate extrapolated to 0, minus SGD: mean over hidden units"
-    out.append(from_seeds(claim, expected, apart, relative=False))
+    out.append(from_seeds(claim, expected, apart, relative=False, analysis=SGD_AT_ITS_RATE))
     for unit, where in enumerate(results.array("Adam", "predicted")):
         claim = f"Adam, rate extrapolated to 0: log scale of hidden unit {unit + 1}"
         out.append(from_seeds(claim, where, limit[:, unit], relative=False, analysis=LIMIT))
@@ -330,7 +337,8 @@ EXPERIMENT = Experiment(
         "one unit (which fails), 0.032 at half of both; Lion 0.09 off at lr 0.001 and 0.04 at 0.0005. On the second "
         "series of seeds three units of Adam missed their tolerances and the limits from 0.01 and 0.005 missed theirs; "
         "only then the feedback of v and the quarter of the rate were added, and the moments measured on ten times the "
-        "samples (the error of the first prediction was 0.01)."
+        "samples (the error of the first prediction was 0.01). Unit 3 then missed its limit at both scales (z -5.1 and "
+        "-4.5); only then the paper's scale got an eighth of the rate and four times the samples."
     ),
     variations={"batch 4": {"batch": 4}, "another teacher": {"teacher": 3}},
     beyond=True,
