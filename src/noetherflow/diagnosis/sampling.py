@@ -59,18 +59,25 @@ def _at_least(low: float) -> str:
 
 
 def _numbers(fact: BatchRegime, low: float, high: float) -> tuple[Evidence, ...]:
-    """The noise scale of all, and of the layers with the smallest and the largest."""
-    layers = sorted(fact.scales.layers.items(), key=lambda item: item[1].value)
+    """The noise scale of all, and of the layers with the smallest and the largest, where they are finite."""
+    layers = sorted(
+        ((name, s) for name, s in fact.scales.layers.items() if math.isfinite(s.value)), key=lambda item: item[1].value
+    )
+    total = [fact.scales.value] if math.isfinite(fact.scales.value) else []
     shown = layers if len(layers) <= LAYERS_SHOWN else [*layers[: LAYERS_SHOWN // 2], *layers[-LAYERS_SHOWN // 2 :]]
     return (
-        Evidence("gradient noise scale", fact.scales.value, unit=_interval(low, high)),
+        *(Evidence("gradient noise scale", value, unit=_interval(low, high)) for value in total),
         Evidence("mean gradient's share of the drift", fact.mean_share),
         *(Evidence(f"noise scale of {name}", s.value, unit="samples") for name, s in shown),
     )
 
 
 def _interval(low: float, high: float) -> str:
-    return "samples" if math.isnan(low) else f"samples, 95 % between {show(low)} and {show(high)}"
+    if math.isnan(low):
+        return "samples"
+    if math.isinf(low):
+        return "samples, too many to be told"
+    return f"samples, 95 % {f'above {show(low)}' if math.isinf(high) else f'between {show(low)} and {show(high)}'}"
 
 
 def noise_share(ratio: float, layer: str) -> list[Finding]:
