@@ -9,13 +9,14 @@ import pytest
 import torch
 
 import noetherflow as nf
-from noetherflow.diagnosis import breaking, norms, sampling, stability
-from noetherflow.diagnosis.facts import BatchRegime, LossCourse, LossRise, NormHistory
+from noetherflow.diagnosis import balance, breaking, norms, sampling, stability
+from noetherflow.diagnosis.facts import BatchRegime, LossCourse, LossRise, NormHistory, RunBalance
 from noetherflow.diagnosis.finding import NOTHING
 from noetherflow.diagnosis.losses import rise_of, rise_of_all
 from noetherflow.moments.noise_scale import NoiseScale, NoiseScales
 from noetherflow.monitor.noted import NotedLosses
-from noetherflow.monitor.rundata import RunData
+from noetherflow.monitor.rundata import RunData, weights_of
+from noetherflow.report.run import summary
 
 RISEN = LossCourse(0, (), None, 1000, 2.4, 0.05, 0.006, 2.4, rise=LossRise(0.005, 0.05, 400, 0.37), decay=0.005)
 """A loss that fell from 2.4 to 0.005 and lately stands at 0.05, under a decay with a memory of 200 steps."""
@@ -264,3 +265,36 @@ def test_a_noise_scale_beyond_the_training_set_says_so():
     (found,) = sampling.batch_size(fact)
     assert "more than the 1,437 of the training set, so that any batch is below it" in found.title
     assert "training set" not in sampling.batch_size(replace(fact, dataset_size=10_000))[0].title
+
+
+def test_the_farthest_part_of_all_is_named_with_the_median_of_its_layer():
+    layers = [RunBalance("1 -> 3", 0.6, 0.61, 500.0), RunBalance("4 -> 7", 0.05, 0.7, 500.0)]
+    (found,) = balance.far_during_run(layers, 1000)
+    assert "one of `4 -> 7`, a factor of 2 away, the median of its layer 1.1" in found.title
+
+
+class TestCauses:
+    @pytest.mark.parametrize("steps", [np.arange(40), np.array([0, 1, 2, 5, 15, 39])])
+    def test_weights_are_the_trapezoid_rule(self, steps):
+        """Between two recorded steps a straight line is taken: one that is straight is summed exactly."""
+        assert np.sum(weights_of(steps) * (3.0 - 0.1 * steps)) == pytest.approx(sum(3.0 - 0.1 * k for k in range(40)))
+
+    @pytest.mark.parametrize("every", [1, 9])
+    def test_causes_add_up_to_the_change(self, every):
+        torch.manual_seed(0)
+        data = run(np.full(100, 0.5), every)
+        words = summary(data, [])[0]
+        assert ("estimated from 12 of 100 steps; together" in words) == (every == 9)
+        assert "over the recorded steps" not in words
+        change = float(data.family["charge"][-1, 0] + data.family["change"][-1, 0] - data.family["charge"][0, 0])
+        if every == 1:
+            left = float(data.family["residual"][:, 0].sum() + np.nansum(data.family["outside"][:, 0]))
+            without = sum(v for k, v in data.causes(0).items() if k != "outside")
+            assert without + left == pytest.approx(change, rel=1e-6, abs=1e-9)
+            assert abs(left) < 1e-5 * float(data.family["norm"][0, 0])
+
+    def test_estimates_that_miss_the_change_say_so(self):
+        torch.manual_seed(0)
+        data = run(np.full(100, 0.5), 9)
+        data.family["second_order"][:] *= 100
+        assert "too few steps" in summary(data, [])[0]

@@ -19,6 +19,8 @@ SOME_DEAD, MANY_DEAD = 0.1, 0.5
 SILENT = 1e-6
 FAINT, FROZEN_OUT = 0.1, 0.01
 SHOWN = 4
+FARTHEST_PART = "farthest channel, unit or head"
+"""What the answers of a run and its page rank by; `median` always is that of one layer."""
 USUAL = "layers of usual initial weights are up to 10 away, gains of 1 up to 30"
 
 
@@ -56,11 +58,11 @@ def far_from_equilibrium(facts: Sequence[LayerBalance], steps: float) -> list[Fi
     worst = max((f for f, _ in parts), key=lambda f: float(np.nanmax(np.abs(f.factors))))
     at = int(np.nanargmax(np.abs(worst.factors)))
     factor, median = (math.exp(abs(float(v))) for v in (worst.factors[at], np.nanmedian(worst.factors)))
-    farthest = f"{worst.part} {at} of `{worst.name}`, is a factor of {plain(factor)} away"
-    title = f"None is far from its noise equilibrium: the farthest, {farthest}."
+    farthest = f"the farthest, {worst.part} {at} of `{worst.name}`, is a factor of {plain(factor)} away, the median of "
+    farthest += f"its layer {plain(median)}"
+    title = f"None is far from its noise equilibrium: {farthest}."
     if factor >= math.exp(FAR):
-        title = f"None stands out from its layer. The farthest from its noise equilibrium, {farthest}, its layer as a "
-        title += f"whole {plain(median)}; {USUAL}."
+        title = f"None stands out from its layer. From its noise equilibrium {farthest}; {USUAL}."
     return [calm("balance", "balance", title, _sure(worst, at))]
 
 
@@ -164,13 +166,20 @@ def far_during_run(facts: Sequence[RunBalance], steps: float) -> list[Finding]:
     worst = max(known, key=lambda f: max(f.largest - f.median - FAR, f.median - LAYER_FAR))
     lone, whole = worst.largest - worst.median, worst.median
     numbers = (Evidence(f"largest log factor of {worst.name}", worst.largest), Evidence("median", worst.median))
-    sure = "likely: a running estimate from single minibatches"
+    sure = "likely: a running estimate from single minibatches, each pair of layers by itself; nf.diagnose measures at "
+    sure += "one point and solves all pairs together, which may come out farther"
     factor = math.exp(worst.largest)
     if lone < FAR and whole < LAYER_FAR:
-        title = f"None is far from its noise equilibrium: at most a factor of {plain(factor)} (`{worst.name}`)."
+        worst = max(known, key=lambda f: f.largest)
+        factor, whole = math.exp(worst.largest), worst.median
+        numbers = (Evidence(f"largest log factor of {worst.name}", worst.largest), Evidence("median", whole))
+        apart = f"one of `{worst.name}`, a factor of {plain(factor)} away, the median of its layer "
+        apart += plain(math.exp(whole))
+        title = f"None is far from its noise equilibrium: the {FARTHEST_PART} is {apart}."
         if factor >= math.exp(FAR):
-            title = f"None stands out from its layer. The farthest from its noise equilibrium, a part of `{worst.name}`"
-            title += f", is a factor of {plain(factor)} away, its layer as a whole {plain(math.exp(whole))}; {USUAL}."
+            title = (
+                f"None stands out from its layer. From its noise equilibrium the {FARTHEST_PART} is {apart}; {USUAL}."
+            )
         return [calm("balance", "balance", title, sure, numbers)]
     severity: Severity = "act" if lone >= VERY_FAR or whole >= LAYER_VERY_FAR else "watch"
     where = "a part of it" if lone >= FAR else "the whole layer"

@@ -117,8 +117,13 @@ class RunData:
         return np.array([s["one_sided"] for s in self.header["symmetries"]], dtype=bool)
 
     def causes(self, family: int) -> dict[str, float]:
-        """Sums over the steps of each entry and of `outside`, largest first; those always zero are left out."""
-        sums = {name: float(np.nansum(self.family[name][:, family])) for name in CAUSES}
+        """What each entry and `outside` added from the first recorded step to the last, largest first.
+
+        Those always zero are left out. Sums where every step is recorded; else estimates: each recorded step stands for
+        half of those between it and its neighbours, too (`weights_of`), so that they add up to about the change.
+        """
+        weights = weights_of(self.steps)
+        sums = {name: float(np.nansum(weights * self.family[name][:, family])) for name in CAUSES}
         present = {name: s for name, s in sums.items() if np.any(np.nan_to_num(self.family[name][:, family]) != 0)}
         return dict(sorted(present.items(), key=lambda item: -abs(item[1])))
 
@@ -158,6 +163,21 @@ def strides_of(steps: np.ndarray) -> np.ndarray:
     """
     gaps = np.diff(steps)
     return np.concatenate([gaps, gaps[-1:] if gaps.size else [1]])
+
+
+def weights_of(steps: np.ndarray) -> np.ndarray:
+    """How many steps each recorded one stands for in a sum from the first to the last: itself, and half of those
+    between it and its neighbours (the trapezoid rule).
+
+    Example:
+        >>> weights_of(np.array([0, 1, 5, 10])).tolist()
+        [1.0, 2.5, 4.5, 3.0]
+    """
+    between = (np.diff(steps) - 1) / 2
+    weights = np.ones(len(steps))
+    weights[:-1] += between
+    weights[1:] += between
+    return weights
 
 
 class _Rows:

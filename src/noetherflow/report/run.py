@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from noetherflow.core.printing import brief
-from noetherflow.diagnosis.finding import Diagnosis
+from noetherflow.diagnosis.balance import FARTHEST_PART
+from noetherflow.diagnosis.finding import Diagnosis, plain
 from noetherflow.diagnosis.of_run import diagnose_run
 from noetherflow.monitor.rundata import RunData
 from noetherflow.report.labels import chart_labels
@@ -106,13 +107,32 @@ def summary(data: RunData, events: list[dict[str, Any]]) -> list[str]:
         causes = data.causes(i)
         total = sum(abs(v) for v in causes.values())
         if total > 1e-12 * float(np.nan_to_num(np.abs(norm)).max()):
-            main, value = next(iter(causes.items()))
-            text += f". Largest cause: {CAUSE_NAMES[main]} ({brief(value)} over the recorded steps"
-            others = [f"{CAUSE_NAMES[k]} {brief(v)}" for k, v in list(causes.items())[1:4] if abs(v) > 1e-3 * total]
-            out.append(text + (f"; {', '.join(others)})." if others else ")."))
+            out.append(f"{text}. {_causes_words(data, causes, float(end - charge[0]))}")
         else:
             out.append(text + ": conserved.")
     return out + _equilibrium_words(data) + _norm_words(data) + _event_words(events)
+
+
+def _causes_words(data: RunData, causes: dict[str, float], change: float) -> str:
+    """Which causes moved a charge by `change`, and from how many steps that is known.
+
+    Where not every step was recorded the causes are estimates. They are told as such, and where they miss the change by
+    more than a quarter of it, that they do.
+    """
+    total = sum(abs(v) for v in causes.values())
+    told = [f"{CAUSE_NAMES[k]} {brief(v)}" for k, v in list(causes.items())[:4] if abs(v) > 1e-3 * total]
+    text = f"Largest causes: {', '.join(told)}"
+    span = int(data.steps[-1] - data.steps[0]) + 1
+    if len(data.steps) == span:
+        return f"{text}."
+    found = sum(causes.values())
+    text += f" (estimated from {len(data.steps):,} of {span:,} steps; together {brief(found)} of {brief(change)}"
+    far = abs(found - change) > APART * abs(change)
+    return text + (": too few steps to tell them apart from what came between)." if far else ").")
+
+
+APART = 0.25
+"""Share of a charge's change by which estimated causes may miss it before that is said."""
 
 
 def _equilibrium_words(data: RunData) -> list[str]:
@@ -128,11 +148,18 @@ def _equilibrium_words(data: RunData) -> list[str]:
         return []
     far, near = known[np.argmax(distance[known])], known[np.argmin(distance[known])]
 
-    def place(i: int, word: str) -> str:
-        return f"`{data.symmetries[i]}` is {word} its noise equilibrium (|λ*| = {brief(float(distance[i]))})"
+    def place(i: int) -> str:
+        return f"`{data.symmetries[i]}` (a factor of {plain(float(np.exp(distance[i])))})"
 
-    text = f"At the end {place(near, 'nearest to')}"
-    text += f"; {place(far, 'farthest from')}." if near != far else "."
+    single = data.estimates["distance_max"][-1]
+    most = known[np.argmax(np.nan_to_num(single[known]))]
+    text = (
+        f"At the end the {FARTHEST_PART} from its noise equilibrium is one of `{data.symmetries[most]}`, by a factor "
+    )
+    text += f"of {plain(float(np.exp(single[most])))}."
+    if near != far:
+        text += f" By the median of each pair of layers that trade scale {place(near)} is nearest to it, {place(far)} "
+        text += "farthest."
     slow = steps[known][np.isfinite(steps[known])]
     if slow.size:
         text += f" With the present noise and learning rate the way there takes {brief(float(np.median(slow)))} steps"
