@@ -543,6 +543,8 @@ class TestDiagnosis:
 
     def test_nothing_to_do_is_said(self):
         assert str(Diagnosis.of("Model", [calm("g", "decay", "G.")])).endswith("Nothing to do.")
+        unknown = Finding("o", "warmup", "open", "Not known.", "", "", "open")
+        assert str(Diagnosis.of("Model", [unknown])).endswith("Nothing to do by what was found; 1 question is open.")
 
     def test_json(self):
         assert Diagnosis.of("Model", self.found()).to_dict()["findings"][0]["question"] == QUESTIONS["norms"]

@@ -254,9 +254,16 @@ class Diagnosis:
             if found := self.about(topic):
                 lines += ["", question, *(str(f) for f in found)]
         lines += ["", "What should I change?"]
-        lines += [_wrapped(f"  {i}. {text}", 5) for i, text in enumerate(self.changes, 1)] or ["  Nothing to do."]
+        lines += [_wrapped(f"  {i}. {text}", 5) for i, text in enumerate(self.changes, 1)] or [f"  {self._no_change}"]
         names = spelled_out(" ".join(f.title + f.advice for f in self.findings), self.members)
         return "\n".join([*lines, *(["", "What the names stand for", *names] if names else [])])
+
+    @property
+    def _no_change(self) -> str:
+        """What stands in place of changes: open questions clear nothing."""
+        number = len(self.severity("open"))
+        asked = f"; {count(number, 'question is', 'questions are')} open" if number else ""
+        return f"Nothing to do by what was found{asked}." if asked else "Nothing to do."
 
     __repr__ = __str__
 
