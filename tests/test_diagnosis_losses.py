@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import noetherflow as nf
 from noetherflow.diagnosis import balance, breaking, norms, sampling, stability
@@ -298,3 +299,23 @@ class TestCauses:
         data = run(np.full(100, 0.5), 9)
         data.family["second_order"][:] *= 100
         assert "too few steps" in summary(data, [])[0]
+
+
+def test_a_loss_that_is_written_to_the_same_place_in_every_step_is_kept_as_it_was() -> None:
+    """Compiled steps hand out one buffer again and again; the log must hold each step's number."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+    optimizer, buffer = torch.optim.SGD(net.parameters(), lr=0.01), torch.zeros(())
+    losses = []
+    with nf.Ledger(net, optimizer, nf.find_symmetries(net, torch.randn(2, 3)), every=4) as ledger:
+        for _ in range(9):
+            optimizer.zero_grad()
+            loss = net(torch.randn(8, 3)).square().mean()
+            loss.backward()
+            buffer.copy_(loss.detach())
+            ledger.note(buffer)
+            losses.append(loss.item())
+            optimizer.step()
+    noted = ledger.run_data().noted
+    total = float((noted[:, 0] * noted[:, 1]).sum())
+    assert total == pytest.approx(sum(losses), rel=1e-6)

@@ -303,7 +303,7 @@ class StepMeter:
 
 
 def one_number(loss: Any) -> float | Tensor:
-    """A loss as a number, or as a tensor that holds one and stays on its device.
+    """A loss as a number; on a device as a tensor of its own: compiled steps write the next loss to the same place.
 
     Raises:
         DataError: it is not one number.
@@ -311,7 +311,7 @@ def one_number(loss: Any) -> float | Tensor:
     what = repr(loss)
     if isinstance(loss, Tensor):
         if loss.numel() == 1 and not loss.is_complex():
-            return loss.detach()
+            return float(loss.detach()) if loss.is_cpu else loss.detach().clone()
         what = f"a tensor of shape {tuple(loss.shape)} and {loss.dtype}"
     else:
         try:
