@@ -161,7 +161,6 @@ class Flow(Shown):
         times = [r.relaxation_steps[r.finite] for r in self.details]
         known = torch.cat(times) if times else torch.zeros(0)
         settle = f": half settles within about {np.median(known.numpy()):,.0f} steps" if known.numel() else ""
-        settle += f", the slowest in {float(known.max()):,.0f}" if known.numel() > 1 else ""
         where = f"at lr {self.sgd.lr:g}, batch size {self.sgd.batch_size}, loss {self.loss:.4g}"
         return f"Noether flow of {count(len(self.details), 'symmetry', 'symmetries')} {where}{settle}"
 
@@ -175,7 +174,7 @@ class Flow(Shown):
         if not isinstance(self.sgd, SGDConfig) or self.sgd.groups:
             lines += assumed(assumptions(self.sgd, self.feedback), verbose)
         lines += [
-            *self.regime.lines,
+            *self.regime.lines(verbose),
             *(f"CAUTION: {text}" for text in self.cautions),
             *self.regime.cautions,
             *(few_samples(self.moments.samples, self._each) if self.moments.groups else []),

@@ -142,7 +142,7 @@ class Forecast(Shown):
     def describe(self, *, verbose: bool = False, legend: bool = True) -> str:
         """A sentence and the norms of the charges after so many steps; see `Shown.describe`."""
         how = "all symmetries together" if self.joint else "each symmetry with the others held"
-        sure = "; +-: error of the sample that was measured, 0 where that is the whole data set" if self.errors else ""
+        sure = "; +-: standard error of the measurement" if self.errors else ""
         heads = [f"{k:,}" + ("" if valid else "*") for k, valid in zip(self.steps, self.valid, strict=True)]
         lines = [
             self._sentence(),
@@ -153,7 +153,7 @@ class Forecast(Shown):
             lines.append(f"{name:<40}" + self._cells([norm_of(c) for c in charge], ".4g"))
             if name in self.errors:
                 lines.append(f"{'':<37}+- " + self._cells([norm_of(e) for e in self.errors[name]], ".2g"))
-        return "\n".join([*lines, *self.regime.lines, *self._cautions()])
+        return "\n".join([*lines, *self.regime.lines(verbose), *self._cautions()])
 
     def _why_not_valid(self) -> tuple[str, ...]:
         """Why the mean gradient does not last as long as the forecast takes it to."""

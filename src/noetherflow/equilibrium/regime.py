@@ -68,10 +68,9 @@ class Regime:
         lasts = f", lasts about {self._steps()} {self._word()}" if self.horizon < FOR_EVER else ""
         return f"mean gradient: {self.mean_share:.0%} of the drift{lasts}"
 
-    @property
-    def lines(self) -> list[str]:
-        """What is printed below every drift, forecast and equilibrium."""
-        return [str(self), FIRST_ORDER]
+    def lines(self, verbose: bool) -> list[str]:
+        """What is printed below every drift, forecast and equilibrium; `verbose`: with what first order means."""
+        return [str(self), FIRST_ORDER] if verbose else [f"{self}; first order in lr"]
 
     def _steps(self) -> str:
         """A whole number, at least 1."""

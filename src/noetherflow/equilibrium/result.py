@@ -167,7 +167,7 @@ class Equilibrium(Shown):
             + show(self.imbalance),
             table(self._families(), *(EXPLAINED if legend else ())),
         ]
-        lines += [] if self.regime is None else [*self.regime.lines, *self.regime.cautions]
+        lines += [] if self.regime is None else [*self.regime.lines(verbose), *self.regime.cautions]
         lines += assumed(self.assumptions, verbose)
         lines += [f"CAUTION: {text}" for text in self.cautions]
         lines += self._approximate()
