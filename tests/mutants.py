@@ -67,6 +67,20 @@ MOM, EQ, BAL, MON, PAPER = (
 DIAG = "noetherflow/diagnosis"
 
 MUTANTS = (
+    # sums by piece, foreign optimisers, losses, the solve in turns
+    Mutant(f"{SYM}/leg.py", "            whole += piece", "            whole.copy_(piece)", "test_symmetry.py"),
+    Mutant(f"{CORE}/foreign.py", '"adam", "ademamix", "lamb"', '"ademamix", "lamb"', "test_foreign_optimizers.py"),
+    Mutant(
+        f"{CORE}/codes.py",
+        "(self.values[1:] + self.values[:-1]) / 2",
+        "self.values[1:]",
+        "test_foreign_optimizers.py",
+    ),
+    Mutant(f"{EQ}/state_sums.py", "mean_square * step", "mean_square * over", "test_state_flow.py"),
+    Mutant(f"{MON}/measure.py", "float(loss.detach()) if", "loss.detach() if", "test_diagnosis_losses.py"),
+    Mutant(f"{DIAG}/losses.py", "low > max(math.log(SEVERAL)", "low > max(1e9", "test_diagnosis_losses.py"),
+    Mutant(f"{MON}/pace.py", "% self.estimate_every < self.every", "% self.estimate_every < 1", "test_ledger_pace.py"),
+    Mutant(f"{EQ}/alternate.py", "worst = worst_of(", "worst = 0.5 * worst_of(", "test_equilibrium_turns.py"),
     # diagnosis, ranks and waiting books
     Mutant(f"{DIAG}/step.py", "scattered / (1 - m**2)", "scattered / (1 - m) ** 2", "test_diagnosis_rules.py"),
     Mutant(f"{DIAG}/stability.py", "fact.ended >= ROSE * fact.began", "False", "test_diagnosis_rules.py"),

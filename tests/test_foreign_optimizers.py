@@ -132,6 +132,9 @@ def test_decay_of_every_kind_is_told_by_the_class() -> None:
     for mode in (0, 1):
         fused.adam_w_mode = mode
         assert decays_weights(fused) is bool(mode)
+    assert decays_weights(torch.optim.Adafactor(weights)) is True
+    adafactor = pytest.importorskip("transformers").Adafactor(weights)
+    assert decays_weights(adafactor) is None, "it decays by a learning rate times the size of the weights"
     for made in (torch.optim.SGD(weights, lr=0.1), torch.optim.Adagrad(weights), torch.optim.Adam(weights)):
         assert decays_weights(made) is False
 
@@ -153,6 +156,19 @@ def test_states_of_32_bits_move_exactly_and_without_a_word_on_decay() -> None:
         assert torch.allclose(own.state[p]["state1"], its.state[q]["exp_avg"], rtol=1e-4, atol=1e-9)
         assert torch.allclose(own.state[p]["state2"], its.state[q]["exp_avg_sq"], rtol=1e-4, atol=1e-12)
     assert train(net, own, data[10:]) == pytest.approx(train(torch_twin, its, data[10:]), rel=1e-4)
+
+
+def test_an_adam_of_unknown_origin_moves_as_one_is_usually_written_and_says_so() -> None:
+    net, data = net_and_data()
+    kind = type(
+        "AdamW", (torch.optim.AdamW,), {"__module__": "elsewhere", "step": lambda self: super(kind, self).step()}
+    )
+    optimizer = kind(net.parameters(), 3e-3)
+    train(net, optimizer, data[:3])
+    report = nf.move_(net, nf.find_symmetries(net, data[0, :2]), ELEMENTS, optimizer)
+    assert report.state_entries == 4
+    assert all("as AdamW is usually written" in line for line in report.approximate_state)
+    assert len(report.approximate_state) == 4
 
 
 def test_states_of_8_bits_move_to_the_codes_nearest_to_the_exact_move() -> None:

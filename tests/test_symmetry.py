@@ -316,3 +316,31 @@ def test_squares_are_summed_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> N
             monkeypatch.setattr("noetherflow.symmetry.leg.PIECE", piece)
             torch.testing.assert_close(s.leg_gram(leg, tensor, torch.float64), reference, rtol=1e-14, atol=0)
             assert s.leg_gram(leg, tensor).dtype == torch.float32
+
+
+@pytest.mark.parametrize("piece", [1, 7, 40, 1 << 16])
+@pytest.mark.parametrize(("shape", "view", "axes"), [
+    ((6, 4), None, (0,)),
+    ((4, 6), None, (1,)),
+    ((6, 2, 3, 3), None, (0,)),
+    ((2, 6, 3), None, (1,)),
+    ((12, 5), (2, 6, 5), (1,)),
+    ((6,), None, (0,)),
+])  # fmt: skip
+def test_functions_of_several_tensors_are_summed_piece_by_piece(
+    shape: tuple[int, ...], view: tuple[int, ...] | None, axes: tuple[int, ...], piece: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Against a loop over entries, in every layout and with a factor by coordinate that takes no memory of its own."""
+    monkeypatch.setattr("noetherflow.symmetry.leg.PIECE", piece)
+    rng = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(shape, generator=rng, dtype=torch.float64) for _ in range(2))
+    values = torch.rand(6, generator=rng, dtype=torch.float64) + 0.5
+    leg = Leg("w", np.arange(6).reshape(6, 1, 1), sign=-1, axes=axes, view=view)
+    factor = leg.moved_by(a, values)
+    found = leg.sums_by_piece(lambda x, y, f: (x * y * f, x.square()), [a, b, factor])
+    expected = torch.zeros(2, 6, dtype=torch.float64)
+    for where, x, y in zip(np.ndindex(view or shape), a.flatten(), b.flatten(), strict=True):
+        k = where[axes[0]]
+        expected[:, k] += torch.stack([x * y / values[k], x**2])
+    torch.testing.assert_close(torch.stack(found), expected, rtol=1e-13, atol=1e-13)

@@ -122,9 +122,7 @@ def state_rule_of(optimizer: torch.optim.Optimizer) -> StateRule:
             return rule
     if is_bitsandbytes(optimizer):
         return StateRule(lambda settings: _BITSANDBYTES)
-    if ADAM.fullmatch(class_name(optimizer)):
-        return StateRule(lambda settings: _ADAM)
-    moves = _NAMED.get(type(optimizer).__name__)
+    moves = _ADAM if ADAM.fullmatch(class_name(optimizer)) else _NAMED.get(type(optimizer).__name__)
     if moves is None:
         return NO_RULE
     return StateRule(lambda settings: moves, note=f"as {type(optimizer).__name__} is usually written")

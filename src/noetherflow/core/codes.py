@@ -44,7 +44,7 @@ class BlockCodes:
 
     def dequantize(self) -> Tensor:
         """The numbers."""
-        return self.values[self.codes.long()] * self._scales(self.largest)
+        return self.values[self.codes.long()] * self._scales
 
     def clone(self) -> BlockCodes:
         """A copy that later writes leave as it is."""
@@ -55,12 +55,14 @@ class BlockCodes:
         numbers = plain(source).to(self.dtype).flatten()
         padded = torch.nn.functional.pad(numbers, (0, -len(numbers) % BLOCK))
         self.largest.copy_(padded.view(-1, BLOCK).abs().amax(1))
-        scaled = numbers / self._scales(self.largest).flatten().clamp(min=torch.finfo(self.dtype).tiny)
+        scaled = numbers / self._scales.flatten().clamp(min=torch.finfo(self.dtype).tiny)
         middles = (self.values[1:] + self.values[:-1]) / 2
         self.codes.copy_(torch.bucketize(scaled, middles).view(self.shape))
 
-    def _scales(self, largest: Tensor) -> Tensor:
-        return largest.repeat_interleave(BLOCK)[: self.codes.numel()].view(self.shape)
+    @property
+    def _scales(self) -> Tensor:
+        """The largest number of its block for each code."""
+        return self.largest.repeat_interleave(BLOCK)[: self.codes.numel()].view(self.shape)
 
 
 def is_coded(value: object) -> TypeGuard[Tensor | BlockCodes]:

@@ -15,7 +15,7 @@ BITS = r"(\d+bit|fp8)?"
 ADAM = re.compile(rf"_?(paged)?adamw?{BITS}|fusedadam|(deepspeed)?cpuadam")
 """Classes that are Adam whatever library they come from, in lower case: `PagedAdamW8bit`, `AdamWFp8`."""
 LION = re.compile(rf"(paged)?lion{BITS}")
-DECOUPLED = re.compile(rf"_?(paged)?(adamw|lion|ademamix){BITS}|mars|muon|soap|adafactor")
+DECOUPLED = re.compile(rf"_?(paged)?(adamw|lion|ademamix){BITS}|mars|muon|soap")
 """Classes whose weight decay is decoupled whatever library they come from."""
 BITSANDBYTES_DECOUPLED = frozenset({"adam", "ademamix", "lamb", "lion"})
 """By `optimizer_name`: what its kernels multiply by `1 - lr w` before the step; its Adam is AdamW in this."""
@@ -45,7 +45,8 @@ def decays_weights(optimizer: torch.optim.Optimizer) -> bool | None:
 
     Returns:
         True for AdamW, Lion and their kind, for Adam of bitsandbytes, and for fused Adam with `adam_w_mode`; False for
-        the other optimisers of torch and bitsandbytes; None where nothing tells.
+        the other optimisers of torch and bitsandbytes; None where nothing tells, as for the Adafactor of transformers,
+        which decays by a learning rate that is not its group's.
 
     Example:
         >>> weights = [torch.zeros(2)]
@@ -57,15 +58,20 @@ def decays_weights(optimizer: torch.optim.Optimizer) -> bool | None:
         return bool(mode)
     if is_bitsandbytes(optimizer):
         return getattr(optimizer, "optimizer_name", "") in BITSANDBYTES_DECOUPLED
-    if DECOUPLED.fullmatch(class_name(optimizer)):
+    if DECOUPLED.fullmatch(class_name(optimizer)) or isinstance(optimizer, torch.optim.Adafactor):
         return True
     known = type(optimizer).__module__.startswith("torch.optim") or ADAM.fullmatch(class_name(optimizer))
     return False if known else None
 
 
+def without_parameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a parameter group."""
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+
+
 def settings_of(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
     """A parameter group without its parameters, with torch's flag for decoupled decay where the class tells it."""
-    settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    settings = without_parameters(group)
     decoupled = decays_weights(optimizer)
     if decoupled is not None:
         settings.setdefault("decoupled_weight_decay", decoupled)

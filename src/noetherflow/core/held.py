@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from noetherflow.core.foreign import settings_of, state_of
+from noetherflow.core.foreign import settings_of, state_of, without_parameters
 from noetherflow.core.prefix import prefix_of
 from noetherflow.core.tensors import named_tensors, tensors_of
 from noetherflow.errors import CheckpointError
@@ -121,7 +121,7 @@ def held_in(
     numbers = [number for number, g in enumerate(groups) for _ in g["params"]]
     names = _in_order(shapes, numbers, tensors) if known is None else known
     held = [
-        Held(name, tensors[name], saved["state"].get(index, {}), _settings(groups[number]))
+        Held(name, tensors[name], saved["state"].get(index, {}), without_parameters(groups[number]))
         for index, number, name in zip(indices, numbers, names, strict=True)
     ]
     for h in held:
@@ -133,10 +133,6 @@ def held_in(
     if known is None:
         _refuse_doubtful_order(numbers, held)
     return held
-
-
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
 def _shape(state: Mapping[str, Any], shaped: Collection[str]) -> torch.Size | None:

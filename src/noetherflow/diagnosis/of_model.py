@@ -35,12 +35,10 @@ from noetherflow.equilibrium.result import Equilibrium, Settled
 from noetherflow.equilibrium.sharpness import Sharpness
 from noetherflow.equilibrium.validity import SquareMemory
 from noetherflow.moments.result import GradientMoments
-from noetherflow.symmetry.heads import scales_of
+from noetherflow.symmetry.heads import HEADS, QUERY_KEY, heads_in, part_of, scales_of
 from noetherflow.symmetry.symmetry import Symmetry
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
-HEADS = ("attention-qk", "attention-vo", "rotary-qk")
-"""Families whose blocks or coordinates belong to attention heads."""
 FILLED = 2.0
 """Warmup of Adam in memories of `v`: over `2 / (1 - b2)` steps its average fills up with gradients of the settled run
 (Ma and Yarats, On the adequacy of untuned warmup for adaptive optimization, 2019).
@@ -56,7 +54,6 @@ ON_THE_FLOW = (
 )
 """Rules that rest on the flow or on where it ends; the learning rate does where a warmup along it is counted on."""
 NOT_A_DRIFT = "the flow is NOT VALID as a drift here (see CAUTION)"
-QUERY_KEY = ("attention-qk", "rotary-qk")
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,27 +179,6 @@ def _decays(examined: Examined) -> list[float]:
     coupled = isinstance(settings, AdamConfig) and not settings.decoupled
     unknown = [math.nan for n in examined.moments.mean if coupled and settings.rates(n).weight_decay > 0]
     return unknown or [decay_share(settings, n) for n in examined.moments.mean]
-
-
-def part_of(symmetry: Symmetry) -> str:
-    """What one coordinate of a symmetry is, in words."""
-    if symmetry.family in HEADS:
-        return "head"
-    return "channel" if symmetry.family in ("norm-gain", "one-sided") else "unit"
-
-
-def heads_in(symmetry: Symmetry, syms: SymmetrySet) -> int:
-    """How many heads share the coordinates of an attention symmetry.
-
-    A matrix symmetry has one block per head; where rotary positions leave single pairs of coordinates, the value and
-    output weights of the same layer tell.
-    """
-    if not symmetry.is_torus or symmetry.family != "rotary-qk":
-        return symmetry.blocks
-    layer = symmetry.parameters[0].rpartition(".")[0].rpartition(".")[0]
-    siblings = [s for s in syms if s.family == "attention-vo" and s.parameters[0].startswith(f"{layer}.")]
-    blocks = siblings[0].blocks if siblings else symmetry.blocks
-    return blocks if symmetry.blocks % blocks == 0 else symmetry.blocks
 
 
 def _first_norms(examined: Examined, trends: Sequence[NormTrend]) -> list[Finding]:

@@ -16,8 +16,8 @@ from noetherflow.diagnosis import balance, breaking, norms, sampling, stability
 from noetherflow.diagnosis.facts import FELL, LogitGrowth, LossCourse, LossRise, NormHistory, RunBalance
 from noetherflow.diagnosis.finding import Diagnosis, Finding, of_little_meaning
 from noetherflow.diagnosis.losses import rise_of, rise_of_all
-from noetherflow.diagnosis.of_model import QUERY_KEY
 from noetherflow.monitor.rundata import RunData
+from noetherflow.symmetry.heads import HEADS, QUERY_KEY
 
 RECENT = 5
 """Estimates whose median stands for the present: single ones scatter with the minibatch."""
@@ -38,13 +38,14 @@ def diagnose_run(run: RunData | str | os.PathLike[str], steps: int | None = None
     """
     expect("diagnose_run(run, steps)", "run", run, RunData | str | os.PathLike, "a run's folder or a RunData")
     data = run if isinstance(run, RunData) else RunData.load(run)
-    whole, course = float(max(data.steps_made, steps or 0)), _course(data)
+    whole, decays = float(max(data.steps_made, steps or 0)), _decays(data)
+    course = _course(data, max((d for d in decays if d > 0), default=0.0))
     found: list[Finding] = [
         *norms.norms_so_far(list(_norms(data)), course, int(data.one_sided.sum())),
-        *norms.decay_bites(_decays(data), whole, course=course),
+        *norms.decay_bites(decays, whole, course=course),
         *norms.logit_growth(list(_logits(data)), course.stalled),
         *balance.far_during_run(list(_balances(data)), whole),
-        *balance.heads_not_logged([s["name"] for s in data.header["symmetries"] if s.get("family") in OF_HEADS]),
+        *balance.heads_not_logged([s["name"] for s in data.header["symmetries"] if s.get("family") in HEADS]),
         *stability.loss_course(course),
         *stability.turning([(n, recent(data, "angular", i)) for i, n in enumerate(data.symmetries)], course),
         *norms.grown_layers(list(_layers(data))),
@@ -172,10 +173,6 @@ def _decays(data: RunData) -> list[float]:
     return [math.nan] if divided or (decaying and not any(shares)) else shares
 
 
-OF_HEADS = (*QUERY_KEY, "attention-vo")
-"""Families whose layers consist of attention heads."""
-
-
 def _logits(data: RunData) -> Iterator[LogitGrowth]:
     if "norm" not in data.estimates:
         return
@@ -230,7 +227,7 @@ def batch_ratio(shares: np.ndarray) -> float:
     return share / (1 - share) if share < 1 else float("inf")
 
 
-def _course(data: RunData) -> LossCourse:
+def _course(data: RunData, decay: float) -> LossCourse:
     peak = int(np.argmax(data.lr >= np.max(data.lr) * (1 - 1e-9))) if np.isfinite(data.lr).any() else 0
     warmup = int(data.steps[peak] - data.steps[0]) if len(data.steps) else 0
     spikes = tuple(e["step"] for e in data.spikes() if e["where"] == "loss")
@@ -247,11 +244,22 @@ def _course(data: RunData) -> LossCourse:
     lost = first if lost is None and first is not None and _ends_broken(data) else lost
     rise, most = _rise(data, known)
     highest = max(highest, most)
-    decay = max((d for d in _decays(data) if d > 0), default=0.0)
     dead = lost is None and _dead(data) and not ended <= FELL * began
     seen = known.size if np.nansum(data.noted[:, 0]) < MOST_NOTED * data.steps_made else None
     return LossCourse(
-        warmup, spikes, first, data.steps_made, began, ended, middle, highest, lost, rise, decay, dead, seen
+        warmup,
+        spikes,
+        first,
+        data.steps_made,
+        began,
+        ended,
+        middle=middle,
+        highest=highest,
+        diverged=lost,
+        rise=rise,
+        decay=decay,
+        dead=dead,
+        seen=seen,
     )
 
 

@@ -319,8 +319,8 @@ class StepRecorder:
         return float(self.optimizer.param_groups[0].get("momentum", 0.0))
 
     def header(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What a part of the log from `step` on begins with: its charges, and the optimiser's settings;
-        and the names of the symmetries' coordinates.
+        """What a part of the log from `step` on begins with, its charges and the optimiser's settings; and the names of
+        the rows' columns for the sinks.
         """
         header, names = self.books.header(step, self.how.optimizer_name, self.pace.every)
         own = {

@@ -1,4 +1,4 @@
-"""The scales inside matrix symmetries: one number per head."""
+"""Attention heads: which symmetries are of them, how many there are, and one number for each."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from dataclasses import replace
 
 from noetherflow.symmetry.symmetry import Symmetry
 from noetherflow.symmetry.symmetry_set import SymmetrySet
+
+QUERY_KEY = ("attention-qk", "rotary-qk")
+HEADS = (*QUERY_KEY, "attention-vo")
+"""Families whose blocks or coordinates belong to attention heads."""
 
 
 def scales_of(symmetry: Symmetry) -> Symmetry:
@@ -32,3 +36,22 @@ def scales_of(symmetry: Symmetry) -> Symmetry:
 def with_scales(syms: SymmetrySet) -> SymmetrySet:
     """The same set with every general_linear symmetry replaced by its scales."""
     return replace(syms, symmetries=tuple(scales_of(s) for s in syms))
+
+
+def part_of(symmetry: Symmetry) -> str:
+    """What the diagnosis counts a layer by, in a word: heads also where a symmetry moves pairs of their coordinates."""
+    return "head" if symmetry.family in HEADS else symmetry.part
+
+
+def heads_in(symmetry: Symmetry, syms: SymmetrySet) -> int:
+    """How many heads share the coordinates of an attention symmetry.
+
+    A matrix symmetry has one block per head; where rotary positions leave single pairs of coordinates, the value and
+    output weights of the same layer tell.
+    """
+    if not symmetry.is_torus or symmetry.family != "rotary-qk":
+        return symmetry.blocks
+    layer = symmetry.parameters[0].rpartition(".")[0].rpartition(".")[0]
+    siblings = [s for s in syms if s.family == "attention-vo" and s.parameters[0].startswith(f"{layer}.")]
+    blocks = siblings[0].blocks if siblings else symmetry.blocks
+    return blocks if symmetry.blocks % blocks == 0 else symmetry.blocks

@@ -134,7 +134,7 @@ class Leg:
 
     def moved_by(self, tensor: Tensor, values: Tensor) -> Tensor:
         """The factor of every entry under `scale`, in the shape of the view; it takes no memory of that size."""
-        return self.factors(values, tensor).expand(self._viewed(tensor).shape)
+        return self.factors(values.to(tensor.device), tensor).expand(self._viewed(tensor).shape)
 
     def _by_coordinate(self, viewed: Tensor, sums: Tensor) -> Tensor:
         """Sums over the other axes of a viewed tensor, collected by coordinate."""
