@@ -16,7 +16,7 @@ from noetherflow.equilibrium.orbit import FramedOrbit, MeasuredOrbit, blank_pair
 from noetherflow.equilibrium.parts import minimise_in_parts
 from noetherflow.equilibrium.potential import Potential
 from noetherflow.equilibrium.sample_terms import FactorTerm, SampleTerm
-from noetherflow.equilibrium.solve import Classes, StepLimits, classify, drives, minimise
+from noetherflow.equilibrium.solve import Classes, StepLimits, classify, drives, minimise, worst_of
 from noetherflow.equilibrium.terms import EntryTerm, LegTerm, OrbitTerm
 from noetherflow.errors import MomentError
 from noetherflow.moments import Factors
@@ -257,3 +257,21 @@ def test_a_drive_below_zero_in_either_half_is_refused_by_name() -> None:
         wrong.weight[0].sub_(1e8)
         with pytest.raises(MomentError, match=f"{name}.*measure more samples"):
             minimise_in_parts(FramedOrbit(orbit, tuple(s.identity() for s in symmetries)), classes, limits)
+
+
+@pytest.mark.parametrize(("orbit", "limits", "expected"), [c[1:] for c in cases()], ids=[c[0] for c in cases()])
+@pytest.mark.parametrize("sweeps", [0, 1, 2])
+def test_what_is_told_of_an_unfinished_solve_is_true_where_it_stopped(
+    orbit: MeasuredOrbit, limits: StepLimits, expected: Halves, sweeps: int
+) -> None:
+    """Leg Grams, sizes and the largest imbalance, against the whole orbit at the logs that were reached."""
+    classes = classes_of(orbit)
+    frame = tuple(s.identity() for s in orbit.symmetries)
+    halved = HalvedOrbit(orbit, expected, alternating(orbit.terms), frame, tuple(classes), limits.alone)
+    stopped = minimise_in_turns(halved, max_iterations=sweeps)
+    assert not stopped.converged
+    there = orbit.at([s.exp(a) for s, a in zip(orbit.symmetries, stopped.logs, strict=True)])
+    assert stopped.imbalance > 1e-6
+    assert stopped.imbalance == pytest.approx(worst_of(orbit.symmetries, classes, there, orbit.potential), rel=1e-6)
+    assert stopped.point.norm == pytest.approx(there.norm, rel=1e-9)
+    assert stopped.point.trace == pytest.approx(there.trace, rel=1e-9)
