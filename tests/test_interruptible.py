@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import pytest
 import torch
@@ -60,53 +59,67 @@ VERBS: dict[str, Verb] = {
 }
 
 
-class Alarm:
-    """Raises KeyboardInterrupt as Ctrl-C does. `lost`: it came in a callback of a weak reference or a finaliser, out of
-    which Python raises nothing; torch's export has many.
-    """
-
-    def __init__(self) -> None:
-        self.rang = self.lost = False
-
-    def unraisable(self, what: Any) -> None:
-        self.lost |= what.exc_type is KeyboardInterrupt
-
-    def ring(self, number: int, frame: FrameType | None) -> None:
-        self.rang = True
-        raise KeyboardInterrupt
-
-
 @pytest.fixture
-def alarm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Alarm]:
-    made = Alarm()
-    monkeypatch.setattr(sys, "unraisablehook", made.unraisable)
-    before = signal.signal(signal.SIGALRM, made.ring)
-    yield made
+def alarm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A timer that sends this process Ctrl-C, and Ctrl-C as Python answers it."""
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: None)
+    handlers = {signal.SIGALRM: ring, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
     signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def is_interrupted(verb: Callable[[], object], after: float) -> bool:
+    """Whether Ctrl-C ends the verb. Pressed again, a little earlier, where it was lost or the verb had ended before.
+
+    Python raises nothing out of a callback of a weak reference, and C code that asks for an attribute clears any error:
+    about one Ctrl-C in a thousand is lost so.
+    """
+    for again in range(5):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, after * 0.7**again)
+            verb()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except KeyboardInterrupt:
+            return True
+    return False
 
 
 @pytest.mark.parametrize("name", VERBS)
-def test_a_verb_is_interrupted_at_any_instant(name: str, known, alarm: Alarm, tmp_path: Path) -> None:
+def test_a_verb_is_interrupted_at_any_instant(name: str, known, alarm: None, tmp_path: Path) -> None:
     net, (syms, moments) = copy.deepcopy(NET), known
     VERBS[name](net, syms, moments, tmp_path)  # what is imported and compiled at first use
     start = time.perf_counter()
-    VERBS[name](net, syms, moments, tmp_path)
-    took = time.perf_counter() - start
-    interrupted = 0
+    for _ in range(3):
+        VERBS[name](net, syms, moments, tmp_path)
+    took = (time.perf_counter() - start) / 3
     for k in range(INSTANTS):
-        alarm.rang = alarm.lost = False
-        signal.setitimer(signal.ITIMER_REAL, took * (k + 0.5) / (2 * INSTANTS))
-        try:
-            VERBS[name](net, syms, moments, tmp_path)
-        except KeyboardInterrupt:
-            interrupted += 1
-        else:
-            assert alarm.lost or not alarm.rang, f"{name} went on after Ctrl-C"
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        after = took * (k + 0.5) / (2 * INSTANTS)
+        assert is_interrupted(lambda: VERBS[name](net, syms, moments, tmp_path), after), f"{name} went on after Ctrl-C"
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         for (n, was), now in zip(NET.state_dict().items(), net.state_dict().values(), strict=True):
             assert torch.equal(was, now), n
         assert all(p.grad is None and p.requires_grad for p in net.parameters())
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
-    assert interrupted >= INSTANTS // 2
     assert VERBS[name](net, syms, moments, tmp_path) is not None
+
+
+def test_ctrl_c_waits_for_the_end_of_a_trace(alarm: None) -> None:
+    """Raised in a callback of torch's tracing, which is C++, it would end the whole process."""
+    went_on = []
+
+    class Pressing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            signal.raise_signal(signal.SIGINT)
+            went_on.append(True)
+            return super().forward(x)
+
+    with pytest.raises(KeyboardInterrupt):
+        nf.find_symmetries(nn.Sequential(Pressing(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.zeros(2, 4))
+    assert went_on

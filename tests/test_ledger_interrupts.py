@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 
+from noetherflow.core.interrupts import uninterrupted
 from noetherflow.errors import DataError
-from noetherflow.monitor.interrupts import uninterrupted
 from noetherflow.monitor.ledger import Ledger
 from noetherflow.monitor.log import LOG_NAME, RunLog, read_log
 from noetherflow.monitor.rundata import RunData, RunReader

@@ -23,6 +23,8 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from noetherflow.core.interrupts import uninterrupted
+
 __all__ = ["FakeTensor", "FakeTensorMode", "TorchDispatchMode"]
 """Classes of torch that are documented for extensions and yet live in private modules."""
 
@@ -80,7 +82,7 @@ def traced(run: Callable[[], Sequence[Tensor]], given: Sequence[Tensor]) -> fx.G
         >>> graph(torch.tensor([2.0, 3.0]))
         [tensor([12., 27.])]
     """
-    with WithinTorch():
+    with WithinTorch(), uninterrupted():
         return make_fx(lambda *_: list(run()), _error_on_data_dependent_ops=False)(*given)
 
 

@@ -20,6 +20,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from noetherflow.core.copies import attributes_with_graph, copy_of
 from noetherflow.core.inputs import ModelInputs
+from noetherflow.core.interrupts import uninterrupted
 from noetherflow.core.tensors import named_tensors, tensors_of
 from noetherflow.core.torch_internals import FakeTensor, FakeTensorMode
 from noetherflow.core.unwrap import plain_name, unwrap
@@ -35,7 +36,11 @@ REMEDIES: dict[type, str] = {
 }
 """What replaces a hook that puts a computed weight in a parameter's place."""
 TRACING = threading.RLock()
-"""Held while a model is traced: `torch.export` and the switching off of warnings change state of the whole process."""
+"""Held while a model is traced: `torch.export` and the switching off of warnings change state of the whole process.
+
+Ctrl-C waits for the end of a trace as well: raised in torch's C++ callbacks it would abort the process, and
+in a callback of a weak reference Python would lose it.
+"""
 LOGGERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 
 
@@ -210,7 +215,7 @@ def export(model: nn.Module, example_inputs: Any) -> Graph:
         if tracing.plain and not any(words in str(failure) for words in UNKNOWN_CLASS):
             continue
         try:
-            with TRACING:
+            with TRACING, uninterrupted():
                 return _graph(model, _trace(inner, example_inputs, tracing))
         except NoetherflowError as error:
             raise ExportError(str(error)) from error

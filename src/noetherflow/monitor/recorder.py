@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from noetherflow.core.interrupts import uninterrupted
 from noetherflow.core.printing import count
 from noetherflow.core.ranks import SAME_SYMMETRIES, refuse_other, told_by_all
 from noetherflow.core.tensors import named_tensors
@@ -21,7 +22,6 @@ from noetherflow.monitor.bookkeeper import Bookkeeper
 from noetherflow.monitor.books import Level
 from noetherflow.monitor.charge_map import ChargeMap, Watched, WatchedTranslation
 from noetherflow.monitor.estimates import Estimator
-from noetherflow.monitor.interrupts import uninterrupted
 from noetherflow.monitor.journal import Journal, Sink
 from noetherflow.monitor.layers import LayerProbe
 from noetherflow.monitor.log import FORMAT

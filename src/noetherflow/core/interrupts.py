@@ -1,4 +1,4 @@
-"""Short pieces of work that Ctrl-C must not cut in two."""
+"""Pieces of work that Ctrl-C must not cut in two."""
 
 from __future__ import annotations
 
