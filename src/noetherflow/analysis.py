@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 from torch.utils.data import DataLoader
 
 from noetherflow.core.adaptive import AdamConfig
@@ -21,17 +20,21 @@ from noetherflow.core.printing import count, legend_lines
 from noetherflow.core.settings import SGDConfig
 from noetherflow.core.shown import Shown
 from noetherflow.core.unwrap import unwrap, unwrap_optimizer
+from noetherflow.diagnosis.examined import Examined
+from noetherflow.diagnosis.facts import PresentSharpness
 from noetherflow.diagnosis.finding import Diagnosis
-from noetherflow.diagnosis.of_model import Examined, diagnose_measurement
+from noetherflow.diagnosis.of_model import diagnose_measurement
+from noetherflow.diagnosis.unanswered import Unanswered, attempted, known
 from noetherflow.discovery import Certificate
 from noetherflow.equilibrium import Equilibrium, result
 from noetherflow.equilibrium import flow as flows
 from noetherflow.equilibrium.charge_flow import norm_where
+from noetherflow.equilibrium.curvature import top_eigenvalue
 from noetherflow.equilibrium.flow import Flow, noether_flow
 from noetherflow.equilibrium.sharpness import Sharpness, sharpness_forecast
 from noetherflow.equilibrium.validity import SquareMemory, square_memory
 from noetherflow.errors import DataError, MomentError, NoetherflowError
-from noetherflow.measured import MeasuredModel, measure, samples_in
+from noetherflow.measured import MeasuredModel, batches_of, inputs_of, measure, samples_in
 from noetherflow.moments import GradientMoments
 from noetherflow.moments.batch_statistics import uses_batch_statistics
 from noetherflow.symmetry import symmetry_set
@@ -46,7 +49,10 @@ LARGE = 2_000_000
 """Trainable entries above which curvature is measured only on request."""
 STEPS, EPOCHS = 1000, 10
 """Length of the run looked at where none is given: so many epochs of the loader, at least so many steps."""
-LABELS = ("labels", "label", "targets", "target", "y")
+
+
+Curvature = Sharpness | PresentSharpness | SquareMemory | None
+"""What is known of the curvature, and of Adam's memory of squares."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,10 +63,12 @@ class Analysis(Shown):
         symmetries: found, certified and measured.
         certificate: the numerical proof of each.
         moments: of the gradients.
-        flow: how charges change per step.
-        equilibrium: where that ends.
+        found_flow, found_equilibrium: how charges change per step, and where that ends; in place of each an
+            `Unanswered` with the reason where the moments do not determine it. `.flow` and `.equilibrium` are the
+            results themselves.
         sgd: the optimiser's settings.
-        curvature: what becomes of sharpness and the stable learning rate (SGD), or whether Adam's `v` is slow enough
+        curvature: what becomes of sharpness and the stable learning rate (SGD; today's alone where the equilibrium is
+            not known), or whether Adam's `v` is slow enough
             and its largest stable learning rate; None where it was not measured.
         diagnosis: what all that means, in plain words.
     """
@@ -68,14 +76,42 @@ class Analysis(Shown):
     symmetries: SymmetrySet
     certificate: Certificate
     moments: GradientMoments
-    flow: Flow
-    equilibrium: Equilibrium
+    found_flow: Flow | Unanswered
+    found_equilibrium: Equilibrium | Unanswered
     sgd: Settings
-    curvature: Sharpness | SquareMemory | None
+    curvature: Curvature
     diagnosis: Diagnosis
 
+    @property
+    def flow(self) -> Flow:
+        """How charges change per step.
+
+        Raises:
+            MomentError: the moments do not determine it; the reason and the remedy.
+        """
+        return known(self.found_flow)
+
+    @property
+    def equilibrium(self) -> Equilibrium:
+        """Where that ends.
+
+        Raises:
+            MomentError: the moments do not determine it; the reason and the remedy.
+        """
+        return known(self.found_equilibrium)
+
+    @property
+    def unanswered(self) -> tuple[Unanswered, ...]:
+        """What the moments do not determine, each reason once; empty where all is known."""
+        parts = (self.found_flow, self.found_equilibrium)
+        return tuple({str(part.cause): part for part in parts if isinstance(part, Unanswered)}.values())
+
     def rows(self) -> list[dict[str, Any]]:
-        """`Flow.families` with the number of charges and the equilibrium charge of the joint solution."""
+        """`Flow.families` with the number of charges and the equilibrium charge of the joint solution; none where these
+        are not known.
+        """
+        if self.unanswered:
+            return []
         return [self._family(row) for row in self.flow.families()]
 
     def _family(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -94,22 +130,29 @@ class Analysis(Shown):
 
     def describe(self, *, verbose: bool = False, legend: bool = True) -> str:
         """The parts one after another, the meaning of their columns once at the end; see `Shown.describe`."""
-        settled = sum(s.classification == "finite" for s in self.equilibrium)
-        found = count(len(self.symmetries), "symmetry", "symmetries")
-        first = f"{found} under {described(self.sgd)}: {settled:,} settle at a noise equilibrium"
-        parts = (self.symmetries, self.certificate, self.flow, self.equilibrium)
+        found = f"{count(len(self.symmetries), 'symmetry', 'symmetries')} under {described(self.sgd)}: "
+        first = found + (self._settling() if not self.unanswered else "where they settle is not known")
+        results = (self.symmetries, self.certificate, self.found_flow, self.found_equilibrium)
+        parts = [part for part in results if not isinstance(part, Unanswered)]
         below = (*symmetry_set.EXPLAINED, "outputs changed by", "gradients off by", *flows.EXPLAINED, *result.EXPLAINED)
         texts = [part.describe(verbose=verbose, legend=False) for part in parts]
+        texts += [f"{part.title} Remedy: {part.advice}" for part in self.unanswered]
         texts += [str(part) for part in (self.curvature, self.diagnosis) if part is not None]
         return "\n\n".join([first, *texts, *(["\n".join(legend_lines(*dict.fromkeys(below)))] if legend else [])])
 
+    def _settling(self) -> str:
+        """How many symmetries settle, in words."""
+        return f"{sum(s.classification == 'finite' for s in self.equilibrium):,} settle at a noise equilibrium"
+
     def to_dict(self) -> dict[str, Any]:
+        flow, equilibrium = self.found_flow, self.found_equilibrium
         return {
             "families": self.rows(),
             "symmetries": self.symmetries.to_dict(),
             "certificate": self.certificate.to_dict(),
-            "flow": self.flow.to_dict(),
-            "equilibrium": self.equilibrium.to_dict(),
+            "flow": None if isinstance(flow, Unanswered) else flow.to_dict(),
+            "equilibrium": None if isinstance(equilibrium, Unanswered) else equilibrium.to_dict(),
+            "unanswered": [str(part.cause) for part in self.unanswered],
             "samples": self.moments.samples,
             "curvature": None if self.curvature is None else self.curvature.to_dict(),
             "diagnosis": self.diagnosis.to_dict(),
@@ -205,16 +248,16 @@ def analyze(
     _check_call(model, loss_fn, batches, steps, warmup)
     ahead = _steps_ahead(batches, steps, warmup)
     settings = settings_of(sgd, batches, batch_size, model)
-    data = _taken(batches, samples, _replicates(settings) if uses_batch_statistics(model.modules()) else 1)
+    data = batches_of(batches, samples, _replicates(settings) if uses_batch_statistics(model.modules()) else 1)
     loss = chosen_loss(loss_fn, model, data[0])
     inputs = inputs_of(data[0]) if example_inputs is None else example_inputs
     scales = not isinstance(settings, SGDConfig) or bool(settings.groups)
     measured = measure(model, loss, data, inputs, scales=scales, progress=progress)
     progress("integrating the Noether flow")
-    flow = noether_flow(model, measured.symmetries, measured.moments, settings)
+    flow = attempted(lambda: noether_flow(model, measured.symmetries, measured.moments, settings))
     progress("solving for the noise equilibrium")
-    eq = _settled(measured, model, settings, approximate)
-    found = _curvature(measured, model, loss, data, flow, eq, curvature)
+    eq = attempted(lambda: _settled(measured, model, settings, approximate))
+    found = _curvature(measured, model, loss, data, flow, eq, settings, curvature)
     examined = Examined(
         model=unwrap(model),
         symmetries=measured.symmetries,
@@ -285,41 +328,10 @@ def settings_of(optimizer: Any, batches: Iterable[Any], batch_size: int | None, 
         return optimizer_config(at_peak, size, model=model)
 
 
-def _taken(batches: Iterable[Any], samples: int, least: int) -> list[Any]:
-    """All batches of a list; of a loader as many as hold the samples wanted, and at least so many batches.
-
-    Raises:
-        DataError: there is no batch, or one tuple of tensors in place of a list of batches.
-    """
-    if isinstance(batches, tuple) and all(isinstance(b, Tensor) for b in batches):
-        raise DataError("batches is an iterable of batches, got one tuple of tensors; for a single batch: [(x, y)]")
-    if isinstance(batches, Sequence):
-        taken = list(batches)
-    else:
-        taken = _from_loader(batches, samples)
-        while taken and len(taken) < least and isinstance(batches, DataLoader):
-            taken += islice(batches, least - len(taken))
-    if not taken:
-        raise DataError("there are no batches; give at least one")
-    return taken
-
-
 def _replicates(settings: Settings) -> int:
     """How many minibatches tell noise from the mean gradient, which momentum counts `1 / (1 - m)` times as much."""
     momentum = settings.momentum if isinstance(settings, SGDConfig) else settings.betas[0]
     return min(MOST_REPLICATES, round(REPLICATES / (1 - momentum)))
-
-
-def _from_loader(batches: Iterable[Any], samples: int) -> list[Any]:
-    """The first batches that hold so many samples together."""
-    taken: list[Any] = []
-    found = 0
-    for batch in batches:
-        taken.append(batch)
-        found += samples_in(batch)
-        if found >= samples:
-            break
-    return taken
 
 
 def _steps_ahead(batches: Iterable[Any], steps: int | None, warmup: int | None) -> int:
@@ -336,20 +348,6 @@ def _steps_ahead(batches: Iterable[Any], steps: int | None, warmup: int | None) 
         return steps
     sized = isinstance(batches, DataLoader) and hasattr(batches, "__len__")
     return max(STEPS, warmup or 0, EPOCHS * len(batches) if sized else 0)  # type: ignore[arg-type]
-
-
-def inputs_of(batch: Any, samples: int = 2) -> Any:
-    """The model's inputs in a batch: the first item of a pair, a dict without its labels, or the batch itself.
-
-    Example:
-        >>> inputs_of((torch.zeros(5, 3), torch.zeros(5))).shape
-        torch.Size([2, 3])
-    """
-    if isinstance(batch, Mapping):
-        inputs: Any = {n: v for n, v in dict(batch).items() if n not in LABELS}
-    else:
-        inputs = batch[0] if isinstance(batch, tuple | list) else batch
-    return pytree.tree_map(lambda t: t[:samples] if isinstance(t, Tensor) and t.ndim else t, inputs)
 
 
 REMEDY = "return one loss per sample from loss_fn(model, batch), or pass the criterion itself; curvature=True says more"
@@ -374,10 +372,11 @@ def _curvature(
     model: nn.Module,
     loss_fn: LossFn,
     data: Sequence[Any],
-    flow: Flow,
-    eq: Equilibrium,
+    flow: Flow | Unanswered,
+    eq: Equilibrium | Unanswered,
+    settings: Settings,
     wanted: bool | None,
-) -> Sharpness | SquareMemory | None:
+) -> Curvature:
     """Sharpness under SGD, the memory of squares under Adam; None where it is not wanted or cannot be measured.
 
     Raises:
@@ -387,11 +386,14 @@ def _curvature(
         return None
     some = list(islice(data, max(1, CURVED // max(1, samples_in(data[0])))))
     try:
-        if isinstance(flow.sgd, SGDConfig):
-            found = sharpness_forecast(model, loss_fn, some, eq, flow, probes=PROBES)
+        if isinstance(settings, SGDConfig) and (isinstance(flow, Unanswered) or isinstance(eq, Unanswered)):
+            top = top_eigenvalue(model, loss_fn, some)
+            return PresentSharpness(top, settings.lr, settings.stability_limit)
+        if isinstance(settings, SGDConfig):
+            found = sharpness_forecast(model, loss_fn, some, known(eq), known(flow), probes=PROBES)
             return found if isinstance(found, Sharpness) else None
-        if isinstance(flow.sgd, AdamConfig):
-            return square_memory(model, loss_fn, some, measured.moments, flow.sgd)
+        if isinstance(settings, AdamConfig):
+            return square_memory(model, loss_fn, some, measured.moments, settings)
     except NoetherflowError:
         if wanted:
             raise

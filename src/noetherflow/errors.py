@@ -25,6 +25,20 @@ class MomentError(NoetherflowError, RuntimeError):
     """Gradient moments could not be measured, or a parameter's gradient was not fully accounted for."""
 
 
+class SampleNumberError(MomentError):
+    """The samples that moments were measured on are too few for what is asked of them.
+
+    Attributes:
+        needed: how many it takes.
+        unit: `samples`, or `minibatches` where each of these is one replicate.
+    """
+
+    def __init__(self, message: str, needed: int, unit: str) -> None:
+        super().__init__(message)
+        self.needed = needed
+        self.unit = unit
+
+
 class DataError(NoetherflowError, ValueError):
     """A batch, loss or setting is unusable (NaN, wrong shape, batch larger than the data)."""
 

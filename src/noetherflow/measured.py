@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
 
 from noetherflow.core.inputs import LossFn
 from noetherflow.core.optimizers import Settings
@@ -17,12 +20,14 @@ from noetherflow.core.torch_internals import has_gradient_hooks
 from noetherflow.core.unwrap import unwrap
 from noetherflow.discovery import Certificate, certify, find_symmetries
 from noetherflow.equilibrium import Equilibrium, noise_equilibrium
+from noetherflow.errors import DataError
 from noetherflow.moments import GradientMoments, gradient_moments, minibatch_moments
 from noetherflow.moments.batch import tensors_in
 from noetherflow.moments.batch_statistics import running_statistics, uses_batch_statistics
 from noetherflow.symmetry.heads import with_scales
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
+LABELS = ("labels", "label", "targets", "target", "y")
 BATCH_STATISTICS = "holds with batch statistics only: model.train()"
 
 
@@ -89,3 +94,48 @@ def _by_minibatch(loss_fn: LossFn, batches: Sequence[Any], syms: SymmetrySet) ->
 def samples_in(batch: Any) -> int:
     """How many samples a batch has: the length of its first tensor that has one."""
     return next((len(t) for t in tensors_in(batch) if t.ndim), 0)
+
+
+def batches_of(batches: Iterable[Any], samples: int, least: int) -> list[Any]:
+    """All batches of a list; of a loader as many as hold the samples wanted, and at least so many batches.
+
+    Raises:
+        DataError: there is no batch, or one tuple of tensors in place of a list of batches.
+    """
+    if isinstance(batches, tuple) and all(isinstance(b, Tensor) for b in batches):
+        raise DataError("batches is an iterable of batches, got one tuple of tensors; for a single batch: [(x, y)]")
+    if isinstance(batches, Sequence):
+        taken = list(batches)
+    else:
+        taken = _from_loader(batches, samples)
+        while taken and len(taken) < least and isinstance(batches, DataLoader):
+            taken += islice(batches, least - len(taken))
+    if not taken:
+        raise DataError("there are no batches; give at least one")
+    return taken
+
+
+def _from_loader(batches: Iterable[Any], samples: int) -> list[Any]:
+    """The first batches that hold so many samples together."""
+    taken: list[Any] = []
+    found = 0
+    for batch in batches:
+        taken.append(batch)
+        found += samples_in(batch)
+        if found >= samples:
+            break
+    return taken
+
+
+def inputs_of(batch: Any, samples: int = 2) -> Any:
+    """The model's inputs in a batch: the first item of a pair, a dict without its labels, or the batch itself.
+
+    Example:
+        >>> inputs_of((torch.zeros(5, 3), torch.zeros(5))).shape
+        torch.Size([2, 3])
+    """
+    if isinstance(batch, Mapping):
+        inputs: Any = {n: v for n, v in dict(batch).items() if n not in LABELS}
+    else:
+        inputs = batch[0] if isinstance(batch, tuple | list) else batch
+    return pytree.tree_map(lambda t: t[:samples] if isinstance(t, Tensor) and t.ndim else t, inputs)

@@ -76,9 +76,12 @@ def analyze(
     printed.print(str(analysis.certificate), markup=False)
     plain = optimizer is OptimizerName.sgd
     title = f"Noether flow at lr {sgd.lr:g}, batch size {batch_size}" if plain else f"Noether flow of {described(sgd)}"
-    tables.of_rows(printed, transposed(analysis.rows()), title)
-    printed.print(legend(*EXPLAINED), markup=False)
-    printed.print(str(analysis.equilibrium), markup=False)
+    for part in analysis.unanswered:
+        printed.print(f"{part.title} {part.advice}", markup=False)
+    if not analysis.unanswered:
+        tables.of_rows(printed, transposed(analysis.rows()), title)
+        printed.print(legend(*EXPLAINED), markup=False)
+        printed.print(str(analysis.equilibrium), markup=False)
     if analysis.curvature is not None:
         printed.print(str(analysis.curvature), markup=False)
     printed.print(f"\n{analysis.diagnosis}", markup=False)

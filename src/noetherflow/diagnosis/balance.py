@@ -17,6 +17,7 @@ GAINS = math.log(3.0)
 CERTAIN = 2.0
 SOME_DEAD, MANY_DEAD = 0.1, 0.5
 SILENT = 1e-6
+ENOUGH = 100
 FAINT, FROZEN_OUT = 0.1, 0.01
 SHOWN = 4
 FARTHEST_PART = "farthest channel, unit or head"
@@ -228,8 +229,11 @@ def _sure(fact: LayerBalance, at: int) -> str:
     return f"factor known to {math.exp(error) - 1:.1%}; it is the balance of the function as it is now"
 
 
-def dead_units(facts: Sequence[PartActivity]) -> list[Finding]:
+def dead_units(facts: Sequence[PartActivity], samples: float = math.inf) -> list[Finding]:
     """Units that no measured sample sends any gradient through.
+
+    A unit that is active for a share `p` of the data is silent on `n` samples with probability `(1 - p)^n`: on fewer
+    than a hundred samples one of 3 % may be, as sparse units are, so that below `ENOUGH` samples dead ones are open.
 
     A unit that is active for one sample of thousands still has a hundredth of the usual root mean squared gradient;
     below `1e-6` of the layer's median it is rounding. Threshold: a tenth of a layer is to watch, for that much of its
@@ -243,6 +247,11 @@ def dead_units(facts: Sequence[PartActivity]) -> list[Finding]:
     if share < SOME_DEAD:
         title = f"{total} units are dead, at most {share:.0%} of a layer: normal." if total else "No unit is dead."
         return [calm("dead-units", "balance", title, "sure on the data measured")]
+    if samples < ENOUGH:
+        title = f"{len(which)} of {len(worst.gradient)} {worst.part}s of `{worst.name}` were silent, but on "
+        title += f"{count(round(samples), 'sample', 'samples')} alone, too few to call them dead."
+        advice = f"measure at least {ENOUGH} samples"
+        return [Finding("dead-units", "balance", "open", title, "", advice, "open")]
     units = ", ".join(str(i) for i in which[:8]) + (", ..." if len(which) > 8 else "")
     title = f"{len(which)} of {len(worst.gradient)} {worst.part}s of `{worst.name}` are dead ({units})."
     means = "No sample sends a gradient through them, so they never learn again; only weight decay moves them."

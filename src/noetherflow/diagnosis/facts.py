@@ -154,6 +154,35 @@ class StepStability:
 
 
 @dataclass(frozen=True)
+class PresentSharpness:
+    """The largest Hessian eigenvalue today alone, where the noise equilibrium is not known.
+
+    Attributes:
+        top: the largest eigenvalue.
+        lr: the learning rate asked about.
+        limit: `lr * top` at which full-batch steps on a quadratic stop being stable; 2 without momentum.
+
+    """
+
+    top: float
+    lr: float
+    limit: float
+
+    @property
+    def load(self) -> float:
+        """The learning rate over the largest stable one with full batches; 0 where the curvature is not positive."""
+        return max(0.0, self.lr * self.top / self.limit)
+
+    def __str__(self) -> str:
+        stable = f"{self.limit / self.top:.3g}" if self.top > 0 else "not known, for it is not positive"
+        return f"largest Hessian eigenvalue now {self.top:.4g}; stable lr below {stable} with full batches"
+
+    def to_dict(self) -> dict[str, float]:
+        """All numbers, ready for JSON."""
+        return {"top_now": self.top, "lr": self.lr, "limit": self.limit, "load": self.load}
+
+
+@dataclass(frozen=True)
 class NormHistory:
     """What became of the norm of a scale-invariant weight in a run.
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from noetherflow.core.adaptive import AdamConfig
 from noetherflow.core.members import modules_of
@@ -16,28 +16,28 @@ from noetherflow.core.optimizers import Settings, described
 from noetherflow.core.settings import SGDConfig
 from noetherflow.core.tensors import tensors_of
 from noetherflow.diagnosis import balance, breaking, norms, sampling, stability
+from noetherflow.diagnosis.examined import Examined, named
 from noetherflow.diagnosis.facts import (
     BatchRegime,
     LayerBalance,
     LogitGrowth,
     NormTrend,
     PartActivity,
+    PresentSharpness,
     ScaleInvariantNorm,
     StepStability,
 )
 from noetherflow.diagnosis.finding import Diagnosis, Finding, doubted, not_judged
 from noetherflow.diagnosis.step import Step, of_parameter
-from noetherflow.equilibrium.charge_flow import ChargeFlow
-from noetherflow.equilibrium.flow import Flow
+from noetherflow.diagnosis.unanswered import Unanswered, answered, known
 from noetherflow.equilibrium.potential import Drift
 from noetherflow.equilibrium.regime import COUNTS
-from noetherflow.equilibrium.result import Equilibrium, Settled
+from noetherflow.equilibrium.result import Settled
 from noetherflow.equilibrium.sharpness import Sharpness
 from noetherflow.equilibrium.validity import SquareMemory
 from noetherflow.moments.result import GradientMoments
 from noetherflow.symmetry.heads import HEADS, QUERY_KEY, heads_in, part_of, scales_of
 from noetherflow.symmetry.symmetry import Symmetry
-from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 FILLED = 2.0
 """Warmup of Adam in memories of `v`: over `2 / (1 - b2)` steps its average fills up with gradients of the settled run
@@ -56,95 +56,72 @@ ON_THE_FLOW = (
 NOT_A_DRIFT = "the flow is NOT VALID as a drift here (see CAUTION)"
 
 
-@dataclass(frozen=True, eq=False)
-class Examined:
-    """All that was measured of one model.
-
-    Attributes:
-        model: at the weights that were measured.
-        symmetries: those that were measured.
-        refused: by name, why the certificate refused others.
-        moments: of the gradients, with `entries=True`.
-        flow: under `settings`.
-        equilibrium: where it ends.
-        settings: the optimiser's.
-        curvature: the sharpness forecast (SGD), the memory of squares (Adam), or None where it was not measured.
-        steps: of training to come.
-        warmup: steps of warmup planned, None where nobody said.
-        started: the optimiser has made steps.
-        steps_given: somebody said how many steps are to come.
-        remedy: what would measure the curvature, where an attempt failed.
-    """
-
-    model: nn.Module
-    symmetries: SymmetrySet
-    refused: dict[str, str]
-    moments: GradientMoments
-    flow: Flow
-    equilibrium: Equilibrium
-    settings: Settings
-    curvature: Sharpness | SquareMemory | None
-    steps: int
-    warmup: int | None
-    started: bool
-    steps_given: bool = True
-    remedy: str = ""
-
-
 def diagnose_measurement(examined: Examined) -> Diagnosis:
     """All findings that one measurement supports."""
-    trends, balances, settings = list(_trends(examined)), list(_balances(examined)), examined.settings
-    long_steps = stability.step_length([t for t in trends if t.matrix], examined.warmup)
+    settings = examined.settings
+    long_steps = stability.step_length([t for t in _trends(examined) if t.matrix], examined.warmup)
     steps = replace(_stability(examined), replaced=bool(long_steps))
     found: list[Finding] = [
-        *norms.norm_growth(list(_invariant_norms(examined)), examined.steps),
-        *norms.norms_to_come(trends, _moving(examined)),
-        *_first_norms(examined, trends),
+        *answered("norms", "norm-growth", lambda: _on_norms(examined)),
+        *answered("norms", "fastest-norms", lambda: _first_norms(examined, list(_trends(examined)))),
+        *answered("norms", "logit-growth", lambda: norms.logit_growth(list(_logits(examined)))),
         *norms.decay_bites(_decays(examined), examined.steps, examined.steps_given),
-        *norms.logit_growth(list(_logits(examined))),
-        *balance.far_from_equilibrium(balances, examined.steps),
-        *balance.heads_apart(balances),
-        *balance.dead_units(list(_activities(examined))),
+        *answered("balance", "balance", lambda: _on_balance(examined)),
+        *balance.dead_units(list(_activities(examined)), _samples(examined.moments)),
         *balance.frozen_heads(list(_activities(examined))),
         *stability.learning_rate(steps),
         *long_steps,
         *stability.sharpening(steps),
         *stability.memory_of_squares(settings),
-        *sampling.batch_size(_regime(examined)),
+        *answered("batch", "batch-size", lambda: sampling.batch_size(_regime(examined))),
         *breaking.broken_by_the_loss(examined.refused),
     ]
     samples = f"{examined.moments.samples:,} {'minibatches' if examined.moments.replicates else 'samples'}"
     subject = f"{type(examined.model).__name__} under {described(examined.settings)}, for {examined.steps:,} steps"
     subject += "" if examined.steps_given else " (the default: give steps=... of the whole training)"
     members = {s.name: modules_of(s.parameters) for s in examined.symmetries}
-    cautions = [*examined.moments.conditions.caution, *examined.flow.regime.cautions]
+    regime = None if isinstance(examined.flow, Unanswered) else examined.flow.regime
+    cautions = [*examined.moments.conditions.caution, *(regime.cautions if regime else ())]
     if examined.moments.conditions.running:
         found = doubted(found, ("norms", "warmup", "balance", "batch"), "measured with running statistics")
-    if not examined.flow.regime.constant:
+    if regime is not None and not regime.constant:
         found = not_judged(found, ON_THE_FLOW, NOT_A_DRIFT)
         if steps.load >= 1:
             found = not_judged(found, ("learning-rate",), NOT_A_DRIFT)
     return Diagnosis.of(f"{subject}, from {samples}", found, members, cautions)
 
 
+def _on_norms(examined: Examined) -> list[Finding]:
+    """Where norms go, by the flow and its end."""
+    growth = norms.norm_growth(list(_invariant_norms(examined)), examined.steps)
+    return [*growth, *norms.norms_to_come(list(_trends(examined)), _moving(examined))]
+
+
+def _on_balance(examined: Examined) -> list[Finding]:
+    """Layers and heads against their noise equilibrium."""
+    balances = list(_balances(examined))
+    return [*balance.far_from_equilibrium(balances, examined.steps), *balance.heads_apart(balances)]
+
+
+def _samples(moments: GradientMoments) -> int:
+    """How many samples went into the moments, those of a minibatch each by itself."""
+    return moments.samples * (moments.replicates.batch_size if moments.replicates else 1)
+
+
 def _moving(examined: Examined) -> bool:
-    """Whether the function changes within the run: the mean gradient counts, and does not last for it."""
+    """Whether the function changes within the run: the mean gradient counts, and does not last for it. Nobody knows
+    where the flow is not known: then it may.
+    """
+    if isinstance(examined.flow, Unanswered):
+        return True
     regime = examined.flow.regime
     return regime.mean_share >= COUNTS and regime.horizon < examined.steps
-
-
-def _named(examined: Examined) -> Iterator[tuple[Symmetry, ChargeFlow, Settled]]:
-    """Every symmetry that flow and equilibrium cover, with its flow and where it settles."""
-    flows = {r.name: r for r in examined.flow.details}
-    for settled in examined.equilibrium:
-        if settled.name in flows:
-            yield examined.symmetries[settled.name], flows[settled.name], settled
 
 
 def _invariant_norms(examined: Examined) -> Iterator[ScaleInvariantNorm]:
     """Norms without a counterweight; the mean gradient's growth counts for as long as it lasts."""
     power = 2 if isinstance(examined.settings, SGDConfig) else 1
-    for symmetry, flow, _ in _named(examined):
+    for symmetry, flow, _ in named(examined):
         charge = abs(float(flow.charge.sum()))
         if not symmetry.one_sided or charge == 0:
             continue
@@ -153,7 +130,7 @@ def _invariant_norms(examined: Examined) -> Iterator[ScaleInvariantNorm]:
         growth, later = max(0.0, noise + sign * float(flow.step_size.sum())), max(0.0, noise)
         error = None if flow.error is None else float(flow.error.norm())
         decay = abs(float(flow.decay.sum())) / charge
-        horizon = examined.flow.regime.horizon
+        horizon = known(examined.flow).regime.horizon
         yield ScaleInvariantNorm(symmetry.name, charge, growth, error, decay, power, horizon, later)
 
 
@@ -216,9 +193,12 @@ def _unseen(examined: Examined) -> set[str]:
 def _settled_norms(examined: Examined) -> dict[str, float]:
     """By parameter, its norm at the noise equilibrium over its norm now; those that no symmetry settles are left out.
 
-    Norms without a counterweight are no part of this: they go on for ever or settle where decay holds them.
+    Norms without a counterweight are no part of this: they go on for ever or settle where decay holds them. Empty where
+    the equilibrium is not known.
     """
-    pairs = [(s, r) for s, _, r in _named(examined) if not s.one_sided and bool(r.finite.all())]
+    if isinstance(examined.equilibrium, Unanswered) or isinstance(examined.flow, Unanswered):
+        return {}
+    pairs = [(s, r) for s, _, r in named(examined) if not s.one_sided and bool(r.finite.all())]
     moved = {leg.parameter for s, _ in pairs for leg in s.weight_legs} - _unseen(examined)
     now = {n: t.detach().double().cpu() for n, t in tensors_of(examined.model).items()}
     then = {n: t.clone() for n, t in now.items()}
@@ -228,7 +208,7 @@ def _settled_norms(examined: Examined) -> dict[str, float]:
 
 
 def _balances(examined: Examined) -> Iterator[LayerBalance]:
-    for symmetry, flow, settled in _named(examined):
+    for symmetry, flow, settled in named(examined):
         if symmetry.one_sided:
             continue
         logs = _logs(settled)
@@ -334,6 +314,8 @@ def _stability(examined: Examined) -> StepStability:
             needed=_or_none(found.full_batch_warmup_steps),
             safe=_or_none(found.warmup_steps),
         )
+    if isinstance(found, PresentSharpness):
+        return replace(fact, load=found.load)
     if isinstance(found, SquareMemory):
         steps = FILLED / (1 - found.square_memory)
         return replace(fact, load=lr / found.stable_lr, needed=steps, safe=steps)
@@ -345,12 +327,12 @@ def _or_none(steps: int | None) -> float | None:
 
 
 def _regime(examined: Examined) -> BatchRegime:
-    settings, regime = examined.settings, examined.flow.regime
+    settings = examined.settings
+    regime = None if isinstance(examined.flow, Unanswered) else examined.flow.regime
+    mean_share, horizon = (regime.mean_share, regime.horizon) if regime else (math.nan, math.nan)
     scales = examined.moments.noise_scale(settings.dataset_size)
     share = settings.covariance_factor * settings.batch_size
-    return BatchRegime(
-        settings.batch_size, scales, regime.mean_share, regime.horizon, examined.started, share, settings.dataset_size
-    )
+    return BatchRegime(settings.batch_size, scales, mean_share, horizon, examined.started, share, settings.dataset_size)
 
 
 def _logits(examined: Examined) -> Iterator[LogitGrowth]:

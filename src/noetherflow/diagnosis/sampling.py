@@ -67,7 +67,7 @@ def _numbers(fact: BatchRegime, low: float, high: float) -> tuple[Evidence, ...]
     shown = layers if len(layers) <= LAYERS_SHOWN else [*layers[: LAYERS_SHOWN // 2], *layers[-LAYERS_SHOWN // 2 :]]
     return (
         *(Evidence("gradient noise scale", value, unit=_interval(low, high)) for value in total),
-        Evidence("mean gradient's share of the drift", fact.mean_share),
+        *(Evidence("mean gradient's share of the drift", share) for share in [fact.mean_share] if share == share),
         *(Evidence(f"noise scale of {name}", s.value, unit="samples") for name, s in shown),
     )
 

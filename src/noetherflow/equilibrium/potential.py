@@ -231,8 +231,9 @@ def samples_needed(moments: GradientMoments, sgd: SGDConfig) -> int:
 
     The mean gradient of `n` samples is known up to noise `v Sigma`, `v` about `1 / n`. Momentum counts that
     `mean_rate / noise_rate` times, and where this is more than all the noise of a minibatch, the drift would come out
-    negative.
+    negative. All samples of a data set are always enough, where samples are measured and not minibatches of it.
     """
     drift, ((a, _), (c, _)) = Drift.of(sgd), moments.batch_weights(sgd)
     enough = -drift.mean * c / (drift.noise * a) * moments.samples if a and drift.noise else math.inf
-    return math.ceil(min(enough, sgd.dataset_size or math.inf) * (1 - 1e-12))
+    there = sgd.dataset_size if moments.replicates is None else None
+    return math.ceil(min(enough, there or math.inf) * (1 - 1e-12))

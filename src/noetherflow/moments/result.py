@@ -15,7 +15,7 @@ from noetherflow.core.printing import count, show, table
 from noetherflow.core.rates import BatchDraws
 from noetherflow.core.settings import SGDConfig
 from noetherflow.core.shown import Shown
-from noetherflow.errors import MomentError
+from noetherflow.errors import MomentError, SampleNumberError
 from noetherflow.moments.conditions import Conditions
 from noetherflow.moments.noise_scale import NoiseScales, noise_scales
 from noetherflow.moments.packed import LeftOut, PackedTensors, SampleSum
@@ -136,7 +136,10 @@ class GradientMoments(Shown):
         drawn = self.replicates or Replicates(1, sgd.dataset_size, "epoch")
         one, v = drawn.of_mean(1), drawn.of_mean(self.samples)
         if one == v:
-            raise MomentError("one sample (or minibatches of all samples) has no covariance; measure at least two")
+            unit = "samples" if self.replicates is None else "minibatches"
+            raise SampleNumberError(
+                "one sample (or minibatches of all samples) has no covariance; measure at least two", 2, unit
+            )
         q, f = 1 / (one - v), sgd.covariance_factor
         return (f * q, -f * q), (-v * q, 1 + v * q)
 

@@ -56,6 +56,13 @@ def _facts(analysis: Analysis) -> list[tuple[str, Any]]:
         ("loss", float(analysis.moments.loss)),
         ("symmetries", len(analysis.symmetries)),
         ("independent charges", analysis.symmetries.n_charges()),
+        *([] if analysis.unanswered else _drift_facts(analysis)),
+    ]
+
+
+def _drift_facts(analysis: Analysis) -> list[tuple[str, Any]]:
+    """How far from its equilibrium the model is, and what moves it."""
+    return [
         ("largest imbalance", float(analysis.equilibrium.imbalance_now)),
         ("drift by the mean gradient", f"{analysis.flow.regime.mean_share:.0%}"),
     ]
@@ -78,6 +85,21 @@ def analysis_sections(analysis: Analysis, prefix: str = "") -> list[Section]:
             notes=legend("family", "blocks", "charges"),
             figures=[Figure(picture(analysis.symmetries), "A row per layer, a column per symmetry.", f"{prefix}map")],
         ),
+        *_drift_sections(analysis, prefix),
+        Section(
+            "Certificate",
+            str(analysis.certificate).splitlines()[0].capitalize() + ".",
+            table=[_certificate_row(r) for r in analysis.certificate.rows],
+            notes="; ".join(filter(None, [legend("outputs changed by", "gradients off by"), more_legs(names)])),
+        ),
+    ]
+
+
+def _drift_sections(analysis: Analysis, prefix: str) -> list[Section]:
+    """The flow and where it settles; why they are not known where that is so."""
+    if analysis.unanswered:
+        return [Section("Noether flow and noise equilibrium", f"{u.title} {u.advice}") for u in analysis.unanswered]
+    return [
         Section(
             "Noether flow",
             "What moves the charges, how long they take, and where one measurement says that they go.",
@@ -91,12 +113,6 @@ def analysis_sections(analysis: Analysis, prefix: str = "") -> list[Section]:
             table=[_equilibrium_row(r) for r in analysis.equilibrium.rows()],
             notes=legend("finite, one-sided, degenerate", "largest factor", "imbalance"),
             figures=_equilibrium_figures(analysis, prefix),
-        ),
-        Section(
-            "Certificate",
-            str(analysis.certificate).splitlines()[0].capitalize() + ".",
-            table=[_certificate_row(r) for r in analysis.certificate.rows],
-            notes="; ".join(filter(None, [legend("outputs changed by", "gradients off by"), more_legs(names)])),
         ),
     ]
 
