@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -11,17 +12,17 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 
-from noetherflow.core.adaptive import AdamConfig
 from noetherflow.core.arguments import A_MODEL, expect
 from noetherflow.core.inputs import LossFn
 from noetherflow.core.losses import chosen_loss
 from noetherflow.core.optimizers import Settings, check_settings, described, optimizer_config
 from noetherflow.core.printing import count, legend_lines
+from noetherflow.core.progress import Stages
 from noetherflow.core.settings import SGDConfig
 from noetherflow.core.shown import Shown
 from noetherflow.core.unwrap import unwrap, unwrap_optimizer
+from noetherflow.diagnosis.curvature import Curvature, curvature_of, remedy, wants_curvature
 from noetherflow.diagnosis.examined import Examined
-from noetherflow.diagnosis.facts import PresentSharpness
 from noetherflow.diagnosis.finding import Diagnosis
 from noetherflow.diagnosis.of_model import diagnose_measurement
 from noetherflow.diagnosis.unanswered import Unanswered, attempted, known
@@ -29,30 +30,20 @@ from noetherflow.discovery import Certificate
 from noetherflow.equilibrium import Equilibrium, result
 from noetherflow.equilibrium import flow as flows
 from noetherflow.equilibrium.charge_flow import norm_where
-from noetherflow.equilibrium.curvature import top_eigenvalue
 from noetherflow.equilibrium.flow import Flow, noether_flow
-from noetherflow.equilibrium.sharpness import Sharpness, sharpness_forecast
-from noetherflow.equilibrium.validity import SquareMemory, square_memory
-from noetherflow.errors import DataError, MomentError, NoetherflowError
+from noetherflow.errors import DataError, MomentError
 from noetherflow.measured import MeasuredModel, batches_of, inputs_of, measure, samples_in
 from noetherflow.moments import GradientMoments
 from noetherflow.moments.batch_statistics import uses_batch_statistics
 from noetherflow.symmetry import symmetry_set
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
-SAMPLES, CURVED, PROBES = 2048, 128, 16
+SAMPLES, CURVED = 2048, 128
 REPLICATES, MOST_REPLICATES = 12, 256
-"""Samples taken from a loader for gradients, and of these for curvature; Hessian products for its trace;
-minibatches per `1 - momentum` where each is one replicate (batch statistics), for which a loader is gone through again,
-and how many at most."""
-LARGE = 2_000_000
-"""Trainable entries above which curvature is measured only on request."""
+"""Samples taken from a loader for gradients, and of these for curvature; minibatches per `1 - momentum` where each is
+one replicate (batch statistics), for which a loader is gone through again, and how many at most."""
 STEPS, EPOCHS = 1000, 10
 """Length of the run looked at where none is given: so many epochs of the loader, at least so many steps."""
-
-
-Curvature = Sharpness | PresentSharpness | SquareMemory | None
-"""What is known of the curvature, and of Adam's memory of squares."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +59,8 @@ class Analysis(Shown):
             results themselves.
         sgd: the optimiser's settings.
         curvature: what becomes of sharpness and the stable learning rate (SGD; today's alone where the equilibrium is
-            not known), or whether Adam's `v` is slow enough
-            and its largest stable learning rate; None where it was not measured.
+            not known), or whether Adam's `v` is slow enough and its largest stable learning rate; None where it was not
+            measured.
         diagnosis: what all that means, in plain words.
     """
 
@@ -214,7 +205,7 @@ def analyze(
     samples: int = SAMPLES,
     curvature: bool | None = None,
     approximate: bool = True,
-    progress: Callable[[str], None] = lambda stage: None,
+    progress: Callable[[str], None] | None = None,
 ) -> Analysis:
     """Find and certify the model's symmetries, measure the gradient noise along them, forecast, settle and diagnose.
 
@@ -237,7 +228,7 @@ def analyze(
         samples: how many to take from a loader.
         curvature: measure sharpness; by default up to two million trainable entries.
         approximate: False leaves those symmetries in place that a normalisation's eps makes approximate.
-        progress: hears each stage.
+        progress: hears each stage; by default standard error does, from the third second on.
 
     Returns:
         An Analysis; print it, or look at `.diagnosis`, `.flow`, `.equilibrium`, `.moments.noise_scale()`.
@@ -252,12 +243,14 @@ def analyze(
     loss = chosen_loss(loss_fn, model, data[0])
     inputs = inputs_of(data[0]) if example_inputs is None else example_inputs
     scales = not isinstance(settings, SGDConfig) or bool(settings.groups)
-    measured = measure(model, loss, data, inputs, scales=scales, progress=progress)
-    progress("integrating the Noether flow")
-    flow = attempted(lambda: noether_flow(model, measured.symmetries, measured.moments, settings))
-    progress("solving for the noise equilibrium")
-    eq = attempted(lambda: _settled(measured, model, settings, approximate))
-    found = _curvature(measured, model, loss, data, flow, eq, settings, curvature)
+    with Stages("analysis") if progress is None else nullcontext(progress) as say:
+        measured = measure(model, loss, data, inputs, scales=scales, progress=say)
+        say("integrating the Noether flow")
+        flow = attempted(lambda: noether_flow(model, measured.symmetries, measured.moments, settings))
+        say("solving for the noise equilibrium")
+        eq = attempted(lambda: _settled(measured, model, settings, approximate))
+        say("measuring curvature" if wants_curvature(model, curvature) else "leaving curvature out")
+        found = curvature_of(measured.moments, model, loss, _some(data), flow, eq, settings, curvature)
     examined = Examined(
         model=unwrap(model),
         symmetries=measured.symmetries,
@@ -271,7 +264,7 @@ def analyze(
         warmup=warmup,
         started=bool(getattr(sgd, "state", None)),
         steps_given=steps is not None,
-        remedy=_remedy(model, settings, curvature),
+        remedy=remedy(model, settings, curvature),
     )
     diagnosis = diagnose_measurement(examined)
     return Analysis(measured.symmetries, measured.certificate, measured.moments, flow, eq, settings, found, diagnosis)
@@ -350,51 +343,6 @@ def _steps_ahead(batches: Iterable[Any], steps: int | None, warmup: int | None) 
     return max(STEPS, warmup or 0, EPOCHS * len(batches) if sized else 0)  # type: ignore[arg-type]
 
 
-REMEDY = "return one loss per sample from loss_fn(model, batch), or pass the criterion itself; curvature=True says more"
-"""What measures a curvature that could not be measured."""
-
-
-def _remedy(model: nn.Module, settings: Settings, wanted: bool | None) -> str:
-    """What would measure a curvature that is missing; empty where asking for it would."""
-    if not isinstance(settings, SGDConfig | AdamConfig):
-        return "nothing: steps of this optimiser have one size at any curvature"
-    return REMEDY if _wants_curvature(model, wanted) else ""
-
-
-def _wants_curvature(model: nn.Module, wanted: bool | None) -> bool:
-    """As asked; where nobody asked, up to `LARGE` trainable entries."""
-    size = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return size <= LARGE if wanted is None else wanted
-
-
-def _curvature(
-    measured: MeasuredModel,
-    model: nn.Module,
-    loss_fn: LossFn,
-    data: Sequence[Any],
-    flow: Flow | Unanswered,
-    eq: Equilibrium | Unanswered,
-    settings: Settings,
-    wanted: bool | None,
-) -> Curvature:
-    """Sharpness under SGD, the memory of squares under Adam; None where it is not wanted or cannot be measured.
-
-    Raises:
-        NoetherflowError: it cannot be measured, and was asked for.
-    """
-    if not _wants_curvature(model, wanted):
-        return None
-    some = list(islice(data, max(1, CURVED // max(1, samples_in(data[0])))))
-    try:
-        if isinstance(settings, SGDConfig) and (isinstance(flow, Unanswered) or isinstance(eq, Unanswered)):
-            top = top_eigenvalue(model, loss_fn, some)
-            return PresentSharpness(top, settings.lr, settings.stability_limit)
-        if isinstance(settings, SGDConfig):
-            found = sharpness_forecast(model, loss_fn, some, known(eq), known(flow), probes=PROBES)
-            return found if isinstance(found, Sharpness) else None
-        if isinstance(settings, AdamConfig):
-            return square_memory(model, loss_fn, some, measured.moments, settings)
-    except NoetherflowError:
-        if wanted:
-            raise
-    return None
+def _some(data: Sequence[Any]) -> list[Any]:
+    """The batches that curvature is measured on."""
+    return list(islice(data, max(1, CURVED // max(1, samples_in(data[0])))))

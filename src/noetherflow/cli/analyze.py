@@ -63,7 +63,7 @@ def analyze(
     workload = load_workload(model, data)
     size = workload.samples if finite_data else None
     sgd = GivenSettings(optimizer, lr, batch_size, weight_decay, momentum, dataset_size=size, betas=betas).settings()
-    say = announce(f"{model}: seconds for tracing, then a few gradient passes over {workload.samples:,} samples", 5)
+    say = announce(f"{model}: seconds for tracing, then a few gradient passes over {workload.samples:,} samples", 6)
     options: dict[str, Any] = {"steps": steps, "warmup": warmup, "progress": say}
     analysis = run(workload.model, workload.loss_fn, workload.batches, sgd, workload.example_inputs, **options)
     if report is not None:

@@ -87,15 +87,15 @@ class PreconditionedHessian:
         found: np.ndarray = (self.scales * self.product.flat(wide))[self.active]
         return found
 
-    def top(self) -> float:
-        """The algebraically largest eigenvalue."""
+    def top(self, accuracy: float = 1e-4) -> float:
+        """The algebraically largest eigenvalue, to a relative `accuracy`."""
         from scipy.sparse.linalg import LinearOperator, eigsh
 
         if self.size == 1:
             return float(self(np.ones(1))[0])
         start = np.random.default_rng(0).standard_normal(self.size)
         operator = LinearOperator((self.size, self.size), matvec=self.__call__, dtype=np.float64)
-        return float(eigsh(operator, k=1, which="LA", tol=1e-4, v0=start, return_eigenvectors=False)[0])
+        return float(eigsh(operator, k=1, which="LA", tol=accuracy, v0=start, return_eigenvectors=False)[0])
 
     def trace(self, probes: int) -> float:
         """Hutchinson's estimate with random signs; exact, entry by entry, where that takes no more products."""

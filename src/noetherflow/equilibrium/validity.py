@@ -99,6 +99,7 @@ def square_memory(
     config: AdamConfig,
     *,
     probes: int = 16,
+    accuracy: float = 1e-4,
 ) -> SquareMemory:
     """Measure how fast Adam's `v` is against the fluctuations: one Lanczos run and a stochastic trace.
 
@@ -109,6 +110,7 @@ def square_memory(
         moments: with `entries=True`, of all trainable parameters that have a symmetry; others stand still here.
         config: Adam's settings.
         probes: Hessian products for the trace.
+        accuracy: of the largest eigenvalue, relative.
 
     Returns:
         The two curvatures and what follows from them; print it for a sentence.
@@ -123,7 +125,7 @@ def square_memory(
         raise DataError(f"v is Adam's: config must be nf.AdamConfig(...), got {type(config).__name__}")
     hessian = PreconditionedHessian.of(model, loss_fn, batches, roots_of(moments, config), config)
     return SquareMemory(
-        top=hessian.top(),
+        top=hessian.top(accuracy),
         mean=hessian.trace(probes) / hessian.size,
         lr=config.lr,
         square_memory=config.betas[1],
