@@ -1,0 +1,123 @@
+"""The Noether flow of a two-layer linear net to first order in the learning rate: weights fluctuate around the orbit.
+
+`theory.orbit_flow` puts the weights on the orbit `U W = V`. SGD keeps them at a distance of order `sqrt(eta / S)` from
+it, and of every mean of squares a part of order `eta d / S` is of that distance: of the norms, of the charges, and of
+`U W` itself. All of them to first order, where `V`, `Sig_x` and `Sig_eps` are diagonal, so that the mean weights are.
+
+Source: theory.md section 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from noetherflow.core.settings import SGDConfig
+
+ITERATIONS = 100
+"""Far more than the mean weights need: each divides what is left by about `S / (eta d)`."""
+
+
+@dataclass(frozen=True, eq=False)
+class AlignedNet:
+    """`||U W x - V x - eps||^2` with diagonal matrices, each given by its diagonal, `[d]`.
+
+    Attributes:
+        product: `V`.
+        sigma_x: the covariance of the inputs.
+        sigma_eps: that of the label noise.
+        sgd: learning rate and batch size; plain SGD on new samples.
+    """
+
+    product: Tensor
+    sigma_x: Tensor
+    sigma_eps: Tensor
+    sgd: SGDConfig
+
+    def spread(self, u: Tensor, w: Tensor) -> Tensor:
+        """Variances of `Z`, `[d, d]`, where `U = diag(u) + Z diag(w)` and `W = diag(w) + diag(u) Z`.
+
+        Both gradients are one matrix times the other layer, so that one matrix `Z` of independent entries describes the
+        fluctuation. `E = U W - V` is `(u_i^2 + w_j^2) Z_ij`, whose step is linear: a contraction and a kick.
+        """
+        stiffness = _sums(u, w)
+        kick = 2 * self.sgd.effective_lr * stiffness
+        rate = kick * self.sigma_x
+        error = (
+            kick.square() * self.sigma_eps[:, None] * self.sigma_x / self.sgd.batch_size / (2 * rate - rate.square())
+        )
+        return error / stiffness.square()
+
+    def mean_product(self, u: Tensor, w: Tensor) -> Tensor:
+        """The diagonal of `diag(u) diag(w)`: of `V`, and of what the fluctuation takes away from it, `[d]`.
+
+        The mean of `E` does not change when the pull on it balances the mean product of the two layers' steps and the
+        mean of `dU U^T E Sig_x + E Sig_x W^T dW`, fluctuations that are correlated with the error that they multiply.
+        """
+        z, x = self.spread(u, w), self.sigma_x
+        pull = _sums(u, w) * x
+        own = z.diagonal()
+        correlated = x * (_sums(u, w) * z).sum(0) + (pull * z).sum(1) + 2 * pull.diagonal() * own
+        steps = 2 * self.sgd.effective_lr * self.product * self.sigma_eps * x / self.sgd.batch_size
+        error = (steps - u * w * correlated) / pull.diagonal()
+        return (self.product + error) / (1 + own)
+
+    def mean_weights(self, charges: Tensor, u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """`(u, w)` at which `W W^T - U^T U` has the mean diagonal `charges`, searched from `(u, w)`."""
+        for _ in range(ITERATIONS):
+            z, product = self.spread(u, w), self.mean_product(u, w)
+            gap = charges - u.square() * z.sum(1) + w.square() * z.sum(0)
+            total = (gap.square() + 4 * product.square()).sqrt()
+            before, (u, w) = u, (((total - gap) / 2).sqrt(), ((total + gap) / 2).sqrt())
+            if torch.allclose(u, before, rtol=1e-13, atol=0):
+                return u, w
+        raise ArithmeticError(f"no mean weights with charges {charges}: eta d / S is too large for the first order")
+
+    def squares(self, u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Means of `||U||^2` and `||W||^2`."""
+        z = self.spread(u, w)
+        return u.square().sum() + (z @ w.square()).sum(), w.square().sum() + (u.square() @ z).sum()
+
+    def drift(self, u: Tensor, w: Tensor) -> Tensor:
+        """Mean change per step of the diagonal of `W W^T - U^T U`, `[d]`."""
+        x, noise, s, z = self.sigma_x, self.sigma_eps, self.sgd.batch_size, self.spread(u, w)
+        error = _sums(u, w).square() * z
+        at_u = x.sum() * (noise + error @ x) + (1 + s) * error @ x.square()
+        at_w = x * (noise.sum() + (error @ x).sum()) + (1 + s) * x.square() * error.sum(0)
+        of_u = u.square() * at_u + w.square() * (noise @ z) * x.sum()
+        of_w = w.square() * at_w + u.square() * (z @ x) * noise.sum()
+        return 4 * self.sgd.effective_lr**2 / s * (of_u - of_w)
+
+
+def _sums(u: Tensor, w: Tensor) -> Tensor:
+    """`u_i^2 + w_j^2`, `[d, d]`."""
+    return u.square()[:, None] + w.square()
+
+
+def fluctuating_flow(net: AlignedNet, u: Tensor, w: Tensor, at: Sequence[int]) -> list[tuple[float, float]]:
+    """Means of `||U||^2` and `||W||^2` in training that starts at `(diag(u), diag(w))`, at the steps `at`.
+
+    The first step of `at` is 0, where nothing fluctuates yet. Between two of them the charges follow the midpoint rule
+    in four strides, which is exact enough where `at` divides the relaxation time by ten or more.
+
+    Example:
+        >>> one = torch.ones(2, dtype=torch.float64)
+        >>> net = AlignedNet(one, one, one, SGDConfig(0.01, batch_size=10))
+        >>> [(round(a, 3), round(b, 3)) for a, b in fluctuating_flow(net, 2 * one, one / 2, [0, 1000])]
+        [(8.0, 0.5), (7.433, 0.541)]
+    """
+    charges = w.square() - u.square()
+    out, now = [(float(u.square().sum()), float(w.square().sum()))], at[0]
+    for target in at[1:]:
+        h = (target - now) / 4
+        for _ in range(4):
+            u, w = net.mean_weights(charges, u, w)
+            middle = net.mean_weights(charges + h / 2 * net.drift(u, w), u, w)
+            charges = charges + h * net.drift(*middle)
+        u, w = net.mean_weights(charges, u, w)
+        out.append((float(net.squares(u, w)[0]), float(net.squares(u, w)[1])))
+        now = target
+    return out

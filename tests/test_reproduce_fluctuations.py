@@ -1,0 +1,55 @@
+"""Theory to first order in the learning rate against many runs of SGD."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from noetherflow.core.settings import SGDConfig
+from noetherflow_paper.fluctuations import AlignedNet, fluctuating_flow
+from noetherflow_paper.simulate import LinearNet, simulate
+from noetherflow_paper.theory import finite_step_gammas, orbit_flow
+
+F64 = torch.float64
+V, SX, SE = (
+    torch.tensor(values, dtype=F64) for values in ([1.0, 0.6, 1.5, 0.8], [0.5, 1.2, 0.9, 0.7], [1, 0.7, 1.3, 0.4])
+)
+U, W = 1.4 * V.sqrt(), V.sqrt() / 1.4
+AT, RUNS, SGD = [0, 187, 374, 561, 749], 4000, SGDConfig(0.02, batch_size=8)
+
+
+def test_mean_squares_of_both_layers_are_those_of_simulated_runs():
+    """Within three standard errors at four times, where the orbit alone is three to eight off."""
+    net = LinearNet.of(*(torch.diag(m) for m in (V, SX, SE)), SGD.batch_size)
+    start = [torch.diag(layer).expand(RUNS, -1, -1) for layer in (W, U)]
+    rng = torch.Generator().manual_seed(3)
+
+    def squares(params):
+        return {name: p.square().sum((-2, -1)) for name, p in zip("wu", params, strict=True)}
+
+    runs = simulate(net, start, AT[-1], SGD.effective_lr, rng, squares, at=AT).records
+    theory = fluctuating_flow(AlignedNet(V, SX, SE, SGD), U, W, AT)
+    orbit = orbit_flow(torch.diag(U), torch.diag(W), finite_step_gammas(torch.diag(SX), torch.diag(SE), SGD), SGD, AT)
+    for k in range(1, len(AT)):
+        for name, predicted, on_orbit in zip("uw", theory[k], (layers[k] for layers in orbit), strict=True):
+            seen = torch.as_tensor(runs[name][k])
+            error = float(seen.std()) / RUNS**0.5
+            assert abs(float(seen.mean()) - predicted) < 3 * error
+            assert abs(float(seen.mean()) - float(on_orbit.square().sum())) > 3 * error
+
+
+def test_the_flow_tends_to_that_on_the_orbit():
+    """In proportion to the learning rate, at equal `eta^2 t`."""
+    gaps = []
+    for lr, at in ((0.004, list(range(0, 10001, 1000))), (0.002, list(range(0, 40001, 4000)))):
+        sgd = SGDConfig(lr, batch_size=40)
+        gammas = finite_step_gammas(torch.diag(SX), torch.diag(SE), sgd)
+        u, _ = orbit_flow(torch.diag(U), torch.diag(W), gammas, sgd, at)
+        gaps.append(fluctuating_flow(AlignedNet(V, SX, SE, sgd), U, W, at)[-1][0] - float(u[-1].square().sum()))
+    assert gaps[0] / gaps[1] == pytest.approx(2, rel=0.03)
+    assert abs(gaps[0]) > 1e-4
+
+
+def test_too_much_noise_is_refused():
+    with pytest.raises(ArithmeticError, match="too large for the first order"):
+        fluctuating_flow(AlignedNet(V, SX, SE, SGDConfig(0.2, batch_size=1)), U, W, [0, 100])
