@@ -165,7 +165,7 @@ def test_a_replay_runs_no_forward_and_one_graph_serves_all_calls() -> None:
     assert meter.captured.replays == 2 + 18
     plain = nf.Meter(model, loss_fn, every_axis(model))
     plain.measure(batches, groups=1)
-    assert len(runs) == before + 6 + 1  # and one to verify
+    assert len(runs) == before + 6  # the first serves to verify as well
 
 
 def test_weights_and_buffers_changed_in_place_are_seen() -> None:

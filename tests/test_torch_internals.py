@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from noetherflow.core import torch_internals as internals
 
@@ -52,6 +54,44 @@ def test_run_backward_is_autograd_grad_unseen_by_a_mode() -> None:
     assert none is None
     assert mode.names == []
     assert x.grad is None
+
+
+def test_run_backward_keeps_the_graph_where_told() -> None:
+    """Else: see `retain_graph` of `torch.autograd.grad`; a batch is verified and measured from one forward."""
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    y, weights = x.exp(), torch.ones(2)
+    first = internals.run_backward(y, weights, [x], keep=True)
+    second = internals.run_backward(y, weights, [x])
+    assert torch.equal(first[0], second[0])  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="second time"):
+        internals.run_backward(y, weights, [x])
+
+
+def test_packed_saved_tensors_are_seen_where_a_checkpoint_holds_them() -> None:
+    """Else: look in `torch.utils.checkpoint` for the hooks it puts on what operators keep."""
+    seen: list[bool] = []
+
+    def inside(x: Tensor) -> Tensor:
+        seen.append(internals.saved_tensors_are_packed())
+        return x.exp()
+
+    x = torch.ones(2, requires_grad=True)
+    inside(x)
+    checkpoint(inside, x, use_reentrant=False)
+    inside(x)
+    assert seen == [False, True, False]
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_backward_written_in_python_is_seen_behind_a_loss(hooked: bool) -> None:
+    """Else: look for what tells a Python function among `grad_fn` and `next_functions`; a module's full backward
+    hook puts one there too.
+    """
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Conv1d(1, 1, 1), nn.Embedding(4, 2)).eval()
+    if hooked:
+        model[1].register_full_backward_hook(lambda module, into, out: None)
+    x = model[2](model[1](model[0](torch.ones(4, 2))).unsqueeze(1)).sum((1, 2)) + model[3](torch.arange(4)).sum(1)
+    assert internals.made_by_torch_alone(x) != hooked
 
 
 def test_unseen_by_modes_hides_calls_and_only_inside() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import operator
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any
@@ -29,7 +29,9 @@ __all__ = ["FakeTensor", "FakeTensorMode", "TorchDispatchMode"]
 """Classes of torch that are documented for extensions and yet live in private modules."""
 
 
-def run_backward(outputs: Tensor, weights: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+def run_backward(
+    outputs: Tensor, weights: Tensor, inputs: Sequence[Tensor], keep: bool = False
+) -> tuple[Tensor | None, ...]:
     """`torch.autograd.grad(outputs, inputs, weights, allow_unused=True)` without its checks in Python.
 
     `autograd.grad` calls public functions on the tensors it is given, and an active `TorchFunctionMode` would intercept
@@ -39,12 +41,13 @@ def run_backward(outputs: Tensor, weights: Tensor, inputs: Sequence[Tensor]) -> 
         outputs: the tensor that is differentiated.
         weights: the gradient with respect to `outputs`, of the same shape.
         inputs: what to differentiate by.
+        keep: keep the graph for another backward; else it is freed.
 
     Returns:
-        One gradient per input, None for an input that `outputs` does not depend on. The graph is freed.
+        One gradient per input, None for an input that `outputs` does not depend on.
     """
     found: tuple[Tensor | None, ...] = _engine_run_backward(
-        (outputs,), (weights,), False, False, tuple(inputs), True, accumulate_grad=False
+        (outputs,), (weights,), keep, False, tuple(inputs), True, accumulate_grad=False
     )
     return found
 
@@ -198,6 +201,20 @@ def ready(graph: fx.GraphModule, fixed: Sequence[Tensor], given: Sequence[Tensor
     return CudaGraph(graph, fixed, given) if all(t.is_cuda for t in (*fixed, *given)) else graph
 
 
+def saved_tensors_are_packed() -> bool:
+    """Whether what operators keep for the backward goes through hooks just now: of a checkpoint, which recomputes it,
+    or of `torch.autograd.graph.save_on_cpu`.
+
+    Example:
+        >>> with torch.autograd.graph.save_on_cpu():
+        ...     saved_tensors_are_packed()
+        True
+        >>> saved_tensors_are_packed()
+        False
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 def unseen_by_modes() -> AbstractContextManager[None]:
     """A context in which an active `TorchFunctionMode` sees no call: for our own tensor work under our own mode."""
     context: AbstractContextManager[None] = torch._C.DisableTorchFunction()
@@ -217,20 +234,51 @@ def coarsest_epsilon(output: Tensor) -> float:
         >>> coarsest_epsilon(x.bfloat16().float().sum()) == torch.finfo(torch.bfloat16).eps
         True
     """
-    largest = torch.finfo(output.dtype).eps
-    waiting, seen, convolved = [output.grad_fn], set(), False
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    largest, convolved = torch.finfo(output.dtype).eps, False
+    for node in _nodes_behind(output):
         convolved = convolved or "Convolution" in node.name()
         for result in getattr(node, "_input_metadata", ()):
             if result.dtype.is_floating_point:
                 largest = max(largest, torch.finfo(result.dtype).eps)
-        waiting += [parent for parent, _ in node.next_functions]
     single = largest >= torch.finfo(torch.float32).eps
     return max(largest, _short_products(output.is_cuda and convolved)) if single else largest
+
+
+def _nodes_behind(output: Tensor) -> set[Any]:
+    """The nodes of the graph that a tensor was differentiably made by."""
+    waiting, seen = [output.grad_fn], set[Any]()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [parent for parent, _ in node.next_functions]
+    return seen
+
+
+def made_by_torch_alone(output: Tensor, but: Container[type[torch.autograd.Function]] = ()) -> bool:
+    """Whether no backward behind `output` was written by somebody else, who may have meant it to run only once.
+
+    Args:
+        output: what is differentiated.
+        but: functions of our own, which do not count.
+
+    Example:
+        >>> class Twice(torch.autograd.Function):
+        ...     forward = staticmethod(lambda ctx, x: 2 * x)
+        ...     backward = staticmethod(lambda ctx, g: 2 * g)
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> made_by_torch_alone(x.exp()), made_by_torch_alone(Twice.apply(x).exp())
+        (True, False)
+        >>> made_by_torch_alone(Twice.apply(x).exp(), but=[Twice])
+        True
+    """
+    for node in _nodes_behind(output):
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            if type(node)._forward_cls not in but:  # type: ignore[attr-defined]
+                return False
+        elif "CppNode" in node.name():
+            return False
+    return True
 
 
 def _short_products(convolutions: bool) -> float:

@@ -1,4 +1,4 @@
-"""One batch: forward and backward under a recorder, forms contracted as their output gradients arrive."""
+"""One batch: forward and backwards under a recorder, forms contracted as their output gradients arrive."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from noetherflow.core.tensors import tensors_of
 from noetherflow.core.torch_internals import (
     has_accumulation_hooks,
     has_gradient_hooks,
+    made_by_torch_alone,
     run_backward,
     unseen_by_modes,
 )
@@ -28,7 +29,7 @@ from noetherflow.moments.layout import SampleLayout
 from noetherflow.moments.origins import Origins, distinct
 from noetherflow.moments.rules import Site
 from noetherflow.moments.sums import Sums, Totals
-from noetherflow.moments.taps import CallId, Receiver, Recorder, Trace
+from noetherflow.moments.taps import CallId, Receiver, Recorder, Tap, Trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,10 +169,10 @@ def buffers_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 class BatchPass(Receiver):
-    """What one forward and backward over a batch is for: `begin` sees the losses, `receive` each output gradient."""
+    """What a backward over a batch is for: `begin` sees the losses, `receive` each output gradient."""
 
     leaf: bool = False
-    """Whether every operand gets a gradient of its own, for comparison with autograd."""
+    """Whether autograd differentiates every operand as well, for comparison; the forward must have been made so."""
 
     @abstractmethod
     def begin(self, losses: Tensor, recorder: Recorder) -> Tensor | None:
@@ -182,50 +183,83 @@ class BatchPass(Receiver):
 class Backward:
     """What a backward left: the uses traced, and the gradients that autograd itself found.
 
-    `leaves`: of every operand, in the order of the uses, where the pass asked for them. `missed`: of the parameters
-    asked for, None each where the taps took all of the gradient, as they should.
+    `missed`: of the parameters asked for, None each where the taps took all of the gradient, as they should.
     """
 
     trace: Trace
-    leaves: tuple[Tensor | None, ...]
     missed: dict[str, Tensor | None]
 
 
-def forward_backward(
-    subject: Subject, batch: Any, purpose: BatchPass, shared: frozenset[CallId], asked: Sequence[str] = ()
-) -> Backward | None:
-    """The loss of a batch under a recorder, and its backward.
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """The losses of one batch, computed under a recorder that is still active, so that they can be differentiated.
 
-    Args:
-        subject: the model and its loss.
-        batch: as `loss_fn` takes it.
-        purpose: what the pass is for.
-        shared: calls known to give one output for all samples.
-        asked: parameters of which autograd is asked for what the taps left.
-
-    Returns:
-        What the backward left, None if `purpose.begin` stopped it.
-
-    Raises:
-        MomentError: reentrant checkpointing, which hides what it holds.
+    `losses`: whatever `loss_fn` returned; a backward checks it.
     """
-    recorder = Recorder(Origins(subject.model, subject.roots), subject.measured, purpose, shared, purpose.leaf)
-    with torch.autograd.set_multithreading_enabled(False), recorder:
-        losses = subject.loss_fn(subject.model, batch)
-        recorder.stop()
-        with unseen_by_modes(), ending_together(subject.together):
-            weights = purpose.begin(subject.checked(losses), recorder)
+
+    subject: Subject
+    losses: Any
+    recorder: Recorder
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether several backwards can start from here, and all find the same activations.
+
+        Not where parameters are gathered for one backward alone (`fully_shard`), nor where activations are recomputed,
+        nor where a backward is somebody's own, who may overwrite what it kept. And not where a second forward may show
+        that the loss is another each time: random numbers of its own, a parameter that was not used this time.
+        """
+        trace, plain = self.recorder.trace, self.subject.together is None and isinstance(self.losses, Tensor)
+        if not plain or trace.packed or trace.generators or self.subject.measured - trace.names:
+            return False
+        return made_by_torch_alone(self.losses, but=(Tap,))
+
+    def backward(self, purpose: BatchPass, asked: Sequence[str] = (), keep: bool = False) -> Backward | None:
+        """Differentiate the losses.
+
+        Args:
+            purpose: what the backward is for.
+            asked: parameters of which autograd is asked for what the taps left.
+            keep: another backward is to come.
+
+        Returns:
+            What the backward left, None if `purpose.begin` stopped it.
+
+        Raises:
+            MomentError: reentrant checkpointing, which hides what it holds.
+        """
+        recorder = self.recorder
+        recorder.receiver = purpose
+        with unseen_by_modes(), ending_together(self.subject.together):
+            weights = purpose.begin(self.subject.checked(self.losses), recorder)
         if weights is None:
             return None
         leaves = [t for u in recorder.trace.uses for t in u.leaves] if purpose.leaf else []
+        inputs = [recorder.anchor, *leaves, *(recorder.roots[n] for n in asked)]
         try:
-            found = run_backward(losses, weights, [recorder.anchor, *leaves, *(recorder.roots[n] for n in asked)])
+            found = run_backward(self.losses, weights, inputs, keep)
         except RuntimeError as cause:
             if "use_reentrant" not in str(cause):
                 raise
             raise MomentError("reentrant checkpoints hide what they hold; use use_reentrant=False") from cause
-    of_leaves, missed = found[1 : 1 + len(leaves)], found[1 + len(leaves) :]
-    return Backward(recorder.trace, of_leaves, dict(zip(asked, missed, strict=True)))
+        return Backward(recorder.trace, dict(zip(asked, found[1 + len(leaves) :], strict=True)))
+
+
+@contextmanager
+def forward(subject: Subject, batch: Any, shared: frozenset[CallId], leaf: bool) -> Iterator[Forward]:
+    """The losses of a batch, for as long as they are differentiated.
+
+    Args:
+        subject: the model and its loss.
+        batch: as `loss_fn` takes it.
+        shared: calls known to give one output for all samples.
+        leaf: whether a backward with `leaf` is to come.
+    """
+    recorder = Recorder(Origins(subject.model, subject.roots), subject.measured, shared, leaf)
+    with torch.autograd.set_multithreading_enabled(False), recorder:
+        losses = subject.loss_fn(subject.model, batch)
+        recorder.stop()
+        yield Forward(subject, losses, recorder)
 
 
 def form_of(site: Site, layout: SampleLayout, samples: int, delta: Tensor, saved: tuple[Tensor, ...]) -> Form:

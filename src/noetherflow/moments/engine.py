@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from noetherflow.moments.distributed import in_step, is_sharded, ranks_of, refus
 from noetherflow.moments.factors import FactorKeeper
 from noetherflow.moments.fallback import Fallback
 from noetherflow.moments.groups import GroupSums
-from noetherflow.moments.measuring import KnownWay, MeasuringPass, NewWay, Ways
+from noetherflow.moments.measuring import KnownWay, MeasuringPass, NewWay, Ways, verify_and_measure
 from noetherflow.moments.placement import GroupPlan, Placement
 from noetherflow.moments.products import Factors, joined_factors
 from noetherflow.moments.purpose import Purpose, Wanted
@@ -40,7 +41,7 @@ from noetherflow.moments.result import GradientMoments, unresolved
 from noetherflow.moments.sums import Sums
 from noetherflow.moments.taps import CallId
 from noetherflow.moments.target import needs_of, trainable_parameters
-from noetherflow.moments.verify import weigh
+from noetherflow.moments.verify import WeightedPass
 from noetherflow.symmetry.arguments import expect_model_and_symmetries
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
@@ -313,23 +314,33 @@ class Meter:
 
     def _update(self, batch: Any, placed: Placement) -> None:
         """Measure a batch by the way it went before, else by a new way, once that is verified."""
-        if self._ways.known and self._measured(self._known_way(batch, placed)):
-            return
+        if self._ways.known:
+            known = self._known_way(batch, placed)
+            if known.run():
+                self._count(known)
+                return
         shared: frozenset[CallId] = frozenset()
         while True:
-            weighted = weigh(self._covered, batch, shared)
-            self._conditions = self._conditions.joined(weighted.conditions)
-            shared = weighted.shared
-            if self._leave_to_fallback(weighted.uncovered):
+            weighted = WeightedPass(self._covered, batch, shared)
+            attempt = verify_and_measure(weighted, partial(self._new_way, placed))
+            shared = weighted.shared | weighted.newly_shared
+            if weighted.newly_shared:
                 continue
-            kept = FactorKeeper(self._wanted.factors)
-            new = NewWay(self._covered, batch, self._ways, self._sums, placed, kept, weighted)
-            if self._measured(new):
-                new.remember()
-                self._used.update(new.reached)
+            self._conditions = self._conditions.joined(weighted.conditions)
+            if self._leave_to_fallback(weighted.uncovered) or attempt.new is None:
+                continue
+            if attempt.measured:
+                self._count(attempt.new)
+                attempt.new.remember()
+                self._used.update(attempt.new.reached)
                 return
-            self._leave_to_fallback(new.locator.scattered)
-            shared = shared | new.locator.still_shared
+            self._leave_to_fallback(attempt.new.locator.scattered)
+            shared = shared | attempt.new.locator.still_shared
+
+    def _new_way(self, placed: Placement, weighted: WeightedPass) -> NewWay:
+        """The pass that measures a batch after its weighted pass."""
+        kept = FactorKeeper(self._wanted.factors)
+        return NewWay(weighted.subject, weighted.batch, self._ways, self._sums, placed, kept, weighted)
 
     def _known_way(self, batch: Any, placed: Placement) -> KnownWay:
         """The pass over a batch that is expected to go a way verified before."""
@@ -347,16 +358,13 @@ class Meter:
             self._covered = replace(self._subject, measured=self._subject.measured - set(self.uncovered))
         return bool(new)
 
-    def _measured(self, attempt: MeasuringPass) -> bool:
-        """Measure a batch and count it; False if it must be verified (again) first."""
-        if not attempt.run():
-            return False
+    def _count(self, attempt: MeasuringPass) -> None:
+        """Count a batch that was measured."""
         if self.uncovered:
             self._add_fallback(attempt.batch, attempt.shares)
         factors = attempt.factors()
         attempt.count()
         self._factors.append({n: f.to(self._subject.roots[n].dtype) for n, f in factors.items()})
-        return True
 
     def _add_fallback(self, batch: Any, shares: Sequence[Share]) -> None:
         left = tuple(n for n in self._needs if n in self.uncovered)

@@ -14,7 +14,7 @@ from noetherflow.core.inputs import LossFn
 from noetherflow.core.tensors import tensors_of
 from noetherflow.core.unwrap import unwrap
 from noetherflow.errors import DataError, MomentError
-from noetherflow.moments.batch import BatchPass, Subject, buffers_kept, check_finite, form_of, forward_backward
+from noetherflow.moments.batch import BatchPass, Subject, buffers_kept, check_finite, form_of, forward
 from noetherflow.moments.forms import OneToken, Outer
 from noetherflow.moments.layout import SampleLayout
 from noetherflow.moments.origins import Source
@@ -166,8 +166,8 @@ def _one_batch(subject: Subject, batch: Any) -> dict[str, Factors]:
         why = "; ".join(f"{n}: {ops}" for n, ops in weighted.uncovered.items())
         raise MomentError(f"no rule covers a use of {sorted(weighted.uncovered)} ({why}); {REMEDY}")
     found = FactorPass(batch, weighted)
-    with buffers_kept(subject.modules):
-        done = forward_backward(subject, batch, found, weighted.shared, sorted(subject.measured))
+    with buffers_kept(subject.modules), forward(subject, batch, weighted.shared, leaf=False) as made:
+        done = made.backward(found, sorted(subject.measured))
     missed = [] if done is None else [n for n, g in done.missed.items() if g is not None]
     apart = {*missed, *found.locator.scattered}
     return found.kept.factors(apart if found.locator.settled() else apart or subject.measured)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -13,12 +13,14 @@ from torch import Tensor
 
 from noetherflow.errors import MomentError
 from noetherflow.moments.batch import (
+    Backward,
     BatchPass,
+    Forward,
     Share,
     Subject,
     buffers_kept,
     check_finite,
-    forward_backward,
+    forward,
     used_once,
 )
 from noetherflow.moments.contraction import Contraction
@@ -28,8 +30,9 @@ from noetherflow.moments.groups import GroupSums, Opened, edges, sums_over
 from noetherflow.moments.layout import SampleLayout
 from noetherflow.moments.placement import Placement
 from noetherflow.moments.products import Factors
+from noetherflow.moments.scene import numbers_held
 from noetherflow.moments.taps import CallId, Recorder, Trace, Use
-from noetherflow.moments.verify import Locator, WeightedPass, signature
+from noetherflow.moments.verify import Locator, RandomState, WeightedPass, same_random_numbers, signature
 
 
 @dataclass(eq=False)
@@ -139,13 +142,18 @@ class MeasuringPass(BatchPass):
             MomentError: a gradient went past the taps, or ranks of a sharded model hold unequal numbers of samples.
         """
         with buffers_kept(self.subject.modules):
-            done = forward_backward(self.subject, self.batch, self, self.shared, sorted(self.subject.measured))
-            if done is None or not self.settled():
-                return False
-            _refuse_missed([n for n, g in done.missed.items() if g is not None], done.trace)
-            if self.subject.together is not None:
-                self._refuse_uneven()
-            self.contraction.finish()
+            with forward(self.subject, self.batch, self.shared, leaf=False) as made:
+                done = made.backward(self, sorted(self.subject.measured))
+            return self.complete(done)
+
+    def complete(self, done: Backward | None) -> bool:
+        """After the backward: `run`'s answer and errors, and what is left to contract."""
+        if done is None or not self.settled():
+            return False
+        _refuse_missed([n for n, g in done.missed.items() if g is not None], done.trace)
+        if self.subject.together is not None:
+            self._refuse_uneven()
+        self.contraction.finish()
         return True
 
     def count(self) -> None:
@@ -228,13 +236,63 @@ class NewWay(MeasuringPass):
     @property
     def reached(self) -> set[str]:
         """The parameters that the loss uses."""
-        return {n for use in self.trace.uses for source in use.sources for n in source.names}
+        return self.trace.names
 
     def remember(self) -> None:
         """Let later batches go this way without a weighted pass."""
         self.way.layouts.update(self.locator.kept)
         self.way.done = True
         self.ways.shared = self.shared
+
+
+@dataclass(frozen=True, eq=False)
+class Attempt:
+    """What became of a batch that goes a new way: the pass that measured it, and whether it may be counted.
+
+    `new`: None where the weighted pass found calls that all samples share, or parameters without a rule.
+    """
+
+    new: NewWay | None = None
+    measured: bool = False
+
+
+def verify_and_measure(weighted: WeightedPass, measuring: Callable[[WeightedPass], NewWay]) -> Attempt:
+    """Run a weighted pass and then the measuring one, both from one forward where its graph can be used twice.
+
+    Where the forward changes a Python number in a module, a counter of its calls say, there are two, whose paths must
+    be the same.
+
+    Args:
+        weighted: the weighted pass, not run yet.
+        measuring: makes the measuring pass once the weighted one is complete.
+
+    Raises:
+        MomentError: as `weigh` and `MeasuringPass.run`.
+    """
+    modules = weighted.subject.modules
+    before = numbers_held(modules)
+    with same_random_numbers(), buffers_kept(modules):
+        with forward(weighted.subject, weighted.batch, weighted.shared, leaf=True) as made:
+            twice = made.repeatable and numbers_held(modules) == before
+            new = _weighed(weighted, made, measuring, keep=twice)
+            done = made.backward(new, sorted(new.subject.measured)) if twice and new is not None else None
+        if new is None:
+            return Attempt()
+        measured, drawn = twice and new.complete(done), RandomState.now()
+    if not twice:
+        return Attempt(new, new.run())
+    drawn.restore()
+    return Attempt(new, measured)
+
+
+def _weighed(
+    weighted: WeightedPass, made: Forward, measuring: Callable[[WeightedPass], NewWay], keep: bool
+) -> NewWay | None:
+    """Run the weighted pass from a forward; the measuring pass to come, None where it cannot."""
+    done = made.backward(weighted, sorted(weighted.subject.measured), keep)
+    if done is not None:
+        weighted.settle(done)
+    return measuring(weighted) if weighted.complete else None
 
 
 def _refuse_missed(names: list[str], trace: Trace) -> None:

@@ -78,6 +78,27 @@ class Scene:
         return ".".join(part for part in changed[0] if part)
 
 
+OWN = frozenset(vars(nn.Module()))
+"""What every module holds."""
+
+
+def numbers_held(modules: Sequence[nn.Module]) -> list[Any]:
+    """What a forward may count or switch in Python: the numbers and words among the modules' own attributes.
+
+    Example:
+        >>> layer = nn.Identity()
+        >>> layer.calls = {"so far": 3}
+        >>> numbers_held([layer, nn.ReLU()])
+        [3, False]
+    """
+    found = []
+    for module in modules:
+        for key, value in vars(module).items():
+            if key not in OWN and not isinstance(value, Tensor):
+                found += [held for _, held in _within((key,), value) if type(held) in PLAIN]
+    return found
+
+
 def _modes() -> dict[Key, Any]:
     """Modes of torch that change what operators a forward runs, or how exactly."""
     found: dict[Key, Any] = {

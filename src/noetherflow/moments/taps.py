@@ -22,6 +22,7 @@ from noetherflow.core.tensors import gathered
 from noetherflow.core.torch_internals import (
     is_attribute_access,
     is_python_function_of_torch,
+    saved_tensors_are_packed,
     transparent,
     under_functional_transform,
     unseen_by_modes,
@@ -167,10 +168,21 @@ class Covered:
 
 @dataclass(eq=False)
 class Trace:
-    """What one forward consumed: covered uses in order, and parameters that met an operator without a rule."""
+    """What one forward consumed: covered uses in order, and parameters that met an operator without a rule.
+
+    `packed`: some activations are not kept as they are, but recomputed (checkpoints) or fetched from elsewhere.
+    `generators`: it drew random numbers from generators of its own, which nothing resets.
+    """
 
     uses: list[Use] = field(default_factory=list)
     uncovered: dict[str, set[str]] = field(default_factory=dict)
+    packed: bool = False
+    generators: bool = False
+
+    @property
+    def names(self) -> set[str]:
+        """The parameters consumed."""
+        return {n for use in self.uses for source in use.sources for n in source.names}
 
     def leave(self, names: Iterable[str], why: str) -> None:
         """Note that no rule covers these parameters."""
@@ -184,20 +196,22 @@ class Recorder(TorchFunctionMode):
     Args:
         origins: which parameters a tensor comes from.
         measured: names of the parameters whose gradients are wanted.
-        receiver: gets the output gradients in the backward.
         shared: calls known to give the same output for every sample; they run as they are, and their result is an
             operand in turn.
         leaf: give every operand a gradient of its own, for comparison with autograd.
+
+    Attributes:
+        receiver: gets the output gradients of the backward that comes next; set before each.
     """
 
-    def __init__(
-        self, origins: Origins, measured: frozenset[str], receiver: Receiver, shared: frozenset[CallId], leaf: bool
-    ) -> None:
+    receiver: Receiver
+
+    def __init__(self, origins: Origins, measured: frozenset[str], shared: frozenset[CallId], leaf: bool) -> None:
         super().__init__()
         self.trace = Trace()
         self.anchor = torch.zeros((), requires_grad=True)  # its gradient is asked for, so that every tap runs
         self._origins, self._measured = origins, measured
-        self._receiver, self._shared, self._leaf = receiver, shared, leaf
+        self._shared, self._leaf = shared, leaf
         self._before: Counter[tuple[str, tuple[str, ...]]] = Counter()
         self._recording = True
 
@@ -212,6 +226,8 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if kwargs.get("generator") is not None:
+            self.trace.generators = True
         if is_attribute_access(func) or not torch.is_grad_enabled():  # at most a view
             return func(*args, **kwargs)
         operands = Operands.among(args, kwargs, self._origins)
@@ -277,6 +293,7 @@ class Recorder(TorchFunctionMode):
         use = Use(found.id, call.sites, found.sources, leaves, seen.shape, tuple(call.sample_axes(seen)), certain)
         if self._recording:
             self.trace.uses.append(use)
+            self.trace.packed = self.trace.packed or saved_tensors_are_packed()
         return Tap.apply(  # type: ignore[no-untyped-call]
             out, self.anchor, Tapped(use, call, self), [t.detach() for t in call.saved]
         )
@@ -289,4 +306,4 @@ class Recorder(TorchFunctionMode):
         if self._recording:
             self.trace.leave(tapped.use.names, "autograd.grad in the forward")
         else:
-            self._receiver.receive(tapped.use, tapped.call.seen(gathered(delta)), tuple(map(gathered, saved)))
+            self.receiver.receive(tapped.use, tapped.call.seen(gathered(delta)), tuple(map(gathered, saved)))

@@ -1,9 +1,10 @@
 """The completeness check: on every new way through a model, rules against autograd, and samples against each other.
 
-Two passes over the same batch with the same random numbers. The first weights sample `i`'s loss by a random `c_i` and
-lets autograd differentiate every operand as well: the rules' summed gradient must equal autograd's. In the second, the
-measuring pass, the output gradient of sample `i` must come out `1 / c_i` times as large, wherever the rule takes sample
-`i` to lie: that finds the sample axis, and proves that samples do not act on each other.
+Two backwards over the same batch, from one forward where its graph can be used twice, else from two with the same
+random numbers. The first weights sample `i`'s loss by a random `c_i` and lets autograd differentiate every operand as
+well: the rules' summed gradient must equal autograd's. In the second, the measuring one, the output gradient of sample
+`i` must come out `1 / c_i` times as large, wherever the rule takes sample `i` to lie: that finds the sample axis, and
+proves that samples do not act on each other.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow.core.tensors import gathered
+from noetherflow.core.torch_internals import unseen_by_modes
 from noetherflow.errors import MomentError
 from noetherflow.moments.batch import (
     Backward,
@@ -27,7 +30,7 @@ from noetherflow.moments.batch import (
     buffers_kept,
     check_finite,
     form_of,
-    forward_backward,
+    forward,
 )
 from noetherflow.moments.conditions import Conditions, random_states
 from noetherflow.moments.distributed import over_ranks
@@ -66,17 +69,34 @@ def random_weights(losses: Tensor) -> Tensor:
     return (0.5 + torch.rand(losses.shape, generator=rng, dtype=torch.float64, device="cpu")).to(losses)
 
 
+@dataclass(frozen=True, eq=False)
+class RandomState:
+    """The states of the global random generators: Python's, NumPy's and torch's."""
+
+    python: Any
+    numpy: Any
+    torch: tuple[Tensor, ...]
+
+    @classmethod
+    def now(cls) -> RandomState:
+        return cls(random.getstate(), np.random.get_state(), random_states())  # noqa: NPY002
+
+    def restore(self) -> None:
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)  # noqa: NPY002
+        torch.set_rng_state(self.torch[0])
+        for device, state in enumerate(self.torch[1:]):
+            torch.cuda.set_rng_state(state, device)
+
+
 @contextmanager
 def same_random_numbers() -> Iterator[None]:
     """Leave the random states (torch, NumPy, Python) as found, so that a second forward draws the same numbers."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    before = RandomState.now()
     try:
-        with torch.random.fork_rng(devices=devices):
-            yield
+        yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
+        before.restore()
 
 
 def row_projection(layout: SampleLayout, delta: Tensor, samples: int) -> tuple[Tensor, Tensor]:
@@ -164,6 +184,24 @@ def total_of(site: Site, delta: Tensor, saved: tuple[Tensor, ...]) -> Total:
     return Total(form.total(), scale, delta.dtype)
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """What comparing an operand's gradient by rule with autograd's gave: whether autograd's has no NaN or inf, and
+    whether the two agree.
+    """
+
+    finite: bool
+    agrees: bool
+
+    @classmethod
+    def on(cls, expected: Tensor, total: Total | None) -> Agreement:
+        """Compare autograd's gradient with the rule's; None if the rule gave none."""
+        expected = gathered(expected).to_dense()
+        size = size_of(expected)
+        finite = bool(torch.isfinite(size)) or all_finite(expected)
+        return cls(finite, total is not None and total.agrees(expected, size))
+
+
 @dataclass(eq=False)
 class WeightedPass(BatchPass):
     """The first pass: sample `i`'s loss is weighted by `c_i`, and autograd differentiates every operand as well.
@@ -171,7 +209,8 @@ class WeightedPass(BatchPass):
     `uncovered`: parameters left to the fallback, with the reason. `newly_shared`: calls in whose output no axis can
     hold the samples, so that it must be one output for all of them. `projections`: by use, the weighted output gradient
     of each sample on one direction, for every way in which samples may lie. `rows`: the same of every feature vector.
-    `totals`: by use and operand, the gradient summed by rule. `conditions`: how the model ran.
+    `totals`: by use and operand, the gradient summed by rule. `agreements`: likewise, how it compares with
+    autograd's, taken as it arrives, so that all gradients are never held at once. `conditions`: how the model ran.
     """
 
     subject: Subject
@@ -183,6 +222,7 @@ class WeightedPass(BatchPass):
     projections: dict[CallId, list[tuple[SampleLayout, Tensor]]] = field(default_factory=dict)
     rows: dict[CallId, Tensor] = field(default_factory=dict)
     totals: dict[tuple[CallId, int], Total] = field(default_factory=dict)
+    agreements: dict[tuple[CallId, int], Agreement] = field(default_factory=dict)
     before: tuple[Tensor, ...] = field(default_factory=random_states)
     conditions: Conditions = field(default_factory=Conditions, init=False)
     leaf: bool = field(default=True, init=False)
@@ -199,8 +239,13 @@ class WeightedPass(BatchPass):
             else:
                 self.newly_shared.add(use.id)
         self.newly_shared.update(over_ranks(self.newly_shared, self.subject.together))
+        if self.newly_shared:
+            return None
+        for use in recorder.trace.uses:
+            for k, leaf in enumerate(use.leaves):
+                leaf.register_hook(partial(self._judge, (use.id, k)))  # type: ignore[no-untyped-call]
         self.weights = random_weights(losses)
-        return None if self.newly_shared else self.weights
+        return self.weights
 
     def receive(self, use: Use, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
         if not use.leaves[0].requires_grad:
@@ -217,17 +262,31 @@ class WeightedPass(BatchPass):
                 continue
             self.totals[use.id, k] = total_of(site, delta, saved)
 
+    def _judge(self, operand: tuple[CallId, int], expected: Tensor) -> Tensor | None:
+        """Compare autograd's gradient of an operand, and let go of it: a zero takes its place."""
+        with unseen_by_modes():
+            self.agreements[operand] = Agreement.on(expected, self.totals.get(operand))
+            if type(expected) is not Tensor or expected.layout is not torch.strided:
+                return None
+            return expected.new_zeros(()).expand(expected.shape)
+
     def settle(self, done: Backward) -> None:
-        """Compare with autograd. Raises MomentError where a rule's summed gradient is another."""
+        """Raises MomentError where a rule's summed gradient is another than autograd's."""
         for name, missed in done.missed.items():
             if missed is not None:
                 self.uncovered.setdefault(name, "a use that no rule saw")
         self.uncovered = dict(over_ranks(self.uncovered.items(), self.subject.together))
         compared = self.subject.measured - set(self.uncovered)
-        operands = ((use, k, source) for use in done.trace.uses for k, source in enumerate(use.sources))
-        for (use, k, source), expected in zip(operands, done.leaves, strict=True):
-            if source.names & compared:
-                _compare(use, source, expected, self.totals.get((use.id, k)), done.trace)
+        for use in done.trace.uses:
+            for k, source in enumerate(use.sources):
+                agreement = self.agreements.get((use.id, k), Agreement(True, (use.id, k) not in self.totals))
+                if source.names & compared:
+                    _refuse(use, source, agreement, done.trace)
+
+    @property
+    def complete(self) -> bool:
+        """After `settle`: whether every call has its place and every measured parameter a rule."""
+        return not self.newly_shared and self.subject.measured.isdisjoint(self.uncovered)
 
 
 @dataclass(eq=False)
@@ -303,28 +362,22 @@ def weigh(subject: Subject, batch: Any, shared: frozenset[CallId]) -> WeightedPa
     """
     while True:
         found = WeightedPass(subject, batch, shared)
-        with same_random_numbers(), buffers_kept(subject.modules):
-            done = forward_backward(subject, batch, found, shared, sorted(subject.measured))
+        with same_random_numbers(), buffers_kept(subject.modules), forward(subject, batch, shared, True) as made:
+            done = made.backward(found, sorted(subject.measured))
         if done is not None:
             found.settle(done)
             return found
         shared = shared | found.newly_shared
 
 
-def _compare(use: Use, source: Source, expected: Tensor | None, total: Total | None, trace: Trace) -> None:
-    """Raises MomentError unless an operand's gradient summed by rule (`total`) is autograd's (`expected`)."""
-    if expected is None and total is None:
-        return
-    size = torch.zeros(())
-    if expected is not None:
-        expected = gathered(expected).to_dense()
-        size = size_of(expected)
-        if not torch.isfinite(size) and not all_finite(expected):
-            raise MomentError(
-                f"the gradient of {sorted(source.names)} at {use} is NaN or inf although the loss is finite; has "
-                "training diverged, or does loss_fn differentiate sqrt, log or a norm at 0?"
-            )
-    if expected is None or total is None or not total.agrees(expected, size):
+def _refuse(use: Use, source: Source, agreement: Agreement, trace: Trace) -> None:
+    """Raises MomentError unless an operand's gradient summed by rule is autograd's, and finite."""
+    if not agreement.finite:
+        raise MomentError(
+            f"the gradient of {sorted(source.names)} at {use} is NaN or inf although the loss is finite; has "
+            "training diverged, or does loss_fn differentiate sqrt, log or a norm at 0?"
+        )
+    if not agreement.agrees:
         seen = [str(u) for u in trace.uses if any(s.names & source.names for s in u.sources)]
         raise MomentError(
             f"the gradient of {sorted(source.names)} summed by rule differs from autograd's at {use}; "
