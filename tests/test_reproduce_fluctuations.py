@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from noetherflow.core.settings import SGDConfig
+from noetherflow_paper import closed_form as cf
+from noetherflow_paper.experiments.fig3 import fluctuation_shifts
 from noetherflow_paper.fluctuations import AlignedNet, fluctuating_flow
 from noetherflow_paper.simulate import LinearNet, simulate
-from noetherflow_paper.theory import finite_step_gammas, orbit_flow
+from noetherflow_paper.theory import finite_step_gammas, first_order_equilibrium, orbit_flow
 
 F64 = torch.float64
 V, SX, SE = (
@@ -48,6 +50,21 @@ def test_the_flow_tends_to_that_on_the_orbit():
         gaps.append(fluctuating_flow(AlignedNet(V, SX, SE, sgd), U, W, at)[-1][0] - float(u[-1].square().sum()))
     assert gaps[0] / gaps[1] == pytest.approx(2, rel=0.03)
     assert abs(gaps[0]) > 1e-4
+
+
+def test_the_end_of_the_flow_is_the_equilibrium_derived_at_fixed_charge():
+    """Figure 3's closed form was derived in other coordinates; the two differ at second order in the rate."""
+    d, phi, off = 6, 0.4, []
+    one, x = torch.ones(d, dtype=F64), cf.identity_covariance(phi, d).diagonal()
+    for lr in (0.004, 0.002):
+        sgd, settled = SGDConfig(lr, batch_size=4), int(160 / (4 * lr**2 * d * phi))
+        u, w = first_order_equilibrium(torch.diag(one), torch.diag(x), torch.diag(one), sgd, settled)
+        on_orbit = float(u.square().sum() / w.square().sum())
+        at = list(range(0, settled, settled // 100))
+        norm_u, norm_w = fluctuating_flow(AlignedNet(one, x, one, sgd), x**0.25, x**-0.25, at)[-1]
+        off.append((norm_u / norm_w / on_orbit - 1) / fluctuation_shifts(phi, d, lr / 4)[0] - 1)
+    assert abs(off[1]) < 0.02
+    assert off[0] / off[1] == pytest.approx(2, rel=0.05)
 
 
 def test_too_much_noise_is_refused():
