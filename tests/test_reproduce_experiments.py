@@ -15,6 +15,7 @@ from noetherflow_paper.alignment import at_norm_balance, correlation, distance, 
 from noetherflow_paper.experiment import Results
 from noetherflow_paper.experiments import fig1, fig2, fig3, fig5, fig5_runs, rates, repnorm, thm43, thm54
 from noetherflow_paper.experiments import repnorm_inputs as treated
+from noetherflow_paper.fluctuations import fluctuation_shifts
 from noetherflow_paper.records import ExperimentPoint, changed
 from noetherflow_paper.theory import stretched
 
@@ -132,7 +133,7 @@ def test_fig1_orders_of_gd_growth():
 def test_fig3_shifts_of_order_eta_over_s_against_simulation():
     config = changed(fig3.SCALES["quick"], {"d": 6, "phi": 0.4, "seeds": 100, "lrs": [[0.02, 4, 3000]]})
     found = fig3.compute(config, next(p for p in fig3.points(config) if p.name == "lr0"))
-    ratio, trace = fig3.fluctuation_shifts(0.4, 6, 0.02 / 4)
+    ratio, trace = fluctuation_shifts(0.4, 6, 0.02 / 4)
     first_order = found["first_order"] / cf.identity_norm_ratio(0.4)
     for values, expected in (
         (np.array(found["ratio"][0]) / cf.identity_norm_ratio(0.4) - first_order, ratio),
@@ -144,7 +145,7 @@ def test_fig3_shifts_of_order_eta_over_s_against_simulation():
 
 def test_fig3_shift_of_one_scalar_chain_is_that_of_its_product():
     """`<log(1 - eta g)> = 0` gives `<e> = -kick` for `u = w`, `V = 1`."""
-    assert fig3.fluctuation_shifts(1.0, 1, 1e-3) == pytest.approx((0, -1e-3), abs=1e-15)
+    assert fluctuation_shifts(1.0, 1, 1e-3) == pytest.approx((0, -1e-3), abs=1e-15)
 
 
 def test_smallest_trace_over_the_orbit_is_that_of_the_equilibrium_only_with_isotropic_label_noise():

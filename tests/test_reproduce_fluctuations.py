@@ -7,8 +7,7 @@ import torch
 
 from noetherflow.core.settings import SGDConfig
 from noetherflow_paper import closed_form as cf
-from noetherflow_paper.experiments.fig3 import fluctuation_shifts
-from noetherflow_paper.fluctuations import AlignedNet, fluctuating_flow
+from noetherflow_paper.fluctuations import AlignedNet, fluctuating_flow, fluctuation_shifts
 from noetherflow_paper.simulate import LinearNet, simulate
 from noetherflow_paper.theory import finite_step_gammas, first_order_equilibrium, orbit_flow
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from noetherflow.core.settings import SGDConfig
+from noetherflow_paper import closed_form as cf
 
 ITERATIONS = 100
 """Far more than the mean weights need: each divides what is left by about `S / (eta d)`."""
@@ -121,3 +122,22 @@ def fluctuating_flow(net: AlignedNet, u: Tensor, w: Tensor, at: Sequence[int]) -
         out.append((float(net.squares(u, w)[0]), float(net.squares(u, w)[1])))
         now = target
     return out
+
+
+def fluctuation_shifts(phi: float, d: int, kick: float) -> tuple[float, float]:
+    """Relative shifts of `(||U||^2/||W||^2, Tr H)` at first order in `kick = c eta / S`; `V = Sig_eps = I`, no decay.
+
+    At fixed charge `U = U_0 + Q W_0^T + Q Q^T U_0 / 2`, `W = W_0 + U_0^T Q + W_0 Q^T Q / 2`, so that `E = U W - V` is
+    `A Q + Q B + (Q Q^T + Q^T Q) / 2 + Q Q`, `A = U_0 U_0^T = Sig_x^1/2`, `B = W_0^T W_0 = A^-1`. Stationary `U U^T`:
+    `<E> = -kick d B`, and `Var Q_ij = kick / (a_i + b_j)`. The charge moves until `<U^T U> = <W Sig_x W^T>`.
+    """
+    x = cf.identity_covariance(phi, d).diagonal().cpu().numpy()
+    a, b = x**0.5, x**-0.5
+    var = kick / (a[:, None] + b)
+    rows, columns = var.sum(1), var.sum(0)
+    mean = (-kick * d * b - (rows + columns) / 2 - var.diagonal()) / (a + b)
+    of_u = 2 * mean + a * rows + b * columns
+    of_w = 2 * x * mean + a * (var @ x) + b * x * columns
+    norm_u, norm_w = (of_u + of_w) / 2, of_u + (of_u - of_w) / (2 * x)
+    ratio = norm_u.sum() / a.sum() - norm_w.sum() / b.sum()
+    return float(ratio), float((of_u + of_w).sum() / (2 * a.sum()))

@@ -21,6 +21,7 @@ from noetherflow_paper.experiments.fig3_runs import (
     points,
     replica_steps,
 )
+from noetherflow_paper.fluctuations import fluctuation_shifts
 from noetherflow_paper.generic import agreement
 from noetherflow_paper.simulate import normal
 from noetherflow_paper.verdict import Verdict, from_counts, from_ratio, from_seeds
@@ -93,25 +94,6 @@ def _predicted_deviation(results: Fig3Results, index: int) -> float:
     c, (lr, batch, _) = results.config, results.config.lrs[index]
     first = float(results.array(f"lr{index}", "first_order")) / cf.identity_norm_ratio(c.phi)
     return 1 - first - fluctuation_shifts(c.phi, c.d, c.loss_scale * lr / batch)[0]
-
-
-def fluctuation_shifts(phi: float, d: int, kick: float) -> tuple[float, float]:
-    """Relative shifts of `(||U||^2/||W||^2, Tr H)` at first order in `kick = c eta / S`; `V = Sig_eps = I`, no decay.
-
-    At fixed charge `U = U_0 + Q W_0^T + Q Q^T U_0 / 2`, `W = W_0 + U_0^T Q + W_0 Q^T Q / 2`, so that `E = U W - V` is
-    `A Q + Q B + (Q Q^T + Q^T Q) / 2 + Q Q`, `A = U_0 U_0^T = Sig_x^1/2`, `B = W_0^T W_0 = A^-1`. Stationary `U U^T`:
-    `<E> = -kick d B`, and `Var Q_ij = kick / (a_i + b_j)`. The charge moves until `<U^T U> = <W Sig_x W^T>`.
-    """
-    x = cf.identity_covariance(phi, d).diagonal().cpu().numpy()
-    a, b = x**0.5, x**-0.5
-    var = kick / (a[:, None] + b)
-    rows, columns = var.sum(1), var.sum(0)
-    mean = (-kick * d * b - (rows + columns) / 2 - var.diagonal()) / (a + b)
-    of_u = 2 * mean + a * rows + b * columns
-    of_w = 2 * x * mean + a * (var @ x) + b * x * columns
-    norm_u, norm_w = (of_u + of_w) / 2, of_u + (of_u - of_w) / (2 * x)
-    ratio = norm_u.sum() / a.sum() - norm_w.sum() / b.sum()
-    return float(ratio), float((of_u + of_w).sum() / (2 * a.sum()))
 
 
 def decayed_ratio(config: Fig3Config, phi: float, decay: float, printed: bool = False) -> float:
