@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import noetherflow as nf
-from noetherflow.diagnosis import balance, breaking, norms, sampling, stability
+from noetherflow.diagnosis import balance, breaking, heads, norms, sampling, stability
 from noetherflow.diagnosis.facts import (
     BatchRegime,
     LayerBalance,
@@ -310,30 +310,30 @@ class TestBalance:
         assert found.severity == "watch"
 
     def test_heads_are_open_in_a_log_of_layers(self):
-        assert balance.heads_not_logged([]) == []
-        found = one(balance.heads_not_logged(["q -> k", "v -> o"]))
+        assert heads.heads_not_logged([]) == []
+        found = one(heads.heads_not_logged(["q -> k", "v -> o"]))
         assert found.severity == "open"
         assert "`q -> k` and 1 more" in found.title
 
     def test_the_farthest_head_is_named_while_none_is_far(self):
-        (found,) = balance.heads_apart([layer([0.1, -0.5], part="head", name="v -> o"), layer([0.9], name="mlp")])
+        (found,) = heads.heads_apart([layer([0.1, -0.5], part="head", name="v -> o"), layer([0.9], name="mlp")])
         assert found.severity == "good"
         assert "farthest, head 1 of `v -> o`, is a factor of 1.6" in found.title
 
     def test_heads_that_are_far_or_missing_are_left_to_the_other_rule(self):
         far = layer([0.0, 0.1, 0.0, 2.0], part="head")
-        assert balance.heads_apart([far]) == balance.heads_apart([layer([0.1])]) == []
+        assert heads.heads_apart([far]) == heads.heads_apart([layer([0.1])]) == []
         assert balance.far_from_equilibrium([far], 100)[0].severity == "watch"
 
     def test_frozen_heads(self):
-        found = one(balance.frozen_heads([activity([1, 1e-4, 1, 1], [1, 1e-2, 1, 1], "head")]))
+        found = one(heads.frozen_heads([activity([1, 1e-4, 1, 1], [1, 1e-2, 1, 1], "head")]))
         assert found.severity == "act"
         assert "head 1" in found.title
-        silent = one(balance.frozen_heads([activity([1, 1, 1, 1], [1, 0, 1, 1], "head")]))
+        silent = one(heads.frozen_heads([activity([1, 1, 1, 1], [1, 0, 1, 1], "head")]))
         assert silent.severity == "act"
-        assert one(balance.frozen_heads([activity([1, 0.05, 1], [1, 1, 1], "head")])).severity == "watch"
-        assert one(balance.frozen_heads([activity([1, 0.5, 2], [1, 0.4, 1], "head")])).severity == "good"
-        assert balance.frozen_heads([activity([1, 0], [1, 0])]) == []
+        assert one(heads.frozen_heads([activity([1, 0.05, 1], [1, 1, 1], "head")])).severity == "watch"
+        assert one(heads.frozen_heads([activity([1, 0.5, 2], [1, 0.4, 1], "head")])).severity == "good"
+        assert heads.frozen_heads([activity([1, 0], [1, 0])]) == []
 
 
 class TestStability:

@@ -18,7 +18,6 @@ CERTAIN = 2.0
 SOME_DEAD, MANY_DEAD = 0.1, 0.5
 SILENT = 1e-6
 ENOUGH = 100
-FAINT, FROZEN_OUT = 0.1, 0.01
 SHOWN = 4
 FARTHEST_PART = "farthest channel, unit or head"
 """What the answers of a run and its page rank by; `median` always is that of one layer."""
@@ -36,7 +35,7 @@ def far_from_equilibrium(facts: Sequence[LayerBalance], steps: float) -> list[Fi
     and up to 12 under Adam; gains, one number against a column of weights, get three times as much. Two standard errors
     are taken off first, so that sampling alone finds nothing.
     """
-    parts = [(f, _beyond(f)) for f in facts if np.isfinite(f.factors).any()]
+    parts = [(f, beyond_layer(f)) for f in facts if np.isfinite(f.factors).any()]
     if not parts and facts:
         title = (
             f"Not known: {count(len(facts), 'pair', 'pairs')} of layers can trade scale (`{facts[0].name}`), but none "
@@ -50,8 +49,8 @@ def far_from_equilibrium(facts: Sequence[LayerBalance], steps: float) -> list[Fi
     found: list[Finding] = []
     lone = [(f, s) for f, s in parts if s.max() >= FAR]
     if lone:
-        found.append(_outliers(lone, steps))
-    whole = [f for f, _ in parts if _level(f) >= LAYER_FAR]
+        found.append(outliers(lone, steps))
+    whole = [f for f, _ in parts if level_of(f) >= LAYER_FAR]
     if whole:
         found.append(_layers(whole, steps))
     if found:
@@ -64,36 +63,10 @@ def far_from_equilibrium(facts: Sequence[LayerBalance], steps: float) -> list[Fi
     title = f"None is far from its noise equilibrium: {farthest}."
     if factor >= math.exp(FAR):
         title = f"None stands out from its layer. From its noise equilibrium {farthest}; {USUAL}."
-    return [calm("balance", "balance", title, _sure(worst, at))]
+    return [calm("balance", "balance", title, certainty_of(worst, at))]
 
 
-def heads_apart(facts: Sequence[LayerBalance]) -> list[Finding]:
-    """Which attention head is farthest from its noise equilibrium, where none is far enough to worry about.
-
-    Heads beyond the threshold are named by `far_from_equilibrium`, which looks at all parts of all layers.
-    """
-    heads = [f for f in facts if f.part == "head" and np.isfinite(f.factors).any()]
-    if not heads or any(_beyond(f).max() >= FAR or _level(f) >= LAYER_FAR for f in heads):
-        return []
-    worst = max(heads, key=lambda f: float(np.nanmax(np.abs(f.factors))))
-    at = int(np.nanargmax(np.abs(worst.factors)))
-    factor, number = math.exp(abs(float(worst.factors[at]))), sum(len(f.factors) for f in heads)
-    title = f"Of {number} attention heads (queries with keys and values with outputs count apart) none stands out; the "
-    title += f"farthest, head {at} of `{worst.name}`, is a factor of {plain(factor)} from its equilibrium."
-    return [calm("balance-heads", "balance", title, _sure(worst, at), (_number(worst, at),))]
-
-
-def heads_not_logged(layers: Sequence[str]) -> list[Finding]:
-    """Attention layers of a log, whose rows are of layers: which of their heads stand out is open."""
-    if not layers:
-        return []
-    title = f"Which attention heads stand out is not in the log, whose estimates are of layers (`{layers[0]}`"
-    title += f" and {len(layers) - 1} more)." if len(layers) > 1 else ")."
-    advice = "nf.diagnose(model, loss_fn, loader, optimizer) names them"
-    return [Finding("balance-heads", "balance", "open", title, "", advice, "open")]
-
-
-def _beyond(fact: LayerBalance) -> np.ndarray:
+def beyond_layer(fact: LayerBalance) -> np.ndarray:
     """How far beyond its layer a coordinate is off, less two standard errors; 0 where there is no equilibrium.
 
     The smaller of `|log factor - median of the layer|` and `|log factor|`: one nearer to its equilibrium than the
@@ -103,14 +76,14 @@ def _beyond(fact: LayerBalance) -> np.ndarray:
     return np.nan_to_num(np.maximum(away - CERTAIN * np.nan_to_num(fact.errors, posinf=0.0), 0.0))
 
 
-def _level(fact: LayerBalance) -> float:
+def level_of(fact: LayerBalance) -> float:
     """`|median log factor|` of a layer less two standard errors of a coordinate's, and less what gains are granted."""
     level, error = abs(float(np.nanmedian(fact.factors))), np.nan_to_num(fact.errors, posinf=0.0)
     level -= GAINS if fact.part == "channel" else 0.0
     return level - CERTAIN * float(np.median(error)) / math.sqrt(len(error))
 
 
-def _outliers(lone: Sequence[tuple[LayerBalance, np.ndarray]], steps: float) -> Finding:
+def outliers(lone: Sequence[tuple[LayerBalance, np.ndarray]], steps: float) -> Finding:
     """Single units or heads far from the others of their layer."""
     ranked = sorted(lone, key=lambda r: -float(r[1].max()))
     worst, sizes = ranked[0]
@@ -120,11 +93,13 @@ def _outliers(lone: Sequence[tuple[LayerBalance, np.ndarray]], steps: float) -> 
     title = f"{_some(named)} from the noise equilibrium, unlike the rest of the layer"
     title += f" (worst: {worst.part} {at} of `{worst.name}`)." if len(ranked) > 1 else "."
     severity: Severity = "act" if sizes.max() >= VERY_FAR else "watch"
-    numbers = tuple(_number(f, int(s.argmax())) for f, s in ranked[:SHOWN])
+    numbers = tuple(evidence_of(f, int(s.argmax())) for f, s in ranked[:SHOWN])
     names = tuple(f.name for f, _ in ranked)
     means, advice = _means(factor, worst, steps), _advice(names)
     weight = float(sizes.max())
-    return Finding("balance", "balance", severity, title, means, advice, _sure(worst, at), numbers, names, weight)
+    return Finding(
+        "balance", "balance", severity, title, means, advice, certainty_of(worst, at), numbers, names, weight
+    )
 
 
 def _lone(fact: LayerBalance, sizes: np.ndarray) -> str:
@@ -142,8 +117,8 @@ def _advice(names: Sequence[str]) -> str:
 
 def _layers(whole: Sequence[LayerBalance], steps: float) -> Finding:
     """Layers that stand as a whole on one side of their equilibrium."""
-    ranked = sorted(whole, key=lambda f: -_level(f))
-    worst, level = ranked[0], _level(ranked[0])
+    ranked = sorted(whole, key=lambda f: -level_of(f))
+    worst, level = ranked[0], level_of(ranked[0])
     at = int(np.nanargmin(np.abs(np.abs(worst.factors) - level)))
     factor = math.exp(abs(float(np.nanmedian(worst.factors))))
     sizes = [math.exp(abs(float(np.nanmedian(f.factors)))) for f in ranked]
@@ -153,7 +128,16 @@ def _layers(whole: Sequence[LayerBalance], steps: float) -> Finding:
     numbers = tuple(Evidence(f"median log factor of {f.name}", float(np.nanmedian(f.factors))) for f in ranked[:SHOWN])
     means, names = _means(factor, worst, steps), tuple(f.name for f in ranked)
     return Finding(
-        "balance-layer", "balance", severity, title, means, _advice(names), _sure(worst, at), numbers, names, level
+        "balance-layer",
+        "balance",
+        severity,
+        title,
+        means,
+        _advice(names),
+        certainty_of(worst, at),
+        numbers,
+        names,
+        level,
     )
 
 
@@ -191,7 +175,7 @@ def far_during_run(facts: Sequence[RunBalance], steps: float) -> list[Finding]:
     return [Finding("balance", "balance", severity, title, means, _advice(names), sure, numbers, names, worst.largest)]
 
 
-def _number(fact: LayerBalance, at: int) -> Evidence:
+def evidence_of(fact: LayerBalance, at: int) -> Evidence:
     error = float(fact.errors[at])
     what = f"{fact.part} {at} of {fact.name}, log factor"
     return Evidence(what, float(fact.factors[at]), error if math.isfinite(error) else None)
@@ -222,7 +206,7 @@ def _some(named: Sequence[str]) -> str:
     return "; ".join(named[:3]) + (f" and {len(named) - 3} more layers" if len(named) > 3 else "")
 
 
-def _sure(fact: LayerBalance, at: int) -> str:
+def certainty_of(fact: LayerBalance, at: int) -> str:
     error = float(fact.errors[at])
     if not math.isfinite(error):
         return "likely: no error bar here, measure more batches for one"
@@ -268,42 +252,3 @@ def _dead(fact: PartActivity) -> np.ndarray:
     alive = fact.gradient[fact.gradient > 0]
     level = float(np.median(alive)) if alive.size else 0.0
     return np.flatnonzero(fact.gradient <= SILENT * level)
-
-
-def frozen_heads(facts: Sequence[PartActivity]) -> list[Finding]:
-    """Attention heads that contribute next to nothing beside the others of their layer, or get no gradient.
-
-    Compared is the product of the norms of both sides (value and output, query and key), and the root mean squared
-    gradient, with the layer's median. Threshold: a tenth is to watch; a hundredth to act on: the gradient of each side
-    is the other side's size, so such a head also learns ten times or more slower than its neighbours and stays behind.
-    """
-    layers = [f for f in facts if f.part == "head" and len(f.weight) > 1]
-    if not layers:
-        return []
-    found = [(f, h, share) for f in layers for h, share in _faint(f)]
-    if not found:
-        return [calm("frozen-heads", "balance", "No attention head is frozen out.", "sure on the data measured")]
-    ranked = sorted(found, key=lambda r: r[2])
-    worst, head, share = ranked[0]
-    listed = ", ".join(f"head {h} of `{f.name}`" for f, h, _ in ranked[:SHOWN]) + (
-        ", ..." if len(ranked) > SHOWN else ""
-    )
-    title = f"Frozen out: {listed}, at {plain(share)} of its layer's median head."
-    means = "It adds next to nothing (values and outputs) or looks everywhere alike (queries and keys), and its "
-    means += "gradients are as small, so it does not catch up by itself."
-    advice = f"draw head {head} of `{worst.name}` anew or prune it; look for a mask or a skipped initialisation"
-    severity: Severity = "act" if share < FROZEN_OUT else "watch"
-    numbers = tuple(Evidence(f"head {h} of {f.name} over the median", s) for f, h, s in ranked[:SHOWN])
-    names, weight = tuple(dict.fromkeys(f.name for f, _, _ in ranked)), -math.log(max(share, 1e-12))
-    sure = "sure on the data measured"
-    return [Finding("frozen-heads", "balance", severity, title, means, advice, sure, numbers, names, weight)]
-
-
-def _faint(fact: PartActivity) -> list[tuple[int, float]]:
-    """Heads below `FAINT` of the median, with their share of it, by weights or by gradients."""
-    shares = np.ones(len(fact.weight))
-    for values in (fact.weight, fact.gradient):
-        level = float(np.median(values))
-        if level > 0:
-            shares = np.minimum(shares, values / level)
-    return [(int(h), float(shares[h])) for h in np.flatnonzero(shares < FAINT)]

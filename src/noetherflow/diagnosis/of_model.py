@@ -16,6 +16,7 @@ from noetherflow.core.optimizers import Settings, described
 from noetherflow.core.settings import SGDConfig
 from noetherflow.core.tensors import tensors_of
 from noetherflow.diagnosis import balance, breaking, norms, sampling, stability
+from noetherflow.diagnosis import heads as head_rules
 from noetherflow.diagnosis.examined import Examined, named
 from noetherflow.diagnosis.facts import (
     BatchRegime,
@@ -68,7 +69,7 @@ def diagnose_measurement(examined: Examined) -> Diagnosis:
         *norms.decay_bites(_decays(examined), examined.steps, examined.steps_given),
         *answered("balance", "balance", lambda: _on_balance(examined)),
         *balance.dead_units(list(_activities(examined)), _samples(examined.moments)),
-        *balance.frozen_heads(list(_activities(examined))),
+        *head_rules.frozen_heads(list(_activities(examined))),
         *stability.learning_rate(steps),
         *long_steps,
         *stability.sharpening(steps),
@@ -100,7 +101,7 @@ def _on_norms(examined: Examined) -> list[Finding]:
 def _on_balance(examined: Examined) -> list[Finding]:
     """Layers and heads against their noise equilibrium."""
     balances = list(_balances(examined))
-    return [*balance.far_from_equilibrium(balances, examined.steps), *balance.heads_apart(balances)]
+    return [*balance.far_from_equilibrium(balances, examined.steps), *head_rules.heads_apart(balances)]
 
 
 def _samples(moments: GradientMoments) -> int:

@@ -13,8 +13,18 @@ from noetherflow.core.arguments import expect
 from noetherflow.core.members import modules_of
 from noetherflow.core.printing import count
 from noetherflow.diagnosis import balance, breaking, norms, sampling, stability
-from noetherflow.diagnosis.facts import FELL, LogitGrowth, LossCourse, LossRise, NormHistory, RunBalance
+from noetherflow.diagnosis import heads as head_rules
+from noetherflow.diagnosis.facts import (
+    FELL,
+    LayerBalance,
+    LogitGrowth,
+    LossCourse,
+    LossRise,
+    NormHistory,
+    RunBalance,
+)
 from noetherflow.diagnosis.finding import Diagnosis, Finding, of_little_meaning
+from noetherflow.diagnosis.heads import RunHeads
 from noetherflow.diagnosis.losses import rise_of, rise_of_all
 from noetherflow.monitor.rundata import RunData
 from noetherflow.symmetry.heads import HEADS, QUERY_KEY
@@ -45,7 +55,7 @@ def diagnose_run(run: RunData | str | os.PathLike[str], steps: int | None = None
         *norms.decay_bites(decays, whole, course=course),
         *norms.logit_growth(list(_logits(data)), course.stalled),
         *balance.far_during_run(list(_balances(data)), whole),
-        *balance.heads_not_logged([s["name"] for s in data.header["symmetries"] if s.get("family") in HEADS]),
+        *(head_rules.heads_in_run(list(_heads(data)), whole) or head_rules.heads_not_logged(_attention(data))),
         *stability.loss_course(course),
         *stability.turning([(n, recent(data, "angular", i)) for i, n in enumerate(data.symmetries)], course),
         *norms.grown_layers(list(_layers(data))),
@@ -189,6 +199,42 @@ def _balances(data: RunData) -> Iterator[RunBalance]:
     for i in np.flatnonzero(~data.one_sided):
         values = (recent(data, column, int(i)) for column in ("distance", "distance_max", "steps"))
         yield RunBalance(data.symmetries[i], *values)
+
+
+def _attention(data: RunData) -> list[str]:
+    """The symmetries of attention heads that the log tells of."""
+    return [s["name"] for s in data.header["symmetries"] if s.get("family") in HEADS]
+
+
+def _heads(data: RunData) -> Iterator[RunHeads]:
+    """The heads of each attention layer: distance to equilibrium from the last estimates, drift of the charge over all.
+
+    The error of a distance is the scatter of the last estimates, which follow each other and share their averages.
+    """
+    if not data.head:
+        return
+    owner = np.array([name for name, _ in data.heads])
+    for symmetry in data.header["symmetries"]:
+        mine = owner == symmetry["name"]
+        if not mine.any():
+            continue
+        charge, norm = data.head["charge"][:, mine], data.head["norm"][:, mine]
+        whole = np.flatnonzero(np.isfinite(charge).all(1) & (norm > 0).all(1))
+        if whole.size < 2:
+            continue
+        first, last = whole[0], whole[-1]
+        lately = data.head.get("distance", np.full((len(norm), len(owner)), np.nan))[:, mine]
+        lately = lately[np.isfinite(lately).all(1)][-RECENT:]
+        unknown = np.full(charge.shape[1], np.nan)
+        errors = lately.std(0, ddof=1) if len(lately) > 1 else unknown
+        factors = np.median(lately, 0) if len(lately) else unknown
+        steps = recent(data, "steps", data.symmetries.index(symmetry["name"]))
+        yield RunHeads(
+            LayerBalance(symmetry["name"], symmetry["family"], "head", factors, errors, steps),
+            (charge[last] - charge[first]) / norm[last],
+            np.sqrt(np.maximum(norm[last] ** 2 - charge[last] ** 2, 0.0)) / 2,
+            float(data.estimate_steps[last] - data.estimate_steps[first]),
+        )
 
 
 def _layers(data: RunData) -> Iterator[NormHistory]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from noetherflow.monitor.books import (
     settings_arrays,
 )
 from noetherflow.monitor.charge_map import ChargeMap
-from noetherflow.monitor.estimates import Estimator, LegRoots, LegSquares, rotation_rows
+from noetherflow.monitor.estimates import HEAD, Estimator, LegRoots, LegSquares, rotation_rows
 from noetherflow.monitor.journal import Journal
 from noetherflow.monitor.layers import LayerBook, LayerRow, named_rows
 from noetherflow.monitor.log import FORMAT, plain, step_columns
@@ -39,18 +39,21 @@ UNEXPLAINED = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class EstimateRow:
-    """The estimates of one recorded step: a column `[symmetries]` per key, and what is told of the layers."""
+    """The estimates of one recorded step: a column `[symmetries]` per key, what is told of the layers, and a
+    column `[heads]` per key of attention heads.
+    """
 
     step: int
     columns: Mapping[str, np.ndarray]
     layers: LayerRow | None = None
+    heads: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def line(self) -> dict[str, Any]:
         """As a line of the log."""
         line: dict[str, Any] = {"kind": "estimates", "step": self.step, "symmetry": dict(self.columns)}
         if self.layers is not None:
             line |= self.layers.line()
-        return line
+        return {**line, "head": dict(self.heads)} if self.heads else line
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,11 +204,13 @@ class Bookkeeper:
             roots = LegRoots(*self._legs(LegRoots, m.roots))
             columns = columns | self.estimator.root_rows(roots, self._settings(m))
             spread = self.estimator.spread(roots, weight_square)
+        heads = {k.removeprefix(HEAD): columns.pop(k) for k in list(columns) if k.startswith(HEAD)}
+        heads = heads if self.estimator.heads.symmetries else {}
         shifts = np.full(len(self.layout.symmetries) - n, np.nan)
         columns = {k: np.concatenate([v, shifts]) for k, v in columns.items()}
         columns |= rotation_rows(self.layout, self.rule, row, m.settings)
         columns["angular_predicted"] = columns["angular_predicted"] * np.concatenate([spread, shifts])
-        self._estimates.append(EstimateRow(m.step, columns, layers))
+        self._estimates.append(EstimateRow(m.step, columns, layers, heads))
         journal.emit(self._estimates[-1].line())
 
     @property
@@ -229,7 +234,8 @@ class Bookkeeper:
             "detail": self.detail,
         }
         names = {"families": self.index.families, "symmetries": self.index.symmetries, "layers": self.layers}
-        return header | self.index.header(self.layout) | {"layers": list(self.layers)}, names
+        heads = list(self.estimator.heads.symmetries) if self.estimator is not None else []
+        return header | self.index.header(self.layout) | {"layers": list(self.layers), "heads": heads}, names
 
     def records(self, by: Level, preconditioned: bool = False) -> list[dict[str, Any]]:
         """See `Ledger.records`, with `preconditioned` `Ledger.preconditioned`."""

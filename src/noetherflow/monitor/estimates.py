@@ -11,9 +11,12 @@ import numpy as np
 import torch
 
 from noetherflow.monitor.charge_map import ChargeMap
+from noetherflow.monitor.head_rows import HeadMap
 from noetherflow.monitor.measure import StepTable
 from noetherflow.monitor.rule import AnyRule, StepSettings
 
+HEAD = "head."
+"""What the names of columns begin with that have a number per attention head."""
 SETTLED = math.exp(-1)
 TOLD_APART = 0.8
 """How well noise and mean gradient must be told apart in a momentum buffer, relative to a filled one."""
@@ -132,8 +135,10 @@ class Estimator:
     gradient: RunningMean = field(default_factory=RunningMean)
     persistent: RunningMean = field(default_factory=RunningMean)
     begun: np.ndarray = field(init=False)
+    heads: HeadMap = field(init=False)
 
     def __post_init__(self) -> None:
+        self.heads = HeadMap.of(self.layout)
         self.begun = np.full(self.layout.n_values, -np.inf)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -162,6 +167,8 @@ class Estimator:
         `at_infinity`: share of coordinates without a finite equilibrium; `mean_share`: share of the mean gradient in
         `E[g^2]`. `step_size` `[n_symmetries]` is `u^T A u`, for one-sided symmetries the growth of the squared norm per
         step; `matrix_charges` `[n_symmetries]` the Frobenius norm of charges that are matrices, else NaN.
+
+        Beside these, names that begin with `head.` are columns `[heads]` (`head_rows.COLUMNS`).
         """
         self.gradient.update(q.gradient_square, self.memory)
         self.persistent.update(self._mean_square(step, q, c), self.memory)
@@ -186,6 +193,8 @@ class Estimator:
             "charge_sum": layout.totals_matrix @ charges,
             "norm": layout.totals_matrix @ (layout.absolute @ weight_square),
             "drive": layout.totals_matrix @ (layout.matrix @ second),
+            f"{HEAD}charge": self.heads.sums(charges),
+            f"{HEAD}norm": self.heads.sums(layout.absolute @ weight_square),
             "check": np.full(len(layout.symmetries), np.nan),
             "growth": np.full(len(layout.symmetries), np.nan),
         }
@@ -225,11 +234,13 @@ class Estimator:
         pull = [side @ (rates.decay * weight_square) for side in (layout.plus, layout.minus)]
         push = [side @ drive for side in (layout.plus, layout.minus)]
         x, y = orbit_forces(pull[0], pull[1], push[0], push[1])
-        lam = np.abs(distance(x, y))
+        signed = distance(x, y)
+        lam = np.abs(signed)
         total, shared = (layout.totals_matrix @ (layout.absolute @ v) for v in (second, mean))
         return {
             "distance": self._median(lam),
             "distance_max": self._largest(lam),
+            f"{HEAD}distance": self.heads.means(signed),
             "steps": self._median(relaxation_steps(k_plus, k_minus, x, y)),
             "at_infinity": self._over(np.isnan(lam).astype(float), np.mean),
             "mean_share": np.divide(shared, total, out=np.full_like(total, np.nan), where=total > 0),
@@ -253,11 +264,13 @@ class Estimator:
         pushes = [side @ (rates.lr * q.noise) for side in (layout.plus, layout.minus)]
         x, y = orbit_forces(pulls[0], pulls[1], pushes[0], pushes[1])
         x, y = np.where(unknown, np.nan, x), np.where(unknown, np.nan, y)
-        lam = 2 * np.abs(distance(x, y))
+        signed = 2 * distance(x, y)
+        lam = np.abs(signed)
         held, white = (layout.totals_matrix @ (layout.absolute @ v) for v in (rates.persistence * q.held, q.noise))
         return {
             "distance": self._median(lam),
             "distance_max": self._largest(lam),
+            f"{HEAD}distance": self.heads.means(signed),
             "steps": self._median(relaxation_steps(k_plus, k_minus, x / 2, y / 2)),
             "at_infinity": self._over(np.where(np.isnan(x + y), np.nan, np.isnan(lam)), np.mean),
             "persistence": np.divide(held, white, out=np.full_like(white, np.nan), where=white > 0),

@@ -41,6 +41,9 @@ def wrong_form(row: dict[str, Any], header: Mapping[str, Any]) -> str:
         layer = row.get("layer", {})
         whole = whole and isinstance(layer, dict) and isinstance(row.get("mean_share"), NUMBERS)
         whole = whole and all(_is_row(v, len(header.get("layers", ()))) for v in layer.values())
+        head = row.get("head", {})
+        whole = whole and isinstance(head, dict)
+        whole = whole and all(_is_row(v, len(header.get("heads", ()))) for v in head.values())
         return "" if whole else "estimates without the numbers of their symmetries"
     return ""
 
@@ -48,9 +51,14 @@ def wrong_form(row: dict[str, Any], header: Mapping[str, Any]) -> str:
 def _is_header(row: dict[str, Any]) -> bool:
     """Whether a header names what it must, in words, and has a stride that is a number."""
     symmetries, families = row.get("symmetries"), row.get("families")
-    named = isinstance(symmetries, list) and all(
-        isinstance(s, dict) and isinstance(s.get("name"), str) and isinstance(s.get("one_sided"), bool)
-        for s in symmetries
+    heads = row.get("heads", [])
+    named = (
+        isinstance(heads, list)
+        and isinstance(symmetries, list)
+        and all(
+            isinstance(s, dict) and isinstance(s.get("name"), str) and isinstance(s.get("one_sided"), bool)
+            for s in symmetries
+        )
     )
     words = isinstance(families, list) and all(isinstance(f, str) for f in families)
     stride = row.get("every", 1)

@@ -15,7 +15,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 from noetherflow.core.printing import count
 from noetherflow.errors import DataError
 from noetherflow.monitor.books import CAUSES, FIELDS, PRECONDITIONED_FIELDS
+from noetherflow.monitor.estimates import HEAD
 from noetherflow.monitor.growing import GrowingTable
+from noetherflow.monitor.head_rows import heads_of_header
 from noetherflow.monitor.log import LOG_NAME, parse_line, read_log, steps_told, unreadable
 from noetherflow.monitor.noted import COLUMNS, NotedLosses, noted_row
 from noetherflow.monitor.row_form import wrong_form
@@ -35,6 +37,8 @@ class RunData:
     `preconditioned[field]` `[T, families]` are the books of the preconditioned charge, empty where no step has them.
 
     `layer[field]` `[E, layers]` and `mean_share` `[E]` are what `Ledger.layers` tells, empty in logs without it.
+
+    `head[field]` `[E, heads]` is what estimates tell of attention heads (`heads`), empty in logs without it.
 
     `loss` and `lr` are `[T]`; unknown numbers are NaN, also estimates that only some of the run's optimisers have.
     `events` as logged, `started` as the first header says. When the watched symmetries were replaced during the run,
@@ -65,6 +69,7 @@ class RunData:
     dropped: int = 0
     noted: np.ndarray = field(default_factory=lambda: np.zeros((0, len(COLUMNS))))
     since: NotedLosses | None = None
+    head: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def load(cls, run_dir: str | os.PathLike[str]) -> RunData:
@@ -110,6 +115,11 @@ class RunData:
     def layers(self) -> list[str]:
         """The names of the layers that `layer` is about."""
         return list(self.header.get("layers", ()))
+
+    @property
+    def heads(self) -> list[tuple[str, int]]:
+        """Symmetry and number of the attention heads that `head` is about."""
+        return heads_of_header(self.header)
 
     @property
     def one_sided(self) -> np.ndarray:
@@ -213,6 +223,7 @@ class _Rows:
             self._renew()
             beside = {f"layer.{k}": v for k, v in row.get("layer", {}).items()}
             beside |= {"all.mean_share": row.get("mean_share")} if beside else {}
+            beside |= {f"{HEAD}{k}": v for k, v in row.get("head", {}).items()}
             if not self._estimates.has(row["step"]):
                 self._estimates.add({"step": row["step"], **row["symmetry"], **beside})
         elif row["kind"] == "end" and isinstance(row.get("losses"), dict):
@@ -293,6 +304,7 @@ class _Rows:
             order = np.argsort(number, kind="stable")
             number, steps = number[order], {name: values[order] for name, values in steps.items()}
         layer = {k.removeprefix("layer."): estimates.pop(k) for k in list(estimates) if k.startswith("layer.")}
+        head = {k.removeprefix(HEAD): estimates.pop(k) for k in list(estimates) if k.startswith(HEAD)}
         mean_share = estimates.pop("all.mean_share", np.zeros(0))
         return RunData(
             self._header,
@@ -310,6 +322,7 @@ class _Rows:
             mean_share,
             noted=steps["noted"],
             since=self._since,
+            head=head,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from noetherflow.symmetry.symmetry import Symmetry
@@ -43,7 +44,7 @@ def part_of(symmetry: Symmetry) -> str:
     return "head" if symmetry.family in HEADS else symmetry.part
 
 
-def heads_in(symmetry: Symmetry, syms: SymmetrySet) -> int:
+def heads_in(symmetry: Symmetry, syms: Iterable[Symmetry]) -> int:
     """How many heads share the coordinates of an attention symmetry.
 
     A matrix symmetry has one block per head; where rotary positions leave single pairs of coordinates, the value and
