@@ -7,6 +7,7 @@ import importlib
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -202,6 +203,44 @@ def test_hugging_face_trainer(gpt2_symmetries: Any, tmp_path: Path) -> None:
     expected = {e["step"]: e["loss"] for e in told if "loss" in e and e["step"] < 5}
     assert noted == pytest.approx(expected)
     assert sorted(noted) == [2, 4]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("parts", [1, 3])
+def test_every_loss_of_a_trainer_is_noted_and_training_is_the_same(
+    gpt2_symmetries: Any, tmp_path: Path, parts: int
+) -> None:
+    """`logging_steps=1` makes the Trainer log each step's loss: the reference, exactly; weights bit for bit."""
+    options = {"gradient_accumulation_steps": parts, "max_steps": 6, "logging_steps": 1, "save_strategy": "no"}
+    plain = hf_trainer(tmp_path / "plain", adapters.trainer_callback(gpt2_symmetries), **options)
+    plain.train()
+    trainer = hf_trainer(tmp_path / "out", transformers_callback(), **options)
+    callback = adapters.watch_trainer(trainer, gpt2_symmetries, run_dir=tmp_path / "run", every=2)
+    trainer.train()
+    logged = [e["loss"] for e in trainer.state.log_history if "loss" in e]
+    rows = recorded(tmp_path / "run")
+    assert [r["step"] for r in rows] == [0, 2, 4]
+    assert [r["loss"] for r in rows] == pytest.approx([logged[i] for i in (0, 2, 4)], rel=1e-4)
+    assert [r["losses"]["steps"] for r in rows[1:]] == [2, 2]
+    assert [r["losses"]["mean"] for r in rows[1:]] == pytest.approx(
+        [sum(logged[1:3]) / 2, sum(logged[3:5]) / 2], rel=1e-4
+    )
+    for a, b in zip(plain.model.parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert "were not noted" not in str(callback.ledger.diagnose())
+
+
+def test_with_several_processes_the_losses_of_one_are_not_taken(gpt2_symmetries: Any, tmp_path: Path) -> None:
+    trainer = hf_trainer(tmp_path, transformers_callback())
+    before = trainer.training_step
+    two = SimpleNamespace(args=SimpleNamespace(world_size=2), training_step=before, add_callback=lambda callback: None)
+    adapters.watch_trainer(two, gpt2_symmetries)
+    assert two.training_step == before
+
+
+def transformers_callback() -> Any:
+    """A callback that does nothing."""
+    return pytest.importorskip("transformers").TrainerCallback()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

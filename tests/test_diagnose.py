@@ -266,6 +266,15 @@ class TestRun:
         assert json.loads(asked.stdout)["verdict"] in ("good", "watch", "open")
 
 
+def test_a_checkpoint_folder_is_told_what_diagnoses_it(tmp_path: Path) -> None:
+    (tmp_path / "optimizer.pt").touch()
+    outcome = CliRunner().invoke(app, ["diagnose", str(tmp_path)])
+    assert "docs/jobs/trainer.md" in str(outcome.exception)
+    assert f"noetherflow flow {tmp_path}" in str(outcome.exception)
+    (tmp_path / "optimizer.pt").unlink()
+    assert "trainer.md" not in str(CliRunner().invoke(app, ["diagnose", str(tmp_path)]).exception)
+
+
 def test_a_learning_rate_that_replaces_the_weights_is_to_act_on() -> None:
     x, y = classes()
     model = mlp()

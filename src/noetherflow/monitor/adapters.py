@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,12 +147,45 @@ def _first(names: list[str]) -> Any:
     raise MissingExtraError(f"none of {names} is installed; install it with: pip install 'noetherflow[lightning]'")
 
 
+def watch_trainer(trainer: Any, syms: Symmetries, **options: Any) -> Any:
+    """Give a `transformers.Trainer` the callback of `trainer_callback` and note the loss of every step.
+
+    Callbacks are not told losses. Here the Trainer's `training_step` passes on what it returned, the mean loss of one
+    micro-batch as a tensor on its device; the sum over the micro-batches of a step is noted. Nothing waits for the
+    device, and training goes as without it. With several processes, each of which knows its own loss only, the rows
+    keep what the Trainer logs.
+
+    Args:
+        trainer: before `trainer.train()`.
+        syms: as in `trainer_callback`.
+        options: as in `trainer_callback`.
+
+    Returns:
+        The callback; `.ledger` exists once training has begun.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
+
+    Example:
+        ```
+        callback = watch_trainer(trainer, syms, run_dir="run")
+        trainer.train()
+        print(callback.ledger.diagnose())
+        ```
+    """
+    callback = trainer_callback(syms, **options)
+    trainer.add_callback(callback)
+    if trainer.args.world_size == 1:
+        trainer.training_step = partial(callback.step_noted, trainer.training_step)
+    return callback
+
+
 def trainer_callback(syms: Symmetries, *, resume_from: str | Path | None = None, **options: Any) -> Any:
     """A callback for `transformers.Trainer`; its `.ledger` exists once training has begun.
 
     Its state is saved beside every checkpoint (`noetherflow_ledger.pt`) and read when training resumes from one. The
     ledger of a training that resumes without such a state warns and counts on from its own log. The loss of a row is
-    what the Trainer logged last, its mean over the `logging_steps` steps before.
+    what the Trainer logged last, its mean over the `logging_steps` steps before; `watch_trainer` notes every step's.
 
     Args:
         syms: the symmetries, or a function that finds them in the model.
@@ -178,10 +212,19 @@ class _TrainerHooks:
         self._syms, self._resume_from, self._options = syms, resume_from, options
         self._before: tuple[int, int] = (0, 0)
         self._loss: float | None = None
+        self._under_way: torch.Tensor | None = None
+
+    def step_noted(self, training_step: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The Trainer's `training_step`, its loss added to that of the step under way."""
+        loss = training_step(*args, **kwargs)
+        own = loss.detach()
+        self._under_way = own.clone() if self._under_way is None else self._under_way + own
+        return loss
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.ledger is not None:
             self.ledger.close()
+        self._under_way = None
         model = kwargs["model"]
         options = {"notes": _trainer_notes(args), **self._options}
         if state.global_step:
@@ -196,7 +239,10 @@ class _TrainerHooks:
         if self.ledger is None:
             return
         self._before = _progress(self.ledger)
-        if self._loss is not None and self.ledger.step % self.ledger.every == 0:
+        if self._under_way is not None:
+            self.ledger.note(self._under_way)
+            self._under_way = None
+        elif self._loss is not None and self.ledger.step % self.ledger.every == 0:
             self.ledger.note(self._loss)
             self._loss = None
 

@@ -240,6 +240,14 @@ OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer.safetensors")
 """What a folder holds that is the checkpoint of a run and not its log."""
 
 
+CHECKPOINT = (
+    ". This is a checkpoint, weights and optimiser without a log: `noetherflow flow {}` reads them; for a diagnosis "
+    "of it nf.diagnose(model, loss_fn, loader, optimizer) takes the model and the optimiser with their states loaded, "
+    "and some data (docs/jobs/trainer.md has the lines for a Trainer's folder)"
+)
+"""What a checkpoint can be asked that was taken for a log."""
+
+
 def read_log(run_dir: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """The lines of a run's log; a torn last line is left out.
 
@@ -251,7 +259,7 @@ def read_log(run_dir: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
         checkpoint = any((path.parent / name).exists() for name in OPTIMIZER_FILES)
         raise DataError(
             f"{path} does not exist; a run directory is written by Ledger(..., run_dir=...)"
-            + (f". This is a checkpoint: `noetherflow flow {run_dir}` reads its optimiser" if checkpoint else "")
+            + (CHECKPOINT.format(run_dir) if checkpoint else "")
         )
     return read_lines(path)
 
