@@ -24,10 +24,11 @@ from noetherflow.moments.groups import GroupSums, Opened, edges
 from noetherflow.moments.measuring import KnownWay, Way
 from noetherflow.moments.products import Factors
 from noetherflow.moments.scene import PLAIN, Scene
+from noetherflow.moments.sizes import size_of
 from noetherflow.moments.sums import Sums
 from noetherflow.moments.taps import CallId
 from noetherflow.moments.traced import Capturing, Found, TracedWay, UnknownWayError, refilled, tensors_within
-from noetherflow.moments.verify import same_random_numbers, size_of, tolerance
+from noetherflow.moments.verify import same_random_numbers, tolerance
 
 CHANGES, UNUSED = 4, 16
 """Changes of the model, and captures, in a row without a replay, after which nothing more is captured."""

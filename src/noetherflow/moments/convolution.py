@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from math import sqrt
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from noetherflow.moments.forms import Form, add_token_grams, chunks, norm, prefer_token_grams
+from noetherflow.moments.forms import LARGE, Form, add_token_grams, chunks, norm, prefer_token_grams
 from noetherflow.moments.target import Target, wide
 
 # Convolutions with more entries of patches per sample go one by one on a CPU: measured on 2 cores, one by one takes
@@ -74,6 +75,20 @@ class Convolution(Form):
 
     def total(self) -> Tensor:
         return self._gradient(0, self.samples)
+
+    @property
+    def columns(self) -> int | None:
+        plain = not self.settings[3] and self.weight.numel() > LARGE
+        return self.weight[0].numel() if plain else None
+
+    def total_times(self, vectors: Tensor) -> Tensor:
+        """`sum delta^T patches(x) v`, not of a transposed convolution; `patches(x) v` is `x` convolved with `v`."""
+        stride, padding, dilation, _, _, groups = self.settings
+        delta, x = self.delta.flatten(0, 1), self.x.flatten(0, 1)
+        kernels = vectors.to(x).mT.reshape(-1, *self.weight.shape[1:]).repeat(groups, *[1] * (x.ndim - 1))
+        seen = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3](x, kernels, None, stride, padding, dilation, groups)
+        left, right = (t.reshape(len(t), groups, -1, t[0, 0].numel()) for t in (delta, seen))
+        return (left @ right.mT).sum(0).reshape(-1, vectors.shape[1])
 
     def scale(self) -> Tensor:
         return norm(self.x) * norm(self.delta) * sqrt(self.weight[0, 0].numel())

@@ -21,6 +21,8 @@ CHUNK_ENTRIES, CHUNK_ENTRIES_CPU = 1 << 24, 1 << 20
 # One pass over one entry of an explicit gradient, in operations of a matrix product. Measured on 2 cores:
 # 0.04 to 0.06 ns (sum, row norm, square of 2^20 float32 entries), while products of 128 tokens run at 190 per ns.
 PASS = 10.0
+LARGE = 4096
+"""Entries above which a matrix is known by its products with vectors, where the whole of it is not needed."""
 
 
 def membership(parts: Sequence[tuple[int, int]], like: Tensor) -> Tensor:
@@ -67,6 +69,16 @@ class Form(ABC):
     @abstractmethod
     def total(self) -> Tensor:
         """`sum_i G_i`, the operand's shape."""
+
+    @property
+    def columns(self) -> int | None:
+        """The columns of the operand as a matrix, if it is so large that `total_times` needs less than `total`."""
+        return None
+
+    def total_times(self, vectors: Tensor) -> Tensor:
+        """`sum_i G_i` as a matrix `m x n`, times vectors `[n, k]`: `[m, k]`, in the type of the sums."""
+        total = self.total()
+        return total.reshape(-1, len(vectors)) @ vectors.to(total)
 
     def accumulate(self, target: Target, lo: int, hi: int) -> None:
         """Add samples `lo .. hi - 1` to everything the target wants; the operand is the whole parameter.
@@ -152,6 +164,15 @@ class Outer(Form):
     def total(self) -> Tensor:
         left, right = self._slice(0, self.samples)
         return self._shaped(torch.matmul(left.flatten(0, 1).mT, right.flatten(0, 1)))
+
+    @property
+    def columns(self) -> int | None:
+        m, n = self.matrix
+        return n if m * n > LARGE else None
+
+    def total_times(self, vectors: Tensor) -> Tensor:
+        left, right = self.rows(0, self.samples)
+        return left.mT @ (right @ vectors.to(right))
 
     def scale(self) -> Tensor:
         return norm(self.left.to(self.dtype)) * norm(self.right.to(self.dtype))

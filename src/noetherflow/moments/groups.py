@@ -15,7 +15,7 @@ from noetherflow.moments.distributed import added_over_ranks
 from noetherflow.moments.placement import Placement
 from noetherflow.moments.result import GradientMoments, of_groups
 from noetherflow.moments.statistics import noise_error
-from noetherflow.moments.sums import Sums, Totals
+from noetherflow.moments.sums import Sums, Totals, leg_names
 from noetherflow.moments.target import Need
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
@@ -131,10 +131,10 @@ class GroupSums:
             fallback: Parameters measured by the fallback.
             spend: The sums are not needed any more; their memory becomes the result's.
         """
-        several = len(self.by_group) > 1
+        several, names = len(self.by_group) > 1, leg_names(self.needs)
         groups = []
         for _, sums in sorted(self.by_group.items()):
-            legs = sums.moments_of_legs(fallback)
+            legs = sums.moments_of_legs(fallback, names)
             mean, squares = sums.means() if several else ({}, {})
             groups.append(replace(legs, mean=mean, squares=squares))
         entries = [n for n, need in self.needs.items() if need.entries]

@@ -20,7 +20,9 @@ from noetherflow.moments.conditions import Conditions
 from noetherflow.moments.noise_scale import NoiseScales, noise_scales
 from noetherflow.moments.packed import LeftOut, PackedTensors, SampleSum
 from noetherflow.moments.products import Factors, joined_factors
+from noetherflow.moments.sizes import size_of
 from noetherflow.symmetry.symmetry import Symmetry
+from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 Sampling = Literal["replacement", "independent", "epoch"]
 Kind = Literal["gradient", "hessian"]
@@ -365,7 +367,7 @@ def of_groups(
     return merged
 
 
-def unresolved(moments: GradientMoments, syms: Iterable[Symmetry]) -> tuple[str, ...]:
+def unresolved(moments: GradientMoments, syms: SymmetrySet) -> tuple[str, ...]:
     """Names of the symmetries along whose legs noise is lost in rounding.
 
     `E[g g^T]` and `gbar gbar^T` are subtracted for it; where samples differ by less than `4 eps` of their mean squared,
@@ -373,12 +375,15 @@ def unresolved(moments: GradientMoments, syms: Iterable[Symmetry]) -> tuple[str,
     """
     if moments.samples < 2:
         return ()
+    sizes = {n: float(size_of(moments.mean[n])) ** 2 for n in {leg.parameter for s in syms for leg in s.weight_legs}}
     found = []
     for s in syms:
         eps = max(torch.finfo(moments.mean[n].dtype).eps for n in s.parameters)
-        means = (s.leg_gram(leg, moments.mean[leg.parameter], torch.float64) for leg in s.weight_legs)
-        for second, mean in zip(moments.second[s.name], means, strict=True):
-            both, own = float(trace(second)), float(trace(mean))
+        for second, leg in zip(moments.second[s.name], s.weight_legs, strict=True):
+            both = float(trace(second))
+            if both > 1.01 * sizes[leg.parameter]:  # of the whole parameter, of which the leg has a part
+                continue
+            own = float(trace(s.leg_gram(leg, moments.mean[leg.parameter], torch.float64)))
             if own > 0 and both - own < 4 * eps * own:
                 found.append(s.name)
                 break

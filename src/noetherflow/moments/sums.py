@@ -147,8 +147,8 @@ class Sums(Accumulators):
             need = self.needs[name]
             Target(need, self, Scratch()).add_torus_legs(squares.view(need.rows, -1))
 
-    def moments_of_legs(self, fallback: tuple[str, ...]) -> GradientMoments:
-        """Means over the samples so far, of leg Grams alone."""
+    def moments_of_legs(self, fallback: tuple[str, ...], names: dict[str, tuple[str, ...]]) -> GradientMoments:
+        """Means over the samples so far, of leg Grams alone; `names` of the legs."""
         n = self.samples
         return GradientMoments(
             samples=n,
@@ -156,7 +156,7 @@ class Sums(Accumulators):
             second={name: tuple(leg / n for leg in legs) for name, legs in self.legs().items()},
             mean={},
             fallback=fallback,
-            legs=leg_names(self.needs),
+            legs=names,
         )
 
     def means(self) -> tuple[PackedTensors, PackedTensors]:

@@ -34,12 +34,14 @@ from noetherflow.moments.batch import (
 )
 from noetherflow.moments.conditions import Conditions, random_states
 from noetherflow.moments.distributed import over_ranks
-from noetherflow.moments.forms import Outer
+from noetherflow.moments.forms import Form
 from noetherflow.moments.layout import WHOLE_BATCH, SampleLayout
 from noetherflow.moments.origins import Source
 from noetherflow.moments.result import all_finite
 from noetherflow.moments.rules import Site
+from noetherflow.moments.sizes import largest_row, size_of
 from noetherflow.moments.taps import CallId, Recorder, Trace, Use
+from noetherflow.moments.target import wide
 
 # Other samples' share of a sample's output gradient that passes for rounding; models that cast to float32 inside are
 # no more exact than that in float64.
@@ -99,32 +101,59 @@ def same_random_numbers() -> Iterator[None]:
         before.restore()
 
 
-def row_projection(layout: SampleLayout, delta: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-    """Each sample's output gradient on one fixed direction, and the norm that sets its rounding error."""
-    rows = layout.front(delta, samples).reshape(samples, -1).to(torch.float64)
-    direction = torch.sin(1.0 + 7.3 * torch.arange(rows.shape[1], dtype=rows.dtype, device=rows.device))
-    return rows @ direction, rows.norm(dim=1).max() * direction.norm()
+def _direction(size: int, like: Tensor) -> Tensor:
+    """One fixed direction."""
+    return torch.sin(1.0 + 7.3 * torch.arange(size, dtype=torch.float64, device=like.device)).to(like.dtype)
 
 
-def rows_of(delta: Tensor) -> Tensor:
-    """A fixed projection of every feature vector: `[rows]`."""
-    rows = delta.reshape(-1, delta.shape[-1]).double()
-    return rows @ torch.sin(1.0 + 7.3 * torch.arange(rows.shape[1], dtype=rows.dtype, device=rows.device))
+def _projected(rows: Tensor) -> Tensor:
+    """Each row of a matrix on one fixed direction: `[rows]`, in the type of the matrix, under autocast too."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows @ _direction(rows.shape[1], rows)
 
 
-def size_of(tensor: Tensor) -> Tensor:
-    """The Frobenius norm, float64; in double precision where squares may leave the range of the tensor's own type."""
-    size: Tensor = torch.linalg.vector_norm(tensor)
-    safe = torch.finfo(torch.float32)
-    if tensor.dtype not in (torch.float32, torch.float64) or not safe.tiny**0.25 < float(size) < safe.max**0.25:
-        size = torch.linalg.vector_norm(tensor.double())
-    return size.double()
+@dataclass(frozen=True, eq=False)
+class Shadow:
+    """What two passes compare of an output gradient `delta`: its entries, or where no samples can lie on the last axis,
+    its feature vectors projected on one direction.
+
+    Example: of `[16, 128, 256]`, 16 samples of 128 tokens with 256 features, `thin` is `[16, 128]`.
+    """
+
+    delta: Tensor
+    thin: Tensor
+
+    @classmethod
+    def of(cls, use: Use, delta: Tensor) -> Shadow:
+        delta = delta.to(wide(delta.dtype))
+        if delta.ndim < 2 or delta.ndim - 1 in use.axes:
+            return cls(delta, delta)
+        return cls(delta, _projected(delta.reshape(-1, delta.shape[-1])).view(delta.shape[:-1]))
+
+    def by_sample(self, layout: SampleLayout, samples: int) -> Tensor:
+        """Each sample's output gradient on one fixed direction: `[samples]`, float64."""
+        return _projected(layout.front(self.thin, samples).reshape(samples, -1).double())
+
+    def scale(self, layout: SampleLayout, samples: int) -> Tensor:
+        """The norm that sets the rounding error of `by_sample`."""
+        rows = layout.front(self.delta, samples).reshape(samples, -1)
+        directions = [self.thin.numel() // samples] + ([self.delta.shape[-1]] if self.thinned else [])
+        lengths = [_direction(size, self.thin).double().norm() for size in directions]
+        return largest_row(rows) * torch.stack(lengths).prod()
+
+    @property
+    def thinned(self) -> bool:
+        return self.thin is not self.delta
+
+    def rows(self) -> Tensor:
+        """Every feature vector on one fixed direction: `[rows]`, float64."""
+        if self.thinned:
+            return self.thin.flatten().double()
+        return _projected(self.delta.reshape(-1, self.delta.shape[-1])).double()
 
 
 PROBES = 4
 """Random vectors that a large matrix is multiplied by, in place of comparing it entry by entry."""
-LARGE = 4096
-"""Entries above which a matrix is so compared."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +182,7 @@ class Total:
 
 @dataclass(frozen=True, eq=False)
 class ProbedTotal(Total):
-    """The same of a large matrix `left^T right`, known by its products with random vectors (Freivalds' check).
+    """The same of a large matrix, known by its products with random vectors (Freivalds' check).
 
     Four Gaussian vectors scaled by 1/2 keep the norm of any difference on average, and shrink it below a thousandth of
     that with a probability of at most 2e-12: what two full matrices would show, these show too, at the price of four of
@@ -163,13 +192,12 @@ class ProbedTotal(Total):
     probes: Tensor
 
     @classmethod
-    def of(cls, form: Outer, scale: Tensor, dtype: torch.dtype) -> ProbedTotal:
-        """The products of the sum over all samples of a form."""
-        left, right = form.rows(0, form.samples)
+    def of(cls, form: Form, columns: int, scale: Tensor, dtype: torch.dtype) -> ProbedTotal:
+        """The products of the sum over all samples of a form whose matrix has so many columns."""
         rng = torch.Generator("cpu").manual_seed(0xF1E1)
-        drawn = torch.randn(right.shape[1], PROBES, generator=rng, dtype=torch.float64, device="cpu")
-        probes = (drawn / PROBES**0.5).to(right)
-        return cls(left.mT @ (right @ probes), scale, dtype, probes)
+        drawn = torch.randn(columns, PROBES, generator=rng, dtype=torch.float64, device="cpu")
+        total = form.total_times(drawn / PROBES**0.5)
+        return cls(total, scale, dtype, (drawn / PROBES**0.5).to(total))
 
     def distance(self, expected: Tensor) -> Tensor:
         return size_of(self.total - expected.reshape(len(self.total), -1).to(self.total.dtype) @ self.probes)
@@ -179,8 +207,8 @@ def total_of(site: Site, delta: Tensor, saved: tuple[Tensor, ...]) -> Total:
     """What the rule of an operand makes of the gradients of all samples together, which needs no layout."""
     form = form_of(site, WHOLE_BATCH, 1, delta, saved)
     scale = form.scale() if site.cancelled is None else form.scale() + site.cancelled(delta, *saved)
-    if isinstance(form, Outer) and form.matrix[0] * form.matrix[1] > LARGE:
-        return ProbedTotal.of(form, scale, delta.dtype)
+    if form.columns is not None:
+        return ProbedTotal.of(form, form.columns, scale, delta.dtype)
     return Total(form.total(), scale, delta.dtype)
 
 
@@ -250,13 +278,11 @@ class WeightedPass(BatchPass):
     def receive(self, use: Use, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
         if not use.leaves[0].requires_grad:
             return
-        samples = self.weights.numel()
-        self.projections[use.id] = [
-            (layout, row_projection(layout, delta, samples)[0])
-            for layout in use.layouts(samples, self.subject.sample_axes)
-        ]
+        samples, shadow = self.weights.numel(), Shadow.of(use, delta)
+        layouts = use.layouts(samples, self.subject.sample_axes)
+        self.projections[use.id] = [(layout, shadow.by_sample(layout, samples)) for layout in layouts]
         if use.certain and delta.ndim:
-            self.rows[use.id] = rows_of(delta)
+            self.rows[use.id] = shadow.rows()
         for k, (site, source) in enumerate(zip(use.sites, use.sources, strict=True)):
             if source.names.isdisjoint(self.subject.measured):
                 continue
@@ -316,16 +342,16 @@ class Locator:
                 f"the loss takes another path when computed again on the same batch: {use} is new. Does the model "
                 "count its calls or draw from a generator of its own? Take that out while measuring"
             )
-        weights, limit = self.weighted.weights.flatten().double(), self._limit(delta)
+        weights, limit, shadow = self.weighted.weights.flatten().double(), self._limit(delta), Shadow.of(use, delta)
         for layout, weighted in projections:
-            plain, scale = row_projection(layout, delta, weights.numel())
-            if (weighted - weights * plain).abs().max() <= limit * scale:
+            plain = shadow.by_sample(layout, len(weights))
+            if (weighted - weights * plain).abs().max() <= limit * shadow.scale(layout, len(weights)):
                 if bool(plain.any()):
                     self.kept[use.id] = layout
                 return layout
         if not use.certain:
             self.still_shared.add(use.id)
-        elif self.weighted.subject.sample_axes > 1 or self._gathered(use, delta):
+        elif self.weighted.subject.sample_axes > 1 or self._gathered(use, shadow.rows(), limit):
             self.scattered.update(dict.fromkeys(use.names, f"{use}: rows of several samples"))
         else:
             raise MomentError(
@@ -345,13 +371,13 @@ class Locator:
     def _limit(self, delta: Tensor) -> float:
         return independence(self.weighted.subject.model, delta.dtype)
 
-    def _gathered(self, use: Use, delta: Tensor) -> bool:
+    def _gathered(self, use: Use, plain: Tensor, limit: float) -> bool:
         """Whether each row belongs to one sample, in an order of the model's own (experts): its ratio is some `c_i`."""
-        weighted, plain = self.weighted.rows[use.id], rows_of(delta)
+        weighted = self.weighted.rows[use.id]
         live = plain.abs() > 1e-3 * plain.abs().max()
         ratio = (weighted / plain)[live]
         distance = (ratio.unsqueeze(1) - self.weighted.weights.flatten().double()).abs().amin(1)
-        return bool((distance <= self._limit(delta)).all())
+        return bool((distance <= limit).all())
 
 
 def weigh(subject: Subject, batch: Any, shared: frozenset[CallId]) -> WeightedPass:
