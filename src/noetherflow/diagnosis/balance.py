@@ -9,7 +9,7 @@ import numpy as np
 
 from noetherflow.core.printing import count
 from noetherflow.diagnosis.facts import LayerBalance, PartActivity, RunBalance
-from noetherflow.diagnosis.finding import Evidence, Finding, Severity, calm, in_steps, plain
+from noetherflow.diagnosis.finding import Evidence, Finding, Severity, calm, in_steps, plain, unless
 
 FAR, VERY_FAR = math.log(3.0), math.log(10.0)
 LAYER_FAR, LAYER_VERY_FAR = math.log(10.0), math.log(30.0)
@@ -95,7 +95,7 @@ def outliers(lone: Sequence[tuple[LayerBalance, np.ndarray]], steps: float) -> F
     severity: Severity = "act" if sizes.max() >= VERY_FAR else "watch"
     numbers = tuple(evidence_of(f, int(s.argmax())) for f, s in ranked[:SHOWN])
     names = tuple(f.name for f, _ in ranked)
-    means, advice = _means(factor, worst, steps), _advice(names)
+    means, advice = _means(factor, worst, steps), _advice(names, severity)
     weight = float(sizes.max())
     return Finding(
         "balance", "balance", severity, title, means, advice, certainty_of(worst, at), numbers, names, weight
@@ -109,10 +109,15 @@ def _lone(fact: LayerBalance, sizes: np.ndarray) -> str:
     return f"{_listed(fact, which)} of `{fact.name}` {'up to ' if len(which) > 1 else ''}{plain(most, 3)} times"
 
 
-def _advice(names: Sequence[str]) -> str:
-    """How to move the layers of these symmetries."""
+def _advice(names: Sequence[str], severity: Severity) -> str:
+    """How to move the layers of these symmetries: at once, or if the loss does not fall.
+
+    Ordinary runs that train well have single units 3 to 10 times off: an MLP on digits under Adam had one at 6 times
+    before, and one at 8.6 times after 1,000 steps in which its loss fell from 2.3 to 0.09.
+    """
     which = _some([f"`{n}`" for n in names])
-    return f"move {which} without changing the function: nf.balance_(model, nf.analyze(...).equilibrium, optimizer)"
+    move = f"move {which} without changing the function: nf.balance_(model, nf.analyze(...).equilibrium, optimizer)"
+    return move if severity == "act" else unless(move)
 
 
 def _layers(whole: Sequence[LayerBalance], steps: float) -> Finding:
@@ -133,7 +138,7 @@ def _layers(whole: Sequence[LayerBalance], steps: float) -> Finding:
         severity,
         title,
         means,
-        _advice(names),
+        _advice(names, severity),
         certainty_of(worst, at),
         numbers,
         names,
@@ -172,7 +177,8 @@ def far_during_run(facts: Sequence[RunBalance], steps: float) -> list[Finding]:
     means = "The small side has gradients and curvature above the balanced ones, which holds down the stable learning "
     means += f"rate. {_phase(worst.steps, steps)}"
     names = tuple(f.name for f in known if f.largest - f.median >= FAR or f.median >= LAYER_FAR)
-    return [Finding("balance", "balance", severity, title, means, _advice(names), sure, numbers, names, worst.largest)]
+    advice = _advice(names, severity)
+    return [Finding("balance", "balance", severity, title, means, advice, sure, numbers, names, worst.largest)]
 
 
 def evidence_of(fact: LayerBalance, at: int) -> Evidence:

@@ -92,10 +92,27 @@ class Finding:
     def __str__(self) -> str:
         lines = [_wrapped(f"{self.severity.upper():<6}{self.title}", 6)]
         if self.severity == "good":
-            return lines[0]
+            return "\n".join([*lines, *([_wrapped(f"      do: {self.advice}", 8)] if self.is_note else [])])
         rows = [("means", self.means), ("do", self.advice), ("sure", self.sure)]
         rows += [("numbers", "; ".join(str(e) for e in self.evidence))] if self.evidence else []
         return "\n".join([*lines, *(_wrapped(f"      {name}: {text}", 8) for name, text in rows if text)])
+
+    @property
+    def is_note(self) -> bool:
+        """A good answer with something to try if training should not go well."""
+        return self.severity == "good" and self.advice not in ("", NOTHING)
+
+    @property
+    def as_asked(self) -> Finding:
+        """The same, but good in place of to watch where it asks for nothing: then there is nothing to come back for.
+
+        Example:
+            >>> found = Finding("turning", "warmup", "watch", "Steps turn it much.", "", unless("lower lr"), "measured")
+            >>> found.as_asked.severity
+            'good'
+        """
+        asks = self.severity == "watch" and not self.advice.startswith(NOTHING)
+        return self if asks or self.severity != "watch" else replace(self, severity="good")
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
@@ -200,9 +217,9 @@ class Diagnosis:
         members: Mapping[str, Sequence[str]] | None = None,
         cautions: Sequence[str] = (),
     ) -> Diagnosis:
-        """The findings, ranked."""
+        """The findings, ranked; what asks for nothing is not to watch (`Finding.as_asked`)."""
         rank: tuple[Severity, ...] = ("act", "watch", "open", "good")
-        ranked = tuple(sorted(findings, key=lambda f: (rank.index(f.severity), -f.weight)))
+        ranked = tuple(sorted((f.as_asked for f in findings), key=lambda f: (rank.index(f.severity), -f.weight)))
         return cls(subject, ranked, members or {}, tuple(cautions))
 
     def __iter__(self) -> Iterator[Finding]:

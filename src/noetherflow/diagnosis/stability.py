@@ -337,7 +337,8 @@ def _without_spikes(fact: LossCourse) -> Finding:
         return rose_late(fact, fact.rise)
     if fact.began > 0 and fact.ended > FELL * fact.began:
         means = "The run began near a minimum, or it does not learn: steps far too long throw a network back to chance."
-        title = f"The loss {'rose' if fact.ended > fact.began else 'hardly fell'}, {went}, {warm}."
+        moved = "rose" if fact.ended * FELL > fact.began else "hardly changed"
+        title = f"The loss {moved}, {went}, {warm}."
         return Finding(
             "loss-course", "warmup", "watch", title, means, f"if it should fall: {lower}", "measured", numbers
         )
@@ -354,12 +355,15 @@ def turning(angles: Sequence[tuple[str, float]], course: LossCourse) -> list[Fin
 
     Threshold: 0.1 radians forget a direction within about 100 steps (a random walk of angle 1), fewer than most data
     sets have batches: to watch. 0.3 forget it within 10: to act on where the loss falls no longer. Where it falls, the
-    steps are not too long, whatever the angle: nothing to do.
+    steps are not too long, whatever the angle: nothing to do. Nothing is said where the last estimates are of steps at
+    a learning rate of 0, as at the first of a warmup.
     """
     known = [(n, a) for n, a in angles if math.isfinite(a)]
     if not known:
         return []
     name, worst = max(known, key=lambda r: r[1])
+    if worst == 0:
+        return []
     number = (Evidence(f"angle per step of {name}", worst, unit="radians"),)
     if worst < TURN:
         title = f"Steps are small: of scale-invariant weights the fastest, `{name}`, lately turned by "
