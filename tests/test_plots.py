@@ -210,6 +210,18 @@ def test_a_comparison_says_which_sums_it_prints_and_which_steps_it_leaves_out() 
     assert trained(40, every=1)[0].compare(trained(40, every=1)[1]).left_out == ()
 
 
+@pytest.mark.parametrize("every", [1, 19])
+def test_the_charge_after_the_last_recorded_step_is_compared(every: int) -> None:
+    """Twenty steps from 0 to 19: the forecast of step 20 meets the weights at the end, whose charge is summed here."""
+    forecast, ledger = trained(20, every=every)
+    found = forecast.compare(ledger)
+    assert found.left_out == (() if every == 1 else (10,))
+    (s,) = [s for s in found.charges if s.step == 20]
+    net = ledger.model
+    squares = [net[0].weight.square().sum(), net[0].bias.square().sum(), -net[2].weight.square().sum()]
+    assert abs(s.measured) == pytest.approx(abs(float(sum(squares).detach())), rel=1e-8)
+
+
 def test_a_forecast_of_adam_is_compared_with_the_preconditioned_charge() -> None:
     torch.manual_seed(3)
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()

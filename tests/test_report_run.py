@@ -26,7 +26,7 @@ from noetherflow.monitor.ledger import Ledger
 from noetherflow.monitor.log import FORMAT, LOG_NAME, RunLog, read_log
 from noetherflow.monitor.rundata import WINDOW, RunData, RunReader, _before
 from noetherflow.report.labels import labels_of
-from noetherflow.report.run import _layers, _spacing, _training, summary, write_run_report
+from noetherflow.report.run import _ends, _layers, _spacing, _training, summary, write_run_report
 from noetherflow.report.run_figures import COLUMNS, POINTS, charges_figure
 from noetherflow.report.verdicts import headline
 from noetherflow.report.watch import sparkline, view, watch
@@ -606,3 +606,21 @@ def test_a_printed_page_keeps_headings_with_their_pictures_and_names_its_tables(
             assert set(found) == {expected}, (where, what)
     finally:
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
+def test_final_estimates_tell_norms_from_balances(tmp_path: Path) -> None:
+    """Of a weight without a counterweight there is a norm alone: such rows say so and come after the balances."""
+    model = Normed()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    x, y = torch.randn(32, 64).double(), torch.randint(10, (32,))
+    syms = nf.find_symmetries(model, x[:2])
+    with Ledger(model, optimizer, syms, run_dir=tmp_path, every=1, estimate_every=5):
+        for _ in range(20):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    data = RunData.load(tmp_path)
+    told = [row["is of"] for row in _ends(data)]
+    balances, norms = int((~data.one_sided).sum()), int(data.one_sided.sum())
+    assert min(balances, norms) > 0
+    assert told == ["balance of two sides"] * balances + ["a norm, no counterweight"] * norms

@@ -82,14 +82,20 @@ def _sections(data: RunData, events: list[dict[str, Any]], diagnosis: Diagnosis)
 
 
 def _ends(data: RunData) -> list[dict[str, Any]]:
-    """The last estimates of every symmetry, the farthest from equilibrium first."""
+    """The last estimates of every symmetry, the farthest from equilibrium first; weights without a counterweight, of
+    which there is a norm and no balance, come last.
+    """
     shown = [(k, t) for k, t in ESTIMATES if k in data.estimates and np.isfinite(data.estimates[k][-1]).any()]
     if not shown:
         return []
     key = np.nan_to_num(np.abs(data.estimates[shown[0][0]][-1]))
     names = chart_labels(data.symmetries)
-    rows = np.argsort(-key, kind="stable")
-    return [{"symmetry": names[i], **{t: float(data.estimates[k][-1, i]) for k, t in shown}} for i in rows]
+    rows = np.lexsort((-key, data.one_sided))
+    what = np.where(data.one_sided, "a norm, no counterweight", "balance of two sides")
+    return [
+        {"symmetry": names[i], "is of": str(what[i]), **{t: float(data.estimates[k][-1, i]) for k, t in shown}}
+        for i in rows
+    ]
 
 
 def summary(data: RunData, events: list[dict[str, Any]]) -> list[str]:
