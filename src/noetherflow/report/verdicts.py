@@ -28,8 +28,8 @@ def verdicts(diagnosis: Diagnosis, pictures: Mapping[str, str], facts: tuple[tup
 
 def _notice(finding: Finding, picture: str) -> Notice:
     if finding.severity == "good":
-        details = (f"What to do: {finding.advice}",) if finding.is_note else ()
-        return Notice("good", finding.title, details, _numbers(finding), picture, finding.question)
+        advised = (f"What to do: {finding.advice}",) if finding.is_note else ()
+        return Notice("good", finding.title, advised, _numbers(finding), picture, finding.question)
     details = tuple(text for text in (finding.means, f"What to do: {finding.advice}" if finding.advice else "") if text)
     sure = (f"How sure: {finding.sure}.",) if finding.sure else ()
     return Notice(finding.severity, finding.title, details, (*sure, *_numbers(finding)), picture, finding.question)
