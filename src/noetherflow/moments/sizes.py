@@ -10,8 +10,8 @@ def size_of(tensor: Tensor) -> Tensor:
     """The Frobenius norm, float64; in double precision where squares may leave the range of the tensor's own type.
 
     Example:
-        >>> float(size_of(torch.full((4,), 1e-30)))
-        2e-30
+        >>> round(float(size_of(torch.full((4,), 1e-30))) * 1e30, 4)
+        2.0
     """
     size: Tensor = torch.linalg.vector_norm(tensor)
     return size.double() if _within_range(size) else torch.linalg.vector_norm(tensor.double())
