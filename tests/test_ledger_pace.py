@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -253,6 +254,32 @@ def test_estimates_keep_to_the_budget_too(
     assert own <= 0.02 * steps * step
     assert own >= 0.3 * 0.02 * steps * step, "the budget is used"
     assert (ledger.every, estimated(ledger)[:3]) == (every, first)
+
+
+def slow_books(ledger: Ledger, clock: Clock, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the books take so long for every recorded step."""
+    enter = ledger._recorder.books.enter
+
+    def timed(pending: list[Any], values: Any, journal: Any) -> None:
+        clock.now += seconds * len(pending)
+        enter(pending, values, journal)
+
+    monkeypatch.setattr(ledger._recorder.books, "enter", timed)
+
+
+def test_the_books_keep_to_the_budget_too(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are closed before the stride is chosen, between two steps, and are no part of the next step."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    steps, step, record, books = 1000, 0.01, 0.00025, 0.0003
+    with Ledger(model, optimizer, mlp_symmetries(model), overhead=0.02) as ledger:
+        slow(ledger, clock, record, monkeypatch)
+        slow_books(ledger, clock, books, monkeypatch)
+        train(model, optimizer, clock, FIRST, step)
+        began = clock.now
+        train(model, optimizer, clock, steps, step)
+        own = clock.now - began - steps * step
+    assert 0.3 * 0.02 * steps * step <= own <= 0.02 * steps * step
 
 
 @pytest.mark.parametrize("record", [3e-4, 5e-3])

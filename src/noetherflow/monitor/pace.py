@@ -96,6 +96,12 @@ class Pace:
         self._host += own
         self._recorded += recorded
 
+    def booked(self, since: float) -> None:
+        """Count the time since then, between two steps, as the ledger's own and as no part of the next step."""
+        spent = perf_counter() - since
+        self._host += spent
+        self._end += spent
+
     @property
     def due(self) -> bool:
         """Whether it is time to choose; in all processes of a run after the same step."""

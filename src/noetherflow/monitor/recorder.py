@@ -205,7 +205,9 @@ class StepRecorder:
 
     def _choose_stride(self) -> None:
         """Keep to the budget: the books are closed, then the clock says how often the steps to come are recorded."""
+        start = perf_counter()
         self.flush()
+        self.pace.booked(start)
         chosen = self.pace.choose()
         if self.meter.sharded:
             chosen = told_by_all(chosen, self.meter.ranks)[0]
