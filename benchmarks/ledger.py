@@ -21,7 +21,6 @@ import json
 import os
 import statistics
 import tempfile
-import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -32,18 +31,13 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import noetherflow as nf
-from benchmarks.moments import CASES, OUT, device_name, per_sample_loss, settle
+from benchmarks.moments import CASES, OUT, clock, device_name, per_sample_loss, settle
 from benchmarks.tables import provenance, write_ledger
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "momentum": lambda model: torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9),
     "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-5),
 }
-
-
-def clock() -> float:
-    """Seconds: of the processor, which other programs do not take, except where a GPU does the work."""
-    return time.process_time() if torch.get_default_device().type == "cpu" else time.perf_counter()
 
 
 @dataclass

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 
 import noetherflow as nf
-from benchmarks.ledger import clock
-from benchmarks.moments import CASES, OUT, Case, device_name, paired, per_sample_loss, plain, settle
+from benchmarks.moments import CASES, OUT, Case, clock, device_name, paired, per_sample_loss, plain, settle
 from benchmarks.tables import provenance, write_one_call
 
 ROUNDS = {"mlp": 9, "gpt-relu": 3, "gpt-swiglu": 3, "llama": 3, "resnet18": 3}
