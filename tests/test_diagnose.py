@@ -289,6 +289,19 @@ def test_a_learning_rate_that_replaces_the_weights_is_to_act_on() -> None:
     assert all(f.rule != "step-length" for f in calm)
 
 
+def test_a_last_layer_near_zero_is_no_fault_and_a_learning_rate_too_large_for_it_is() -> None:
+    x, y = classes()
+    model = mlp()
+    with torch.no_grad():
+        model[-1].weight *= 1e-4
+    ask = lambda lr: nf.diagnose(model, nn.CrossEntropyLoss(), loader(x, y), sgd(model, lr=lr), curvature=False)
+    found = ask(0.05)
+    assert "small-weights" in [f.rule for f in found]
+    assert not found.severity("act"), str(found)
+    assert found.changes == ()
+    assert ask(1000.0)["step-length"].severity == "act"
+
+
 def normalised() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(12, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 5))

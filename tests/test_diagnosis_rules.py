@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import noetherflow as nf
-from noetherflow.diagnosis import balance, breaking, heads, norms, sampling, stability
+from noetherflow.diagnosis import balance, breaking, heads, long_steps, norms, sampling, stability
 from noetherflow.diagnosis.facts import (
     BatchRegime,
     LayerBalance,
@@ -289,6 +289,20 @@ class TestBalance:
         large = one(balance.far_from_equilibrium([layer([0.0, 0.0, math.log(493.0)])], 1000))
         assert "e+0" not in str(large)
 
+    def test_a_layer_that_the_beginning_of_the_run_evens_out_asks_for_nothing(self):
+        off = layer([math.log(500)] * 4, steps=500.0)
+        judged = lambda fact, steps: one(balance.far_from_equilibrium([fact], steps), "balance-layer")
+        assert judged(off, 1000).severity == "act"
+        soon = judged(off, 5000)
+        assert (soon.severity, soon.advice) == ("good", "nothing to do")
+        assert "over some 500 steps, a small part of the run" in soon.title
+        zero = judged(replace(off, small="2.weight"), 1000)
+        assert (zero.severity, zero.advice) == ("good", "nothing to do")
+        assert "`2.weight` is much smaller than usual" in zero.title
+        other = replace(off, name="other", small="4.weight")
+        both = balance.far_from_equilibrium([off, other], 1000)
+        assert [(f.severity, f.where) for f in both] == [("act", ("0 -> 2",)), ("good", ("other",))]
+
     def test_during_a_run(self):
         assert one(balance.far_during_run([RunBalance("a", 0.1, math.log(30), 10.0)], 100)).severity == "act"
         assert one(balance.far_during_run([RunBalance("a", 0.1, 0.5, 10.0)], 100)).severity == "good"
@@ -553,11 +567,11 @@ class TestDiagnosis:
 class TestStepLength:
     def test_steps_as_long_as_the_weight_are_to_act_on_and_curvature_is_silent(self):
         calm, wild = NormTrend("calm", 4.0, 0.01, step_square=0.04), NormTrend("wild", 4.0, 9.0, step_square=64.0)
-        assert stability.step_length([calm, NormTrend("zero", 0.0, 1.0, 1.0)]) == []
-        found = one(stability.step_length([calm, wild]))
+        assert long_steps.step_length([calm, NormTrend("zero", 0.0, 1.0, 1.0)]) == []
+        found = one(long_steps.step_length([calm, wild]))
         assert found.severity == "act"
         assert "4 times as long as `wild`" in found.title
-        once = one(stability.step_length([replace(wild, step_square=16.0)]))
+        once = one(long_steps.step_length([replace(wild, step_square=16.0)]))
         assert once.severity == "watch"
         assert once.advice.startswith("nothing to do while the loss falls")
         fact = StepStability(1.0, 0.5, NAN, NAN, NAN, NAN, NAN, None, False)
@@ -566,17 +580,17 @@ class TestStepLength:
 
     def test_a_warmup_begins_with_short_steps(self):
         long = NormTrend("wild", 4.0, 9.0, step_square=16.0)
-        assert stability.step_length([long], warmup=100) == []
+        assert long_steps.step_length([long], warmup=100) == []
         assert (
-            "first step of the warmup of 2 is as long as `wild`" in one(stability.step_length([long], warmup=2)).title
+            "first step of the warmup of 2 is as long as `wild`" in one(long_steps.step_length([long], warmup=2)).title
         )
 
     def test_before_a_normalisation_a_long_step_is_to_watch(self):
         hidden = NormTrend("conv", 4.0, 9.0, step_square=400.0, unseen=True)
-        found = one(stability.step_length([hidden]))
+        found = one(long_steps.step_length([hidden]))
         assert found.severity == "watch"
         assert "`conv`" in found.advice
-        both = one(stability.step_length([hidden, NormTrend("head", 4.0, 9.0, step_square=36.0)]))
+        both = one(long_steps.step_length([hidden, NormTrend("head", 4.0, 9.0, step_square=36.0)]))
         assert both.severity == "act"
         assert "A step is 3 times as long as `head` itself (and too long for 1 more weight)." in both.title
 
@@ -685,3 +699,30 @@ def test_a_warmup_from_zero_does_not_hide_the_first_change_of_a_norm(power):
     still = norm_history("w", np.ones(3), np.array([NAN, 0.5, 0.5]), at)
     assert (still.start, still.steps, still.rate_factor) == (500.0, 500.0, 1.0)
     assert norm_history("w", norm, np.array([NAN, NAN, 1.0]), at) is None
+
+    def test_a_weight_that_is_nearly_zero_grows_and_asks_for_nothing(self):
+        head = NormTrend("head", 1e-8, 1e-4, step_square=1e-2, usual=1e-4)
+        found = one(long_steps.step_length([head]))
+        assert found.rule == "small-weights"
+        assert (found.severity, found.advice) == ("good", "nothing to do")
+        assert "1,000 times as long as `head`" in found.title
+        assert "0.0001 of a usual initial one" in found.title
+        ordinary = replace(head, usual=0.5)
+        assert one(long_steps.step_length([ordinary])).severity == "act"
+        both = long_steps.step_length([head, replace(ordinary, name="other")])
+        assert [f.severity for f in both] == ["act", "good"]
+        assert both[0].where == ("other",)
+
+    def test_steps_as_long_as_usual_weights_are_to_act_on_whatever_the_weight(self):
+        """Of length 10 against a weight of 1e-4; usual ones of its shape have 1."""
+        found = one(long_steps.step_length([NormTrend("head", 1e-8, 1.0, step_square=100.0, usual=1e-4)]))
+        assert found.severity == "act"
+        assert "at least 100 times, so that a step is a tenth of a usual initial weight" in found.advice
+
+    def test_a_small_weight_whose_norm_doubles_is_not_slowed(self):
+        tiny = NormTrend("head", 1e-8, 1.0, usual=1e-4)
+        found = one(norms.next_step([tiny]))
+        assert (found.severity, found.advice) == ("good", "nothing to do")
+        assert "grow at once: `head`" in found.title
+        assert "`other`" in one(norms.next_step([tiny, NormTrend("other", 1.0, 2.0)])).advice
+        assert "`head`" not in one(norms.next_step([tiny, NormTrend("other", 1.0, 2.0)])).advice

@@ -9,7 +9,7 @@ import numpy as np
 
 from noetherflow.core.printing import count
 from noetherflow.diagnosis.facts import LayerBalance, PartActivity, RunBalance
-from noetherflow.diagnosis.finding import Evidence, Finding, Severity, calm, in_steps, plain, unless
+from noetherflow.diagnosis.finding import NOTHING, Evidence, Finding, Severity, calm, in_steps, plain, unless
 
 FAR, VERY_FAR = math.log(3.0), math.log(10.0)
 LAYER_FAR, LAYER_VERY_FAR = math.log(10.0), math.log(30.0)
@@ -19,6 +19,7 @@ SOME_DEAD, MANY_DEAD = 0.1, 0.5
 SILENT = 1e-6
 ENOUGH = 100
 SHOWN = 4
+SOON = 0.1
 FARTHEST_PART = "farthest channel, unit or head"
 """What the answers of a run and its page rank by; `median` always is that of one layer."""
 USUAL = "layers of usual initial weights are up to 10 away, gains of 1 up to 30"
@@ -34,6 +35,10 @@ def far_from_equilibrium(facts: Sequence[LayerBalance], steps: float) -> list[Fi
     front of weights of standard deviation 0.02, the usual start of a transformer, are 1 / sqrt(0.02) = 7 off under SGD
     and up to 12 under Adam; gains, one number against a column of weights, get three times as much. Two standard errors
     are taken off first, so that sampling alone finds nothing.
+
+    A whole layer asks for nothing where one of its weights is nearly zero, as where it begins at zero (its first steps
+    make it grow), or where noise evens the imbalance out within a tenth of the run. (A last layer scaled by 1e-4 was
+    both, by 37 steps of 1,000; moved to its noise equilibrium it ended at 0.0034, left as it was at 0.0020.)
     """
     parts = [(f, beyond_layer(f)) for f in facts if np.isfinite(f.factors).any()]
     if not parts and facts:
@@ -51,8 +56,10 @@ def far_from_equilibrium(facts: Sequence[LayerBalance], steps: float) -> list[Fi
     if lone:
         found.append(outliers(lone, steps))
     whole = [f for f, _ in parts if level_of(f) >= LAYER_FAR]
-    if whole:
-        found.append(_layers(whole, steps))
+    passing = [f for f in whole if f.small or f.steps <= SOON * steps]
+    lasting = [f for f in whole if f not in passing]
+    found += [_layers(lasting, steps)] if lasting else []
+    found += [_passing(passing, steps)] if passing else []
     if found:
         return found
     worst = max((f for f, _ in parts), key=lambda f: float(np.nanmax(np.abs(f.factors))))
@@ -144,6 +151,21 @@ def _layers(whole: Sequence[LayerBalance], steps: float) -> Finding:
         names,
         level,
     )
+
+
+def _passing(whole: Sequence[LayerBalance], steps: float) -> Finding:
+    """Layers that are off as a whole, and that the beginning of the run brings back by itself."""
+    ranked = sorted(whole, key=lambda f: -level_of(f))
+    named = [f"`{f.name}` {plain(math.exp(abs(float(np.nanmedian(f.factors)))), 3)} times" for f in ranked]
+    title = f"As a layer {_some(named)} from the noise equilibrium, which asks for nothing: "
+    if ranked[0].small:
+        title += f"`{ranked[0].small}` is much smaller than usual initial weights, and its first steps make it grow."
+    else:
+        title += f"noise evens it out over some {in_steps(ranked[0].steps)}, a small part of the run."
+    numbers = tuple(Evidence(f"median log factor of {f.name}", float(np.nanmedian(f.factors))) for f in ranked[:SHOWN])
+    sure = "likely: at gradients of the present size"
+    names = tuple(f.name for f in ranked)
+    return Finding("balance-layer", "balance", "good", title, "", NOTHING, sure, numbers, names)
 
 
 def far_during_run(facts: Sequence[RunBalance], steps: float) -> list[Finding]:

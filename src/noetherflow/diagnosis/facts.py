@@ -86,6 +86,7 @@ class LayerBalance:
             there, as the signed logarithm; NaN where there is no equilibrium. `[coordinates]`.
         errors: standard errors of `factors`, NaN where unknown.
         steps: until a small deviation is down to 37 %, median over coordinates; NaN where unknown.
+        small: a weight on one of its sides that is much smaller than usual initial ones; empty where none is.
     """
 
     name: str
@@ -94,6 +95,7 @@ class LayerBalance:
     factors: np.ndarray
     errors: np.ndarray
     steps: float
+    small: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -321,6 +323,8 @@ class LossCourse:
 
 TRAINED, FALLS, FELL = 0.1, 0.02, 0.95
 """Losses, over the first one, of a run that has learned; their fall in half a run that still learns; and a fall."""
+SMALL = 0.1
+"""Size of a weight over that of usual initial ones of its shape, below which its first steps give it its size."""
 ACTS = 3.0
 """Memories of weight decay after which it has made the norms."""
 
@@ -337,6 +341,8 @@ class NormTrend:
         settles: `|W|` where noise and decay come to rest over `|W|` now, the function held fixed; NaN where unknown.
         unseen: the loss ignores its norm, for a normalisation follows.
         matrix: it is one, no vector of gains.
+        usual: the root mean square of its entries over `1 / sqrt(fan in)`, as usual initial weights have it; times
+            that of a layer that it trades scale with, where that is above 1.
     """
 
     name: str
@@ -346,6 +352,12 @@ class NormTrend:
     settles: float = math.nan
     unseen: bool = False
     matrix: bool = True
+    usual: float = 1.0
+
+    @property
+    def is_small(self) -> bool:
+        """It is much smaller than usual initial weights, as of a layer that begins at zero: steps make it grow."""
+        return self.usual < SMALL
 
     @property
     def step_length(self) -> float:

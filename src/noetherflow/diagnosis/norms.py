@@ -223,7 +223,7 @@ def next_step(facts: Sequence[NormTrend], moving: bool = False, momentum: bool =
 
     It is no trend: its part along the mean gradient often turns within a few steps. With `momentum` a step is that of a
     full buffer, which a fresh run reaches after some tens of steps. Threshold: a squared norm that doubles within one
-    step is to watch; below, the loss guides these norms.
+    step is to watch; below, the loss guides these norms. That of a nearly zero weight is no news.
     """
     when = "Once the momentum buffer is full, at the present gradients," if momentum else "In the very next step only,"
     rising = sorted((f for f in facts if f.change > 0 and f.norm_square > 0), key=lambda f: -f.change / f.norm_square)
@@ -238,10 +238,14 @@ def next_step(facts: Sequence[NormTrend], moving: bool = False, momentum: bool =
     if turning:
         title += f" Noise then shrinks {_all_of(turning)}."
     numbers = tuple(Evidence(f"squared norm's change per step, {f.name}", f.change / f.norm_square) for f in shown)
-    pace, names = shown[0].change / shown[0].norm_square, tuple(f.name for f in rising)
-    if pace >= DOUBLES:
+    paces, names = {f.name: f.change / f.norm_square for f in rising}, tuple(f.name for f in rising)
+    fast = [f.name for f in rising if paces[f.name] >= DOUBLES and not f.is_small]
+    small = [f.name for f in rising if paces[f.name] >= DOUBLES and f.is_small]
+    if small:
+        title += f" Much smaller than usual initial weights, so that they grow at once: {_all_of(small)}."
+    if fast:
+        pace = paces[fast[0]]
         means = "At this pace a squared norm doubles within a step."
-        fast = [f.name for f in rising if f.change >= DOUBLES * f.norm_square]
         advice = unless(f"lower the learning rate of {_all_of(fast)}, or warm up")
         return [Finding("fastest-norms", "norms", "watch", title, means, advice, sure, numbers, names, pace)]
     return [Finding("fastest-norms", "norms", "good", title, "", NOTHING, sure, numbers, names)]

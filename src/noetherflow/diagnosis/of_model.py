@@ -15,10 +15,11 @@ from noetherflow.core.members import modules_of
 from noetherflow.core.optimizers import Settings, described
 from noetherflow.core.settings import SGDConfig
 from noetherflow.core.tensors import tensors_of
-from noetherflow.diagnosis import balance, breaking, norms, sampling, stability
+from noetherflow.diagnosis import balance, breaking, long_steps, norms, sampling, stability
 from noetherflow.diagnosis import heads as head_rules
 from noetherflow.diagnosis.examined import Examined, named
 from noetherflow.diagnosis.facts import (
+    SMALL,
     BatchRegime,
     LayerBalance,
     LogitGrowth,
@@ -60,8 +61,8 @@ NOT_A_DRIFT = "the flow is NOT VALID as a drift here (see CAUTION)"
 def diagnose_measurement(examined: Examined) -> Diagnosis:
     """All findings that one measurement supports."""
     settings = examined.settings
-    long_steps = stability.step_length([t for t in _trends(examined) if t.matrix], examined.warmup)
-    steps = replace(_stability(examined), replaced=bool(long_steps))
+    too_long = long_steps.step_length([t for t in _trends(examined) if t.matrix], examined.warmup)
+    steps = replace(_stability(examined), replaced=bool(too_long))
     found: list[Finding] = [
         *answered("norms", "norm-growth", lambda: _on_norms(examined)),
         *answered("norms", "fastest-norms", lambda: _first_norms(examined, list(_trends(examined)))),
@@ -71,7 +72,7 @@ def diagnose_measurement(examined: Examined) -> Diagnosis:
         *balance.dead_units(list(_activities(examined)), _samples(examined.moments)),
         *head_rules.frozen_heads(list(_activities(examined))),
         *stability.learning_rate(steps),
-        *long_steps,
+        *too_long,
         *stability.sharpening(steps),
         *stability.memory_of_squares(settings),
         *answered("batch", "batch-size", lambda: sampling.batch_size(_regime(examined))),
@@ -172,7 +173,7 @@ def _trends(examined: Examined) -> Iterator[NormTrend]:
     With a warmup of `W` steps the first has `1 / W` of the learning rate; `step_square` is that of full steps.
     """
     settings, tensors = examined.settings, tensors_of(examined.model)
-    settles, unseen = _settled_norms(examined), _unseen(examined)
+    settles, unseen, usual = _settled_norms(examined), _unseen(examined), _usual_sizes(examined)
     first = 1 / max(examined.warmup or 1, 1)
     for name, mean in examined.moments.mean.items():
         weight = tensors[name].detach().double().cpu()
@@ -183,7 +184,34 @@ def _trends(examined: Examined) -> Iterator[NormTrend]:
         step = Step.of(settings, name, weight, mean.double().cpu(), examined.moments.squares[name].double().cpu())
         change = first**2 * step.grown - first * (2 * step.along + decay_share(settings, name) * norm)
         rest = settles.get(name, math.nan)
-        yield NormTrend(name, norm, change, step.square, rest, name in unseen, weight.ndim > 1)
+        matrix = weight.ndim > 1
+        yield NormTrend(name, norm, change, step.square, rest, name in unseen, matrix, usual.get(name, 1.0))
+
+
+def usual_size(weight: Tensor) -> float:
+    """The root mean square of a matrix or kernel over `1 / sqrt(fan in)`, about what usual initialisations give.
+
+    Example:
+        >>> round(usual_size(torch.full((4, 25), 0.1)), 6)
+        0.5
+    """
+    fan_in = weight.numel() / max(len(weight), 1)
+    return float(weight.double().square().mean().sqrt()) * math.sqrt(fan_in)
+
+
+def _usual_sizes(examined: Examined) -> dict[str, float]:
+    """`usual_size` of every matrix, as far as its layer makes it small: times that of a larger layer that it trades
+    scale with, so that two layers of which one was divided by what the other was multiplied with are as before.
+    """
+    tensors = {n: t.detach().cpu() for n, t in tensors_of(examined.model).items() if t.ndim > 1 and t.numel()}
+    own = {n: usual_size(t) for n, t in tensors.items()}
+    partner = dict.fromkeys(own, 1.0)
+    for symmetry in examined.symmetries:
+        legs = [leg for leg in symmetry.weight_legs if leg.parameter in own]
+        for leg in legs:
+            other = [own[o.parameter] for o in legs if o.sign != leg.sign]
+            partner[leg.parameter] = max([partner[leg.parameter], *other])
+    return {n: size * partner[n] for n, size in own.items()}
 
 
 def _unseen(examined: Examined) -> set[str]:
@@ -209,6 +237,7 @@ def _settled_norms(examined: Examined) -> dict[str, float]:
 
 
 def _balances(examined: Examined) -> Iterator[LayerBalance]:
+    small = {n for n, size in _usual_sizes(examined).items() if size < SMALL}
     for symmetry, flow, settled in named(examined):
         if symmetry.one_sided:
             continue
@@ -225,6 +254,7 @@ def _balances(examined: Examined) -> Iterator[LayerBalance]:
             logs.numpy(),
             errors.numpy(),
             float(times.median()) if times.numel() else math.nan,
+            next((n for n in symmetry.parameters if n in small), ""),
         )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from noetherflow.core.adaptive import AdamConfig
 from noetherflow.core.optimizers import Settings
 from noetherflow.core.printing import count, show
-from noetherflow.diagnosis.facts import FELL, LossCourse, NormTrend, StepStability
+from noetherflow.diagnosis.facts import FELL, LossCourse, StepStability
 from noetherflow.diagnosis.finding import NOTHING, Evidence, Finding, Severity, calm, in_steps, plain, unless
 from noetherflow.diagnosis.losses import rose_late
 
@@ -17,8 +17,6 @@ NOISY = 1.0
 SHARPER = 2.0
 SHORT_MEMORY, LLM_MEMORY = 0.9, 0.95
 TURN, BIG_TURN = 0.1, 0.3
-REPLACED = 1.0
-LOST = 3.0
 ROSE = 2.0
 LOST_RUN = 1e9
 HELD = "with the function held fixed"
@@ -130,49 +128,6 @@ def _warmup(fact: StepStability) -> Finding:
             f"Yes, the warmup of {fact.planned:,} steps is long enough: stability asks for about {fact.needed:,.0f}."
         )
     return Finding("learning-rate", "warmup", severity, title, means, advice, CURVED, _numbers(fact), weight=fact.load)
-
-
-def step_length(facts: Sequence[NormTrend], warmup: int | None = None) -> list[Finding]:
-    """Steps as long as the weights that they change, root mean square over noise, at the first step of a warmup.
-
-    With a warmup of `W` steps the first is `1 / W` of the full length, and what the steps before it leave keeps later
-    ones shorter than the weight: by noise alone step `s` of relative size `a s` finds a weight of `1 + a^2 s^3 / 3`
-    times the square. A weight whose norm the loss ignores is drawn anew by one long step, and its norm grows to that
-    of the step, so that the next turns it less: to watch at most.
-
-    Threshold: at a relative length of 1 one step replaces the weight, wherever the gradient points: neither curvature
-    nor any forecast at the present weights says where it lands. Usual peak rates are below 0.05 (Adam at 1e-3 with
-    weights of standard deviation 0.02), so nothing is said below 1. From 3 on the step is nine times the weight's
-    square, and this is to act on; below, a first gradient that is larger than all later ones may be harmless (a small
-    last layer before the loss has fallen), and it is to watch.
-    """
-    share = 1 / max(warmup or 1, 1)
-    sizes = ((f, f.step_length * share) for f in facts)
-    far = sorted(((f, size) for f, size in sizes if size >= REPLACED), key=lambda p: (p[0].unseen, -p[1]))
-    if not far:
-        return []
-    worst, length = far[0]
-    step = f"The first step of the warmup of {warmup:,}" if warmup else "A step"
-    times = f"{plain(length)} times as long as" if plain(length) != "1" else "as long as"
-    title = f"{step} is {times} `{worst.name}` itself"
-    title += f" (and too long for {count(len(far) - 1, 'more weight', 'more weights')})." if len(far) > 1 else "."
-    means = "One step replaces what the weight was; curvature at the present weights says nothing of where it lands."
-    advice = (
-        f"lower the learning rate of `{worst.name}` at least {10 * length:,.0f} times, so that a step is a tenth of "
-    )
-    advice += "it at most"
-    severity: Severity = "watch" if worst.unseen or length < LOST else "act"
-    if severity == "watch":
-        advice = unless(f"warm up, or lower the learning rate of `{worst.name}`")
-    if worst.unseen:
-        means = (
-            "One step draws its direction anew; the loss ignores its norm, which grows to that of the step, so that "
-        )
-        means += "the next steps turn it less."
-    numbers = tuple(Evidence(f"step over weight, {f.name}", size) for f, size in far[:3])
-    names = tuple(f.name for f, _ in far)
-    sure = "sure for the next step: from the gradients measured and the learning rate"
-    return [Finding("step-length", "warmup", severity, title, means, advice, sure, numbers, names, weight=length)]
 
 
 def sharpening(fact: StepStability) -> list[Finding]:
