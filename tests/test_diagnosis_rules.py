@@ -47,6 +47,7 @@ GROWING = ScaleInvariantNorm("conv", 4.0, 0.04, 0.001, 0.0, 2)
 STALLED = LossCourse(0, (), None, 1000, 2.3, 1.5, 1.5)
 """A loss that fell from 2.3 to 1.5 and stays there."""
 STABLE = StepStability(0.1, 0.2, 0.3, 0.1, 0.5, 0.0, 0.0, None, False)
+RUNNING = replace(STABLE, started=True)
 
 
 def layer(factors, errors=None, part="unit", name="0 -> 2", steps=500.0):
@@ -371,8 +372,8 @@ class TestStability:
         assert one(stability.learning_rate(replace(STABLE, load=3.0, needed=10.0, started=True))).severity == "act"
 
     def test_healthy_noisy_and_unknown(self):
-        assert one(stability.learning_rate(STABLE)).severity == "good"
-        assert one(stability.learning_rate(replace(STABLE, noisy_load=1.5))).severity == "watch"
+        assert one(stability.learning_rate(RUNNING)).severity == "good"
+        assert one(stability.learning_rate(replace(RUNNING, noisy_load=1.5))).severity == "watch"
         assert one(stability.learning_rate(replace(STABLE, load=NAN))).severity == "open"
 
     def test_sharpening(self):
@@ -390,8 +391,25 @@ class TestStability:
     def test_the_limit_of_the_minibatches_is_quoted(self):
         title = one(stability.learning_rate(replace(STABLE, lr=0.05, load=0.012, noisy_load=0.0275))).title
         assert "0.028 of the largest stable one with these minibatches (1.818; with full batches 4.167)" in title
-        without = one(stability.learning_rate(replace(STABLE, noisy_load=NAN))).title
+        without = one(stability.learning_rate(replace(RUNNING, noisy_load=NAN))).title
         assert "with full batches (0.5)" in without
+
+    def test_before_training_stable_means_at_these_weights(self):
+        """Curvature rises in the first steps: only where it may rise 50 times there is nothing to ask."""
+        found = one(stability.learning_rate(replace(STABLE, noisy_load=NAN)))
+        assert found.severity == "open"
+        assert found.title.startswith("At these weights, before training, the learning rate 0.1 is stable: 0.2 of")
+        assert "a rise of 5 times ends it" in found.means
+        assert found.advice.startswith("warm up over some tens of steps, which costs little; or train 50 steps")
+        assert "nf.diagnose(model, loss_fn, loader, optimizer" in found.advice
+        assert "worst case" in one(stability.learning_rate(replace(STABLE, noisy_load=1.5))).means
+        planned = one(stability.learning_rate(replace(STABLE, planned=100)))
+        assert (planned.severity, planned.title) == ("open", found.title)
+        assert planned.advice.startswith("the planned warmup of 100 steps is the remedy")
+        assert one(stability.learning_rate(replace(STABLE, load=0.019))).severity == "good"
+        assert one(stability.learning_rate(replace(STABLE, load=0.021))).severity == "open"
+        assert one(stability.learning_rate(replace(RUNNING, load=0.021))).severity == "good"
+        assert one(stability.learning_rate(replace(STABLE, load=1.0, needed=10.0))).severity == "act"
 
     def test_a_curvature_that_failed_names_its_remedy(self):
         assert "curvature=True" in one(stability.learning_rate(replace(STABLE, load=NAN))).advice
@@ -441,8 +459,8 @@ class TestStability:
         assert course(warmup=0).startswith("No warmup was needed")
         assert course(spikes=(120,)).startswith("No, the warmup of 100 steps is too short")
         assert "whether the warmup was long enough" in course(began=NAN, ended=NAN)
-        before = lambda **new: one(stability.learning_rate(replace(STABLE, **new))).title
-        assert before().startswith("No warmup is needed")
+        before = lambda **new: one(stability.learning_rate(replace(STABLE, **{"load": 0.01, **new}))).title
+        assert before().startswith("No warmup is needed for stability at these weights")
         assert before(planned=100).startswith("Yes, the planned warmup of 100 steps is long enough")
         assert before(load=2.0, needed=200.0, planned=20).startswith("No, the warmup of 20 steps is too short")
         assert before(load=2.0, needed=200.0, planned=500).startswith("Yes, the warmup of 500 steps")
@@ -458,7 +476,7 @@ class TestStability:
         assert left.title == "Means little, for the run diverged at step 2. Norms are fine."
 
     def test_more_than_these_minibatches_allow_is_no_advice(self):
-        found = one(stability.learning_rate(replace(STABLE, noisy_load=74.0)))
+        found = one(stability.learning_rate(replace(RUNNING, noisy_load=74.0)))
         assert found.severity == "watch"
         assert Diagnosis.of("x", [found]).changes == ()
 
@@ -574,7 +592,7 @@ class TestStepLength:
         once = one(long_steps.step_length([replace(wild, step_square=16.0)]))
         assert once.severity == "watch"
         assert once.advice.startswith("nothing to do while the loss falls")
-        fact = StepStability(1.0, 0.5, NAN, NAN, NAN, NAN, NAN, None, False)
+        fact = StepStability(1.0, 0.5, NAN, NAN, NAN, NAN, NAN, None, True)
         assert one(stability.learning_rate(fact)).severity == "good"
         assert one(stability.learning_rate(replace(fact, replaced=True))).severity == "open"
 

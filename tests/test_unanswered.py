@@ -43,7 +43,7 @@ def test_too_few_samples_for_momentum_leave_the_flow_open_and_the_rest_answered(
         assert "512 samples cannot tell" in asked.title
         assert "608 samples" in asked.advice
     top = nf.top_eigenvalue(model, nf.per_sample(LOSS), data[:4])
-    assert analysis.diagnosis["learning-rate"].severity == "good"
+    assert analysis.diagnosis["learning-rate"].title.startswith("At these weights, before training, the learning rate")
     assert analysis.diagnosis["learning-rate"].evidence[1].value == pytest.approx(2 * 1.9 / top, rel=1e-3)
     assert analysis.diagnosis["batch-size"].severity == "good"
     assert analysis.diagnosis["certificate"].severity == "good"
