@@ -174,6 +174,53 @@ def test_the_losses_of_steps_in_between_reach_the_diagnosis(logged, tmp_path):
         assert nf.diagnose_run(tmp_path)["loss-course"].severity == found.severity
 
 
+def test_the_end_is_that_of_the_steps_however_they_are_recorded():
+    losses = 2.3 * np.exp(-np.arange(400) / 40)
+    for every in (1, 50, 200):
+        torch.manual_seed(0)
+        found = nf.diagnose_run(run(losses, every))["loss-course"]
+        ended = {e.what: e.value for e in found.evidence}["loss of the last tenth of the steps"]
+        assert ended < 2 * losses[200:].mean()
+        assert found.severity == "good"
+
+
+class TestNumbersThatBreak:
+    def told(self, losses, every=1):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        ledger = nf.Ledger(model, optimizer, nf.find_symmetries(model, torch.randn(2, 3)), every=every).attach()
+        for loss in losses:
+            optimizer.zero_grad()
+            (model(torch.randn(4, 3)).square().mean() * (1.0 if np.isfinite(loss) else np.nan)).backward()
+            ledger.note(float(loss))
+            optimizer.step()
+        found = nf.diagnose_run(ledger.run_data())["loss-course"]
+        ledger.close()
+        return found
+
+    def test_one_batch_is_named_where_the_loss_was_calm(self):
+        losses = np.concatenate([2.3 * np.exp(-np.arange(60) / 10), np.full(30, np.nan)])
+        found = self.told(losses)
+        assert found.severity == "act"
+        assert "from step 60 on; the loss was" in found.title
+        assert "at step 59 and had not risen" in found.title
+        assert found.means.startswith("One batch did it")
+        assert "learning rate" not in found.advice
+
+    def test_steps_in_between_that_nobody_saw_leave_both_open(self):
+        losses = np.concatenate([2.3 * np.exp(-np.arange(60) / 10), np.full(30, np.nan)])
+        found = self.told(losses, every=25)
+        assert "either one batch did it" in found.means
+        assert "every=1" in found.advice
+
+    def test_a_loss_that_climbed_first_is_a_matter_of_steps(self):
+        losses = np.concatenate([2.3 * np.exp(-np.arange(60) / 10), 0.01 * 1.3 ** np.arange(40), np.full(9, np.nan)])
+        found = self.told(losses)
+        assert "diverged" in found.title
+        assert "learning rate" in found.advice
+
+
 def test_a_step_alone_is_logged_as_before(tmp_path):
     torch.manual_seed(0)
     data = run([1.0, 0.9, 0.8], 1, tmp_path)

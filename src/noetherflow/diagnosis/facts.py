@@ -262,10 +262,11 @@ class LossCourse:
     Attributes:
         warmup: steps over which the learning rate rose from its start.
         spikes: steps at which the loss jumped far above its level.
-        broken: the first step with numbers that are not finite, None without.
+        broken: the first recorded step with numbers that are not finite, None without.
+        finite_until: the last step whose loss is known and finite, None where losses were not noted.
         steps: made.
-        began, ended: the first loss, and the median of the last tenth; NaN where losses were not noted.
-        middle: the median loss of the middle fifth, NaN where unknown.
+        began, ended: the first loss, and the mean over the last tenth of the steps; NaN where losses were not noted.
+        middle: the mean loss of the middle fifth of the steps, NaN where unknown.
         highest: the largest loss, NaN where unknown.
         diverged: the step from which the run was lost to its end: losses above twice the first one, weights a thousand
             times as large, or numbers that are not finite; None where it was not.
@@ -288,6 +289,7 @@ class LossCourse:
     decay: float = 0.0
     dead: bool = False
     seen: int | None = None
+    finite_until: int | None = None
 
     @property
     def decay_memory(self) -> float:
@@ -298,6 +300,12 @@ class LossCourse:
     def decay_acts(self) -> bool:
         """Weight decay has had three times its memory: 95 % of what squared norms began with is its making."""
         return self.steps >= ACTS * self.decay_memory
+
+    @property
+    def broke_calmly(self) -> bool:
+        """The run ended in numbers that are not finite, and its loss had not risen before, as far as it is known."""
+        known = self.broken is not None and self.finite_until is not None
+        return known and self.diverged is not None and self.rise is None
 
     @property
     def well(self) -> bool:

@@ -20,6 +20,8 @@ CERTAIN = 6.0
 """Standard errors by which the level must have risen: the lowest of many windows lies up to four below by chance."""
 LATELY, LEAST = 0.1, 5
 """The last losses are those of a tenth of the steps, and at least five of them."""
+LOST_RUN = 1e9
+"""Weight of a finding that says that all others are of a lost run."""
 NORMAL_MAD = 1.4826
 """The standard deviation of a normal distribution over its median absolute deviation."""
 
@@ -104,6 +106,29 @@ def rise_of_all(steps: np.ndarray, noted: np.ndarray, made: int) -> LossRise | N
     return LossRise(lowest, last, round((full[low] + 0.5) * made / PARTS), share)
 
 
+def level_between(begins: float, ends: float, at: np.ndarray, covers: np.ndarray, noted: np.ndarray) -> float:
+    """The mean loss of the steps from `begins` to `ends`, NaN where none of them was noted.
+
+    Args:
+        begins, ends: of the stretch of steps.
+        at: the step at which each row of `noted` ends, rising. `[T]`.
+        covers: the steps before that each row stands for. `[T]`.
+        noted: the columns of `NotedLosses`, finite. The largest loss of a row does not count, as far as there are more.
+            `[T, 5]`.
+
+    Example:
+        >>> at, rows = np.array([10, 1000]), np.array([[10, 2.0, 0, 2, 2], [990, 0.5, 0, 0.5, 0.5]])
+        >>> level_between(900, 1000, at, rows[:, 0], rows), level_between(0, 20, at, rows[:, 0], rows)
+        (0.5, 1.25)
+    """
+    shared = np.clip(np.minimum(at, ends) - np.maximum(at - covers, begins), 0, None)
+    if not shared.sum() > 0:
+        return math.nan
+    number, mean, highest = noted[:, 0], noted[:, 1], noted[:, 4]
+    usual = np.where(number > 2, (number * mean - highest) / np.maximum(number - 1, 1), mean)
+    return float(np.average(usual, weights=shared))
+
+
 PARTS, ENOUGH = 10, 10
 """Stretches of steps whose mean losses are compared, and the losses that one needs at the least."""
 
@@ -155,3 +180,33 @@ def rose_late(fact: LossCourse, rise: LossRise) -> Finding:
     )
     weight = math.log(rise.level / rise.lowest) if rise.lowest > 0 else rise.share
     return Finding("loss-course", "warmup", severity, title, means, advice, "measured", numbers, weight=weight)
+
+
+def broke(fact: LossCourse) -> Finding:
+    """A run whose numbers stopped being finite while its loss was low."""
+    before, at = fact.finite_until or 0, fact.broken or 0
+    between = max(0, at - before - 1)
+    title = (
+        f"Numbers are NaN or infinite from step {at:,} on; the loss was {show(fact.ended)} at step {before:,} and had "
+    )
+    title += "not risen."
+    means = (
+        "One batch did it: a NaN or infinite input or label, the logarithm or root of 0, an overflow in half precision."
+    )
+    advice = "look at the data of that step; to find it: torch.autograd.set_detect_anomaly(True), or clip_grad_norm_ "
+    advice += "with error_if_nonfinite=True; leave out steps whose gradients are not finite"
+    if between > SEEN_BETWEEN:
+        means = (
+            f"The log has no finite loss of the {between:,} steps between: either one batch did it (a NaN input, the "
+        )
+        means += "logarithm of 0, an overflow), or steps became too long in them."
+        advice = (
+            "go on from before it with nf.Ledger(..., every=1): where the loss breaks from one step to the next, look "
+        )
+        advice += "at that step's data; where it climbs first, lower the learning rate"
+    numbers = (Evidence("last finite loss", fact.ended), Evidence("not finite at step", float(at)))
+    return Finding("loss-course", "warmup", "act", title, means, advice, "measured", numbers, weight=LOST_RUN)
+
+
+SEEN_BETWEEN = 2
+"""Steps without a finite loss up to which the log tells that the loss had not climbed before it broke."""

@@ -25,7 +25,7 @@ from noetherflow.diagnosis.facts import (
 )
 from noetherflow.diagnosis.finding import Diagnosis, Finding, of_little_meaning
 from noetherflow.diagnosis.heads import RunHeads
-from noetherflow.diagnosis.losses import rise_of, rise_of_all
+from noetherflow.diagnosis.losses import level_between, rise_of, rise_of_all
 from noetherflow.monitor.rundata import RunData
 from noetherflow.symmetry.heads import HEADS, QUERY_KEY
 
@@ -279,19 +279,12 @@ def _course(data: RunData, decay: float) -> LossCourse:
     spikes = tuple(e["step"] for e in data.spikes() if e["where"] == "loss")
     broken = [e["step"] for e in data.events if e["event"] == "non-finite"]
     broken += [int(s) for s in data.steps[np.isnan(data.family["charge"]).any(axis=1)][:1]]
-    known = data.loss[np.isfinite(data.loss)]
-    began, middle, ended, highest = math.nan, math.nan, math.nan, math.nan
-    if known.size:
-        began, ended = float(known[0]), float(np.median(known[-max(1, known.size // 10) :]))
-        highest = float(known.max())
-        middle = float(np.median(known[2 * known.size // 5 : max(3 * known.size // 5, 2 * known.size // 5 + 1)]))
+    told = _Told.by(data)
+    began, middle, ended = told.levels()
     first = min(broken, default=None)
     lost = _lost(data, began, ended)
     lost = first if lost is None and first is not None and _ends_broken(data) else lost
-    rise, most = _rise(data, known)
-    highest = max(highest, most)
     dead = lost is None and _dead(data) and not ended <= FELL * began
-    seen = known.size if np.nansum(data.noted[:, 0]) < MOST_NOTED * data.steps_made else None
     return LossCourse(
         warmup,
         spikes,
@@ -300,12 +293,13 @@ def _course(data: RunData, decay: float) -> LossCourse:
         began,
         ended,
         middle=middle,
-        highest=highest,
+        highest=told.highest,
         diverged=lost,
-        rise=rise,
+        rise=told.rise(data),
         decay=decay,
         dead=dead,
-        seen=seen,
+        seen=None if told.most else len(told.rows),
+        finite_until=int(told.at[-1] + data.steps[0]) - 1 if len(told.rows) else None,
     )
 
 
@@ -316,19 +310,53 @@ def _dead(data: RunData) -> bool:
     return bool(known) and not any(known) and data.steps_made > 1
 
 
-def _rise(data: RunData, known: np.ndarray) -> tuple[LossRise | None, float]:
-    """How the loss left its lowest level, and the largest loss of all steps, from every loss where most were noted."""
-    rows, at = data.noted, data.steps + 1
-    if data.since is not None:
-        rows = np.vstack([rows, [list(data.since.line().values())]])
-        at = np.append(at, data.steps_made)
-    whole = np.isfinite(rows).all(axis=1)
-    rows, at = rows[whole], at[whole]
-    highest = float(rows[:, 4].max(initial=-math.inf))
-    first = int(data.steps[0])
-    if rows[:, 0].sum() >= MOST_NOTED * (data.steps_made - first):
-        return rise_of_all(at - first, rows, data.steps_made - first), highest
-    return rise_of(data.steps[np.isfinite(data.loss)], known), highest
+@dataclass(frozen=True)
+class _Told:
+    """The losses that a log tells: rows of `NotedLosses`, the steps at which they end, since the first recorded one.
+
+    Attributes:
+        rows: those that are finite, `[T, 5]`.
+        at: where each ends, `[T]`.
+        steps: of the run.
+        most: whether most losses were noted; else each row stands for the steps back to the one before it.
+    """
+
+    rows: np.ndarray
+    at: np.ndarray
+    steps: int
+    most: bool
+
+    @classmethod
+    def by(cls, data: RunData) -> _Told:
+        rows, at, first = data.noted, data.steps + 1, int(data.steps[0])
+        if data.since is not None:
+            rows = np.vstack([rows, [list(data.since.line().values())]])
+            at = np.append(at, data.steps_made)
+        whole = np.isfinite(rows).all(axis=1)
+        steps = data.steps_made - first
+        return cls(rows[whole], at[whole] - first, steps, bool(rows[whole, 0].sum() >= MOST_NOTED * steps))
+
+    @property
+    def highest(self) -> float:
+        return float(self.rows[:, 4].max()) if len(self.rows) else math.nan
+
+    def levels(self) -> tuple[float, float, float]:
+        """The first loss, the level of the middle fifth of the steps and that of the last tenth; NaN without losses."""
+        if not len(self.rows):
+            return math.nan, math.nan, math.nan
+        covers = self.rows[:, 0] if self.most else np.diff(self.at, prepend=0)
+        parts = ((0.4, 0.6), (0.9, 1.0))
+        middle, ended = (
+            level_between(low * self.steps, high * self.steps, self.at, covers, self.rows) for low, high in parts
+        )
+        return float(self.rows[0, 1]), middle, ended if math.isfinite(ended) else float(self.rows[-1, 1])
+
+    def rise(self, data: RunData) -> LossRise | None:
+        """How the loss left its lowest level, from every loss where most were noted."""
+        if self.most:
+            return rise_of_all(self.at, self.rows, self.steps)
+        known = np.isfinite(data.loss)
+        return rise_of(data.steps[known], data.loss[known])
 
 
 MOST_NOTED = 0.5

@@ -10,7 +10,7 @@ from noetherflow.core.optimizers import Settings
 from noetherflow.core.printing import count, show
 from noetherflow.diagnosis.facts import FELL, LossCourse, StepStability
 from noetherflow.diagnosis.finding import NOTHING, Evidence, Finding, Severity, calm, in_steps, plain, unless
-from noetherflow.diagnosis.losses import rose_late
+from noetherflow.diagnosis.losses import LOST_RUN, broke, rose_late
 
 EDGE = 2.0
 NOISY = 1.0
@@ -18,7 +18,6 @@ SHARPER = 2.0
 SHORT_MEMORY, LLM_MEMORY = 0.9, 0.95
 TURN, BIG_TURN = 0.1, 0.3
 ROSE = 2.0
-LOST_RUN = 1e9
 RISES = 0.02
 AGAIN = "train 50 steps and ask again from there, nf.diagnose(model, loss_fn, loader, optimizer, steps=..., warmup=...)"
 HELD = "with the function held fixed"
@@ -244,6 +243,8 @@ def loss_course(fact: LossCourse) -> list[Finding]:
     is to watch, since so ends both a run that began at its minimum and one that was thrown back to chance. And with the
     lowest level before them: `losses.rose_late`.
     """
+    if fact.broke_calmly and not _rose(fact):
+        return [broke(fact)]
     if fact.diverged is not None:
         return [_diverged(fact, fact.diverged)]
     if fact.dead:
@@ -298,7 +299,7 @@ def _dead(fact: LossCourse) -> Finding:
     means = "Units that are off for every sample, as steps far too long leave them, learn nothing; what weights still "
     means += "do is weight decay and momentum."
     advice = "lower the optimiser's peak learning rate and begin again from before it; a warmup alone may not be enough"
-    numbers = (Evidence("loss at first", fact.began), Evidence("loss of the last tenth, median", fact.ended))
+    numbers = (Evidence("loss at first", fact.began), Evidence("loss of the last tenth of the steps", fact.ended))
     return Finding("loss-course", "warmup", "act", f"{title}.", means, advice, "measured", numbers, weight=LOST_RUN)
 
 
@@ -318,7 +319,7 @@ def _without_spikes(fact: LossCourse) -> Finding:
         return Finding("loss-course", "warmup", "open", title, "", advice, "open")
     went = f"from {show(fact.began)} to {show(fact.ended)} in {in_steps(fact.steps)}"
     warm = f"with a warmup of {fact.warmup:,} steps" if fact.warmup else "without a warmup"
-    numbers = (Evidence("loss at first", fact.began), Evidence("loss of the last tenth, median", fact.ended))
+    numbers = (Evidence("loss at first", fact.began), Evidence("loss of the last tenth of the steps", fact.ended))
     lower = "lower the optimiser's peak learning rate; a warmup alone may not be enough"
     if _rose(fact):
         means = "Steps are too long for this loss, or it is not the loss that they descend."
