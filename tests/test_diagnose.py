@@ -188,6 +188,26 @@ class TestPlanted:
         assert found.severity == "watch"
         assert "6 of 24 units of `0 -> 2`" in found.title
 
+    @pytest.mark.parametrize("dead", [0, 1, 12])
+    def test_dead_units_of_a_layer_that_cannot_be_certified(self, dead):
+        """Nothing is proved of a symmetry whose units the outputs do not depend on; they are counted all the same."""
+        model, (x, y) = mlp(), classes()
+        with torch.no_grad():
+            model[2].bias[:dead] -= 100
+            silent = (model[:4](x) == 0).all(0).sum().item()
+        found = nf.diagnose(model, nn.CrossEntropyLoss(), loader(x, y), sgd(model), curvature=False)
+        assert silent >= dead
+        units, certificate = found["dead-units"], found["certificate"]
+        if dead == 12:
+            assert units.severity == "act"
+            assert f"{silent} of 16 units of `2 -> 4` are dead" in units.title
+        else:
+            assert units.severity == "good"
+            assert (f"{dead} unit is dead in" if dead else "No unit is dead in") in units.title
+        assert certificate.severity in ("good", "open")
+        if certificate.severity == "open":
+            assert f"{silent} unit{'s get' if silent > 1 else ' gets'} no gradient on these data" in certificate.title
+
 
 HEALTHY = {
     "MLP, momentum": (mlp, lambda: classes(noise=1.0), sgd),

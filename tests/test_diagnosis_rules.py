@@ -317,6 +317,15 @@ class TestBalance:
         assert one(balance.dead_units([activity([1] * 20, [0, *[1] * 19])])).severity == "good"
         assert one(balance.dead_units([activity([1] * 4, [1, 1e-3, 1, 2])])).severity == "good"
 
+    def test_layers_that_cannot_be_judged_for_dead_units_are_named(self):
+        unknown = replace(activity([1] * 4, [NAN] * 4), name="2 -> 4")
+        calm_one = one(balance.dead_units([activity([1] * 4, [1] * 4), unknown]))
+        assert calm_one.title.startswith("No unit is dead in the 1 layer looked at.")
+        assert calm_one.title.endswith("Not judged, for not all of their gradients were measured: `2 -> 4`.")
+        assert one(balance.dead_units([unknown])).severity == "open"
+        assert "Not judged" not in one(balance.dead_units([activity([1] * 4, [1] * 4)])).title
+        assert balance.silent_parts([activity([1] * 4, [1, 0, 0, 1]), unknown]) == {"0 -> 2": 2}
+
     def test_a_unit_nearer_to_its_equilibrium_than_its_layer_is_no_outlier(self):
         off = math.log(5)
         (found,) = balance.far_from_equilibrium([layer([off, off, off, 0.1])], 1000)
@@ -529,6 +538,12 @@ class TestBreaking:
     def test_certificate(self):
         assert one(breaking.broken_by_the_loss({"0 -> 2": "outputs change"})).severity == "watch"
         assert one(breaking.broken_by_the_loss({})).severity == "good"
+        unproved = {"0 -> 2": "certificate: undetermined", "2 -> 4": "certificate: broken"}
+        broken, open_ = breaking.broken_by_the_loss(unproved, {"0 -> 2": 40})
+        assert (broken.severity, broken.where) == ("watch", ("2 -> 4",))
+        assert (open_.severity, open_.where) == ("open", ("0 -> 2",))
+        assert "40 units get no gradient on these data" in open_.title
+        assert "no gradient" not in breaking.broken_by_the_loss(unproved)[1].title
 
     def test_violation(self):
         assert one(breaking.violated_in_training([("a", 0.2), ("b", 1e-7)])).where == ("a",)

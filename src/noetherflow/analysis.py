@@ -265,6 +265,7 @@ def analyze(
         started=bool(getattr(sgd, "state", None)),
         steps_given=steps is not None,
         remedy=remedy(model, settings, curvature),
+        uncertified=measured.uncertified,
     )
     diagnosis = diagnose_measurement(examined)
     return Analysis(measured.symmetries, measured.certificate, measured.moments, flow, eq, settings, found, diagnosis)

@@ -25,6 +25,7 @@ from noetherflow.moments import GradientMoments, gradient_moments, minibatch_mom
 from noetherflow.moments.batch import tensors_in
 from noetherflow.moments.batch_statistics import running_statistics, uses_batch_statistics
 from noetherflow.symmetry.heads import with_scales
+from noetherflow.symmetry.symmetry import Symmetry
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
 LABELS = ("labels", "label", "targets", "target", "y")
@@ -33,12 +34,16 @@ BATCH_STATISTICS = "holds with batch statistics only: model.train()"
 
 @dataclass(frozen=True, eq=False)
 class MeasuredModel:
-    """Symmetries, their certificate and one measurement; `again` measures at another point."""
+    """Symmetries, their certificate and one measurement; `again` measures at another point.
+
+    `uncertified` are the symmetries that were found and refused by the certificate.
+    """
 
     symmetries: SymmetrySet
     certificate: Certificate
     moments: GradientMoments
     again: Callable[[nn.Module], GradientMoments]
+    uncertified: tuple[Symmetry, ...] = ()
 
     def equilibrium(self, model: nn.Module, sgd: Settings, **options: Any) -> Equilibrium:
         """`noise_equilibrium` from this measurement, re-measured where that is needed; `options` go there."""
@@ -64,15 +69,17 @@ def measure(
     syms = find_symmetries(model, example_inputs).trainable(model)
     progress("certifying the symmetries" if certified else "leaving the certificate out")
     certificate = certify(model, syms, example_inputs) if certified else Certificate((), 0.0)
+    uncertified = tuple(s for s in syms if s.name in certificate.refused)
     syms = syms.without(certificate.refused)
     syms = with_scales(syms) if scales else syms
     progress("measuring gradient moments")
     if uses_batch_statistics(model.modules()):
         again = _by_minibatch(loss_fn, batches, syms)
-        return MeasuredModel(syms, certificate, again(model), again)
+        return MeasuredModel(syms, certificate, again(model), again, uncertified)
     syms = syms.without(dict.fromkeys(running_statistics(syms), BATCH_STATISTICS))
     again = partial(gradient_moments, loss_fn=loss_fn, batches=batches, syms=syms, entries=True)
-    return MeasuredModel(syms, certificate, again(model, parameters=_used(model, loss_fn, batches[0])), again)
+    moments = again(model, parameters=_used(model, loss_fn, batches[0]))
+    return MeasuredModel(syms, certificate, moments, again, uncertified)
 
 
 def _used(model: nn.Module, loss_fn: LossFn, batch: Any) -> list[str]:

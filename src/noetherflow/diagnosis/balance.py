@@ -249,23 +249,32 @@ def dead_units(facts: Sequence[PartActivity], samples: float = math.inf) -> list
 
     A unit that is active for one sample of thousands still has a hundredth of the usual root mean squared gradient;
     below `1e-6` of the layer's median it is rounding. Threshold: a tenth of a layer is to watch, for that much of its
-    width is lost; half of it to act on. Single dead units are normal in wide ReLU layers and are only mentioned.
+    width is lost; half of it to act on. Layers whose symmetry could not be certified are judged by the same. Single
+    dead units are normal in wide ReLU layers and are only mentioned.
     """
-    layers = [(f, _dead(f)) for f in facts if f.part != "head"]
-    if not layers:
+    asked = [f for f in facts if f.part != "head"]
+    layers = [(f, _dead(f)) for f in asked if not np.isnan(f.gradient).any()]
+    unknown = [f"`{f.name}`" for f in asked if np.isnan(f.gradient).any()]
+    left_out = f" Not judged, for not all of their gradients were measured: {_some(unknown)}." if unknown else ""
+    if not layers and not unknown:
         return []
+    if not layers:
+        advice = "let the loss depend on all of their parameters, without hooks on gradients"
+        return [Finding("dead-units", "balance", "open", f"Dead units:{left_out.lower()}", "", advice, "open")]
     worst, which = max(layers, key=lambda r: len(r[1]) / len(r[0].gradient))
     share, total = len(which) / len(worst.gradient), sum(len(w) for _, w in layers)
     if share < SOME_DEAD:
-        title = f"{total} units are dead, at most {share:.0%} of a layer: normal." if total else "No unit is dead."
-        return [calm("dead-units", "balance", title, "sure on the data measured")]
+        number = f"{count(total, 'unit is', 'units are')} dead" if total else "No unit is dead"
+        number += f" in the {count(len(layers), 'layer', 'layers')} looked at"
+        title = f"{number}, at most {share:.0%} of one: normal." if total else f"{number}."
+        return [calm("dead-units", "balance", title + left_out, "sure on the data measured")]
     if samples < ENOUGH:
         title = f"{len(which)} of {len(worst.gradient)} {worst.part}s of `{worst.name}` were silent, but on "
         title += f"{count(round(samples), 'sample', 'samples')} alone, too few to call them dead."
         advice = f"measure at least {ENOUGH} samples"
         return [Finding("dead-units", "balance", "open", title, "", advice, "open")]
     units = ", ".join(str(i) for i in which[:8]) + (", ..." if len(which) > 8 else "")
-    title = f"{len(which)} of {len(worst.gradient)} {worst.part}s of `{worst.name}` are dead ({units})."
+    title = f"{len(which)} of {len(worst.gradient)} {worst.part}s of `{worst.name}` are dead ({units}).{left_out}"
     means = "No sample sends a gradient through them, so they never learn again; only weight decay moves them."
     advice = f"lower the learning rate or the biases of `{worst.name}`, draw these {worst.part}s anew, or use a leaky "
     advice += "activation"
@@ -274,6 +283,12 @@ def dead_units(facts: Sequence[PartActivity], samples: float = math.inf) -> list
     numbers = (Evidence(f"dead {worst.part}s of {worst.name}", float(len(which)), unit=f"of {len(worst.gradient)}"),)
     names = tuple(f.name for f, w in layers if len(w) >= SOME_DEAD * len(f.gradient))
     return [Finding("dead-units", "balance", severity, title, means, advice, sure, numbers, names, share)]
+
+
+def silent_parts(facts: Sequence[PartActivity]) -> dict[str, int]:
+    """By the name of each symmetry how many of its parts get no gradient, where there are some."""
+    numbers = {f.name: len(_dead(f)) for f in facts if not np.isnan(f.gradient).any()}
+    return {name: number for name, number in numbers.items() if number}
 
 
 def _dead(fact: PartActivity) -> np.ndarray:

@@ -12,25 +12,56 @@ from noetherflow.diagnosis.finding import Evidence, Finding, Severity, calm, pla
 BROKEN, BEYOND_EPS = 0.01, 0.1
 MOVED = 0.5
 TOUCHED = 0.01
+UNDETERMINED = "undetermined"
+LEFT_OUT = "What is said about norms and balance leaves these layers out."
 OUTSIDE_EVENTS = ("edited", "unexplained", "replaced")
 
 
-def broken_by_the_loss(refused: Mapping[str, str]) -> list[Finding]:
-    """Symmetries of the architecture that the certificate found broken: by name the reason.
+def broken_by_the_loss(refused: Mapping[str, str], silent: Mapping[str, int] | None = None) -> list[Finding]:
+    """Symmetries of the architecture that the certificate found broken or could not prove: by name the reason.
+
+    `silent`: how many units of one get no gradient; the outputs then do not depend on their weights, which proves
+    nothing and breaks nothing.
 
     Threshold: the certificate's own, which compares in float64 with rounding; nothing is left to choose here.
     """
+    silent = silent or {}
+    unproved = {n: why for n, why in refused.items() if why.endswith(UNDETERMINED)}
+    broken = {n: why for n, why in refused.items() if n not in unproved}
     if not refused:
         return [calm("certificate", "invariance", "All symmetries hold, checked in float64.")]
+    return [*([_broken(broken)] if broken else []), *([_unproved(unproved, silent)] if unproved else [])]
+
+
+def _broken(refused: Mapping[str, str]) -> Finding:
+    """Symmetries that do not hold."""
     name, why = next(iter(refused.items()))
     title = f"{count(len(refused), 'symmetry is', 'symmetries are')} broken (`{name}`: {why})."
-    means = "What is said about norms and balance leaves these layers out."
     advice = (
         "nf.explain(model, example_inputs, parameter) says what breaks it, often a detach, a hook or an own backward"
     )
-    sure = "sure: checked in float64"
-    names = tuple(refused)
-    return [Finding("certificate", "invariance", "watch", title, means, advice, sure, (), names, len(refused))]
+    sure, names = "sure: checked in float64", tuple(refused)
+    return Finding("certificate", "invariance", "watch", title, LEFT_OUT, advice, sure, (), names, len(refused))
+
+
+def _unproved(refused: Mapping[str, str], silent: Mapping[str, int]) -> Finding:
+    """Symmetries of which nothing was proved, for the outputs do not depend on some of their weights."""
+    name = max(refused, key=lambda n: silent.get(n, 0))
+    more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+    number = silent.get(name, 0)
+    if number:
+        title = (
+            f"`{name}`{more} could not be certified: {count(number, 'unit gets', 'units get')} no gradient on these "
+        )
+        title += "data, so the outputs do not show whether its symmetry holds. It is not broken by that."
+        means = f"{LEFT_OUT} Whether units are dead is judged all the same."
+    else:
+        title = (
+            f"`{name}`{more} could not be certified: the outputs do not depend on some of its weights, or differ at "
+        )
+        title, means = f"{title}each call.", LEFT_OUT
+    advice = "pass example_inputs=... on which all units are active; nf.certify(model, symmetries, inputs) says more"
+    return Finding("certificate", "invariance", "open", title, means, advice, "open", (), tuple(refused))
 
 
 def violated_in_training(checks: Sequence[tuple[str, float]], normalised: Collection[str] = ()) -> list[Finding]:

@@ -39,6 +39,7 @@ class Examined:
         started: the optimiser has made steps.
         steps_given: somebody said how many steps are to come.
         remedy: what would measure the curvature, where an attempt failed.
+        uncertified: the symmetries that the certificate refused; their units can be dead all the same.
     """
 
     model: nn.Module
@@ -54,6 +55,7 @@ class Examined:
     started: bool
     steps_given: bool = True
     remedy: str = ""
+    uncertified: tuple[Symmetry, ...] = ()
 
 
 def named(examined: Examined) -> Iterator[tuple[Symmetry, ChargeFlow, Settled]]:

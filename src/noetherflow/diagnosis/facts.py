@@ -106,7 +106,7 @@ class PartActivity:
         name: of the symmetry.
         part: what a coordinate is: `unit`, `head`.
         weight: the product of the norms of both sides, the size of what a coordinate contributes. `[coordinates]`.
-        gradient: the root of the mean squared gradient on both sides together. `[coordinates]`.
+        gradient: the root of the mean squared gradient on both sides together. `[coordinates]`. NaN where unmeasured.
     """
 
     name: str

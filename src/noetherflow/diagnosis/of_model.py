@@ -63,20 +63,21 @@ def diagnose_measurement(examined: Examined) -> Diagnosis:
     settings = examined.settings
     too_long = long_steps.step_length([t for t in _trends(examined) if t.matrix], examined.warmup)
     steps = replace(_stability(examined), replaced=bool(too_long))
+    uncertified = list(_uncertified_activities(examined))
     found: list[Finding] = [
         *answered("norms", "norm-growth", lambda: _on_norms(examined)),
         *answered("norms", "fastest-norms", lambda: _first_norms(examined, list(_trends(examined)))),
         *answered("norms", "logit-growth", lambda: norms.logit_growth(list(_logits(examined)))),
         *norms.decay_bites(_decays(examined), examined.steps, examined.steps_given),
         *answered("balance", "balance", lambda: _on_balance(examined)),
-        *balance.dead_units(list(_activities(examined)), _samples(examined.moments)),
+        *balance.dead_units([*_activities(examined), *uncertified], _samples(examined.moments)),
         *head_rules.frozen_heads(list(_activities(examined))),
         *stability.learning_rate(steps),
         *too_long,
         *stability.sharpening(steps),
         *stability.memory_of_squares(settings),
         *answered("batch", "batch-size", lambda: sampling.batch_size(_regime(examined))),
-        *breaking.broken_by_the_loss(examined.refused),
+        *breaking.broken_by_the_loss(examined.refused, balance.silent_parts(uncertified)),
     ]
     samples = f"{examined.moments.samples:,} {'minibatches' if examined.moments.replicates else 'samples'}"
     subject = f"{type(examined.model).__name__} under {described(examined.settings)}, for {examined.steps:,} steps"
@@ -299,22 +300,43 @@ def _log_ratio(symmetry: Symmetry, second: Sequence[Tensor]) -> Tensor:
 
 
 def _activities(examined: Examined) -> Iterator[PartActivity]:
-    tensors = {n: t.detach() for n, t in tensors_of(examined.model).items()}
+    """Of every symmetry that was measured, by its moments."""
     for symmetry in examined.symmetries:
-        if symmetry.one_sided or symmetry.name not in examined.moments.second:
+        if not symmetry.one_sided and symmetry.name in examined.moments.second:
+            second = [_diagonal(g) for g in examined.moments.second[symmetry.name]]
+            yield _activity(examined, symmetry, sum_of(second))
+
+
+def _uncertified_activities(examined: Examined) -> Iterator[PartActivity]:
+    """Of the units whose symmetry the certificate refused, by the squared gradients of all entries; heads are left out.
+
+    NaN where the gradients of some parameter were not measured.
+    """
+    squares = examined.moments.squares
+    for symmetry in examined.uncertified:
+        if symmetry.one_sided or symmetry.family in HEADS:
             continue
         scales = scales_of(symmetry)
-        weights = scales.grams(scales.positions(tensors))
-        sides = [
-            sum_of([w for w, leg in zip(weights, scales.weight_legs, strict=True) if leg.sign == sign])
-            for sign in (1, -1)
-        ]
-        second = [_diagonal(g) for g in examined.moments.second[symmetry.name]]
-        weight, gradient = (sides[0] * sides[1]).sqrt(), sum_of(second)
-        if symmetry.family in HEADS:
-            heads = heads_in(symmetry, examined.symmetries)
-            weight, gradient = weight.reshape(heads, -1).mean(1), gradient.reshape(heads, -1).sum(1)
-        yield PartActivity(symmetry.name, part_of(symmetry), weight.numpy(), gradient.sqrt().numpy())
+        gradient = torch.full((scales.blocks,), math.nan, dtype=torch.float64)
+        if all(n in squares for n in scales.parameters):
+            sizes = {n: squares[n].double().cpu().sqrt() for n in scales.parameters}
+            gradient = sum_of(scales.grams(scales.positions(sizes)))
+        yield _activity(examined, symmetry, gradient)
+
+
+def _activity(examined: Examined, symmetry: Symmetry, gradient: Tensor) -> PartActivity:
+    """How much the parts of one symmetry carry and learn: `gradient` is the mean squared one of each coordinate."""
+    tensors = {n: t.detach() for n, t in tensors_of(examined.model).items()}
+    scales = scales_of(symmetry)
+    weights = scales.grams(scales.positions(tensors))
+    sides = [
+        sum_of([w for w, leg in zip(weights, scales.weight_legs, strict=True) if leg.sign == sign]) for sign in (1, -1)
+    ]
+    weight = (sides[0] * sides[1]).sqrt()
+    if symmetry.family in HEADS:
+        heads = heads_in(symmetry, examined.symmetries)
+        weight, gradient = weight.reshape(heads, -1).mean(1), gradient.reshape(heads, -1).sum(1)
+    return PartActivity(symmetry.name, part_of(symmetry), weight.numpy(), gradient.sqrt().numpy())
 
 
 def sum_of(parts: Sequence[Tensor]) -> Tensor:
