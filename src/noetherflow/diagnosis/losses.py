@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -11,6 +12,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from noetherflow.core.printing import show
 from noetherflow.diagnosis.facts import LossCourse, LossRise
 from noetherflow.diagnosis.finding import Evidence, Finding, Severity, in_steps, plain
+from noetherflow.monitor.rundata import RunData
 
 SEVERAL = 3.0
 """Times its lowest level from which on a loss that rose is told of."""
@@ -210,3 +212,56 @@ def broke(fact: LossCourse) -> Finding:
 
 SEEN_BETWEEN = 2
 """Steps without a finite loss up to which the log tells that the loss had not climbed before it broke."""
+
+
+@dataclass(frozen=True)
+class ToldLosses:
+    """The losses that a log tells: rows of `NotedLosses`, the steps at which they end, since the first recorded one.
+
+    Attributes:
+        rows: those that are finite, `[T, 5]`.
+        at: where each ends, `[T]`.
+        steps: of the run.
+        most: whether most losses were noted; else each row stands for the steps back to the one before it.
+    """
+
+    rows: np.ndarray
+    at: np.ndarray
+    steps: int
+    most: bool
+
+    @classmethod
+    def by(cls, data: RunData) -> ToldLosses:
+        rows, at, first = data.noted, data.steps + 1, int(data.steps[0])
+        if data.since is not None:
+            rows = np.vstack([rows, [list(data.since.line().values())]])
+            at = np.append(at, data.steps_made)
+        whole = np.isfinite(rows).all(axis=1)
+        steps = data.steps_made - first
+        return cls(rows[whole], at[whole] - first, steps, bool(rows[whole, 0].sum() >= MOST_NOTED * steps))
+
+    @property
+    def highest(self) -> float:
+        return float(self.rows[:, 4].max()) if len(self.rows) else math.nan
+
+    def levels(self) -> tuple[float, float, float]:
+        """The first loss, the level of the middle fifth of the steps and that of the last tenth; NaN without losses."""
+        if not len(self.rows):
+            return math.nan, math.nan, math.nan
+        covers = self.rows[:, 0] if self.most else np.diff(self.at, prepend=0)
+        parts = ((0.4, 0.6), (0.9, 1.0))
+        middle, ended = (
+            level_between(low * self.steps, high * self.steps, self.at, covers, self.rows) for low, high in parts
+        )
+        return float(self.rows[0, 1]), middle, ended if math.isfinite(ended) else float(self.rows[-1, 1])
+
+    def rise(self, data: RunData) -> LossRise | None:
+        """How the loss left its lowest level, from every loss where most were noted."""
+        if self.most:
+            return rise_of_all(self.at, self.rows, self.steps)
+        known = np.isfinite(data.loss)
+        return rise_of(data.steps[known], data.loss[known])
+
+
+MOST_NOTED = 0.5
+"""Share of the steps whose losses must have been noted for means over all to stand for them."""

@@ -14,18 +14,18 @@ from noetherflow.core.members import modules_of
 from noetherflow.core.printing import count
 from noetherflow.diagnosis import balance, breaking, norms, sampling, stability
 from noetherflow.diagnosis import heads as head_rules
+from noetherflow.diagnosis.decay import decay_rules, decays_of
 from noetherflow.diagnosis.facts import (
     FELL,
     LayerBalance,
     LogitGrowth,
     LossCourse,
-    LossRise,
     NormHistory,
     RunBalance,
 )
 from noetherflow.diagnosis.finding import Diagnosis, Finding, of_little_meaning
 from noetherflow.diagnosis.heads import RunHeads
-from noetherflow.diagnosis.losses import level_between, rise_of, rise_of_all
+from noetherflow.diagnosis.losses import ToldLosses
 from noetherflow.monitor.rundata import RunData
 from noetherflow.symmetry.heads import HEADS, QUERY_KEY
 
@@ -48,13 +48,19 @@ def diagnose_run(run: RunData | str | os.PathLike[str], steps: int | None = None
     """
     expect("diagnose_run(run, steps)", "run", run, RunData | str | os.PathLike, "a run's folder or a RunData")
     data = run if isinstance(run, RunData) else RunData.load(run)
-    whole, decays = float(max(data.steps_made, steps or 0)), _decays(data)
+    whole, decays = float(max(data.steps_made, steps or 0)), decays_of(data)
     course = _course(data, max((d for d in decays if d > 0), default=0.0))
+    along = [breaking.nothing_watched()]
+    if data.symmetries:
+        along = [
+            *norms.norms_so_far(list(_norms(data)), course, int(data.one_sided.sum())),
+            *balance.far_during_run(list(_balances(data)), whole),
+        ]
     found: list[Finding] = [
-        *norms.norms_so_far(list(_norms(data)), course, int(data.one_sided.sum())),
+        *along,
         *norms.decay_bites(decays, whole, course=course),
+        *decay_rules(decays, course),
         *norms.logit_growth(list(_logits(data)), course.stalled),
-        *balance.far_during_run(list(_balances(data)), whole),
         *(head_rules.heads_in_run(list(_heads(data)), whole) or head_rules.heads_not_logged(_attention(data))),
         *stability.loss_course(course),
         *stability.turning([(n, recent(data, "angular", i)) for i, n in enumerate(data.symmetries)], course),
@@ -165,24 +171,6 @@ TOO_STILL = 1e-3
 """Change of a norm's logarithm below which it does not tell the power that the effective learning rate goes with."""
 
 
-def _decays(data: RunData) -> list[float]:
-    """What decay took of each family's charge per step: the slope of its entries on the charges.
-
-    With momentum the entry is the first touch of a step's decay; its memory carries on to `1 / (1 - m)` of it. NaN
-    where there is decay that no entry shows, or that Adam divides by its own average.
-    """
-    shares, memory = [], 1 - float(data.header.get("momentum", 0.0))
-    for i, _ in enumerate(data.families):
-        charge, decay = data.family["charge"][:, i], data.family["decay"][:, i]
-        known = np.isfinite(charge) & np.isfinite(decay)
-        square = float(np.sum(charge[known] ** 2))
-        if square > 0:
-            shares.append(max(0.0, -float(np.sum(charge[known] * decay[known])) / square) / memory)
-    decaying = [group for group in data.header.get("groups", ()) if group.get("weight_decay")]
-    divided = any("betas" in group and group.get("decoupled_weight_decay") is False for group in decaying)
-    return [math.nan] if divided or (decaying and not any(shares)) else shares
-
-
 def _logits(data: RunData) -> Iterator[LogitGrowth]:
     if "norm" not in data.estimates:
         return
@@ -279,7 +267,7 @@ def _course(data: RunData, decay: float) -> LossCourse:
     spikes = tuple(e["step"] for e in data.spikes() if e["where"] == "loss")
     broken = [e["step"] for e in data.events if e["event"] == "non-finite"]
     broken += [int(s) for s in data.steps[np.isnan(data.family["charge"]).any(axis=1)][:1]]
-    told = _Told.by(data)
+    told = ToldLosses.by(data)
     began, middle, ended = told.levels()
     first = min(broken, default=None)
     lost = _lost(data, began, ended)
@@ -308,59 +296,6 @@ def _dead(data: RunData) -> bool:
     lately = [recent(data, "check", i) for i in range(len(data.symmetries))]
     known = [c for c in lately if math.isfinite(c)]
     return bool(known) and not any(known) and data.steps_made > 1
-
-
-@dataclass(frozen=True)
-class _Told:
-    """The losses that a log tells: rows of `NotedLosses`, the steps at which they end, since the first recorded one.
-
-    Attributes:
-        rows: those that are finite, `[T, 5]`.
-        at: where each ends, `[T]`.
-        steps: of the run.
-        most: whether most losses were noted; else each row stands for the steps back to the one before it.
-    """
-
-    rows: np.ndarray
-    at: np.ndarray
-    steps: int
-    most: bool
-
-    @classmethod
-    def by(cls, data: RunData) -> _Told:
-        rows, at, first = data.noted, data.steps + 1, int(data.steps[0])
-        if data.since is not None:
-            rows = np.vstack([rows, [list(data.since.line().values())]])
-            at = np.append(at, data.steps_made)
-        whole = np.isfinite(rows).all(axis=1)
-        steps = data.steps_made - first
-        return cls(rows[whole], at[whole] - first, steps, bool(rows[whole, 0].sum() >= MOST_NOTED * steps))
-
-    @property
-    def highest(self) -> float:
-        return float(self.rows[:, 4].max()) if len(self.rows) else math.nan
-
-    def levels(self) -> tuple[float, float, float]:
-        """The first loss, the level of the middle fifth of the steps and that of the last tenth; NaN without losses."""
-        if not len(self.rows):
-            return math.nan, math.nan, math.nan
-        covers = self.rows[:, 0] if self.most else np.diff(self.at, prepend=0)
-        parts = ((0.4, 0.6), (0.9, 1.0))
-        middle, ended = (
-            level_between(low * self.steps, high * self.steps, self.at, covers, self.rows) for low, high in parts
-        )
-        return float(self.rows[0, 1]), middle, ended if math.isfinite(ended) else float(self.rows[-1, 1])
-
-    def rise(self, data: RunData) -> LossRise | None:
-        """How the loss left its lowest level, from every loss where most were noted."""
-        if self.most:
-            return rise_of_all(self.at, self.rows, self.steps)
-        known = np.isfinite(data.loss)
-        return rise_of(data.steps[known], data.loss[known])
-
-
-MOST_NOTED = 0.5
-"""Share of the steps whose losses must have been noted for means over all to stand for them."""
 
 
 def _lost(data: RunData, began: float, ended: float) -> int | None:

@@ -321,6 +321,7 @@ def _without_spikes(fact: LossCourse) -> Finding:
     warm = f"with a warmup of {fact.warmup:,} steps" if fact.warmup else "without a warmup"
     numbers = (Evidence("loss at first", fact.began), Evidence("loss of the last tenth of the steps", fact.ended))
     lower = "lower the optimiser's peak learning rate; a warmup alone may not be enough"
+    data_first = "look at inputs and labels first; then try a third and three times the peak learning rate"
     if _rose(fact):
         means = "Steps are too long for this loss, or it is not the loss that they descend."
         title = f"The loss rose {went}, {warm}."
@@ -332,11 +333,14 @@ def _without_spikes(fact: LossCourse) -> Finding:
     if fact.rise is not None:
         return rose_late(fact, fact.rise)
     if fact.began > 0 and fact.ended > FELL * fact.began:
-        means = "The run began near a minimum, or it does not learn: steps far too long throw a network back to chance."
+        means = (
+            "The run began near a minimum, or it does not learn: labels that do not belong to their inputs (the loss "
+        )
+        means += "stays at ln(classes)), steps too short, or so long that they throw a network back to chance."
         moved = "rose" if fact.ended * FELL > fact.began else "hardly changed"
         title = f"The loss {moved}, {went}, {warm}."
         return Finding(
-            "loss-course", "warmup", "watch", title, means, f"if it should fall: {lower}", "measured", numbers
+            "loss-course", "warmup", "watch", title, means, f"if it should fall: {data_first}", "measured", numbers
         )
     fine = "No warmup was needed"
     if fact.warmup:
