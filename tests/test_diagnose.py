@@ -378,6 +378,9 @@ def test_a_flow_that_is_no_drift_is_said_where_balance_is() -> None:
     slow = nf.diagnose(model, nn.CrossEntropyLoss(), data, sgd(model, lr=1e-5), curvature=False)
     assert "NOT VALID as a drift" in fast["balance"].title
     assert fast["balance"].severity == "open"
+    asks = [f for f in fast if "NOT VALID as a drift" in f.title]
+    assert all("train 100 steps with nf.Ledger(model, optimizer, symmetries)" in f.advice for f in asks)
+    assert fast["norm-growth"].severity == "good", "there is no scale-invariant weight, whatever the flow"
     assert slow["balance"].severity == "good"
     assert "NOT VALID" in str(fast).split("Which norms")[0].replace("\n  ", " ")
     assert "NOT VALID" not in str(slow)

@@ -677,6 +677,20 @@ def test_answers_on_a_flow_that_is_not_valid_are_open():
     assert found[2] == decay
 
 
+def test_a_forecast_that_is_not_valid_is_open_without_its_numbers():
+    """Also one that asks for nothing while the loss falls; and it says what answers the question."""
+    grows = norms.norm_growth([GROWING], 1000)
+    assert one(grows).as_asked.severity == "good"
+    asked = {"norm-growth": "How norms grow"}
+    found = one(not_judged(grows, ("norm-growth",), "the flow is NOT VALID", "train with a ledger", asked))
+    assert (found.severity, found.advice, found.evidence) == ("open", "train with a ledger", ())
+    assert found.title == "How norms grow could not be forecast, because the flow is NOT VALID."
+    assert "do: train with a ledger" in str(found)
+    none = norms.norm_growth([], 1000)
+    assert not_judged(none, ("norm-growth",), "the flow is NOT VALID", "x", asked) == none
+    assert not_judged(grows, ("balance",), "the flow is NOT VALID") == grows
+
+
 def test_numbers_of_steps_are_whole_and_at_least_one():
     assert [in_steps(k) for k in (0.0, 0.53, 37.4183, 1000.0)] == ["1 step", "1 step", "37 steps", "1,000 steps"]
     regime = Regime(0.9, 0.53, 10.0)

@@ -9,7 +9,17 @@ import numpy as np
 
 from noetherflow.core.printing import count
 from noetherflow.diagnosis.facts import LayerBalance, PartActivity, RunBalance
-from noetherflow.diagnosis.finding import NOTHING, Evidence, Finding, Severity, calm, in_steps, plain, unless
+from noetherflow.diagnosis.finding import (
+    NOTHING,
+    SURE_BY_SYMMETRY,
+    Evidence,
+    Finding,
+    Severity,
+    calm,
+    in_steps,
+    plain,
+    unless,
+)
 
 FAR, VERY_FAR = math.log(3.0), math.log(10.0)
 LAYER_FAR, LAYER_VERY_FAR = math.log(10.0), math.log(30.0)
@@ -50,7 +60,7 @@ def far_from_equilibrium(facts: Sequence[LayerBalance], steps: float) -> list[Fi
         return [Finding("balance", "balance", "open", title, "", advice, "open")]
     if not parts:
         title = "No two layers can trade scale here, so none is imbalanced."
-        return [calm("balance", "balance", title, "sure, as far as the symmetries were found")]
+        return [calm("balance", "balance", title, SURE_BY_SYMMETRY)]
     found: list[Finding] = []
     lone = [(f, s) for f, s in parts if s.max() >= FAR]
     if lone:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from noetherflow.core.members import spelled_out
@@ -159,10 +160,14 @@ def calm(rule: str, topic: Topic, title: str, sure: str = "sure", evidence: tupl
     return Finding(rule, topic, "good", title, "", NOTHING, sure, evidence)
 
 
-def doubted(findings: Sequence[Finding], topics: Sequence[Topic], why: str) -> list[Finding]:
-    """The same with the good answers on these topics left open, as they were measured under other conditions."""
+def doubted(findings: Sequence[Finding], topics: Sequence[Topic], why: str, advice: str = "") -> list[Finding]:
+    """The same with the good answers on these topics left open, as they were measured under other conditions.
+
+    `advice`: how they are measured under those that count.
+    """
+    under = f"Not sure: {why}. Under these conditions: "
     return [
-        replace(f, severity="open", title=f"Not sure: {why}. Under these conditions: {f.title}", advice="", sure="open")
+        replace(f, severity="open", title=under + f.title, advice=advice, sure="open")
         if f.severity == "good" and f.topic in topics
         else f
         for f in findings
@@ -179,15 +184,42 @@ def of_little_meaning(findings: Sequence[Finding], kept: Sequence[str], why: str
     ]
 
 
-def not_judged(findings: Sequence[Finding], rules: Sequence[str], why: str) -> list[Finding]:
-    """Findings of these rules rest on an answer that is not valid: good ones are open, others say so."""
+SURE_BY_SYMMETRY = "sure, as far as the symmetries were found"
+"""How sure an answer is that rests on no gradient."""
+
+
+def not_judged(
+    findings: Sequence[Finding],
+    rules: Sequence[str],
+    why: str,
+    advice: str = "",
+    forecasts: Mapping[str, str] = MappingProxyType({}),
+) -> list[Finding]:
+    """Findings of these rules rest on an answer that is not valid: those that ask for nothing are open, others say so.
+
+    Args:
+        findings: all of a diagnosis.
+        rules: whose findings are concerned; but for those that are sure by the symmetries alone.
+        why: the answer is not valid.
+        advice: what answers these questions.
+        forecasts: rules among them whose sentences are nothing but such an answer, which is not repeated, and the
+            question in words.
+
+    Returns:
+        The findings in their order.
+    """
     out = []
     for f in findings:
-        if f.rule not in rules or f.severity == "open":
+        if f.rule not in rules or f.severity == "open" or f.sure == SURE_BY_SYMMETRY:
             out.append(f)
-        elif f.severity == "good":
-            title = f"Could not be judged, because {why}. By present gradients alone: {f.title}"
-            out.append(replace(f, severity="open", title=title, advice="", sure="open"))
+        elif f.as_asked.severity == "good":
+            title = f"Could not be judged, because {why}."
+            if f.rule in forecasts:
+                title = f"{forecasts[f.rule]} could not be forecast, because {why}."
+            else:
+                title += f" By present gradients alone: {f.title}"
+            numbers = () if f.rule in forecasts else f.evidence
+            out.append(replace(f, severity="open", title=title, means="", advice=advice, sure="open", evidence=numbers))
         else:
             out.append(replace(f, sure=f"{f.sure}; but {why}, so how it goes on is open"))
     return out

@@ -8,7 +8,17 @@ from collections.abc import Sequence
 from noetherflow.core.members import compressed
 from noetherflow.core.printing import count
 from noetherflow.diagnosis.facts import FALLEN, LogitGrowth, LossCourse, NormHistory, NormTrend, ScaleInvariantNorm
-from noetherflow.diagnosis.finding import NOTHING, Evidence, Finding, Severity, calm, in_steps, plain, unless
+from noetherflow.diagnosis.finding import (
+    NOTHING,
+    SURE_BY_SYMMETRY,
+    Evidence,
+    Finding,
+    Severity,
+    calm,
+    in_steps,
+    plain,
+    unless,
+)
 from noetherflow.diagnosis.losses import less_decay
 
 HALVED, TENTH = 2.0, 10.0
@@ -40,7 +50,7 @@ def norm_growth(facts: Sequence[ScaleInvariantNorm], steps: float) -> list[Findi
     gradient goes on to point one way for longer than its size tells, growth is larger (power 1.2 to 1.3 in the Llama).
     """
     if not facts:
-        return [calm("norm-growth", "norms", NONE_HIDDEN, "sure, as far as the symmetries were found")]
+        return [calm("norm-growth", "norms", NONE_HIDDEN, SURE_BY_SYMMETRY)]
     worst = max(facts, key=lambda f: _size(f, steps))
     at = worst.farthest(steps)
     size, change = _size(worst, steps), worst.learning_rate_factor(at)
@@ -132,7 +142,7 @@ def norms_so_far(facts: Sequence[NormHistory], course: LossCourse, watched: int)
     known = [f for f in facts if math.isfinite(f.rate_factor) and f.rate_factor > 0]
     if not watched:
         title = "No scale-invariant weight is watched: the loss feels the norm of every watched weight."
-        return [calm("norm-growth", "norms", title, "sure, as far as the symmetries were found")]
+        return [calm("norm-growth", "norms", title, SURE_BY_SYMMETRY)]
     if not known:
         title = f"Not in the log: {count(watched, *HIDDEN)} {'is' if watched == 1 else 'are'} watched, but a change "
         title += "takes two estimates of a norm, and there is one at most."

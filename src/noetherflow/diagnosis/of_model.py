@@ -55,6 +55,13 @@ ON_THE_FLOW = (
     "sharpening",
 )
 """Rules that rest on the flow or on where it ends; the learning rate does where a warmup along it is counted on."""
+FORECASTS = {
+    "norm-growth": "How the norms that the loss ignores grow",
+    "norms-to-come": "How the norms that the loss feels grow",
+    "sharpening": "Whether noise sharpens or flattens",
+}
+"""Those of them that say where the flow goes and nothing else, and what they answer."""
+IN_TRAINING = "call model.train(), then nf.diagnose(...) again"
 NOT_A_DRIFT = "the flow is NOT VALID as a drift here (see CAUTION)"
 
 
@@ -86,12 +93,24 @@ def diagnose_measurement(examined: Examined) -> Diagnosis:
     regime = None if isinstance(examined.flow, Unanswered) else examined.flow.regime
     cautions = [*examined.moments.conditions.caution, *(regime.cautions if regime else ())]
     if examined.moments.conditions.running:
-        found = doubted(found, ("norms", "warmup", "balance", "batch"), "measured with running statistics")
+        found = doubted(found, ("norms", "warmup", "balance", "batch"), "measured with running statistics", IN_TRAINING)
     if regime is not None and not regime.constant:
-        found = not_judged(found, ON_THE_FLOW, NOT_A_DRIFT)
-        if steps.load >= 1:
-            found = not_judged(found, ("learning-rate",), NOT_A_DRIFT)
+        rules = (*ON_THE_FLOW, "learning-rate") if steps.load >= 1 else ON_THE_FLOW
+        found = not_judged(found, rules, NOT_A_DRIFT, _with_a_ledger(regime.memory), FORECASTS)
     return Diagnosis.of(f"{subject}, from {samples}", found, members, cautions)
+
+
+def _with_a_ledger(memory: float) -> str:
+    """What answers questions on a flow that the mean gradient spoils: ten memories of momentum, booked step by step."""
+    steps = max(TRIAL, round(10 * memory))
+    return (
+        f"train {steps:,} steps with nf.Ledger(model, optimizer, symmetries) attached, then ledger.diagnose(); or "
+        "nf.diagnose(...) again from there"
+    )
+
+
+TRIAL = 50
+"""Steps after which a fresh run is asked again, at least."""
 
 
 def _on_norms(examined: Examined) -> list[Finding]:
