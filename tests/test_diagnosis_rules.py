@@ -223,9 +223,21 @@ class TestNorms:
         assert found.severity == "watch"
         assert "too small to matter in this run" in found.title
         assert found.advice.startswith("nothing to do")
-        assert "500 times" in found.advice
+        assert "1,500 times" in found.advice
         for share in (0.0, 2e-4, 2e-2):
             assert one(norms.decay_bites([share], 1000)).severity == "good"
+
+    def test_decay_has_settled_norms_after_three_memories_alone(self):
+        """One memory takes 63 %, half of that under a cosine, whose mean learning rate is half of its peak."""
+        titles = [one(norms.decay_bites([share], 1000)).title for share in (1e-3, 2.9e-3, 3.1e-3)]
+        assert [t.split(":")[0] for t in titles] == ["Partly", "Partly", "Yes"]
+        rates = [0.5 * (1 + math.cos(math.pi * k / 1000)) for k in range(1000)]
+        cosine = 1 - math.prod(1 - 1e-3 * rate for rate in rates)
+        assert (
+            f"takes 63% of the squares that decayed weights began with at a constant learning rate ({cosine:.0%} "
+            in (titles[0])
+        )
+        assert "cosine" not in one(norms.decay_bites([1e-3], 1000, course=STALLED)).title, "a log has the schedule"
 
     def test_decay_that_goes_into_gradients_is_not_called_none(self):
         found = one(norms.decay_bites([math.nan], 1000))

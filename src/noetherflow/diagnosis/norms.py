@@ -7,7 +7,15 @@ from collections.abc import Sequence
 
 from noetherflow.core.members import compressed
 from noetherflow.core.printing import count
-from noetherflow.diagnosis.facts import FALLEN, LogitGrowth, LossCourse, NormHistory, NormTrend, ScaleInvariantNorm
+from noetherflow.diagnosis.facts import (
+    ACTS,
+    FALLEN,
+    LogitGrowth,
+    LossCourse,
+    NormHistory,
+    NormTrend,
+    ScaleInvariantNorm,
+)
 from noetherflow.diagnosis.finding import (
     NOTHING,
     SURE_BY_SYMMETRY,
@@ -22,7 +30,7 @@ from noetherflow.diagnosis.finding import (
 from noetherflow.diagnosis.losses import less_decay
 
 HALVED, TENTH = 2.0, 10.0
-BITES, TOO_SMALL = 1.0, 0.1
+TOO_SMALL = 0.1
 GROWN, GROWN_PREDICTED = 3.0, 10.0
 LOGITS, LOGITS_SATURATE = 3.0, 10.0
 TRENDS = 3
@@ -312,10 +320,10 @@ def decay_bites(
     training acts: they leave the question open.
 
     Threshold: `share * steps < 0.1` removes less than a tenth of any squared norm, 5 % of a norm, in the whole run, as
-    if there were no decay: to watch. From 1 on it removes 63 % and more, so that norms are where decay and growth
-    balance, whatever they began with. That is good, unless the loss of a run (`course`) has left its lowest level after
-    three memories of the decay: then it is a candidate to lower, and to watch. (Ten times the decay cost a BatchNorm
-    network on digits, whose loss rose again from 0.008 to 0.08, 3 to 5 points of accuracy.)
+    if there were no decay: to watch. From 3 on it removes 95 % and more, so that norms are where decay and growth
+    balance, whatever they began with; between it acts partly. All that is good, unless the loss of a run (`course`) has
+    left its lowest level after three memories: then decay is a candidate to lower, and to watch. (Ten times the decay
+    cost a BatchNorm network on digits, whose loss rose again from 0.008 to 0.08, 3 to 5 points of accuracy.)
     """
     decaying = [d for d in decays if d > 0]
     if not decaying and any(math.isnan(d) for d in decays):
@@ -344,16 +352,16 @@ def decay_bites(
             advice = "give the steps of the whole training: steps=... (on the command line --steps)"
             return [Finding("decay-bites", "decay", "open", title, "", advice, sure, numbers)]
         advice = f"{NOTHING} for the loss, which hardly depends on it; norms would settle within the run with about "
-        advice += f"{BITES / share:,.0f} times the decay, which is no promise of a lower loss"
+        advice += f"{ACTS / share:,.0f} times the decay, which is no promise of a lower loss"
         advice += "" if asked else f"; if {in_steps(steps)}, the default, are not the whole training, give steps=..."
         weight = math.log(TOO_SMALL / share)
         return [Finding("decay-bites", "decay", "watch", title, means, advice, sure, numbers, weight=weight)]
-    if share < BITES:
-        title = f"Partly: in {in_steps(steps)} it takes {taken:.0%} of the squares that decayed weights began with, so "
-        title += "they do not settle yet."
+    settled = share >= ACTS
+    title = f"{'Yes' if settled else 'Partly'}: it acts over {in_steps(memory)}; in {in_steps(steps)} it takes "
+    title += f"{taken:.0%} of the squares that decayed weights began with{_under_a_schedule(share, course)}, so "
+    title += "by then they are mostly where decay and growth balance." if settled else "they do not settle yet."
+    if not settled:
         return [calm("decay-bites", "decay", title, sure, numbers)]
-    title = f"Yes: it acts over {in_steps(memory)}; in {steps:,.0f} it takes {taken:.0%} of the squares that decayed "
-    title += "weights began with, so by then they are mostly where decay and growth balance."
     if course is not None and course.rise is not None and course.decay_acts:
         title += " The loss has left its lowest level meanwhile."
         means = "Decay keeps norms small, and steps long against them, which may be why the loss rises again."
@@ -361,6 +369,13 @@ def decay_bites(
         sure = "decay is measured; that it is the reason is a guess that the trial decides"
         return [Finding("decay-bites", "decay", "watch", title, means, advice, sure, numbers, weight=math.log(share))]
     return [calm("decay-bites", "decay", title, sure, numbers)]
+
+
+def _under_a_schedule(share: float, course: LossCourse | None) -> str:
+    """What a forecast at a constant learning rate becomes under a cosine, whose mean is a half; nothing of a log."""
+    if course is not None:
+        return ""
+    return f" at a constant learning rate ({1 - math.exp(-share / 2):.0%} under a cosine to 0)"
 
 
 def logit_growth(facts: Sequence[LogitGrowth], stalled: bool = False) -> list[Finding]:
