@@ -366,3 +366,18 @@ def test_a_loss_that_is_written_to_the_same_place_in_every_step_is_kept_as_it_wa
     noted = ledger.run_data().noted
     total = float((noted[:, 0] * noted[:, 1]).sum())
     assert total == pytest.approx(sum(losses), rel=1e-6)
+
+
+def test_a_norm_that_changed_more_on_the_way_than_at_the_end_says_so() -> None:
+    """Squared norm 1.8 times at the end and 2.6 times at step 100: the ends alone hide that it more than doubled."""
+    course = LossCourse(0, (), None, 1000, 2.3, 0.01)
+    told = lambda peak: (
+        norms.norms_so_far(
+            [NormHistory("conv", 1.8, 1 / 1.8, 1000, 0.0, peak, 100.0), NormHistory("still", 1.0, 1.0, 1000)], course, 2
+        )[0].title
+    )
+    assert "from step 0 to 1,000, but at step 100, where its norm was largest, `conv` changed it by 2.6." in told(2.6)
+    for peak in (1.8, 1.9, float("nan")):
+        assert told(peak).endswith("by a factor of 1.8 from step 0 to 1,000.")
+    half = NormHistory("adam", 1.8, 1.8**-0.5, 1000, 0.0, 4.0, 100.0)
+    assert "`adam` changed it by 2." in norms.norms_so_far([half], course, 1)[0].title

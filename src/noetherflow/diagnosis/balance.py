@@ -286,7 +286,8 @@ def dead_units(facts: Sequence[PartActivity], samples: float = math.inf) -> list
         advice = f"measure at least {ENOUGH} samples"
         return [Finding("dead-units", "balance", "open", title, "", advice, "open")]
     units = ", ".join(str(i) for i in which[:8]) + (", ..." if len(which) > 8 else "")
-    title = f"{len(which)} of {len(worst.gradient)} {worst.part}s of `{worst.name}` are dead ({units}).{left_out}"
+    verb = "is" if len(which) == 1 else "are"
+    title = f"{len(which)} of {len(worst.gradient)} {worst.part}s of `{worst.name}` {verb} dead ({units}).{left_out}"
     means = "No sample sends a gradient through them, so they never learn again; only weight decay moves them."
     advice = f"lower the learning rate or the biases of `{worst.name}`, draw these {worst.part}s anew, or use a leaky "
     advice += "activation"

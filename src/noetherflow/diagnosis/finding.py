@@ -25,6 +25,15 @@ QUESTIONS: dict[Topic, str] = {
     "invariance": "Do the symmetries hold?",
 }
 """What each topic answers, in the order in which answers are printed."""
+WORDS: dict[str, Topic] = {
+    "learning rate": "warmup",
+    "layers": "balance",
+    "heads": "balance",
+    "weight decay": "decay",
+    "batch size": "batch",
+    "symmetries": "invariance",
+}
+"""Words of the printed questions that `Diagnosis.about` takes for their topics."""
 NOTHING = "nothing to do"
 
 
@@ -266,15 +275,24 @@ class Diagnosis:
                 return finding
         raise KeyError(f"no finding by rule {rule!r}; found: {[f.rule for f in self.findings]}")
 
-    def about(self, topic: Topic) -> tuple[Finding, ...]:
+    def about(self, topic: str) -> tuple[Finding, ...]:
         """The findings that answer one question, the most urgent first.
+
+        Args:
+            topic: one of `QUESTIONS`, the question itself as it is printed, or a word of it (`WORDS`).
 
         Raises:
             DataError: an unknown topic.
+
+        Example:
+            >>> found = Diagnosis.of("a run", [calm("checks", "invariance", "Gradients obey all symmetries.")])
+            >>> found.about("symmetries") == found.about("Do the symmetries hold?") == found.about("invariance")
+            True
         """
-        if topic not in QUESTIONS:
+        asked = WORDS.get(topic) or next((t for t, question in QUESTIONS.items() if topic in (t, question)), None)
+        if asked is None:
             raise DataError(f"no topic {topic!r}; topics: {', '.join(QUESTIONS)}")
-        return tuple(f for f in self.findings if f.topic == topic)
+        return tuple(f for f in self.findings if f.topic == asked)
 
     def severity(self, severity: Severity) -> tuple[Finding, ...]:
         """The findings of one severity."""

@@ -94,6 +94,26 @@ def _means(larger: bool) -> str:
     return f"The loss ignores this norm, but {turn}: a learning rate schedule that nobody wrote."
 
 
+def _on_the_way(facts: Sequence[NormHistory], size: float) -> str:
+    """The largest change of an effective learning rate where it is much larger than the largest of the ends, `size`.
+
+    Effective learning rates are a power of the squared norm, the same for all: the norm that changed most tells it.
+    """
+    moved = max(facts, key=lambda f: abs(math.log(f.norm_factor)))
+    if moved.norm_factor == 1:
+        return ""
+    power = abs(math.log(moved.rate_factor) / math.log(moved.norm_factor))
+    highest = max(facts, key=lambda f: f.peak if math.isfinite(f.peak) else 0.0)
+    if not highest.peak**power > MUCH_MORE * size:
+        return ""
+    which = f"`{highest.name}` changed it by {plain(highest.peak**power)}"
+    return f", but at step {highest.peak_step:,.0f}, where its norm was largest, {which}"
+
+
+MUCH_MORE = 1.2
+"""How many times the change at the end one on the way must be to be told of."""
+
+
 def _way(fact: NormHistory) -> str:
     """What the ends of a norm's course do not tell; nothing where it ends at its largest."""
     return f" ({plain(fact.peak**0.5)} times at step {fact.peak_step:,.0f}, falls since)" if fact.falls else ""
@@ -162,7 +182,7 @@ def norms_so_far(facts: Sequence[NormHistory], course: LossCourse, watched: int)
     number = count(len(known), *HIDDEN)
     if size < HALVED:
         title = f"None much: of {number} the norm of `{worst.name}` changed the effective learning rate most, by a "
-        title += f"factor of {plain(size)} {worst.span}."
+        title += f"factor of {plain(size)} {worst.span}{_on_the_way(known, size)}."
         return [calm("norm-growth", "norms", title, "measured", numbers)]
     over = tuple(f.name for f in known if abs(math.log(f.rate_factor)) >= math.log(HALVED))
     slowed = course.slowed and worst.rate_factor < 1
