@@ -108,7 +108,7 @@ class Ledger(Shown):
         rule: AnyRule | None = None,
         notes: Mapping[str, Any] | None = None,
     ) -> None:
-        """Watch `optimizer`; every argument is explained in the text of the class: `help(nf.Ledger)`."""
+        """Watch `optimizer`; the parameters, one for each thing to choose, are explained by `help(nf.Ledger)`."""
         if flush_every < 1 or estimate_every < 0:
             raise DataError(f"flush_every={flush_every} must be >= 1, estimate_every={estimate_every} >= 0")
         if detail not in LEVELS:
