@@ -236,7 +236,9 @@ class TestDead:
         (found,) = stability.loss_course(self.DEAD)
         assert found.severity == "act"
         assert found.title.startswith("The network is dead")
-        assert stability.loss_course(replace(self.DEAD, dead=False, ended=0.1))[0].severity == "good"
+        back = replace(self.DEAD, dead=False, ended=0.1)
+        assert stability.loss_course(back)[0].title.startswith("The loss went up to 78 before it fell")
+        assert stability.loss_course(replace(back, highest=2.4))[0].severity == "good"
 
     @pytest.mark.parametrize("bias", [-100.0, 0.1])
     def test_units_that_are_off_for_every_sample(self, bias):

@@ -210,7 +210,8 @@ class TestNorms:
         assert "of `wild`" in found.advice
 
     def test_short_runs_leave_decay_open(self):
-        found = one(norms.decay_bites([2e-4], 100))
+        assert "too small" in one(norms.decay_bites([2e-4], 100)).title
+        found = one(norms.decay_bites([2e-4], 100, asked=False))
         assert found.severity == "open"
         assert "raise" not in found.advice
         assert "steps=" in found.advice
@@ -734,8 +735,8 @@ def test_numbers_of_sentences_have_no_powers_of_ten(value, written):
 
 
 def test_unknown_topics_are_named():
-    with pytest.raises(DataError, match="no topic 'heads'; topics: norms"):
-        Diagnosis("x", ()).about("heads")
+    with pytest.raises(DataError, match="no topic 'colours'; topics: norms"):
+        Diagnosis("x", ()).about("colours")
 
 
 def test_factors_of_a_run_are_those_of_the_steps_between_their_estimates():

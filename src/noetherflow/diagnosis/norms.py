@@ -336,8 +336,8 @@ def decay_bites(
     """Whether weight decay has time to act within the run: `decays` are its shares of squared weights per step, NaN
     where there is decay whose share is not known.
 
-    `asked`: somebody gave `steps`. Runs below a thousand steps are trials or beginnings, on which no decay that suits a
-    training acts: they leave the question open.
+    `asked`: somebody gave `steps`. Where nobody did, runs below a thousand steps are taken for trials or beginnings, on
+    which no decay that suits a training acts: they leave the question open.
 
     Threshold: `share * steps < 0.1` removes less than a tenth of any squared norm, 5 % of a norm, in the whole run, as
     if there were no decay: to watch. From 3 on it removes 95 % and more, so that norms are where decay and growth
@@ -365,7 +365,7 @@ def decay_bites(
         title = f"Weight decay is too small to matter in this run: it takes {plain(taken)} of the squared norms in "
         title += f"{in_steps(steps)}."
         means = f"It acts over {in_steps(memory)}, so norms do not settle in this run, which goes as if it had none."
-        if steps < SHORT:
+        if steps < SHORT and not asked:
             few = f"{in_steps(steps)} {'is' if round(steps) <= 1 else 'are'} too few"
             title = f"{few} to judge weight decay by: in them it takes {plain(taken)} of the "
             title += f"squared norms; it acts over {in_steps(memory)}."

@@ -58,7 +58,7 @@ def diagnose_run(run: RunData | str | os.PathLike[str], steps: int | None = None
         ]
     found: list[Finding] = [
         *along,
-        *norms.decay_bites(decays, whole, course=course),
+        *norms.decay_bites(decays, whole, steps is not None, course),
         *decay_rules(decays, course),
         *norms.logit_growth(list(_logits(data)), course.stalled),
         *(head_rules.heads_in_run(list(_heads(data)), whole) or head_rules.heads_not_logged(_attention(data))),

@@ -18,6 +18,7 @@ SHARPER = 2.0
 SHORT_MEMORY, LLM_MEMORY = 0.9, 0.95
 TURN, BIG_TURN = 0.1, 0.3
 ROSE = 2.0
+UP = 1.3
 RISES = 0.02
 AGAIN = "train 50 steps and ask again from there, nf.diagnose(model, loss_fn, loader, optimizer, steps=..., warmup=...)"
 HELD = "with the function held fixed"
@@ -241,7 +242,8 @@ def loss_course(fact: LossCourse) -> list[Finding]:
     there the learning rate had just come to its peak, and the curvature had not fallen with it. Without either the
     last losses are compared with the first: twice as much is no accident of a batch, and to act on; less than 5 % below
     is to watch, since so ends both a run that began at its minimum and one that was thrown back to chance. And with the
-    lowest level before them: `losses.rose_late`.
+    lowest level before them: `losses.rose_late`. A loss that once stood at 1.3 times the first is to watch: that of a
+    small Llama went from 5.5 up to 7.5 in its first steps and ended at 3.05, with a warmup at 2.45.
     """
     if fact.broke_calmly and not _rose(fact):
         return [broke(fact)]
@@ -342,6 +344,14 @@ def _without_spikes(fact: LossCourse) -> Finding:
         return Finding(
             "loss-course", "warmup", "watch", title, means, f"if it should fall: {data_first}", "measured", numbers
         )
+    if fact.began > 0 and fact.highest > UP * fact.began:
+        title = f"The loss went up to {show(fact.highest)} before it fell, {went}, {warm}."
+        means = (
+            "The first steps may have been too long for these weights; where single losses scatter by as much it is "
+        )
+        means += "chance."
+        advice = "try a warmup some tens of steps longer, or half the peak learning rate, and compare the last losses"
+        return Finding("loss-course", "warmup", "watch", title, means, advice, "measured", numbers)
     fine = "No warmup was needed"
     if fact.warmup:
         fine = f"Yes, the warmup of {fact.warmup:,} steps was long enough"

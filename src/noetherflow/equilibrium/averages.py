@@ -231,7 +231,7 @@ def averages_of(held: list[Held], lr: float | None = None) -> OptimizerAverages:
         hint = f" (the schedule began at {float(initial[0]):g})" if initial else ""
         if lr == 0:
             raise DataError("lr=0: without steps nothing drifts; pass the learning rate that the run had")
-        raise DataError(f"every learning rate in the optimiser is 0: its schedule has ended{hint}; pass lr=...")
+        raise DataError(f"every learning rate in the optimiser is 0: its schedule has ended{hint}; pass lr=... (--lr)")
     return OptimizerAverages(law, found, left_out, any(is_coded(v) for h in with_state for v in h.state.values()))
 
 
