@@ -84,7 +84,10 @@ MUTANTS = (
     # diagnosis, ranks and waiting books
     Mutant(f"{DIAG}/step.py", "scattered / (1 - m**2)", "scattered / (1 - m) ** 2", "test_diagnosis_rules.py"),
     Mutant(f"{DIAG}/stability.py", "fact.ended >= ROSE * fact.began", "False", "test_diagnosis_rules.py"),
-    Mutant(f"{DIAG}/of_run.py", "if known.size:", "if False:", "test_diagnose.py"),
+    Mutant(f"{DIAG}/losses.py", "np.average(usual, weights=shared)", "np.average(usual)", "test_diagnosis_losses.py"),
+    Mutant(f"{DIAG}/losses.py", "unseen = between > SEEN_BETWEEN", "unseen = False", "test_diagnosis_losses.py"),
+    Mutant(f"{DIAG}/decay.py", "pace * data.family", "data.family", "test_diagnosis_decay.py"),
+    Mutant(f"{DIAG}/decay.py", "if not memory < FORGETS", "if True", "test_diagnosis_decay.py"),
     Mutant(f"{CORE}/ranks.py", "if first.get(n) != other.get(n)", "if False", "test_ranks.py"),
     Mutant(f"{MON}/recorder.py", "elif self._pending:", "elif False:", "test_ranks.py"),
     # symmetry algebra

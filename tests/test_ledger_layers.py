@@ -183,5 +183,5 @@ def test_the_diagnosis_of_a_run_names_layers_outside_symmetries() -> None:
                 model[2].weight.mul_(1.1)
                 model[2].bias.mul_(1.1)
     found = ledger.diagnose()["grown-layers"]
-    assert found.severity == "watch"
+    assert found.is_note
     assert found.where == ("2",)

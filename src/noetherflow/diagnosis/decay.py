@@ -27,14 +27,14 @@ def decays_of(data: RunData) -> list[float]:
     rate = mean_rate(data.steps, lr, data.steps_made)
     if not data.families and data.header.get("rule") == "SGDRule":
         return [2 * rate * float(g["weight_decay"]) / (1 - float(g.get("momentum", 0.0))) for g in decaying]
-    shares = []
+    shares, pace = [], lr / rate if rate > 0 else np.zeros_like(lr)
     for i, _ in enumerate(data.families):
-        charge, decay = lr * data.family["charge"][:, i], data.family["decay"][:, i]
-        known = np.isfinite(charge) & np.isfinite(decay)
-        square = float(np.sum((weights * charge**2)[known]))
-        if square > 0:
-            slope = -float(np.sum((weights * charge * decay)[known])) / square
-            shares.append(max(0.0, slope) * rate / memory)
+        with np.errstate(over="ignore", invalid="ignore"):
+            charge, decay = pace * data.family["charge"][:, i], data.family["decay"][:, i]
+            square, product = weights * charge**2, weights * charge * decay
+        known = np.isfinite(square) & np.isfinite(product)
+        if square[known].sum() > 0:
+            shares.append(max(0.0, -float(product[known].sum() / square[known].sum())) / memory)
     divided = any("betas" in group and group.get("decoupled_weight_decay") is False for group in decaying)
     return [math.nan] if divided or (decaying and not any(shares)) else shares
 
