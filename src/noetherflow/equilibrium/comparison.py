@@ -166,13 +166,14 @@ def recorded_rows(ledger: Recorded, by: str, since: int, preconditioned: bool) -
 def compared(by: str, sums: Sequence[SignedSum], rows: Sequence[dict[str, Any]], start: int | None) -> Comparison:
     """Forecast sums beside the ledger's rows of the same name and step.
 
-    A row tells the charge before its step and the change in it, so that of the step after it is known too.
+    A row tells the charge before its step; where it tells the change in it, that of the step after is known too.
 
     Raises:
         DataError: no step is in both.
     """
     first = min((row["step"] for row in rows), default=0) if start is None else start
-    measured = {(row[by], row["step"] + 1 - first): row["charge"] + row["change"] for row in rows}
+    changing = (row for row in rows if "change" in row)
+    measured = {(row[by], row["step"] + 1 - first): row["charge"] + row["change"] for row in changing}
     measured |= {(row[by], row["step"] - first): row["charge"] for row in rows}
     found = tuple(
         ComparedCharge(s.name, s.step, s.value, s.error, measured[s.name, s.step])
