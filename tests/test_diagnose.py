@@ -99,6 +99,19 @@ class TestPlanted:
         assert "unit 3 of `0 -> 2`" in found.title
         assert healthy["balance"].severity == "good"
 
+    def test_where_equilibria_are_off_by_factors_nothing_is_to_act_on(self):
+        """Adam's `v` over 20 gradients follows the fluctuations: the unit is named, and no certainty claimed."""
+        model = mlp()
+        with torch.no_grad():
+            model[0].weight[3] *= 30
+            model[0].bias[3] *= 30
+            model[2].weight[:, 3] /= 30
+        optimizer = adamw(model, betas=(0.9, 0.95))
+        found = nf.diagnose(model, nn.CrossEntropyLoss(), loader(*classes()), optimizer, curvature=False)["balance"]
+        assert found.severity == "watch"
+        assert "unit 3 of `0 -> 2`" in found.title
+        assert found.sure.startswith("not sure: at b2 = 0.95 Adam's v follows the fluctuations")
+
     @pytest.mark.parametrize("make", [sgd, adamw])
     def test_a_frozen_out_head(self, make):
         model, data = Attention(), loader(*tokens())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import noetherflow as nf
-from noetherflow.diagnosis import balance, breaking, heads, long_steps, norms, sampling, stability
+from noetherflow.diagnosis import balance, breaking, decay, heads, long_steps, norms, sampling, stability
 from noetherflow.diagnosis.facts import (
     BatchRegime,
     LayerBalance,
@@ -210,27 +210,27 @@ class TestNorms:
         assert "of `wild`" in found.advice
 
     def test_short_runs_leave_decay_open(self):
-        assert "too small" in one(norms.decay_bites([2e-4], 100)).title
-        found = one(norms.decay_bites([2e-4], 100, asked=False))
+        assert "too small" in one(decay.decay_bites([2e-4], 100)).title
+        found = one(decay.decay_bites([2e-4], 100, asked=False))
         assert found.severity == "open"
         assert "raise" not in found.advice
         assert "steps=" in found.advice
-        assert one(norms.decay_bites([2e-2], 100)).severity == "good"
-        assert "the default" in one(norms.decay_bites([2e-6], 1000, asked=False)).advice
-        assert "the default" not in one(norms.decay_bites([2e-6], 1000)).advice
+        assert one(decay.decay_bites([2e-2], 100)).severity == "good"
+        assert "the default" in one(decay.decay_bites([2e-6], 1000, asked=False)).advice
+        assert "the default" not in one(decay.decay_bites([2e-6], 1000)).advice
 
     def test_decay(self):
-        found = one(norms.decay_bites([0.0, 2e-6], 1000))
+        found = one(decay.decay_bites([0.0, 2e-6], 1000))
         assert found.severity == "watch"
         assert "too small to matter in this run" in found.title
         assert found.advice.startswith("nothing to do")
         assert "1,500 times" in found.advice
         for share in (0.0, 2e-4, 2e-2):
-            assert one(norms.decay_bites([share], 1000)).severity == "good"
+            assert one(decay.decay_bites([share], 1000)).severity == "good"
 
     def test_decay_has_settled_norms_after_three_memories_alone(self):
         """One memory takes 63 %, half of that under a cosine, whose mean learning rate is half of its peak."""
-        titles = [one(norms.decay_bites([share], 1000)).title for share in (1e-3, 2.9e-3, 3.1e-3)]
+        titles = [one(decay.decay_bites([share], 1000)).title for share in (1e-3, 2.9e-3, 3.1e-3)]
         assert [t.split(":")[0] for t in titles] == ["Partly", "Partly", "Yes"]
         rates = [0.5 * (1 + math.cos(math.pi * k / 1000)) for k in range(1000)]
         cosine = 1 - math.prod(1 - 1e-3 * rate for rate in rates)
@@ -238,14 +238,14 @@ class TestNorms:
             f"takes 63% of the squares that decayed weights began with at a constant learning rate ({cosine:.0%} "
             in (titles[0])
         )
-        assert "cosine" not in one(norms.decay_bites([1e-3], 1000, course=STALLED)).title, "a log has the schedule"
+        assert "cosine" not in one(decay.decay_bites([1e-3], 1000, course=STALLED)).title, "a log has the schedule"
 
     def test_decay_that_goes_into_gradients_is_not_called_none(self):
-        found = one(norms.decay_bites([math.nan], 1000))
+        found = one(decay.decay_bites([math.nan], 1000))
         assert found.severity == "open"
         assert "not known" in found.title
-        assert "no weight decay" in one(norms.decay_bites([0.0], 1000)).title
-        assert one(norms.decay_bites([math.nan, 2e-3], 1000)).severity == "good"
+        assert "no weight decay" in one(decay.decay_bites([0.0], 1000)).title
+        assert one(decay.decay_bites([math.nan, 2e-3], 1000)).severity == "good"
 
     def test_logits(self):
         assert norms.logit_growth([]) == []

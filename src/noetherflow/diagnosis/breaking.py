@@ -151,10 +151,8 @@ def touched_from_outside(shares: Sequence[tuple[str, float]], events: Sequence[M
 
 def nothing_watched() -> Finding:
     """What a log leaves open whose ledger watched no symmetry, as where the layers between are frozen."""
-    title = (
-        "No symmetry is watched: none was found along which the trained weights can trade scale, so that the log says "
-    )
-    title += "nothing of norms and of balance."
+    title = "No symmetry is watched: none was found along which the trained weights can trade scale, so that the log "
+    title += "says nothing of norms and of balance."
     advice = "nf.find_symmetries(model, batch) says what it found, nf.explain(model, batch, 'PARAMETER') why not more: "
     advice += "frozen weights, or an operator that lets no scale pass"
     return Finding("watched", "balance", "open", title, "", advice, "open")

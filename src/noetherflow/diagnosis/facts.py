@@ -163,7 +163,6 @@ class PresentSharpness:
         top: the largest eigenvalue.
         lr: the learning rate asked about.
         limit: `lr * top` at which full-batch steps on a quadratic stop being stable; 2 without momentum.
-
     """
 
     top: float
@@ -268,6 +267,7 @@ class LossCourse:
         began, ended: the first loss, and the mean over the last tenth of the steps; NaN where losses were not noted.
         middle: the mean loss of the middle fifth of the steps, NaN where unknown.
         highest: the largest loss, NaN where unknown.
+        up_at: the step by which it had stood at that, well above the first one; None where it never was beyond scatter.
         diverged: the step from which the run was lost to its end: losses above twice the first one, weights a thousand
             times as large, or numbers that are not finite; None where it was not.
         rise: how the loss left its lowest level; None where it did not.
@@ -290,6 +290,7 @@ class LossCourse:
     dead: bool = False
     seen: int | None = None
     finite_until: int | None = None
+    up_at: int | None = None
 
     @property
     def decay_memory(self) -> float:

@@ -121,8 +121,8 @@ class Finding:
             >>> found.as_asked.severity
             'good'
         """
-        asks = self.severity == "watch" and not self.advice.startswith(NOTHING)
-        return self if asks or self.severity != "watch" else replace(self, severity="good")
+        asks_nothing = self.severity == "watch" and self.advice.startswith(NOTHING)
+        return replace(self, severity="good") if asks_nothing else self
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
@@ -189,6 +189,22 @@ def of_little_meaning(findings: Sequence[Finding], kept: Sequence[str], why: str
         f
         if f.rule in kept
         else replace(f, severity="open", title=f"Means little, for {why}. {f.title}", advice="", sure="open")
+        for f in findings
+    ]
+
+
+def unsure(findings: Sequence[Finding], rules: Sequence[str], why: str) -> list[Finding]:
+    """The same with findings of these rules to watch at most, and as sure as `why` leaves them.
+
+    Example:
+        >>> found = Finding("balance", "balance", "act", "Unit 3 is 20 times off.", "", "move it", "known to 3 %")
+        >>> [(f.severity, f.sure) for f in unsure([found], ("balance",), "equilibria are off by factors")]
+        [('watch', 'not sure: equilibria are off by factors')]
+    """
+    return [
+        replace(f, severity="watch", sure=f"not sure: {why}")
+        if f.rule in rules and f.severity in ("act", "watch")
+        else f
         for f in findings
     ]
 

@@ -24,6 +24,8 @@ LATELY, LEAST = 0.1, 5
 """The last losses are those of a tenth of the steps, and at least five of them."""
 LOST_RUN = 1e9
 """Weight of a finding that says that all others are of a lost run."""
+UP, SCATTERED = 1.3, 3.0
+"""Times its first value at which a loss has gone up, and standard deviations of single losses that explain less."""
 NORMAL_MAD = 1.4826
 """The standard deviation of a normal distribution over its median absolute deviation."""
 
@@ -238,6 +240,22 @@ class ToldLosses:
     @property
     def highest(self) -> float:
         return float(self.rows[:, 4].max()) if len(self.rows) else math.nan
+
+    @property
+    def up_at(self) -> int | None:
+        """The step by which the loss had stood at `UP` times its first value or more; None where scatter explains it.
+
+        The scatter is that of single losses on the scale of logarithms: of successive ones, and within rows of several.
+        """
+        number, mean, spread, lowest, highest = self.rows.T
+        if not len(self.rows) or not lowest.min() > 0:
+            return None
+        jumps = np.abs(np.diff(np.log(mean[number == 1])))
+        known = [NORMAL_MAD * np.median(jumps) / math.sqrt(2)] if jumps.size else []
+        known += [np.median((spread / mean)[number > 1])] if (number > 1).any() else []
+        above = math.log(self.highest / mean[0])
+        at = int(self.at[int(highest.argmax())])
+        return at if above > max(math.log(UP), SCATTERED * max(known, default=0.0)) else None
 
     def levels(self) -> tuple[float, float, float]:
         """The first loss, the level of the middle fifth of the steps and that of the last tenth; NaN without losses."""

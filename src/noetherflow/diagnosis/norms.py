@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from noetherflow.core.members import compressed
 from noetherflow.core.printing import count
 from noetherflow.diagnosis.facts import (
-    ACTS,
     FALLEN,
     LogitGrowth,
     LossCourse,
@@ -27,17 +26,14 @@ from noetherflow.diagnosis.finding import (
     plain,
     unless,
 )
-from noetherflow.diagnosis.losses import less_decay
 
 HALVED, TENTH = 2.0, 10.0
-TOO_SMALL = 0.1
 GROWN, GROWN_PREDICTED = 3.0, 10.0
 LOGITS, LOGITS_SATURATE = 3.0, 10.0
 TRENDS = 3
 NAMED = 12
 DOUBLES = 1.0
 MOVES = 1.01
-SHORT = 1000
 HIDDEN = "scale-invariant weight", "scale-invariant weights"
 NONE_HIDDEN = "The model has no scale-invariant weight: the loss feels the norm of every watched weight."
 
@@ -328,74 +324,6 @@ def grown_layers(facts: Sequence[NormHistory]) -> list[Finding]:
     advice = unless(f"look whether `{over[0]}` should grow; a smaller learning rate or weight decay hold it back")
     weight = math.log(grown[0].norm_factor)
     return [Finding("grown-layers", "norms", "watch", title, means, advice, "measured", numbers, over, weight)]
-
-
-def decay_bites(
-    decays: Sequence[float], steps: float, asked: bool = True, course: LossCourse | None = None
-) -> list[Finding]:
-    """Whether weight decay has time to act within the run: `decays` are its shares of squared weights per step, NaN
-    where there is decay whose share is not known.
-
-    `asked`: somebody gave `steps`. Where nobody did, runs below a thousand steps are taken for trials or beginnings, on
-    which no decay that suits a training acts: they leave the question open.
-
-    Threshold: `share * steps < 0.1` removes less than a tenth of any squared norm, 5 % of a norm, in the whole run, as
-    if there were no decay: to watch. From 3 on it removes 95 % and more, so that norms are where decay and growth
-    balance, whatever they began with; between it acts partly. All that is good, unless the loss of a run (`course`) has
-    left its lowest level after three memories: then decay is a candidate to lower, and to watch. (Ten times the decay
-    cost a BatchNorm network on digits, whose loss rose again from 0.008 to 0.08, 3 to 5 points of accuracy.)
-    """
-    decaying = [d for d in decays if d > 0]
-    if not decaying and any(math.isnan(d) for d in decays):
-        title = "What weight decay takes of norms is not known: it goes into the gradients, as in `torch.optim.Adam`, "
-        title += "or into a step that cannot be told apart."
-        advice = "to know it, use decoupled decay, such as torch.optim.AdamW, whose share is lr times decay"
-        return [Finding("decay-bites", "decay", "open", title, "", advice, "open")]
-    if not decaying:
-        return [calm("decay-bites", "decay", "There is no weight decay; norms are what gradients make of them.")]
-    share, memory = max(decaying) * steps, max(1, round(1 / max(decaying)))
-    taken = 1 - math.exp(-share)
-    numbers = (
-        Evidence("share of squared weights that decay takes per step", max(decaying)),
-        Evidence("memory of decay", memory, unit="step" if memory == 1 else "steps"),
-        Evidence("run looked at", steps, unit="steps"),
-    )
-    sure = "sure for a constant learning rate; a schedule that lowers it makes decay weaker still"
-    if share < TOO_SMALL:
-        title = f"Weight decay is too small to matter in this run: it takes {plain(taken)} of the squared norms in "
-        title += f"{in_steps(steps)}."
-        means = f"It acts over {in_steps(memory)}, so norms do not settle in this run, which goes as if it had none."
-        if steps < SHORT and not asked:
-            few = f"{in_steps(steps)} {'is' if round(steps) <= 1 else 'are'} too few"
-            title = f"{few} to judge weight decay by: in them it takes {plain(taken)} of the "
-            title += f"squared norms; it acts over {in_steps(memory)}."
-            advice = "give the steps of the whole training: steps=... (on the command line --steps)"
-            return [Finding("decay-bites", "decay", "open", title, "", advice, sure, numbers)]
-        advice = f"{NOTHING} for the loss, which hardly depends on it; norms would settle within the run with about "
-        advice += f"{ACTS / share:,.0f} times the decay, which is no promise of a lower loss"
-        advice += "" if asked else f"; if {in_steps(steps)}, the default, are not the whole training, give steps=..."
-        weight = math.log(TOO_SMALL / share)
-        return [Finding("decay-bites", "decay", "watch", title, means, advice, sure, numbers, weight=weight)]
-    settled = share >= ACTS
-    title = f"{'Yes' if settled else 'Partly'}: it acts over {in_steps(memory)}; in {in_steps(steps)} it takes "
-    title += f"{taken:.0%} of the squares that decayed weights began with{_under_a_schedule(share, course)}, so "
-    title += "by then they are mostly where decay and growth balance." if settled else "they do not settle yet."
-    if not settled:
-        return [calm("decay-bites", "decay", title, sure, numbers)]
-    if course is not None and course.rise is not None and course.decay_acts:
-        title += " The loss has left its lowest level meanwhile."
-        means = "Decay keeps norms small, and steps long against them, which may be why the loss rises again."
-        advice = less_decay(course, course.rise)
-        sure = "decay is measured; that it is the reason is a guess that the trial decides"
-        return [Finding("decay-bites", "decay", "watch", title, means, advice, sure, numbers, weight=math.log(share))]
-    return [calm("decay-bites", "decay", title, sure, numbers)]
-
-
-def _under_a_schedule(share: float, course: LossCourse | None) -> str:
-    """What a forecast at a constant learning rate becomes under a cosine, whose mean is a half; nothing of a log."""
-    if course is not None:
-        return ""
-    return f" at a constant learning rate ({1 - math.exp(-share / 2):.0%} under a cosine to 0)"
 
 
 def logit_growth(facts: Sequence[LogitGrowth], stalled: bool = False) -> list[Finding]:

@@ -17,38 +17,43 @@ from noetherflow.core.settings import SGDConfig
 from noetherflow.core.tensors import tensors_of
 from noetherflow.diagnosis import balance, breaking, long_steps, norms, sampling, stability
 from noetherflow.diagnosis import heads as head_rules
+from noetherflow.diagnosis.decay import decay_bites
 from noetherflow.diagnosis.examined import Examined, named
 from noetherflow.diagnosis.facts import (
-    SMALL,
     BatchRegime,
-    LayerBalance,
     LogitGrowth,
     NormTrend,
-    PartActivity,
     PresentSharpness,
     ScaleInvariantNorm,
     StepStability,
 )
-from noetherflow.diagnosis.finding import Diagnosis, Finding, doubted, not_judged
+from noetherflow.diagnosis.finding import Diagnosis, Finding, doubted, not_judged, unsure
+from noetherflow.diagnosis.parts import (
+    activities_of,
+    balances_of,
+    diagonal,
+    sum_of,
+    uncertified_activities,
+    usual_sizes,
+)
 from noetherflow.diagnosis.step import Step, of_parameter
 from noetherflow.diagnosis.unanswered import Unanswered, answered, known
 from noetherflow.equilibrium.potential import Drift
 from noetherflow.equilibrium.regime import COUNTS
-from noetherflow.equilibrium.result import Settled
 from noetherflow.equilibrium.sharpness import Sharpness
 from noetherflow.equilibrium.validity import SquareMemory
 from noetherflow.moments.result import GradientMoments
-from noetherflow.symmetry.heads import HEADS, QUERY_KEY, heads_in, part_of, scales_of
+from noetherflow.symmetry.heads import QUERY_KEY, heads_in, scales_of
 from noetherflow.symmetry.symmetry import Symmetry
 
 FILLED = 2.0
 """Warmup of Adam in memories of `v`: over `2 / (1 - b2)` steps its average fills up with gradients of the settled run
 (Ma and Yarats, On the adequacy of untuned warmup for adaptive optimization, 2019).
 """
+BALANCES = ("balance", "balance-layer", "balance-heads")
+"""Rules that rest on where the flow ends and on nothing else."""
 ON_THE_FLOW = (
-    "balance",
-    "balance-layer",
-    "balance-heads",
+    *BALANCES,
     "norm-growth",
     "norms-to-come",
     "fastest-norms",
@@ -68,17 +73,18 @@ NOT_A_DRIFT = "the flow is NOT VALID as a drift here (see CAUTION)"
 def diagnose_measurement(examined: Examined) -> Diagnosis:
     """All findings that one measurement supports."""
     settings = examined.settings
-    too_long = long_steps.step_length([t for t in _trends(examined) if t.matrix], examined.warmup)
+    trends, activities = list(_trends(examined)), list(activities_of(examined))
+    too_long = long_steps.step_length([t for t in trends if t.matrix], examined.warmup)
     steps = replace(_stability(examined), replaced=bool(too_long))
-    uncertified = list(_uncertified_activities(examined))
+    uncertified = list(uncertified_activities(examined))
     found: list[Finding] = [
-        *answered("norms", "norm-growth", lambda: _on_norms(examined)),
-        *answered("norms", "fastest-norms", lambda: _first_norms(examined, list(_trends(examined)))),
+        *answered("norms", "norm-growth", lambda: _on_norms(examined, trends)),
+        *answered("norms", "fastest-norms", lambda: _first_norms(examined, trends)),
         *answered("norms", "logit-growth", lambda: norms.logit_growth(list(_logits(examined)))),
-        *norms.decay_bites(_decays(examined), examined.steps, examined.steps_given),
+        *decay_bites(_decays(examined), examined.steps, examined.steps_given),
         *answered("balance", "balance", lambda: _on_balance(examined)),
-        *balance.dead_units([*_activities(examined), *uncertified], _samples(examined.moments)),
-        *head_rules.frozen_heads(list(_activities(examined))),
+        *balance.dead_units([*activities, *uncertified], _samples(examined.moments)),
+        *head_rules.frozen_heads(activities),
         *stability.learning_rate(steps),
         *too_long,
         *stability.sharpening(steps),
@@ -94,10 +100,25 @@ def diagnose_measurement(examined: Examined) -> Diagnosis:
     cautions = [*examined.moments.conditions.caution, *(regime.cautions if regime else ())]
     if examined.moments.conditions.running:
         found = doubted(found, ("norms", "warmup", "balance", "batch"), "measured with running statistics", IN_TRAINING)
+    if (why := _unsure_of_equilibria(examined)) is not None:
+        found = unsure(found, BALANCES, why)
     if regime is not None and not regime.constant:
         rules = (*ON_THE_FLOW, "learning-rate") if steps.load >= 1 else ON_THE_FLOW
         found = not_judged(found, rules, NOT_A_DRIFT, _with_a_ledger(regime.memory), FORECASTS)
     return Diagnosis.of(f"{subject}, from {samples}", found, members, cautions)
+
+
+def _unsure_of_equilibria(examined: Examined) -> str | None:
+    """Why predicted noise equilibria are off by factors here, None where they are not: Adam's `v` is no scale."""
+    settings, found = examined.settings, examined.curvature
+    if not isinstance(settings, AdamConfig):
+        return None
+    follows = isinstance(found, SquareMemory) and found.verdict == "off"
+    if not follows and settings.betas[1] > stability.LLM_MEMORY:
+        return None
+    return (
+        f"at b2 = {settings.betas[1]:g} Adam's v follows the fluctuations, and predicted equilibria are off by factors"
+    )
 
 
 def _with_a_ledger(memory: float) -> str:
@@ -113,15 +134,15 @@ TRIAL = 50
 """Steps after which a fresh run is asked again, at least."""
 
 
-def _on_norms(examined: Examined) -> list[Finding]:
+def _on_norms(examined: Examined, trends: Sequence[NormTrend]) -> list[Finding]:
     """Where norms go, by the flow and its end."""
     growth = norms.norm_growth(list(_invariant_norms(examined)), examined.steps)
-    return [*growth, *norms.norms_to_come(list(_trends(examined)), _moving(examined))]
+    return [*growth, *norms.norms_to_come(trends, _moving(examined))]
 
 
 def _on_balance(examined: Examined) -> list[Finding]:
     """Layers and heads against their noise equilibrium."""
-    balances = list(_balances(examined))
+    balances = list(balances_of(examined))
     return [*balance.far_from_equilibrium(balances, examined.steps), *head_rules.heads_apart(balances)]
 
 
@@ -193,7 +214,7 @@ def _trends(examined: Examined) -> Iterator[NormTrend]:
     With a warmup of `W` steps the first has `1 / W` of the learning rate; `step_square` is that of full steps.
     """
     settings, tensors = examined.settings, tensors_of(examined.model)
-    settles, unseen, usual = _settled_norms(examined), _unseen(examined), _usual_sizes(examined)
+    settles, unseen, usual = _settled_norms(examined), _unseen(examined), usual_sizes(examined)
     first = 1 / max(examined.warmup or 1, 1)
     for name, mean in examined.moments.mean.items():
         weight = tensors[name].detach().double().cpu()
@@ -206,32 +227,6 @@ def _trends(examined: Examined) -> Iterator[NormTrend]:
         rest = settles.get(name, math.nan)
         matrix = weight.ndim > 1
         yield NormTrend(name, norm, change, step.square, rest, name in unseen, matrix, usual.get(name, 1.0))
-
-
-def usual_size(weight: Tensor) -> float:
-    """The root mean square of a matrix or kernel over `1 / sqrt(fan in)`, about what usual initialisations give.
-
-    Example:
-        >>> round(usual_size(torch.full((4, 25), 0.1)), 6)
-        0.5
-    """
-    fan_in = weight.numel() / max(len(weight), 1)
-    return float(weight.double().square().mean().sqrt()) * math.sqrt(fan_in)
-
-
-def _usual_sizes(examined: Examined) -> dict[str, float]:
-    """`usual_size` of every matrix, as far as its layer makes it small: times that of a larger layer that it trades
-    scale with, so that two layers of which one was divided by what the other was multiplied with are as before.
-    """
-    tensors = {n: t.detach().cpu() for n, t in tensors_of(examined.model).items() if t.ndim > 1 and t.numel()}
-    own = {n: usual_size(t) for n, t in tensors.items()}
-    partner = dict.fromkeys(own, 1.0)
-    for symmetry in examined.symmetries:
-        legs = [leg for leg in symmetry.weight_legs if leg.parameter in own]
-        for leg in legs:
-            other = [own[o.parameter] for o in legs if o.sign != leg.sign]
-            partner[leg.parameter] = max([partner[leg.parameter], *other])
-    return {n: size * partner[n] for n, size in own.items()}
 
 
 def _unseen(examined: Examined) -> set[str]:
@@ -254,118 +249,6 @@ def _settled_norms(examined: Examined) -> dict[str, float]:
     for symmetry, settled in pairs:
         symmetry.act_(then, settled.element)
     return {n: float(then[n].norm() / now[n].norm()) for n in moved if bool(now[n].any())}
-
-
-def _balances(examined: Examined) -> Iterator[LayerBalance]:
-    small = {n for n, size in _usual_sizes(examined).items() if size < SMALL}
-    for symmetry, flow, settled in named(examined):
-        if symmetry.one_sided:
-            continue
-        logs = _logs(settled)
-        errors = _log_errors(symmetry, examined.moments, settled)
-        times = flow.relaxation_steps[flow.finite & (flow.relaxation_steps > 0)]
-        if symmetry.family in HEADS:
-            heads = heads_in(symmetry, examined.symmetries)
-            logs, errors = _by_head(logs, heads), _by_head(errors, heads)
-        yield LayerBalance(
-            symmetry.name,
-            symmetry.family,
-            part_of(symmetry),
-            logs.numpy(),
-            errors.numpy(),
-            float(times.median()) if times.numel() else math.nan,
-            next((n for n in symmetry.parameters if n in small), ""),
-        )
-
-
-STAYS = 1e-9
-"""Log factors below this are those of directions that the equilibrium leaves alone."""
-
-
-def _logs(settled: Settled) -> Tensor:
-    """The signed log factor of each coordinate; of a matrix the mean over its directions. NaN where nothing settles.
-
-    A matrix moves the directions that have an equilibrium, and leaves the others as they are: these do not count.
-    """
-    element = settled.element.double()
-    if element.ndim == 1:
-        return torch.where(settled.finite, element.log(), torch.nan)
-    logs = torch.linalg.svdvals(element).log()
-    moved = settled.finite.unsqueeze(-1) | (logs.abs() > STAYS)
-    return torch.where(moved, logs, torch.nan).nanmean(-1)
-
-
-def _by_head(values: Tensor, heads: int) -> Tensor:
-    """Means over the coordinates of each head, NaN left out."""
-    return values.reshape(heads, -1).nanmean(1)
-
-
-def _log_errors(symmetry: Symmetry, moments: GradientMoments, settled: Settled) -> Tensor:
-    """Standard errors of `1/4 log(M_- / M_+)`, the factor that noise asks for, from groups of samples; NaN without."""
-    unknown = torch.full((symmetry.blocks,), math.nan, dtype=torch.float64)
-    if len(moments.groups) < 2:
-        return unknown
-    parts = [_log_ratio(symmetry, m.second[symmetry.name]) for m in moments.groups]
-    spread: Tensor = torch.stack(parts).std(0) / len(parts) ** 0.5
-    return torch.where(settled.finite, spread, unknown)
-
-
-def _log_ratio(symmetry: Symmetry, second: Sequence[Tensor]) -> Tensor:
-    sides = [torch.zeros(symmetry.blocks, dtype=torch.float64) for _ in range(2)]
-    for leg, gram in zip(symmetry.weight_legs, second, strict=True):
-        own = gram if gram.ndim == 1 else gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-        sides[0 if leg.sign > 0 else 1] += own.double().cpu()
-    return 0.25 * (sides[1] / sides[0]).log()
-
-
-def _activities(examined: Examined) -> Iterator[PartActivity]:
-    """Of every symmetry that was measured, by its moments."""
-    for symmetry in examined.symmetries:
-        if not symmetry.one_sided and symmetry.name in examined.moments.second:
-            second = [_diagonal(g) for g in examined.moments.second[symmetry.name]]
-            yield _activity(examined, symmetry, sum_of(second))
-
-
-def _uncertified_activities(examined: Examined) -> Iterator[PartActivity]:
-    """Of the units whose symmetry the certificate refused, by the squared gradients of all entries; heads are left out.
-
-    NaN where the gradients of some parameter were not measured.
-    """
-    squares = examined.moments.squares
-    for symmetry in examined.uncertified:
-        if symmetry.one_sided or symmetry.family in HEADS:
-            continue
-        scales = scales_of(symmetry)
-        gradient = torch.full((scales.blocks,), math.nan, dtype=torch.float64)
-        if all(n in squares for n in scales.parameters):
-            sizes = {n: squares[n].double().cpu().sqrt() for n in scales.parameters}
-            gradient = sum_of(scales.grams(scales.positions(sizes)))
-        yield _activity(examined, symmetry, gradient)
-
-
-def _activity(examined: Examined, symmetry: Symmetry, gradient: Tensor) -> PartActivity:
-    """How much the parts of one symmetry carry and learn: `gradient` is the mean squared one of each coordinate."""
-    tensors = {n: t.detach() for n, t in tensors_of(examined.model).items()}
-    scales = scales_of(symmetry)
-    weights = scales.grams(scales.positions(tensors))
-    sides = [
-        sum_of([w for w, leg in zip(weights, scales.weight_legs, strict=True) if leg.sign == sign]) for sign in (1, -1)
-    ]
-    weight = (sides[0] * sides[1]).sqrt()
-    if symmetry.family in HEADS:
-        heads = heads_in(symmetry, examined.symmetries)
-        weight, gradient = weight.reshape(heads, -1).mean(1), gradient.reshape(heads, -1).sum(1)
-    return PartActivity(symmetry.name, part_of(symmetry), weight.numpy(), gradient.sqrt().numpy())
-
-
-def sum_of(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of some tensors on the host, in float64."""
-    return torch.stack([p.double().cpu() for p in parts]).sum(0)
-
-
-def _diagonal(gram: Tensor) -> Tensor:
-    """Second moments per coordinate or block."""
-    return gram if gram.ndim == 1 else gram.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def _stability(examined: Examined) -> StepStability:
@@ -434,7 +317,7 @@ def _growth(symmetry: Symmetry, examined: Examined) -> Tensor:
     settings = examined.settings
     if isinstance(settings, SGDConfig):
         grams = zip(symmetry.weight_legs, examined.moments.batch_grams(symmetry, settings), strict=True)
-        return sum_of([Drift.of(of_parameter(settings, leg.parameter)).noise * _diagonal(g) for leg, g in grams])
+        return sum_of([Drift.of(of_parameter(settings, leg.parameter)).noise * diagonal(g) for leg, g in grams])
     scales = scales_of(symmetry)
     ones = {n: torch.ones_like(t) for n, t in tensors_of(examined.model).items() if n in symmetry.parameters}
     return settings.lr**2 * sum_of(scales.grams(ones))

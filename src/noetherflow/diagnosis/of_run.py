@@ -14,7 +14,7 @@ from noetherflow.core.members import modules_of
 from noetherflow.core.printing import count
 from noetherflow.diagnosis import balance, breaking, norms, sampling, stability
 from noetherflow.diagnosis import heads as head_rules
-from noetherflow.diagnosis.decay import decay_rules, decays_of
+from noetherflow.diagnosis.decay import decay_bites, decay_rules, decays_of
 from noetherflow.diagnosis.facts import (
     FELL,
     LayerBalance,
@@ -58,7 +58,7 @@ def diagnose_run(run: RunData | str | os.PathLike[str], steps: int | None = None
         ]
     found: list[Finding] = [
         *along,
-        *norms.decay_bites(decays, whole, steps is not None, course),
+        *decay_bites(decays, whole, steps is not None, course),
         *decay_rules(decays, course),
         *norms.logit_growth(list(_logits(data)), course.stalled),
         *(head_rules.heads_in_run(list(_heads(data)), whole) or head_rules.heads_not_logged(_attention(data))),
@@ -282,6 +282,7 @@ def _course(data: RunData, decay: float) -> LossCourse:
         ended,
         middle=middle,
         highest=told.highest,
+        up_at=told.up_at,
         diverged=lost,
         rise=told.rise(data),
         decay=decay,

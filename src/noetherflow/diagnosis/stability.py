@@ -18,7 +18,6 @@ SHARPER = 2.0
 SHORT_MEMORY, LLM_MEMORY = 0.9, 0.95
 TURN, BIG_TURN = 0.1, 0.3
 ROSE = 2.0
-UP = 1.3
 RISES = 0.02
 AGAIN = "train 50 steps and ask again from there, nf.diagnose(model, loss_fn, loader, optimizer, steps=..., warmup=...)"
 HELD = "with the function held fixed"
@@ -335,29 +334,37 @@ def _without_spikes(fact: LossCourse) -> Finding:
     if fact.rise is not None:
         return rose_late(fact, fact.rise)
     if fact.began > 0 and fact.ended > FELL * fact.began:
-        means = (
-            "The run began near a minimum, or it does not learn: labels that do not belong to their inputs (the loss "
-        )
-        means += "stays at ln(classes)), steps too short, or so long that they throw a network back to chance."
+        means = "The run began near a minimum, or it does not learn: labels that do not belong to their inputs (a loss "
+        means += "of ln(classes)), steps too short, or so long that they throw a network back to chance."
         moved = "rose" if fact.ended * FELL > fact.began else "hardly changed"
         title = f"The loss {moved}, {went}, {warm}."
         return Finding(
             "loss-course", "warmup", "watch", title, means, f"if it should fall: {data_first}", "measured", numbers
         )
-    if fact.began > 0 and fact.highest > UP * fact.began:
-        title = f"The loss went up to {show(fact.highest)} before it fell, {went}, {warm}."
-        means = (
-            "The first steps may have been too long for these weights; where single losses scatter by as much it is "
-        )
-        means += "chance."
-        advice = "try a warmup some tens of steps longer, or half the peak learning rate, and compare the last losses"
-        return Finding("loss-course", "warmup", "watch", title, means, advice, "measured", numbers)
+    if fact.up_at is not None:
+        return _went_up(fact, fact.up_at, f"{went}, {warm}")
     fine = "No warmup was needed"
     if fact.warmup:
         fine = f"Yes, the warmup of {fact.warmup:,} steps was long enough"
     title = f"{fine}: the loss stayed in hand, {went}, and never spiked"
     title += "." if fact.seen is None else f", as far as the {count(fact.seen, 'loss', 'losses')} noted tell."
     return calm("loss-course", "warmup", title, "measured", numbers)
+
+
+def _went_up(fact: LossCourse, at: int, went: str) -> Finding:
+    """A loss that stood well above its first value and came down again."""
+    title = (
+        f"The loss stood at {show(fact.highest)} by step {at:,}, {plain(fact.highest / fact.began)} times the first "
+    )
+    title += f"one, on its way {went}."
+    if at <= max(2 * fact.warmup, fact.steps // 10):
+        means = "The first steps may have been too long for these weights."
+        advice = "try a warmup some tens of steps longer, or half the peak learning rate, and compare the last losses"
+    else:
+        means = "A batch out of the ordinary, or steps that became too long there."
+        advice = "look at the data of these steps; clip gradients, or lower the learning rate there"
+    numbers = (Evidence("loss at first", fact.began), Evidence("largest loss", fact.highest))
+    return Finding("loss-course", "warmup", "watch", title, means, advice, "measured", numbers)
 
 
 def turning(angles: Sequence[tuple[str, float]], course: LossCourse) -> list[Finding]:

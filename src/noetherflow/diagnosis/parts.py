@@ -1,0 +1,155 @@
+"""Facts on the parts of layers: how far units and heads are from their equilibrium, what they carry and learn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from noetherflow.core.tensors import tensors_of
+from noetherflow.diagnosis.examined import Examined, named
+from noetherflow.diagnosis.facts import SMALL, LayerBalance, PartActivity
+from noetherflow.equilibrium.result import Settled
+from noetherflow.moments.result import GradientMoments
+from noetherflow.symmetry.heads import HEADS, heads_in, part_of, scales_of
+from noetherflow.symmetry.symmetry import Symmetry
+
+
+def usual_size(weight: Tensor) -> float:
+    """The root mean square of a matrix or kernel over `1 / sqrt(fan in)`, about what usual initialisations give.
+
+    Example:
+        >>> round(usual_size(torch.full((4, 25), 0.1)), 6)
+        0.5
+    """
+    fan_in = weight.numel() / max(len(weight), 1)
+    return float(weight.double().square().mean().sqrt()) * math.sqrt(fan_in)
+
+
+def usual_sizes(examined: Examined) -> dict[str, float]:
+    """`usual_size` of every matrix, as far as its layer makes it small: times that of a larger layer that it trades
+    scale with, so that two layers of which one was divided by what the other was multiplied with are as before.
+    """
+    tensors = {n: t.detach().cpu() for n, t in tensors_of(examined.model).items() if t.ndim > 1 and t.numel()}
+    own = {n: usual_size(t) for n, t in tensors.items()}
+    partner = dict.fromkeys(own, 1.0)
+    for symmetry in examined.symmetries:
+        legs = [leg for leg in symmetry.weight_legs if leg.parameter in own]
+        for leg in legs:
+            other = [own[o.parameter] for o in legs if o.sign != leg.sign]
+            partner[leg.parameter] = max([partner[leg.parameter], *other])
+    return {n: size * partner[n] for n, size in own.items()}
+
+
+def balances_of(examined: Examined) -> Iterator[LayerBalance]:
+    small = {n for n, size in usual_sizes(examined).items() if size < SMALL}
+    for symmetry, flow, settled in named(examined):
+        if symmetry.one_sided:
+            continue
+        logs = _logs(settled)
+        errors = _log_errors(symmetry, examined.moments, settled)
+        times = flow.relaxation_steps[flow.finite & (flow.relaxation_steps > 0)]
+        if symmetry.family in HEADS:
+            heads = heads_in(symmetry, examined.symmetries)
+            logs, errors = _by_head(logs, heads), _by_head(errors, heads)
+        yield LayerBalance(
+            symmetry.name,
+            symmetry.family,
+            part_of(symmetry),
+            logs.numpy(),
+            errors.numpy(),
+            float(times.median()) if times.numel() else math.nan,
+            next((n for n in symmetry.parameters if n in small), ""),
+        )
+
+
+STAYS = 1e-9
+"""Log factors below this are those of directions that the equilibrium leaves alone."""
+
+
+def _logs(settled: Settled) -> Tensor:
+    """The signed log factor of each coordinate; of a matrix the mean over its directions. NaN where nothing settles.
+
+    A matrix moves the directions that have an equilibrium, and leaves the others as they are: these do not count.
+    """
+    element = settled.element.double()
+    if element.ndim == 1:
+        return torch.where(settled.finite, element.log(), torch.nan)
+    logs = torch.linalg.svdvals(element).log()
+    moved = settled.finite.unsqueeze(-1) | (logs.abs() > STAYS)
+    return torch.where(moved, logs, torch.nan).nanmean(-1)
+
+
+def _by_head(values: Tensor, heads: int) -> Tensor:
+    """Means over the coordinates of each head, NaN left out."""
+    return values.reshape(heads, -1).nanmean(1)
+
+
+def _log_errors(symmetry: Symmetry, moments: GradientMoments, settled: Settled) -> Tensor:
+    """Standard errors of `1/4 log(M_- / M_+)`, the factor that noise asks for, from groups of samples; NaN without."""
+    unknown = torch.full((symmetry.blocks,), math.nan, dtype=torch.float64)
+    if len(moments.groups) < 2:
+        return unknown
+    parts = [_log_ratio(symmetry, m.second[symmetry.name]) for m in moments.groups]
+    spread: Tensor = torch.stack(parts).std(0) / len(parts) ** 0.5
+    return torch.where(settled.finite, spread, unknown)
+
+
+def _log_ratio(symmetry: Symmetry, second: Sequence[Tensor]) -> Tensor:
+    sides = [torch.zeros(symmetry.blocks, dtype=torch.float64) for _ in range(2)]
+    for leg, gram in zip(symmetry.weight_legs, second, strict=True):
+        own = gram if gram.ndim == 1 else gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+        sides[0 if leg.sign > 0 else 1] += own.double().cpu()
+    return 0.25 * (sides[1] / sides[0]).log()
+
+
+def activities_of(examined: Examined) -> Iterator[PartActivity]:
+    """Of every symmetry that was measured, by its moments."""
+    for symmetry in examined.symmetries:
+        if not symmetry.one_sided and symmetry.name in examined.moments.second:
+            second = [diagonal(g) for g in examined.moments.second[symmetry.name]]
+            yield _activity(examined, symmetry, sum_of(second))
+
+
+def uncertified_activities(examined: Examined) -> Iterator[PartActivity]:
+    """Of the units whose symmetry the certificate refused, by the squared gradients of all entries; heads are left out.
+
+    NaN where the gradients of some parameter were not measured.
+    """
+    squares = examined.moments.squares
+    for symmetry in examined.uncertified:
+        if symmetry.one_sided or symmetry.family in HEADS:
+            continue
+        scales = scales_of(symmetry)
+        gradient = torch.full((scales.blocks,), math.nan, dtype=torch.float64)
+        if all(n in squares for n in scales.parameters):
+            sizes = {n: squares[n].double().cpu().sqrt() for n in scales.parameters}
+            gradient = sum_of(scales.grams(scales.positions(sizes)))
+        yield _activity(examined, symmetry, gradient)
+
+
+def _activity(examined: Examined, symmetry: Symmetry, gradient: Tensor) -> PartActivity:
+    """How much the parts of one symmetry carry and learn: `gradient` is the mean squared one of each coordinate."""
+    tensors = {n: t.detach() for n, t in tensors_of(examined.model).items()}
+    scales = scales_of(symmetry)
+    weights = scales.grams(scales.positions(tensors))
+    sides = [
+        sum_of([w for w, leg in zip(weights, scales.weight_legs, strict=True) if leg.sign == sign]) for sign in (1, -1)
+    ]
+    weight = (sides[0] * sides[1]).sqrt()
+    if symmetry.family in HEADS:
+        heads = heads_in(symmetry, examined.symmetries)
+        weight, gradient = weight.reshape(heads, -1).mean(1), gradient.reshape(heads, -1).sum(1)
+    return PartActivity(symmetry.name, part_of(symmetry), weight.numpy(), gradient.sqrt().numpy())
+
+
+def sum_of(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of some tensors on the host, in float64."""
+    return torch.stack([p.double().cpu() for p in parts]).sum(0)
+
+
+def diagonal(gram: Tensor) -> Tensor:
+    """Second moments per coordinate or block."""
+    return gram if gram.ndim == 1 else gram.diagonal(dim1=-2, dim2=-1).sum(-1)
