@@ -13,7 +13,7 @@ import noetherflow as nf
 from noetherflow.diagnosis import balance, breaking, decay, norms, sampling, stability
 from noetherflow.diagnosis.facts import BatchRegime, LossCourse, LossRise, NormHistory, RunBalance
 from noetherflow.diagnosis.finding import NOTHING
-from noetherflow.diagnosis.losses import rise_of, rise_of_all
+from noetherflow.diagnosis.losses import ToldLosses, rise_of, rise_of_all
 from noetherflow.moments.noise_scale import NoiseScale, NoiseScales
 from noetherflow.monitor.noted import NotedLosses
 from noetherflow.monitor.rundata import RunData, weights_of
@@ -182,6 +182,21 @@ def test_the_end_is_that_of_the_steps_however_they_are_recorded():
         ended = {e.what: e.value for e in found.evidence}["loss of the last tenth of the steps"]
         assert ended < 2 * losses[200:].mean()
         assert found.severity == "good"
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_averages_are_those_of_the_losses_of_all_steps(every):
+    """By a loop over the steps of each stretch; within a row of the log all are equal here."""
+    rows = np.repeat(np.random.default_rng(0).uniform(1, 2, 100), every)
+    losses = np.concatenate([rows[:1], rows])[: 60 * every + 1]
+    torch.manual_seed(0)
+    at, means = ToldLosses.by(run(losses, every)).averages(7)
+    begins = [0.0]
+    for middle in at:
+        begins.append(2 * middle - begins[-1])
+    for a, b, mean in zip(begins, begins[1:], means, strict=False):
+        assert mean == pytest.approx(losses[int(a) : int(b)].mean(), rel=1e-5)
+    assert begins[-1] == len(losses)
 
 
 class TestALossThatWentUp:

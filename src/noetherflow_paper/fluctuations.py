@@ -119,7 +119,8 @@ def fluctuating_flow(net: AlignedNet, u: Tensor, w: Tensor, at: Sequence[int]) -
             middle = net.mean_weights(charges + h / 2 * net.drift(u, w), u, w)
             charges = charges + h * net.drift(*middle)
         u, w = net.mean_weights(charges, u, w)
-        out.append((float(net.squares(u, w)[0]), float(net.squares(u, w)[1])))
+        norm_u, norm_w = net.squares(u, w)
+        out.append((float(norm_u), float(norm_w)))
         now = target
     return out
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -257,16 +258,24 @@ class ToldLosses:
         at = int(self.at[int(highest.argmax())])
         return at if above > max(math.log(UP), SCATTERED * max(known, default=0.0)) else None
 
+    def level(self, begins: float, ends: float) -> float:
+        """The mean loss between two steps counted from the first recorded one; see `level_between`."""
+        covers = self.rows[:, 0] if self.most else np.diff(self.at, prepend=0)
+        return level_between(begins, ends, self.at, covers, self.rows)
+
     def levels(self) -> tuple[float, float, float]:
         """The first loss, the level of the middle fifth of the steps and that of the last tenth; NaN without losses."""
         if not len(self.rows):
             return math.nan, math.nan, math.nan
-        covers = self.rows[:, 0] if self.most else np.diff(self.at, prepend=0)
-        parts = ((0.4, 0.6), (0.9, 1.0))
-        middle, ended = (
-            level_between(low * self.steps, high * self.steps, self.at, covers, self.rows) for low, high in parts
-        )
+        middle, ended = self.level(0.4 * self.steps, 0.6 * self.steps), self.level(0.9 * self.steps, self.steps)
         return float(self.rows[0, 1]), middle, ended if math.isfinite(ended) else float(self.rows[-1, 1])
+
+    def averages(self, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """Middles of at most so many stretches of steps, of five losses each at least, and the mean loss in each."""
+        told = np.cumsum(self.rows[:, 0])
+        wanted = np.linspace(0, told[-1], min(most, int(told[-1]) // 5) + 1)[1:]
+        steps = np.concatenate([[0.0], self.at[np.unique(np.searchsorted(told, wanted - 0.5))]])
+        return (steps[1:] + steps[:-1]) / 2, np.array([self.level(a, b) for a, b in pairwise(steps)])
 
     def rise(self, data: RunData) -> LossRise | None:
         """How the loss left its lowest level, from every loss where most were noted."""

@@ -11,6 +11,7 @@ import numpy as np
 from noetherflow.core.printing import brief
 from noetherflow.diagnosis.balance import FARTHEST_PART
 from noetherflow.diagnosis.finding import Diagnosis, plain
+from noetherflow.diagnosis.losses import ToldLosses
 from noetherflow.diagnosis.of_run import diagnose_run
 from noetherflow.monitor.rundata import RunData
 from noetherflow.report.labels import chart_labels
@@ -199,10 +200,9 @@ def _event_words(events: list[dict[str, Any]]) -> list[str]:
 
 def _facts(data: RunData, events: list[dict[str, Any]]) -> list[tuple[str, Any]]:
     facts: list[tuple[str, Any]] = []
-    known = data.loss[np.isfinite(data.loss)]
-    if known.size:
-        part = max(len(known) // 20, 1)
-        facts += [("loss, first 5 %", float(known[:part].mean())), ("loss, last 5 %", float(known[-part:].mean()))]
+    told = ToldLosses.by(data)
+    ends = told.level(0, told.steps / 20), told.level(0.95 * told.steps, told.steps)
+    facts += [(f"loss, {which} 5 %", e) for which, e in zip(("first", "last"), ends, strict=True) if np.isfinite(e)]
     facts += [("steps made", data.steps_made), ("symmetries watched", len(data.symmetries)), ("events", len(events))]
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.nan_to_num(np.abs(data.family["residual"] / data.family["norm"]))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from noetherflow.diagnosis.losses import ToldLosses
 from noetherflow.errors import require
 from noetherflow.monitor.rundata import RunData
 from noetherflow.report.labels import chart_labels
@@ -156,11 +157,11 @@ def training_figure(data: RunData, events: list[dict[str, Any]]) -> Any:
         figure.add_scatter(x=data.steps[at], y=data.loss[at], name="loss", line=faint, opacity=0.55)
     rate = {"color": CYCLE[1], "dash": "dot"}
     figure.add_scatter(x=data.steps[thin], y=data.lr[thin], name="learning rate", yaxis="y2", line=rate)
-    if known.size > SMOOTH:
+    told = ToldLosses.by(data)
+    if len(told.rows) > SMOOTH:
+        at, means = told.averages(BINS)
         line = {"color": INK, "width": 2}
-        edges = np.unique(np.linspace(0, len(known), min(BINS, len(known) // 5) + 1).astype(int))
-        means = [[float(v[known[a:b]].mean()) for a, b in itertools.pairwise(edges)] for v in (data.steps, data.loss)]
-        figure.add_scatter(x=means[0], y=means[1], name="loss, averaged", line=line)
+        figure.add_scatter(x=data.steps[0] + at, y=means, name="loss, averaged", line=line)
     for event in events[:50]:
         figure.add_vline(x=event["step"], line={"color": "#999", "width": 1, "dash": "dash"})
     axis2 = {"title": "learning rate", "overlaying": "y", "side": "right", "showgrid": False, "rangemode": "tozero"}
