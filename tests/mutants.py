@@ -86,6 +86,19 @@ MUTANTS = (
     Mutant(f"{DIAG}/stability.py", "fact.ended >= ROSE * fact.began", "False", "test_diagnosis_rules.py"),
     Mutant(f"{DIAG}/losses.py", "np.average(usual, weights=shared)", "np.average(usual)", "test_diagnosis_losses.py"),
     Mutant(f"{DIAG}/losses.py", "unseen = between > SEEN_BETWEEN", "unseen = False", "test_diagnosis_losses.py"),
+    Mutant(
+        f"{MOM}/measuring.py",
+        "made.repeatable and numbers_held(modules) == before",
+        "True",
+        "test_moments_one_forward.py",
+    ),
+    Mutant(f"{MOM}/verify.py", "if not agreement.agrees:", "if False:", "test_moments_engine.py"),
+    Mutant(f"{FIND}/export.py", "with TRACING, uninterrupted():", "with TRACING:", "test_interruptible.py"),
+    Mutant(
+        f"{DIAG}/finding.py", 'replace(f, severity="watch", sure=sure)', "replace(f, sure=sure)", "test_diagnose.py"
+    ),
+    Mutant(f"{PAPER}/fluctuations.py", " + w.square() * (noise @ z) * x.sum()", "", "test_reproduce_fluctuations.py"),
+    Mutant(f"{PAPER}/fluctuations.py", "x * (_sums(u, w) * z).sum(0) + ", "", "test_reproduce_fluctuations.py"),
     Mutant(f"{DIAG}/decay.py", "pace * data.family", "data.family", "test_diagnosis_decay.py"),
     Mutant(f"{DIAG}/decay.py", "if not memory < FORGETS", "if True", "test_diagnosis_decay.py"),
     Mutant(f"{CORE}/ranks.py", "if first.get(n) != other.get(n)", "if False", "test_ranks.py"),

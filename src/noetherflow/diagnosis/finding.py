@@ -201,10 +201,9 @@ def unsure(findings: Sequence[Finding], rules: Sequence[str], why: str) -> list[
         >>> [(f.severity, f.sure) for f in unsure([found], ("balance",), "equilibria are off by factors")]
         [('watch', 'not sure: equilibria are off by factors')]
     """
+    sure = f"not sure: {why}"
     return [
-        replace(f, severity="watch", sure=f"not sure: {why}")
-        if f.rule in rules and f.severity in ("act", "watch")
-        else f
+        replace(f, severity="watch", sure=sure) if f.rule in rules and f.severity in ("act", "watch") else f
         for f in findings
     ]
 
