@@ -1,5 +1,6 @@
 """Verdicts, resumption, atomicity and the gallery."""
 
+import ast
 import dataclasses
 import inspect
 import itertools
@@ -15,7 +16,7 @@ import torch
 
 from noetherflow.errors import DataError
 from noetherflow_paper import experiment as registry
-from noetherflow_paper import provenance, run, write_markdown
+from noetherflow_paper import provenance, run, verdict, write_markdown
 from noetherflow_paper.cli import _parsed
 from noetherflow_paper.differences import DIFFERENCES
 from noetherflow_paper.experiment import (
@@ -24,6 +25,7 @@ from noetherflow_paper.experiment import (
     Experiment,
     Results,
     Setting,
+    experiment_ids,
     find_experiment,
     plain,
     register,
@@ -246,6 +248,21 @@ def test_fingerprint_depends_on_torch_device_and_modules_used_indirectly(toy, mo
     used = provenance._used(sys.modules[find_experiment("fig6").compute.__module__])
     assert {"noetherflow_paper.simulate", "noetherflow_paper.experiment"} <= used
     assert "class LinearNet" in source_of(find_experiment("fig5").compute)
+
+
+def _of_verdicts(function):
+    """Names from the module of verdicts that a function reaches within its own module."""
+    own = inspect.getmodule(function)
+    tree = ast.parse(reached(inspect.getsource(own), function.__name__))
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    return {name for name in used if inspect.getmodule(getattr(own, name, None)) is verdict}
+
+
+@pytest.mark.parametrize("name", experiment_ids())
+def test_what_judges_is_no_part_of_what_computes(name):
+    experiment = find_experiment(name)
+    assert not _of_verdicts(experiment.compute)
+    assert _of_verdicts(experiment.verdicts)
 
 
 def test_points_keep_the_versions_they_were_computed_with(toy, tmp_path):

@@ -20,9 +20,9 @@ import noetherflow
 from noetherflow.errors import DataError
 
 ROOT = Path(noetherflow.__file__).parent
-FACES = frozenset({"cli", "report"})
+FACES = frozenset({"cli", "report", "diagnosis"})
 """Folders of the library that compute nothing the experiments use."""
-DRAWING = frozenset({"noetherflow.report.style", "noetherflow_paper.experiment"})
+DRAWING = frozenset({"noetherflow.report.style", "noetherflow_paper.experiment", "noetherflow_paper.verdict"})
 """Modules that draw, judge and describe. A change of `experiment.generator` or `plain` needs another folder."""
 
 
