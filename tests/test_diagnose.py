@@ -99,6 +99,21 @@ class TestPlanted:
         assert "unit 3 of `0 -> 2`" in found.title
         assert healthy["balance"].severity == "good"
 
+    def test_a_unit_scaled_by_thirty_that_noise_evens_out_within_the_run(self):
+        """The longer run asks for nothing, and tells the steps that noise takes; the shorter one ends before."""
+        model, data = mlp(), loader(*classes(noise=1.0))
+        with torch.no_grad():
+            model[0].weight[3] *= 30
+            model[0].bias[3] *= 30
+            model[2].weight[:, 3] /= 30
+        ask = lambda steps: nf.diagnose(model, nn.CrossEntropyLoss(), data, adamw(model), steps=steps, curvature=False)
+        assert ask(10_000)["balance"].severity == "act"
+        longer = ask(50_000)
+        assert longer["balance"].severity == "good"
+        assert "unit 3 of `0 -> 2`" in longer["balance"].title
+        assert "within this run" in longer["balance"].title
+        assert longer.changes == ()
+
     def test_where_equilibria_are_off_by_factors_nothing_is_to_act_on(self):
         """Adam's `v` over 20 gradients follows the fluctuations: the unit is named, and no certainty claimed."""
         model = mlp()

@@ -11,6 +11,7 @@ import torch
 
 import noetherflow as nf
 from noetherflow.diagnosis import balance, breaking, decay, heads, long_steps, norms, sampling, stability
+from noetherflow.diagnosis.evening import steps_to_even
 from noetherflow.diagnosis.facts import (
     BatchRegime,
     LayerBalance,
@@ -268,9 +269,41 @@ class TestBalance:
         found = one(balance.far_from_equilibrium([layer([0.1, math.log(30), -0.2, 0.0])], 1000))
         assert found.severity == "act"
         assert "unit 1 of `0 -> 2`" in found.title
-        assert "within this run" in found.means
-        slow = one(balance.far_from_equilibrium([layer([0.1, math.log(30), -0.2, 0.0], steps=5000.0)], 1000))
-        assert "slow phase" in slow.means
+        assert "longer than this run (slow phase)" in found.means, "500 steps for each factor of e, 2,300 in all"
+
+    def test_a_unit_that_noise_evens_out_within_the_run_asks_for_nothing(self):
+        """The steps are its own, not the median of its layer; a curvature that holds the rate down is acted on."""
+        off = layer([0.1, math.log(30), -0.2, 0.0])
+        ask = lambda fact, steps, **options: one(balance.far_from_equilibrium([fact], steps, **options))
+        soon = ask(off, 2500)
+        assert soon.as_asked.severity == "good"
+        assert "Noise evens it out over some 2,309 steps, within this run." in soon.title
+        assert soon.advice.startswith("nothing to do while the loss falls; if it does not, move `0 -> 2`")
+        assert ask(off, 2200).severity == "act"
+        assert ask(off, 2500, limiting=True).severity == "act"
+        assert ask(replace(off, each=(500.0, 400.0, 500.0, 500.0)), 2200).severity == "watch"
+        assert ask(replace(off, steps=NAN), 2500).severity == "act", "how long it takes is not known"
+        two = replace(off, factors=np.log([1.0, 30.0, 1.0, 1.0, 12.0]), errors=np.zeros(5))
+        two = replace(two, each=(9.0, 9.0, 9.0, 9.0, 9e5))
+        assert ask(two, 2500).severity == "act", "the other one stays"
+        near = replace(STABLE, load=0.6, sharpening=0.1)
+        assert near.held_by_imbalance
+        assert replace(near, sharpening=NAN).held_by_imbalance, "nobody knows what makes the curvature"
+        assert not replace(near, sharpening=0.9).held_by_imbalance
+        assert not replace(near, load=0.1).held_by_imbalance
+        assert not replace(near, load=NAN).held_by_imbalance
+
+    @pytest.mark.parametrize(("start", "decay"), [(30.0, 0.0), (30.0, 0.01), (300.0, 0.0), (4.0, 0.003)])
+    def test_steps_to_even_are_those_of_the_flow(self, start, decay):
+        """Noise and decay on two weights whose product stays: their charge step by step until they are 3 times off."""
+        noise, steps = 0.01, 0
+        large, small = start, 1 / start
+        while math.sqrt(large / small) > 3:
+            change = noise * (large**-2 - large**2) - decay * (large**2 - small**2)
+            charge = large**2 - small**2 + change
+            large = math.sqrt((charge + math.sqrt(charge**2 + 4)) / 2)
+            small, steps = 1 / large, steps + 1
+        assert steps_to_even(math.log(start), 1 / (noise + decay)) == pytest.approx(steps, rel=0.02)
 
     def test_moderate_is_to_watch_and_uncertain_is_nothing(self):
         factors = [0.0, math.log(5), 0.0, 0.0]
@@ -318,7 +351,13 @@ class TestBalance:
         assert [(f.severity, f.where) for f in both] == [("act", ("0 -> 2",)), ("good", ("other",))]
 
     def test_during_a_run(self):
-        assert one(balance.far_during_run([RunBalance("a", 0.1, math.log(30), 10.0)], 100)).severity == "act"
+        assert one(balance.far_during_run([RunBalance("a", 0.1, math.log(30), 100.0)], 100)).severity == "act"
+        passing = one(balance.far_during_run([RunBalance("a", 0.1, math.log(30), 10.0)], 100))
+        assert passing.as_asked.severity == "good"
+        assert "over some 46 steps, within this run" in passing.title
+        over = one(balance.far_during_run([RunBalance("a", 0.1, math.log(30), 10.0)], 0.0))
+        assert over.severity == "act", "a run that has ended evens nothing out"
+        assert "over some 46 steps more" in over.means
         assert one(balance.far_during_run([RunBalance("a", 0.1, 0.5, 10.0)], 100)).severity == "good"
         assert one(balance.far_during_run([RunBalance("a", NAN, NAN, NAN)], 100)).severity == "open"
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from noetherflow.core.printing import count
+from noetherflow.diagnosis.evening import steps_to_even
 from noetherflow.diagnosis.facts import LayerBalance, PartActivity, RunBalance
 from noetherflow.diagnosis.finding import (
     NOTHING,
@@ -36,7 +37,7 @@ NO_PROMISE = "That is about noise, steps and the rate that they allow; the loss 
 USUAL = "layers of usual initial weights are up to 10 away, gains of 1 up to 30"
 
 
-def far_from_equilibrium(facts: Sequence[LayerBalance], steps: float) -> list[Finding]:
+def far_from_equilibrium(facts: Sequence[LayerBalance], steps: float, limiting: bool = False) -> list[Finding]:
     """Units, heads and layers whose two sides are far from where gradient noise will put them.
 
     A coordinate that must be moved by a factor `f` has gradients of `f` times the balanced size on its small side and
@@ -47,6 +48,10 @@ def far_from_equilibrium(facts: Sequence[LayerBalance], steps: float) -> list[Fi
     and up to 12 under Adam; gains, one number against a column of weights, get three times as much. Two standard errors
     are taken off first, so that sampling alone finds nothing. No lower loss is promised: a unit scaled by 30 that was
     moved back, in an MLP on digits at a rate far below the stable one, ended at the same loss in two seeds.
+
+    A single one is to act on only where it stays 3 times off until the end of the run (`steps_to_even`), or where the
+    curvature that imbalance makes holds down the learning rate of this run (`limiting`); else the steps that it takes
+    are told.
 
     A whole layer asks for nothing where one of its weights is nearly zero, as where it begins at zero (its first steps
     make it grow), or where noise evens the imbalance out within a tenth of the run. (A last layer scaled by 1e-4 was
@@ -66,7 +71,7 @@ def far_from_equilibrium(facts: Sequence[LayerBalance], steps: float) -> list[Fi
     found: list[Finding] = []
     lone = [(f, s) for f, s in parts if s.max() >= FAR]
     if lone:
-        found.append(outliers(lone, steps))
+        found.append(outliers(lone, steps, limiting))
     whole = [f for f, _ in parts if level_of(f) >= LAYER_FAR]
     passing = [f for f in whole if f.small or f.steps <= SOON * steps]
     lasting = [f for f in whole if f not in passing]
@@ -102,23 +107,37 @@ def level_of(fact: LayerBalance) -> float:
     return level - CERTAIN * float(np.median(error)) / math.sqrt(len(error))
 
 
-def outliers(lone: Sequence[tuple[LayerBalance, np.ndarray]], steps: float) -> Finding:
-    """Single units or heads far from the others of their layer."""
+def outliers(lone: Sequence[tuple[LayerBalance, np.ndarray]], steps: float, limiting: bool = False) -> Finding:
+    """Single units or heads far from the others of their layer: to act on where they stay so, or limit the step.
+
+    `steps` to come, within which noise may even them out; `limiting`: their curvature is what the learning rate is
+    held down by.
+    """
     ranked = sorted(lone, key=lambda r: -float(r[1].max()))
     worst, sizes = ranked[0]
     at = int(sizes.argmax())
     factor = math.exp(abs(float(worst.factors[at])))
+    very_far = [(f, int(i)) for f, s in ranked for i in np.flatnonzero(s >= VERY_FAR)]
+    lasting = [f for f, i in very_far if not _evens_out(f, i) <= steps]
     named = [_lone(f, s) for f, s in ranked]
     title = f"{_some(named)} from the noise equilibrium, unlike the rest of the layer"
     title += f" (worst: {worst.part} {at} of `{worst.name}`)." if len(ranked) > 1 else "."
-    severity: Severity = "act" if sizes.max() >= VERY_FAR else "watch"
+    severity: Severity = "act" if lasting or (limiting and very_far) else "watch"
     numbers = tuple(evidence_of(f, int(s.argmax())) for f, s in ranked[:SHOWN])
     names = tuple(f.name for f, _ in ranked)
-    means, advice = f"{_means(factor, worst, steps)} {NO_PROMISE}", _advice(names, severity)
+    needed = _evens_out(worst, at)
+    if severity == "watch" and needed <= steps:
+        title += f" Noise evens it out over some {in_steps(needed)}, within this run."
+    means, advice = f"{_means(factor, needed, steps)} {NO_PROMISE}", _advice(names, severity)
     weight = float(sizes.max())
     return Finding(
         "balance", "balance", severity, title, means, advice, certainty_of(worst, at), numbers, names, weight
     )
+
+
+def _evens_out(fact: LayerBalance, at: int) -> float:
+    """Steps until this part is off by 3 times only; NaN where that is not known."""
+    return steps_to_even(float(fact.factors[at]), float(fact.each[at]) if len(fact.each) else fact.steps)
 
 
 def _lone(fact: LayerBalance, sizes: np.ndarray) -> str:
@@ -150,7 +169,7 @@ def _layers(whole: Sequence[LayerBalance], steps: float) -> Finding:
     title = f"As a layer {_some(named)} from the noise equilibrium."
     severity: Severity = "act" if level >= LAYER_VERY_FAR else "watch"
     numbers = tuple(Evidence(f"median log factor of {f.name}", float(np.nanmedian(f.factors))) for f in ranked[:SHOWN])
-    means, names = _means(factor, worst, steps), tuple(f.name for f in ranked)
+    means, names = _means(factor, worst.steps, steps), tuple(f.name for f in ranked)
     return Finding(
         "balance-layer",
         "balance",
@@ -181,7 +200,10 @@ def _passing(whole: Sequence[LayerBalance], steps: float) -> Finding:
 
 
 def far_during_run(facts: Sequence[RunBalance], steps: float) -> list[Finding]:
-    """The same from the estimates of a ledger, which keep the median and the largest log factor of each layer."""
+    """The same from the estimates of a ledger, which keep the median and the largest log factor of each layer.
+
+    `steps`: that are still to come.
+    """
     known = [f for f in facts if math.isfinite(f.largest)]
     if not known:
         title = "Not in the log: a ledger estimates noise equilibria under SGD with momentum only."
@@ -205,11 +227,15 @@ def far_during_run(facts: Sequence[RunBalance], steps: float) -> list[Finding]:
                 f"None stands out from its layer. From its noise equilibrium the {FARTHEST_PART} is {apart}; {USUAL}."
             )
         return [calm("balance", "balance", title, sure, numbers)]
-    severity: Severity = "act" if lone >= VERY_FAR or whole >= LAYER_VERY_FAR else "watch"
+    needed = steps_to_even(worst.largest, worst.steps)
+    lasts = not needed <= steps
+    severity: Severity = "act" if (lone >= VERY_FAR and lasts) or whole >= LAYER_VERY_FAR else "watch"
     where = "a part of it" if lone >= FAR else "the whole layer"
     title = f"`{worst.name}` is up to {plain(factor, 3)} times from its noise equilibrium, {where}."
     means = "The small side has gradients and curvature above the balanced ones, which holds down the stable learning "
-    means += f"rate. {_phase(worst.steps, steps)}"
+    means += f"rate. {_phase(needed, steps)}"
+    if not lasts and severity == "watch":
+        title += f" Noise evens it out over some {in_steps(needed)}, within this run."
     names = tuple(f.name for f in known if f.largest - f.median >= FAR or f.median >= LAYER_FAR)
     advice = _advice(names, severity)
     return [Finding("balance", "balance", severity, title, means, advice, sure, numbers, names, worst.largest)]
@@ -221,18 +247,20 @@ def evidence_of(fact: LayerBalance, at: int) -> Evidence:
     return Evidence(what, float(fact.factors[at]), error if math.isfinite(error) else None)
 
 
-def _means(factor: float, fact: LayerBalance, steps: float) -> str:
+def _means(factor: float, needed: float, steps: float) -> str:
     means = (
         f"The small side has gradients about {plain(factor)} times and curvature {plain(factor**2)} times the balanced "
     )
     means += "one, which holds down the stable learning rate. "
-    return means + _phase(fact.steps, steps)
+    return means + _phase(needed, steps)
 
 
 def _phase(needed: float, steps: float) -> str:
     """How long noise takes to even an imbalance out, against the run."""
     if not needed > 0 or math.isinf(needed):
         return "How long noise takes to even that out is not known."
+    if steps <= 0:
+        return f"Noise evens it out over some {in_steps(needed)} more; steps=... tells of a run that goes on."
     phase = "within this run (fast phase)" if needed <= steps else "longer than this run (slow phase)"
     return f"Noise evens it out over some {in_steps(needed)}, {phase}."
 

@@ -87,6 +87,7 @@ class LayerBalance:
         errors: standard errors of `factors`, NaN where unknown.
         steps: until a small deviation is down to 37 %, median over coordinates; NaN where unknown.
         small: a weight on one of its sides that is much smaller than usual initial ones; empty where none is.
+        each: `steps` of each coordinate; empty where only the median is known. `[coordinates]`.
     """
 
     name: str
@@ -96,6 +97,7 @@ class LayerBalance:
     errors: np.ndarray
     steps: float
     small: str = ""
+    each: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +155,13 @@ class StepStability:
     def stable(self) -> float:
         """The largest learning rate at which full-batch steps are stable."""
         return self.lr / self.load if self.load > 0 else math.inf
+
+    @property
+    def held_by_imbalance(self) -> bool:
+        """The learning rate is above half of the stable one, and at the noise equilibrium it would be twice as far from
+        it, as far as that is known: imbalance makes the curvature that it runs up against.
+        """
+        return self.load >= NEAR and not self.sharpening > NEAR
 
 
 @dataclass(frozen=True)
@@ -330,6 +339,8 @@ class LossCourse:
         return self.stalled and calm and self.ended <= FELL * self.began
 
 
+NEAR = 0.5
+"""Share of the stable learning rate from which on curvature holds a run down; and of curvature that imbalance makes."""
 TRAINED, FALLS, FELL = 0.1, 0.02, 0.95
 """Losses, over the first one, of a run that has learned; their fall in half a run that still learns; and a fall."""
 SMALL = 0.1

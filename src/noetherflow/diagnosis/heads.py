@@ -70,7 +70,7 @@ def heads_in_run(facts: Sequence[RunHeads], steps: float) -> list[Finding]:
 
     Thresholds as in `far_from_equilibrium`: 3 times from the noise equilibrium, and beyond the median head of its
     layer, two errors taken off, is to watch, 10 times to act on. A drift by itself is no fault and is only told. Which
-    heads get no gradient is not in a log, and said to be open.
+    heads get no gradient is not in a log, and said to be open. `steps`: that are still to come.
     """
     if not facts:
         return []

@@ -82,7 +82,7 @@ def diagnose_measurement(examined: Examined) -> Diagnosis:
         *answered("norms", "fastest-norms", lambda: _first_norms(examined, trends)),
         *answered("norms", "logit-growth", lambda: norms.logit_growth(list(_logits(examined)))),
         *decay_bites(_decays(examined), examined.steps, examined.steps_given),
-        *answered("balance", "balance", lambda: _on_balance(examined)),
+        *answered("balance", "balance", lambda: _on_balance(examined, steps)),
         *balance.dead_units([*activities, *uncertified], _samples(examined.moments)),
         *head_rules.frozen_heads(activities),
         *stability.learning_rate(steps),
@@ -140,10 +140,13 @@ def _on_norms(examined: Examined, trends: Sequence[NormTrend]) -> list[Finding]:
     return [*growth, *norms.norms_to_come(trends, _moving(examined))]
 
 
-def _on_balance(examined: Examined) -> list[Finding]:
+def _on_balance(examined: Examined, rate: StepStability) -> list[Finding]:
     """Layers and heads against their noise equilibrium."""
     balances = list(balances_of(examined))
-    return [*balance.far_from_equilibrium(balances, examined.steps), *head_rules.heads_apart(balances)]
+    return [
+        *balance.far_from_equilibrium(balances, examined.steps, rate.held_by_imbalance),
+        *head_rules.heads_apart(balances),
+    ]
 
 
 def _samples(moments: GradientMoments) -> int:

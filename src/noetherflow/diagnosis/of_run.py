@@ -49,19 +49,20 @@ def diagnose_run(run: RunData | str | os.PathLike[str], steps: int | None = None
     expect("diagnose_run(run, steps)", "run", run, RunData | str | os.PathLike, "a run's folder or a RunData")
     data = run if isinstance(run, RunData) else RunData.load(run)
     whole, decays = float(max(data.steps_made, steps or 0)), decays_of(data)
+    left = whole - data.steps_made
     course = _course(data, max((d for d in decays if d > 0), default=0.0))
     along = [breaking.nothing_watched()]
     if data.symmetries:
         along = [
             *norms.norms_so_far(list(_norms(data)), course, int(data.one_sided.sum())),
-            *balance.far_during_run(list(_balances(data)), whole),
+            *balance.far_during_run(list(_balances(data)), left),
         ]
     found: list[Finding] = [
         *along,
         *decay_bites(decays, whole, steps is not None, course),
         *decay_rules(decays, course),
         *norms.logit_growth(list(_logits(data)), course.stalled),
-        *(head_rules.heads_in_run(list(_heads(data)), whole) or head_rules.heads_not_logged(_attention(data))),
+        *(head_rules.heads_in_run(list(_heads(data)), left) or head_rules.heads_not_logged(_attention(data))),
         *stability.loss_course(course),
         *stability.turning([(n, recent(data, "angular", i)) for i, n in enumerate(data.symmetries)], course),
         *norms.grown_layers(list(_layers(data))),

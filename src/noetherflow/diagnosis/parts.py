@@ -50,10 +50,11 @@ def balances_of(examined: Examined) -> Iterator[LayerBalance]:
             continue
         logs = _logs(settled)
         errors = _log_errors(symmetry, examined.moments, settled)
-        times = flow.relaxation_steps[flow.finite & (flow.relaxation_steps > 0)]
+        each = torch.where(flow.finite & (flow.relaxation_steps > 0), flow.relaxation_steps.double(), torch.nan)
+        times = each[each.isfinite()]
         if symmetry.family in HEADS:
             heads = heads_in(symmetry, examined.symmetries)
-            logs, errors = _by_head(logs, heads), _by_head(errors, heads)
+            logs, errors, each = (_by_head(values, heads) for values in (logs, errors, each))
         yield LayerBalance(
             symmetry.name,
             symmetry.family,
@@ -62,6 +63,7 @@ def balances_of(examined: Examined) -> Iterator[LayerBalance]:
             errors.numpy(),
             float(times.median()) if times.numel() else math.nan,
             next((n for n in symmetry.parameters if n in small), ""),
+            tuple(each.tolist()),
         )
 
 
