@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -111,6 +113,21 @@ def test_page_without_plotly_figures_is_small() -> None:
     parse(html)
     assert len(html) < 20_000
     assert "Plotly" not in html
+
+
+@pytest.mark.parametrize(("trace", "least", "most"), [("Scatter", 500_000, 800_000), ("Heatmap", 500_000, 800_000),
+                                                      ("Scatter3d", 1_500_000, 3_000_000)])  # fmt: skip
+def test_a_page_holds_no_more_of_plotly_than_its_figures_need(trace: str, least: int, most: int) -> None:
+    figure = go.Figure(getattr(go, trace)())
+    html = render_page("t", [Section("only", figures=[Figure(figure, "dot")])])
+    parse(html)
+    assert least < len(html) < most
+    held = re.search(r'data-name="plotly.js v([\d.]+)" data-size="(\d+)">(.*?)</script>', html)
+    assert held is not None
+    script = zlib.decompress(base64.b64decode(held[3]), wbits=-zlib.MAX_WBITS)
+    assert len(script) == int(held[2])
+    assert f"v{held[1]}".encode() in script[:200]
+    assert trace.lower().encode() in script
 
 
 def test_failed_write_leaves_the_old_page(tmp_path: Path) -> None:

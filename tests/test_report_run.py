@@ -27,7 +27,7 @@ from noetherflow.monitor.log import FORMAT, LOG_NAME, RunLog, read_log
 from noetherflow.monitor.rundata import WINDOW, RunData, RunReader, _before
 from noetherflow.report.labels import labels_of
 from noetherflow.report.run import _ends, _layers, _spacing, _training, summary, write_run_report
-from noetherflow.report.run_figures import COLUMNS, POINTS, charges_figure
+from noetherflow.report.run_figures import COLUMNS, POINTS, charges_figure, training_figure
 from noetherflow.report.verdicts import headline
 from noetherflow.report.watch import sparkline, view, watch
 from test_ledger import backward, batches, mlp, mlp_symmetries
@@ -114,6 +114,14 @@ def test_page_of_a_run(tmp_path: Path) -> None:
     RunLog(tmp_path / "empty").append([{"kind": "run", "format": FORMAT, "step": 0, "time": "", "symmetries": []}])
     with pytest.raises(DataError, match="no recorded step"):
         write_run_report(tmp_path / "empty")
+
+
+def test_a_page_is_small_and_its_loss_is_drawn_in_logarithms_where_it_fell_far(tmp_path: Path) -> None:
+    data = record(tmp_path)
+    assert write_run_report(tmp_path).stat().st_size < 1_000_000
+    for end, kind in ((0.05, "log"), (0.5, None), (-1.0, None)):
+        falling = dataclasses.replace(data, loss=np.linspace(1.0, end, len(data.steps)))
+        assert training_figure(falling, []).layout.yaxis.type == kind
 
 
 def test_page_of_a_diverged_run(tmp_path: Path) -> None:

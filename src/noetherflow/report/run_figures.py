@@ -166,9 +166,19 @@ def training_figure(data: RunData, events: list[dict[str, Any]]) -> Any:
         figure.add_vline(x=event["step"], line={"color": "#999", "width": 1, "dash": "dash"})
     axis2 = {"title": "learning rate", "overlaying": "y", "side": "right", "showgrid": False, "rangemode": "tozero"}
     axis2 |= {"tickmode": "auto", "nticks": 6}
-    axis = {"title": "loss"} if known.size else {"visible": False}
+    axis = _loss_axis(data.loss[known]) if known.size else {"visible": False}
     figure.update_layout(**layout_of(340), yaxis=axis, yaxis2=axis2)
     return figure
+
+
+def _loss_axis(losses: np.ndarray) -> dict[str, Any]:
+    """The axis of a loss: logarithmic where all losses are positive and span more than a factor of `SPAN`."""
+    low, high = float(losses.min()), float(losses.max())
+    return {"title": "loss"} | ({"type": "log", "tickformat": "~g"} if 0 < SPAN * low < high else {})
+
+
+SPAN = 10.0
+"""Largest loss over the smallest from which on the axis is logarithmic."""
 
 
 def curves_figure(data: RunData, field: str, chosen: np.ndarray, title: str, relative: bool = False) -> Any:
