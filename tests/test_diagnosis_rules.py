@@ -10,12 +10,11 @@ import pytest
 import torch
 
 import noetherflow as nf
-from noetherflow.diagnosis import balance, breaking, decay, heads, long_steps, norms, sampling, stability
+from noetherflow.diagnosis import balance, breaking, dead, decay, heads, logits, long_steps, norms, sampling, stability
 from noetherflow.diagnosis.evening import steps_to_even
 from noetherflow.diagnosis.facts import (
     BatchRegime,
     LayerBalance,
-    LogitGrowth,
     LossCourse,
     NormHistory,
     NormTrend,
@@ -36,6 +35,7 @@ from noetherflow.diagnosis.finding import (
     of_little_meaning,
     plain,
 )
+from noetherflow.diagnosis.logits import LogitGrowth, LogitSpread
 from noetherflow.diagnosis.of_run import _span, batch_ratio, norm_history
 from noetherflow.diagnosis.step import Step
 from noetherflow.equilibrium.regime import Regime, few_samples
@@ -249,19 +249,47 @@ class TestNorms:
         assert one(decay.decay_bites([math.nan, 2e-3], 1000)).severity == "good"
 
     def test_logits(self):
-        assert norms.logit_growth([]) == []
+        assert logits.logit_growth([]) == []
         grown = LogitGrowth("q -> k", 3, 5.0, 4.0, 1000, measured=True)
-        found = one(norms.logit_growth([grown, replace(grown, head=1, spread=2.0)]))
+        found = one(logits.logit_growth([grown, replace(grown, head=1, spread=2.0)]))
         assert found.severity == "watch"
         assert "head 3" in found.title
-        assert one(norms.logit_growth([replace(grown, spread=30.0)])).severity == "watch"
-        assert one(norms.logit_growth([replace(grown, spread=30.0)], stalled=True)).severity == "act"
-        assert one(norms.logit_growth([grown], stalled=True)).severity == "watch"
-        for small in (replace(grown, factor=1.5), replace(grown, spread=0.5), replace(grown, measured=False)):
-            found = one(norms.logit_growth([small]))
-            assert found.severity == "open", "norms do not say how far queries and keys align"
-            assert "not measured" in found.title
-        assert one(norms.logit_growth([replace(grown, factor=30.0, spread=30.0, measured=False)])).severity == "watch"
+        assert one(logits.logit_growth([replace(grown, spread=30.0)])).severity == "watch"
+        assert one(logits.logit_growth([replace(grown, spread=30.0)], stalled=True)).severity == "act"
+        assert one(logits.logit_growth([grown], stalled=True)).severity == "watch"
+        for small in (
+            replace(grown, factor=2.9),
+            replace(grown, measured=False),
+            replace(grown, factor=1.0, spread=40),
+        ):
+            assert logits.logit_growth([small]) == [], "no growth to speak of"
+        begun = one(logits.logit_growth([replace(grown, spread=0.5)]))
+        assert begun.severity == "good", "how attention begins to work, and norms do not say how far logits spread"
+        assert begun.advice.endswith(
+            "nf.diagnose(model, loss_fn, loader, optimizer) at the last weights measures the logits"
+        )
+        still = one(logits.still_norms([replace(grown, factor=1.5, measured=False)]))
+        assert still.severity == "good"
+        assert "by a factor of 1.5 at most" in still.title
+        assert logits.still_norms([]) == []
+        assert one(logits.logit_growth([replace(grown, factor=30.0, spread=30.0, measured=False)])).severity == "watch"
+
+    def test_logits_that_were_seen(self):
+        assert logits.logit_spread([]) == []
+        calm_one = LogitSpread("attn", 0, 0.5, 1.2, 1000.0)
+        found = one(logits.logit_spread([calm_one, replace(calm_one, head=3, seen=1.5)]))
+        assert found.severity == "good"
+        assert found.title.endswith(
+            "spread by 1.5 at most over the keys of a query, in head 3 of `attn` (of 2 heads in 1 layer)."
+        )
+        hard = one(logits.logit_spread([calm_one, replace(calm_one, module="late", head=1, seen=14.0)]))
+        assert "head 1 of `late` (of 2 heads in 2 layers): attention is nearly a hard choice" in hard.title
+        assert hard.as_asked.is_note
+        pushed = one(logits.logit_spread([calm_one, replace(calm_one, head=2, factor=12.0)]))
+        assert "up 12 times in 1,000 steps at most, which would make that 6." in pushed.title
+        assert pushed.as_asked.is_note
+        for less in (replace(calm_one, factor=9.0), replace(calm_one, seen=0.1, factor=12.0)):
+            assert not one(logits.logit_spread([less])).as_asked.is_note
 
 
 class TestBalance:
@@ -362,21 +390,36 @@ class TestBalance:
         assert one(balance.far_during_run([RunBalance("a", NAN, NAN, NAN)], 100)).severity == "open"
 
     def test_dead_units(self):
-        found = one(balance.dead_units([activity([1] * 4, [1, 0, 1e-9, 2])]))
+        found = one(dead.dead_units([activity([1] * 4, [1, 0, 1e-9, 2])]))
         assert found.severity == "act"
         assert "(1, 2)" in found.title
-        assert one(balance.dead_units([activity([1] * 8, [0, *[1] * 7])])).severity == "watch"
-        assert one(balance.dead_units([activity([1] * 20, [0, *[1] * 19])])).severity == "good"
-        assert one(balance.dead_units([activity([1] * 4, [1, 1e-3, 1, 2])])).severity == "good"
+        assert one(dead.dead_units([activity([1] * 8, [0, *[1] * 7])])).severity == "watch"
+        assert one(dead.dead_units([activity([1] * 20, [0, *[1] * 19])])).severity == "good"
+        assert one(dead.dead_units([activity([1] * 4, [1, 1e-3, 1, 2])])).severity == "good"
+
+    def test_dead_units_of_layers_seen_by_their_activations(self):
+        seen = replace(activity([1] * 8, [1, 0, 0, 1, 1, 1, 1, 1]), name="4", activation="gelu")
+        found = one(dead.dead_units([activity([1] * 4, [1] * 4), seen]))
+        assert found.title == "2 of 8 units of `4` are dead (1, 2)."
+        assert "nn.LeakyReLU" in found.advice
+        saturated = one(dead.dead_units([replace(seen, activation="tanh")]))
+        assert "saturated in tanh" in saturated.title
+        assert "by 10" in saturated.advice
+        frozen = one(dead.dead_units([replace(seen, frozen=True)]))
+        assert "whose weights are frozen" in frozen.title
+        assert "prune these 2 units of `4`" in frozen.advice
+        both = one(dead.dead_units([seen, replace(seen, name="6", gradient=np.zeros(8))]))
+        assert both.title.endswith("Also: 2 of 8 units of `4` are dead (1, 2).")
+        assert both.severity == "act"
 
     def test_layers_that_cannot_be_judged_for_dead_units_are_named(self):
         unknown = replace(activity([1] * 4, [NAN] * 4), name="2 -> 4")
-        calm_one = one(balance.dead_units([activity([1] * 4, [1] * 4), unknown]))
+        calm_one = one(dead.dead_units([activity([1] * 4, [1] * 4), unknown]))
         assert calm_one.title.startswith("No unit is dead in the 1 layer looked at.")
         assert calm_one.title.endswith("Not judged, for not all of their gradients were measured: `2 -> 4`.")
-        assert one(balance.dead_units([unknown])).severity == "open"
-        assert "Not judged" not in one(balance.dead_units([activity([1] * 4, [1] * 4)])).title
-        assert balance.silent_parts([activity([1] * 4, [1, 0, 0, 1]), unknown]) == {"0 -> 2": 2}
+        assert one(dead.dead_units([unknown])).severity == "open"
+        assert "Not judged" not in one(dead.dead_units([activity([1] * 4, [1] * 4)])).title
+        assert dead.silent_parts([activity([1] * 4, [1, 0, 0, 1]), unknown]) == {"0 -> 2": 2}
 
     def test_a_unit_nearer_to_its_equilibrium_than_its_layer_is_no_outlier(self):
         off = math.log(5)

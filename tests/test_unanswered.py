@@ -10,7 +10,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import noetherflow as nf
-from noetherflow.diagnosis import balance
+from noetherflow.diagnosis import dead
 from noetherflow.diagnosis.facts import PartActivity
 from noetherflow.errors import MomentError, SampleNumberError
 from noetherflow.report.analysis import write_analysis
@@ -102,8 +102,8 @@ def test_repeated_minibatches_are_not_asked_for_fewer_than_there_are():
 
 def test_dead_units_take_a_hundred_samples():
     silent = PartActivity("a -> b", "unit", torch.ones(4).numpy(), torch.tensor([0.0, 0.0, 0.0, 1.0]).numpy())
-    (few,) = balance.dead_units([silent], samples=99)
-    (many,) = balance.dead_units([silent], samples=100)
+    (few,) = dead.dead_units([silent], samples=99)
+    (many,) = dead.dead_units([silent], samples=100)
     assert (few.severity, many.severity) == ("open", "act")
     assert "3 of 4" in few.title
 

@@ -266,6 +266,7 @@ def analyze(
         steps_given=steps is not None,
         remedy=remedy(model, settings, curvature),
         uncertified=measured.uncertified,
+        seen=measured.seen,
     )
     diagnosis = diagnose_measurement(examined)
     return Analysis(measured.symmetries, measured.certificate, measured.moments, flow, eq, settings, found, diagnosis)

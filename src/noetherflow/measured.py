@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from noetherflow.core.inputs import LossFn
 from noetherflow.core.optimizers import Settings
+from noetherflow.core.sightings import Sightings, looking_at
 from noetherflow.core.tensors import tensors_of
 from noetherflow.core.torch_internals import has_gradient_hooks
 from noetherflow.core.unwrap import unwrap
@@ -36,7 +37,8 @@ BATCH_STATISTICS = "holds with batch statistics only: model.train()"
 class MeasuredModel:
     """Symmetries, their certificate and one measurement; `again` measures at another point.
 
-    `uncertified` are the symmetries that were found and refused by the certificate.
+    `uncertified` are the symmetries that were found and refused by the certificate; `seen` is what was seen of the
+    activations on the way.
     """
 
     symmetries: SymmetrySet
@@ -44,6 +46,7 @@ class MeasuredModel:
     moments: GradientMoments
     again: Callable[[nn.Module], GradientMoments]
     uncertified: tuple[Symmetry, ...] = ()
+    seen: Sightings = field(default_factory=Sightings)
 
     def equilibrium(self, model: nn.Module, sgd: Settings, **options: Any) -> Equilibrium:
         """`noise_equilibrium` from this measurement, re-measured where that is needed; `options` go there."""
@@ -75,11 +78,15 @@ def measure(
     progress("measuring gradient moments")
     if uses_batch_statistics(model.modules()):
         again = _by_minibatch(loss_fn, batches, syms)
-        return MeasuredModel(syms, certificate, again(model), again, uncertified)
+        with looking_at(unwrap(model)) as seen:
+            moments = again(model)
+        return MeasuredModel(syms, certificate, moments, again, uncertified, seen.found)
     syms = syms.without(dict.fromkeys(running_statistics(syms), BATCH_STATISTICS))
     again = partial(gradient_moments, loss_fn=loss_fn, batches=batches, syms=syms, entries=True)
-    moments = again(model, parameters=_used(model, loss_fn, batches[0]))
-    return MeasuredModel(syms, certificate, moments, again, uncertified)
+    used = _used(model, loss_fn, batches[0])
+    with looking_at(unwrap(model)) as seen:
+        moments = again(model, parameters=used)
+    return MeasuredModel(syms, certificate, moments, again, uncertified, seen.found)
 
 
 def _used(model: nn.Module, loss_fn: LossFn, batch: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""Rules on layers and heads: far from their noise equilibrium, dead, or frozen out."""
+"""Rules on layers and heads: far from their noise equilibrium."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from noetherflow.core.printing import count
 from noetherflow.diagnosis.evening import steps_to_even
-from noetherflow.diagnosis.facts import LayerBalance, PartActivity, RunBalance
+from noetherflow.diagnosis.facts import LayerBalance, RunBalance
 from noetherflow.diagnosis.finding import (
     NOTHING,
     SURE_BY_SYMMETRY,
@@ -26,9 +26,6 @@ FAR, VERY_FAR = math.log(3.0), math.log(10.0)
 LAYER_FAR, LAYER_VERY_FAR = math.log(10.0), math.log(30.0)
 GAINS = math.log(3.0)
 CERTAIN = 2.0
-SOME_DEAD, MANY_DEAD = 0.1, 0.5
-SILENT = 1e-6
-ENOUGH = 100
 SHOWN = 4
 SOON = 0.1
 FARTHEST_PART = "farthest channel, unit or head"
@@ -120,7 +117,7 @@ def outliers(lone: Sequence[tuple[LayerBalance, np.ndarray]], steps: float, limi
     very_far = [(f, int(i)) for f, s in ranked for i in np.flatnonzero(s >= VERY_FAR)]
     lasting = [f for f, i in very_far if not _evens_out(f, i) <= steps]
     named = [_lone(f, s) for f, s in ranked]
-    title = f"{_some(named)} from the noise equilibrium, unlike the rest of the layer"
+    title = f"{some_of(named)} from the noise equilibrium, unlike the rest of the layer"
     title += f" (worst: {worst.part} {at} of `{worst.name}`)." if len(ranked) > 1 else "."
     severity: Severity = "act" if lasting or (limiting and very_far) else "watch"
     numbers = tuple(evidence_of(f, int(s.argmax())) for f, s in ranked[:SHOWN])
@@ -153,7 +150,7 @@ def _advice(names: Sequence[str], severity: Severity) -> str:
     Ordinary runs that train well have single units 3 to 10 times off: an MLP on digits under Adam had one at 6 times
     before, and one at 8.6 times after 1,000 steps in which its loss fell from 2.3 to 0.09.
     """
-    which = _some([f"`{n}`" for n in names])
+    which = some_of([f"`{n}`" for n in names])
     move = f"move {which} without changing the function: nf.balance_(model, nf.analyze(...).equilibrium, optimizer)"
     return move if severity == "act" else unless(move)
 
@@ -166,7 +163,7 @@ def _layers(whole: Sequence[LayerBalance], steps: float) -> Finding:
     factor = math.exp(abs(float(np.nanmedian(worst.factors))))
     sizes = [math.exp(abs(float(np.nanmedian(f.factors)))) for f in ranked]
     named = [f"`{f.name}` {plain(size, 3)} times" for f, size in zip(ranked, sizes, strict=True)]
-    title = f"As a layer {_some(named)} from the noise equilibrium."
+    title = f"As a layer {some_of(named)} from the noise equilibrium."
     severity: Severity = "act" if level >= LAYER_VERY_FAR else "watch"
     numbers = tuple(Evidence(f"median log factor of {f.name}", float(np.nanmedian(f.factors))) for f in ranked[:SHOWN])
     means, names = _means(factor, worst.steps, steps), tuple(f.name for f in ranked)
@@ -188,7 +185,7 @@ def _passing(whole: Sequence[LayerBalance], steps: float) -> Finding:
     """Layers that are off as a whole, and that the beginning of the run brings back by itself."""
     ranked = sorted(whole, key=lambda f: -level_of(f))
     named = [f"`{f.name}` {plain(math.exp(abs(float(np.nanmedian(f.factors)))), 3)} times" for f in ranked]
-    title = f"As a layer {_some(named)} from the noise equilibrium, which asks for nothing: "
+    title = f"As a layer {some_of(named)} from the noise equilibrium, which asks for nothing: "
     if ranked[0].small:
         title += f"`{ranked[0].small}` is much smaller than usual initial weights, and its first steps make it grow."
     else:
@@ -270,7 +267,7 @@ def _listed(fact: LayerBalance, which: np.ndarray) -> str:
     return f"{fact.part}{'s' if len(which) > 1 else ''} {names}{', ...' if len(which) > 6 else ''}"
 
 
-def _some(named: Sequence[str]) -> str:
+def some_of(named: Sequence[str]) -> str:
     return "; ".join(named[:3]) + (f" and {len(named) - 3} more layers" if len(named) > 3 else "")
 
 
@@ -279,60 +276,3 @@ def certainty_of(fact: LayerBalance, at: int) -> str:
     if not math.isfinite(error):
         return "likely: no error bar here, measure more batches for one"
     return f"factor known to {math.exp(error) - 1:.1%}; it is the balance of the function as it is now"
-
-
-def dead_units(facts: Sequence[PartActivity], samples: float = math.inf) -> list[Finding]:
-    """Units that no measured sample sends any gradient through.
-
-    A unit that is active for a share `p` of the data is silent on `n` samples with probability `(1 - p)^n`: on fewer
-    than a hundred samples one of 3 % may be, as sparse units are, so that below `ENOUGH` samples dead ones are open.
-
-    A unit that is active for one sample of thousands still has a hundredth of the usual root mean squared gradient;
-    below `1e-6` of the layer's median it is rounding. Threshold: a tenth of a layer is to watch, for that much of its
-    width is lost; half of it to act on. Layers whose symmetry could not be certified are judged by the same. Single
-    dead units are normal in wide ReLU layers and are only mentioned.
-    """
-    asked = [f for f in facts if f.part != "head"]
-    layers = [(f, _dead(f)) for f in asked if not np.isnan(f.gradient).any()]
-    unknown = [f"`{f.name}`" for f in asked if np.isnan(f.gradient).any()]
-    left_out = f" Not judged, for not all of their gradients were measured: {_some(unknown)}." if unknown else ""
-    if not layers and not unknown:
-        return []
-    if not layers:
-        advice = "let the loss depend on all of their parameters, without hooks on gradients"
-        return [Finding("dead-units", "balance", "open", f"Dead units:{left_out.lower()}", "", advice, "open")]
-    worst, which = max(layers, key=lambda r: len(r[1]) / len(r[0].gradient))
-    share, total = len(which) / len(worst.gradient), sum(len(w) for _, w in layers)
-    if share < SOME_DEAD:
-        number = f"{count(total, 'unit is', 'units are')} dead" if total else "No unit is dead"
-        number += f" in the {count(len(layers), 'layer', 'layers')} looked at"
-        title = f"{number}, at most {share:.0%} of one: normal." if total else f"{number}."
-        return [calm("dead-units", "balance", title + left_out, "sure on the data measured")]
-    if samples < ENOUGH:
-        title = f"{len(which)} of {len(worst.gradient)} {worst.part}s of `{worst.name}` were silent, but on "
-        title += f"{count(round(samples), 'sample', 'samples')} alone, too few to call them dead."
-        advice = f"measure at least {ENOUGH} samples"
-        return [Finding("dead-units", "balance", "open", title, "", advice, "open")]
-    units = ", ".join(str(i) for i in which[:8]) + (", ..." if len(which) > 8 else "")
-    verb = "is" if len(which) == 1 else "are"
-    title = f"{len(which)} of {len(worst.gradient)} {worst.part}s of `{worst.name}` {verb} dead ({units}).{left_out}"
-    means = "No sample sends a gradient through them, so they never learn again; only weight decay moves them."
-    advice = f"lower the learning rate or the biases of `{worst.name}`, draw these {worst.part}s anew, or use a leaky "
-    advice += "activation"
-    sure = "sure on the data measured; a unit that is active for rare samples only looks the same"
-    severity: Severity = "act" if share >= MANY_DEAD else "watch"
-    numbers = (Evidence(f"dead {worst.part}s of {worst.name}", float(len(which)), unit=f"of {len(worst.gradient)}"),)
-    names = tuple(f.name for f, w in layers if len(w) >= SOME_DEAD * len(f.gradient))
-    return [Finding("dead-units", "balance", severity, title, means, advice, sure, numbers, names, share)]
-
-
-def silent_parts(facts: Sequence[PartActivity]) -> dict[str, int]:
-    """By the name of each symmetry how many of its parts get no gradient, where there are some."""
-    numbers = {f.name: len(_dead(f)) for f in facts if not np.isnan(f.gradient).any()}
-    return {name: number for name, number in numbers.items() if number}
-
-
-def _dead(fact: PartActivity) -> np.ndarray:
-    alive = fact.gradient[fact.gradient > 0]
-    level = float(np.median(alive)) if alive.size else 0.0
-    return np.flatnonzero(fact.gradient <= SILENT * level)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from noetherflow.core.optimizers import Settings
+from noetherflow.core.sightings import Sightings
 from noetherflow.diagnosis.facts import PresentSharpness
 from noetherflow.diagnosis.unanswered import Unanswered, known
 from noetherflow.equilibrium.charge_flow import ChargeFlow
@@ -40,6 +41,7 @@ class Examined:
         steps_given: somebody said how many steps are to come.
         remedy: what would measure the curvature, where an attempt failed.
         uncertified: the symmetries that the certificate refused; their units can be dead all the same.
+        seen: what was seen of the activations during the measurement.
     """
 
     model: nn.Module
@@ -56,6 +58,7 @@ class Examined:
     steps_given: bool = True
     remedy: str = ""
     uncertified: tuple[Symmetry, ...] = ()
+    seen: Sightings = field(default_factory=Sightings)
 
 
 def named(examined: Examined) -> Iterator[tuple[Symmetry, ChargeFlow, Settled]]:

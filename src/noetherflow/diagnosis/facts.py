@@ -109,12 +109,17 @@ class PartActivity:
         part: what a coordinate is: `unit`, `head`.
         weight: the product of the norms of both sides, the size of what a coordinate contributes. `[coordinates]`.
         gradient: the root of the mean squared gradient on both sides together. `[coordinates]`. NaN where unmeasured.
+            Of a layer with an `activation` 1 where a unit passes a gradient on for some sample, else 0.
+        activation: through which its units were seen, where no symmetry tells of them; else empty.
+        frozen: its weights are not trained.
     """
 
     name: str
     part: str
     weight: np.ndarray
     gradient: np.ndarray
+    activation: str = ""
+    frozen: bool = False
 
 
 @dataclass(frozen=True)
@@ -406,25 +411,3 @@ class BatchRegime:
     started: bool = True
     noise_share: float = 1.0
     dataset_size: int | None = None
-
-
-@dataclass(frozen=True)
-class LogitGrowth:
-    """Query and key weights of one attention layer: their norms bound the attention logits.
-
-    Attributes:
-        name: of the symmetry.
-        head: the head concerned, None for the whole layer.
-        factor: by which `|W_q|^2 + |W_k|^2` grows over the steps looked at.
-        spread: about the root mean square of the logits at the end, `|W_q| |W_k| / head width` for inputs with entries
-            of about 1, as a normalisation gives them.
-        steps: over how many steps.
-        measured: it has grown by that much; else it will, by noise and decay alone.
-    """
-
-    name: str
-    head: int | None
-    factor: float
-    spread: float
-    steps: float
-    measured: bool

@@ -1,4 +1,4 @@
-"""Rules on norms: those that grow without a counterweight, weight decay against growth, attention logits."""
+"""Rules on norms: those that grow without a counterweight."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from noetherflow.core.members import compressed
 from noetherflow.core.printing import count
 from noetherflow.diagnosis.facts import (
     FALLEN,
-    LogitGrowth,
     LossCourse,
     NormHistory,
     NormTrend,
@@ -28,8 +27,6 @@ from noetherflow.diagnosis.finding import (
 )
 
 HALVED, TENTH = 2.0, 10.0
-GROWN, GROWN_PREDICTED = 3.0, 10.0
-LOGITS, LOGITS_SATURATE = 3.0, 10.0
 TRENDS = 3
 NAMED = 12
 DOUBLES = 1.0
@@ -324,40 +321,3 @@ def grown_layers(facts: Sequence[NormHistory]) -> list[Finding]:
     advice = unless(f"look whether `{over[0]}` should grow; a smaller learning rate or weight decay hold it back")
     weight = math.log(grown[0].norm_factor)
     return [Finding("grown-layers", "norms", "watch", title, means, advice, "measured", numbers, over, weight)]
-
-
-def logit_growth(facts: Sequence[LogitGrowth], stalled: bool = False) -> list[Finding]:
-    """Attention logits that query and key norms drive up.
-
-    Where queries and keys are unrelated the spread follows from the norms; where they align it is larger, so that small
-    norms clear nothing (open). Threshold: growth by a factor of 3
-    (measured; 10 where it is a prediction, an upper bound) to a spread of at least 3 is to watch: `e^3 = 20` turns a
-    soft maximum over a few tokens into a choice. A measured spread of 10 is to act on where the loss falls no longer
-    (`stalled`): `e^-10` is below what bfloat16 tells from 0 beside 1. Growth from tiny initial weights to a spread
-    below 3 is how attention begins to work.
-    """
-    if not facts:
-        return []
-    worst = max(facts, key=lambda f: f.spread)
-    head = "" if worst.head is None else f"head {worst.head} of "
-    numbers = (
-        Evidence(f"growth of squared norms, {head}{worst.name}", worst.factor, unit="times"),
-        Evidence("spread of its logits then, about", worst.spread),
-    )
-    sure = "norms alone: trained queries and keys align, so that logits are larger, ten times in a small Llama"
-    if worst.factor < (GROWN if worst.measured else GROWN_PREDICTED) or worst.spread < LOGITS:
-        title = (
-            f"How large attention logits are is not measured; norms alone would give a spread of {plain(worst.spread)} "
-        )
-        title += f"({head}`{worst.name}`), and trained queries and keys align."
-        advice = "if attention is in question, take them from the model: output_attentions=True, or a hook"
-        return [Finding("logit-growth", "norms", "open", title, "", advice, sure, numbers)]
-    severity: Severity = "act" if worst.spread >= LOGITS_SATURATE and worst.measured and stalled else "watch"
-    verb = "have grown" if worst.measured else "are pushed to grow"
-    title = f"Attention logits grow: squared query and key norms of {head}`{worst.name}` {verb} {plain(worst.factor)} "
-    title += f"times in {in_steps(worst.steps)}, to logits of about {plain(worst.spread)} or more."
-    means = "Their product bounds the logits; large ones turn attention into a hard choice and stop its gradient."
-    advice = f"normalise the queries and keys of `{worst.name}` (QK-norm), or lower their learning rate"
-    advice = advice if severity == "act" else unless(advice)
-    weight = math.log(worst.spread)
-    return [Finding("logit-growth", "norms", severity, title, means, advice, sure, numbers, (worst.name,), weight)]

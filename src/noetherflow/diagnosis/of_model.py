@@ -17,21 +17,23 @@ from noetherflow.core.settings import SGDConfig
 from noetherflow.core.tensors import tensors_of
 from noetherflow.diagnosis import balance, breaking, long_steps, norms, sampling, stability
 from noetherflow.diagnosis import heads as head_rules
+from noetherflow.diagnosis.dead import dead_units, silent_parts
 from noetherflow.diagnosis.decay import decay_bites
 from noetherflow.diagnosis.examined import Examined, named
 from noetherflow.diagnosis.facts import (
     BatchRegime,
-    LogitGrowth,
     NormTrend,
     PresentSharpness,
     ScaleInvariantNorm,
     StepStability,
 )
 from noetherflow.diagnosis.finding import Diagnosis, Finding, doubted, not_judged, unsure
+from noetherflow.diagnosis.logits import LogitGrowth, LogitSpread, logit_growth, logit_spread, still_norms
 from noetherflow.diagnosis.parts import (
     activities_of,
     balances_of,
     diagonal,
+    seen_activities,
     sum_of,
     uncertified_activities,
     usual_sizes,
@@ -80,17 +82,17 @@ def diagnose_measurement(examined: Examined) -> Diagnosis:
     found: list[Finding] = [
         *answered("norms", "norm-growth", lambda: _on_norms(examined, trends)),
         *answered("norms", "fastest-norms", lambda: _first_norms(examined, trends)),
-        *answered("norms", "logit-growth", lambda: norms.logit_growth(list(_logits(examined)))),
+        *answered("norms", "logit-growth", lambda: _on_logits(examined)),
         *decay_bites(_decays(examined), examined.steps, examined.steps_given),
         *answered("balance", "balance", lambda: _on_balance(examined, steps)),
-        *balance.dead_units([*activities, *uncertified], _samples(examined.moments)),
+        *dead_units([*activities, *uncertified, *seen_activities(examined)], _samples(examined.moments)),
         *head_rules.frozen_heads(activities),
         *stability.learning_rate(steps),
         *too_long,
         *stability.sharpening(steps),
         *stability.memory_of_squares(settings),
         *answered("batch", "batch-size", lambda: sampling.batch_size(_regime(examined))),
-        *breaking.broken_by_the_loss(examined.refused, balance.silent_parts(uncertified)),
+        *breaking.broken_by_the_loss(examined.refused, silent_parts(uncertified)),
     ]
     samples = f"{examined.moments.samples:,} {'minibatches' if examined.moments.replicates else 'samples'}"
     subject = f"{type(examined.model).__name__} under {described(examined.settings)}, for {examined.steps:,} steps"
@@ -291,6 +293,27 @@ def _regime(examined: Examined) -> BatchRegime:
     scales = examined.moments.noise_scale(settings.dataset_size)
     share = settings.covariance_factor * settings.batch_size
     return BatchRegime(settings.batch_size, scales, mean_share, horizon, examined.started, share, settings.dataset_size)
+
+
+def _on_logits(examined: Examined) -> list[Finding]:
+    """Attention logits as they were seen; where they were not, what their norms will do."""
+    growth = list(_logits(examined))
+    spreads = list(_spreads(examined, growth))
+    return logit_spread(spreads) or logit_growth(growth) or still_norms(growth)
+
+
+def _spreads(examined: Examined, growth: Sequence[LogitGrowth]) -> Iterator[LogitSpread]:
+    """The logits of every head that was seen, each with the growth of its layer's norms."""
+    for seen in examined.seen.logits:
+        parts = [g for g in growth if examined.symmetries[g.name].parameters[0].startswith(_within(seen.module))]
+        factor = max((g.factor for g in parts), default=1.0)
+        for head, spread in enumerate(seen.spread.tolist()):
+            yield LogitSpread(seen.module, head, spread, factor, examined.steps)
+
+
+def _within(module: str) -> str:
+    """What the names of all parameters inside a module begin with."""
+    return f"{module}." if module else ""
 
 
 def _logits(examined: Examined) -> Iterator[LogitGrowth]:

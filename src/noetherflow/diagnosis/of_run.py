@@ -18,13 +18,13 @@ from noetherflow.diagnosis.decay import decay_bites, decay_rules, decays_of
 from noetherflow.diagnosis.facts import (
     FELL,
     LayerBalance,
-    LogitGrowth,
     LossCourse,
     NormHistory,
     RunBalance,
 )
 from noetherflow.diagnosis.finding import Diagnosis, Finding, of_little_meaning
 from noetherflow.diagnosis.heads import RunHeads
+from noetherflow.diagnosis.logits import LogitGrowth, logit_growth
 from noetherflow.diagnosis.losses import ToldLosses
 from noetherflow.monitor.rundata import RunData
 from noetherflow.symmetry.heads import HEADS, QUERY_KEY
@@ -61,7 +61,7 @@ def diagnose_run(run: RunData | str | os.PathLike[str], steps: int | None = None
         *along,
         *decay_bites(decays, whole, steps is not None, course),
         *decay_rules(decays, course),
-        *norms.logit_growth(list(_logits(data)), course.stalled),
+        *logit_growth(list(_logits(data)), course.stalled),
         *(head_rules.heads_in_run(list(_heads(data)), left) or head_rules.heads_not_logged(_attention(data))),
         *stability.loss_course(course),
         *stability.turning([(n, recent(data, "angular", i)) for i, n in enumerate(data.symmetries)], course),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -145,6 +146,30 @@ def _activity(examined: Examined, symmetry: Symmetry, gradient: Tensor) -> PartA
         heads = heads_in(symmetry, examined.symmetries)
         weight, gradient = weight.reshape(heads, -1).mean(1), gradient.reshape(heads, -1).sum(1)
     return PartActivity(symmetry.name, part_of(symmetry), weight.numpy(), gradient.sqrt().numpy())
+
+
+def seen_activities(examined: Examined) -> Iterator[PartActivity]:
+    """Of the layers whose units no symmetry tells of, such as those before a tanh or frozen ones, by what was seen of
+    their activations.
+    """
+    trained = {n for n, t in tensors_of(examined.model).items() if t.requires_grad}
+    told = _told(examined)
+    layers = dict.fromkeys((u.layer, len(u.alive)) for u in examined.seen.units if u.layer not in told)
+    for layer, width in layers:
+        through = [u for u in examined.seen.units if (u.layer, len(u.alive)) == (layer, width)]
+        alive = torch.stack([u.alive for u in through]).all(0).double().numpy()  # it must pass all of them
+        least = min(through, key=lambda u: int(u.alive.sum()))
+        own = [n for n in tensors_of(examined.model) if n.rpartition(".")[0] == layer]
+        frozen = bool(own) and trained.isdisjoint(own)
+        yield PartActivity(layer, "unit", np.ones(width), alive, least.activation, frozen)
+
+
+def _told(examined: Examined) -> set[str]:
+    """The modules whose outputs, rows of weights and gains, are units of a symmetry that dead units are counted by."""
+    measured = [s for s in examined.symmetries if s.name in examined.moments.second]
+    units = [s for s in (*measured, *examined.uncertified) if not s.one_sided and s.family not in HEADS]
+    rows = [leg for s in units for leg in s.weight_legs if 0 in leg.axes]
+    return {leg.parameter.rpartition(".")[0] for leg in rows}
 
 
 def sum_of(parts: Sequence[Tensor]) -> Tensor:
