@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +18,7 @@ from noetherflow.core.losses import chosen_loss
 from noetherflow.core.optimizers import Settings, check_settings, described, optimizer_config
 from noetherflow.core.printing import count, legend_lines
 from noetherflow.core.progress import Stages
+from noetherflow.core.schedule import Schedule
 from noetherflow.core.settings import SGDConfig
 from noetherflow.core.shown import Shown
 from noetherflow.core.unwrap import unwrap, unwrap_optimizer
@@ -25,6 +26,7 @@ from noetherflow.diagnosis.curvature import Curvature, curvature_of, remedy, wan
 from noetherflow.diagnosis.examined import Examined
 from noetherflow.diagnosis.finding import Diagnosis
 from noetherflow.diagnosis.of_model import diagnose_measurement
+from noetherflow.diagnosis.scheduled import at_peak, planned_warmup
 from noetherflow.diagnosis.unanswered import Unanswered, attempted, known
 from noetherflow.discovery import Certificate
 from noetherflow.equilibrium import Equilibrium, result
@@ -159,6 +161,7 @@ def diagnose(
     *,
     steps: int | None = None,
     warmup: int | None = None,
+    schedule: Schedule | None = None,
     **options: Any,
 ) -> Diagnosis:
     """What this model and this optimiser will do to each other, in plain words: what to change, what to watch.
@@ -172,6 +175,9 @@ def diagnose(
         example_inputs: what `find_symmetries` takes; by default the inputs of the first batch.
         steps: of training still to come; by default ten epochs, at least 1000.
         warmup: steps of learning rate warmup planned, to have their number checked.
+        schedule: of the learning rate over these steps: a torch scheduler that is stepped after every optimiser step
+            (it is copied and goes on from where it stands), a function from the number of the step to the rate, or the
+            rates of all steps. Warmup, weight decay, and how far norms and layers get then follow it, not one rate.
         options: as in `analyze`.
 
     Returns:
@@ -189,7 +195,9 @@ def diagnose(
 
     Source: docs/diagnosis.md.
     """
-    return analyze(model, loss_fn, loader, optimizer, example_inputs, steps=steps, warmup=warmup, **options).diagnosis
+    return analyze(
+        model, loss_fn, loader, optimizer, example_inputs, steps=steps, warmup=warmup, schedule=schedule, **options
+    ).diagnosis
 
 
 def analyze(
@@ -201,6 +209,7 @@ def analyze(
     *,
     steps: int | None = None,
     warmup: int | None = None,
+    schedule: Schedule | None = None,
     batch_size: int | None = None,
     samples: int = SAMPLES,
     curvature: bool | None = None,
@@ -224,6 +233,7 @@ def analyze(
         example_inputs: what `find_symmetries` takes; by default the inputs of the first batch.
         steps: of training still to come, for the diagnosis.
         warmup: steps of warmup planned, for the diagnosis.
+        schedule: of the learning rate over these steps, as in `diagnose`; the flow is that at its largest rate.
         batch_size: samples per optimiser step, where it is not the loader's (accumulation, several devices).
         samples: how many to take from a loader.
         curvature: measure sharpness; by default up to two million trainable entries.
@@ -237,8 +247,10 @@ def analyze(
         ExportError, MomentError, DataError: of the stages.
     """
     _check_call(model, loss_fn, batches, steps, warmup)
+    steps = len(schedule) if steps is None and isinstance(schedule, Sized) else steps
     ahead = _steps_ahead(batches, steps, warmup)
-    settings = settings_of(sgd, batches, batch_size, model)
+    optimizer, course = at_peak(sgd, schedule, ahead)
+    settings = settings_of(optimizer, batches, batch_size, model)
     data = batches_of(batches, samples, _replicates(settings) if uses_batch_statistics(model.modules()) else 1)
     loss = chosen_loss(loss_fn, model, data[0])
     inputs = inputs_of(data[0]) if example_inputs is None else example_inputs
@@ -261,12 +273,13 @@ def analyze(
         settings=settings,
         curvature=found,
         steps=ahead,
-        warmup=warmup,
+        warmup=planned_warmup(warmup, course),
         started=bool(getattr(sgd, "state", None)),
         steps_given=steps is not None,
         remedy=remedy(model, settings, curvature),
         uncertified=measured.uncertified,
         seen=measured.seen,
+        course=course,
     )
     diagnosis = diagnose_measurement(examined)
     return Analysis(measured.symmetries, measured.certificate, measured.moments, flow, eq, settings, found, diagnosis)

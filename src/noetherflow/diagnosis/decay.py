@@ -61,13 +61,18 @@ def mean_rate(steps: np.ndarray, lr: np.ndarray, made: int) -> float:
 
 
 def decay_bites(
-    decays: Sequence[float], steps: float, asked: bool = True, course: LossCourse | None = None
+    decays: Sequence[float],
+    steps: float,
+    asked: bool = True,
+    course: LossCourse | None = None,
+    scheduled: bool = False,
 ) -> list[Finding]:
     """Whether weight decay has time to act within the run: `decays` are its shares of squared weights per step, NaN
     where there is decay whose share is not known.
 
     `asked`: somebody gave `steps`. Where nobody did, runs below a thousand steps are taken for trials or beginnings, on
-    which no decay that suits a training acts: they leave the question open.
+    which no decay that suits a training acts: they leave the question open. `scheduled`: the shares are means over the
+    learning rates of all these steps.
 
     Threshold: `share * steps < 0.1` removes less than a tenth of any squared norm, 5 % of a norm, in the whole run, as
     if there were no decay: to watch. From 3 on it removes 95 % and more, so that norms are where decay and growth
@@ -91,6 +96,7 @@ def decay_bites(
         Evidence("run looked at", steps, unit="steps"),
     )
     sure = "sure for a constant learning rate; a schedule that lowers it makes decay weaker still"
+    sure = "sure for the schedule given" if scheduled else sure
     if share < TOO_SMALL:
         title = f"Weight decay is too small to matter in this run: it takes {plain(taken)} of the squared norms in "
         title += f"{in_steps(steps)}."
@@ -108,7 +114,8 @@ def decay_bites(
         return [Finding("decay-bites", "decay", "watch", title, means, advice, sure, numbers, weight=weight)]
     settled = share >= ACTS
     title = f"{'Yes' if settled else 'Partly'}: it acts over {in_steps(memory)}; in {in_steps(steps)} it takes "
-    title += f"{taken:.0%} of the squares that decayed weights began with{_under_a_schedule(share, course)}, so "
+    title += f"{taken:.0%} of the squares that decayed weights began with"
+    title += f"{'' if scheduled else _under_a_schedule(share, course)}, so "
     title += "by then they are mostly where decay and growth balance." if settled else "they do not settle yet."
     if not settled:
         return [calm("decay-bites", "decay", title, sure, numbers)]

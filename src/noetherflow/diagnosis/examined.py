@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from noetherflow.core.optimizers import Settings
+from noetherflow.core.schedule import CONSTANT, RateCourse
 from noetherflow.core.sightings import Sightings
 from noetherflow.diagnosis.facts import PresentSharpness
 from noetherflow.diagnosis.unanswered import Unanswered, known
@@ -40,6 +41,7 @@ class Examined:
         started: the optimiser has made steps.
         steps_given: somebody said how many steps are to come.
         remedy: what would measure the curvature, where an attempt failed.
+        course: of the learning rate over these steps, whose largest is that of `settings`.
         uncertified: the symmetries that the certificate refused; their units can be dead all the same.
         seen: what was seen of the activations during the measurement.
     """
@@ -59,6 +61,7 @@ class Examined:
     remedy: str = ""
     uncertified: tuple[Symmetry, ...] = ()
     seen: Sightings = field(default_factory=Sightings)
+    course: RateCourse = CONSTANT
 
 
 def named(examined: Examined) -> Iterator[tuple[Symmetry, ChargeFlow, Settled]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from noetherflow.core.schedule import CONSTANT, RateCourse
 from noetherflow.moments.noise_scale import NoiseScales
 
 
@@ -24,6 +25,7 @@ class ScaleInvariantNorm:
             rate is `lr / |W|^2`), 1 under Adam (growth constant, effective learning rate `lr / |W|`).
         horizon: steps for which the mean gradient lasts, and with it `growth`.
         later: growth per step from there on, by noise alone.
+        course: of the learning rate, at whose largest value growth, decay and horizon are given.
     """
 
     name: str
@@ -34,6 +36,7 @@ class ScaleInvariantNorm:
     power: int
     horizon: float = math.inf
     later: float = 0.0
+    course: RateCourse = CONSTANT
 
     def norm_factor(self, steps: float) -> float:
         """By which factor `|W|^2` changes in so many steps, the direction of the weight taken as it is.
@@ -47,13 +50,19 @@ class ScaleInvariantNorm:
 
         Source: theory.md section 7.
         """
-        first = min(steps, self.horizon)
-        raised = self._raised(self._raised(1.0, self.growth, first), self.later, steps - first)
+        raised, gone = 1.0, 0.0
+        for number, share, square in self.course.pieces(steps):
+            first = min(number, max(0.0, self.horizon - gone) / share) if share > 0 else number
+            raised = self._raised(raised, self.growth * square, first, share)
+            raised = self._raised(raised, self.later * square, number - first, share)
+            gone += number * share
         return float(raised ** (1 / self.power))
 
-    def _raised(self, start: float, growth: float, steps: float) -> float:
-        """The power of the norm that changes linearly, over today's: `start` now, so many steps later."""
-        rate, push = self.decay * self.power, growth / self.norm_square * self.power
+    def _raised(self, start: float, growth: float, steps: float, share: float) -> float:
+        """The power of the norm that changes linearly, over today's: `start` now, so many steps later at a learning
+        rate of `share` of the largest.
+        """
+        rate, push = self.decay * share * self.power, growth / self.norm_square * self.power
         left = math.exp(-rate * steps)
         return start * left + (push * steps if rate == 0 else push * (1 - left) / rate)
 
@@ -64,9 +73,11 @@ class ScaleInvariantNorm:
     def farthest(self, steps: float) -> float:
         """The number of steps, of these, after which the norm is farthest from today's.
 
-        It rises or falls all the way until the mean gradient is gone, and again from there on: two candidates.
+        At a constant learning rate it rises or falls all the way until the mean gradient is gone, and again from there
+        on: two candidates. Under a schedule it is looked for at every twentieth of the steps.
         """
-        return max((min(steps, self.horizon), steps), key=lambda k: abs(math.log(self.norm_factor(k))))
+        between = np.linspace(0, steps, 21)[1:].tolist() if self.course.known else []
+        return max((min(steps, self.horizon), steps, *between), key=lambda k: abs(math.log(self.norm_factor(k))))
 
     @property
     def settling(self) -> float:
@@ -140,6 +151,7 @@ class StepStability:
         saddle: the trace of the curvature is not positive, now or at the noise equilibrium: it has no factor.
         remedy: what would measure the curvature where it was not.
         run: steps of the whole run; infinite where nobody said.
+        linear: steps of a linear warmup in which noise does as much as in the one planned; NaN where that is linear.
     """
 
     lr: float
@@ -155,6 +167,13 @@ class StepStability:
     saddle: bool = False
     remedy: str = "nf.diagnose(..., curvature=True) measures it"
     run: float = math.inf
+    linear: float = math.nan
+
+    @property
+    def counts(self) -> float:
+        """The steps that the planned warmup counts as, where it is far from linear."""
+        planned = float(self.planned or 0)
+        return self.linear if abs(self.linear - planned) > NOT_LINEAR * max(self.linear, 10.0) else planned
 
     @property
     def stable(self) -> float:
@@ -167,6 +186,10 @@ class StepStability:
         it, as far as that is known: imbalance makes the curvature that it runs up against.
         """
         return self.load >= NEAR and not self.sharpening > NEAR
+
+
+NOT_LINEAR = 0.1
+"""Share by which what a warmup counts as must differ from its length to count."""
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,8 @@ TRIAL = "try from a checkpoint, and keep it only if the loss then falls, a large
 
 def _sure(worst: ScaleInvariantNorm) -> str:
     rests = "gradients of the present size for all these steps, and of the present direction for as long as the mean "
-    rests += "gradient can last, at a constant learning rate"
+    rests += "gradient can last, at "
+    rests += "the schedule given" if worst.course.known else "a constant learning rate"
     if worst.growth_error is None or not worst.growth > 0:
         return f"a guide: {rests}"
     share = worst.growth_error / worst.growth

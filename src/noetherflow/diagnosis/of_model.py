@@ -13,6 +13,7 @@ from torch import Tensor
 from noetherflow.core.adaptive import AdamConfig
 from noetherflow.core.members import modules_of
 from noetherflow.core.optimizers import Settings, described
+from noetherflow.core.schedule import RateCourse
 from noetherflow.core.settings import SGDConfig
 from noetherflow.core.tensors import tensors_of
 from noetherflow.diagnosis import balance, breaking, long_steps, norms, sampling, stability
@@ -22,12 +23,13 @@ from noetherflow.diagnosis.decay import decay_bites
 from noetherflow.diagnosis.examined import Examined, named
 from noetherflow.diagnosis.facts import (
     BatchRegime,
+    LayerBalance,
     NormTrend,
     PresentSharpness,
     ScaleInvariantNorm,
     StepStability,
 )
-from noetherflow.diagnosis.finding import Diagnosis, Finding, doubted, not_judged, unsure
+from noetherflow.diagnosis.finding import Diagnosis, Finding, doubted, not_judged, plain, unsure
 from noetherflow.diagnosis.logits import LogitGrowth, LogitSpread, logit_growth, logit_spread, still_norms
 from noetherflow.diagnosis.parts import (
     activities_of,
@@ -83,7 +85,7 @@ def diagnose_measurement(examined: Examined) -> Diagnosis:
         *answered("norms", "norm-growth", lambda: _on_norms(examined, trends)),
         *answered("norms", "fastest-norms", lambda: _first_norms(examined, trends)),
         *answered("norms", "logit-growth", lambda: _on_logits(examined)),
-        *decay_bites(_decays(examined), examined.steps, examined.steps_given),
+        *decay_bites(_decays(examined), examined.steps, examined.steps_given, scheduled=examined.course.known),
         *answered("balance", "balance", lambda: _on_balance(examined, steps)),
         *dead_units([*activities, *uncertified, *seen_activities(examined)], _samples(examined.moments)),
         *head_rules.frozen_heads(activities),
@@ -97,6 +99,7 @@ def diagnose_measurement(examined: Examined) -> Diagnosis:
     samples = f"{examined.moments.samples:,} {'minibatches' if examined.moments.replicates else 'samples'}"
     subject = f"{type(examined.model).__name__} under {described(examined.settings)}, for {examined.steps:,} steps"
     subject += "" if examined.steps_given else " (the default: give steps=... of the whole training)"
+    subject += _under(examined)
     members = {s.name: modules_of(s.parameters) for s in examined.symmetries}
     regime = None if isinstance(examined.flow, Unanswered) else examined.flow.regime
     cautions = [*examined.moments.conditions.caution, *(regime.cautions if regime else ())]
@@ -144,11 +147,27 @@ def _on_norms(examined: Examined, trends: Sequence[NormTrend]) -> list[Finding]:
 
 def _on_balance(examined: Examined, rate: StepStability) -> list[Finding]:
     """Layers and heads against their noise equilibrium."""
-    balances = list(balances_of(examined))
+    balances = [_under_schedule(fact, examined.course) for fact in balances_of(examined)]
     return [
         *balance.far_from_equilibrium(balances, examined.steps, rate.held_by_imbalance),
         *head_rules.heads_apart(balances),
     ]
+
+
+def _under_schedule(fact: LayerBalance, course: RateCourse) -> LayerBalance:
+    """The same with the steps that noise takes at the mean of the squared learning rate of the run, which noise goes by
+    (theory.md section 6): within the run it does what it would in as many steps fewer at the largest rate.
+    """
+    return replace(fact, steps=fact.steps / course.mean_square, each=tuple(k / course.mean_square for k in fact.each))
+
+
+def _under(examined: Examined) -> str:
+    """The schedule that was given, in words."""
+    course = examined.course
+    if not course.known:
+        return ""
+    warm = f"a warmup of {course.warmup:,} steps" if course.warmup else "no warmup"
+    return f" of the schedule given ({warm}, mean learning rate {plain(course.mean)} times the largest)"
 
 
 def _samples(moments: GradientMoments) -> int:
@@ -163,7 +182,7 @@ def _moving(examined: Examined) -> bool:
     if isinstance(examined.flow, Unanswered):
         return True
     regime = examined.flow.regime
-    return regime.mean_share >= COUNTS and regime.horizon < examined.steps
+    return regime.mean_share >= COUNTS and regime.horizon < examined.steps * examined.course.mean
 
 
 def _invariant_norms(examined: Examined) -> Iterator[ScaleInvariantNorm]:
@@ -179,7 +198,7 @@ def _invariant_norms(examined: Examined) -> Iterator[ScaleInvariantNorm]:
         error = None if flow.error is None else float(flow.error.norm())
         decay = abs(float(flow.decay.sum())) / charge
         horizon = known(examined.flow).regime.horizon
-        yield ScaleInvariantNorm(symmetry.name, charge, growth, error, decay, power, horizon, later)
+        yield ScaleInvariantNorm(symmetry.name, charge, growth, error, decay, power, horizon, later, examined.course)
 
 
 def decay_share(settings: Settings, parameter: str) -> float:
@@ -199,11 +218,11 @@ def decay_share(settings: Settings, parameter: str) -> float:
 
 
 def _decays(examined: Examined) -> list[float]:
-    """The share of every parameter; NaN for decay that is coupled to Adam's gradients."""
+    """The share of every parameter, on average over the rates of the run; NaN for decay coupled to Adam's gradients."""
     settings = examined.settings
     coupled = isinstance(settings, AdamConfig) and not settings.decoupled
     unknown = [math.nan for n in examined.moments.mean if coupled and settings.rates(n).weight_decay > 0]
-    return unknown or [decay_share(settings, n) for n in examined.moments.mean]
+    return unknown or [decay_share(settings, n) * examined.course.mean for n in examined.moments.mean]
 
 
 def _first_norms(examined: Examined, trends: Sequence[NormTrend]) -> list[Finding]:
@@ -216,11 +235,14 @@ def _first_norms(examined: Examined, trends: Sequence[NormTrend]) -> list[Findin
 def _trends(examined: Examined) -> Iterator[NormTrend]:
     """How the norms of weights and gains change in a step at the present gradients.
 
-    With a warmup of `W` steps the first has `1 / W` of the learning rate; `step_square` is that of full steps.
+    With a warmup of `W` steps the first has `1 / W` of the learning rate, under a schedule what that says;
+    `step_square` is that of full steps.
     """
     settings, tensors = examined.settings, tensors_of(examined.model)
     settles, unseen, usual = _settled_norms(examined), _unseen(examined), usual_sizes(examined)
     first = 1 / max(examined.warmup or 1, 1)
+    if examined.course.known:
+        first = float(examined.course.shares[np.flatnonzero(examined.course.shares)[0]])
     for name, mean in examined.moments.mean.items():
         weight = tensors[name].detach().double().cpu()
         norm = float(weight.square().sum())
@@ -263,6 +285,7 @@ def _stability(examined: Examined) -> StepStability:
     )
     fact = replace(fact, remedy=examined.remedy) if examined.remedy else fact
     fact = replace(fact, run=examined.steps) if examined.steps_given else fact
+    fact = replace(fact, linear=examined.course.linear_warmup) if examined.course.known else fact
     if isinstance(found, Sharpness):
         return replace(
             fact,
@@ -327,8 +350,7 @@ def _logits(examined: Examined) -> Iterator[LogitGrowth]:
         norm = sum_of(scales.grams(scales.positions(tensors))).reshape(heads, -1).sum(1)
         growth = _growth(symmetry, examined).reshape(heads, -1).sum(1) / norm
         decay = decay_share(examined.settings, symmetry.parameters[0])
-        left = math.exp(-decay * examined.steps)
-        reach = examined.steps if decay == 0 else (1 - left) / decay
+        left, reach = examined.course.kept(decay, examined.steps)
         factors = left + growth.numpy() * reach
         head = int(np.argmax(factors))
         width = 2 * symmetry.blocks / heads if symmetry.is_torus else symmetry.dim

@@ -153,20 +153,24 @@ def _warmup(fact: StepStability) -> Finding:
         advice = (
             f"warm up linearly over {fact.needed:,.0f} steps or more (warmup=steps checks a planned one), or {lower}"
         )
-    elif fact.planned < fact.needed:
-        title = f"No, the warmup of {fact.planned:,} steps is too short: stability asks for about {fact.needed:,.0f}."
+    elif fact.counts < fact.needed:
+        title = f"No, {_planned(fact)} is too short: stability asks for about {fact.needed:,.0f}."
         advice = f"lengthen the warmup to {fact.needed:,.0f} steps or more, or {lower}"
-    elif fact.safe is not None and fact.planned < fact.safe:
+    elif fact.safe is not None and fact.counts < fact.safe:
         severity = "watch"
-        title = f"The warmup of {fact.planned:,} steps is enough for full batches (about {fact.needed:,.0f}), "
+        title = f"T{_planned(fact)[1:]} is enough for full batches (about {fact.needed:,.0f}), "
         title += f"short for these minibatches (about {fact.safe:,.0f})."
         advice = unless(f"lengthen the warmup towards {fact.safe:,.0f} steps", "if it spikes")
     else:
         severity, advice = "good", NOTHING
-        title = (
-            f"Yes, the warmup of {fact.planned:,} steps is long enough: stability asks for about {fact.needed:,.0f}."
-        )
+        title = f"Yes, {_planned(fact)} is long enough: stability asks for about {fact.needed:,.0f}."
     return Finding("learning-rate", "warmup", severity, title, means, advice, CURVED, _numbers(fact), weight=fact.load)
+
+
+def _planned(fact: StepStability) -> str:
+    """The planned warmup, and what it counts as where it is far from linear."""
+    text = f"the warmup of {fact.planned:,} steps"
+    return text if fact.counts == fact.planned else f"{text} (which acts as a linear one of {fact.counts:,.0f})"
 
 
 def sharpening(fact: StepStability) -> list[Finding]:
