@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from noetherflow.core.printing import count
 from noetherflow.diagnosis.finding import Evidence, Finding, Severity, calm, plain, unless
+from noetherflow.diagnosis.penalty import NormPull
 
 BROKEN, BEYOND_EPS = 0.01, 0.1
 MOVED = 0.5
@@ -64,41 +66,83 @@ def _unproved(refused: Mapping[str, str], silent: Mapping[str, int]) -> Finding:
     return Finding("certificate", "invariance", "open", title, means, advice, "open", (), tuple(refused))
 
 
-def violated_in_training(checks: Sequence[tuple[str, float]], normalised: Collection[str] = ()) -> list[Finding]:
+def violated_in_training(
+    checks: Sequence[tuple[str, float]],
+    normalised: Collection[str] = (),
+    pulls: Mapping[str, NormPull] = MappingProxyType({}),
+) -> list[Finding]:
     """Symmetries that the gradients of a run violate: `(name, |theta^T A g| / (|theta| |g|))`.
 
-    `normalised`: those of weights whose scale a normalisation takes out.
+    `normalised`: those of weights whose scale a normalisation takes out; `pulls`: what the gradients do to their norms
+    step by step, as far as the log tells.
 
     Threshold: rounding leaves 1e-6 in float32 and 1e-3 in bfloat16; at 0.01 the loss itself depends on the position
     along the symmetry (a penalty on weights or logits, dropout between the legs). Before a normalisation its eps does
     the same, by about eps over the variance that it divides by: with the usual 1e-5 a violation of 0.01 is a variance
-    of 1e-3, which weights that decay has shrunk come to, and 0.1 one of 1e-4. Up to there eps is named, and nothing is
-    to be done as long as the loss falls; beyond, or without a normalisation, a penalty.
+    of 1e-3, which weights that decay has shrunk come to, and 0.1 one of 1e-4. Where the pull on the norm is steady it
+    is a penalty's (`NormPull`), and eps is named beside it where what scatters is still beyond the threshold; where it
+    is not, eps is named, and nothing is to be done as long as the loss falls. Where the log has no such pull eps is
+    named up to 0.1; beyond, or without a normalisation, a penalty.
     """
     known = [(n, c) for n, c in checks if math.isfinite(c)]
     if not known:
         return []
-    explained = [(n, c) for n, c in known if n in normalised and BROKEN <= c < BEYOND_EPS]
+    broken = [(n, c) for n, c in known if c >= BROKEN]
+    held = [(n, c) for n, c in broken if n in normalised and n in pulls and pulls[n].is_penalty]
+    if held:
+        name, worst = max(held, key=lambda r: r[1])
+        rest = [(n, c) for n, c in broken if n not in normalised]
+        also = [_by_the_loss(*max(rest, key=lambda r: r[1]))] if rest else []
+        return [_penalised(name, worst, pulls[name]), *also]
+    explained = [(n, c) for n, c in broken if n in normalised]
+    explained = [(n, c) for n, c in explained if n in pulls or c < BEYOND_EPS]
     if explained and all(c < BROKEN for n, c in known if (n, c) not in explained):
-        return [_eps(*max(explained, key=lambda r: r[1]))]
+        name, worst = max(explained, key=lambda r: r[1])
+        return [_eps(name, worst, name in pulls)]
     name, worst = max((r for r in known if r not in explained), key=lambda r: r[1])
-    number = (Evidence(f"violation of {name}", worst),)
     if worst < BROKEN:
+        number = (Evidence(f"violation of {name}", worst),)
         return [calm("violation", "invariance", f"Gradients obey all symmetries, to {worst:.1g}.", "measured", number)]
-    title = f"The loss breaks `{name}`: its gradients violate it by {plain(worst)}."
+    return [_by_the_loss(name, worst)]
+
+
+def _by_the_loss(name: str, violation: float) -> Finding:
+    """A symmetry that something besides the function breaks."""
+    number = (Evidence(f"violation of {name}", violation),)
+    title = f"The loss breaks `{name}`: its gradients violate it by {plain(violation)}."
     means = "Something besides the model's function enters the loss: a penalty, or noise between the two layers."
-    advice = f"if no penalty on `{name}` is meant, look for one; else take its charge as driven by it"
-    return [Finding("violation", "invariance", "watch", title, means, advice, "measured", number, (name,), worst)]
+    advice = f"if no penalty on `{name}` is meant, look for one, or for dropout between its layers; else give the "
+    advice += "optimiser weight_decay in its place, and take the charge as driven by it"
+    return Finding("violation", "invariance", "watch", title, means, advice, "measured", number, (name,), violation)
 
 
-def _eps(name: str, violation: float) -> Finding:
+def _penalised(name: str, violation: float, pull: NormPull) -> Finding:
+    """A weight before a normalisation that a penalty inside the loss pulls at; and eps with it where that counts."""
+    strength = f"about {plain(pull.strength)} |W|^2" if not pull.adaptive else "some c |W|^2"
+    title = f"The loss holds a penalty on the norm of `{name}`, {strength}: gradients violate its scale by "
+    title += f"{plain(violation)}, and pull on the norm alike at every step."
+    rest = violation * pull.rest
+    if rest >= BROKEN:
+        title += f" The eps of the normalisation after it counts as well, by about {plain(rest)}."
+    means = "The model's function does not depend on that norm: the penalty makes it smaller and steps longer, and the "
+    means += "charge is driven by it."
+    decay = f"weight_decay={plain(2 * pull.strength)}" if not pull.adaptive else "weight_decay"
+    advice = f"take the penalty on `{name}` out of the loss and give the optimiser {decay} for it"
+    advice += ", which is booked as decay" if pull.adaptive else ", which makes the same steps and is booked as decay"
+    numbers = (Evidence(f"violation of {name}", violation), Evidence("scatter of the pull on the norm", pull.scatter))
+    sure = "measured: the pull of eps scatters from step to step and changes as the loss falls"
+    return Finding("violation", "invariance", "watch", title, means, advice, sure, numbers, (name,), 1 + violation)
+
+
+def _eps(name: str, violation: float, by_steps: bool) -> Finding:
     """A weight before a normalisation that is small enough for the eps of it to count."""
     number = (Evidence(f"violation of {name}", violation),)
     title = f"The scale of `{name}` is no exact symmetry here: gradients violate it by {plain(violation)}."
     means = "The eps of the normalisation after it explains as much, where it is about that share of the variance that "
     means += "it is added to: the weight's norm is small. Its charge then drifts by the gradient, too."
     advice = unless(f"a smaller weight decay of `{name}`, which keeps its norm larger, or a smaller eps")
-    sure = "measured; that it is eps is likely: a penalty on this weight would look alike"
+    sure = "measured; that it is eps is likely: "
+    sure += "a penalty would pull alike at every step" if by_steps else "a penalty on this weight would look alike"
     return Finding("violation", "invariance", "watch", title, means, advice, sure, number, (name,), violation)
 
 

@@ -26,6 +26,7 @@ from noetherflow.diagnosis.finding import Diagnosis, Finding, of_little_meaning
 from noetherflow.diagnosis.heads import RunHeads
 from noetherflow.diagnosis.logits import LogitGrowth, logit_growth
 from noetherflow.diagnosis.losses import ToldLosses
+from noetherflow.diagnosis.penalty import norm_pulls
 from noetherflow.monitor.rundata import RunData
 from noetherflow.symmetry.heads import HEADS, QUERY_KEY
 
@@ -70,6 +71,7 @@ def diagnose_run(run: RunData | str | os.PathLike[str], steps: int | None = None
         *breaking.violated_in_training(
             [(n, recent(data, "check", i)) for i, n in enumerate(data.symmetries)],
             {n for n, alone in zip(data.symmetries, data.one_sided, strict=True) if alone},
+            norm_pulls(data),
         ),
         *breaking.moved_by_preconditioner(list(_preconditioned(data))),
         *breaking.touched_from_outside(list(_outside(data)), data.events),
