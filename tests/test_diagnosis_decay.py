@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 import noetherflow as nf
-from noetherflow.diagnosis.decay import decay_rules, decays_of, mean_rate
+from noetherflow.diagnosis.decay import decay_rules, decays_of
 from noetherflow.diagnosis.facts import LossCourse
+from noetherflow.diagnosis.rates import mean_rate, run_rates
 
 STEPS = 240
 
@@ -41,8 +42,10 @@ def trained(every, decay=5e-4, momentum=0.9, frozen=False):
 @pytest.mark.parametrize("every", [1, 7, 50])
 def test_the_share_is_that_of_the_schedule_however_it_is_recorded(every, momentum):
     data, rates = trained(every, momentum=momentum)
-    for share in decays_of(data):
-        assert share == pytest.approx(2 * rates.mean() * 5e-4 / (1 - momentum), rel=0.02 if every == 50 else 2e-3)
+    found = run_rates(data, STEPS)
+    assert found.mean == pytest.approx(rates.mean(), rel=1e-6)
+    for share in decays_of(data, found.mean):
+        assert share == pytest.approx(2 * rates.mean() * 5e-4 / (1 - momentum), rel=2e-3)
 
 
 def test_mean_rate_is_that_of_a_loop():
@@ -57,7 +60,7 @@ def test_mean_rate_is_that_of_a_loop():
 def test_without_a_symmetry_the_reason_is_told_and_decay_is_that_of_the_settings():
     data, rates = trained(1, frozen=True)
     assert not data.symmetries
-    assert decays_of(data) == pytest.approx([2 * rates.mean() * 5e-4 / 0.1])
+    assert decays_of(data, run_rates(data, STEPS).mean) == pytest.approx([2 * rates.mean() * 5e-4 / 0.1])
     text = str(nf.diagnose_run(data))
     assert "No symmetry is watched" in text
     assert "SGD with momentum only" not in text

@@ -230,15 +230,16 @@ class TestALossThatWentUp:
 
 
 class TestNumbersThatBreak:
-    def told(self, losses, every=1):
+    def told(self, losses, every=1, noted=1):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         ledger = nf.Ledger(model, optimizer, nf.find_symmetries(model, torch.randn(2, 3)), every=every).attach()
-        for loss in losses:
+        for k, loss in enumerate(losses):
             optimizer.zero_grad()
             (model(torch.randn(4, 3)).square().mean() * (1.0 if np.isfinite(loss) else np.nan)).backward()
-            ledger.note(float(loss))
+            if k % noted == 0:
+                ledger.note(float(loss))
             optimizer.step()
         found = nf.diagnose_run(ledger.run_data())["loss-course"]
         ledger.close()
@@ -255,9 +256,16 @@ class TestNumbersThatBreak:
 
     def test_steps_in_between_that_nobody_saw_leave_both_open(self):
         losses = np.concatenate([2.3 * np.exp(-np.arange(60) / 10), np.full(30, np.nan)])
-        found = self.told(losses, every=25)
+        found = self.told(losses, every=25, noted=25)
         assert "either one batch did it" in found.means
         assert "every=1" in found.advice
+
+    def test_losses_between_recorded_steps_tell_the_step(self):
+        losses = np.concatenate([2.3 * np.exp(-np.arange(60) / 10), np.full(30, np.nan)])
+        found = self.told(losses, every=25)
+        assert "from step 60 on; the loss was" in found.title
+        assert "at step 59 and had not risen" in found.title
+        assert found.means.startswith("One batch did it")
 
     def test_a_loss_that_climbed_first_is_a_matter_of_steps(self):
         losses = np.concatenate([2.3 * np.exp(-np.arange(60) / 10), 0.01 * 1.3 ** np.arange(40), np.full(9, np.nan)])

@@ -20,11 +20,12 @@ from torch import nn
 
 import noetherflow as nf
 from noetherflow.errors import DataError
-from noetherflow.monitor import rundata
+from noetherflow.monitor import spikes
 from noetherflow.monitor.books import FIELDS
 from noetherflow.monitor.ledger import Ledger
 from noetherflow.monitor.log import FORMAT, LOG_NAME, RunLog, read_log
-from noetherflow.monitor.rundata import WINDOW, RunData, RunReader, _before
+from noetherflow.monitor.rundata import RunData, RunReader
+from noetherflow.monitor.spikes import WINDOW, quantile_before
 from noetherflow.report.labels import labels_of
 from noetherflow.report.run import _ends, _layers, _spacing, _training, summary, write_run_report
 from noetherflow.report.run_figures import COLUMNS, POINTS, charges_figure, training_figure
@@ -212,7 +213,7 @@ def test_a_bad_line_is_named(line: bytes, message: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [0, 5, 11, 60, 700])
 @pytest.mark.parametrize("quantile", [0.5, 0.9])
 def test_running_quantiles(count: int, quantile: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rundata, "CHUNK", 256)
+    monkeypatch.setattr(spikes, "CHUNK", 256)
     rng = np.random.default_rng(count)
     values = rng.normal(size=count)
     values[rng.random(count) < 0.1] = np.inf
@@ -222,7 +223,7 @@ def test_running_quantiles(count: int, quantile: float, monkeypatch: pytest.Monk
         known = values[max(0, t - WINDOW) : t]
         if np.isfinite(known).any():
             expected[t] = np.quantile(known[np.isfinite(known)], quantile)
-    np.testing.assert_allclose(_before(values, quantile), expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(quantile_before(values, quantile), expected, rtol=0, atol=1e-12)
 
 
 def long_run(steps: int, names: list[str]) -> RunData:

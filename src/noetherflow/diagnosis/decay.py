@@ -18,8 +18,8 @@ SHORT = 1000
 """Steps below which a run of unknown length is taken for a trial."""
 
 
-def decays_of(data: RunData) -> list[float]:
-    """What decay took of each family's charge per step, on average over all steps made.
+def decays_of(data: RunData, rate: float) -> list[float]:
+    """What decay took of each family's charge per step at a learning rate, as the mean over all steps (`run_rates`).
 
     The entries on the charges have a slope in proportion to the learning rate, whose mean over the steps weighs it.
     With momentum the entry is the first touch of a step's decay; its memory carries on to `1 / (1 - m)` of it. NaN
@@ -30,7 +30,6 @@ def decays_of(data: RunData) -> list[float]:
     memory = 1 - float(data.header.get("momentum") or 0.0)
     lr = np.where(np.isfinite(data.lr), data.lr, 1.0)
     weights = weights_of(data.steps)
-    rate = mean_rate(data.steps, lr, data.steps_made)
     if not data.families and data.header.get("rule") == "SGDRule":
         return [2 * rate * float(g["weight_decay"]) / (1 - float(g.get("momentum", 0.0))) for g in decaying]
     shares, pace = [], lr / rate if rate > 0 else np.zeros_like(lr)
@@ -43,21 +42,6 @@ def decays_of(data: RunData) -> list[float]:
             shares.append(max(0.0, -float(product[known].sum() / square[known].sum())) / memory)
     divided = any("betas" in group and group.get("decoupled_weight_decay") is False for group in decaying)
     return [math.nan] if divided or (decaying and not any(shares)) else shares
-
-
-def mean_rate(steps: np.ndarray, lr: np.ndarray, made: int) -> float:
-    """The mean learning rate of a run of `made` steps, from those at the recorded steps and straight lines between.
-
-    After the last one the line of the last two goes on, down to 0 and up to the largest one seen.
-
-    Example:
-        >>> round(mean_rate(np.array([0, 1, 51]), np.array([1.0, 0.99, 0.49]), 101), 3)
-        0.5
-    """
-    slope = (lr[-1] - lr[-2]) / (steps[-1] - steps[-2]) if len(steps) > 1 else 0.0
-    left = max(0, made - 1 - int(steps[-1]))
-    known = np.append(steps, steps[-1] + left + 1), np.append(lr, lr[-1] + slope * (left + 1))
-    return float(np.mean(np.clip(np.interp(np.arange(steps[0], steps[-1] + left + 1), *known), 0, np.max(lr))))
 
 
 def decay_bites(

@@ -310,6 +310,7 @@ class LossCourse:
         rise: how the loss left its lowest level; None where it did not.
         dead: lately no gradient reached any watched weight.
         seen: how many losses were noted, where these are less than half of the steps; None where they are not.
+        lapse: the first step with a loss that was NaN or infinite while the weights stayed finite; None without.
         decay: the share of squared weights that weight decay takes per step, 0 where there is none or it is not known.
     """
 
@@ -328,6 +329,7 @@ class LossCourse:
     seen: int | None = None
     finite_until: int | None = None
     up_at: int | None = None
+    lapse: int | None = None
 
     @property
     def decay_memory(self) -> float:

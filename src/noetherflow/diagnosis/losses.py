@@ -13,6 +13,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from noetherflow.core.printing import show
 from noetherflow.diagnosis.facts import LossCourse, LossRise
 from noetherflow.diagnosis.finding import Evidence, Finding, Severity, in_steps, plain
+from noetherflow.monitor.noted import BROKEN, HIGHEST_AT
 from noetherflow.monitor.rundata import RunData
 
 SEVERAL = 3.0
@@ -78,7 +79,7 @@ def rise_of_all(steps: np.ndarray, noted: np.ndarray, made: int) -> LossRise | N
 
     Args:
         steps: at which each row of `noted` ends, rising. `[T]`.
-        noted: the columns of `NotedLosses`. `[T, 5]`.
+        noted: the columns of `NotedLosses`. `[T, 7]`.
         made: steps of the run.
 
     Example:
@@ -119,7 +120,7 @@ def level_between(begins: float, ends: float, at: np.ndarray, covers: np.ndarray
         at: the step at which each row of `noted` ends, rising. `[T]`.
         covers: the steps before that each row stands for. `[T]`.
         noted: the columns of `NotedLosses`, finite. The largest loss of a row does not count, as far as there are more.
-            `[T, 5]`.
+            `[T, 7]`.
 
     Example:
         >>> at, rows = np.array([10, 1000]), np.array([[10, 2.0, 0, 2, 2], [990, 0.5, 0, 0.5, 0.5]])
@@ -208,6 +209,17 @@ def broke(fact: LossCourse) -> Finding:
     return Finding("loss-course", "warmup", "act", title, means, advice, "measured", numbers, weight=LOST_RUN)
 
 
+def lapse(fact: LossCourse) -> list[Finding]:
+    """A loss that was not finite once, in a run that went on: to watch, for such a batch can end the next run."""
+    if fact.lapse is None:
+        return []
+    title = f"The loss was NaN or infinite at step {fact.lapse:,}, and the weights stayed finite."
+    means = "One batch did it, and its step was left out or changed little."
+    advice = "look at the data of that step; leave out steps whose loss is not finite"
+    numbers = (Evidence("not finite at step", float(fact.lapse)),)
+    return [Finding("loss-lapse", "warmup", "watch", title, means, advice, "measured", numbers)]
+
+
 SEEN_BETWEEN = 2
 """Steps without a finite loss up to which the log tells that the loss had not climbed before it broke."""
 
@@ -220,6 +232,9 @@ class ToldLosses:
         rows: those that are finite, `[T, 5]`.
         at: where each ends, `[T]`.
         steps: of the run.
+        first: the first recorded one.
+        broken_at: the first step with a loss that was not finite, None without.
+        healed: whether a later one was finite.
         most: whether most losses were noted; else each row stands for the steps back to the one before it.
     """
 
@@ -227,6 +242,9 @@ class ToldLosses:
     at: np.ndarray
     steps: int
     most: bool
+    first: int = 0
+    broken_at: int | None = None
+    healed: bool = False
 
     @classmethod
     def by(cls, data: RunData) -> ToldLosses:
@@ -234,9 +252,22 @@ class ToldLosses:
         if data.since is not None:
             rows = np.vstack([rows, [list(data.since.line().values())]])
             at = np.append(at, data.steps_made)
-        whole = np.isfinite(rows).all(axis=1)
+        whole = np.isfinite(rows[:, :MEASURED]).all(axis=1)
         steps = data.steps_made - first
-        return cls(rows[whole], at[whole] - first, steps, bool(rows[whole, 0].sum() >= MOST_NOTED * steps))
+        broken = rows[np.isfinite(rows[:, BROKEN]), BROKEN]
+        most = bool(rows[whole, 0].sum() >= MOST_NOTED * steps)
+        nan = int(broken[0]) if broken.size else None
+        begins = np.concatenate([[first], at[:-1]])[whole]
+        healed = nan is not None and bool(((begins > nan) | (rows[whole, HIGHEST_AT] > nan)).any())
+        return cls(rows[whole], at[whole] - first, steps, most, first, nan, healed)
+
+    @property
+    def finite_until(self) -> int | None:
+        """The last step whose loss is known to be finite; None without one."""
+        if not len(self.rows):
+            return None
+        last = int(self.at[-1]) + self.first - 1
+        return last if self.broken_at is None or self.healed else min(last, self.broken_at - 1)
 
     @property
     def highest(self) -> float:
@@ -248,15 +279,20 @@ class ToldLosses:
 
         The scatter is that of single losses on the scale of logarithms: of successive ones, and within rows of several.
         """
-        number, mean, spread, lowest, highest = self.rows.T
+        number, mean, spread, lowest, highest = self.rows[:, :MEASURED].T
         if not len(self.rows) or not lowest.min() > 0:
             return None
         jumps = np.abs(np.diff(np.log(mean[number == 1])))
         known = [NORMAL_MAD * np.median(jumps) / math.sqrt(2)] if jumps.size else []
         known += [np.median((spread / mean)[number > 1])] if (number > 1).any() else []
         above = math.log(self.highest / mean[0])
-        at = int(self.at[int(highest.argmax())])
+        at = self._step_of(int(highest.argmax()))
         return at if above > max(math.log(UP), SCATTERED * max(known, default=0.0)) else None
+
+    def _step_of(self, row: int) -> int:
+        """The step of the largest loss of a row; of logs that do not tell it the step at which the row ends."""
+        at = self.rows[row, HIGHEST_AT] if self.rows.shape[1] > HIGHEST_AT else math.nan
+        return int(at) if math.isfinite(at) else int(self.at[row])
 
     def level(self, begins: float, ends: float) -> float:
         """The mean loss between two steps counted from the first recorded one; see `level_between`."""
@@ -285,5 +321,7 @@ class ToldLosses:
         return rise_of(data.steps[known], data.loss[known])
 
 
+MEASURED = 5
+"""The first columns of a row are what its losses were; those behind say at which steps."""
 MOST_NOTED = 0.5
 """Share of the steps whose losses must have been noted for means over all to stand for them."""

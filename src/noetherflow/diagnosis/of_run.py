@@ -12,6 +12,7 @@ import numpy as np
 from noetherflow.core.arguments import expect
 from noetherflow.core.members import modules_of
 from noetherflow.core.printing import count
+from noetherflow.core.schedule import Schedule
 from noetherflow.diagnosis import balance, breaking, norms, sampling, stability
 from noetherflow.diagnosis import heads as head_rules
 from noetherflow.diagnosis.decay import decay_bites, decay_rules, decays_of
@@ -25,8 +26,9 @@ from noetherflow.diagnosis.facts import (
 from noetherflow.diagnosis.finding import Diagnosis, Finding, of_little_meaning
 from noetherflow.diagnosis.heads import RunHeads
 from noetherflow.diagnosis.logits import LogitGrowth, logit_growth
-from noetherflow.diagnosis.losses import ToldLosses
+from noetherflow.diagnosis.losses import ToldLosses, lapse
 from noetherflow.diagnosis.penalty import norm_pulls
+from noetherflow.diagnosis.rates import GIVE, GUESSED, RunRates, decay_ahead, run_rates
 from noetherflow.monitor.rundata import RunData
 from noetherflow.symmetry.heads import HEADS, QUERY_KEY
 
@@ -34,24 +36,29 @@ RECENT = 5
 """Estimates whose median stands for the present: single ones scatter with the minibatch."""
 
 
-def diagnose_run(run: RunData | str | os.PathLike[str], steps: int | None = None) -> Diagnosis:
+def diagnose_run(
+    run: RunData | str | os.PathLike[str], steps: int | None = None, schedule: Schedule | None = None
+) -> Diagnosis:
     """What the ledger of a run says in plain words; `ledger.diagnose()` and `noetherflow diagnose RUN_DIR` are this.
 
     Args:
         run: the folder given to the ledger as `run_dir`, or a RunData.
         steps: of the whole run where it is still going on, for what decay and noise reach until its end.
+        schedule: of the learning rate, for the steps still to come: a torch scheduler that stands where the run does,
+            which is copied, a function from the number of the step to the rate, or the rates of all steps of the run.
 
     Returns:
         A Diagnosis of the steps recorded so far.
 
     Raises:
-        DataError: there is no log, or no step in it.
+        DataError: there is no log, or no step in it; or the schedule is none.
     """
     expect("diagnose_run(run, steps)", "run", run, RunData | str | os.PathLike, "a run's folder or a RunData")
     data = run if isinstance(run, RunData) else RunData.load(run)
-    whole, decays = float(max(data.steps_made, steps or 0)), decays_of(data)
-    left = whole - data.steps_made
-    course = _course(data, max((d for d in decays if d > 0), default=0.0))
+    whole = max(data.steps_made, steps or 0)
+    rates = run_rates(data, whole, schedule)
+    decays, left = decays_of(data, rates.mean), _left(data, rates, whole)
+    course = _course(data, max((d for d in decays if d > 0), default=0.0), rates.warmup)
     along = [breaking.nothing_watched()]
     if data.symmetries:
         along = [
@@ -60,11 +67,12 @@ def diagnose_run(run: RunData | str | os.PathLike[str], steps: int | None = None
         ]
     found: list[Finding] = [
         *along,
-        *decay_bites(decays, whole, steps is not None, course),
+        *_on_decay(data, rates, whole, steps is not None, course),
         *decay_rules(decays, course),
         *logit_growth(list(_logits(data)), course.stalled),
         *(head_rules.heads_in_run(list(_heads(data)), left) or head_rules.heads_not_logged(_attention(data))),
         *stability.loss_course(course),
+        *lapse(course),
         *stability.turning([(n, recent(data, "angular", i)) for i, n in enumerate(data.symmetries)], course),
         *norms.grown_layers(list(_layers(data))),
         *sampling.noise_share(_batch_ratio(data), "all layers"),
@@ -78,7 +86,7 @@ def diagnose_run(run: RunData | str | os.PathLike[str], steps: int | None = None
     ]
     optimizer = data.header.get("optimizer", "an optimiser")
     members = {s["name"]: modules_of(s.get("parameters", ())) for s in data.header["symmetries"]}
-    cautions = _covered(data)
+    cautions = [*_covered(data), *_not_told(rates, whole - data.steps_made)]
     if course.diverged is not None:
         why = f"the run diverged at step {course.diverged:,}"
         found = of_little_meaning(found, ("loss-course", "outside"), why)
@@ -86,6 +94,31 @@ def diagnose_run(run: RunData | str | os.PathLike[str], steps: int | None = None
     elif course.dead:
         found = of_little_meaning(found, ("loss-course", "outside"), "no gradient reaches the watched weights any more")
     return Diagnosis.of(f"Run under {optimizer}, {data.span}", found, members, cautions)
+
+
+def _on_decay(data: RunData, rates: RunRates, whole: int, asked: bool, course: LossCourse) -> list[Finding]:
+    """Whether weight decay bites over the whole run; open where the rates of much of it are not known."""
+    if rates.unknown > GUESSED * whole:
+        found = decay_ahead(decays_of(data, rates.mean), rates, data.steps_made, whole)
+        if found:
+            return found
+    return decay_bites(decays_of(data, rates.over_all(data.steps_made)), whole, asked, course)
+
+
+def _left(data: RunData, rates: RunRates, whole: int) -> float:
+    """The steps still to come, as many as would let noise do the same at the last learning rate; as they are where the
+    rates to come are not known.
+    """
+    known = data.lr[np.isfinite(data.lr)]
+    acting = rates.acting(float(known[-1])) if known.size and rates.ahead is not None else math.nan
+    return acting if math.isfinite(acting) else float(whole - data.steps_made)
+
+
+def _not_told(rates: RunRates, left: int) -> list[str]:
+    """What to know where the learning rates to come are not known."""
+    if rates.ahead is not None:
+        return []
+    return [f"the learning rates of the {count(left, 'step', 'steps')} to come are not known: {GIVE}"]
 
 
 def _covered(data: RunData) -> list[str]:
@@ -264,17 +297,19 @@ def batch_ratio(shares: np.ndarray) -> float:
     return share / (1 - share) if share < 1 else float("inf")
 
 
-def _course(data: RunData, decay: float) -> LossCourse:
-    peak = int(np.argmax(data.lr >= np.max(data.lr) * (1 - 1e-9))) if np.isfinite(data.lr).any() else 0
-    warmup = int(data.steps[peak] - data.steps[0]) if len(data.steps) else 0
+def _course(data: RunData, decay: float, warmup: int) -> LossCourse:
     spikes = tuple(e["step"] for e in data.spikes() if e["where"] == "loss")
     broken = [e["step"] for e in data.events if e["event"] == "non-finite"]
     broken += [int(s) for s in data.steps[np.isnan(data.family["charge"]).any(axis=1)][:1]]
     told = ToldLosses.by(data)
     began, middle, ended = told.levels()
+    nan = told.broken_at
+    ends = _ends_broken(data) or (nan is not None and not told.healed)
+    if nan is not None and (ends or broken):
+        broken.append(nan)
     first = min(broken, default=None)
     lost = _lost(data, began, ended)
-    lost = first if lost is None and first is not None and _ends_broken(data) else lost
+    lost = first if lost is None and first is not None and ends else lost
     dead = lost is None and _dead(data) and not ended <= FELL * began
     return LossCourse(
         warmup,
@@ -291,7 +326,8 @@ def _course(data: RunData, decay: float) -> LossCourse:
         decay=decay,
         dead=dead,
         seen=None if told.most else len(told.rows),
-        finite_until=int(told.at[-1] + data.steps[0]) - 1 if len(told.rows) else None,
+        finite_until=told.finite_until,
+        lapse=nan if first is None else None,
     )
 
 

@@ -122,10 +122,15 @@ def _lightning_notes(trainer: Any) -> dict[str, Any]:
     }
 
 
-def _trainer_notes(args: Any) -> dict[str, Any]:
-    """The schedule and the clipping of a Trainer's run, for the log's header."""
+def _trainer_notes(args: Any, total: int) -> dict[str, Any]:
+    """The schedule and the clipping of a Trainer's run of `total` steps, for the log's header."""
     schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-    return {"schedule": str(schedule), "warmup_steps": args.warmup_steps, "clipping": {"norm": args.max_grad_norm}}
+    return {
+        "schedule": str(schedule),
+        "warmup_steps": int(args.get_warmup_steps(total)),
+        "total_steps": total,
+        "clipping": {"norm": args.max_grad_norm},
+    }
 
 
 def _batch_loss(trainer: Any, module: Any, backpropagated: torch.Tensor) -> torch.Tensor:
@@ -226,7 +231,7 @@ class _TrainerHooks:
             self.ledger.close()
         self._under_way = None
         model = kwargs["model"]
-        options = {"notes": _trainer_notes(args), **self._options}
+        options = {"notes": _trainer_notes(args, int(state.max_steps)), **self._options}
         if state.global_step:
             options = {"resume": True, **options}
         self.ledger = Ledger(model, kwargs["optimizer"], _resolve(self._syms, model), **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from noetherflow.monitor.journal import Journal
 from noetherflow.monitor.layers import LayerBook, LayerRow, named_rows
 from noetherflow.monitor.log import FORMAT, plain, step_columns
 from noetherflow.monitor.measure import Measurement
-from noetherflow.monitor.noted import NotedLosses, noted_row
+from noetherflow.monitor.noted import NotedLosses, NotedRates, noted_row, rates_row
 from noetherflow.monitor.rule import AnyRule, StepSettings
 from noetherflow.monitor.sums import Value, tabulate
 
@@ -105,7 +106,8 @@ class Bookkeeper:
         steps, lr = np.array([m.step for m in pending]), np.array([m.lr for m in pending])
         rows = [_row_of(m) for m in pending]
         loss = np.array([row.get("loss", np.nan) for row in rows])
-        page = Page(steps, lr, loss, self._levels(books), beside, np.array([noted_row(row) for row in rows]))
+        noted, rates = np.array([noted_row(row) for row in rows]), np.array([rates_row(row) for row in rows])
+        page = Page(steps, lr, loss, self._levels(books), beside, noted, rates)
         self._history.add(page)
         finite, family = books.finite(), page.tables["family"]
         unexplained = family.unexplained(self._rounding) > UNEXPLAINED
@@ -293,6 +295,7 @@ class Bookkeeper:
     def as_log(self, header: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """The rows in memory as lines of a log that begins with `header`."""
         rows, losses, noted = list(self._history.rows("family")), self._history.losses(), self._history.noted()
+        rates = self._history.rates()
         beside = {step: row for step, _, row in self._history.rows("family", preconditioned=True)}
         yield {**header, "step": rows[0][0] if rows else 0}
         for step, lr, row in rows:
@@ -301,6 +304,8 @@ class Bookkeeper:
                 line["loss"] = losses[step]
             if step in noted:
                 line["losses"] = noted[step]
+            if step in rates:
+                line["rates"] = rates[step]
             if step in beside:
                 line["preconditioned_family"] = {f: v.tolist() for f, v in beside[step].items()}
             yield line
@@ -317,4 +322,6 @@ class Bookkeeper:
 def _row_of(m: Measurement) -> dict[str, Any]:
     row: dict[str, Any] = {"kind": "step", "step": m.step, "lr": m.lr}
     row |= {} if m.loss is None else {"loss": float(m.loss)}
-    return row if len(m.losses) < 2 else {**row, "losses": NotedLosses.of(m.losses).line()}
+    row |= {} if len(m.rates) < 2 else {"rates": NotedRates.of(m.rates, m.step).line()}
+    alone = len(m.losses) == 1 and m.loss is not None and math.isfinite(row["loss"])
+    return row if alone or not m.losses else {**row, "losses": NotedLosses.of(m.losses, m.losses_at).line()}

@@ -12,7 +12,7 @@ import scipy.sparse
 
 from noetherflow.monitor.charge_map import ChargeMap, Watched, apply
 from noetherflow.monitor.measure import StepTable
-from noetherflow.monitor.noted import COLUMNS
+from noetherflow.monitor.noted import BROKEN, COLUMNS, RATES
 from noetherflow.monitor.rule import ENTRIES, PRECONDITIONED, AnyRule, Products, StepSettings, decompose
 from noetherflow.symmetry.symmetry import Symmetry
 
@@ -154,7 +154,8 @@ class Page:
     """Closed books of some consecutive recorded steps: `tables[level]` for every level kept.
 
     `preconditioned[level]` are those of the preconditioned charge, empty where the optimiser has none. `loss` is NaN
-    where nobody noted it; `noted` `[T, 5]` says what the losses since the step before were, empty where nothing does.
+    where nobody noted it; `noted` `[T, 7]` says what the losses since the step before were, `rates` `[T, 4]` the
+    learning rates; empty where nothing does.
     """
 
     steps: np.ndarray
@@ -163,6 +164,7 @@ class Page:
     tables: Mapping[Level, Columns]
     preconditioned: Mapping[Level, Columns] = field(default_factory=dict)
     noted: np.ndarray = field(default_factory=lambda: np.zeros((0, len(COLUMNS))))
+    rates: np.ndarray = field(default_factory=lambda: np.zeros((0, len(RATES))))
 
     def cut(self, which: slice | np.ndarray) -> Page:
         """The chosen steps only."""
@@ -170,7 +172,8 @@ class Page:
             {level: c.cut(which) for level, c in tables.items()} for tables in (self.tables, self.preconditioned)
         )
         noted = self.noted[which] if len(self.noted) else self.noted
-        return Page(self.steps[which], self.lr[which], self.loss[which], tables, preconditioned, noted)
+        rates = self.rates[which] if len(self.rates) else self.rates
+        return Page(self.steps[which], self.lr[which], self.loss[which], tables, preconditioned, noted, rates)
 
 
 class History:
@@ -207,6 +210,15 @@ class History:
             int(k): dict(zip(COLUMNS, row.tolist(), strict=True))
             for p in self.pages
             for k, row in zip(p.steps, p.noted, strict=False)
+            if row[0] > 1 or np.isfinite(row[BROKEN])
+        }
+
+    def rates(self) -> dict[int, dict[str, float]]:
+        """The learning rates of several steps that a recorded one stands for, by step."""
+        return {
+            int(k): dict(zip(RATES, row.tolist(), strict=True))
+            for p in self.pages
+            for k, row in zip(p.steps, p.rates, strict=False)
             if row[0] > 1
         }
 

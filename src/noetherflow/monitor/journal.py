@@ -10,7 +10,7 @@ from typing import Any
 
 from noetherflow.monitor import sharding
 from noetherflow.monitor.log import RunLog, plain
-from noetherflow.monitor.noted import NotedLosses
+from noetherflow.monitor.noted import NotedLosses, NotedRates
 
 Sink = Callable[[Mapping[str, Any]], None]
 
@@ -78,10 +78,13 @@ class Journal:
         before, self._flags[what] = self._flags.get(what, False), now
         return now and not before
 
-    def end(self, step: int, losses: NotedLosses | None = None) -> None:
-        """Note how many steps were made when the ledger was closed, and the losses of those after the last recorded."""
+    def end(self, step: int, losses: NotedLosses | None = None, rates: NotedRates | None = None) -> None:
+        """Note how many steps were made when the ledger was closed, and losses and rates of those after the last
+        recorded.
+        """
         if self.begins("ended", True):
-            self._add({"kind": "end", "step": step} | ({} if losses is None else {"losses": plain(losses.line())}))
+            told = {name: plain(x.line()) for name, x in (("losses", losses), ("rates", rates)) if x is not None}
+            self._add({"kind": "end", "step": step, **told})
 
     def write(self) -> None:
         """Hand the rows that wait to the operating system; where that fails they wait on, and a warning says so."""

@@ -14,6 +14,7 @@ from torch import nn
 import noetherflow as nf
 from noetherflow.core.printing import count, show, table
 from noetherflow.core.ranks import ending_together, told_by_all
+from noetherflow.core.schedule import Schedule
 from noetherflow.core.shown import Shown
 from noetherflow.core.tensors import refuse_narrow, tensors_of
 from noetherflow.core.unwrap import unwrap_optimizer
@@ -318,17 +319,20 @@ class Ledger(Shown):
         path = self.log_path
         if path is not None and path.exists():
             found = RunData.of(read_lines(path), str(path.parent))
-            return replace(found, steps_made=self.step, since=self._recorder.losses_since)
+            return replace(found, steps_made=self.step, **self._since())
         header, _ = self._recorder.header(0)
         found = RunData.of([*self._recorder.books.as_log(header), *self.events], "the ledger")
-        return replace(found, steps_made=self.step, dropped=self.dropped, since=self._recorder.losses_since)
+        return replace(found, steps_made=self.step, dropped=self.dropped, **self._since())
 
-    def diagnose(self, steps: int | None = None) -> Diagnosis:
-        """What the run so far says in plain words (`docs/diagnosis.md`); `steps` of the whole run, where it goes on.
+    def _since(self) -> dict[str, Any]:
+        """Losses and learning rates after the last recorded step, as RunData keeps them."""
+        return {"since": self._recorder.losses_since, "rates_since": self._recorder.rates_since}
 
-        Raises DataError before the first step.
+    def diagnose(self, steps: int | None = None, schedule: Schedule | None = None) -> Diagnosis:
+        """What the run so far says in plain words (`docs/diagnosis.md`); where it goes on, `steps` of the whole run and
+        the `schedule` of its learning rate, as `diagnose_run` takes them. Raises DataError before the first step.
         """
-        return nf.diagnose_run(self.run_data(), steps)
+        return nf.diagnose_run(self.run_data(), steps, schedule)
 
     # -- state and hooks ----------------------------------------------------------------------------------------------
 

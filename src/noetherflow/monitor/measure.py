@@ -48,7 +48,8 @@ class Measurement:
     """One recorded step. `values`: inner products; `weight_square` and `weight_square_after` are its charges.
 
     A value stays a tensor on the weights' device until the books are closed; on a CPU totals are plain numbers.
-    `losses`: those of the steps since the recorded one before, and its own.
+    `losses`: those of the steps since the recorded one before, and its own, at the steps `losses_at`; `rates`: the
+    learning rates of all these steps.
     `settings`: what the optimiser did with each parameter. `blocks`, `roots`, `matrix_charges`, `layers`: for the
     estimates, empty where none are due. `edited`: somebody wrote to a watched weight since the step before.
     """
@@ -59,6 +60,8 @@ class Measurement:
     values: Rows = field(default_factory=dict)
     loss: Any = None
     losses: Sequence[float | Tensor] = ()
+    losses_at: Sequence[int] = ()
+    rates: Sequence[float] = ()
     blocks: Rows = field(default_factory=dict)
     roots: Rows = field(default_factory=dict)
     matrix_charges: Sequence[Value] = ()

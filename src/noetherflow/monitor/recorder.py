@@ -26,7 +26,7 @@ from noetherflow.monitor.journal import Journal, Sink
 from noetherflow.monitor.layers import LayerProbe
 from noetherflow.monitor.log import FORMAT
 from noetherflow.monitor.measure import Measurement, StepMeter, StepTable, one_number
-from noetherflow.monitor.noted import NotedLosses
+from noetherflow.monitor.noted import NotedLosses, NotedRates
 from noetherflow.monitor.pace import DeviceClock, Pace
 from noetherflow.monitor.rule import AnyRule
 from noetherflow.monitor.watching import group_settings, parameters_of
@@ -59,9 +59,12 @@ class Recording:
 
 @dataclass
 class _Open:
-    """What is known of a step between `before` and `after`; `written` counts writes to the weights so far."""
+    """What is known of a step between `before` and `after`; `written` counts writes to the weights so far,
+    `rate` is its learning rate, NaN where only a device knows it.
+    """
 
     written: int
+    rate: float
     measurement: Measurement | None = None
     stepped: bool = False
     found_inf: Any = None
@@ -94,6 +97,8 @@ class StepRecorder:
         self._open: _Open | None = None
         self._loss: float | Tensor | None = None
         self._losses: list[float | Tensor] = []
+        self._losses_at: list[int] = []
+        self._rates: list[float] = []
         self._latest: StepTable | None = None
         self._left_at = 0
         self.watch(syms)
@@ -144,7 +149,7 @@ class StepRecorder:
         with self.whole():
             if self._open is not None:
                 self.event("skipped")
-            self._open = _Open(self._written())
+            self._open = _Open(self._written(), self._rate())
             if self.step % self.pace.every == 0:
                 self._clock.start()
                 self._open.measurement = m = self.meter.before(self.step)
@@ -221,6 +226,8 @@ class StepRecorder:
         """Count a step that is made, measure it, and have its measurement wait for the books."""
         if self._loss is not None:
             self._losses.append(self._loss)
+            self._losses_at.append(self.step)
+        self._rates.append(now.rate)
         if now.measurement is not None:
             self._clock.start()
             self.meter.after(now.measurement)
@@ -228,7 +235,8 @@ class StepRecorder:
             if self.pace.every > 1:
                 self.meter.forget()
             now.measurement.loss, now.measurement.losses = self._loss, self._losses
-            self._losses = []
+            now.measurement.losses_at, now.measurement.rates = self._losses_at, self._rates
+            self._losses, self._losses_at, self._rates = [], [], []
             self._pending.append(now.measurement)
             self._latest = now.measurement.settings
         self._open, self._loss = None, None
@@ -245,6 +253,11 @@ class StepRecorder:
     def _written(self) -> int:
         """How often the watched weights were written in place; 0 where they are sharded and not to be interrupted."""
         return 0 if self.meter.sharded else sum(p._version for p in self.meter.watched.values())
+
+    def _rate(self) -> float:
+        """The learning rate of the first group, NaN where reading it would wait for a device."""
+        rate = self.optimizer.param_groups[0].get("lr", math.nan)
+        return math.nan if isinstance(rate, Tensor) and rate.device.type != "cpu" else float(rate)
 
     def note(self, loss: Any) -> None:
         """Keep the loss of the step under way. Raises DataError when it is not one number."""
@@ -285,12 +298,17 @@ class StepRecorder:
             now = Measurement(self.step, math.nan, settings, blocks=weights)
             self._read_state(now, estimator.layout)
             self.books.estimate_end(now, self._probe.weights(), self.journal)
-        self.journal.end(self.step, self.losses_since)
+        self.journal.end(self.step, self.losses_since, self.rates_since)
 
     @property
     def losses_since(self) -> NotedLosses | None:
         """The losses noted since the last recorded step; None without any."""
-        return NotedLosses.of(self._losses) if self._losses else None
+        return NotedLosses.of(self._losses, self._losses_at) if self._losses else None
+
+    @property
+    def rates_since(self) -> NotedRates | None:
+        """The learning rates of the steps since the last recorded one; None without any."""
+        return NotedRates.of(self._rates, self.step - 1) if self._rates else None
 
     def bring_up_to_date(self) -> None:
         """Close the books before they are read, which one of several sharded processes cannot do alone.
@@ -313,7 +331,8 @@ class StepRecorder:
 
     def forget(self) -> None:
         """Drop what is measured and not in the books: after a crash, or when the run goes on from elsewhere."""
-        self._pending, self._open, self._losses = [], None, []
+        self._pending, self._open = [], None
+        self._losses, self._losses_at, self._rates = [], [], []
 
     @property
     def momentum(self) -> float:

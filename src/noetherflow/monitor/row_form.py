@@ -32,8 +32,8 @@ def wrong_form(row: dict[str, Any], header: Mapping[str, Any]) -> str:
         whole = whole and isinstance(beside, dict)
         whole = whole and all(_is_row(v, len(header["families"])) for v in beside.values())
         whole = whole and isinstance(row.get("lr"), NUMBERS) and isinstance(row.get("loss"), NUMBERS)
-        noted = row.get("losses", {})
-        whole = whole and isinstance(noted, dict) and all(isinstance(v, NUMBERS) for v in noted.values())
+        for noted in (row.get("losses", {}), row.get("rates", {})):
+            whole = whole and isinstance(noted, dict) and all(isinstance(v, NUMBERS) for v in noted.values())
         return "" if whole else "a step without the numbers of its families"
     if kind == "estimates":
         columns = row.get("symmetry")

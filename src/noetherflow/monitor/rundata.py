@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 from noetherflow.core.printing import count
 from noetherflow.errors import DataError
@@ -19,13 +18,10 @@ from noetherflow.monitor.estimates import HEAD
 from noetherflow.monitor.growing import GrowingTable
 from noetherflow.monitor.head_rows import heads_of_header
 from noetherflow.monitor.log import LOG_NAME, parse_line, read_log, steps_told, unreadable
-from noetherflow.monitor.noted import COLUMNS, NotedLosses, noted_row
+from noetherflow.monitor.noted import COLUMNS, HIGHEST_AT, RATES, NotedLosses, NotedRates, noted_row, rates_row
 from noetherflow.monitor.row_form import wrong_form
+from noetherflow.monitor.spikes import SPIKE, loss_ratios, starts, times_usual
 
-SPIKE = 10.0
-USUAL = 0.9
-WINDOW = 50
-CHUNK = 8192
 MOST = 10_000
 """Events of one kind that are kept of a log; the others are counted."""
 
@@ -47,8 +43,9 @@ class RunData:
     `steps_made` steps were made since the run's first (step 0), recorded or not. A log tells those after the last
     recorded one when its ledger was closed or saved; where a run ended otherwise, or goes on, they are not counted.
 
-    `noted` `[T, 5]` are the columns of `NotedLosses`: what the losses of the steps since the recorded one before were,
-    as far as they were noted; `since` those after the last recorded step.
+    `noted` `[T, 7]` are the columns of `NotedLosses`: what the losses of the steps since the recorded one before were,
+    as far as they were noted; `since` those after the last recorded step. `rates` `[T, 4]` and `rates_since` are the
+    same of `NotedRates`, NaN where a row stands for its own step alone or the log is of an earlier version.
 
     `dropped` recorded steps before these are missing, because a ledger without a log keeps the last ones only.
     """
@@ -69,6 +66,8 @@ class RunData:
     dropped: int = 0
     noted: np.ndarray = field(default_factory=lambda: np.zeros((0, len(COLUMNS))))
     since: NotedLosses | None = None
+    rates: np.ndarray = field(default_factory=lambda: np.zeros((0, len(RATES))))
+    rates_since: NotedRates | None = None
     head: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
@@ -138,30 +137,40 @@ class RunData:
         return dict(sorted(present.items(), key=lambda item: -abs(item[1])))
 
     def spikes(self) -> list[dict[str, Any]]:
-        """Recorded steps whose charge change, or loss above its level, is `SPIKE` times the 90 % quantile before them.
+        """Recorded steps whose charge change, and noted losses whose height above their level, is `SPIKE` times
+        the 90 % quantile before them.
 
-        What follows within `WINDOW` recorded steps belongs to the same spike.
+        What follows within 50 recorded steps belongs to the same spike.
         """
         found = [
-            {
-                "kind": "event",
-                "step": int(self.steps[t]),
-                "event": "spike",
-                "where": name,
-                "times_usual": float(ratio[t]),
-            }
+            _spike(int(self.steps[t]), name, float(ratio[t]))
             for name, ratio in self._ratios()
-            for t in _starts(ratio > SPIKE)
+            for t in starts(ratio > SPIKE)
         ]
-        return sorted(found, key=lambda e: e["step"])
+        return sorted([*found, *self._loss_spikes()], key=lambda e: e["step"])
 
     def _ratios(self) -> list[tuple[str, np.ndarray]]:
         size = np.abs(self.family["change"])
-        out = [(f"charge of {name}", _times_usual(size[:, i])) for i, name in enumerate(self.families)]
-        if np.isfinite(self.loss).any():
-            level = _before(self.loss, 0.5)
-            out.append(("loss", _times_usual(np.maximum(self.loss - level, 0), np.abs(self.loss - level))))
-        return out
+        return [(f"charge of {name}", times_usual(size[:, i])) for i, name in enumerate(self.families)]
+
+    def _loss_spikes(self) -> list[dict[str, Any]]:
+        """Losses far above their level, of all steps that were noted; see `loss_ratios`."""
+        nothing = np.zeros(len(self.loss))
+        alone = np.stack([nothing + 1, self.loss, nothing, self.loss, self.loss, self.steps, nothing], axis=1)
+        several = self.noted[:, :1] > 1 if len(self.noted) else np.zeros((len(alone), 1), dtype=bool)
+        rows, at = np.where(several, self.noted if len(self.noted) else alone, alone), self.steps
+        if self.since is not None:
+            rows = np.vstack([rows, [list(self.since.line().values())]])
+            at = np.append(at, self.steps_made - 1)
+        if not np.isfinite(rows[:, 1]).any():
+            return []
+        ratio = loss_ratios(rows)
+        steps = np.where(np.isfinite(rows[:, HIGHEST_AT]), rows[:, HIGHEST_AT], at).astype(int)
+        return [_spike(int(steps[t]), "loss", float(ratio[t])) for t in starts(ratio > SPIKE)]
+
+
+def _spike(step: int, where: str, times: float) -> dict[str, Any]:
+    return {"kind": "event", "step": step, "event": "spike", "where": where, "times_usual": times}
 
 
 def strides_of(steps: np.ndarray) -> np.ndarray:
@@ -206,6 +215,7 @@ class _Rows:
         self._counts: Counter[str] = Counter()
         self._last, self._made = -1, 0
         self._since: NotedLosses | None = None
+        self._rates_since: NotedRates | None = None
         self._expected: int | None = None
 
     def add(self, row: dict[str, Any], number: int = 0) -> None:
@@ -226,9 +236,11 @@ class _Rows:
             beside |= {f"{HEAD}{k}": v for k, v in row.get("head", {}).items()}
             if not self._estimates.has(row["step"]):
                 self._estimates.add({"step": row["step"], **row["symmetry"], **beside})
-        elif row["kind"] == "end" and isinstance(row.get("losses"), dict):
-            told = noted_row(row)
-            self._since = NotedLosses(int(told[0]), *told[1:]) if np.isfinite(told).all() else None
+        elif row["kind"] == "end":
+            told, rates = noted_row(row), rates_row(row)
+            self._since = NotedLosses(int(told[0]), *told[1:]) if np.isfinite(told[0]) else None
+            whole = bool(np.isfinite(rates).all())
+            self._rates_since = NotedRates(int(rates[0]), rates[1], rates[2], int(rates[3])) if whole else None
         elif row["kind"] == "event":
             unread = row["event"] == "unreadable"
             self._event({**row, "step": max(self._last, 0)} if unread else row)
@@ -286,8 +298,8 @@ class _Rows:
         beside = row.get("preconditioned_family")
         if isinstance(beside, dict):
             family |= {f"preconditioned.{f}": beside.get(f, unknown) for f in PRECONDITIONED_FIELDS}
-        self._since = None
-        noted = {"noted": noted_row(row)}
+        self._since, self._rates_since = None, None
+        noted = {"noted": noted_row(row), "rates": rates_row(row)}
         self._steps.add({"step": step, "lr": row.get("lr"), "loss": row.get("loss"), **noted, **family})
 
     def _gap(self, expected: int, found: int) -> None:
@@ -322,6 +334,8 @@ class _Rows:
             mean_share,
             noted=steps["noted"],
             since=self._since,
+            rates=steps["rates"],
+            rates_since=self._rates_since,
             head=head,
         )
 
@@ -365,33 +379,3 @@ class RunReader:
         if self._lines != before:
             self._data = self._rows.data()
         return self._data
-
-
-def _before(values: np.ndarray, quantile: float) -> np.ndarray:
-    """Quantile (linear) of the finite ones of the `WINDOW` values before each value; NaN at the first ten."""
-    out = np.full(len(values), np.nan)
-    finite = np.where(np.isfinite(values), values, np.nan)
-    windows = sliding_window_view(np.concatenate([np.full(WINDOW, np.nan), finite]), WINDOW)
-    for start in range(10, len(values), CHUNK):
-        rising = np.sort(windows[start : min(start + CHUNK, len(values))], axis=1)
-        last = np.maximum(np.isfinite(rising).sum(axis=1) - 1, 0)
-        place = last * quantile
-        low = place.astype(int)
-        at = np.arange(len(rising))
-        below, above = rising[at, low], rising[at, np.minimum(low + 1, last)]
-        out[start : start + len(rising)] = below + (above - below) * (place - low)
-    return out
-
-
-def _times_usual(values: np.ndarray, usual: np.ndarray | None = None) -> np.ndarray:
-    level = _before(values if usual is None else usual, USUAL)
-    return np.divide(values, level, out=np.zeros(len(values)), where=level > 0)
-
-
-def _starts(flags: np.ndarray) -> list[int]:
-    """Positions that are set and not within `WINDOW` of the last one kept."""
-    kept: list[int] = []
-    for t in np.flatnonzero(flags):
-        if not kept or t - kept[-1] > WINDOW:
-            kept.append(int(t))
-    return kept
