@@ -304,7 +304,7 @@ def test_a_certificate_of_an_approximate_symmetry_does_not_stand_for_a_compariso
     assert certificate.rows[0].verdict == "approximate"
     eq = nf.noise_equilibrium(model, syms, moments, nf.SGDConfig(0.05, 16, weight_decay=1e-3))
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(CertificateError, match=r"more than the tolerance 1\.00e-03"):
+    with pytest.raises(CertificateError, match=r"more than the tolerance 3\.91e-03"):
         nf.balance_(model, eq, certificate=certificate)
     forgetful = dataclasses.replace(eq, symmetries=dataclasses.replace(eq.symmetries, example_inputs=None))
     with pytest.raises(CertificateError, match="approximate: outputs change by as much as it is moved"):

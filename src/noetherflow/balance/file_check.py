@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from noetherflow.balance.check import OutputCheck, too_much
+from noetherflow.balance.check import OutputCheck
 from noetherflow.balance.model import ELSEWHERE
 from noetherflow.balance.motion import Motion
 from noetherflow.balance.pieces import leg_gram_of, move_in_place
 from noetherflow.balance.stored import RenamedTensors
 from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.result import Equilibrium
-from noetherflow.errors import CertificateError, CheckpointError, DataError
+from noetherflow.errors import CheckpointError, DataError
 
 
 def refuse_other_weights(model: nn.Module, weights: RenamedTensors, where: Path) -> None:
@@ -85,12 +85,8 @@ def checked_change(
     if before is None:
         return None
     with _moved_model(tensors, motion, weights):
-        change = before.change(model)
-    kinds = [*(t.dtype for t in tensors.values()), *(weights[n].dtype for n in motion.by_parameter)]
-    limit = check.limit([*(d for d in kinds if d.is_floating_point), *before.precisions], motion.symmetries)
-    if not change <= limit:
-        raise CertificateError(too_much(change, limit, motion.symmetries))
-    return change
+        kinds = [*(t.dtype for t in tensors.values()), *(weights[n].dtype for n in motion.by_parameter)]
+        return check.kept(before, model, [d for d in kinds if d.is_floating_point], motion)
 
 
 @contextmanager
