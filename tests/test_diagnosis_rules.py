@@ -172,7 +172,7 @@ class TestNorms:
     def test_trends_name_the_fastest(self):
         found = one(norms.next_step([NormTrend("slow", 1.0, 0.001), NormTrend("fast", 1.0, 0.1)]))
         assert "very next step only" in found.title
-        assert found.title.index("fast`") < found.title.index("slow`")
+        assert "2 of 2 weights grow (norm per step): growing by 2.5 % in the median, fastest `fast` 5 %." in found.title
         assert "no weight" in one(norms.next_step([NormTrend("slow", 1.0, -0.1)])).title
         assert found.severity == "good"
         assert one(norms.next_step([NormTrend("wild", 1.0, 20.0)])).severity == "watch"
@@ -194,16 +194,50 @@ class TestNorms:
 
     def test_the_first_steps_of_adam_have_names_and_no_pace(self):
         found = one(norms.first_steps([NormTrend("a.weight", 1.0, 0.1), NormTrend("b.weight", 1.0, -0.1)]))
-        assert found.title == "In the first steps 1 of 2 weights grows: `a.weight`."
+        assert found.title == "In the first steps 1 of 2 weights grows and 1 shrinks, for its size most `a.weight`."
         assert "%" not in found.title
-        assert one(norms.first_steps([NormTrend("b", 1.0, -0.1)])).title == "In the first steps 0 of 1 weights grow."
+        falling = one(norms.first_steps([NormTrend("b", 1.0, -0.1)]))
+        assert falling.title == "In the first steps 0 of 1 weights grow and 1 shrinks."
 
-    def test_all_growing_weights_are_named(self):
+    def test_growth_is_counted_with_its_median_and_the_fastest(self):
         layers = [NormTrend(f"layers.{i}.q.weight", 1.0, 0.01) for i in range(12)]
         found = one(norms.next_step([*layers, NormTrend("head.weight", 1.0, 0.02), NormTrend("rest", 1.0, -1.0)]))
-        assert "13 of 14 weights grow" in found.title
-        assert "in all `head.weight`, `layers.0-11.q.weight`" in found.title
+        assert "13 of 14 weights grow and 1 shrinks (norm per step)" in found.title
+        assert found.title.endswith("growing by 0.5 % in the median, fastest `head.weight` 1 %; `rest` 50 %.")
         assert len(found.where) == 13
+
+    @pytest.mark.parametrize("number", [2, 7, 40])
+    def test_no_finding_on_norms_lists_more_than_three_names(self, number):
+        """Each tells how many norms grow and shrink, by how much in the median, and which one most."""
+        rng = np.random.default_rng(0)
+        names = [f"part{chr(97 + i % 26)}{i}.weight" for i in range(number)]
+        changes, ends = rng.normal(size=number), np.exp(rng.normal(size=number))
+        trends = [NormTrend(n, 1.0, c, settles=e) for n, c, e in zip(names, changes, ends, strict=True)]
+        past = [NormHistory(n, e**2, 1 / e, 300.0, 100.0) for n, e in zip(names, ends, strict=True)]
+        found = [norms.first_steps(trends), norms.next_step(trends, True), norms.norms_to_come(trends)]
+        for finding in (*found, norms.grown_layers(past)):
+            assert 1 <= one(finding).title.count("`") / 2 <= 3
+        up, down = ends[ends > 1], ends[ends < 1]
+        title = one(norms.grown_layers(past)).title
+        assert f"{len(up)} of {number} layers grew in 300 steps (from step 100 to 400)" in title
+        assert f"`{names[int(np.argmax(ends))]}` {plain(ends.max(), 3)} times" in title
+        assert f"; {len(down)} shrank: " in title or not len(down)
+        if len(up) > 1:
+            assert f"{plain(np.median(up), 3)} times in the median" in title
+        if len(down) > 1:
+            assert f"to {plain(np.median(down), 3)} times in the median, most `{names[int(np.argmin(ends))]}`" in title
+
+    def test_norms_that_go_the_other_way_are_counted_apart(self):
+        facts = [
+            NormHistory("a", 9.0, 1 / 9, 500.0),
+            NormHistory("b", 4.0, 1 / 4, 500.0),
+            NormHistory("c", 0.2, 5.0, 500.0),
+        ]
+        title = one(norms.norms_so_far(facts, STALLED, 3)).title
+        assert title.startswith("2 of 3 scale-invariant weights grew")
+        assert title.endswith(
+            "In the median their norms are 2.5 times what they were. 1 shrank enough to change theirs twofold."
+        )
 
     def test_numbers_are_written_out(self):
         found = one(norms.next_step([NormTrend("wild", 1.0, 9.86)]))

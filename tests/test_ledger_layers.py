@@ -160,7 +160,8 @@ class TestRule:
     def test_a_layer_that_grew_tenfold_is_named(self) -> None:
         (found,) = norms.grown_layers([self.history(91.0), self.history(1.2, "embed"), self.history(0.9, "norm")])
         assert found.severity == "watch"
-        assert "2 of 3 layers grew in 350 steps, most: `lm_head` 91 times, `embed` 1.2 times" in found.title
+        assert "2 of 3 layers grew in 350 steps (from step 0 to 350): 46.1 times in the median, most" in found.title
+        assert found.title.endswith("most `lm_head` 91 times; 1 shrank: `norm` to 0.9 times.")
         assert found.where == ("lm_head",)
 
     def test_usual_growth_is_said_and_nothing_to_do(self) -> None:

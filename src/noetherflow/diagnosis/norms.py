@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import median
 
 from noetherflow.core.members import compressed
 from noetherflow.core.printing import count
@@ -28,7 +29,7 @@ from noetherflow.diagnosis.finding import (
 
 HALVED, TENTH = 2.0, 10.0
 TRENDS = 3
-NAMED = 12
+NAMED = 3
 DOUBLES = 1.0
 MOVES = 1.01
 HIDDEN = "scale-invariant weight", "scale-invariant weights"
@@ -68,7 +69,8 @@ def norm_growth(facts: Sequence[ScaleInvariantNorm], steps: float) -> list[Findi
         return [calm("norm-growth", "norms", title, _sure(worst), numbers)]
     over = [f for f in facts if _size(f, steps) >= HALVED]
     grown = worst.norm_factor(at) ** 0.5
-    title = f"{len(over)} of {number} {_verb(len(over), change)}: the norm of `{worst.name}` becomes about "
+    same = [f for f in over if (f.learning_rate_factor(f.farthest(steps)) < 1) == (change < 1)]
+    title = f"{len(same)} of {number} {_verb(len(same), change)}: the norm of `{worst.name}` becomes about "
     title += f"{plain(grown)} times as large in {in_steps(at)}"
     title += f" ({_range(grown)})" if grown > 1 else ""
     title += f", its effective learning rate {plain(change)} times today's"
@@ -183,9 +185,18 @@ def norms_so_far(facts: Sequence[NormHistory], course: LossCourse, watched: int)
     severity: Severity = "act" if size >= TENTH and slowed else "watch"
     changed = "grew" if worst.norm_factor > 1 else "shrank"
     grown = worst.norm_factor**0.5
-    title = f"{len(over)} of {number} {changed}: the norm of `{worst.name}` is {plain(grown)} times what it was "
+    same = [f for f in known if f.name in over and (f.norm_factor > 1) == (worst.norm_factor > 1)]
+    title = f"{len(same)} of {number} {changed}: the norm of `{worst.name}` is {plain(grown)} times what it was "
     title += f"{in_steps(worst.steps)} before ({worst.span}), its effective learning rate {plain(worst.rate_factor)} "
     title += "times, schedule apart."
+    if len(same) > 1:
+        title += (
+            f" In the median their norms are {plain(median(f.norm_factor**0.5 for f in same))} times what they were."
+        )
+    if len(over) > len(same):
+        title += (
+            f" {len(over) - len(same)} {'shrank' if worst.norm_factor > 1 else 'grew'} enough to change theirs twofold."
+        )
     means = _means(larger=worst.rate_factor < 1)
     if worst.falls:
         title += f" It was largest at step {worst.peak_step:,.0f} ({plain(worst.peak**0.5)} times), and falls since."
@@ -226,7 +237,7 @@ def norms_to_come(facts: Sequence[NormTrend], moving: bool = False) -> list[Find
     if not known:
         return []
     grown, less = ([f for f in known if f.settles**sign >= MOVES] for sign in (1, -1))
-    parts = [_moved(grown[:TRENDS], len(grown), "up"), _moved(less[::-1][:TRENDS], len(less), "down")]
+    parts = [_moved(grown, "up"), _moved(less[::-1], "down")]
     title = "Gradient noise and decay, the function held fixed, "
     title += f"take norms {'; '.join(p for p in parts if p)}." if any(parts) else "leave all norms as they are."
     numbers = tuple(Evidence(f"norm of {f.name} at the noise equilibrium over now", f.settles) for f in known)
@@ -234,20 +245,28 @@ def norms_to_come(facts: Sequence[NormTrend], moving: bool = False) -> list[Find
     return [calm("norms-to-come", "norms", title, sure, numbers)]
 
 
-def _moved(shown: Sequence[NormTrend], number: int, where: str) -> str:
-    listed = ", ".join(f"`{f.name}` to {plain(f.settles)} times" for f in shown)
-    return f"{where}: {listed}{f' and {number - len(shown)} more' if number > len(shown) else ''}" if shown else ""
+def _moved(facts: Sequence[NormTrend], where: str) -> str:
+    """How many norms go this way, how far in the median, and which of them farthest, the first."""
+    if not facts:
+        return ""
+    most = f"`{facts[0].name}` to {plain(facts[0].settles)} times"
+    if len(facts) == 1:
+        return f"{where}: {most}"
+    middle = median(f.settles for f in facts)
+    return f"{where}: {len(facts)} norms, to {plain(middle)} times in the median, most {most}"
 
 
 def first_steps(facts: Sequence[NormTrend]) -> list[Finding]:
     """Which norms the first steps of a fresh Adam make larger: how fast is not told, since rows of an embedding that a
     batch does not meet stand still, and later steps depend on the state.
     """
-    rising = [f.name for f in facts if f.change > 0 and f.norm_square > 0]
-    title = f"In the first steps {_of(len(rising), len(facts))}"
-    title += f": {_all_of(rising)}." if rising else "."
-    sure = "the direction alone, by the present gradients: many of these turn within a few steps"
-    return [Finding("fastest-norms", "norms", "good", title, "", NOTHING, sure, (), tuple(rising))]
+    rising, falling = _by_direction(facts)
+    title = f"In the first steps {_of(len(rising), len(facts))}{_and_shrink(len(falling))}"
+    title += f", for its size most `{rising[0].name}`." if rising else "."
+    sure = "the direction alone, by the present gradients: many of these turn within a few steps; how far norms get is "
+    sure += "measured in training, ledger.diagnose()"
+    names = tuple(f.name for f in facts if f.change > 0 and f.norm_square > 0)
+    return [Finding("fastest-norms", "norms", "good", title, "", NOTHING, sure, (), names)]
 
 
 def next_step(facts: Sequence[NormTrend], moving: bool = False, momentum: bool = False) -> list[Finding]:
@@ -258,14 +277,13 @@ def next_step(facts: Sequence[NormTrend], moving: bool = False, momentum: bool =
     step is to watch; below, the loss guides these norms. That of a nearly zero weight is no news.
     """
     when = "Once the momentum buffer is full, at the present gradients," if momentum else "In the very next step only,"
-    rising = sorted((f for f in facts if f.change > 0 and f.norm_square > 0), key=lambda f: -f.change / f.norm_square)
+    rising, falling = _by_direction(facts)
     sure = "the present gradients alone: many of these turn within a few steps"
     if not rising:
         return [calm("fastest-norms", "norms", f"{when} no weight's norm grows in a step.", sure)]
     shown = rising[:TRENDS]
-    listed = ", ".join(f"`{f.name}` {plain(50 * f.change / f.norm_square)} %" for f in shown)
-    title = f"{when} {_of(len(rising), len(facts))} (norm per step), fastest {listed}"
-    title += f"; in all {_all_of([f.name for f in rising])}." if len(rising) > len(shown) else "."
+    title = f"{when} {_of(len(rising), len(facts))}{_and_shrink(len(falling))} (norm per step): "
+    title += f"{_paces(rising, 'growing')}{'; ' + _paces(falling, 'shrinking') if falling else ''}."
     turning = [] if moving else [f.name for f in rising if 0 < f.settles <= 1 / MOVES]
     if turning:
         title += f" Noise then shrinks {_all_of(turning)}."
@@ -283,15 +301,40 @@ def next_step(facts: Sequence[NormTrend], moving: bool = False, momentum: bool =
     return [Finding("fastest-norms", "norms", "good", title, "", NOTHING, sure, numbers, names)]
 
 
+def _by_direction(facts: Sequence[NormTrend]) -> tuple[list[NormTrend], list[NormTrend]]:
+    """The weights whose norms grow and those whose norms shrink, for their size the fastest first."""
+    moving = sorted((f for f in facts if f.norm_square > 0), key=lambda f: -abs(f.change) / f.norm_square)
+    return [f for f in moving if f.change > 0], [f for f in moving if f.change < 0]
+
+
+def _paces(facts: Sequence[NormTrend], which: str) -> str:
+    """How fast norms change in the median, and which of them fastest, the first; in percent of the norm per step."""
+    paces = [50 * abs(f.change) / f.norm_square for f in facts]
+    fastest = f"`{facts[0].name}` {plain(paces[0])} %"
+    return f"{which} by {plain(median(paces))} % in the median, fastest {fastest}" if len(facts) > 1 else fastest
+
+
+def _and_shrink(number: int) -> str:
+    return f" and {number} {'shrinks' if number == 1 else 'shrink'}" if number else ""
+
+
 def _of(some: int, number: int) -> str:
     return f"{some} of {number} weights {'grows' if some == 1 else 'grow'}"
 
 
 def _all_of(names: Sequence[str]) -> str:
-    """All names in few words, each layer index as a range: `layers.0-3.mlp`."""
+    """A few names, each layer index as a range, `layers.0-3.mlp`, and how many more kinds there are."""
     short = compressed(names)
-    more = f" and {len(short) - NAMED} more kinds" if len(short) > NAMED else ""
+    more = f" and {count(len(short) - NAMED, 'more kind', 'more kinds')}" if len(short) > NAMED else ""
     return ", ".join(f"`{name}`" for name in short[:NAMED]) + more
+
+
+def _factors(facts: Sequence[NormHistory], to: str) -> str:
+    """How many times as large norms are in the median, and which of them changed most, the first."""
+    most = f"`{facts[0].name}` {to}{plain(facts[0].norm_factor ** 0.5, 3)} times"
+    if len(facts) == 1:
+        return most
+    return f"{to}{plain(median(f.norm_factor**0.5 for f in facts), 3)} times in the median, most {most}"
 
 
 def grown_layers(facts: Sequence[NormHistory]) -> list[Finding]:
@@ -304,8 +347,9 @@ def grown_layers(facts: Sequence[NormHistory]) -> list[Finding]:
         return []
     ranked = sorted(facts, key=lambda f: -f.norm_factor)
     grown = [f for f in ranked if f.norm_factor > 1]
-    listed = ", ".join(f"`{f.name}` {plain(f.norm_factor**0.5, 3)} times{_way(f)}" for f in grown[:TRENDS])
-    steps = in_steps(max(f.steps for f in facts))
+    shrunk = [f for f in ranked[::-1] if f.norm_factor < 1]
+    longest = max(facts, key=lambda f: f.steps)
+    steps = in_steps(longest.steps)
     numbers = tuple(Evidence(f"norm of {f.name}, now over then", f.norm_factor**0.5) for f in grown[:TRENDS])
     if not grown:
         title = f"No layer's norm grew in {steps}."
@@ -314,7 +358,9 @@ def grown_layers(facts: Sequence[NormHistory]) -> list[Finding]:
             title = f"No layer's norm is larger than {steps} before; but `{highest.name}` was "
             title += f"{plain(highest.peak**0.5)} times as large at step {highest.peak_step:,.0f}."
         return [calm("grown-layers", "norms", title, "measured")]
-    title = f"The norms of {len(grown)} of {count(len(facts), 'layer', 'layers')} grew in {steps}, most: {listed}."
+    title = f"The norms of {len(grown)} of {count(len(facts), 'layer', 'layers')} grew in {steps} ({longest.span}): "
+    title += f"{_factors(grown, '')}{_way(grown[0])}"
+    title += f"; {len(shrunk)} shrank: {_factors(shrunk, 'to ')}." if shrunk else "."
     over = tuple(f.name for f in grown if f.norm_factor**0.5 >= TENTH)
     if not over:
         return [calm("grown-layers", "norms", title, "measured", numbers)]
