@@ -22,7 +22,7 @@ CONFIGS = {
     "Adam": nf.AdamConfig(0.02, 4, betas=(0.5, 0.99), eps=0.0, weight_decay=0.05),
     "eps": nf.AdamConfig(0.02, 4, betas=(0.5, 0.99), eps=0.2, weight_decay=0.05),
     "groups": nf.AdamConfig(0.02, 4, betas=(0.5, 0.99), weight_decay=0.05, groups=SLOWER_BIAS),
-    "coupled": nf.AdamConfig(0.02, 4, weight_decay=0.05, decoupled=False),
+    "coupled": nf.AdamConfig(0.02, 4, betas=(0.5, 0.99), weight_decay=0.05, decoupled=False),
     "Lion": nf.LionConfig(0.001, 4),
     "SGD": nf.SGDConfig(0.02, 4, weight_decay=0.05, groups=SLOWER_BIAS),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -211,7 +212,7 @@ def analyze(
     warmup: int | None = None,
     schedule: Schedule | None = None,
     batch_size: int | None = None,
-    samples: int = SAMPLES,
+    samples: int | None = None,
     curvature: bool | None = None,
     approximate: bool = True,
     progress: Callable[[str], None] | None = None,
@@ -235,7 +236,7 @@ def analyze(
         warmup: steps of warmup planned, for the diagnosis.
         schedule: of the learning rate over these steps, as in `diagnose`; the flow is that at its largest rate.
         batch_size: samples per optimiser step, where it is not the loader's (accumulation, several devices).
-        samples: how many to take from a loader.
+        samples: how many to take from a loader; by default 2,048, and as many as tell the mean gradient from noise.
         curvature: measure sharpness; by default up to two million trainable entries.
         approximate: False leaves those symmetries in place that a normalisation's eps makes approximate.
         progress: hears each stage; by default standard error does, from the third second on.
@@ -251,7 +252,8 @@ def analyze(
     ahead = _steps_ahead(batches, steps, warmup)
     optimizer, course = at_peak(sgd, schedule, ahead)
     settings = settings_of(optimizer, batches, batch_size, model)
-    data = batches_of(batches, samples, _replicates(settings) if uses_batch_statistics(model.modules()) else 1)
+    wanted = max(SAMPLES, math.ceil(_told_apart(settings))) if samples is None else samples
+    data = batches_of(batches, wanted, _replicates(settings) if uses_batch_statistics(model.modules()) else 1)
     loss = chosen_loss(loss_fn, model, data[0])
     inputs = inputs_of(data[0]) if example_inputs is None else example_inputs
     scales = not isinstance(settings, SGDConfig) or bool(settings.groups)
@@ -338,8 +340,18 @@ def settings_of(optimizer: Any, batches: Iterable[Any], batch_size: int | None, 
 
 def _replicates(settings: Settings) -> int:
     """How many minibatches tell noise from the mean gradient, which momentum counts `1 / (1 - m)` times as much."""
-    momentum = settings.momentum if isinstance(settings, SGDConfig) else settings.betas[0]
-    return min(MOST_REPLICATES, round(REPLICATES / (1 - momentum)))
+    return min(MOST_REPLICATES, round(REPLICATES / (1 - _memory(settings))))
+
+
+def _told_apart(settings: Settings) -> float:
+    """The samples from which on an equilibrium is not refused: `(1 + m) / (1 - m)` minibatches."""
+    memory = _memory(settings)
+    return (1 + memory) / (1 - memory) * settings.batch_size
+
+
+def _memory(settings: Settings) -> float:
+    """The share of its average gradient that an optimiser keeps from step to step."""
+    return settings.momentum if isinstance(settings, SGDConfig) else settings.betas[0]
 
 
 def _steps_ahead(batches: Iterable[Any], steps: int | None, warmup: int | None) -> int:

@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from noetherflow.core.optimizers import Settings
+from noetherflow.core.settings import SGDConfig
 from noetherflow.core.tensors import tensors_of
 from noetherflow.diagnosis.examined import Examined, named
 from noetherflow.diagnosis.facts import SMALL, LayerBalance, PartActivity
+from noetherflow.equilibrium.charge_flow import ChargeFlow
 from noetherflow.equilibrium.result import Settled
-from noetherflow.moments.result import GradientMoments
 from noetherflow.symmetry.heads import HEADS, heads_in, part_of, scales_of
 from noetherflow.symmetry.symmetry import Symmetry
 
@@ -50,7 +52,7 @@ def balances_of(examined: Examined) -> Iterator[LayerBalance]:
         if symmetry.one_sided:
             continue
         logs = _logs(settled)
-        errors = _log_errors(symmetry, examined.moments, settled)
+        errors = _log_errors(flow, examined.settings)
         each = torch.where(flow.finite & (flow.relaxation_steps > 0), flow.relaxation_steps.double(), torch.nan)
         times = each[each.isfinite()]
         if symmetry.family in HEADS:
@@ -90,22 +92,28 @@ def _by_head(values: Tensor, heads: int) -> Tensor:
     return values.reshape(heads, -1).nanmean(1)
 
 
-def _log_errors(symmetry: Symmetry, moments: GradientMoments, settled: Settled) -> Tensor:
-    """Standard errors of `1/4 log(M_- / M_+)`, the factor that noise asks for, from groups of samples; NaN without."""
-    unknown = torch.full((symmetry.blocks,), math.nan, dtype=torch.float64)
-    if len(moments.groups) < 2:
+def _log_errors(flow: ChargeFlow, settings: Settings) -> Tensor:
+    """Standard errors of the log factors, by that of the flow; NaN where it has none or where nothing settles.
+
+    The equilibrium is where two pulls balance, at `1/4 log(Y / X)` under SGD and `1/2 log(Y / X)` where gradients are
+    divided by their size. The flow is their difference and its `imbalance` the difference over the sum, so that an
+    error of the flow moves the logarithm by twice that error over the sum. Of a matrix the mean over its directions,
+    taken to err together.
+    """
+    unknown = torch.full((len(flow.imbalance),), math.nan, dtype=torch.float64)
+    if flow.error is None:
         return unknown
-    parts = [_log_ratio(symmetry, m.second[symmetry.name]) for m in moments.groups]
-    spread: Tensor = torch.stack(parts).std(0) / len(parts) ** 0.5
-    return torch.where(settled.finite, spread, unknown)
+    error, size = (_size(values) for values in (flow.error, flow.drift))
+    power = 0.25 if isinstance(settings, SGDConfig) else 0.5
+    known = flow.finite & (flow.imbalance > 0) & (size > 0)
+    return torch.where(known, 2 * power * error * flow.imbalance / size, unknown)
 
 
-def _log_ratio(symmetry: Symmetry, second: Sequence[Tensor]) -> Tensor:
-    sides = [torch.zeros(symmetry.blocks, dtype=torch.float64) for _ in range(2)]
-    for leg, gram in zip(symmetry.weight_legs, second, strict=True):
-        own = gram if gram.ndim == 1 else gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-        sides[0 if leg.sign > 0 else 1] += own.double().cpu()
-    return 0.25 * (sides[1] / sides[0]).log()
+def _size(values: Tensor) -> Tensor:
+    """The size of each coordinate of a torus, of each matrix the root of its squared diagonal."""
+    if values.ndim == 1:
+        return values.abs()
+    return torch.linalg.vector_norm(values.diagonal(dim1=-2, dim2=-1), dim=-1)
 
 
 def activities_of(examined: Examined) -> Iterator[PartActivity]:

@@ -41,17 +41,27 @@ def batch_size(fact: BatchRegime) -> list[Finding]:
         advice = f"if samples or time are short, batches of about {least:,} samples: a step of them still makes "
         advice += "nine tenths of this progress; ask again as the noise scale grows"
         return [Finding("batch-size", "batch", "watch", title, means, advice, sure, numbers, weight=math.log(ratio))]
-    found = f"of {show(scale.value)} samples" if math.isfinite(scale.value) else f"too large to measure{_at_least(low)}"
+    found = f"too large to measure{_at_least(low)}"
+    if math.isfinite(scale.value):
+        found = f"of {show(scale.value)} samples{_between(low, high)}"
     if fact.dataset_size and scale.value > fact.dataset_size and math.isfinite(scale.value):
         found += f", more than the {fact.dataset_size:,} of the training set, so that any batch is below it,"
     title = f"Batches of {size:,} against a noise scale {found} at these weights; it grows in training: "
     if ratio > WASTED:
         title += "mean-gradient regime for now, as fresh runs are."
-    elif size < NOISY * scale.value:
+    elif size < NOISY * (scale.value if math.isnan(low) else low):
         title += "noise regime; larger batches would save steps almost in proportion."
+    elif size < NOISY * scale.value:
+        title += "most likely the noise regime, in which larger batches would save steps; more samples would tell."
     else:
         title += "near the best trade between samples and steps."
     return [calm("batch-size", "batch", title, sure, numbers)]
+
+
+def _between(low: float, high: float) -> str:
+    if math.isnan(low):
+        return ""
+    return f" (95 %: {f'above {show(low)}' if math.isinf(high) else f'{show(low)} to {show(high)}'})"
 
 
 def _at_least(low: float) -> str:

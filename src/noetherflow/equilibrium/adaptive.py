@@ -15,7 +15,7 @@ from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.blocks import TorusClasses, classify_torus
 from noetherflow.equilibrium.feedback import SquareFeedback, with_feedback
 from noetherflow.equilibrium.orbit import MeasuredOrbit
-from noetherflow.equilibrium.potential import LegPair
+from noetherflow.equilibrium.potential import LegPair, refuse_too_few
 from noetherflow.equilibrium.regime import Regime
 from noetherflow.equilibrium.result import Equilibrium, Settled
 from noetherflow.equilibrium.roots import (
@@ -81,9 +81,12 @@ def adaptive_equilibrium(
 
     Raises:
         MomentError: entry-wise moments are missing, or errors are wanted of moments without groups.
+        SampleNumberError: too few samples to tell the mean gradient from noise.
 
     Source: theory.md section 13.
     """
+    law = NoiseLaw.of(config)
+    refuse_too_few(moments, config, law.white, law.mean)
     syms = covered(syms, config)
     symmetries, feedback = tuple(syms), options.feedback
     if feedback is not None:

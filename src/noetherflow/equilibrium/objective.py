@@ -14,8 +14,8 @@ from torch import Tensor
 
 from noetherflow.core.arguments import expect
 from noetherflow.core.settings import SGDConfig
-from noetherflow.equilibrium.potential import Drift, Potential, samples_needed
-from noetherflow.errors import DataError, MomentError, SampleNumberError
+from noetherflow.equilibrium.potential import Drift, Potential, refuse_too_few
+from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.activation import ActivationMoments
 from noetherflow.moments.result import GradientMoments
 
@@ -266,22 +266,9 @@ def _noise_and_decay(moments: GradientMoments, sgd: SGDConfig | None) -> Potenti
     """`E[C' - C] = -dPhi/dlam` per SGD step."""
     if sgd is None:
         raise MomentError("a noise equilibrium needs the optimiser settings: pass sgd=SGDConfig(...)")
-    potential = Potential.of(Drift.of(sgd), moments, sgd)
-    if potential.second < 0:
-        unit = "samples" if moments.replicates is None else "minibatches"
-        if not sgd.covariance_factor:
-            raise MomentError(
-                f"batches of {sgd.batch_size} hold all samples, so there is no gradient noise, and no equilibrium of "
-                "it; give the batch size of the training, or all its data"
-            )
-        needed = samples_needed(moments, sgd)
-        raise SampleNumberError(
-            f"moments of {moments.samples} {unit} cannot tell the mean gradient from noise at batch size "
-            f"{sgd.batch_size} and momentum {sgd.momentum:g}; measure at least {needed} {unit}",
-            needed,
-            unit,
-        )
-    return potential
+    drift = Drift.of(sgd)
+    refuse_too_few(moments, sgd, drift.noise, drift.mean)
+    return Potential.of(drift, moments, sgd)
 
 
 def _noise(moments: GradientMoments, sgd: SGDConfig | None) -> Potential:

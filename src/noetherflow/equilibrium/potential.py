@@ -14,11 +14,13 @@ from typing import TypeVar
 import numpy as np
 from torch import Tensor
 
+from noetherflow.core.optimizers import Settings
 from noetherflow.core.settings import SGDConfig
-from noetherflow.errors import DataError
+from noetherflow.errors import DataError, MomentError, SampleNumberError
 from noetherflow.moments.result import GradientMoments
 
 LegPair = tuple[Tensor, Tensor]
+ROUNDING = 1e-12
 Number = TypeVar("Number", float, np.ndarray)
 """One setting, or an array with one per parameter."""
 
@@ -226,14 +228,41 @@ class Potential:
         return self.second * second.double() + self.mean * mean_square.double()
 
 
-def samples_needed(moments: GradientMoments, sgd: SGDConfig) -> int:
-    """The samples (or minibatches) from which on the mean gradient is told from noise at these settings.
+def refuse_too_few(moments: GradientMoments, draws: Settings, noise: float, mean: float) -> None:
+    """Refuse moments of so few samples that what they tell of the noise is the error of the mean gradient.
 
-    The mean gradient of `n` samples is known up to noise `v Sigma`, `v` about `1 / n`. Momentum counts that
-    `mean_rate / noise_rate` times, and where this is more than all the noise of a minibatch, the drift would come out
-    negative. All samples of a data set are always enough, where samples are measured and not minibatches of it.
+    The squared mean gradient of `n` samples is known up to noise `v Sigma`, `v` about `1 / n`. An optimiser with memory
+    counts the mean gradient `mean / noise` times (19 times at a momentum or a b1 of 0.9), and where that is more than
+    all the noise of a minibatch, sums over few entries come out negative or many times too large. All samples of a data
+    set are always enough, where samples are measured and not minibatches of it.
+
+    Args:
+        moments: measured ones.
+        draws: settings of the optimiser.
+        noise: what one unit of minibatch noise adds to a charge per step.
+        mean: what one unit of the squared mean gradient adds.
+
+    Raises:
+        SampleNumberError: too few samples; it names how many it takes.
+        MomentError: a batch holds all samples, so that there is no noise.
+
+    Source: theory.md sections 4 and 13.
     """
-    drift, ((a, _), (c, _)) = Drift.of(sgd), moments.batch_weights(sgd)
-    enough = -drift.mean * c / (drift.noise * a) * moments.samples if a and drift.noise else math.inf
-    there = sgd.dataset_size if moments.replicates is None else None
-    return math.ceil(min(enough, there or math.inf) * (1 - 1e-12))
+    (a, _), (c, _) = moments.batch_weights(draws)
+    if noise * a * (1 + ROUNDING) + mean * c >= 0:
+        return
+    if not draws.covariance_factor:
+        raise MomentError(
+            f"batches of {draws.batch_size} hold all samples, so there is no gradient noise, and no equilibrium of "
+            "it; give the batch size of the training, or all its data"
+        )
+    enough = -mean * c / (noise * a) * moments.samples if a and noise else math.inf
+    unit, there = ("samples", draws.dataset_size) if moments.replicates is None else ("minibatches", None)
+    needed = math.ceil(min(enough, there or math.inf) * (1 - 1e-12))
+    memory = f"momentum {draws.momentum:g}" if isinstance(draws, SGDConfig) else f"b1 {draws.betas[0]:g}"
+    raise SampleNumberError(
+        f"moments of {moments.samples} {unit} cannot tell the mean gradient from noise at batch size "
+        f"{draws.batch_size} and {memory}; measure at least {needed} {unit}",
+        needed,
+        unit,
+    )
