@@ -17,6 +17,8 @@ from noetherflow.cli.app import app
 from noetherflow.diagnosis.finding import QUESTIONS
 from noetherflow.errors import DataError
 
+pytestmark = pytest.mark.usefixtures("every_finding_says_what_to_do")
+
 FIVE = ("norms", "warmup", "balance", "decay")
 
 
@@ -509,7 +511,9 @@ def test_a_run_that_diverged_is_led_by_that_and_the_rest_means_little(noted: boo
     assert "diverged" in found.cautions[0]
     assert "stayed in hand" not in str(found)
     assert all(f.title.startswith("Means little") for f in found if f.rule not in ("loss-course", "outside"))
-    assert len(found.changes) == 1
+    assert len(found.changes) == 1, "what is open asks for no change of its own"
+    lines = str(found).replace("\n        ", " ").splitlines()
+    assert sum("      do: mend that first" in line for line in lines) == len(found.severity("open"))
 
 
 def test_decay_is_judged_alike_before_a_run_and_after_it() -> None:

@@ -12,6 +12,8 @@ from noetherflow.diagnosis.decay import decay_rules, decays_of
 from noetherflow.diagnosis.facts import LossCourse
 from noetherflow.diagnosis.rates import mean_rate, run_rates
 
+pytestmark = pytest.mark.usefixtures("every_finding_says_what_to_do")
+
 STEPS = 240
 
 

@@ -19,6 +19,8 @@ from noetherflow.monitor.noted import NotedLosses
 from noetherflow.monitor.rundata import RunData, weights_of
 from noetherflow.report.run import summary
 
+pytestmark = pytest.mark.usefixtures("every_finding_says_what_to_do")
+
 RISEN = LossCourse(0, (), None, 1000, 2.4, 0.05, 0.006, 2.4, rise=LossRise(0.005, 0.05, 400, 0.37), decay=0.005)
 """A loss that fell from 2.4 to 0.005 and lately stands at 0.05, under a decay with a memory of 200 steps."""
 

@@ -43,6 +43,8 @@ from noetherflow.equilibrium.sharpness import Sharpness
 from noetherflow.errors import DataError
 from noetherflow.moments.noise_scale import NoiseScale, NoiseScales
 
+pytestmark = pytest.mark.usefixtures("every_finding_says_what_to_do")
+
 NAN = math.nan
 GROWING = ScaleInvariantNorm("conv", 4.0, 0.04, 0.001, 0.0, 2)
 STALLED = LossCourse(0, (), None, 1000, 2.3, 1.5, 1.5)
@@ -124,7 +126,7 @@ class TestNorms:
     def test_shrinking_is_told_from_growing(self):
         found = one(norms.norm_growth([replace(GROWING, growth=1e-6, decay=0.01)], 1000))
         assert found.severity in ("act", "watch")
-        assert "try a smaller weight decay" in found.advice
+        assert "try half the weight decay" in found.advice
 
     def test_healthy(self):
         assert one(norms.norm_growth([replace(GROWING, growth=1e-4)], 1000)).severity == "good"
@@ -612,6 +614,7 @@ class TestStability:
         left, kept = of_little_meaning([other, found], ("loss-course",), "the run diverged at step 2")
         assert (left.severity, kept) == ("open", found)
         assert left.title == "Means little, for the run diverged at step 2. Norms are fine."
+        assert "do: mend that first, and ask the new run again: ledger.diagnose()" in str(left)
 
     def test_more_than_these_minibatches_allow_is_no_advice(self):
         found = one(stability.learning_rate(replace(RUNNING, noisy_load=74.0)))
@@ -797,9 +800,9 @@ def test_a_printed_forecast_of_sharpness_calls_no_negative_trace_flat(traces, to
 
 def test_answers_on_a_flow_that_is_not_valid_are_open():
     """Good ones could not be judged; others say so; rules that do not rest on it stay."""
-    watch = Finding("balance", "balance", "watch", "Far.", "", "do", "likely")
+    watch = Finding("balance", "balance", "watch", "Far.", "", "nf.balance_(...)", "likely")
     good, far, decay = calm("balance", "balance", "Near."), watch, calm("decay-bites", "decay", "Yes.")
-    found = not_judged([good, far, decay], ("balance",), "the flow is NOT VALID")
+    found = not_judged([good, far, decay], ("balance",), "the flow is NOT VALID", "nf.Ledger(...)")
     assert [f.severity for f in found] == ["open", "watch", "good"]
     assert found[0].title == "Could not be judged, because the flow is NOT VALID. By present gradients alone: Near."
     assert "NOT VALID" in found[1].sure

@@ -16,6 +16,8 @@ from noetherflow.diagnosis.facts import LayerBalance
 from noetherflow.monitor.head_rows import heads_of_header
 from noetherflow.monitor.rundata import RunData
 
+pytestmark = pytest.mark.usefixtures("every_finding_says_what_to_do")
+
 HEADS, WIDTH, WORDS = 4, 16, 11
 
 

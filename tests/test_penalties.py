@@ -14,6 +14,8 @@ from noetherflow.diagnosis.finding import NOTHING, Finding
 from noetherflow.diagnosis.of_run import recent
 from noetherflow.diagnosis.penalty import norm_pulls, pull_of
 
+pytestmark = pytest.mark.usefixtures("every_finding_says_what_to_do")
+
 STEPS = 200
 
 

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 import noetherflow as nf
 from noetherflow.core.sightings import PASSES, looking_at
 
+pytestmark = pytest.mark.usefixtures("every_finding_says_what_to_do")
+
 
 def cases(samples: int = 256) -> list[tuple[Tensor, Tensor]]:
     torch.manual_seed(0)

@@ -15,6 +15,8 @@ from noetherflow.diagnosis.facts import PartActivity
 from noetherflow.errors import MomentError, SampleNumberError
 from noetherflow.report.analysis import write_analysis
 
+pytestmark = pytest.mark.usefixtures("every_finding_says_what_to_do")
+
 LOSS = nn.CrossEntropyLoss()
 
 

@@ -140,7 +140,7 @@ def _eps(name: str, violation: float, by_steps: bool) -> Finding:
     title = f"The scale of `{name}` is no exact symmetry here: gradients violate it by {plain(violation)}."
     means = "The eps of the normalisation after it explains as much, where it is about that share of the variance that "
     means += "it is added to: the weight's norm is small. Its charge then drifts by the gradient, too."
-    advice = unless(f"a smaller weight decay of `{name}`, which keeps its norm larger, or a smaller eps")
+    advice = unless(f"half the weight decay of `{name}`, which keeps its norm larger, or a tenth of the eps")
     sure = "measured; that it is eps is likely: "
     sure += "a penalty would pull alike at every step" if by_steps else "a penalty on this weight would look alike"
     return Finding("violation", "invariance", "watch", title, means, advice, sure, number, (name,), violation)
@@ -164,7 +164,7 @@ def moved_by_preconditioner(moved: Sequence[tuple[str, float, float]]) -> list[F
         return [calm("preconditioner", "optimiser", title, "measured", number)]
     title = f"Adam breaks the symmetry `{family}`: it moved {plain(share)} of the squared weights across."
     means = "Its two layers get different step sizes; their balance is the optimiser's, not that of SGD's noise."
-    advice = unless(f"look whether one side of `{family}` has grown too large, and give it a rate of its own")
+    advice = unless(f"give the larger side of `{family}` half the learning rate, by a parameter group of its own")
     return [Finding("preconditioner", "optimiser", "watch", title, means, advice, "measured", number, (family,), share)]
 
 
@@ -185,7 +185,10 @@ def touched_from_outside(shares: Sequence[tuple[str, float]], events: Sequence[M
     title = f"Parameters were changed from outside the optimiser{when}{much}."
     means = "A second optimiser, clipping of weights, averaging or a loaded checkpoint writes to them: neither the "
     means += "optimiser's state nor any prediction knows of it."
-    advice = "if that is not meant, look for code that writes to parameters between steps"
+    advice = (
+        "if that is not meant, look under torch.no_grad() for code that writes to parameters between steps, such as "
+    )
+    advice += "clipping, averaging or load_state_dict; nf.Ledger(..., every=1) names each step"
     severity: Severity = "act" if share >= MOVED else "watch"
     numbers = (Evidence("noticed events", float(len(noticed))), Evidence("share of squared weights", share))
     names = (family,) if share >= TOUCHED else ()

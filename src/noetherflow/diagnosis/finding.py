@@ -184,11 +184,15 @@ def doubted(findings: Sequence[Finding], topics: Sequence[Topic], why: str, advi
 
 
 def of_little_meaning(findings: Sequence[Finding], kept: Sequence[str], why: str) -> list[Finding]:
-    """All findings but those of the rules `kept`, left open: they describe numbers of a run that is lost."""
+    """All findings but those of the rules `kept`, left open: they describe numbers of a run that is lost.
+
+    What to do about them is to mend that run first, and to ask again.
+    """
+    again = "mend that first, and ask the new run again: ledger.diagnose(), or noetherflow diagnose RUN_DIR"
     return [
         f
         if f.rule in kept
-        else replace(f, severity="open", title=f"Means little, for {why}. {f.title}", advice="", sure="open")
+        else replace(f, severity="open", title=f"Means little, for {why}. {f.title}", advice=again, sure="open")
         for f in findings
     ]
 

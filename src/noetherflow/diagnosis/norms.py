@@ -136,12 +136,18 @@ def _size(fact: ScaleInvariantNorm, steps: float) -> float:
 
 def _advice(worst: ScaleInvariantNorm, change: float) -> str:
     if change > 1:
-        return unless(f"{SMALLER} `{worst.name}`, which shrinks its norm", "if it turns noisy or rises")
-    return unless(f"{TRIAL} `{worst.name}`")
+        return unless(_smaller(worst.name), "if it turns noisy or rises")
+    return unless(_larger(worst.name, change))
 
 
-SMALLER = "try a smaller weight decay of"
-TRIAL = "try from a checkpoint, and keep it only if the loss then falls, a larger learning rate for"
+def _smaller(name: str) -> str:
+    return f"try half the weight decay of `{name}`, which shrinks its norm"
+
+
+def _larger(name: str, change: float) -> str:
+    """What gives steps their length back where the effective learning rate is, or will be, so many times smaller."""
+    rate = f"{plain(1 / change)} times the learning rate for `{name}`"
+    return f"try from a checkpoint, and keep it only if the loss then falls, {rate}, which makes up for its norm"
 
 
 def _sure(worst: ScaleInvariantNorm) -> str:
@@ -202,11 +208,11 @@ def norms_so_far(facts: Sequence[NormHistory], course: LossCourse, watched: int)
         title += f" It was largest at step {worst.peak_step:,.0f} ({plain(worst.peak**0.5)} times), and falls since."
     if slowed:
         means += " The loss falls no longer, for which this may be the reason; or it is as low as it gets."
-        advice = f"{TRIAL} `{worst.name}`"
+        advice = _larger(worst.name, worst.rate_factor)
     elif worst.rate_factor < 1:
-        advice = unless(f"{TRIAL} `{worst.name}`")
+        advice = unless(_larger(worst.name, worst.rate_factor))
     else:
-        advice = f"{SMALLER} `{worst.name}`, which shrinks its norm"
+        advice = _smaller(worst.name)
         advice = unless(advice, "if it turns noisy or rises") if course.rise is None else advice
     weight = math.log(size)
     return [Finding("norm-growth", "norms", severity, title, means, advice, "measured", numbers, over, weight)]
@@ -296,7 +302,8 @@ def next_step(facts: Sequence[NormTrend], moving: bool = False, momentum: bool =
     if fast:
         pace = paces[fast[0]]
         means = "At this pace a squared norm doubles within a step."
-        advice = unless(f"lower the learning rate of {_all_of(fast)}, or warm up")
+        slower = plain(math.sqrt(10 * pace))  # what gradients add goes as the square of the rate
+        advice = unless(f"lower the learning rate of {_all_of(fast)} {slower} times, for a tenth a step, or warm up")
         return [Finding("fastest-norms", "norms", "watch", title, means, advice, sure, numbers, names, pace)]
     return [Finding("fastest-norms", "norms", "good", title, "", NOTHING, sure, numbers, names)]
 
@@ -365,6 +372,6 @@ def grown_layers(facts: Sequence[NormHistory]) -> list[Finding]:
     if not over:
         return [calm("grown-layers", "norms", title, "measured", numbers)]
     means = f"A step of the same length changes {'it' if len(over) == 1 else 'them'} by a tenth or less of what it did."
-    advice = unless(f"look whether `{over[0]}` should grow; a smaller learning rate or weight decay hold it back")
+    advice = unless(f"halve the learning rate of `{over[0]}` or give it weight decay, either of which holds it back")
     weight = math.log(grown[0].norm_factor)
     return [Finding("grown-layers", "norms", "watch", title, means, advice, "measured", numbers, over, weight)]

@@ -184,7 +184,8 @@ def sharpening(fact: StepStability) -> list[Finding]:
             "Whether noise sharpens or flattens cannot be told: the trace of the curvature is not positive, as away "
         )
         title += "from a minimum."
-        return [Finding("sharpening", "warmup", "open", title, "", "ask again once the loss has fallen", "open")]
+        advice = "ask again after some 50 steps, once the loss has fallen: nf.diagnose(model, loss_fn, loader, ...)"
+        return [Finding("sharpening", "warmup", "open", title, "", advice, "open")]
     if math.isnan(fact.sharpening):
         return []
     factor = max(fact.sharpening, 1 / fact.sharpening)
