@@ -634,14 +634,62 @@ def test_limits_are_extrapolated_from_two_rates_with_the_error_of_repeated_exper
     fine = theory[1] * (1 + 0.4 * rate**order) + noise[0]
     rough = theory[factor] * (1 + 0.4 * (factor * rate) ** order) + noise[1]
     judged = [
-        Verdict("", theory[1], a, 0.01, order=order).extrapolated(Verdict("", theory[factor], b, 0.01), factor)
+        Verdict("", theory[1], a, 0.01, order=order).extrapolated({factor: Verdict("", theory[factor], b, 0.01)})
         for a, b in zip(fine, rough, strict=True)
     ]
     measured = np.array([v.measured for v in judged])
     assert measured.mean() == pytest.approx(2.0, abs=4 * measured.std() / math.sqrt(len(measured)))
     assert judged[0].error == pytest.approx(measured.std(), rel=0.05)
-    wrong = Verdict("", 2.0, 2.1, 0.001, order=order).extrapolated(Verdict("", 2.0, 2.1, 0.001), factor)
+    wrong = Verdict("", 2.0, 2.1, 0.001, order=order).extrapolated({factor: Verdict("", 2.0, 2.1, 0.001)})
     assert not wrong.holds, "a deviation that does not fall with the rate is one of theory"
+
+
+def _at_rates(factors, order, off, relative=True):
+    """A claim whose deviation is `off(factor)`, relative to predictions that differ between the rates, at all rates."""
+    fine, *rough = (
+        Verdict("", 1 + f, (1 + f) * (1 + off(f)) if relative else 1 + f + off(f), 1e-3, order=order, relative=relative)
+        for f in (1.0, *factors)
+    )
+    return fine.extrapolated(dict(zip(factors, rough, strict=True)))
+
+
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("factors", [(1.5,), (2.0, 4.0), (4.0, 2.0), (1.5, 2.0, 3.0)])
+def test_as_many_powers_of_the_rate_are_taken_out_as_there_are_larger_rates(factors, order, relative):
+    taken = [0.03 * (-1) ** i / (1 + i) for i in range(len(factors))]
+    off = lambda f: sum(c * f ** (order + i) for i, c in enumerate(taken))
+    assert _at_rates(factors, order, off, relative).measured == pytest.approx(2.0, abs=1e-12)
+    constant = _at_rates(factors, order, lambda f: 0.01 + off(f), relative)
+    assert constant.measured == pytest.approx(2.02 if relative else 2.01, abs=1e-12), "a wrong theory stays wrong"
+    more = _at_rates(factors, order, lambda f: off(f) + 0.01 * f ** (order + len(factors)), relative)
+    assert abs(more.measured - 2.0) > 0.008, "the next power is left in"
+
+
+def test_two_rates_leave_the_curvature_in_and_three_take_it_out():
+    """Deviations of 0.0098 eta + 0.0055 eta^2, in units of the rate: those of a right theory that failed."""
+    off = lambda f: 0.0098 * f + 0.0055 * f**2
+    straight, curved = _at_rates((1.5,), 1, off), _at_rates((1.5, 2.0), 1, off)
+    assert straight.measured == pytest.approx(2 * (1 - 1.5 * 0.0055))
+    assert not dataclasses.replace(straight, error=0.001).holds
+    assert curved.holds
+    assert abs(curved.z) < 1e-6
+    assert "at 2 times the rate +0.0416, at 1.5 times the rate +0.0271, at the rate +0.0153." in curved.analysis
+
+
+def test_the_error_of_a_limit_from_three_rates_is_that_of_repeated_experiments():
+    rng, factors, scatter = np.random.default_rng(5), (2.0, 4.0), np.array([0.01, 0.02, 0.03])
+    theory, off = (2.0, 3.0, 0.5), (0.02, 0.05, 0.14)  # off: 0.0075 f + 0.00625 f^2 and a bit of its cube
+    found = np.array(theory) * (1 + np.array(off)) + scatter * rng.normal(size=(4000, 3))
+    limits = []
+    for measured in found:
+        fine, *rough = (Verdict("", t, m, e, order=1) for t, m, e in zip(theory, measured, scatter, strict=True))
+        limits.append(fine.extrapolated(dict(zip(factors, rough, strict=True))))
+    spread = np.std([v.measured for v in limits])
+    assert limits[0].error == pytest.approx(spread, rel=0.05)
+    assert np.mean([v.measured for v in limits]) == pytest.approx(
+        2 * (1 + 8 / 3 * 0.02 - 2 * 0.05 + 0.14 / 3), abs=1e-3
+    )
 
 
 def test_claims_about_the_limit_are_judged_with_the_results_at_the_larger_rate(toy, tmp_path):
@@ -658,6 +706,23 @@ def test_claims_about_the_limit_are_judged_with_the_results_at_the_larger_rate(t
     assert [v.measured for v in found.verdicts] == pytest.approx([1.0, 1.1])
     assert "at 2 times the rate +0.2, at the rate +0.1" in found.verdicts[0].analysis
     assert run(["limit"], out=tmp_path, progress=None).computed == 0
+
+
+def test_claims_about_the_limit_are_judged_with_the_results_at_every_larger_rate(toy, tmp_path):
+    """The deviation is 0.1 f + 0.05 f^2 at f = 1, 2, 4 times the rate; `shift` is f - 1."""
+
+    def claims(results):
+        f = 1 + results.config.shift
+        return [Verdict("limit", 1.0, 1 + 0.1 * f + 0.05 * f**2, 0.001, order=1)]
+
+    larger = tuple(Coarser(f, lambda c, f=f: changed(c, {"shift": f - 1})) for f in (2, 4))
+    register(dataclasses.replace(TOY, id="curved", verdicts=claims, coarser=larger, variations={}))
+    said = []
+    (found,) = run(["curved"], out=tmp_path, progress=said.append).finished
+    assert CALLS == ["a", "b"] * 3
+    assert found.verdicts[0].measured == pytest.approx(1.0)
+    assert [sum(f"({f} times the rate)" in line for line in said) for f in (2, 4)] == [2, 2]
+    assert run(["curved"], out=tmp_path, progress=None).computed == 0
 
 
 @pytest.mark.parametrize("name", REGISTRY)

@@ -116,7 +116,8 @@ class Experiment(Generic[C, P]):
         variations: by label, other values of some settings of the quick scale, under which all claims are judged again.
         beyond: whether it goes beyond the paper.
         statement: id of the statement of the paper (`statements.py`) that its claims test, unless they say otherwise.
-        coarser: how to run at a larger rate, where claims are about the limit eta -> 0 (`Verdict.order`).
+        coarser: how to run at a larger rate, where claims are about the limit eta -> 0 (`Verdict.order`); several, with
+            different factors, where the second order of the rate counts: each takes out one more power of it.
         work: a number in proportion to the processor time (replicas times steps, say), from which the time at another
             scale is estimated.
     """
@@ -134,7 +135,7 @@ class Experiment(Generic[C, P]):
     variations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     beyond: bool = False
     statement: str = "beyond"
-    coarser: Coarser[C] | None = None
+    coarser: Coarser[C] | tuple[Coarser[C], ...] | None = None
     work: Callable[[C], float] | None = None
 
     def config(self, scale: str, seeds: int | None = None) -> C:
@@ -150,13 +151,22 @@ class Experiment(Generic[C, P]):
         chosen = self.scales[scale]
         return changed(chosen, {"seeds": seeds}) if seeds is not None and "seeds" in setting_names(chosen) else chosen
 
-    def judged(self, results: Results[C, P], coarse: Results[C, P] | None = None) -> tuple[Verdict, ...]:
-        """Every claim, those about the limit eta -> 0 extrapolated with the results at the larger rate."""
+    @property
+    def larger_rates(self) -> tuple[Coarser[C], ...]:
+        """`coarser` as a tuple, empty for none."""
+        return self.coarser if isinstance(self.coarser, tuple) else () if self.coarser is None else (self.coarser,)
+
+    def judged(self, results: Results[C, P], coarser: Sequence[Results[C, P]] = ()) -> tuple[Verdict, ...]:
+        """Every claim, those about the limit eta -> 0 extrapolated with the results at every one of `larger_rates`."""
         fine = self.verdicts(results)
-        if self.coarser is None or coarse is None:
+        if not coarser:
             return tuple(fine)
-        factor, rough = self.coarser.factor, self.verdicts(coarse)
-        return tuple(v.extrapolated(w, factor) if v.order else v for v, w in zip(fine, rough, strict=True))
+        factors = [c.factor for c in self.larger_rates]
+        rough = zip(*(self.verdicts(r) for r in coarser), strict=True)
+        return tuple(
+            v.extrapolated(dict(zip(factors, at, strict=True))) if v.order else v
+            for v, at in zip(fine, rough, strict=True)
+        )
 
     def figure(self, results: Results[C, P]) -> Any:
         """`plot(results)` in the common style: a matplotlib Figure."""

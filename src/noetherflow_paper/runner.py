@@ -16,7 +16,7 @@ import torch
 from noetherflow.core.files import replacing, write_text
 from noetherflow.errors import DataError, require
 from noetherflow.report import style
-from noetherflow_paper.experiment import AnyExperiment, Results, experiment_ids, find_experiment
+from noetherflow_paper.experiment import AnyExperiment, Coarser, Results, experiment_ids, find_experiment
 from noetherflow_paper.gallery import write_gallery
 from noetherflow_paper.outcome import Finished, Summary, Varied, finished_in
 from noetherflow_paper.provenance import merged, versions
@@ -48,27 +48,26 @@ class _Job:
 class _Batch:
     """All points of one experiment at one configuration; `label` names the variation, empty for none.
 
-    `coarser`: the same at a larger learning rate, for experiments with claims about the limit eta -> 0.
+    `coarser`: the same at every larger learning rate, for experiments with claims about the limit eta -> 0.
     """
 
     experiment: AnyExperiment
     label: str
     config: Config
     jobs: list[_Job]
-    coarser: _Batch | None = None
+    coarser: tuple[_Batch, ...] = ()
 
     @property
     def rates(self) -> list[_Batch]:
-        """This batch, and that at the larger learning rate where there is one."""
-        return [self] if self.coarser is None else [self, self.coarser]
+        """This batch, and those at larger learning rates."""
+        return [self, *self.coarser]
 
     @property
     def done(self) -> bool:
         return all(job.computed is not None for batch in self.rates for job in batch.jobs)
 
     def judged(self) -> tuple[Verdict, ...]:
-        coarse = None if self.coarser is None else self.coarser.results()
-        return self.experiment.judged(self.results(), coarse)
+        return self.experiment.judged(self.results(), [batch.results() for batch in self.coarser])
 
     @property
     def computed(self) -> list[Computed]:
@@ -212,17 +211,21 @@ def _batches_of(e: AnyExperiment, config: Config, vary: bool, folder: Path, devi
     """The unchanged configuration, then the variations where they are asked for."""
     changes = {"": {}, **(e.variations if vary else {})}
 
-    def batch(label: str, config: Config, coarser: _Batch | None = None) -> _Batch:
+    def batch(label: str, config: Config, coarser: tuple[_Batch, ...] = ()) -> _Batch:
         return _Batch(e, label, config, list(_jobs_of(e, config, folder, device)), coarser)
 
     batches = []
     for label, change in changes.items():
         used = changed(config, change)
-        larger = None
-        if e.coarser is not None:
-            larger = batch(f"{label}{' ' if label else ''}larger rate", e.coarser.change(used))
-        batches.append(batch(label, used, larger))
+        names = [f"{label}{' ' if label else ''}{name}" for name in _names_of(e.larger_rates)]
+        larger = [batch(name, rate.change(used)) for name, rate in zip(names, e.larger_rates, strict=True)]
+        batches.append(batch(label, used, tuple(larger)))
     return batches
+
+
+def _names_of(rates: Sequence[Coarser[Any]]) -> list[str]:
+    """What each is called in the progress: "larger rate", with its factor where there are several."""
+    return ["larger rate"] if len(rates) == 1 else [f"{rate.factor:g} times the rate" for rate in rates]
 
 
 def _jobs_of(e: AnyExperiment, config: Config, folder: Path, device: str) -> Iterator[_Job]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ class Verdict:
     """One claim, judged: `measured +- error` (standard error over seeds) against `predicted`.
 
     A two-sided claim (`equals`) holds when `|z| < 3`, `z = (measured - predicted) / error`. Where theory leaves out
-    terms of the learning rate's `order` and beyond, `z` is that of the limit eta -> 0, extrapolated from two rates
+    terms of the learning rate's `order` and beyond, `z` is that of the limit eta -> 0, extrapolated from several rates
     (`extrapolated`). Where there is no theory of the deviation, or nothing random (`error` 0), a `tolerance` decides:
     the whole interval `measured +- 2 error` must lie within it (absolute, or relative to `predicted` when
     `relative`), and `reason` says where it comes from; it is registered, that is, written into the module before the
@@ -59,29 +59,37 @@ class Verdict:
     statement: str = ""
     order: int = 0
 
-    def extrapolated(self, coarse: Verdict, factor: float) -> Verdict:
-        """The claim in the limit eta -> 0, from this verdict and that of `factor` times the learning rate.
+    def extrapolated(self, coarser: Mapping[float, Verdict]) -> Verdict:
+        """The claim in the limit eta -> 0, from this verdict and those at larger learning rates.
 
-        With a deviation `d` in proportion to `eta^order` the limit is `d + (d - d_coarse) / (factor^order - 1)`,
-        which is put on top of this rate's prediction. `d` is relative to the prediction where `relative`, as
-        predictions too may differ between the rates, and `measured - predicted` otherwise.
+        The deviation `d` from theory is taken for a polynomial in the rate that begins with the power `order` and has
+        as many terms as there are larger rates: with one of them `d` is in proportion to `eta^order`, with two it is
+        `a eta^order + b eta^(order + 1)`. Its value at 0 is a sum of the deviations with fixed weights
+        (`limit_weights`); independent errors add up in squares with the same weights. The sum is put on top of this
+        rate's prediction. `d` is relative to the prediction where `relative`, as predictions too may differ between
+        the rates, and `measured - predicted` otherwise.
+
+        Args:
+            coarser: by factor, the larger rate over this rate, the same claim judged there.
 
         Example:
             >>> fine = Verdict("norm", predicted=1.0, measured=1.01, error=0.001, order=1)
             >>> rough = Verdict("norm", predicted=1.0, measured=1.02, error=0.001, order=1)
-            >>> round(fine.extrapolated(rough, factor=2).measured, 6)
+            >>> round(fine.extrapolated({2: rough}).measured, 6)
             1.0
         """
-        relative = self.relative and self.predicted and coarse.predicted
-        scale, other = (abs(v.predicted) if relative else 1.0 for v in (self, coarse))
-        here, there = (self.measured - self.predicted) / scale, (coarse.measured - coarse.predicted) / other
-        weight = 1 / (factor**self.order - 1)
-        told = f"Deviation at {factor:g} times the rate {there:+.3g}, at the rate {here:+.3g}."
+        at = {1.0: self, **coarser}
+        relative = self.relative and all(v.predicted for v in at.values())
+        scales = [abs(v.predicted) if relative else 1.0 for v in at.values()]
+        off = [(v.measured - v.predicted) / scale for v, scale in zip(at.values(), scales, strict=True)]
+        errors = [v.error / scale for v, scale in zip(at.values(), scales, strict=True)]
+        weights = limit_weights(tuple(at), self.order)
+        told = [f"at {f:g} times the rate {d:+.3g}" for f, d in sorted(zip(at, off, strict=True), reverse=True)[:-1]]
         return replace(
             self,
-            measured=self.predicted + scale * (here + weight * (here - there)),
-            error=scale * math.hypot((1 + weight) * self.error / scale, weight * coarse.error / other),
-            analysis=f"{told} {self.analysis}".strip(),
+            measured=self.predicted + scales[0] * sum(w * d for w, d in zip(weights, off, strict=True)),
+            error=scales[0] * math.hypot(*(w * e for w, e in zip(weights, errors, strict=True))),
+            analysis=f"Deviation {', '.join(told)}, at the rate {off[0]:+.3g}. {self.analysis}".strip(),
         )
 
     @property
@@ -144,6 +152,22 @@ class Verdict:
         mark = "holds" if self.holds else "FAILS"
         z = f" (z {self.deviation})" if self.deviation else ""
         return f"[{mark}] {self.claim}: measured {self.found}, predicted {self.criterion}{z}"
+
+
+def limit_weights(rates: Sequence[float], order: int) -> tuple[float, ...]:
+    """Weights that give a polynomial's value at 0 from its values at `rates`.
+
+    The polynomial has a constant and the powers `order`, `order + 1`, ..., as many as there are rates beyond the first.
+
+    Example:
+        >>> [round(w, 6) for w in limit_weights([1, 2], order=1)]
+        [2.0, -1.0]
+        >>> [round(w, 6) for w in limit_weights([1, 2, 4], order=1)]
+        [2.666667, -2.0, 0.333333]
+    """
+    powers = np.array([0, *range(order, order + len(rates) - 1)])
+    values = np.asarray(rates, dtype=float) ** powers[:, None]
+    return tuple(float(w) for w in np.linalg.solve(values, np.eye(len(rates))[0]))
 
 
 def _mean_and_error(values: Any) -> tuple[float, float]:
