@@ -35,6 +35,10 @@ WARMUPS = {
         [lr_scheduler.LinearLR(o, 0.01, total_iters=50), lr_scheduler.CosineAnnealingLR(o, TOTAL - 50)],
         [50],
     ),
+    "times a cosine": lambda o: lr_scheduler.LambdaLR(
+        o, lambda k: min(1.0, (k + 1) / 50) * 0.5 * (1 + math.cos(math.pi * k / 400))
+    ),
+    "1/50 and a rise to 1": lambda o: lr_scheduler.LinearLR(o, 0.02, total_iters=50),
     "cosine at once": lambda o: lr_scheduler.LambdaLR(o, cosine),
 }
 
@@ -74,7 +78,7 @@ def test_a_warmup_of_fifty_steps_is_told_as_fifty(name, every, tmp_path):
 def test_a_log_without_the_rates_between_takes_warmups_to_be_linear(every):
     for name in ("first step counts", "first step at 0", "LinearLR"):
         ledger, _, _ = ledger_of(WARMUPS[name], 160, every)
-        assert warmup_in(replace(ledger.run_data(), rates=np.zeros((0, 4)), rates_since=None)) == 50, name
+        assert warmup_in(replace(ledger.run_data(), rates=np.zeros((0, 5)), rates_since=None)) == 50, name
 
 
 def test_without_a_warmup_there_is_none():
@@ -85,7 +89,7 @@ def test_without_a_warmup_there_is_none():
 
 def test_noted_rates_are_those_of_a_loop():
     rates = [0.1, 0.3, 0.2, 0.3]
-    assert NotedRates.of(rates, 12) == NotedRates(4, pytest.approx(0.225), 0.3, 10)
+    assert NotedRates.of(rates, 12) == NotedRates(4, pytest.approx(0.225), 0.3, 10, 0.1)
 
 
 class TestAheadOfTheLog:

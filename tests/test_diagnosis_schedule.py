@@ -106,6 +106,8 @@ def test_both_ways_to_write_a_linear_warmup_have_its_length(stated):
         for after in (np.ones(1000), 0.5 * (1 + np.cos(np.pi * np.clip(at - stated, 0, None) / 1000))):
             rates = 3e-4 * np.where(rise < 1, rise, after)
             assert warmup_of(rates) == (stated if stated > 1 or rates[0] < rates.max() else 0)
+    decaying = 0.5 * (1 + np.cos(np.pi * at / 1000))
+    assert warmup_of(np.minimum(1, (at + 1) / stated) * decaying) == (stated if stated > 1 else 0)
     assert warmup_of(np.linspace(1, 0, 100)) == warmup_of(np.ones(100)) == 0
 
 

@@ -19,6 +19,8 @@ Schedule = LRScheduler | Callable[[int], float] | Sequence[float]
 """A torch scheduler that is stepped after every optimiser step, the rate as a function of the step, or all rates."""
 SAME = 1e-6
 """Share by which two learning rates may differ and count as the same."""
+BEGINS = 5e-4
+"""Share by which the second increment of a warmup may differ from the first: a decay that begins at once bends it."""
 PIECES = 500
 """Stretches of steps in each of which a course of learning rates is taken as its mean."""
 
@@ -185,12 +187,9 @@ def warmup_of(rates: np.ndarray) -> int:
         (50, 50)
     """
     peak = int(np.argmax(rates >= rates.max() * (1 - SAME)))
-    return warmup_to(peak, float(rates[0]), float(rates[peak]))
+    return warmup_to(peak, float(rates[0]), float(rates[min(1, len(rates) - 1)]))
 
 
-def warmup_to(peak: int, first: float, highest: float) -> int:
-    """The same from the step at which the largest rate is reached, the rate of the first step, and the largest one."""
-    if peak == 0:
-        return 0
-    increment = (highest - first) / peak
-    return peak + 1 if abs(first - increment) <= SAME * highest else peak
+def warmup_to(peak: int, first: float, second: float) -> int:
+    """The same from the step at which the largest rate is reached and the rates of the first two steps."""
+    return peak + 1 if peak > 0 and abs(second - 2 * first) < BEGINS * first else peak

@@ -86,7 +86,7 @@ def mean_rate(steps: np.ndarray, lr: np.ndarray, made: int) -> float:
 
 def _table(data: RunData) -> np.ndarray:
     """The columns of `NotedRates` of every row, a row of its own step alone included, and of the steps since."""
-    alone = np.stack([np.ones(len(data.lr)), data.lr, data.lr, data.steps.astype(float)], axis=1)
+    alone = np.stack([np.ones(len(data.lr)), data.lr, data.lr, data.steps.astype(float), data.lr], axis=1)
     rows = np.where(np.isfinite(data.rates), data.rates, alone) if len(data.rates) else alone
     since = data.rates_since
     return rows if since is None else np.vstack([rows, [list(since.line().values())]])
@@ -119,8 +119,12 @@ def warmup_in(data: RunData) -> int:
         rise = float(data.lr[at - 1] - data.lr[at - 2]) / int(before - data.steps[at - 2]) if at > 1 else begins
         meets = before + (highest - float(data.lr[at - 1])) / rise if rise > 0 else peak
         peak = min(peak, max(before + 1, round(meets)))
-    found = warmup_to(int(peak) - first, begins, highest)
-    return found if first == 0 else int(peak) - first
+    rise = int(peak) - first
+    if first or not rise:
+        return rise
+    known = len(rows) > 1 and (data.steps[1:2] == 1 + rows[1:2, 0] - 1).all()
+    second = float(rows[1, 4]) if known else begins + (highest - begins) / rise
+    return warmup_to(rise, begins, second)
 
 
 def rates_ahead(data: RunData, whole: int, schedule: Schedule | None) -> np.ndarray | None:

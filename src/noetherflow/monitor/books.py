@@ -154,7 +154,7 @@ class Page:
     """Closed books of some consecutive recorded steps: `tables[level]` for every level kept.
 
     `preconditioned[level]` are those of the preconditioned charge, empty where the optimiser has none. `loss` is NaN
-    where nobody noted it; `noted` `[T, 7]` says what the losses since the step before were, `rates` `[T, 4]` the
+    where nobody noted it; `noted` `[T, 7]` says what the losses since the step before were, `rates` `[T, 5]` the
     learning rates; empty where nothing does.
     """
 

@@ -75,22 +75,24 @@ class NotedRates:
         mean: of them.
         highest: of them.
         highest_at: the first step at that.
+        first: that of the first of them.
 
     Example:
         >>> NotedRates.of([0.1, 0.2, 0.2], last=9)
-        NotedRates(steps=3, mean=0.16666666666666666, highest=0.2, highest_at=8)
+        NotedRates(steps=3, mean=0.16666666666666666, highest=0.2, highest_at=8, first=0.1)
     """
 
     steps: int
     mean: float
     highest: float
     highest_at: int
+    first: float
 
     @classmethod
     def of(cls, rates: Sequence[float], last: int) -> NotedRates:
         """Of at least one step, each right before the next, to the `last`."""
         highest = max(rates)
-        return cls(len(rates), sum(rates) / len(rates), highest, last - len(rates) + 1 + rates.index(highest))
+        return cls(len(rates), sum(rates) / len(rates), highest, last - len(rates) + 1 + rates.index(highest), rates[0])
 
     def line(self) -> dict[str, Any]:
         """As it stands in a row."""
@@ -98,7 +100,7 @@ class NotedRates:
 
 
 RATES = tuple(f.name for f in fields(NotedRates))
-"""The columns that an array of these has, `[T, 4]`."""
+"""The columns that an array of these has, `[T, 5]`."""
 
 
 def rates_row(row: dict[str, Any]) -> list[float]:

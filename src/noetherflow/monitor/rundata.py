@@ -44,7 +44,7 @@ class RunData:
     recorded one when its ledger was closed or saved; where a run ended otherwise, or goes on, they are not counted.
 
     `noted` `[T, 7]` are the columns of `NotedLosses`: what the losses of the steps since the recorded one before were,
-    as far as they were noted; `since` those after the last recorded step. `rates` `[T, 4]` and `rates_since` are the
+    as far as they were noted; `since` those after the last recorded step. `rates` `[T, 5]` and `rates_since` are the
     same of `NotedRates`, NaN where a row stands for its own step alone or the log is of an earlier version.
 
     `dropped` recorded steps before these are missing, because a ledger without a log keeps the last ones only.
@@ -239,8 +239,9 @@ class _Rows:
         elif row["kind"] == "end":
             told, rates = noted_row(row), rates_row(row)
             self._since = NotedLosses(int(told[0]), *told[1:]) if np.isfinite(told[0]) else None
+            noted, mean, highest, at, first = rates
             whole = bool(np.isfinite(rates).all())
-            self._rates_since = NotedRates(int(rates[0]), rates[1], rates[2], int(rates[3])) if whole else None
+            self._rates_since = NotedRates(int(noted), mean, highest, int(at), first) if whole else None
         elif row["kind"] == "event":
             unread = row["event"] == "unreadable"
             self._event({**row, "step": max(self._last, 0)} if unread else row)

@@ -19,7 +19,7 @@ def loss_ratios(rows: np.ndarray) -> np.ndarray:
     of its others, so that a log of a few rows tells as well. A row's level leaves its largest loss out. `[T]`.
 
     Example:
-        >>> calm, spike = [50, 1.0, 0.1, 0.8, 1.2, 0, np.nan], [50, 1.1, 0.5, 0.8, 4.6, 0, np.nan]
+        >>> calm, spike = [50, 1.0, 0.1, 0.8, 1.2, 0, np.nan], [50, 1.1, 0.52, 0.8, 4.6, 0, np.nan]
         >>> bool(loss_ratios(np.array([calm, calm, spike]))[2] > SPIKE)
         True
     """
@@ -31,16 +31,17 @@ def loss_ratios(rows: np.ndarray) -> np.ndarray:
     ratio = times_usual(np.maximum(highest - level, 0), np.abs(highest - level))
     above = highest - np.maximum(usual, np.concatenate([usual[:1], usual[:-1]]))
     with np.errstate(over="ignore", invalid="ignore"):
-        rest = (number * (spread**2 + mean**2) - highest**2) / others - usual**2
-        told = (number >= SEVERAL) & (rest > ROUNDING * usual**2)
+        rest = np.sqrt(np.maximum((number * (spread**2 + mean**2) - highest**2) / others - usual**2, 0))
+        within = np.maximum(NORMAL_90 * rest, STILL * np.abs(usual))
+    told = (number >= SEVERAL) & (within > 0)
     told[:1] = False
-    within = NORMAL_90 * np.sqrt(np.where(told, rest, 1.0))
-    return np.fmax(ratio, np.where(told, above / within, 0))
+    return np.fmax(ratio, np.divide(above, within, out=np.zeros(len(rows)), where=told))
 
 
-SEVERAL, NORMAL_90, ROUNDING = 20, 1.645, 1e-12
+SEVERAL, NORMAL_90, STILL = 20, 1.645, 1e-3
 """Losses from which on a row tells its own scatter; the 90 % quantile of a normal distribution's size; and the share of
-a square below which the square of a scatter is rounding."""
+a loss that counts as scatter where there is none.
+"""
 
 
 def quantile_before(values: np.ndarray, quantile: float) -> np.ndarray:
