@@ -176,8 +176,8 @@ class Sighting(TorchFunctionMode):
     @property
     def found(self) -> Sightings:
         """What was seen so far."""
-        units = tuple(SeenUnits(layer, name, alive) for (layer, name, _), alive in self._alive.items())
-        return Sightings(units, tuple(SeenLogits(n, s.value) for n, s in self._spreads.items()))
+        units = tuple(SeenUnits(layer, name, alive.cpu()) for (layer, name, _), alive in self._alive.items())
+        return Sightings(units, tuple(SeenLogits(n, s.value.cpu()) for n, s in self._spreads.items()))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -213,7 +213,7 @@ class Sighting(TorchFunctionMode):
         low, high = _bounds(name, args, kwargs)
         passing = (x > low) & (x < high)
         axis = 1 if layer in self._channels else x.ndim - 1
-        alive = passing.transpose(axis, -1).flatten(0, -2).any(0).cpu()
+        alive = passing.transpose(axis, -1).flatten(0, -2).any(0)
         before = self._alive.get(where)
         if before is None or len(before) == len(alive):
             self._alive[where] = alive if before is None else before | alive
@@ -227,7 +227,7 @@ class Sighting(TorchFunctionMode):
         mean = kept.sum(-1) / number.clamp_min(1)
         variance = ((kept - mean.unsqueeze(-1)).square() * seen).sum(-1) / number.clamp_min(1)
         counted = number > 1
-        total, queries = (variance * counted).sum((0, 2)).cpu(), counted.sum((0, 2)).cpu()
+        total, queries = (variance * counted).sum((0, 2)), counted.sum((0, 2))
         before = self._spreads.get(self._places.here)
         if before is None:
             self._spreads[self._places.here] = Spread(total, queries)

@@ -185,10 +185,8 @@ def touched_from_outside(shares: Sequence[tuple[str, float]], events: Sequence[M
     title = f"Parameters were changed from outside the optimiser{when}{much}."
     means = "A second optimiser, clipping of weights, averaging or a loaded checkpoint writes to them: neither the "
     means += "optimiser's state nor any prediction knows of it."
-    advice = (
-        "if that is not meant, look under torch.no_grad() for code that writes to parameters between steps, such as "
-    )
-    advice += "clipping, averaging or load_state_dict; nf.Ledger(..., every=1) names each step"
+    advice = "if that is not meant, look under torch.no_grad() for code that writes to parameters between steps, such "
+    advice += "as clipping, averaging or load_state_dict; nf.Ledger(..., every=1) names each step"
     severity: Severity = "act" if share >= MOVED else "watch"
     numbers = (Evidence("noticed events", float(len(noticed))), Evidence("share of squared weights", share))
     names = (family,) if share >= TOUCHED else ()
