@@ -13,7 +13,8 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import noetherflow as nf
-from noetherflow.diagnosis.rates import named_schedule, run_rates, warmup_in
+from noetherflow.diagnosis.of_run import _left
+from noetherflow.diagnosis.rates import RunRates, named_schedule, run_rates, warmup_in
 from noetherflow.monitor.noted import NotedLosses, NotedRates
 from noetherflow.monitor.rundata import RunData
 from noetherflow.monitor.spikes import SPIKE, loss_ratios
@@ -144,6 +145,19 @@ class TestAheadOfTheLog:
         data = replace(ledger.run_data(), steps_made=TOTAL)
         assert nf.diagnose_run(data)["decay-bites"].severity == "open"
         assert "950 steps of 1,000" in nf.diagnose_run(data)["decay-bites"].title
+
+
+def test_steps_to_come_count_by_their_noise():
+    """A hundred steps at half the rate let noise do what 25 at the present one do; 60 of the run had the whole rate."""
+    rates = RunRates(0.1, 0, np.full(100, 0.05), 0, 0.1, 0.1)
+    assert rates.acting(0.1) == pytest.approx(25)
+    assert rates.over_all(60) == pytest.approx((60 * 0.1 + 100 * 0.05) / 160)
+    ledger, _, _ = ledger_of(None, 60, 7)
+    data = ledger.run_data()
+    assert _left(data, run_rates(data, 160, lambda k: 0.05), 160) == pytest.approx(25)
+    assert _left(data, run_rates(data, 160), 160) == pytest.approx(100)
+    assert _left(data, run_rates(data, 60), 60) == 0
+    assert ledger.diagnose()["decay-bites"].sure == "by the learning rates of the run"
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "constant_with_warmup"])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
+import os
 import shutil
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -523,6 +525,18 @@ def test_menus_and_names_of_layers_are_whole_on_a_phone_and_menus_are_words_in_p
         wait_for(browser, f"{charges}._fullLayout.updatemenus.length")
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize("text", [b"", b"a", bytes(range(256)) * 300, b"abcabcab" * 9000, os.urandom(100_000)])
+def test_a_page_unpacks_every_kind_of_deflate_stream(text: bytes, browser: Any, tmp_path: Path) -> None:
+    """Stored, fixed and dynamic blocks, as zlib writes them."""
+    record(tmp_path, steps=8)
+    browser.get(write_run_report(tmp_path).as_uri())
+    script = "return Array.from(inflate(Uint8Array.from(atob(arguments[0]), c => c.charCodeAt(0)), arguments[1]))"
+    for level, strategy in ((0, zlib.Z_DEFAULT_STRATEGY), (9, zlib.Z_DEFAULT_STRATEGY), (6, zlib.Z_FIXED)):
+        packer = zlib.compressobj(level, wbits=-zlib.MAX_WBITS, strategy=strategy)
+        packed = base64.b64encode(packer.compress(text) + packer.flush()).decode()
+        assert bytes(browser.execute_script(script, packed, len(text))) == text
 
 
 def test_numbers_on_the_axis_of_norms_are_those_at_their_ticks(browser: Any, tmp_path: Path) -> None:

@@ -79,8 +79,9 @@ def decay_bites(
         Evidence("memory of decay", memory, unit="step" if memory == 1 else "steps"),
         Evidence("run looked at", steps, unit="steps"),
     )
-    sure = "sure for a constant learning rate; a schedule that lowers it makes decay weaker still"
+    sure = "sure for a constant learning rate; one that falls makes decay weaker still: schedule=... takes it"
     sure = "sure for the schedule given" if scheduled else sure
+    sure = "by the learning rates of the run" if course is not None else sure
     if share < TOO_SMALL:
         title = f"Weight decay is too small to matter in this run: it takes {plain(taken)} of the squared norms in "
         title += f"{in_steps(steps)}."
