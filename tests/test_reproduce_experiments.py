@@ -13,7 +13,7 @@ from noetherflow_paper import closed_form as cf
 from noetherflow_paper import generic
 from noetherflow_paper.alignment import at_norm_balance, correlation, distance, matrices, noisy_share
 from noetherflow_paper.experiment import Results
-from noetherflow_paper.experiments import fig1, fig2, fig3, fig5, fig5_runs, rates, repnorm, thm43, thm54
+from noetherflow_paper.experiments import fig1, fig2, fig3, fig5, fig5_runs, momentum, rates, repnorm, thm43, thm54
 from noetherflow_paper.experiments import repnorm_inputs as treated
 from noetherflow_paper.fluctuations import fluctuation_shifts
 from noetherflow_paper.records import ExperimentPoint, changed
@@ -87,6 +87,22 @@ def test_rates_loss_of_gd_is_the_sum_over_its_steps():
         u, w = u - lr * g * w, w - lr * g * u
     assert 1 - (u**2 - w**2) / first == pytest.approx(loss, rel=1e-3)
     assert rates.gd_loss(config) == pytest.approx(loss / lr, rel=1e-3)
+
+
+def test_larger_rates_are_as_long_in_relaxation_times():
+    """Steps times the square of every rate stay the same, to a step; the rates of all rules grow alike."""
+    for factor in (2.0, 3.0):
+        two, norm, net = (e.SCALES["paper"] for e in (fig2, repnorm, momentum))
+        for config, larger in ((c, e.larger_rate(c, factor)) for e, c in ((fig2, two), (repnorm, norm))):
+            assert larger.lr == pytest.approx(factor * config.lr)
+            assert larger.lr**2 * larger.steps == pytest.approx(config.lr**2 * config.steps, rel=1e-4)
+        assert fig2.larger_rate(two, factor).gd_steps * factor == pytest.approx(two.gd_steps, abs=factor)
+        larger = momentum.larger_rate(net, factor)
+        assert {n: r.lr / net.rules[n].lr for n, r in larger.rules.items()} == pytest.approx(
+            dict.fromkeys(net.rules, factor)
+        )
+        assert larger.steps * factor**2 == pytest.approx(net.steps, rel=1e-4)
+    assert [c.factor for e in (fig2, repnorm, momentum) for c in e.EXPERIMENT.larger_rates] == [2, 3] * 3
 
 
 def test_fig2_entries_are_judged_against_an_exponential_theory():
@@ -253,6 +269,27 @@ def test_repnorm_noise_common_to_a_batch_normalised_minibatch_of_a_relu_net():
     assert 2 * batch * float(on_w.square().sum((1, 2)).mean()) == pytest.approx(float(extra_w), rel=0.05)
 
 
+class _NoisyGradients:
+    """Gradients of mean 1 with standard deviations 3 for W `[R, 4, 2]` and 2 for U `[R, 5, 4]`, at any weights."""
+
+    def minibatch_gradient(self, params, rng):
+        return [
+            1 + scale * torch.randn(p.shape, dtype=F64, generator=rng)
+            for p, scale in zip(params, (3.0, 2.0), strict=True)
+        ]
+
+
+def test_repnorm_a_formula_for_the_noise_is_held_against_drawn_minibatches():
+    params = [torch.ones(16, 4, 2, dtype=F64), torch.ones(16, 5, 4, dtype=F64)]
+    rates, right, with_mean = torch.full((16,), 0.01, dtype=F64), 9 * 8 / (4 * 20), 10 * 8 / (5 * 20)
+    for balance, expected in ((right, 0.0), (1.1 * right, 0.1), (with_mean, with_mean / right - 1)):
+        formula = lambda p, balance=balance: torch.full((len(p[0]),), balance, dtype=F64)
+        rng = torch.Generator().manual_seed(8)
+        gaps = treated.formula_gaps(_NoisyGradients(), params, rates, formula, rng)
+        assert float(gaps.mean()) == pytest.approx(expected, abs=4 * float(gaps.std()) / 4)
+        assert float(gaps.std()) < 0.03
+
+
 def test_repnorm_small_run_is_judged_and_drawn():
     small = {
         "d": 5,
@@ -267,4 +304,5 @@ def test_repnorm_small_run_is_judged_and_drawn():
     claims = [v.claim for v in repnorm.verdicts(results)]
     assert len(set(claims)) == len(claims)
     assert all(any(f"{net}, {t} norm" in c for c in claims) for net in ("linear", "ReLU") for t in ("batch", "layer"))
+    assert sum("off from that of drawn minibatches by" in v.analysis for v in repnorm.verdicts(results)) == 2
     repnorm.EXPERIMENT.figure(results)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,8 +44,11 @@ class Fig2Point(ExperimentPoint):
     method: Method | None = None
 
 
+SERIES = 300
+"""Seeds of the runs count from here (at first they did from 0)."""
+
 SCALES = {
-    "quick": Fig2Config(lr=0.03, steps=9000, seeds=4, marks=90),
+    "quick": Fig2Config(lr=0.02, steps=20_000, gd_steps=600, seeds=4, marks=90),
     "paper": Fig2Config(lr=0.01, steps=100_000, seeds=16, marks=200),
 }
 
@@ -63,7 +67,7 @@ def covariances(config: Fig2Config) -> torch.Tensor:
 
 def start(config: Fig2Config) -> Params:
     """One initialisation `[1, ...]` shared by all runs."""
-    d, width, rng = config.d, config.width, generator(1)
+    d, width, rng = config.d, config.width, generator(SERIES + 1)
     return [config.scale_w * normal((1, width, d), rng), config.scale_u * normal((1, d, width), rng)]
 
 
@@ -103,7 +107,7 @@ def compute(config: Fig2Config, point: Fig2Point) -> dict[str, Any]:
             [p.expand(count * seeds, -1, -1) for p in start(config)],
             config.steps,
             config.lr,
-            generator(2),
+            generator(SERIES + 2),
             lambda p: measures(p[0], p[1], sigma_eps),
             at=marks,
             method=point.method,
@@ -322,7 +326,7 @@ def _entry_verdicts(results: Fig2Results) -> list[Verdict]:
             "the nine plotted entries: decay rate / theory's, all together",
             1,
             entry_rates(results),
-            order=2,
+            order=1,
             analysis=NOISE,
         ),
         from_seeds(
@@ -342,11 +346,22 @@ def _entry_verdicts(results: Fig2Results) -> list[Verdict]:
     ]
 
 
+FACTORS = (2.0, 3.0)
+"""Of the larger rates: the limit eta -> 0 of a claim of order 1 is 3 d(eta) - 3 d(2 eta) + d(3 eta), with about 4 times
+the error of one rate; terms in eta and eta^2 are gone. The largest, 0.06, is stable (0.08 is, 0.12 is not)."""
+
+
+def larger_rate(config: Fig2Config, factor: float) -> Fig2Config:
+    """`factor` times the rate, as many relaxation times, and as long a phase of learning in units of the rate."""
+    shorter = {"steps": round(config.steps / factor**2), "gd_steps": round(config.gd_steps / factor)}
+    return changed(config, {"lr": factor * config.lr, **shorter})
+
+
 EXPERIMENT = Experiment(
     id="fig2",
     title="A linear network forgets its initialisation and aligns with the noise",
     statement="alignment",
-    coarser=Coarser(1.5, lambda c: changed(c, {"lr": 1.5 * c.lr, "steps": round(c.steps / 2.25)})),
+    coarser=tuple(Coarser(f, partial(larger_rate, factor=f)) for f in FACTORS),
     setup=(
         "Two-layer linear net, d_x = d_y = 30, hidden width 40, x ~ N(0, I), y = x + eps, loss ||U W x - y||^2 (all "
         "given). Left: unit label noise; the flat end of SGD's residual is the noise of the weights, which theory "
@@ -362,7 +377,7 @@ EXPERIMENT = Experiment(
     settings=(
         Setting(
             "learning rate and batch",
-            "0.03 and 100 (quick), 0.01 and 100 (paper)",
+            "0.02 and 100 (quick), 0.01 and 100 (paper)",
             "terms of order eta shift the norms by about 1 %; 0.02 to 0.08 were tried",
         ),
         Setting(
@@ -380,11 +395,19 @@ EXPERIMENT = Experiment(
         "the closed form's integrator (0.02 % in a first comparison). The rate's 5 % became 2 % when it was read off "
         "the theory's own curve. The claims about the entries and the two halves of the decay were added to finished "
         "runs; nothing is claimed of a single entry's rate (the smallest one's: 0.66 of theory's, error 0.18, in a "
-        "quick run)."
+        "quick run). "
+        "Until then claims about eta -> 0 came from two rates, 0.03 and 0.045. The entries' rate failed at z 3.5 "
+        "(1.0093): its deviation was taken for one of order eta^2, as of the other rates of decay, but grew by 1.49 "
+        "from one rate to 1.5 times it, as one of order eta does. Theory starts at the minimum, without the learning "
+        "of about 1 / eta steps and without fluctuations of the weights that take as long to come; that moves the "
+        "whole curve by a part of order eta, which the other two rates, slopes of the logarithm, do not see. The "
+        "forecast's distance at paper scale missed by 3.8 standard errors with a deviation that grew by 2.2 for 1.5 "
+        "times the rate: one of order eta^2. So three rates, of which the limit has neither, the entries' from order "
+        "1, and new seeds. The learning phase counts fewer steps at a larger rate."
     ),
     variations={
-        "learning rate 0.02, twice the steps": {"lr": 0.02, "steps": 18_000, "gd_steps": 800},
-        "batch 50, half the steps": {"batch": 50, "steps": 4500},
+        "learning rate 0.015, twice the steps": {"lr": 0.015, "steps": 40_000, "gd_steps": 800},
+        "batch 50, half the steps": {"batch": 50, "steps": 10_000},
         "initial scales of U and W swapped": {"scale_u": 0.1, "scale_w": 0.3},
     },
 )

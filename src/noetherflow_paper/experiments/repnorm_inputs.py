@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -30,6 +31,9 @@ from noetherflow_paper.simulate import (
     wishart_factor,
 )
 from noetherflow_paper.theory import stretched
+
+SERIES = 300
+"""Seeds of this experiment's runs and of its predictions' samples count from here (at first they did from 0)."""
 
 POPULATION = ("raw", "standardised", "whitened")
 TREATMENTS = (*POPULATION, "batch", "layer")
@@ -172,7 +176,7 @@ def relu_net(inputs: Inputs) -> Network:
 
     forward = lambda p, x: torch.relu(x @ p[0].mT) @ p[1].mT
     size = inputs.batch_size
-    return Network(forward, squared_distance, draw, draw(len(inputs.sigma), size, generator(12)), size)
+    return Network(forward, squared_distance, draw, draw(len(inputs.sigma), size, generator(SERIES + 12)), size)
 
 
 class BestProduct(NamedTuple):
@@ -184,7 +188,7 @@ class BestProduct(NamedTuple):
     gam_w: Tensor
 
 
-def minimum(inputs: Inputs, minibatches: int = 2000) -> BestProduct:
+def minimum(inputs: Inputs, minibatches: int = 20_000) -> BestProduct:
     """Where SGD on `inputs` (`sigma` `[d, d]`) fluctuates, and its noise.
 
     `M = (V x~ - z) x~^T / S`, what the treatment takes from y, adds `S E[M M^T]` and `S E[M^T M]` to the noise matrices
@@ -195,7 +199,7 @@ def minimum(inputs: Inputs, minibatches: int = 2000) -> BestProduct:
     if inputs.treatment in POPULATION:
         sigma = spd.symmetric(inputs.map @ inputs.map.mT)
         return BestProduct(torch.linalg.inv(inputs.map), sigma, *cf.noise_matrices(sigma, eye))
-    z, seen = inputs.columns(minibatches, generator(18))
+    z, seen = inputs.columns(minibatches, generator(SERIES + 18))
     sigma = spd.symmetric((seen @ seen.mT).mean(0) / s)
     product = torch.linalg.solve(sigma, (z @ seen.mT).mean(0) / s, left=False)
     m = (product @ seen - z) @ seen.mT / s
@@ -215,7 +219,7 @@ def minima(config: RepnormConfig, treatment: str) -> BestProduct:
 
 
 def _stream(treatment: str) -> torch.Generator:
-    return generator(20 + TREATMENTS.index(treatment))
+    return generator(SERIES + 20 + TREATMENTS.index(treatment))
 
 
 def _inputs(config: RepnormConfig, treatment: str, copies: int) -> Inputs:
@@ -284,12 +288,12 @@ def relu_nets(config: RepnormConfig, treatment: str) -> dict[str, Any]:
     """Norm ratio and `Tr U^T Gam_U U / Tr W Gam_W W^T` over the last quarter, `[sets, seeds]`.
 
     For `batch` also that with the two terms of `common_noise`, and these, relative: `balance_common`, `extra_u`,
-    `extra_w`.
+    `extra_w`. For `batch` and `layer`, whose matrices leave something out: `formula_gap` of `formula_gaps`.
     """
     at, seeds, d = minima(config, treatment), config.seeds, config.d
     inputs = _inputs(config, treatment, seeds)
     sigma, gam_u, gam_w = (m.repeat_interleave(seeds, 0) for m in (at.sigma, at.gam_u, at.gam_w))
-    rng, steps = generator(13), config.relu_steps
+    rng, steps = generator(SERIES + 13), config.relu_steps
     start = [0.4 * normal((len(gam_w), 3 * d, gam_w.shape[-1]), rng), 0.4 * normal((len(gam_u), d, 3 * d), rng)]
 
     def record(params: Params) -> dict[str, Tensor]:
@@ -303,5 +307,30 @@ def relu_nets(config: RepnormConfig, treatment: str) -> dict[str, Any]:
         return {**found, **common, "extra_w": extra_w / noise_w, "extra_u": extra_u / noise_u}
 
     rates = learning_rates(config, treatment).repeat_interleave(seeds)
-    run = simulate(relu_net(inputs), start, steps, rates, _stream(treatment), record, at=checkpoints(steps, 80))
-    return plain({k: r[-20:].mean(0).reshape(-1, seeds) for k, r in run.records.items()})
+    net, rng = relu_net(inputs), _stream(treatment)
+    run = simulate(net, start, steps, rates, rng, record, at=checkpoints(steps, 80))
+    found = {k: r[-20:].mean(0).reshape(-1, seeds) for k, r in run.records.items()}
+    if treatment not in POPULATION:
+        key = "balance_common" if treatment == "batch" else "balance"
+        formula = lambda params: record(params)[key]
+        found["formula_gap"] = formula_gaps(net, run.params, rates, formula, rng).reshape(-1, seeds)
+    return plain(found)
+
+
+def formula_gaps(
+    net: Network, params: Params, rates: Tensor, formula: Callable[[Params], Tensor], rng: torch.Generator
+) -> Tensor:
+    """A formula's noise balance over that of drawn minibatches, less 1, per replica; 0 where the formula is right.
+
+    At the weights after 1,000 more steps at a tenth of the rates, since the formula is that of weights that do not
+    fluctuate. The noise is the covariance of the gradients of 1,500 minibatches.
+    """
+    params = simulate(net, params, 1000, rates / 10, rng, at=0).params
+    draws = 1500
+    mean, square = [torch.zeros_like(p) for p in params], [torch.zeros(len(p)).to(p) for p in params]
+    for _ in range(draws):
+        gradients = net.minibatch_gradient(params, rng)
+        mean = [m + g / draws for m, g in zip(mean, gradients, strict=True)]
+        square = [s + g.square().sum((1, 2)) / draws for s, g in zip(square, gradients, strict=True)]
+    noise_w, noise_u = (s - m.square().sum((1, 2)) for s, m in zip(square, mean, strict=True))
+    return formula(params) / (noise_w / noise_u) - 1
