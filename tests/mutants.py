@@ -100,6 +100,24 @@ MUTANTS = (
     Mutant(f"{PAPER}/fluctuations.py", " + w.square() * (noise @ z) * x.sum()", "", "test_reproduce_fluctuations.py"),
     Mutant(f"{PAPER}/fluctuations.py", "x * (_sums(u, w) * z).sum(0) + ", "", "test_reproduce_fluctuations.py"),
     Mutant(f"{DIAG}/decay.py", "pace * data.family", "data.family", "test_diagnosis_decay.py"),
+    Mutant(
+        f"{DIAG}/of_model.py",
+        "fact.steps / course.mean_square",
+        "fact.steps / course.mean",
+        "test_diagnosis_schedule.py",
+    ),
+    Mutant(f"{DIAG}/of_model.py", ", n) * examined.course.mean", ", n)", "test_diagnosis_schedule.py"),
+    Mutant(f"{DIAG}/rates.py", "np.average(mean, weights=number)", "np.average(mean)", "test_diagnosis_rates.py"),
+    Mutant(f"{DIAG}/rates.py", "guessed = line if line >", "guessed = 0 if line >", "test_diagnosis_rates.py"),
+    Mutant(
+        "noetherflow/core/schedule.py",
+        "return peak + 1 if peak > 0 and",
+        "return peak if peak > 0 and",
+        "test_diagnosis_schedule.py",
+    ),
+    Mutant(
+        "noetherflow/monitor/spikes.py", "told = (number >= SEVERAL)", "told = (number < 0)", "test_diagnosis_rates.py"
+    ),
     Mutant(f"{DIAG}/decay.py", "if not memory < FORGETS", "if True", "test_diagnosis_decay.py"),
     Mutant(f"{CORE}/ranks.py", "if first.get(n) != other.get(n)", "if False", "test_ranks.py"),
     Mutant(f"{MON}/recorder.py", "elif self._pending:", "elif False:", "test_ranks.py"),

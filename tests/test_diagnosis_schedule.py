@@ -14,7 +14,9 @@ from torch.optim import lr_scheduler
 
 import noetherflow as nf
 from noetherflow.core.schedule import CONSTANT, RateCourse, rates_of, warmup_of
-from noetherflow.diagnosis.facts import ScaleInvariantNorm, StepStability
+from noetherflow.diagnosis.facts import LayerBalance, ScaleInvariantNorm, StepStability
+from noetherflow.diagnosis.norms import norm_growth
+from noetherflow.diagnosis.of_model import _under_schedule
 from noetherflow.diagnosis.scheduled import at_peak
 from noetherflow.diagnosis.stability import learning_rate
 from noetherflow.errors import DataError
@@ -142,6 +144,7 @@ def test_growth_of_a_norm_follows_the_rates(power, horizon):
             norm += (push - share * 0.003 * norm) / 100
             gone += share / 100
     assert fact.norm_factor(300) == pytest.approx(norm / 4, rel=2e-3)
+    assert "times today's, schedule apart" in norm_growth([replace(fact, growth=2.0)], 300)[0].title
     steady = replace(fact, course=RateCourse.of(np.full(300, 0.1)))
     assert steady.norm_factor(300) == pytest.approx(replace(fact, course=CONSTANT).norm_factor(300))
 
@@ -192,6 +195,9 @@ def test_a_constant_schedule_is_the_rate_itself_and_less_of_it_is_a_shorter_run(
 
 def test_steps_to_equilibrium_are_those_of_the_noise_that_the_rates_make():
     """At a quarter of the mean square, noise takes four times the steps."""
+    even = LayerBalance("a", "rescaling", "unit", np.zeros(2), np.zeros(2), 60.0, each=(30.0, 90.0))
+    found = _under_schedule(even, RateCourse.of(np.array([1.0, 0.5, 0.0])))
+    assert (found.steps, *found.each) == pytest.approx((144.0, 72.0, 216.0))
     net, optimizer = model_of(0.05)
     with torch.no_grad():
         net[0].weight[0].mul_(30)

@@ -73,7 +73,9 @@ def norm_growth(facts: Sequence[ScaleInvariantNorm], steps: float) -> list[Findi
     title = f"{len(same)} of {number} {_verb(len(same), change)}: the norm of `{worst.name}` becomes about "
     title += f"{plain(grown)} times as large in {in_steps(at)}"
     title += f" ({_range(grown)})" if grown > 1 else ""
-    title += f", its effective learning rate {plain(change)} times today's"
+    title += (
+        f", its effective learning rate {plain(change)} times today's{', schedule apart' if worst.course.known else ''}"
+    )
     title += f" ({_range(change)})" if change < 1 else ""
     title += f". {GUIDE}."
     means = _means(larger=change < 1)
