@@ -198,3 +198,12 @@ def test_moments_are_the_same_while_somebody_looks() -> None:
     for name, mean in alone.mean.items():
         assert torch.equal(mean, watched.mean[name])
         assert torch.equal(alone.squares[name], watched.squares[name])
+
+
+def test_nested_tensors_are_passed_by() -> None:
+    """Sequences of unequal length have no axis of keys to look at."""
+    parts = torch.nested.nested_tensor([torch.randn(n, 4) for n in (2, 3)], layout=torch.jagged)
+    model = nn.Linear(4, 4)
+    with torch.no_grad(), looking_at(model) as seen:
+        torch.relu(parts)
+    assert seen.found.units == ()

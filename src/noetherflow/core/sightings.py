@@ -238,6 +238,7 @@ class Sighting(TorchFunctionMode):
 def _is_plain(value: Any) -> bool:
     """Whether a value is an ordinary floating tensor with values, outside of `torch.func`."""
     plain = type(value) in (Tensor, nn.Parameter) and not value.is_meta
+    plain = plain and value.layout is torch.strided and not value.is_nested
     return plain and value.is_floating_point() and not under_functional_transform()
 
 
