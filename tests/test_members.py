@@ -27,7 +27,7 @@ class TwoReaders(nn.Module):
 def diagnosed(**lengths: int) -> nf.Diagnosis:
     torch.manual_seed(0)
     model = TwoReaders()
-    data = [(torch.randn(16, 6), torch.randint(3, (16,))) for _ in range(3)]
+    data = [(torch.randn(16, 6), torch.randint(3, (16,))) for _ in range(20)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     return nf.diagnose(model, nn.CrossEntropyLoss(), data, optimizer, **lengths)
 
