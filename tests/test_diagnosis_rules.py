@@ -196,10 +196,10 @@ class TestNorms:
 
     def test_the_first_steps_of_adam_have_names_and_no_pace(self):
         found = one(norms.first_steps([NormTrend("a.weight", 1.0, 0.1), NormTrend("b.weight", 1.0, -0.1)]))
-        assert found.title == "In the first steps 1 of 2 weights grows and 1 shrinks, for its size most `a.weight`."
+        assert found.title == "In the first steps 1 of 2 weights grows: for their size most `a.weight`; 1 shrinks."
         assert "%" not in found.title
         falling = one(norms.first_steps([NormTrend("b", 1.0, -0.1)]))
-        assert falling.title == "In the first steps 0 of 1 weights grow and 1 shrinks."
+        assert falling.title == "In the first steps 0 of 1 weights grow; 1 shrinks."
 
     def test_growth_is_counted_with_its_median_and_the_fastest(self):
         layers = [NormTrend(f"layers.{i}.q.weight", 1.0, 0.01) for i in range(12)]

@@ -269,8 +269,9 @@ def first_steps(facts: Sequence[NormTrend]) -> list[Finding]:
     batch does not meet stand still, and later steps depend on the state.
     """
     rising, falling = _by_direction(facts)
-    title = f"In the first steps {_of(len(rising), len(facts))}{_and_shrink(len(falling))}"
-    title += f", for its size most `{rising[0].name}`." if rising else "."
+    title = f"In the first steps {_of(len(rising), len(facts))}"
+    title += f": for their size most {_all_of([f.name for f in rising[:TRENDS]])}" if rising else ""
+    title += f"; {_shrink(len(falling))}." if falling else "."
     sure = "the direction alone, by the present gradients: many of these turn within a few steps; how far norms get is "
     sure += "measured in training, ledger.diagnose()"
     names = tuple(f.name for f in facts if f.change > 0 and f.norm_square > 0)
@@ -290,7 +291,8 @@ def next_step(facts: Sequence[NormTrend], moving: bool = False, momentum: bool =
     if not rising:
         return [calm("fastest-norms", "norms", f"{when} no weight's norm grows in a step.", sure)]
     shown = rising[:TRENDS]
-    title = f"{when} {_of(len(rising), len(facts))}{_and_shrink(len(falling))} (norm per step): "
+    fewer = f" and {_shrink(len(falling))}" if falling else ""
+    title = f"{when} {_of(len(rising), len(facts))}{fewer} (norm per step): "
     title += f"{_paces(rising, 'growing')}{'; ' + _paces(falling, 'shrinking') if falling else ''}."
     turning = [] if moving else [f.name for f in rising if 0 < f.settles <= 1 / MOVES]
     if turning:
@@ -323,8 +325,8 @@ def _paces(facts: Sequence[NormTrend], which: str) -> str:
     return f"{which} by {plain(median(paces))} % in the median, fastest {fastest}" if len(facts) > 1 else fastest
 
 
-def _and_shrink(number: int) -> str:
-    return f" and {number} {'shrinks' if number == 1 else 'shrink'}" if number else ""
+def _shrink(number: int) -> str:
+    return f"{number} {'shrinks' if number == 1 else 'shrink'}"
 
 
 def _of(some: int, number: int) -> str:
