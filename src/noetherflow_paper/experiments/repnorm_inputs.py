@@ -32,8 +32,8 @@ from noetherflow_paper.simulate import (
 )
 from noetherflow_paper.theory import stretched
 
-SERIES = 300
-"""Seeds of this experiment's runs and of its predictions' samples count from here (at first they did from 0)."""
+SERIES = 400
+"""Seeds of the runs on treated inputs and of their predictions' samples count from here (earlier: 0 and 300)."""
 
 POPULATION = ("raw", "standardised", "whitened")
 TREATMENTS = (*POPULATION, "batch", "layer")
