@@ -202,7 +202,7 @@ def _relu_verdicts(results: Results[RepnormConfig, RepnormPoint]) -> list[Verdic
         if t == "batch":
             claim += " (Gam with what the mean of z over the minibatch adds)"
         key = "balance_common" if t == "batch" else "balance"
-        analysis = _gap_analysis(results, t) if t in ("batch", "layer") else ""
+        analysis = _moved_analysis(results, t) + (_gap_analysis(results, t) if t in ("batch", "layer") else "")
         out.append(from_seeds(claim, 1, results.array(f"ReLU {t}", key).mean(0), order=1, analysis=analysis))
     claim = "ReLU, whitened: ||U||^2/||W||^2, mean over data sets"
     out.append(from_seeds(claim, 1, ratio["whitened"].mean(0), order=1))
@@ -233,11 +233,20 @@ def _hidden_verdicts(results: Results[RepnormConfig, RepnormPoint]) -> list[Verd
     return out
 
 
+def _moved_analysis(results: Results[RepnormConfig, RepnormPoint], treatment: str) -> str:
+    moved = results.array(f"ReLU {treatment}", "moved").mean(0)
+    error = moved.std(ddof=1) / np.sqrt(len(moved))
+    return (
+        f"From the third quarter of the run to the last it still moved by {moved.mean():+.4f} +- {error:.4f}; what is "
+        "left of the start is in the limit, as runs at all rates are as long in relaxation times."
+    )
+
+
 def _gap_analysis(results: Results[RepnormConfig, RepnormPoint], treatment: str) -> str:
     gaps = results.array(f"ReLU {treatment}", "formula_gap").mean(0)
     error = gaps.std(ddof=1) / np.sqrt(len(gaps))
     return (
-        "Gam is that of a linear net; in a ReLU net a hidden unit sees only the samples on which it is active, and r "
+        " Gam is that of a linear net; in a ReLU net a hidden unit sees only the samples on which it is active, and r "
         "is another. At the final weights, their fluctuations damped by a tenth of the rate, the balance by this Gam "
         f"is off from that of drawn minibatches by {gaps.mean():+.4f} +- {error:.4f}: so far from 1 theory itself ends."
     )

@@ -288,7 +288,8 @@ def relu_nets(config: RepnormConfig, treatment: str) -> dict[str, Any]:
     """Norm ratio and `Tr U^T Gam_U U / Tr W Gam_W W^T` over the last quarter, `[sets, seeds]`.
 
     For `batch` also that with the two terms of `common_noise`, and these, relative: `balance_common`, `extra_u`,
-    `extra_w`. For `batch` and `layer`, whose matrices leave something out: `formula_gap` of `formula_gaps`.
+    `extra_w`. `moved` is how far the balance still moved from the third quarter to the last. For `batch` and `layer`,
+    whose matrices leave something out: `formula_gap` of `formula_gaps`.
     """
     at, seeds, d = minima(config, treatment), config.seeds, config.d
     inputs = _inputs(config, treatment, seeds)
@@ -310,10 +311,11 @@ def relu_nets(config: RepnormConfig, treatment: str) -> dict[str, Any]:
     net, rng = relu_net(inputs), _stream(treatment)
     run = simulate(net, start, steps, rates, rng, record, at=checkpoints(steps, 80))
     found = {k: r[-20:].mean(0).reshape(-1, seeds) for k, r in run.records.items()}
+    key = "balance_common" if treatment == "batch" else "balance"
+    balance = run.records[key]
+    found["moved"] = (balance[-20:].mean(0) - balance[-40:-20].mean(0)).reshape(-1, seeds)
     if treatment not in POPULATION:
-        key = "balance_common" if treatment == "batch" else "balance"
-        formula = lambda params: record(params)[key]
-        found["formula_gap"] = formula_gaps(net, run.params, rates, formula, rng).reshape(-1, seeds)
+        found["formula_gap"] = formula_gaps(net, run.params, rates, lambda p: record(p)[key], rng).reshape(-1, seeds)
     return plain(found)
 
 
