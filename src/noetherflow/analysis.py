@@ -30,11 +30,11 @@ from noetherflow.diagnosis.of_model import diagnose_measurement
 from noetherflow.diagnosis.scheduled import at_peak, planned_warmup
 from noetherflow.diagnosis.unanswered import Unanswered, attempted, known
 from noetherflow.discovery import Certificate
-from noetherflow.equilibrium import Equilibrium, result
+from noetherflow.equilibrium import Equilibrium, noise_equilibrium, result
 from noetherflow.equilibrium import flow as flows
 from noetherflow.equilibrium.charge_flow import norm_where
 from noetherflow.equilibrium.flow import Flow, noether_flow
-from noetherflow.errors import DataError, MomentError
+from noetherflow.errors import DataError, MomentError, SampleNumberError
 from noetherflow.measured import MeasuredModel, batches_of, inputs_of, measure, samples_in
 from noetherflow.moments import GradientMoments
 from noetherflow.moments.batch_statistics import uses_batch_statistics
@@ -302,9 +302,11 @@ def _check_call(model: Any, loss_fn: Any, batches: Any, steps: int | None, warmu
 
 
 def _settled(measured: MeasuredModel, model: nn.Module, settings: Settings, approximate: bool) -> Equilibrium:
-    """The joint equilibrium; where the samples are too few for it, that of each symmetry with the others held."""
+    """The joint equilibrium; that of each symmetry with the others held where one measurement does not determine it."""
     try:
-        return measured.equilibrium(model, settings, approximate=approximate)
+        return noise_equilibrium(model, measured.symmetries, measured.moments, settings, approximate=approximate)
+    except SampleNumberError:
+        raise
     except MomentError:
         return measured.equilibrium(model, settings, approximate=approximate, joint=False)
 
