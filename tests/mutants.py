@@ -601,8 +601,8 @@ MUTANTS = (
     ),
     Mutant(
         f"{BAL}/check.py",
-        "rounding: float = 10 * max(",
-        "rounding: float = 1e9 * max(",
+        "return float(max(10 * eps**0.75",
+        "return float(max(1e9 * eps**0.75",
         "test_balance_checked.py::test_the_default_tolerance_is_ten_eps_to_three_quarters",
     ),
     # ledger
