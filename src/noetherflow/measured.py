@@ -95,7 +95,7 @@ def measure(
 def _purpose(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any], syms: SymmetrySet) -> Purpose:
     """`equilibrium` where what a joint equilibrium needs fits into memory, by the factors of the first batch.
 
-    One measurement with factors stands in place of one per sweep: of a Llama of two layers under SGD that were about 90.
+    One measurement with factors stands in place of one per sweep: about 90 for a small Llama under SGD.
     """
     try:
         if not Wanted.of(syms, syms.tensors_in(unwrap(model)), "equilibrium").factors:
