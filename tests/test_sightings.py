@@ -207,3 +207,41 @@ def test_nested_tensors_are_passed_by() -> None:
     with torch.no_grad(), looking_at(model) as seen:
         torch.relu(parts)
     assert seen.found.units == ()
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.MaxPool2d(2),
+        nn.MaxPool2d(2, return_indices=False, ceil_mode=True),
+        nn.AdaptiveMaxPool2d(2),
+        nn.AvgPool2d(2),
+        nn.LPPool2d(2, 2),
+        nn.FractionalMaxPool2d(2, output_size=2),
+        nn.Upsample(scale_factor=2),
+        nn.Dropout2d(0.0),
+    ],
+    ids=lambda pool: type(pool).__name__,
+)
+def test_a_model_with_pooling_is_looked_at_and_answered(pool: nn.Module) -> None:
+    """Functions of pooling dispatch to one another by name; their outputs are those without a look."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), pool, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3))
+    x, y = torch.randn(128, 1, 8, 8), torch.randint(3, (128,))
+    torch.manual_seed(1)
+    expected = model(x)
+    torch.manual_seed(1)
+    with looking_at(model) as seen:
+        found = model(x)
+    assert torch.equal(found, expected)
+    assert [(u.layer, u.activation) for u in seen.found.units] == [("0", "relu")]
+
+
+def test_the_diagnosis_of_a_network_with_pooling_answers_its_five_questions() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3)]
+    model, x, y = nn.Sequential(*layers), torch.randn(512, 1, 8, 8), torch.randint(3, (512,))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=32, shuffle=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    found = nf.diagnose(model, nn.CrossEntropyLoss(), loader, optimizer, steps=100, curvature=False)
+    assert all(found.about(topic) for topic in ("norms", "warmup", "balance", "decay", "batch"))

@@ -260,7 +260,7 @@ def analyze(
     with Stages("analysis") if progress is None else nullcontext(progress) as say:
         measured = measure(model, loss, data, inputs, scales=scales, progress=say)
         say("integrating the Noether flow")
-        flow = attempted(lambda: noether_flow(model, measured.symmetries, measured.moments, settings))
+        flow = attempted(lambda: noether_flow(model, measured.symmetries, measured.moments.without_factors(), settings))
         say("solving for the noise equilibrium")
         eq = attempted(lambda: _settled(measured, model, settings, approximate))
         say("measuring curvature" if wants_curvature(model, curvature) else "leaving curvature out")

@@ -172,6 +172,8 @@ class Sighting(TorchFunctionMode):
         self._channels = {n for n, m in model.named_modules() if any(hasattr(m, a) for a in CHANNELS_FIRST)}
         self._alive: dict[tuple[str, str, int], Tensor] = {}
         self._spreads: dict[str, Spread] = {}
+        self._inside: list[Any] = []
+        """Functions looked into now. Those of pooling call themselves, by the name they are dispatched from."""
 
     @property
     def found(self) -> Sightings:
@@ -190,9 +192,13 @@ class Sighting(TorchFunctionMode):
                     self._see_logits(_logits(args, kwargs))
                 elif name == "softmax" and _over_keys(args, kwargs):
                     self._see_logits(args[0])
-        if is_python_function_of_torch(func) and name != "softmax":
-            with self:
-                return transparent(func)(*args, **kwargs)
+        if is_python_function_of_torch(func) and name != "softmax" and func not in self._inside:
+            self._inside.append(func)
+            try:
+                with self:
+                    return transparent(func)(*args, **kwargs)
+            finally:
+                self._inside.pop()
         return func(*args, **kwargs)
 
     def _activated(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -121,6 +121,10 @@ class GradientMoments(Shown):
         noise, mean = self.batch_weights(sgd)
         return (noise[0] + mean[0]) * second + (noise[1] + mean[1]) * mean_square
 
+    def without_factors(self) -> GradientMoments:
+        """The same without single samples' gradients: forecasts from them take minutes, as each sample's is moved."""
+        return replace(self, factors={})
+
     def batch_weights(self, sgd: BatchDraws) -> tuple[tuple[float, float], tuple[float, float]]:
         """Numbers that turn what was measured into noise and mean gradient of a minibatch, free of bias.
 
