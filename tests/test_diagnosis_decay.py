@@ -9,7 +9,6 @@ from torch import nn
 
 import noetherflow as nf
 from noetherflow.diagnosis.decay import decay_rules, decays_of
-from noetherflow.diagnosis.facts import LossCourse
 from noetherflow.diagnosis.rates import mean_rate, run_rates
 
 pytestmark = pytest.mark.usefixtures("every_finding_says_what_to_do")
@@ -78,5 +77,5 @@ class TestStrongDecay:
 
     @pytest.mark.parametrize(("share", "steps"), [(1e-3, 10_000), (2e-4, 100_000), (0.02, 100), (float("nan"), 1000)])
     def test_ordinary_settings_and_beginnings_are_not_told(self, share, steps):
-        assert decay_rules([share], LossCourse(0, (), None, steps, 2.0, 0.1)) == []
-        assert decay_rules([], LossCourse(0, (), None, steps, 2.0, 0.1)) == []
+        assert decay_rules([share], steps) == []
+        assert decay_rules([], steps) == []

@@ -100,3 +100,12 @@ def test_a_loader_gives_as_many_samples_as_an_equilibrium_takes() -> None:
     found = nf.analyze(model, nn.CrossEntropyLoss(), loader, optimizer, steps=100, curvature=False)
     assert found.moments.samples >= 19 * 256
     assert not found.unanswered
+
+
+@pytest.mark.parametrize(("eps", "severity"), [(1e-8, None), (0.1, "act")])
+def test_the_share_of_entries_below_eps_is_measured(eps: float, severity: str | None) -> None:
+    model = trained()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=eps)
+    found = nf.diagnose(model, nn.CrossEntropyLoss(), drawn(0, 20), optimizer, curvature=False)
+    told = [f for f in found.findings if f.rule == "eps"]
+    assert [f.severity for f in told] == ([] if severity is None else [severity])

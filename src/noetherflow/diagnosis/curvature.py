@@ -64,7 +64,8 @@ def curvature_of(
     if not wants_curvature(model, wanted):
         return None
     try:
-        if isinstance(settings, SGDConfig) and (isinstance(flow, Unanswered) or isinstance(eq, Unanswered)):
+        unknown = isinstance(flow, Unanswered) or isinstance(eq, Unanswered) or not flow.regime.constant
+        if isinstance(settings, SGDConfig) and unknown:
             top = top_eigenvalue(model, loss_fn, data)
             return PresentSharpness(top, settings.lr, settings.stability_limit)
         if isinstance(settings, SGDConfig):

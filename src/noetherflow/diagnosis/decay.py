@@ -92,8 +92,7 @@ def decay_bites(
             title += f"squared norms; it acts over {in_steps(memory)}."
             advice = "give the steps of the whole training: steps=... (on the command line --steps)"
             return [Finding("decay-bites", "decay", "open", title, "", advice, sure, numbers)]
-        advice = f"{NOTHING} for the loss, which hardly depends on it; norms would settle within the run with about "
-        advice += f"{ACTS / share:,.0f} times the decay, which is no promise of a lower loss"
+        advice = f"{NOTHING} for the loss, which hardly depends on this weight decay"
         advice += "" if asked else f"; if {in_steps(steps)}, the default, are not the whole training, give steps=..."
         weight = math.log(TOO_SMALL / share)
         return [Finding("decay-bites", "decay", "watch", title, means, advice, sure, numbers, weight=weight)]
@@ -120,7 +119,7 @@ def _under_a_schedule(share: float, course: LossCourse | None) -> str:
     return f" at a constant learning rate ({1 - math.exp(-share / 2):.0%} under a cosine to 0)"
 
 
-def decay_rules(decays: Sequence[float], course: LossCourse) -> list[Finding]:
+def decay_rules(decays: Sequence[float], steps: float, sure: str = "measured") -> list[Finding]:
     """A weight decay that takes weights back faster than they can learn.
 
     Threshold: a memory of 200 steps. Usual settings have 5,000 and more (SGD with 0.1 times 5e-4 has 10,000 without
@@ -129,15 +128,13 @@ def decay_rules(decays: Sequence[float], course: LossCourse) -> list[Finding]:
     three memories have passed: in a shorter run it has hardly begun.
     """
     memory = 1 / max((d for d in decays if d > 0), default=math.nan)
-    if not memory < FORGETS or course.steps < ACTS * memory:
+    if not memory < FORGETS or steps < ACTS * memory:
         return []
     title = f"Weight decay is strong: weights forget within {in_steps(max(1, round(memory)))}."
     means = "All that a weight holds it must have learnt within so many steps; usual settings have a thousand and more."
     advice = "if the loss is higher than hoped for, try a tenth of the weight decay"
     numbers = (Evidence("memory of decay", memory, unit="steps"),)
-    return [
-        Finding("decay-rules", "decay", "watch", title, means, advice, "measured", numbers, weight=FORGETS / memory)
-    ]
+    return [Finding("decay-rules", "decay", "watch", title, means, advice, sure, numbers, weight=FORGETS / memory)]
 
 
 FORGETS = 200.0

@@ -76,8 +76,9 @@ def _too_long(far: Lengths, warmup: int | None) -> Finding:
     advice += f"{what} at most"
     severity: Severity = "watch" if worst.unseen or length < LOST else "act"
     if severity == "watch":
-        advice = unless(f"warm up, or lower the learning rate of `{worst.name}` {needed:,.0f} times")
+        advice = f"warm up, or lower the learning rate of `{worst.name}` {needed:,.0f} times"
     if worst.unseen:
+        advice = unless(advice)
         means = (
             "One step draws its direction anew; the loss ignores its norm, which grows to that of the step, so that "
         )

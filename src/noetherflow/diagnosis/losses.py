@@ -193,19 +193,18 @@ def broke(fact: LossCourse) -> Finding:
     before, at = fact.finite_until or 0, fact.broken or 0
     between = max(0, at - before - 1)
     unseen = between > SEEN_BETWEEN
-    title = (
-        f"Numbers are NaN or infinite from step {at:,} on{', or some steps before' if unseen else ''}; the loss was "
-    )
-    title += f"{show(fact.ended)} at step {before:,} and had not risen."
+    title = f"Numbers are NaN or infinite from step {at:,} on{', or some steps before' if unseen else ''}; the loss "
+    title += f"was about {show(fact.ended)} at step {before:,} and had not risen."
     means = "One batch did it: a NaN or infinite input or label, the logarithm or root of 0, an overflow in float16."
-    advice = "look at the data of that step; to find it: torch.autograd.set_detect_anomaly(True), or clip_grad_norm_ "
-    advice += "with error_if_nonfinite=True; leave out steps whose gradients are not finite"
+    advice = "look at the data of that step and of the one before; to find it: "
+    advice += "torch.autograd.set_detect_anomaly(True), or clip_grad_norm_ with error_if_nonfinite=True; leave out "
+    advice += "steps whose gradients are not finite"
     if unseen:
         means = f"The log has no finite loss of the {between:,} steps between: either one batch did it (a NaN input, "
         means += "the logarithm of 0, an overflow), or steps became too long in them."
         advice = "go on from before it with nf.Ledger(..., every=1): where the loss breaks from one step to the next, "
         advice += "look at that step's data; where it climbs first, lower the learning rate"
-    numbers = (Evidence("last finite loss", fact.ended), Evidence("not finite at step", float(at)))
+    numbers = (Evidence("level of the last finite losses", fact.ended), Evidence("not finite at step", float(at)))
     return Finding("loss-course", "warmup", "act", title, means, advice, "measured", numbers, weight=LOST_RUN)
 
 

@@ -63,7 +63,8 @@ def norm_growth(facts: Sequence[ScaleInvariantNorm], steps: float) -> list[Findi
         Evidence("what weight decay takes of it per step", worst.decay),
     )
     if size < HALVED:
-        title = f"None much, at present gradients: of {number} the norm of `{worst.name}` changes the effective "
+        title = "Of norms that the loss ignores none much, at present gradients: "
+        title += f"of {number} the norm of `{worst.name}` changes the effective "
         title += f"learning rate most, by a factor of about {plain(size)} within {in_steps(steps)}"
         title += f" ({_range(size)}). {GUIDE}."
         return [calm("norm-growth", "norms", title, _sure(worst), numbers)]
@@ -185,7 +186,8 @@ def norms_so_far(facts: Sequence[NormHistory], course: LossCourse, watched: int)
     numbers = (Evidence(f"squared norm of {worst.name}, at the end over the beginning", worst.norm_factor),)
     number = count(len(known), *HIDDEN)
     if size < HALVED:
-        title = f"None much: of {number} the norm of `{worst.name}` changed the effective learning rate most, by a "
+        title = f"Of norms that the loss ignores none much: of {number} "
+        title += f"the norm of `{worst.name}` changed the effective learning rate most, by a "
         title += f"factor of {plain(size)} {worst.span}{_on_the_way(known, size)}."
         return [calm("norm-growth", "norms", title, "measured", numbers)]
     over = tuple(f.name for f in known if abs(math.log(f.rate_factor)) >= math.log(HALVED))
@@ -246,7 +248,7 @@ def norms_to_come(facts: Sequence[NormTrend], moving: bool = False) -> list[Find
         return []
     grown, less = ([f for f in known if f.settles**sign >= MOVES] for sign in (1, -1))
     parts = [_moved(grown, "up"), _moved(less[::-1], "down")]
-    title = "Gradient noise and decay, the function held fixed, "
+    title = "Gradient noise and decay alone, to which training itself adds more, "
     title += f"take norms {'; '.join(p for p in parts if p)}." if any(parts) else "leave all norms as they are."
     numbers = tuple(Evidence(f"norm of {f.name} at the noise equilibrium over now", f.settles) for f in known)
     sure = "how the two sides of symmetries trade; what changes the function, training itself, comes on top"
@@ -269,11 +271,11 @@ def first_steps(facts: Sequence[NormTrend]) -> list[Finding]:
     batch does not meet stand still, and later steps depend on the state.
     """
     rising, falling = _by_direction(facts)
-    title = f"In the first steps {_of(len(rising), len(facts))}"
+    title = f"In the very first steps, about five, {_of(len(rising), len(facts))}"
     title += f": for their size most {_all_of([f.name for f in rising[:TRENDS]])}" if rising else ""
     title += f"; {_shrink(len(falling))}." if falling else "."
-    sure = "the direction alone, by the present gradients: many of these turn within a few steps; how far norms get is "
-    sure += "measured in training, ledger.diagnose()"
+    title += " Which grow later is measured in training: ledger.diagnose()."
+    sure = "the direction alone, by the present gradients: many of these turn within a few steps"
     names = tuple(f.name for f in facts if f.change > 0 and f.norm_square > 0)
     return [Finding("fastest-norms", "norms", "good", title, "", NOTHING, sure, (), names)]
 

@@ -16,10 +16,10 @@ from noetherflow.core.optimizers import Settings, described
 from noetherflow.core.schedule import RateCourse
 from noetherflow.core.settings import SGDConfig
 from noetherflow.core.tensors import tensors_of
-from noetherflow.diagnosis import balance, breaking, long_steps, norms, sampling, stability
+from noetherflow.diagnosis import balance, breaking, long_steps, norms, sampling, squares, stability
 from noetherflow.diagnosis import heads as head_rules
 from noetherflow.diagnosis.dead import dead_units, silent_parts
-from noetherflow.diagnosis.decay import decay_bites
+from noetherflow.diagnosis.decay import decay_bites, decay_rules
 from noetherflow.diagnosis.examined import Examined, named
 from noetherflow.diagnosis.facts import (
     BatchRegime,
@@ -44,6 +44,7 @@ from noetherflow.diagnosis.step import Step, of_parameter
 from noetherflow.diagnosis.unanswered import Unanswered, answered, known
 from noetherflow.equilibrium.potential import Drift
 from noetherflow.equilibrium.regime import COUNTS
+from noetherflow.equilibrium.roots import second_moments
 from noetherflow.equilibrium.sharpness import Sharpness
 from noetherflow.equilibrium.validity import SquareMemory
 from noetherflow.moments.result import GradientMoments
@@ -86,13 +87,15 @@ def diagnose_measurement(examined: Examined) -> Diagnosis:
         *answered("norms", "fastest-norms", lambda: _first_norms(examined, trends)),
         *answered("norms", "logit-growth", lambda: _on_logits(examined)),
         *decay_bites(_decays(examined), examined.steps, examined.steps_given, scheduled=examined.course.known),
+        *decay_rules(_decays(examined), examined.steps, "sure, by the settings"),
         *answered("balance", "balance", lambda: _on_balance(examined, steps)),
         *dead_units([*activities, *uncertified, *seen_activities(examined)], _samples(examined.moments)),
         *head_rules.frozen_heads(activities),
         *stability.learning_rate(steps),
         *too_long,
         *stability.sharpening(steps),
-        *stability.memory_of_squares(settings),
+        *squares.memory_of_squares(settings),
+        *squares.eps_of_adam(_swamped(examined), getattr(settings, "eps", 0.0)),
         *answered("batch", "batch-size", lambda: sampling.batch_size(_regime(examined))),
         *breaking.broken_by_the_loss(examined.refused, silent_parts(uncertified)),
     ]
@@ -119,7 +122,7 @@ def _unsure_of_equilibria(examined: Examined) -> str | None:
     if not isinstance(settings, AdamConfig):
         return None
     follows = isinstance(found, SquareMemory) and found.verdict == "off"
-    if not follows and settings.betas[1] > stability.LLM_MEMORY:
+    if not follows and settings.betas[1] > squares.LLM_MEMORY:
         return None
     return (
         f"at b2 = {settings.betas[1]:g} Adam's v follows the fluctuations, and predicted equilibria are off by factors"
@@ -215,6 +218,19 @@ def decay_share(settings: Settings, parameter: str) -> float:
         return 0.0
     memory = 1 - settings.momentum if isinstance(settings, SGDConfig) else 1.0
     return round(2 * rates.lr * rates.weight_decay / memory, 15)
+
+
+def _swamped(examined: Examined) -> float:
+    """The share of entries whose root mean square gradient is below Adam's eps; those without any gradient left out."""
+    settings = examined.settings
+    if not isinstance(settings, AdamConfig):
+        return 0.0
+    below = reached = 0
+    for name in examined.moments.squares:
+        noise, steady = second_moments(name, examined.moments, settings)
+        square = (noise + steady)[examined.moments.squares[name].cpu() > 0]
+        below, reached = below + int((square < settings.eps**2).sum()), reached + square.numel()
+    return below / reached if reached else 0.0
 
 
 def _decays(examined: Examined) -> list[float]:

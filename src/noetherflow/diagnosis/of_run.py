@@ -13,7 +13,7 @@ from noetherflow.core.arguments import expect
 from noetherflow.core.members import modules_of
 from noetherflow.core.printing import count
 from noetherflow.core.schedule import Schedule
-from noetherflow.diagnosis import balance, breaking, norms, sampling, stability
+from noetherflow.diagnosis import balance, breaking, norms, sampling, squares, stability
 from noetherflow.diagnosis import heads as head_rules
 from noetherflow.diagnosis.decay import decay_bites, decay_rules, decays_of
 from noetherflow.diagnosis.facts import (
@@ -67,8 +67,8 @@ def diagnose_run(
         ]
     found: list[Finding] = [
         *along,
-        *_on_decay(data, rates, whole, steps is not None, course),
-        *decay_rules(decays, course),
+        *_on_decay(data, rates, whole, steps is not None or _whole(data), course),
+        *decay_rules(decays, course.steps),
         *logit_growth(list(_logits(data)), course.stalled),
         *(head_rules.heads_in_run(list(_heads(data)), left) or head_rules.heads_not_logged(_attention(data))),
         *stability.loss_course(course),
@@ -81,6 +81,7 @@ def diagnose_run(
             {n for n, alone in zip(data.symmetries, data.one_sided, strict=True) if alone},
             norm_pulls(data),
         ),
+        *_memories(data),
         *breaking.moved_by_preconditioner(list(_preconditioned(data))),
         *breaking.touched_from_outside(list(_outside(data)), data.events),
     ]
@@ -94,6 +95,18 @@ def diagnose_run(
     elif course.dead:
         found = of_little_meaning(found, ("loss-course", "outside"), "no gradient reaches the watched weights any more")
     return Diagnosis.of(f"Run under {optimizer}, {data.span}", found, members, cautions)
+
+
+def _whole(data: RunData) -> bool:
+    """Whether the run has made all the steps that its header says it has."""
+    total = data.header.get("total_steps")
+    return isinstance(total, int) and 0 < total <= data.steps_made
+
+
+def _memories(data: RunData) -> list[Finding]:
+    """What is said of the shortest memory of Adam's squares among the groups of the run."""
+    groups = [g["betas"][1] for g in data.header.get("groups", ()) if "betas" in g]
+    return squares.memory_of(min(groups)) if groups and data.header.get("rule") in ADAPTIVE else []
 
 
 def _on_decay(data: RunData, rates: RunRates, whole: int, asked: bool, course: LossCourse) -> list[Finding]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from noetherflow.core.adaptive import AdamConfig
-from noetherflow.core.optimizers import Settings
 from noetherflow.core.printing import count, show
 from noetherflow.diagnosis.facts import FELL, LossCourse, StepStability
 from noetherflow.diagnosis.finding import NOTHING, Evidence, Finding, Severity, calm, in_steps, plain, unless
@@ -15,7 +13,6 @@ from noetherflow.diagnosis.losses import LOST_RUN, broke, rose_late
 EDGE = 2.0
 NOISY = 1.0
 SHARPER = 2.0
-SHORT_MEMORY, LLM_MEMORY = 0.9, 0.95
 TURN, BIG_TURN = 0.1, 0.3
 ROSE = 2.0
 RISES = 0.02
@@ -81,7 +78,8 @@ def _before_training(fact: StepStability) -> Finding:
     if fact.noisy_load >= NOISY:
         means += f" {_worst_case(fact)}"
     if fact.planned:
-        advice = f"the planned warmup of {fact.planned:,} steps is the remedy where it does; to know, {AGAIN}"
+        advice = f"to know whether the planned warmup of {fact.planned:,} steps is enough, {AGAIN}; if not, halve the "
+        advice += "peak learning rate"
     else:
         advice = f"warm up over some tens of steps, which costs little; or {AGAIN}"
     return Finding("learning-rate", "warmup", "open", title, means, advice, "open", _numbers(fact))
@@ -117,10 +115,8 @@ def _stable(fact: StepStability) -> Finding:
             weight=fact.noisy_load,
         )
     if fact.noisy_load > 0:
-        title = (
-            f"{warm}: the learning rate {fact.lr:g} is {plain(fact.noisy_load)} of the largest stable one with these "
-        )
-        title += f"minibatches ({show(fact.lr / fact.noisy_load)}; with full batches {show(fact.stable)})"
+        title += f"; on a quadratic loss minibatches would allow {show(fact.lr / fact.noisy_load)}, "
+        title += "which training often exceeds"
     title += (
         "" if fact.started else "; with full batches it stays stable where curvature rises 50 times in the first steps"
     )
@@ -204,38 +200,8 @@ def sharpening(fact: StepStability) -> list[Finding]:
         title = (
             f"{word.capitalize()} by noise, {HELD}: by a factor of {plain(factor)}, at which the learning rate stays "
         )
-        title += "stable. What training makes of the curvature comes on top."
+        title += "stable with full batches. What training makes of the curvature comes on top."
     return [calm("sharpening", "warmup", title, sure, numbers)]
-
-
-def memory_of_squares(settings: Settings) -> list[Finding]:
-    """Whether Adam's average of squares is long enough to be a scale, not noise.
-
-    It averages `n = 1 / (1 - b2)` gradients, so that each entry's step size scatters by `1 / sqrt(2 n)` of itself.
-    Threshold: at `b2 < 0.9` that is over 22 % from step to step, the step is close to a sign of the last gradients, and
-    `v` follows the very fluctuations it divides by. At 0.95 and below, as large language models use it, training is
-    fine, but predictions of the noise equilibrium are off by factors (docs/adaptive.md): good, and said.
-    """
-    if not isinstance(settings, AdamConfig):
-        return []
-    b2 = settings.betas[1]
-    steps = 1 / (1 - b2)
-    numbers = (Evidence("b2", b2), Evidence("gradients that v averages", steps))
-    if b2 < SHORT_MEMORY:
-        title = f"Adam's b2 = {b2:g} is tiny: v averages {plain(steps)} gradients."
-        means = (
-            f"Step sizes scatter by about {1 / math.sqrt(2 * steps):.0%} from step to step, and rare large gradients "
-        )
-        means += "are divided by themselves: nearly sign descent, without Adam's scaling."
-        advice = "set betas=(0.9, 0.999), or 0.95 for the second with large batches"
-        sure = "sure: a matter of the setting alone"
-        weight = SHORT_MEMORY - b2
-        return [Finding("memory-of-squares", "optimiser", "act", title, means, advice, sure, numbers, weight=weight)]
-    caution = (
-        "" if b2 > LLM_MEMORY else "; fine for training, too few for predicted equilibria, which are off by factors"
-    )
-    title = f"Adam's v averages {steps:,.0f} gradients{caution}."
-    return [calm("memory-of-squares", "optimiser", title, evidence=numbers)]
 
 
 def loss_course(fact: LossCourse) -> list[Finding]:
@@ -267,7 +233,11 @@ def loss_course(fact: LossCourse) -> list[Finding]:
     if short:
         warm = f"No, the warmup of {fact.warmup:,} steps is too short" if fact.warmup else "There was no warmup"
         title = f"{warm}: {what.lower()} at step {first:,}."
-        advice = "warm up longer (nf.diagnose(model, ..., optimizer) says how long), or lower the optimiser's peak rate"
+        advice = "halve the optimiser's peak rate, or warm up longer (nf.diagnose(model, ..., optimizer) says how long)"
+    elif fact.began > 0 and fact.middle > fact.began:
+        title = f"{what} at step {first:,}, and in the middle of the run the loss was {show(fact.middle)}, above the "
+        title += f"first, {show(fact.began)}: the learning rate is too large."
+        advice, severity = "lower the optimiser's peak learning rate to a third", "act"
     else:
         title = f"{what} at step {first:,}, long after {'the warmup' if fact.warmup else 'the first steps'}, so that a "
         title += "longer warmup would hardly help."
@@ -348,7 +318,7 @@ def _without_spikes(fact: LossCourse) -> Finding:
         )
     if fact.up_at is not None:
         return _went_up(fact, fact.up_at, f"{went}, {warm}")
-    fine = "No warmup was needed"
+    fine = "The run went without a warmup"
     if fact.warmup:
         fine = f"Yes, the warmup of {fact.warmup:,} steps was long enough"
     title = f"{fine}: the loss stayed in hand, {went}, and never spiked"
@@ -364,7 +334,7 @@ def _went_up(fact: LossCourse, at: int, went: str) -> Finding:
     title += f"one, on its way {went}."
     if at <= max(2 * fact.warmup, fact.steps // 10):
         means = "The first steps may have been too long for these weights."
-        advice = "try a warmup some tens of steps longer, or half the peak learning rate, and compare the last losses"
+        advice = "try half the peak learning rate, and compare the last losses; a longer warmup alone may not help"
     else:
         means = "A batch out of the ordinary, or steps that became too long there."
         advice = "look at the data of these steps; clip gradients, or lower the learning rate there"
