@@ -270,7 +270,7 @@ def test_a_forward_that_draws_is_compared_with_equal_draws() -> None:
 def test_an_equilibrium_of_adam_is_not_applied_twice() -> None:
     """Its charges are preconditioned, which weights alone do not tell; those of the weights are kept beside them."""
     model, x, syms, moments = _measured()
-    eq = nf.noise_equilibrium(model, syms, moments, nf.AdamConfig(lr=1e-3, batch_size=8, weight_decay=0.1))
+    eq = nf.noise_equilibrium(model, syms, moments, nf.AdamConfig(lr=1e-3, batch_size=2, weight_decay=0.1))
     assert eq.assumptions
     nf.balance_(model, eq, example_inputs=x)
     with pytest.raises(DataError, match="away from where the equilibrium was solved"):
