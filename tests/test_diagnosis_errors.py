@@ -109,3 +109,55 @@ def test_the_share_of_entries_below_eps_is_measured(eps: float, severity: str | 
     found = nf.diagnose(model, nn.CrossEntropyLoss(), drawn(0, 20), optimizer, curvature=False)
     told = [f for f in found.findings if f.rule == "eps"]
     assert [f.severity for f in told] == ([] if severity is None else [severity])
+
+
+def test_the_noise_scale_is_told_with_its_interval() -> None:
+    model = trained()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    found = nf.analyze(model, nn.CrossEntropyLoss(), drawn(0, 40), optimizer, curvature=False)
+    low, high = found.moments.noise_scale().interval()
+    assert 0 < low < found.moments.noise_scale().value < high
+    assert (
+        f"against a noise scale of {found.moments.noise_scale().total} at these" in found.diagnosis["batch-size"].title
+    )
+
+
+class Attention(nn.Module):
+    """Gains and value heads act on the same weights, so that leg Grams do not determine the equilibrium."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(6, eps=0.0)
+        self.v, self.o = nn.Linear(6, 4, bias=False), nn.Linear(4, 5, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.o(self.v(self.norm(x)).cumsum(1)).sum(1)
+
+
+def test_a_joint_equilibrium_that_takes_factors_has_them_from_the_one_measurement() -> None:
+    """Its elements are those of a measurement for the equilibrium alone; the flow takes no factors."""
+    torch.manual_seed(0)
+    model = Attention().double()
+    x, y = torch.randn(160, 3, 6, dtype=torch.float64), torch.randint(5, (160,))
+    batches = list(zip(x.split(16), y.split(16), strict=True))
+    loss = nn.CrossEntropyLoss()
+    found = nf.analyze(model, loss, batches, nf.SGDConfig(lr=0.1, batch_size=16), curvature=False)
+    assert found.moments.factors
+    assert not found.flow.moments.factors
+    assert found.equilibrium.joint
+    moments = nf.gradient_moments(model, nf.per_sample(loss), batches, found.symmetries, for_="equilibrium")
+    alone = nf.noise_equilibrium(model, found.symmetries, moments, found.sgd)
+    for name, element in found.equilibrium.elements.items():
+        torch.testing.assert_close(element, alone.elements[name], rtol=1e-6, atol=1e-9)
+
+
+def test_without_room_for_factors_each_symmetry_is_solved_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("noetherflow.measured.FACTORS", 0)
+    torch.manual_seed(0)
+    model = Attention().double()
+    x, y = torch.randn(160, 3, 6, dtype=torch.float64), torch.randint(5, (160,))
+    batches = list(zip(x.split(16), y.split(16), strict=True))
+    settings = nf.SGDConfig(lr=0.1, batch_size=16)
+    found = nf.analyze(model, nn.CrossEntropyLoss(), batches, settings, curvature=False)
+    assert not found.moments.factors
+    assert not found.equilibrium.joint

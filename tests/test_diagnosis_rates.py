@@ -233,3 +233,22 @@ def test_ratios_of_rows_are_those_of_their_losses(where):
     assert table[2, 5] == where
     assert loss_ratios(table)[2] == pytest.approx((9.0 - level) / (1.645 * rest.std()))
     assert (loss_ratios(table) > SPIKE).tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize(("total", "open_"), [(100, False), (200, True), (None, True)])
+def test_a_run_that_made_all_its_steps_is_no_trial(total, open_, tmp_path):
+    ledger_of(None, 100, 1, tmp_path, notes={} if total is None else {"total_steps": total})
+    assert (nf.diagnose_run(tmp_path)["decay-bites"].severity == "open") is open_
+
+
+@pytest.mark.parametrize(("b2", "severity"), [(0.5, "act"), (0.999, "good")])
+def test_a_short_memory_of_squares_is_named_from_a_log(b2, severity, tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, betas=(0.9, b2))
+    with nf.Ledger(net, optimizer, nf.find_symmetries(net, torch.randn(2, 4)), run_dir=tmp_path):
+        for x in torch.randn(60, 8, 4):
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
+    assert nf.diagnose_run(tmp_path)["memory-of-squares"].severity == severity

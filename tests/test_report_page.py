@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
-import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from plotly.offline import get_plotlyjs
 
 from noetherflow.core.printing import show
 from noetherflow.diagnosis.finding import Diagnosis, Finding, Severity, Topic
@@ -69,7 +68,7 @@ def test_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
     html = path.read_text()
     page = parse(html)
     assert all(r.startswith(("#", "data:")) for r in page.references)
-    assert html.count("plotly.js v") == 1
+    assert html.count("* plotly.js (cartesian") == 1
     text = " ".join(page.texts)
     for expected in (
         "Title & <more>",
@@ -115,19 +114,13 @@ def test_page_without_plotly_figures_is_small() -> None:
     assert "Plotly" not in html
 
 
-@pytest.mark.parametrize(("trace", "least", "most"), [("Scatter", 500_000, 800_000), ("Heatmap", 500_000, 800_000),
-                                                      ("Scatter3d", 1_500_000, 3_000_000)])  # fmt: skip
-def test_a_page_holds_no_more_of_plotly_than_its_figures_need(trace: str, least: int, most: int) -> None:
+@pytest.mark.parametrize(("trace", "part"), [("Scatter", 0.4), ("Heatmap", 0.4), ("Scatter3d", 1.1)])
+def test_a_page_holds_no_more_of_plotly_than_its_figures_need(trace: str, part: float) -> None:
     figure = go.Figure(getattr(go, trace)())
     html = render_page("t", [Section("only", figures=[Figure(figure, "dot")])])
     parse(html)
-    assert least < len(html) < most
-    held = re.search(r'data-name="plotly.js v([\d.]+)" data-size="(\d+)">(.*?)</script>', html)
-    assert held is not None
-    script = zlib.decompress(base64.b64decode(held[3]), wbits=-zlib.MAX_WBITS)
-    assert len(script) == int(held[2])
-    assert f"v{held[1]}".encode() in script[:200]
-    assert trace.lower().encode() in script
+    assert 1_000_000 < len(html) < part * len(get_plotlyjs())
+    assert trace.lower() in html
 
 
 def test_failed_write_leaves_the_old_page(tmp_path: Path) -> None:

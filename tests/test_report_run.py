@@ -5,12 +5,10 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
-import os
 import shutil
 import tempfile
 import threading
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,7 +106,7 @@ def test_page_of_a_run(tmp_path: Path) -> None:
     path = write_run_report(tmp_path)
     html = path.read_text()
     assert path == tmp_path / "report.html"
-    assert html.count("plotly.js v") == 1
+    assert html.count("* plotly.js (cartesian") == 1
     for heading in ("Summary", "Distance to the noise equilibrium", "Layers over time", "Scale-invariant", "Events"):
         assert heading in html
     assert "http" not in html.split("<body>")[1].split("<script")[0]
@@ -121,7 +119,7 @@ def test_page_of_a_run(tmp_path: Path) -> None:
 
 def test_a_page_is_small_and_its_loss_is_drawn_in_logarithms_where_it_fell_far(tmp_path: Path) -> None:
     data = record(tmp_path)
-    assert write_run_report(tmp_path).stat().st_size < 1_000_000
+    assert write_run_report(tmp_path).stat().st_size < 2_000_000
     for end, kind in ((0.05, "log"), (0.5, None), (-1.0, None)):
         falling = dataclasses.replace(data, loss=np.linspace(1.0, end, len(data.steps)))
         assert training_figure(falling, []).layout.yaxis.type == kind
@@ -525,18 +523,6 @@ def test_menus_and_names_of_layers_are_whole_on_a_phone_and_menus_are_words_in_p
         wait_for(browser, f"{charges}._fullLayout.updatemenus.length")
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-
-
-@pytest.mark.parametrize("text", [b"", b"a", bytes(range(256)) * 300, b"abcabcab" * 9000, os.urandom(100_000)])
-def test_a_page_unpacks_every_kind_of_deflate_stream(text: bytes, browser: Any, tmp_path: Path) -> None:
-    """Stored, fixed and dynamic blocks, as zlib writes them."""
-    record(tmp_path, steps=8)
-    browser.get(write_run_report(tmp_path).as_uri())
-    script = "return Array.from(inflate(Uint8Array.from(atob(arguments[0]), c => c.charCodeAt(0)), arguments[1]))"
-    for level, strategy in ((0, zlib.Z_DEFAULT_STRATEGY), (9, zlib.Z_DEFAULT_STRATEGY), (6, zlib.Z_FIXED)):
-        packer = zlib.compressobj(level, wbits=-zlib.MAX_WBITS, strategy=strategy)
-        packed = base64.b64encode(packer.compress(text) + packer.flush()).decode()
-        assert bytes(browser.execute_script(script, packed, len(text))) == text
 
 
 def test_numbers_on_the_axis_of_norms_are_those_at_their_ticks(browser: Any, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from noetherflow.equilibrium import Equilibrium, noise_equilibrium, result
 from noetherflow.equilibrium import flow as flows
 from noetherflow.equilibrium.charge_flow import norm_where
 from noetherflow.equilibrium.flow import Flow, noether_flow
+from noetherflow.equilibrium.roots import NoiseLaw
 from noetherflow.errors import DataError, MomentError, SampleNumberError
 from noetherflow.measured import MeasuredModel, batches_of, inputs_of, measure, samples_in
 from noetherflow.moments import GradientMoments
@@ -41,10 +42,11 @@ from noetherflow.moments.batch_statistics import uses_batch_statistics
 from noetherflow.symmetry import symmetry_set
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
-SAMPLES, CURVED = 2048, 128
+SAMPLES, MOST, CURVED = 2048, 65536, 128
 REPLICATES, MOST_REPLICATES = 12, 256
-"""Samples taken from a loader for gradients, and of these for curvature; minibatches per `1 - momentum` where each is
-one replicate (batch statistics), for which a loader is gone through again, and how many at most."""
+"""Samples taken from a loader for gradients, how many at most, and of these for curvature; minibatches per
+`1 - momentum` where each is one replicate (batch statistics), for which a loader is gone through again, and at most.
+"""
 STEPS, EPOCHS = 1000, 10
 """Length of the run looked at where none is given: so many epochs of the loader, at least so many steps."""
 
@@ -346,9 +348,12 @@ def _replicates(settings: Settings) -> int:
 
 
 def _told_apart(settings: Settings) -> float:
-    """The samples from which on an equilibrium is not refused: `(1 + m) / (1 - m)` minibatches."""
-    memory = _memory(settings)
-    return (1 + memory) / (1 - memory) * settings.batch_size
+    """The samples from which on an equilibrium is not refused (`refuse_too_few`): as many minibatches as the optimiser
+    counts a squared mean gradient times, at most the data set.
+    """
+    law = NoiseLaw.of(settings)
+    needed = law.mean / law.white * settings.batch_size if law.white else math.inf
+    return min(needed, settings.dataset_size or math.inf, MOST)
 
 
 def _memory(settings: Settings) -> float:

@@ -143,10 +143,8 @@ def frozen_heads(facts: Sequence[PartActivity]) -> list[Finding]:
     )
     title = f"Frozen out: {listed}, at {plain(share)} of its layer's median head."
     means = "It adds next to nothing (values and outputs) or looks everywhere alike (queries and keys). The gradient "
-    means += (
-        "of each side is as large as the other side: where one alone is small it grows within tens of steps, where "
-    )
-    means += "both are, the head stays behind."
+    means += "of each side is as large as the other side: where one alone is small it grows within tens of steps, "
+    means += "where both are, the head stays behind."
     advice = f"look for a mask or a skipped initialisation; ask again after 50 steps, and if head {head} of "
     advice += f"`{worst.name}` is still behind, draw it anew"
     severity: Severity = "act" if share < FROZEN_OUT else "watch"

@@ -81,13 +81,13 @@ def diagnose_measurement(examined: Examined) -> Diagnosis:
     trends, activities = list(_trends(examined)), list(activities_of(examined))
     too_long = long_steps.step_length([t for t in trends if t.matrix], examined.warmup)
     steps = replace(_stability(examined), replaced=bool(too_long))
-    uncertified = list(uncertified_activities(examined))
+    uncertified, decays = list(uncertified_activities(examined)), _decays(examined)
     found: list[Finding] = [
         *answered("norms", "norm-growth", lambda: _on_norms(examined, trends)),
         *answered("norms", "fastest-norms", lambda: _first_norms(examined, trends)),
         *answered("norms", "logit-growth", lambda: _on_logits(examined)),
-        *decay_bites(_decays(examined), examined.steps, examined.steps_given, scheduled=examined.course.known),
-        *decay_rules(_decays(examined), examined.steps, "sure, by the settings"),
+        *decay_bites(decays, examined.steps, examined.steps_given, scheduled=examined.course.known),
+        *decay_rules(decays, examined.steps, "sure, by the settings"),
         *answered("balance", "balance", lambda: _on_balance(examined, steps)),
         *dead_units([*activities, *uncertified, *seen_activities(examined)], _samples(examined.moments)),
         *head_rules.frozen_heads(activities),
@@ -228,7 +228,7 @@ def _swamped(examined: Examined) -> float:
     below = reached = 0
     for name in examined.moments.squares:
         noise, steady = second_moments(name, examined.moments, settings)
-        square = (noise + steady)[examined.moments.squares[name].cpu() > 0]
+        square = (noise + steady)[noise + steady > 0]
         below, reached = below + int((square < settings.eps**2).sum()), reached + square.numel()
     return below / reached if reached else 0.0
 

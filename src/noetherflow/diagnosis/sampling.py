@@ -43,7 +43,7 @@ def batch_size(fact: BatchRegime) -> list[Finding]:
         return [Finding("batch-size", "batch", "watch", title, means, advice, sure, numbers, weight=math.log(ratio))]
     found = f"too large to measure{_at_least(low)}"
     if math.isfinite(scale.value):
-        found = f"of {show(scale.value)} samples{_between(low, high)}"
+        found = f"of {scale}"
     if fact.dataset_size and scale.value > fact.dataset_size and math.isfinite(scale.value):
         found += f", more than the {fact.dataset_size:,} of the training set, so that any batch is below it,"
     title = f"Batches of {size:,} against a noise scale {found} at these weights; it grows in training: "
@@ -56,12 +56,6 @@ def batch_size(fact: BatchRegime) -> list[Finding]:
     else:
         title += "near the best trade between samples and steps."
     return [calm("batch-size", "batch", title, sure, numbers)]
-
-
-def _between(low: float, high: float) -> str:
-    if math.isnan(low):
-        return ""
-    return f" (95 %: {f'above {show(low)}' if math.isinf(high) else f'{show(low)} to {show(high)}'})"
 
 
 def _at_least(low: float) -> str:

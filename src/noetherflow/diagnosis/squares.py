@@ -10,6 +10,7 @@ from noetherflow.diagnosis.finding import Evidence, Finding, Severity, calm, pla
 
 SHORT_MEMORY, LLM_MEMORY = 0.9, 0.95
 SWAMPED, MOSTLY = 0.1, 0.5
+"""`b2` below which `v` is tiny, and up to which equilibria are off by factors; shares of entries that eps swamps."""
 
 
 def memory_of_squares(settings: Settings) -> list[Finding]:
@@ -56,7 +57,7 @@ def eps_of_adam(share: float, eps: float) -> list[Finding]:
         return []
     title = f"Adam's eps = {eps:g} is larger than the gradients of {share:.0%} of the entries."
     means = "These are moved in proportion to their gradients, as by SGD, and by less than the learning rate."
-    advice = "set eps=1e-8, the default, or raise the learning rate for what eps takes"
+    advice = "set eps=1e-8, the default"
     numbers = (Evidence("share of entries with gradients below eps", share),)
     severity: Severity = "act" if share >= MOSTLY else "watch"
     return [Finding("eps", "optimiser", severity, title, means, advice, "measured", numbers, weight=share)]

@@ -21,6 +21,7 @@ from noetherflow.moments.result import GradientMoments
 
 LegPair = tuple[Tensor, Tensor]
 ROUNDING = 1e-12
+"""Share by which rounding may make samples seem too few that are just enough."""
 Number = TypeVar("Number", float, np.ndarray)
 """One setting, or an array with one per parameter."""
 
@@ -258,7 +259,7 @@ def refuse_too_few(moments: GradientMoments, draws: Settings, noise: float, mean
         )
     enough = -mean * c / (noise * a) * moments.samples if a and noise else math.inf
     unit, there = ("samples", draws.dataset_size) if moments.replicates is None else ("minibatches", None)
-    needed = math.ceil(min(enough, there or math.inf) * (1 - 1e-12))
+    needed = math.ceil(min(enough, there or math.inf) * (1 - ROUNDING))
     memory = f"momentum {draws.momentum:g}" if isinstance(draws, SGDConfig) else f"b1 {draws.betas[0]:g}"
     raise SampleNumberError(
         f"moments of {moments.samples} {unit} cannot tell the mean gradient from noise at batch size "

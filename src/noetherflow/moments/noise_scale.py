@@ -66,8 +66,8 @@ class NoiseScale:
 
     def __str__(self) -> str:
         low, high = self.interval()
-        between = "" if math.isnan(low) else f" (95 % between {show(low)} and {show(high)})"
-        return f"{show(self.value)} samples{between}"
+        ends = f"above {show(low)}" if math.isinf(high) else f"between {show(low)} and {show(high)}"
+        return f"{show(self.value)} samples{'' if math.isnan(low) else f' (95 % {ends})'}"
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers; None for an infinite noise scale."""

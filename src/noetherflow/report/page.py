@@ -14,7 +14,7 @@ from typing import Any
 from noetherflow.core.files import write_text
 from noetherflow.core.printing import Table, brief, count
 from noetherflow.errors import DataError, require
-from noetherflow.report.library import PlotLibrary
+from noetherflow.report.library import plotly_for
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,7 @@ def write_page(path: str | os.PathLike[str], title: str, sections: Sequence[Sect
 
 
 def render_page(title: str, sections: Sequence[Section], subtitle: str = "") -> str:
-    """The HTML text that `write_page` writes. plotly.js is embedded once, packed, and only when a figure needs it."""
+    """The HTML text that `write_page` writes. plotly.js is embedded once, and only when a figure needs it."""
     from noetherflow import __version__
 
     jinja2: Any = require("jinja2", "report")
@@ -115,7 +115,7 @@ def render_page(title: str, sections: Sequence[Section], subtitle: str = "") -> 
     named = {f.name: f"fig-{f.name}" for section in sections for f in section.figures if f.name}
     prepared = [_prepare(section, i, markup.Markup, named) for i, section in enumerate(sections)]
     drawn = [f.content for s in sections for f in s.figures if hasattr(f.content, "to_plotly_json")]
-    library = PlotLibrary.of(trace.type for figure in drawn for trace in figure.data) if drawn else None
+    plotly = plotly_for(trace.type for figure in drawn for trace in figure.data) if drawn else ""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(_resource("page.html.j2"))
     return template.render(
@@ -124,8 +124,7 @@ def render_page(title: str, sections: Sequence[Section], subtitle: str = "") -> 
         sections=prepared,
         version=__version__,
         css=markup.Markup(stylesheet()),
-        plotly=library,
-        inflate=markup.Markup(_resource("inflate.js")),
+        plotly=markup.Markup(plotly),
     )
 
 
