@@ -82,6 +82,36 @@ MUTANTS = (
     Mutant(f"{MON}/pace.py", "% self.estimate_every < self.every", "% self.estimate_every < 1", "test_ledger_pace.py"),
     Mutant(f"{EQ}/alternate.py", "worst = worst_of(", "worst = 0.5 * worst_of(", "test_equilibrium_turns.py"),
     # diagnosis, ranks and waiting books
+    Mutant(
+        "noetherflow/equilibrium/potential.py",
+        "    if noise * a * (1 + ROUNDING) + mean * c >= 0:\n",
+        "    if True:\n",
+        "test_diagnosis_errors.py::test_no_equilibrium_of_adam_from_samples_that_cannot_tell_the_mean_gradient_from_noise",
+    ),
+    Mutant(
+        f"{DIAG}/parts.py",
+        "    power = 0.25 if isinstance(settings, SGDConfig) else 0.5\n",
+        "    power = 2.5 if isinstance(settings, SGDConfig) else 5.0\n",
+        "test_diagnosis_errors.py::test_the_error_of_a_factor_is_its_scatter_over_sets_of_samples",
+    ),
+    Mutant(
+        "noetherflow/measured.py",
+        "parameters=used, for_=purpose)",
+        "parameters=used)",
+        "test_diagnosis_errors.py::test_a_joint_equilibrium_that_takes_factors_has_them_from_the_one_measurement",
+    ),
+    Mutant(
+        "noetherflow/core/sightings.py",
+        ' and name != "softmax" and func not in self._inside:',
+        ' and name != "softmax":',
+        "test_sightings.py::test_a_model_with_pooling_is_looked_at_and_answered",
+    ),
+    Mutant(
+        f"{DIAG}/losses.py",
+        "        return number if number > share * self.steps else 0\n",
+        "        return 0\n",
+        "test_diagnosis_rates.py::test_a_last_level_that_is_the_mean_of_many_steps_is_called_one",
+    ),
     Mutant(f"{DIAG}/step.py", "scattered / (1 - m**2)", "scattered / (1 - m) ** 2", "test_diagnosis_rules.py"),
     Mutant(f"{DIAG}/stability.py", "fact.ended >= ROSE * fact.began", "False", "test_diagnosis_rules.py"),
     Mutant(f"{DIAG}/losses.py", "np.average(usual, weights=shared)", "np.average(usual)", "test_diagnosis_losses.py"),

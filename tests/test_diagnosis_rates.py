@@ -18,6 +18,7 @@ from noetherflow.diagnosis.rates import RunRates, named_schedule, run_rates, war
 from noetherflow.monitor.noted import NotedLosses, NotedRates
 from noetherflow.monitor.rundata import RunData
 from noetherflow.monitor.spikes import SPIKE, loss_ratios
+from noetherflow.report.run import _facts
 
 TOTAL = 1000
 
@@ -237,7 +238,7 @@ def test_ratios_of_rows_are_those_of_their_losses(where):
 
 @pytest.mark.parametrize(("total", "open_"), [(100, False), (200, True), (None, True)])
 def test_a_run_that_made_all_its_steps_is_no_trial(total, open_, tmp_path):
-    ledger_of(None, 100, 1, tmp_path, notes={} if total is None else {"total_steps": total})
+    ledger_of(None, 100, 1, tmp_path, notes={} if total is None else {"total_steps": total})[0].close()
     assert (nf.diagnose_run(tmp_path)["decay-bites"].severity == "open") is open_
 
 
@@ -252,3 +253,18 @@ def test_a_short_memory_of_squares_is_named_from_a_log(b2, severity, tmp_path):
             net(x).square().mean().backward()
             optimizer.step()
     assert nf.diagnose_run(tmp_path)["memory-of-squares"].severity == severity
+
+
+def test_a_last_level_that_is_the_mean_of_many_steps_is_called_one(tmp_path):
+    """Every 150th of 400 steps is recorded: the mean of the losses since the last one is no level of the last tenth."""
+    losses = np.linspace(4.0, 0.4, 400)
+    ledger_of(None, 400, 150, tmp_path, losses)[0].close()
+    data = RunData.load(tmp_path)
+    number = data.since.steps
+    assert number > 40
+    title = nf.diagnose_run(tmp_path)["loss-course"].title
+    assert f"(the mean of the last {number:,} losses)" in title
+    assert f"loss, mean of the last {number:,} steps" in dict(_facts(data, []))
+    often = tmp_path / "often"
+    ledger_of(None, 400, 1, often, losses)[0].close()
+    assert "mean of the last" not in nf.diagnose_run(often)["loss-course"].title

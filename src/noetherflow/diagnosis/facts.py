@@ -302,6 +302,7 @@ class LossCourse:
         finite_until: the last step whose loss is known and finite, None where losses were not noted.
         steps: made.
         began, ended: the first loss, and the mean over the last tenth of the steps; NaN where losses were not noted.
+        ended_over: how many of the last losses `ended` is the mean of, where these are more than that tenth; else 0.
         middle: the mean loss of the middle fifth of the steps, NaN where unknown.
         highest: the largest loss, NaN where unknown.
         up_at: the step by which it had stood at that, well above the first one; None where it never was beyond scatter.
@@ -330,6 +331,7 @@ class LossCourse:
     finite_until: int | None = None
     up_at: int | None = None
     lapse: int | None = None
+    ended_over: int = 0
 
     @property
     def decay_memory(self) -> float:

@@ -305,6 +305,14 @@ class ToldLosses:
         middle, ended = self.level(0.4 * self.steps, 0.6 * self.steps), self.level(0.9 * self.steps, self.steps)
         return float(self.rows[0, 1]), middle, ended if math.isfinite(ended) else float(self.rows[-1, 1])
 
+    def ends_over(self, share: float) -> int:
+        """How many losses stand as one mean for the last `share` of the steps, where it reaches further back; else 0.
+
+        A ledger that records rarely keeps the losses of the steps since as their mean.
+        """
+        number = int(self.rows[-1, 0]) if self.most and len(self.rows) else 0
+        return number if number > share * self.steps else 0
+
     def averages(self, most: int) -> tuple[np.ndarray, np.ndarray]:
         """Middles of at most so many stretches of steps, of five losses each at least, and the mean loss in each."""
         told = np.cumsum(self.rows[:, 0])

@@ -339,6 +339,7 @@ def _course(data: RunData, decay: float, warmup: int) -> LossCourse:
         decay=decay,
         dead=dead,
         seen=None if told.most else len(told.rows),
+        ended_over=told.ends_over(0.1),
         finite_until=told.finite_until,
         lapse=nan if first is None else None,
     )

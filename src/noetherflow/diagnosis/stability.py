@@ -293,7 +293,8 @@ def _without_spikes(fact: LossCourse) -> Finding:
         title += "but losses were not noted."
         advice = "ledger.note(loss) in every step, or after_step(loss)"
         return Finding("loss-course", "warmup", "open", title, "", advice, "open")
-    went = f"from {show(fact.began)} to {show(fact.ended)} in {in_steps(fact.steps)}"
+    over = f" (the mean of the last {fact.ended_over:,} losses)" if fact.ended_over else ""
+    went = f"from {show(fact.began)} to {show(fact.ended)}{over} in {in_steps(fact.steps)}"
     warm = f"with a warmup of {fact.warmup:,} steps" if fact.warmup else "without a warmup"
     numbers = (Evidence("loss at first", fact.began), Evidence("loss of the last tenth of the steps", fact.ended))
     lower = "lower the optimiser's peak learning rate; a warmup alone may not be enough"

@@ -202,7 +202,9 @@ def _facts(data: RunData, events: list[dict[str, Any]]) -> list[tuple[str, Any]]
     facts: list[tuple[str, Any]] = []
     told = ToldLosses.by(data)
     ends = told.level(0, told.steps / 20), told.level(0.95 * told.steps, told.steps)
-    facts += [(f"loss, {which} 5 %", e) for which, e in zip(("first", "last"), ends, strict=True) if np.isfinite(e)]
+    number = told.ends_over(0.05)
+    names = "loss, first 5 %", f"loss, mean of the last {number:,} steps" if number else "loss, last 5 %"
+    facts += [(name, level) for name, level in zip(names, ends, strict=True) if np.isfinite(level)]
     facts += [("steps made", data.steps_made), ("symmetries watched", len(data.symmetries)), ("events", len(events))]
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.nan_to_num(np.abs(data.family["residual"] / data.family["norm"]))

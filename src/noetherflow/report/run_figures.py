@@ -168,6 +168,7 @@ def training_figure(data: RunData, events: list[dict[str, Any]]) -> Any:
     axis2 |= {"tickmode": "auto", "nticks": 6}
     axis = _loss_axis(data.loss[known]) if known.size else {"visible": False}
     figure.update_layout(**layout_of(340), yaxis=axis, yaxis2=axis2)
+    figure.update_xaxes(range=[int(data.steps[0]), max(data.steps_made, int(data.steps[0]) + 1)])
     return figure
 
 
