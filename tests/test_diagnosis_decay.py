@@ -72,7 +72,7 @@ class TestStrongDecay:
     def test_planted_and_healthy(self):
         strong, usual = (nf.diagnose_run(trained(1, decay)[0]) for decay in (0.05, 5e-4))
         assert strong["decay-rules"].severity == "watch"
-        assert "tenth of the weight decay" in strong["decay-rules"].advice
+        assert "third of the weight decay" in strong["decay-rules"].advice
         assert "decay-rules" not in {f.rule for f in usual}
 
     @pytest.mark.parametrize(("share", "steps"), [(1e-3, 10_000), (2e-4, 100_000), (0.02, 100), (float("nan"), 1000)])

@@ -47,8 +47,9 @@ from noetherflow.diagnosis.finding import (
     of_little_meaning,
     plain,
 )
+from noetherflow.diagnosis.histories import norm_history, span_of
 from noetherflow.diagnosis.logits import LogitGrowth, LogitSpread
-from noetherflow.diagnosis.of_run import _span, batch_ratio, norm_history
+from noetherflow.diagnosis.of_run import batch_ratio
 from noetherflow.diagnosis.step import Step
 from noetherflow.equilibrium.regime import Regime, few_samples
 from noetherflow.equilibrium.sharpness import Sharpness
@@ -138,7 +139,7 @@ class TestNorms:
     def test_shrinking_is_told_from_growing(self):
         found = one(norms.norm_growth([replace(GROWING, growth=1e-6, decay=0.01)], 1000))
         assert found.severity in ("act", "watch")
-        assert "try half the weight decay" in found.advice
+        assert "try a third of the weight decay" in found.advice
 
     def test_healthy(self):
         assert one(norms.norm_growth([replace(GROWING, growth=1e-4)], 1000)).severity == "good"
@@ -588,6 +589,8 @@ class TestStability:
         assert "within one step." in one(stability.turning([("conv", 1.5)], STALLED)).means
         assert one(stability.turning([("conv", 0.15)], STALLED)).severity == "watch"
         assert one(stability.turning([("conv", 0.01)], STALLED)).severity == "good"
+        late = one(stability.turning([("conv", 0.01)], STALLED, share=0.02))
+        assert late.title.endswith("turned by 0.01 radians a step, at 0.02 of the largest learning rate.")
         assert stability.turning([("conv", NAN)], STALLED) == []
         falling = one(stability.turning([("conv", 0.5)], replace(STALLED, ended=0.01)))
         assert falling.severity == "watch"
@@ -629,10 +632,18 @@ class TestStability:
         assert found.severity == "act"
         assert found.title.startswith("The run diverged at step 2:")
         other = calm("norms", "norms", "Norms are fine.")
-        left, kept = of_little_meaning([other, found], ("loss-course",), "the run diverged at step 2")
-        assert (left.severity, kept) == ("open", found)
-        assert left.title == "Means little, for the run diverged at step 2. Norms are fine."
+        more = [other, calm("grown-layers", "norms", "All grew."), calm("turning", "warmup", "Steps are small.")]
+        kept, left = of_little_meaning([*more, found], ("loss-course",), "the run diverged at step 2")
+        assert (left.severity, left.rule, kept) == ("open", "norms", found)
+        assert left.title == "Means little, for the run diverged at step 2."
         assert "do: mend that first, and ask the new run again: ledger.diagnose()" in str(left)
+
+    def test_the_same_advice_is_printed_once(self):
+        same = [replace(calm(rule, "norms", rule), severity="open", advice="train on") for rule in ("a", "b", "c")]
+        printed = str(Diagnosis.of("x", [*same, calm("d", "decay", "none")]))
+        assert printed.count("do: train on") == 1
+        assert printed.count("do: as above") == 2
+        assert "GOOD  none" in printed
 
     def test_more_than_these_minibatches_allow_is_no_advice(self):
         found = one(stability.learning_rate(replace(RUNNING, noisy_load=74.0)))
@@ -668,7 +679,10 @@ class TestSampling:
 
     def test_from_the_momentum_buffer(self):
         assert one(sampling.noise_share(40.0, "all")).severity == "watch"
-        assert one(sampling.noise_share(0.5, "all")).severity == "good"
+        assert one(sampling.noise_share(2.0, "all")).severity == "good"
+        bound = one(sampling.noise_share(0.5, "all"))
+        assert bound.severity == "open", "a lower bound below 1 tells nothing"
+        assert "at least 0.5 times the gradient noise scale" in bound.title
         assert sampling.noise_share(NAN, "all") == []
         assert one(sampling.noise_share(0.0, "all")).severity == "open"
 
@@ -879,9 +893,9 @@ def test_unknown_topics_are_named():
 
 def test_factors_of_a_run_are_those_of_the_steps_between_their_estimates():
     values, at = np.array([NAN, 2.0, NAN, 6.0, NAN]), np.array([0.0, 10.0, 20.0, 40.0, 50.0])
-    found = _span(values, at)
+    found = span_of(values, at)
     assert (found.factor, found.steps) == (3.0, 30.0)
-    assert _span(np.array([NAN, 1.0]), at[:2]) is None
+    assert span_of(np.array([NAN, 1.0]), at[:2]) is None
 
 
 @pytest.mark.parametrize("power", [1, 2])

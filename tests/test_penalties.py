@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import noetherflow as nf
 from noetherflow.diagnosis import breaking
 from noetherflow.diagnosis.finding import NOTHING, Finding
-from noetherflow.diagnosis.of_run import recent
+from noetherflow.diagnosis.histories import recent
 from noetherflow.diagnosis.penalty import norm_pulls, pull_of
 
 pytestmark = pytest.mark.usefixtures("every_finding_says_what_to_do")

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from noetherflow.core.arguments import A_MODEL, expect
+from noetherflow.core.held import others_frozen
 from noetherflow.core.inputs import LossFn
 from noetherflow.core.losses import chosen_loss
 from noetherflow.core.optimizers import Settings, check_settings, described, optimizer_config
@@ -259,7 +260,7 @@ def analyze(
     loss = chosen_loss(loss_fn, model, data[0])
     inputs = inputs_of(data[0]) if example_inputs is None else example_inputs
     scales = not isinstance(settings, SGDConfig) or bool(settings.groups)
-    with Stages("analysis") if progress is None else nullcontext(progress) as say:
+    with others_frozen(model, sgd), Stages("analysis") if progress is None else nullcontext(progress) as say:
         measured = measure(model, loss, data, inputs, scales=scales, progress=say)
         say("integrating the Noether flow")
         flow = attempted(lambda: noether_flow(model, measured.symmetries, measured.moments.without_factors(), settings))
@@ -267,25 +268,25 @@ def analyze(
         eq = attempted(lambda: _settled(measured, model, settings, approximate))
         say("measuring curvature" if wants_curvature(model, curvature) else "leaving curvature out")
         found = curvature_of(measured.moments, model, loss, _some(data), flow, eq, settings, curvature)
-    examined = Examined(
-        model=unwrap(model),
-        symmetries=measured.symmetries,
-        refused=measured.certificate.refused,
-        moments=measured.moments,
-        flow=flow,
-        equilibrium=eq,
-        settings=settings,
-        curvature=found,
-        steps=ahead,
-        warmup=planned_warmup(warmup, course),
-        started=bool(getattr(sgd, "state", None)),
-        steps_given=steps is not None,
-        remedy=remedy(model, settings, curvature),
-        uncertified=measured.uncertified,
-        seen=measured.seen,
-        course=course,
-    )
-    diagnosis = diagnose_measurement(examined)
+        examined = Examined(
+            model=unwrap(model),
+            symmetries=measured.symmetries,
+            refused=measured.certificate.refused,
+            moments=measured.moments,
+            flow=flow,
+            equilibrium=eq,
+            settings=settings,
+            curvature=found,
+            steps=ahead,
+            warmup=planned_warmup(warmup, course),
+            started=bool(getattr(sgd, "state", None)),
+            steps_given=steps is not None,
+            remedy=remedy(model, settings, curvature),
+            uncertified=measured.uncertified,
+            seen=measured.seen,
+            course=course,
+        )
+        diagnosis = diagnose_measurement(examined)
     return Analysis(measured.symmetries, measured.certificate, measured.moments, flow, eq, settings, found, diagnosis)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from noetherflow.core.foreign import settings_of, state_of, without_parameters
 from noetherflow.core.prefix import prefix_of
 from noetherflow.core.tensors import named_tensors, tensors_of
+from noetherflow.core.unwrap import unwrap_optimizer
 from noetherflow.errors import CheckpointError
 
 
@@ -47,6 +49,34 @@ def held_by(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> 
         for group in optimizer.param_groups
         for p in group["params"]
     ]
+
+
+@contextmanager
+def others_frozen(model: nn.Module, optimizer: Any) -> Iterator[None]:
+    """Parameters that an optimiser does not hold are frozen during the block, for it never moves them.
+
+    Args:
+        model: whose parameters are meant.
+        optimizer: of torch, wrapped or not; anything without `param_groups`, as settings are, freezes none.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> with others_frozen(net, torch.optim.SGD(net[1].parameters(), lr=0.1)):
+        ...     net[0].weight.requires_grad
+        False
+        >>> net[0].weight.requires_grad
+        True
+    """
+    groups = unwrap_optimizer(optimizer).param_groups if hasattr(optimizer, "param_groups") else []
+    held = {id(p) for group in groups for p in group["params"]}
+    others = [p for p in model.parameters() if groups and p.requires_grad and id(p) not in held]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
 
 
 def is_saved_optimizer(value: Any) -> bool:

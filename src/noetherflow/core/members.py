@@ -6,7 +6,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
-from noetherflow.core.printing import WIDTH
+from noetherflow.core.printing import WIDTH, count
 
 MORE = re.compile(r"\(\+\d+\)")
 INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -38,6 +38,21 @@ def compressed(names: Iterable[str]) -> list[str]:
         numbers = sorted({int(found[0]) for name in members if (found := INDEX.search(name))})
         out.append(pattern.replace("{}", _ranges(numbers), 1) if len(members) > 1 else members[0])
     return out
+
+
+NAMED = 3
+
+
+def some_named(names: Iterable[str]) -> str:
+    """A few names for a sentence, those that differ in one index as one, and how many more kinds there are.
+
+    Example:
+        >>> some_named(["embed", "h.0.mlp", "h.1.mlp"])
+        '`embed`, `h.0-1.mlp`'
+    """
+    short = compressed(names)
+    more = f" and {count(len(short) - NAMED, 'more kind', 'more kinds')}" if len(short) > NAMED else ""
+    return ", ".join(f"`{name}`" for name in short[:NAMED]) + more
 
 
 def _ranges(numbers: Sequence[int]) -> str:

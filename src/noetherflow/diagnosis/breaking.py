@@ -140,7 +140,7 @@ def _eps(name: str, violation: float, by_steps: bool) -> Finding:
     title = f"The scale of `{name}` is no exact symmetry here: gradients violate it by {plain(violation)}."
     means = "The eps of the normalisation after it explains as much, where it is about that share of the variance that "
     means += "it is added to: the weight's norm is small. Its charge then drifts by the gradient, too."
-    advice = unless(f"half the weight decay of `{name}`, which keeps its norm larger, or a tenth of the eps")
+    advice = unless(f"try a third of the weight decay of `{name}`, which keeps its norm larger")
     sure = "measured; that it is eps is likely: "
     sure += "a penalty would pull alike at every step" if by_steps else "a penalty on this weight would look alike"
     return Finding("violation", "invariance", "watch", title, means, advice, sure, number, (name,), violation)

@@ -132,7 +132,7 @@ def decay_rules(decays: Sequence[float], steps: float, sure: str = "measured") -
         return []
     title = f"Weight decay is strong: weights forget within {in_steps(max(1, round(memory)))}."
     means = "All that a weight holds it must have learnt within so many steps; usual settings have a thousand and more."
-    advice = "if the loss is higher than hoped for, try a tenth of the weight decay"
+    advice = "if the loss is higher than hoped for, try a third of the weight decay"
     numbers = (Evidence("memory of decay", memory, unit="steps"),)
     return [Finding("decay-rules", "decay", "watch", title, means, advice, sure, numbers, weight=FORGETS / memory)]
 

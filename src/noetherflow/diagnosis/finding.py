@@ -100,10 +100,14 @@ class Finding:
         return QUESTIONS[self.topic]
 
     def __str__(self) -> str:
+        return self.printed(self.advice)
+
+    def printed(self, advice: str) -> str:
+        """The finding as it is printed, with these words for what to do."""
         lines = [_wrapped(f"{self.severity.upper():<6}{self.title}", 6)]
         if self.severity == "good":
-            return "\n".join([*lines, *([_wrapped(f"      do: {self.advice}", 8)] if self.is_note else [])])
-        rows = [("means", self.means), ("do", self.advice), ("sure", self.sure)]
+            return "\n".join([*lines, *([_wrapped(f"      do: {advice}", 8)] if self.is_note else [])])
+        rows = [("means", self.means), ("do", advice), ("sure", self.sure)]
         rows += [("numbers", "; ".join(str(e) for e in self.evidence))] if self.evidence else []
         return "\n".join([*lines, *(_wrapped(f"      {name}: {text}", 8) for name, text in rows if text)])
 
@@ -184,17 +188,19 @@ def doubted(findings: Sequence[Finding], topics: Sequence[Topic], why: str, advi
 
 
 def of_little_meaning(findings: Sequence[Finding], kept: Sequence[str], why: str) -> list[Finding]:
-    """All findings but those of the rules `kept`, left open: they describe numbers of a run that is lost.
+    """The findings of the rules `kept`, and one open answer to each question that none of them answers: the numbers
+    behind all others are those of a run that is lost.
 
     What to do about them is to mend that run first, and to ask again.
     """
     again = "mend that first, and ask the new run again: ledger.diagnose(), or noetherflow diagnose RUN_DIR"
-    return [
-        f
-        if f.rule in kept
-        else replace(f, severity="open", title=f"Means little, for {why}. {f.title}", advice=again, sure="open")
-        for f in findings
-    ]
+    left = [f for f in findings if f.rule in kept]
+    answered = {f.topic for f in left}
+    for f in findings:
+        if f.topic not in answered:
+            answered.add(f.topic)
+            left.append(Finding(f.rule, f.topic, "open", f"Means little, for {why}.", "", again, "open"))
+    return left
 
 
 def unsure(findings: Sequence[Finding], rules: Sequence[str], why: str) -> list[Finding]:
@@ -336,9 +342,10 @@ class Diagnosis:
         ]
         lines = [_wrapped(f"{self.subject}: {', '.join(counts) or 'nothing found'}.", 2)]
         lines += [_wrapped(f"CAUTION: {text}", 2) for text in self.cautions]
+        told: set[str] = set()
         for topic, question in QUESTIONS.items():
             if found := self.about(topic):
-                lines += ["", question, *(str(f) for f in found)]
+                lines += ["", question, *_advised_once(found, told)]
         lines += ["", "What should I change?"]
         lines += [_wrapped(f"  {i}. {text}", 5) for i, text in enumerate(self.changes, 1)] or [f"  {self._no_change}"]
         names = spelled_out(" ".join(f.title + f.advice for f in self.findings), self.members)
@@ -376,6 +383,13 @@ SEVERITY_WORDS = (
     ("open question", "open questions"),
 )
 """How many of each severity there are, in words, in the order of `Severity`."""
+
+
+def _advised_once(findings: Sequence[Finding], told: set[str]) -> Iterator[str]:
+    """The findings as they are printed: what to do stands with the first of them alone. `told` is what stood before."""
+    for finding in findings:
+        yield finding.printed("as above" if finding.advice in told else finding.advice)
+        told.add(finding.advice)
 
 
 def _wrapped(text: str, indent: int) -> str:

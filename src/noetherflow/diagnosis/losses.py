@@ -159,7 +159,7 @@ def _levels(values: np.ndarray, last: int, level: Callable[..., np.ndarray]) -> 
 def less_decay(fact: LossCourse, rise: LossRise) -> str:
     """What to try where the loss rises under a weight decay that acts within the run."""
     acts = f"it acts within {in_steps(fact.decay_memory)} here and keeps steps long against the weights"
-    trial = f"try a third or a tenth of the weight decay ({acts}) from a checkpoint of about step {rise.step:,}"
+    trial = f"try a third of the weight decay ({acts}) from a checkpoint of about step {rise.step:,}"
     return f"{trial}; or a lower learning rate"
 
 

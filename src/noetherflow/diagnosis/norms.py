@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from statistics import median
 
-from noetherflow.core.members import compressed
+from noetherflow.core.members import some_named
 from noetherflow.core.printing import count
 from noetherflow.diagnosis.facts import (
     FALLEN,
@@ -29,7 +29,6 @@ from noetherflow.diagnosis.finding import (
 
 HALVED, TENTH = 2.0, 10.0
 TRENDS = 3
-NAMED = 3
 DOUBLES = 1.0
 MOVES = 1.01
 HIDDEN = "scale-invariant weight", "scale-invariant weights"
@@ -144,7 +143,7 @@ def _advice(worst: ScaleInvariantNorm, change: float) -> str:
 
 
 def _smaller(name: str) -> str:
-    return f"try half the weight decay of `{name}`, which shrinks its norm"
+    return f"try a third of the weight decay of `{name}`, which shrinks its norm"
 
 
 def _larger(name: str, change: float) -> str:
@@ -272,7 +271,7 @@ def first_steps(facts: Sequence[NormTrend]) -> list[Finding]:
     """
     rising, falling = _by_direction(facts)
     title = f"In the very first steps, about five, {_of(len(rising), len(facts))}"
-    title += f": for their size most {_all_of([f.name for f in rising[:TRENDS]])}" if rising else ""
+    title += f": for their size most {some_named([f.name for f in rising[:TRENDS]])}" if rising else ""
     title += f"; {_shrink(len(falling))}." if falling else "."
     title += " Which grow later is measured in training: ledger.diagnose()."
     sure = "the direction alone, by the present gradients: many of these turn within a few steps"
@@ -298,18 +297,18 @@ def next_step(facts: Sequence[NormTrend], moving: bool = False, momentum: bool =
     title += f"{_paces(rising, 'growing')}{'; ' + _paces(falling, 'shrinking') if falling else ''}."
     turning = [] if moving else [f.name for f in rising if 0 < f.settles <= 1 / MOVES]
     if turning:
-        title += f" Noise then shrinks {_all_of(turning)}."
+        title += f" Noise then shrinks {some_named(turning)}."
     numbers = tuple(Evidence(f"squared norm's change per step, {f.name}", f.change / f.norm_square) for f in shown)
     paces, names = {f.name: f.change / f.norm_square for f in rising}, tuple(f.name for f in rising)
     fast = [f.name for f in rising if paces[f.name] >= DOUBLES and not f.is_small]
     small = [f.name for f in rising if paces[f.name] >= DOUBLES and f.is_small]
     if small:
-        title += f" Much smaller than usual initial weights, so that they grow at once: {_all_of(small)}."
+        title += f" Much smaller than usual initial weights, so that they grow at once: {some_named(small)}."
     if fast:
         pace = paces[fast[0]]
         means = "At this pace a squared norm doubles within a step."
         slower = plain(math.sqrt(10 * pace))  # what gradients add goes as the square of the rate
-        advice = unless(f"lower the learning rate of {_all_of(fast)} {slower} times, for a tenth a step, or warm up")
+        advice = unless(f"lower the learning rate of {some_named(fast)} {slower} times, for a tenth a step, or warm up")
         return [Finding("fastest-norms", "norms", "watch", title, means, advice, sure, numbers, names, pace)]
     return [Finding("fastest-norms", "norms", "good", title, "", NOTHING, sure, numbers, names)]
 
@@ -333,13 +332,6 @@ def _shrink(number: int) -> str:
 
 def _of(some: int, number: int) -> str:
     return f"{some} of {number} weights {'grows' if some == 1 else 'grow'}"
-
-
-def _all_of(names: Sequence[str]) -> str:
-    """A few names, each layer index as a range, `layers.0-3.mlp`, and how many more kinds there are."""
-    short = compressed(names)
-    more = f" and {count(len(short) - NAMED, 'more kind', 'more kinds')}" if len(short) > NAMED else ""
-    return ", ".join(f"`{name}`" for name in short[:NAMED]) + more
 
 
 def _factors(facts: Sequence[NormHistory], to: str) -> str:

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from noetherflow.core.adaptive import AdamConfig
-from noetherflow.core.members import modules_of
+from noetherflow.core.members import modules_of, some_named
 from noetherflow.core.optimizers import Settings, described
 from noetherflow.core.schedule import RateCourse
 from noetherflow.core.settings import SGDConfig
@@ -105,7 +105,7 @@ def diagnose_measurement(examined: Examined) -> Diagnosis:
     subject += _under(examined)
     members = {s.name: modules_of(s.parameters) for s in examined.symmetries}
     regime = None if isinstance(examined.flow, Unanswered) else examined.flow.regime
-    cautions = [*examined.moments.conditions.caution, *(regime.cautions if regime else ())]
+    cautions = [*_untrained(examined), *examined.moments.conditions.caution, *(regime.cautions if regime else ())]
     if examined.moments.conditions.running:
         found = doubted(found, ("norms", "warmup", "balance", "batch"), "measured with running statistics", IN_TRAINING)
     if (why := _unsure_of_equilibria(examined)) is not None:
@@ -114,6 +114,15 @@ def diagnose_measurement(examined: Examined) -> Diagnosis:
         rules = (*ON_THE_FLOW, "learning-rate") if steps.load >= 1 else ON_THE_FLOW
         found = not_judged(found, rules, NOT_A_DRIFT, _with_a_ledger(regime.memory), FORECASTS)
     return Diagnosis.of(f"{subject}, from {samples}", found, members, cautions)
+
+
+def _untrained(examined: Examined) -> list[str]:
+    """Which layers are not trained: of norms, decay, noise and balance nothing is said that concerns them."""
+    still = [n for n, t in tensors_of(examined.model).items() if isinstance(t, nn.Parameter) and not t.requires_grad]
+    if not still:
+        return []
+    which = some_named(modules_of(still))
+    return [f"not trained (frozen, or not in the optimiser), and left out of norms, decay, noise and balance: {which}"]
 
 
 def _unsure_of_equilibria(examined: Examined) -> str | None:

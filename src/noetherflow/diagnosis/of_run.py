@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,20 +19,18 @@ from noetherflow.diagnosis.facts import (
     FELL,
     LayerBalance,
     LossCourse,
-    NormHistory,
     RunBalance,
 )
 from noetherflow.diagnosis.finding import Diagnosis, Finding, of_little_meaning
 from noetherflow.diagnosis.heads import RunHeads
-from noetherflow.diagnosis.logits import LogitGrowth, logit_growth
+from noetherflow.diagnosis.histories import RECENT, layers_of, logits_of, norms_of, recent
+from noetherflow.diagnosis.logits import logit_growth
 from noetherflow.diagnosis.losses import ToldLosses, lapse
 from noetherflow.diagnosis.penalty import norm_pulls
 from noetherflow.diagnosis.rates import GIVE, GUESSED, RunRates, decay_ahead, run_rates
+from noetherflow.errors import DataError
 from noetherflow.monitor.rundata import RunData
-from noetherflow.symmetry.heads import HEADS, QUERY_KEY
-
-RECENT = 5
-"""Estimates whose median stands for the present: single ones scatter with the minibatch."""
+from noetherflow.symmetry.heads import HEADS
 
 
 def diagnose_run(
@@ -43,7 +40,8 @@ def diagnose_run(
 
     Args:
         run: the folder given to the ledger as `run_dir`, or a RunData.
-        steps: of the whole run where it is still going on, for what decay and noise reach until its end.
+        steps: of the whole run where it is still going on, for what decay and noise reach until its end; not less than
+            it has made.
         schedule: of the learning rate, for the steps still to come: a torch scheduler that stands where the run does,
             which is copied, a function from the number of the step to the rate, or the rates of all steps of the run.
 
@@ -51,30 +49,32 @@ def diagnose_run(
         A Diagnosis of the steps recorded so far.
 
     Raises:
-        DataError: there is no log, or no step in it; or the schedule is none.
+        DataError: there is no log, or no step in it; `steps` is less than those made; or the schedule is none.
     """
     expect("diagnose_run(run, steps)", "run", run, RunData | str | os.PathLike, "a run's folder or a RunData")
     data = run if isinstance(run, RunData) else RunData.load(run)
-    whole = max(data.steps_made, steps or 0)
+    whole = _whole_run(data, steps)
     rates = run_rates(data, whole, schedule)
     decays, left = decays_of(data, rates.mean), _left(data, rates, whole)
     course = _course(data, max((d for d in decays if d > 0), default=0.0), rates.warmup)
     along = [breaking.nothing_watched()]
     if data.symmetries:
         along = [
-            *norms.norms_so_far(list(_norms(data)), course, int(data.one_sided.sum())),
+            *norms.norms_so_far(list(norms_of(data)), course, int(data.one_sided.sum())),
             *balance.far_during_run(list(_balances(data)), left),
         ]
     found: list[Finding] = [
         *along,
         *_on_decay(data, rates, whole, steps is not None or _whole(data), course),
         *decay_rules(decays, course.steps),
-        *logit_growth(list(_logits(data)), course.stalled),
+        *logit_growth(list(logits_of(data)), course.stalled),
         *(head_rules.heads_in_run(list(_heads(data)), left) or head_rules.heads_not_logged(_attention(data))),
         *stability.loss_course(course),
         *lapse(course),
-        *stability.turning([(n, recent(data, "angular", i)) for i, n in enumerate(data.symmetries)], course),
-        *norms.grown_layers(list(_layers(data))),
+        *stability.turning(
+            [(n, recent(data, "angular", i)) for i, n in enumerate(data.symmetries)], course, _late(data)
+        ),
+        *norms.grown_layers(list(layers_of(data))),
         *sampling.noise_share(_batch_ratio(data), "all layers"),
         *breaking.violated_in_training(
             [(n, recent(data, "check", i)) for i, n in enumerate(data.symmetries)],
@@ -95,6 +95,18 @@ def diagnose_run(
     elif course.dead:
         found = of_little_meaning(found, ("loss-course", "outside"), "no gradient reaches the watched weights any more")
     return Diagnosis.of(f"Run under {optimizer}, {data.span}", found, members, cautions)
+
+
+def _whole_run(data: RunData, steps: int | None) -> int:
+    """The steps of the whole run; those made where nobody says."""
+    if steps is None:
+        return data.steps_made
+    if steps < data.steps_made:
+        raise DataError(
+            f"steps={steps:,} is less than the {data.steps_made:,} that this run has made: give the steps of the whole "
+            "run, or leave it out for those made"
+        )
+    return steps
 
 
 def _whole(data: RunData) -> bool:
@@ -146,92 +158,6 @@ def _covered(data: RunData) -> list[str]:
     return []
 
 
-def recent(data: RunData, column: str, symmetry: int) -> float:
-    """The median of the last known estimates of one symmetry, NaN without any."""
-    if column not in data.estimates:
-        return float("nan")
-    values = data.estimates[column][:, symmetry]
-    known = values[np.isfinite(values)][-RECENT:]
-    return float(np.median(known)) if known.size else float("nan")
-
-
-@dataclass(frozen=True)
-class Span:
-    """The first and the last known value of a quantity, the steps between them, and at which step the first was."""
-
-    first: float
-    last: float
-    steps: float
-    start: float
-
-    @property
-    def factor(self) -> float:
-        return self.last / self.first
-
-
-def _span(values: np.ndarray, at: np.ndarray) -> Span | None:
-    """From the values known at the steps `at`; None with fewer than two."""
-    known = np.flatnonzero(np.isfinite(values) & (values > 0))
-    if known.size < 2:
-        return None
-    first, last = known[0], known[-1]
-    return Span(float(values[first]), float(values[last]), float(at[last] - at[first]), float(at[first]))
-
-
-def _norms(data: RunData) -> Iterator[NormHistory]:
-    if "norm" not in data.estimates or "effective_lr" not in data.estimates:
-        return
-    rate = np.interp(data.estimate_steps, data.steps, data.lr) if len(data.steps) else np.zeros(0)
-    for i in np.flatnonzero(data.one_sided):
-        with np.errstate(divide="ignore", invalid="ignore"):
-            plain = data.estimates["effective_lr"][:, i] / rate
-        found = norm_history(data.symmetries[i], data.estimates["norm"][:, i], plain, data.estimate_steps)
-        if found is not None:
-            yield found
-
-
-def norm_history(name: str, norm: np.ndarray, plain: np.ndarray, at: np.ndarray) -> NormHistory | None:
-    """From the squared norms and the effective learning rates over the learning rates, estimated at the steps `at`.
-
-    The latter are not known where the learning rate was 0, as at the start of a warmup. They are a power of the norm,
-    the same at all steps: so the norms of those steps tell them. None with fewer than two estimates.
-    """
-    whole, part = _span(norm, at), _span(plain, at)
-    within = _span(np.where(np.isfinite(plain) & (plain > 0), norm, np.nan), at)
-    if whole is None or part is None or within is None:
-        return None
-    moved = math.log(within.factor)
-    if whole.start == within.start or abs(moved) < TOO_STILL:
-        found = NormHistory(name, within.factor, part.factor, part.steps, part.start)
-    else:
-        power = math.log(part.factor) / moved
-        found = NormHistory(name, whole.factor, whole.factor**power, whole.steps, whole.start)
-    return _with_peak(found, norm, at)
-
-
-def _with_peak(history: NormHistory, squares: np.ndarray, at: np.ndarray) -> NormHistory:
-    """The same with where the squared norm was largest since its beginning."""
-    known = np.isfinite(squares) & (squares > 0) & (at >= history.start)
-    peak = int(np.argmax(np.where(known, squares, -np.inf)))
-    return replace(history, peak=float(squares[peak] / squares[known][0]), peak_step=float(at[peak]))
-
-
-TOO_STILL = 1e-3
-"""Change of a norm's logarithm below which it does not tell the power that the effective learning rate goes with."""
-
-
-def _logits(data: RunData) -> Iterator[LogitGrowth]:
-    if "norm" not in data.estimates:
-        return
-    for i, symmetry in enumerate(data.header["symmetries"]):
-        span = _span(data.estimates["norm"][:, i], data.estimate_steps)
-        if symmetry.get("family") in QUERY_KEY and span:
-            shape = symmetry["shape"]
-            width = 2 * shape[0] if len(shape) == 1 else shape[0] * shape[1]
-            spread = span.last / (2 * width)
-            yield LogitGrowth(symmetry["name"], None, span.factor, spread, span.steps, measured=True)
-
-
 def _balances(data: RunData) -> Iterator[RunBalance]:
     for i in np.flatnonzero(~data.one_sided):
         values = (recent(data, column, int(i)) for column in ("distance", "distance_max", "steps"))
@@ -272,14 +198,6 @@ def _heads(data: RunData) -> Iterator[RunHeads]:
             np.sqrt(np.maximum(norm[last] ** 2 - charge[last] ** 2, 0.0)) / 2,
             float(data.estimate_steps[last] - data.estimate_steps[first]),
         )
-
-
-def _layers(data: RunData) -> Iterator[NormHistory]:
-    """The norms of all layers, symmetric or not; those that began at 0 have no factor."""
-    for name, values in zip(data.layers, data.layer.get("norm", np.zeros((0, 0))).T, strict=False):
-        if span := _span(values, data.estimate_steps):
-            whole = NormHistory(name, span.factor**2, 1 / span.factor, span.steps, span.start)
-            yield _with_peak(whole, values**2, data.estimate_steps)
 
 
 def _batch_ratio(data: RunData) -> float:
@@ -371,6 +289,12 @@ def _lost(data: RunData, began: float, ended: float) -> int | None:
     last = np.flatnonzero(low)
     at = int(last[-1]) + 1 if last.size else 0
     return int(data.steps[min(at, len(data.steps) - 1)])
+
+
+def _late(data: RunData) -> float:
+    """The last learning rate over the largest one."""
+    known = data.lr[np.isfinite(data.lr)]
+    return float(known[-1] / known.max()) if known.size and known.max() > 0 else 1.0
 
 
 def _ends_broken(data: RunData) -> bool:

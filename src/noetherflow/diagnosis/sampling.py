@@ -85,27 +85,37 @@ def _interval(low: float, high: float) -> str:
 
 
 def noise_share(ratio: float, layer: str) -> list[Finding]:
-    """The same from a run's momentum buffer: `ratio` is the batch size over the noise scale of the layer.
+    """The same from a run's momentum buffer, which bounds it from below: `ratio` is the batch size over the noise scale
+    of the layer.
 
-    Not positive where the share of the mean gradient, from which it comes, scatters around 0: then it is not measured.
-    Threshold as in `batch_size`.
+    The buffer keeps what successive gradients have in common. A mean gradient that turns from step to step, as at the
+    edge of stability, is lost in it, so that the ratio comes out too low: 7 to 18 times where that was measured. So a
+    ratio of 10 is to watch as in `batch_size`, one above 1 is near the best trade or beyond it, and a smaller one
+    decides nothing. Not positive where the share scatters around 0: then it is not measured.
     """
     if not math.isfinite(ratio):
         return []
-    if ratio <= 0:
-        title = f"Not measured: the share of the mean gradient in steps scatters around 0 ({layer})."
-        advice = "nf.diagnose(model, loss_fn, loader, optimizer) at these weights measures the noise scale"
-        return [Finding("batch-size", "batch", "open", title, "", advice, "open")]
-    number = (Evidence(f"batch size over noise scale, {layer}", ratio),)
-    sure = "rough: by the momentum buffer, which was 7 to 18 times too low where that was measured; "
-    sure += "nf.diagnose(model, ...) measures it"
+    measures = "nf.diagnose(model, loss_fn, loader, optimizer) at these weights measures it"
+    if ratio < ENOUGH_TO_TELL:
+        why = "the share of the mean gradient in steps scatters around 0"
+        if ratio > 0:
+            why = (
+                f"batches are at least {plain(ratio)} times the gradient noise scale, by the momentum buffer, and how "
+            )
+            why += "much more is not in it"
+        title = f"Not told by the log ({layer}): {why}."
+        return [Finding("batch-size", "batch", "open", title, "", measures, "open")]
+    number = (Evidence(f"batch size over noise scale, {layer}, at least", ratio),)
+    sure = f"a lower bound by the momentum buffer; {measures}"
     if ratio > WASTED:
-        title = f"Mean-gradient regime: batches are {plain(ratio, 3)} times the noise scale."
+        title = f"Mean-gradient regime: batches are at least {plain(ratio, 3)} times the noise scale."
         means = "Nearly all of a step is the mean gradient; smaller batches would make nearly the same progress a step."
         advice = f"if samples or time are short, batches up to {plain(ratio / WASTED)} times smaller: a step of them "
         advice += "still makes nine tenths of this progress"
         return [Finding("batch-size", "batch", "watch", title, means, advice, sure, number, weight=math.log(ratio))]
-    what = "noise regime; larger batches would save steps" if ratio < NOISY else "near the best trade"
-    times = f"{plain(ratio)} times" if ratio > 0.01 else "less than 0.01 times"
-    title = f"Batches are roughly {times} the noise scale, by the momentum buffer: {what}."
+    title = f"Batches are at least {plain(ratio)} times the gradient noise scale: near the best trade, or above it."
     return [calm("batch-size", "batch", title, sure, number)]
+
+
+ENOUGH_TO_TELL = 1.0
+"""Batch size over noise scale from which on its lower bound tells something."""

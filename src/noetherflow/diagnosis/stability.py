@@ -14,6 +14,7 @@ EDGE = 2.0
 NOISY = 1.0
 SHARPER = 2.0
 TURN, BIG_TURN = 0.1, 0.3
+LATE = 0.5
 ROSE = 2.0
 RISES = 0.02
 AGAIN = "train 50 steps and ask again from there, nf.diagnose(model, loss_fn, loader, optimizer, steps=..., warmup=...)"
@@ -343,8 +344,9 @@ def _went_up(fact: LossCourse, at: int, went: str) -> Finding:
     return Finding("loss-course", "warmup", "watch", title, means, advice, "measured", numbers)
 
 
-def turning(angles: Sequence[tuple[str, float]], course: LossCourse) -> list[Finding]:
-    """How far one step turns scale-invariant weights: `(name, radians per step)`.
+def turning(angles: Sequence[tuple[str, float]], course: LossCourse, share: float = 1.0) -> list[Finding]:
+    """How far one step turns scale-invariant weights: `(name, radians per step)`, lately, where the learning rate is
+    this `share` of its largest.
 
     Threshold: 0.1 radians forget a direction within about 100 steps (a random walk of angle 1), fewer than most data
     sets have batches: to watch. 0.3 forget it within 10: to act on where the loss falls no longer. Where it falls, the
@@ -360,7 +362,8 @@ def turning(angles: Sequence[tuple[str, float]], course: LossCourse) -> list[Fin
     number = (Evidence(f"angle per step of {name}", worst, unit="radians"),)
     if worst < TURN:
         title = f"Steps are small: of scale-invariant weights the fastest, `{name}`, lately turned by "
-        title += f"{plain(worst)} radians a step."
+        title += f"{plain(worst)} radians a step"
+        title += f", at {plain(share)} of the largest learning rate." if share < LATE else "."
         return [calm("turning", "warmup", title, "measured", number)]
     severity: Severity = "act" if worst >= BIG_TURN and course.stalled else "watch"
     title = f"Each step lately turned `{name}` by {plain(worst)} radians, which is much."
