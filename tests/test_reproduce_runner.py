@@ -33,6 +33,7 @@ from noetherflow_paper.experiment import (
 from noetherflow_paper.experiments import fig5_runs
 from noetherflow_paper.gallery import _explained
 from noetherflow_paper.outcome import Score, finished_in
+from noetherflow_paper.printed import PRINTED
 from noetherflow_paper.provenance import library_digest, merged, reached, source_of
 from noetherflow_paper.records import Config, ExperimentPoint, as_json, changed, from_json
 from noetherflow_paper.runner import compute_point
@@ -323,11 +324,14 @@ def test_report_holds_everything(toy, tmp_path):
     run(["toy"], out=tmp_path / "paper", scale="paper", progress=None)
     text = write_markdown(summary, tmp_path / "report.md", tmp_path / "paper").read_text()
     page, choices = ((tmp_path / "report" / name).read_text() for name in ("toy.md", "choices.md"))
+    printed = (tmp_path / "report" / "print.md").read_text()
+    assert "| theorem 5.4, appendix E | " in printed
+    assert f"{len(PRINTED)} statements" in printed
     lines = [*text.splitlines(), *page.splitlines(), *choices.splitlines()]
     assert "**1 of 2 claims hold (0 of 0 values within 3 standard errors; 1 of 2 values within a registered" in text
     assert (tmp_path / "report" / "toy.png").read_bytes() == (tmp_path / "quick" / "toy.png").read_bytes()
     assert "| not in the paper | What follows from the same theory" in text
-    assert "- theorem 4.3: On every orbit" in text.split("Not tested by any claim here:")[1]
+    assert "- theorem 4.3, appendix B.3: On every orbit" in text.split("Not tested by any claim here:")[1]
     assert "| [toy](report/toy.md) A toy | 2 | 1 | 0 | 1 of 2 hold, 0 s |" in lines
     assert "Estimates" not in text, "all were run"
     assert any(

@@ -17,6 +17,7 @@ from noetherflow.report.page import stylesheet
 from noetherflow_paper.differences import DIFFERENCES
 from noetherflow_paper.experiment import SERIES, experiment_ids
 from noetherflow_paper.outcome import Finished, Score, Summary, finished_in
+from noetherflow_paper.printed import PRINTED, SOURCE
 from noetherflow_paper.provenance import merged
 from noetherflow_paper.records import as_json
 from noetherflow_paper.statements import BEYOND, STATEMENTS, Statement
@@ -36,7 +37,8 @@ def write_markdown(summary: Summary, path: Path, paper: Path | None = None) -> P
     """The report: an index at `path`, and beside it a folder of its name with a page and a figure per experiment.
 
     The index has the score, the statements of the paper with the claims that test them, the claims that fail, and the
-    differences from the print; `choices.md` in the folder what was settled after exploratory runs, and the variations.
+    differences from the print; `choices.md` in the folder what was settled after exploratory runs, and the variations;
+    `print.md` the text of the paper beside what holds.
 
     Args:
         summary: the finished experiments.
@@ -60,6 +62,8 @@ def write_markdown(summary: Summary, path: Path, paper: Path | None = None) -> P
         large = {v.claim: v for v in earlier[f.experiment.id].verdicts} if f.experiment.id in earlier else {}
         _render("experiment.md.j2", folder / f"{f.experiment.id}.md", summary, f=f, large=large, index=path.name)
     _render("choices.md.j2", folder / "choices.md", summary, index=path.name)
+    tested = {t.statement.id: t.experiments for t in _tested(summary)}
+    _render("print.md.j2", folder / "print.md", summary, index=path.name, source=SOURCE, printed=PRINTED, tested=tested)
     told = {f.experiment.id: _beside(f, earlier.get(f.experiment.id)) for f in summary.finished}
     return _render(
         "report.md.j2",

@@ -23,32 +23,32 @@ class Statement:
 STATEMENTS = (
     Statement(
         "drift",
-        "section 4 and figure 1",
+        "equations (5) and (7), figure 1",
         "Gradient noise moves the Noether charge by (eta/S) Tr[Sigma A] per unit time; gradient descent does not.",
     ),
     Statement(
         "scale",
-        "section 4 and figure 7",
+        "appendix A.1, figures 1 and 7",
         "Scale-invariant weights grow for ever under SGD without decay, and do not under gradient descent.",
     ),
     Statement(
         "rate",
-        "section 4, scalar two-layer net",
+        "section 5.1, one input and one output",
         "The imbalance u^2 - w^2 decays at (eta/S) Var[dl/d(uw)] in relative terms.",
     ),
     Statement(
         "fixed-point",
-        "theorem 4.3",
+        "theorem 4.3, appendix B.3",
         "On every orbit the drift is strictly monotone, has one zero, and attracts from both sides.",
     ),
     Statement(
         "independence",
-        "theorem 4.3 and figure 2",
+        "theorem 4.3, figures 2 and 4",
         "The fixed point does not depend on the initialisation; under gradient descent the end does.",
     ),
     Statement(
         "alignment",
-        "section 5, two-layer linear nets, and figure 2",
+        "theorem 5.2, equation (14), figure 2",
         "At the equilibrium W Gam_W W^T = U^T Gam_U U, approached exponentially; it fixes the norms of the layers.",
     ),
     Statement(
@@ -56,35 +56,35 @@ STATEMENTS = (
         "figure 3",
         "For V = Sig_eps = I the ratio of squared norms is sqrt(phi (2 - phi)); with decay alone it is 1.",
     ),
-    Statement("decay", "section 5, weight decay", "What weight decay adds to the noise matrices of the two layers."),
+    Statement("decay", "theorem 5.2, appendix C", "What weight decay adds to the noise matrices of the two layers."),
     Statement(
         "sharpness",
-        "section 5 and figure 3",
+        "section 5.2, proposition 5.3, figure 3",
         "Tr H at the noise equilibrium; progressive sharpening or flattening towards it.",
     ),
     Statement(
         "warmup",
-        "section 5 and figure 4",
+        "section 5.2, equation (15), figure 4",
         "The flow lowers the sharpness during warmup, so that a rate that diverges at first becomes stable.",
     ),
     Statement(
         "deep",
-        "theorem 5.4 and figure 5",
+        "theorem 5.4, equation (18), figure 5",
         "In deep linear nets the middle layers take one norm, the outer ones others, which the covariances fix.",
     ),
     Statement(
         "representations",
-        "section 5 and figures 6 and 9",
+        "section 5.4, figures 6 and 9",
         "In two-layer nets with an activation W Sig_x W^T and U^T Sig_eps U align under SGD, not under GD.",
     ),
     Statement(
         "time",
-        "section 5 and figure 8",
+        "section 4.2, figure 8",
         "The time to the equilibrium as a function of learning rate, width and batch size.",
     ),
     Statement(
         "normalisation",
-        "section 5, representation normalisation",
+        "abstract",
         "Normalising the representation moves the equilibrium to balance and frees it of the data's scale.",
     ),
     Statement(
@@ -94,21 +94,21 @@ STATEMENTS = (
     ),
     Statement(
         "discrete",
-        "section 3, the continuous-time limit",
+        "equation (1), remark 4.4",
         "SGD is described by a stochastic differential equation with noise covariance eta Sigma / S.",
     ),
     Statement(
         "architectures",
-        "section 4, examples of exponential symmetry",
+        "section 4.2, examples of exponential symmetry",
         "Which layers of networks have rescaling, scaling and double rotation symmetry.",
     ),
     Statement(
         "large-networks",
-        "the relevance to networks of practical size",
+        "sections 5.3, 5.4 and 6, networks of practical size",
         "That balance and alignment of noise shape the representations of large trained networks.",
     ),
 )
-"""In the order of the paper. The full text was not at hand: places are given as sections, theorems and figures."""
+"""In the order of the paper; the text itself, statement by statement: `printed.py`."""
 
 BEYOND = Statement("beyond", "not in the paper", "What follows from the same theory where the paper does not go.")
 """What the experiments that go beyond the paper test."""

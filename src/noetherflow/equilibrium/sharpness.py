@@ -204,8 +204,8 @@ def sharpness_forecast(
         there = curvature_moments(moved, loss_fn, data, syms, probes=probes)
         trace_now, trace_then = curvature_trace(curvature), curvature_trace(there)
     now, then = (_curvature(m, loss_fn, data) for m in (model, moved))
-    asked = now.load(sgd) >= SAFE or now.full_batch_load(sgd) >= 1
-    way = _Way.of(flow, eq) if asked else _Way([], [])
+    loads = (now.load(sgd) / SAFE, then.load(sgd) / SAFE), (now.full_batch_load(sgd), then.full_batch_load(sgd))
+    way = _Way.of(flow, eq) if any(today >= 1 > later for today, later in loads) else _Way([], [])
     return Sharpness(
         trace_now=trace_now,
         trace_equilibrium=trace_then,
@@ -218,8 +218,8 @@ def sharpness_forecast(
         limit=sgd.stability_limit,
         load_now=now.load(sgd),
         load_equilibrium=then.load(sgd),
-        warmup_steps=warmup(now.load(sgd) / SAFE, then.load(sgd) / SAFE, way),
-        full_batch_warmup_steps=warmup(now.full_batch_load(sgd), then.full_batch_load(sgd), way),
+        warmup_steps=warmup(*loads[0], way),
+        full_batch_warmup_steps=warmup(*loads[1], way),
     )
 
 

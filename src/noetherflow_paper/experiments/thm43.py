@@ -264,8 +264,66 @@ def plot(results: Results[Thm43Config, ExperimentPoint]) -> Any:
     return fig
 
 
+def speed(a: np.ndarray, noise: np.ndarray, weights: np.ndarray, lam: float) -> float:
+    """`(dC/dt) / (C* - C)` at `exp(-lam A) theta*` in units of the flow's prefactor, without decay.
+
+    Args:
+        a: eigenvalues of the generator. `[n]`.
+        noise, weights: `n_i^T Sigma(theta*) n_i` and `(n_i^T theta*)^2` for its eigenvectors. `[n]`.
+        lam: the distance from the equilibrium.
+    """
+    drift = (noise * a * np.exp(2 * lam * a)).sum()
+    return float(drift / (weights * a * -np.expm1(-2 * lam * a)).sum())
+
+
+def speeds_over_bounds(cases: int = 2000) -> tuple[float, float]:
+    """For random equilibria of generators with eigenvalues 1 and -1: the smallest speed over corollary B.4's bound, and
+    over the smaller of its two ratios.
+    """
+    rng, found = np.random.default_rng(43), []
+    for _ in range(cases):
+        plus = np.arange(rng.integers(2, 6)) < 1
+        a, noise, weights = np.where(plus, 1.0, -1.0), *rng.exponential(size=(2, len(plus)))
+        noise[plus] *= noise[~plus].sum() / noise[plus].sum()
+        lam = rng.normal(scale=2)
+        ratios = [noise[side].sum() / weights[side].sum() for side in (plus, ~plus)]
+        at = speed(a, noise, weights, lam)
+        found.append((at / ratios[0 if lam > 0 else 1], at / min(ratios)))
+    printed, smaller = np.min(found, axis=0)
+    return float(printed), float(smaller)
+
+
+def _convergence() -> list[Verdict]:
+    """The bound on the speed of approach that theorem 4.5 rests on."""
+    printed, smaller = speeds_over_bounds()
+    uneven = speed(np.array([1.0, -2.0]), np.array([2.0, 1.0]), np.ones(2), 4.0)
+    return [
+        Verdict(
+            "A^2 = I: speed towards C* over corollary B.4's bound, smallest of 2,000 random cases",
+            1,
+            printed,
+            relation="below",
+            difference=7,
+        ),
+        Verdict(
+            "the same over the smaller of its two ratios",
+            1 - 1e-6,
+            smaller,
+            relation="above",
+            difference=7,
+        ),
+        Verdict(
+            "A = diag(1, -2): speed at exp(4 A) theta* away from theta*, over corollary B.4's bound",
+            0.01,
+            uneven / 2,
+            relation="below",
+            difference=7,
+        ),
+    ]
+
+
 def verdicts(results: Results[Thm43Config, ExperimentPoint]) -> list[Verdict]:
-    """Fractions of all (network, symmetry, generator) triples for which each statement holds."""
+    """Fractions of all (network, symmetry, generator) triples for which each statement holds; the speed of approach."""
     rows = _all_rows(results)
     fraction = lambda key: float(np.mean([bool(r[key]) for r in rows]))
     rooted = [r for r in rows if r["root"] is not None]
@@ -300,6 +358,7 @@ def verdicts(results: Results[Thm43Config, ExperimentPoint]) -> list[Verdict]:
             tolerance=0.05,
             reason="no noise; the second derivative of the root",
         ),
+        *_convergence(),
     ]
 
 

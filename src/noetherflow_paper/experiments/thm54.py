@@ -50,7 +50,7 @@ SCALES = {
 
 
 def printed(product: Tensor, sigma_x: Tensor, sigma_eps: Tensor, depth: int) -> list[Tensor]:
-    """The printed theorem as reconstructed: `S_1 = S_D = (d / Tr S')^((D-2)/(2D)) S'^1/2`,
+    """The theorem as equation (17) prints it: `S_1 = S_D = (d / Tr S')^((D-2)/(2D)) S'^1/2`,
     middle layers `(Tr S'/d)^(1/D) U_i U_{i-1}^T`.
 
     Its product is `product`, but the traces of the covariances are missing: right only for `Tr Sig_x = Tr Sig_eps = d`.
@@ -231,10 +231,9 @@ EXPERIMENT = Experiment(
         "d_x = d_y = width = 4, depth 2 to 5, random targets and random anisotropic covariances with Tr Sig_x != "
         "Tr Sig_eps. Left: violation of the stationarity conditions by the formulas. Right: SGD started at each "
         "formula's solution, the corrected one's at two rates; of the mean drift of all charges the norm is taken, the "
-        "noise's part off, in units of the norm predicted for the printed solution. The printed formula is a "
-        "reconstruction: the paper's text was not at hand, and theory.md 12.3 says only that the print violates the "
-        "first and last layer conditions for generic covariances (by 0.3 to 2 in random trials). Tested is the form "
-        "without the covariances' traces, which does that; it is not a quotation."
+        "noise's part off, in units of the norm predicted for the printed solution, equation (17). Its proof goes "
+        "wrong from (122) to (127) and (128), where the denominators of the outermost pairs of layers, Tr Sig_x and "
+        "Tr Sig_eps, have become d."
     ),
     scales=SCALES,
     points=points,
@@ -242,11 +241,6 @@ EXPERIMENT = Experiment(
     plot=plot,
     verdicts=verdicts,
     settings=(
-        Setting(
-            "the printed formula",
-            "reconstructed from theory.md 12.3: section 9 with Tr Sig_x = Tr Sig_eps = d put in",
-            "the claims about the print are claims about this reconstruction; those about section 9 are not affected",
-        ),
         Setting(
             "dimensions, covariances, learning rate",
             "d = 4, random, 0.002",
