@@ -337,6 +337,7 @@ def test_report_holds_everything(toy, tmp_path):
     assert any(
         line.startswith("- [toy](report/toy.md), b is <three>:") and line.endswith("not three") for line in lines
     )
+    assert "(at the sizes of the paper it fails too: predicted" in text
     (row,) = [line for line in lines if line.startswith("| a is one | 1 within 5 % |")]
     assert row.count("|") == 7, "the last column is the paper's scale"
     at_paper = lines[lines.index("At the sizes of the paper:") :]

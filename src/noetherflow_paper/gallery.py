@@ -76,6 +76,7 @@ def write_markdown(summary: Summary, path: Path, paper: Path | None = None) -> P
         complete=_complete(summary),
         paper=told if paper is not None else {},
         paper_versions=merged(f.versions for f in earlier.values()),
+        larger={(name, v.claim): v for name, f in earlier.items() for v in f.verdicts},
         paper_failing=_explained((name, v) for name, f in earlier.items() for v in f.failing),
     )
 
