@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -289,6 +290,52 @@ def test_layers_that_are_not_trained_are_named_and_left_out(held):
     assert all(n.startswith(("2.", "4.")) for n in found.moments.mean)
     assert model[0].weight.requires_grad is (held != "frozen"), "left as it was"
     assert not any("0." in name for f in found.diagnosis for name in f.where)
+
+
+def test_a_tiny_head_makes_no_learning_rate_too_large_under_adam():
+    """Its values and outputs at a hundredth are stiff for Adam's step, and the first step replaces them."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, **sizes))
+    attention = model.model.layers[0].self_attn
+    with torch.no_grad():
+        attention.v_proj.weight[8:16] *= 0.01
+        attention.o_proj.weight[:, 8:16] *= 0.01
+    batches = [{"input_ids": t, "labels": t} for t in torch.randint(50, (10, 16, 16))]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    found = nf.analyze(model, None, batches, optimizer, steps=300, warmup=30)
+    assert found.curvature.small > 0.5
+    assert found.diagnosis["learning-rate"].severity == "open"
+    assert "frozen-heads" in [f.rule for f in found.diagnosis.severity("act")]
+
+
+def test_a_norm_that_only_grows_is_moved_across_by_nobody():
+    """Scale symmetries have one side: what Adam's unequal steps do to their charges moves nothing to another."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16, bias=False), nn.LayerNorm(16, elementwise_affine=False), nn.Linear(16, 5))
+    data, optimizer = classes(), torch.optim.AdamW(model.parameters(), lr=0.02)
+    with nf.Ledger(model, optimizer, nf.find_symmetries(model, data[0][:4]), every=1) as ledger:
+        train(model, loader(*data), optimizer, 30, ledger)
+    assert all(f.rule != "preconditioner" for f in ledger.diagnose())
+
+
+@pytest.mark.parametrize("every", [1, 10])
+def test_a_loss_that_is_nan_in_a_step_that_is_left_out_is_told(every):
+    """The loop notes it and does not step: the ledger sees no step for it."""
+    torch.manual_seed(0)
+    model, (x, y) = mlp(), classes()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with nf.Ledger(model, optimizer, nf.find_symmetries(model, x[:4]), every=every) as ledger:
+        for k in range(40):
+            loss = F.cross_entropy(model(x), y) * (math.nan if k == 25 else 1.0)
+            ledger.note(loss)
+            if loss.isfinite():
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    found = ledger.diagnose()["loss-lapse"]
+    assert found.title.startswith("The loss was NaN or infinite at step 25")
 
 
 class TestRun:

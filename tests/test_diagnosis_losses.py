@@ -11,7 +11,7 @@ from torch import nn
 
 import noetherflow as nf
 from noetherflow.diagnosis import balance, breaking, decay, norms, sampling, stability
-from noetherflow.diagnosis.facts import BatchRegime, LossCourse, LossRise, NormHistory, RunBalance
+from noetherflow.diagnosis.facts import BatchRegime, LossCourse, LossRise, NormHistory, RunBalance, Turn
 from noetherflow.diagnosis.finding import NOTHING
 from noetherflow.diagnosis.losses import ToldLosses, rise_of, rise_of_all
 from noetherflow.moments.noise_scale import NoiseScale, NoiseScales
@@ -110,7 +110,7 @@ class TestRules:
         assert not found.advice.startswith(NOTHING)
         (calm,) = norms.norms_so_far([shrunk], replace(RISEN, rise=None), watched=1)
         assert calm.advice.startswith(NOTHING)
-        (fast,) = stability.turning([("conv", 0.5)], RISEN)
+        (fast,) = stability.turning([Turn("conv", 0.5)], RISEN)
         assert fast.severity == "act"
 
 

@@ -34,6 +34,7 @@ from noetherflow.diagnosis.facts import (
     RunBalance,
     ScaleInvariantNorm,
     StepStability,
+    Turn,
 )
 from noetherflow.diagnosis.finding import (
     QUESTIONS,
@@ -207,14 +208,6 @@ class TestNorms:
         still = one(norms.norms_to_come([replace(f, settles=1.0) for f in facts]))
         assert "leave all norms as they are" in still.title
 
-    def test_the_first_steps_of_adam_have_names_and_no_pace(self):
-        found = one(norms.first_steps([NormTrend("a.weight", 1.0, 0.1), NormTrend("b.weight", 1.0, -0.1)]))
-        told = "1 of 2 weights grows: for their size most `a.weight`; 1 shrinks."
-        assert found.title.startswith(f"In the very first steps, about five, {told}")
-        assert "%" not in found.title
-        falling = one(norms.first_steps([NormTrend("b", 1.0, -0.1)]))
-        assert "about five, 0 of 1 weights grow; 1 shrinks." in falling.title
-
     def test_growth_is_counted_with_its_median_and_the_fastest(self):
         layers = [NormTrend(f"layers.{i}.q.weight", 1.0, 0.01) for i in range(12)]
         found = one(norms.next_step([*layers, NormTrend("head.weight", 1.0, 0.02), NormTrend("rest", 1.0, -1.0)]))
@@ -230,7 +223,7 @@ class TestNorms:
         changes, ends = rng.normal(size=number), np.exp(rng.normal(size=number))
         trends = [NormTrend(n, 1.0, c, settles=e) for n, c, e in zip(names, changes, ends, strict=True)]
         past = [NormHistory(n, e**2, 1 / e, 300.0, 100.0) for n, e in zip(names, ends, strict=True)]
-        found = [norms.first_steps(trends), norms.next_step(trends, True), norms.norms_to_come(trends)]
+        found = [norms.next_step(trends, True), norms.norms_to_come(trends)]
         for finding in (*found, norms.grown_layers(past)):
             assert 1 <= one(finding).title.count("`") / 2 <= 3
         up, down = ends[ends > 1], ends[ends < 1]
@@ -329,10 +322,13 @@ class TestNorms:
         found = one(logits.logit_spread([calm_one, replace(calm_one, head=3, seen=1.5)]))
         assert found.severity == "good"
         assert found.title.endswith(
-            "spread by 1.5 at most over the keys of a query, in head 3 of `attn` (of 2 heads in 1 layer)."
+            "spread by 1.5 over the keys of a query in head 3 of `attn`, the most of 2 heads in 1 layer (root mean "
+            "square over queries)."
         )
         hard = one(logits.logit_spread([calm_one, replace(calm_one, module="late", head=1, seen=14.0)]))
-        assert "head 1 of `late` (of 2 heads in 2 layers): attention is nearly a hard choice" in hard.title
+        assert (
+            "head 1 of `late`, the most of 2 heads in 2 layers (root mean square over queries): attention" in hard.title
+        )
         assert hard.as_asked.is_note
         pushed = one(logits.logit_spread([calm_one, replace(calm_one, head=2, factor=12.0)]))
         assert "up 12 times in 1,000 steps at most, which would make that 6." in pushed.title
@@ -354,7 +350,7 @@ class TestBalance:
         ask = lambda fact, steps, **options: one(balance.far_from_equilibrium([fact], steps, **options))
         soon = ask(off, 2500)
         assert soon.as_asked.severity == "good"
-        assert "Noise evens it out over some 2,309 steps, within this run." in soon.title
+        assert "Noise evens most of it out over some 2,309 steps, within this run." in soon.title
         assert soon.advice.startswith(
             "nothing to do while the loss falls; if it does not, scale the two sides of `0 -> 2`"
         )
@@ -583,18 +579,40 @@ class TestStability:
         assert squares.memory_of_squares(nf.SGDConfig(lr=0.1, batch_size=8)) == []
 
     def test_turning(self):
-        fast = one(stability.turning([("conv", 0.5), ("other", 0.01)], STALLED))
+        turns = lambda course, *angles: one(stability.turning([Turn("conv", a) for a in angles], course))
+        fast = turns(STALLED, 0.5, 0.01)
         assert fast.severity == "act"
         assert "within about 4 steps" in fast.means
-        assert "within one step." in one(stability.turning([("conv", 1.5)], STALLED)).means
-        assert one(stability.turning([("conv", 0.15)], STALLED)).severity == "watch"
-        assert one(stability.turning([("conv", 0.01)], STALLED)).severity == "good"
-        late = one(stability.turning([("conv", 0.01)], STALLED, share=0.02))
+        assert "within one step." in turns(STALLED, 1.5).means
+        assert turns(STALLED, 0.15).severity == "watch"
+        assert turns(STALLED, 0.01).severity == "good"
+        late = one(stability.turning([Turn("conv", 0.01, rate_share=0.02)], STALLED))
         assert late.title.endswith("turned by 0.01 radians a step, at 0.02 of the largest learning rate.")
-        assert stability.turning([("conv", NAN)], STALLED) == []
-        falling = one(stability.turning([("conv", 0.5)], replace(STALLED, ended=0.01)))
+        assert stability.turning([Turn("conv", NAN)], STALLED) == []
+        falling = turns(replace(STALLED, ended=0.01), 0.5)
         assert falling.severity == "watch"
         assert falling.advice.startswith("nothing to do")
+
+    def test_curvature_of_weights_that_a_step_replaces_asks_for_no_warmup(self):
+        fact = replace(STABLE, load=6.7, needed=2000.0, small=True)
+        found = one(stability.learning_rate(fact))
+        assert found.severity == "open"
+        assert "much smaller than the others of their layer" in found.title
+        assert one(stability.learning_rate(replace(fact, small=False))).severity == "act"
+
+    def test_of_the_steps_between_recorded_ones_nothing_is_claimed(self):
+        sparse = one(breaking.touched_from_outside([("rescaling", 0.0)], [], recorded=71, made=300))
+        assert "in the 71 steps recorded of 300" in sparse.title
+        all_of_them = one(breaking.touched_from_outside([("rescaling", 0.0)], [], recorded=300, made=300))
+        assert all_of_them.title == "Nobody but the optimiser changed the weights."
+
+    def test_a_step_that_drew_a_weight_anew_is_told(self):
+        found = one(stability.turning([Turn("conv", 0.01, 0.1, largest=1.2, at=0), Turn("other", 0.02)], STALLED))
+        assert found.severity == "watch"
+        assert found.title.startswith("Step 0 turned `conv` by 1.2 radians")
+        assert "a third of the peak learning rate" in found.advice
+        still = one(stability.turning([Turn("conv", 0.01, 0.1, largest=0.9, at=0)], STALLED))
+        assert still.severity == "good"
 
     def test_loss_course(self):
         calm_run = LossCourse(100, (), None, 1000, 2.3, 0.1)
@@ -616,7 +634,7 @@ class TestStability:
     def test_the_question_about_the_warmup_is_answered_in_words(self):
         run = LossCourse(100, (), None, 1000, 2.3, 0.1)
         course = lambda **new: one(stability.loss_course(replace(run, **new))).title
-        assert course().startswith("Yes, the warmup of 100 steps was long enough")
+        assert course().startswith("Yes, the warmup of 100 steps was long enough for stability")
         assert course(warmup=0).startswith("The run went without a warmup: the loss stayed in hand")
         assert course(spikes=(120,)).startswith("No, the warmup of 100 steps is too short")
         assert "whether the warmup was long enough" in course(began=NAN, ended=NAN)
@@ -678,12 +696,13 @@ class TestSampling:
         assert "inf" not in " ".join([found.title, found.sure, *map(str, found.evidence)])
 
     def test_from_the_momentum_buffer(self):
-        assert one(sampling.noise_share(40.0, "all")).severity == "watch"
-        assert one(sampling.noise_share(2.0, "all")).severity == "good"
-        bound = one(sampling.noise_share(0.5, "all"))
-        assert bound.severity == "open", "a lower bound below 1 tells nothing"
-        assert "at least 0.5 times the gradient noise scale" in bound.title
-        assert sampling.noise_share(NAN, "all") == []
+        much = one(sampling.noise_share(100.0, "all"))
+        assert (much.severity, "batches 4 times smaller" in much.advice) == ("watch", True)
+        little = one(sampling.noise_share(0.004, "all"))
+        assert (little.severity, "0.08 times" in little.title) == ("good", True)
+        between = one(sampling.noise_share(0.5, "all"))
+        assert (between.severity, "between 0.2 and 10 times" in between.title) == ("open", True)
+        assert "too few steps" in one(sampling.noise_share(NAN, "all")).title
         assert one(sampling.noise_share(0.0, "all")).severity == "open"
 
     @pytest.mark.parametrize(

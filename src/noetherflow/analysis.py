@@ -254,6 +254,7 @@ def analyze(
     steps = len(schedule) if steps is None and isinstance(schedule, Sized) else steps
     ahead = _steps_ahead(batches, steps, warmup)
     optimizer, course = at_peak(sgd, schedule, ahead)
+    planned = planned_warmup(warmup, course)
     settings = settings_of(optimizer, batches, batch_size, model)
     wanted = max(SAMPLES, math.ceil(_told_apart(settings))) if samples is None else samples
     data = batches_of(batches, wanted, _replicates(settings) if uses_batch_statistics(model.modules()) else 1)
@@ -278,7 +279,7 @@ def analyze(
             settings=settings,
             curvature=found,
             steps=ahead,
-            warmup=planned_warmup(warmup, course),
+            warmup=planned,
             started=bool(getattr(sgd, "state", None)),
             steps_given=steps is not None,
             remedy=remedy(model, settings, curvature),

@@ -168,8 +168,12 @@ def moved_by_preconditioner(moved: Sequence[tuple[str, float, float]]) -> list[F
     return [calm("preconditioner", "optimiser", title, "measured", number)]
 
 
-def touched_from_outside(shares: Sequence[tuple[str, float]], events: Sequence[Mapping[str, Any]]) -> list[Finding]:
+def touched_from_outside(
+    shares: Sequence[tuple[str, float]], events: Sequence[Mapping[str, Any]], recorded: int = 1, made: int = 1
+) -> list[Finding]:
     """Weights that something else than the watched optimiser changed: `(family, |outside| over norm)`, and the events.
+
+    Of the steps `made` those `recorded` were looked at.
 
     Threshold: 1 % of the squared weights over the run, or an event of the ledger, which notices single writes: to
     watch. Half of the squared weights is to act on: the run is then not the optimiser's.
@@ -179,6 +183,9 @@ def touched_from_outside(shares: Sequence[tuple[str, float]], events: Sequence[M
     family, share = max(known, key=lambda r: r[1], default=("", 0.0))
     if not noticed and share < TOUCHED:
         title = "Nobody but the optimiser changed the weights."
+        if recorded < made:
+            title = f"Nobody but the optimiser changed the weights in the {recorded:,} steps recorded of {made:,}; "
+            title += "nf.Ledger(..., every=1) looks at all."
         return [calm("outside", "invariance", title, "sure for recorded steps")]
     when = f", first at step {noticed[0]['step']}" if noticed else ""
     much = f" ({plain(share)} of the squared weights of `{family}`)" if share >= TOUCHED else ""

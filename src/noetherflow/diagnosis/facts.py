@@ -148,6 +148,8 @@ class StepStability:
         planned: steps of warmup that the run has; None where nobody said.
         started: the optimiser has made steps with these weights.
         replaced: a step is as long as some weight that it changes, so that curvature here says nothing.
+        small: the stiffest direction is that of weights much smaller than the others of their layer, which a step
+            replaces.
         saddle: the trace of the curvature is not positive, now or at the noise equilibrium: it has no factor.
         remedy: what would measure the curvature where it was not.
         run: steps of the whole run; infinite where nobody said.
@@ -164,6 +166,7 @@ class StepStability:
     planned: int | None
     started: bool
     replaced: bool = False
+    small: bool = False
     saddle: bool = False
     remedy: str = "nf.diagnose(..., curvature=True) measures it"
     run: float = math.inf
@@ -251,6 +254,25 @@ class NormHistory:
     def span(self) -> str:
         """From which step to which, in words."""
         return f"from step {self.start:,.0f} to {self.start + self.steps:,.0f}"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How far steps turned one scale-invariant weight, in radians, as far as they were estimated.
+
+    Attributes:
+        name: of the symmetry.
+        lately: the median of the last estimates.
+        rate_share: the learning rate at these estimates over the largest of the run.
+        largest: the largest of all.
+        at: its step.
+    """
+
+    name: str
+    lately: float
+    rate_share: float = 1.0
+    largest: float = 0.0
+    at: int = 0
 
 
 FALLEN = 0.98

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from noetherflow.diagnosis.facts import NormHistory
+from noetherflow.diagnosis.facts import NormHistory, Turn
 from noetherflow.diagnosis.logits import LogitGrowth
 from noetherflow.monitor.rundata import RunData
 from noetherflow.symmetry.heads import QUERY_KEY
@@ -24,6 +24,22 @@ def recent(data: RunData, column: str, symmetry: int) -> float:
     values = data.estimates[column][:, symmetry]
     known = values[np.isfinite(values)][-RECENT:]
     return float(np.median(known)) if known.size else float("nan")
+
+
+def turns_of(data: RunData) -> Iterator[Turn]:
+    """How far a step turned each scale-invariant weight, by the single steps that were estimated."""
+    if "angular" not in data.estimates:
+        return
+    rates = np.interp(data.estimate_steps, data.steps, data.lr)
+    highest = float(np.nanmax(data.lr)) if np.isfinite(data.lr).any() else 0.0
+    for name, angles in zip(data.symmetries, data.estimates["angular"].T, strict=True):
+        known = np.flatnonzero(np.isfinite(angles))
+        if not known.size:
+            continue
+        last, most = known[-RECENT:], known[int(np.argmax(angles[known]))]
+        share = float(np.median(rates[last])) / highest if highest > 0 else 1.0
+        lately = float(np.median(angles[last]))
+        yield Turn(name, lately, share, float(angles[most]), int(data.estimate_steps[most]))
 
 
 @dataclass(frozen=True)

@@ -72,8 +72,8 @@ def logit_spread(facts: Sequence[LogitSpread]) -> list[Finding]:
     worst, grown = max(facts, key=lambda f: f.seen), max(facts, key=lambda f: f.later)
     layers = count(len({f.module for f in facts}), "layer", "layers")
     numbers = (Evidence(f"spread of the logits of {_head(worst)}", worst.seen),)
-    title = f"Attention logits spread by {plain(worst.seen)} at most over the keys of a query, in {_head(worst)} (of "
-    title += f"{count(len(facts), 'head', 'heads')} in {layers})"
+    title = f"Attention logits spread by {plain(worst.seen)} over the keys of a query in {_head(worst)}, the most of "
+    title += f"{count(len(facts), 'head', 'heads')} in {layers} (root mean square over queries)"
     sure = "measured on these data, at these weights"
     if worst.seen >= LOGITS_SATURATE:
         title += ": attention is nearly a hard choice."
@@ -145,7 +145,8 @@ def logit_growth(facts: Sequence[LogitGrowth], stalled: bool = False) -> list[Fi
         advice = unless("nf.diagnose(model, loss_fn, loader, optimizer) at the last weights measures the logits")
         return [Finding("logit-growth", "norms", "good", f"S{title}.", "", advice, ALIGNED, numbers)]
     severity: Severity = "act" if worst.spread >= LOGITS_SATURATE and worst.measured and stalled else "watch"
-    title = f"Attention logits grow: s{title}, to logits of about {plain(worst.spread)} or more."
+    title = f"Attention logits grow: s{title}, which by itself makes logits of about {plain(worst.spread)}; where "
+    title += "queries and keys align, as trained ones do, they are several times larger."
     means = "Their product bounds the logits; large ones turn attention into a hard choice and stop its gradient."
     advice = _remedy(f"`{worst.name}`")
     advice = advice if severity == "act" else unless(advice)

@@ -51,6 +51,8 @@ from noetherflow.moments.result import GradientMoments
 from noetherflow.symmetry.heads import QUERY_KEY, heads_in, scales_of
 from noetherflow.symmetry.symmetry import Symmetry
 
+MOSTLY = 0.5
+"""Share of the stiffest direction from which on its curvature is that of weights which one step replaces."""
 FILLED = 2.0
 """Warmup of Adam in memories of `v`: over `2 / (1 - b2)` steps its average fills up with gradients of the settled run
 (Ma and Yarats, On the adequacy of untuned warmup for adaptive optimization, 2019).
@@ -251,10 +253,12 @@ def _decays(examined: Examined) -> list[float]:
 
 
 def _first_norms(examined: Examined, trends: Sequence[NormTrend]) -> list[Finding]:
-    """What the next steps do to norms; of an Adam that has made steps, whose state is not looked at, nothing."""
-    if isinstance(examined.settings, SGDConfig):
-        return norms.next_step(trends, _moving(examined), examined.settings.momentum > 0)
-    return [] if examined.started else norms.first_steps(trends)
+    """What the next step of SGD does to norms; of Adam nothing, whose first steps depend on its state and the order of
+    batches: of 21 weights of a small Llama 4 were foretold to grow, and 11 to 19 did.
+    """
+    if not isinstance(examined.settings, SGDConfig):
+        return []
+    return norms.next_step(trends, _moving(examined), examined.settings.momentum > 0)
 
 
 def _trends(examined: Examined) -> Iterator[NormTrend]:
@@ -326,7 +330,7 @@ def _stability(examined: Examined) -> StepStability:
         return replace(fact, load=found.load)
     if isinstance(found, SquareMemory):
         steps = FILLED / (1 - found.square_memory)
-        return replace(fact, load=lr / found.stable_lr, needed=steps, safe=steps)
+        return replace(fact, load=lr / found.stable_lr, needed=steps, safe=steps, small=found.small > MOSTLY)
     return fact
 
 

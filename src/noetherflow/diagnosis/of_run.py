@@ -23,7 +23,7 @@ from noetherflow.diagnosis.facts import (
 )
 from noetherflow.diagnosis.finding import Diagnosis, Finding, of_little_meaning
 from noetherflow.diagnosis.heads import RunHeads
-from noetherflow.diagnosis.histories import RECENT, layers_of, logits_of, norms_of, recent
+from noetherflow.diagnosis.histories import RECENT, layers_of, logits_of, norms_of, recent, turns_of
 from noetherflow.diagnosis.logits import logit_growth
 from noetherflow.diagnosis.losses import ToldLosses, lapse
 from noetherflow.diagnosis.penalty import norm_pulls
@@ -71,9 +71,7 @@ def diagnose_run(
         *(head_rules.heads_in_run(list(_heads(data)), left) or head_rules.heads_not_logged(_attention(data))),
         *stability.loss_course(course),
         *lapse(course),
-        *stability.turning(
-            [(n, recent(data, "angular", i)) for i, n in enumerate(data.symmetries)], course, _late(data)
-        ),
+        *stability.turning(list(turns_of(data)), course),
         *norms.grown_layers(list(layers_of(data))),
         *sampling.noise_share(_batch_ratio(data), "all layers"),
         *breaking.violated_in_training(
@@ -83,7 +81,7 @@ def diagnose_run(
         ),
         *_memories(data),
         *breaking.moved_by_preconditioner(list(_preconditioned(data))),
-        *breaking.touched_from_outside(list(_outside(data)), data.events),
+        *breaking.touched_from_outside(list(_outside(data)), data.events, len(data.steps), data.steps_made),
     ]
     optimizer = data.header.get("optimizer", "an optimiser")
     members = {s["name"]: modules_of(s.get("parameters", ())) for s in data.header["symmetries"]}
@@ -291,12 +289,6 @@ def _lost(data: RunData, began: float, ended: float) -> int | None:
     return int(data.steps[min(at, len(data.steps) - 1)])
 
 
-def _late(data: RunData) -> float:
-    """The last learning rate over the largest one."""
-    known = data.lr[np.isfinite(data.lr)]
-    return float(known[-1] / known.max()) if known.size and known.max() > 0 else 1.0
-
-
 def _ends_broken(data: RunData) -> bool:
     """Whether the last recorded step has numbers that are not finite."""
     return not bool(np.isfinite(data.family["charge"][-1]).all())
@@ -309,7 +301,10 @@ BEYOND = 1e6
 def _preconditioned(data: RunData) -> Iterator[tuple[str, float, float]]:
     if data.header.get("rule") not in ADAPTIVE:
         return
+    two_sided = {s.get("family") for s in data.header["symmetries"] if not s["one_sided"]}
     for i, family in enumerate(data.families):
+        if family not in two_sided:
+            continue
         moved, norm = np.nansum(data.family["preconditioner"][:, i]), np.nanmean(data.family["norm"][:, i])
         yield family, float(moved), float(norm)
 

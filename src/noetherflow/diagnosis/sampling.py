@@ -81,41 +81,47 @@ def _interval(low: float, high: float) -> str:
         return "samples"
     if math.isinf(low):
         return "samples, too many to be told"
+    if 0 < low == high:
+        return "samples, exact for this training set, all of which was measured"
     return f"samples, 95 % {f'above {show(low)}' if math.isinf(high) else f'between {show(low)} and {show(high)}'}"
 
 
 def noise_share(ratio: float, layer: str) -> list[Finding]:
-    """The same from a run's momentum buffer, which bounds it from below: `ratio` is the batch size over the noise scale
-    of the layer.
+    """The same from a run's momentum buffer: `ratio` is the batch size over the noise scale of the layer.
 
     The buffer keeps what successive gradients have in common. A mean gradient that turns from step to step, as at the
-    edge of stability, is lost in it, so that the ratio comes out too low: 7 to 18 times where that was measured. So a
-    ratio of 10 is to watch as in `batch_size`, one above 1 is near the best trade or beyond it, and a smaller one
-    decides nothing. Not positive where the share scatters around 0: then it is not measured.
+    edge of stability, is lost in it, so that the ratio comes out too low: 7 to 18 times where that was measured. Where
+    gradients are clipped it came out twice too high. So all between 0.4 and 20 times the ratio is taken to be possible,
+    and most logs leave the question open; thresholds as in `batch_size`.
     """
-    if not math.isfinite(ratio):
-        return []
     measures = "nf.diagnose(model, loss_fn, loader, optimizer) at these weights measures it"
-    if ratio < ENOUGH_TO_TELL:
-        why = "the share of the mean gradient in steps scatters around 0"
-        if ratio > 0:
-            why = (
-                f"batches are at least {plain(ratio)} times the gradient noise scale, by the momentum buffer, and how "
-            )
-            why += "much more is not in it"
-        title = f"Not told by the log ({layer}): {why}."
-        return [Finding("batch-size", "batch", "open", title, "", measures, "open")]
-    number = (Evidence(f"batch size over noise scale, {layer}, at least", ratio),)
-    sure = f"a lower bound by the momentum buffer; {measures}"
-    if ratio > WASTED:
-        title = f"Mean-gradient regime: batches are at least {plain(ratio, 3)} times the noise scale."
+    low, high = ratio * TOO_HIGH, ratio * TOO_LOW
+    sure = f"by the momentum buffer, which was {1 / TOO_HIGH:g} times too high to {TOO_LOW:g} times too low elsewhere"
+    number = (Evidence(f"batch size over noise scale by the momentum buffer, {layer}", ratio),)
+    if low >= WORTH * WASTED:
+        title = f"Mean-gradient regime: batches are {plain(low)} times the gradient noise scale or more."
         means = "Nearly all of a step is the mean gradient; smaller batches would make nearly the same progress a step."
-        advice = f"if samples or time are short, batches up to {plain(ratio / WASTED)} times smaller: a step of them "
-        advice += "still makes nine tenths of this progress"
-        return [Finding("batch-size", "batch", "watch", title, means, advice, sure, number, weight=math.log(ratio))]
-    title = f"Batches are at least {plain(ratio)} times the gradient noise scale: near the best trade, or above it."
-    return [calm("batch-size", "batch", title, sure, number)]
+        advice = (
+            f"if samples or time are short, batches {plain(low / WASTED)} times smaller: a step of them still makes "
+        )
+        advice += "nine tenths of this progress"
+        return [Finding("batch-size", "batch", "watch", title, means, advice, sure, number, weight=math.log(low))]
+    if 0 < high <= NOISY:
+        title = (
+            f"Batches are {plain(high)} times the gradient noise scale or less: noise regime; larger ones would save "
+        )
+        title += "steps."
+        return [calm("batch-size", "batch", title, sure, number)]
+    why = (
+        "too few steps for an estimate"
+        if not math.isfinite(ratio)
+        else "the share of the mean gradient scatters around 0"
+    )
+    if ratio > 0:
+        why = f"batches are somewhere between {plain(low)} and {plain(high)} times the gradient noise scale"
+    title = f"Not told by the log: {why}."
+    return [Finding("batch-size", "batch", "open", title, "", measures, "open")]
 
 
-ENOUGH_TO_TELL = 1.0
-"""Batch size over noise scale from which on its lower bound tells something."""
+TOO_HIGH, TOO_LOW, WORTH = 0.4, 20.0, 2.0
+"""Times a log's ratio that the true one may be, at least and at most; how much smaller batches are worth advising."""

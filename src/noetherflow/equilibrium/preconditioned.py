@@ -18,6 +18,9 @@ from noetherflow.errors import MomentError
 from noetherflow.moments.result import GradientMoments
 from noetherflow.symmetry.symmetry_set import SymmetrySet
 
+USUAL = 3.0
+"""Root mean square of a parameter over the size of a step, from which on entries below a step are unusually small."""
+
 
 def roots_of(moments: GradientMoments, config: AdamConfig) -> dict[str, Tensor]:
     """The root mean square of every entry of the minibatch gradient, which Adam's `v` converges to, by parameter.
@@ -89,13 +92,33 @@ class PreconditionedHessian:
 
     def top(self, accuracy: float = 1e-4) -> float:
         """The algebraically largest eigenvalue, to a relative `accuracy`."""
+        return self.top_pair(accuracy)[0]
+
+    def top_pair(self, accuracy: float = 1e-4) -> tuple[float, np.ndarray]:
+        """The same with its unit eigenvector, 0 on the entries that stand still. `[entries]`."""
         from scipy.sparse.linalg import LinearOperator, eigsh
 
+        wide = np.zeros(len(self.scales))
         if self.size == 1:
-            return float(self(np.ones(1))[0])
+            wide[self.active] = 1.0
+            return float(self(np.ones(1))[0]), wide
         start = np.random.default_rng(0).standard_normal(self.size)
         operator = LinearOperator((self.size, self.size), matvec=self.__call__, dtype=np.float64)
-        return float(eigsh(operator, k=1, which="LA", tol=accuracy, v0=start, return_eigenvectors=False)[0])
+        values, vectors = eigsh(operator, k=1, which="LA", tol=accuracy, v0=start)
+        wide[self.active] = vectors[:, 0]
+        return float(values[0]), wide
+
+    def on_small_entries(self, direction: np.ndarray, lr: float) -> float:
+        """The share of a direction that lies on entries smaller than a step of size `lr`, in parameters whose entries
+        are usually several times larger than that: units or heads much smaller than the others of their layer.
+        """
+        small = []
+        for p in self.product.parameters.values():
+            values = p.detach().double().abs().reshape(-1).cpu()
+            usual = float(values.square().mean().sqrt()) if values.numel() else 0.0
+            small.append((values < lr) if usual > USUAL * lr else torch.zeros_like(values, dtype=torch.bool))
+        shares: np.ndarray = direction**2
+        return float(shares[torch.cat(small).numpy()].sum())
 
     def trace(self, probes: int) -> float:
         """Hutchinson's estimate with random signs; exact, entry by entry, where that takes no more products."""

@@ -32,6 +32,8 @@ class SquareMemory:
         lr: the learning rate.
         square_memory: `b2`.
         memory: `b1`.
+        small: the share of the stiffest direction that lies on entries which one step replaces, in layers whose other
+            entries are larger: near 1 its curvature says nothing of the steps to come.
     """
 
     top: float
@@ -39,6 +41,7 @@ class SquareMemory:
     lr: float
     square_memory: float
     memory: float
+    small: float = 0.0
 
     def weight(self, curvature: float) -> float:
         """`kap` of fluctuations of that curvature.
@@ -124,10 +127,12 @@ def square_memory(
     if not isinstance(config, AdamConfig):
         raise DataError(f"v is Adam's: config must be nf.AdamConfig(...), got {type(config).__name__}")
     hessian = PreconditionedHessian.of(model, loss_fn, batches, roots_of(moments, config), config)
+    top, direction = hessian.top_pair(accuracy)
     return SquareMemory(
-        top=hessian.top(accuracy),
+        top=top,
         mean=hessian.trace(probes) / hessian.size,
         lr=config.lr,
         square_memory=config.betas[1],
         memory=config.betas[0],
+        small=hessian.on_small_entries(direction, config.lr),
     )

@@ -66,6 +66,8 @@ class NoiseScale:
 
     def __str__(self) -> str:
         low, high = self.interval()
+        if 0 < low == high < math.inf:
+            return f"{show(self.value)} samples (exact for this training set, all of which was measured)"
         ends = f"above {show(low)}" if math.isinf(high) else f"between {show(low)} and {show(high)}"
         return f"{show(self.value)} samples{'' if math.isnan(low) else f' (95 % {ends})'}"
 

@@ -260,8 +260,14 @@ class StepRecorder:
         return math.nan if isinstance(rate, Tensor) and rate.device.type != "cpu" else float(rate)
 
     def note(self, loss: Any) -> None:
-        """Keep the loss of the step under way. Raises DataError when it is not one number."""
-        self._loss = one_number(loss)
+        """Keep the loss of the step under way; one noted before without a step, as where it was NaN and the step left
+        out, is kept beside. Raises DataError when it is not one number.
+        """
+        noted = one_number(loss)
+        if self._loss is not None:
+            self._losses.append(self._loss)
+            self._losses_at.append(self.step)
+        self._loss = noted
 
     # -- books --------------------------------------------------------------------------------------------------------
 
