@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -308,6 +309,39 @@ def test_a_tiny_head_makes_no_learning_rate_too_large_under_adam():
     assert found.curvature.small > 0.5
     assert found.diagnosis["learning-rate"].severity == "open"
     assert "frozen-heads" in [f.rule for f in found.diagnosis.severity("act")]
+
+
+def test_a_group_at_a_rate_of_zero_is_not_trained():
+    """As where a layer is frozen by its learning rate; before a warmup all rates are 0 and none is."""
+    model, data = mlp(), loader(*classes())
+    rates = [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[2:].parameters()}]
+    optimizer = torch.optim.SGD(rates, lr=0.05)
+    found = nf.diagnose(model, nn.CrossEntropyLoss(), data, optimizer)
+    assert found.cautions[0].endswith(": `0`")
+    every = torch.optim.SGD(model.parameters(), lr=0.05)
+    torch.optim.lr_scheduler.LambdaLR(every, lambda k: min(1.0, k / 10))
+    assert every.param_groups[0]["lr"] == 0
+    assert not any("not trained" in c for c in nf.diagnose(model, nn.CrossEntropyLoss(), data, every).cautions)
+
+
+def test_most_units_dead_leaves_forecasts_open():
+    torch.manual_seed(0)
+    model, data = mlp(), loader(*classes())
+    with torch.no_grad():
+        model[0].bias.fill_(-100.0)
+    found = nf.diagnose(model, nn.CrossEntropyLoss(), data, torch.optim.SGD(model.parameters(), lr=0.05))
+    assert found["dead-units"].severity == "act"
+    assert found["learning-rate"].severity == "open"
+    assert not any("take norms up" in f.title for f in found)
+
+
+def test_what_stands_for_the_present_is_of_the_last_quarter():
+    from noetherflow.diagnosis.histories import lately
+
+    values, at = np.array([1.0, 2.0, 3.0, 4.0, 5.0]), np.array([0, 100, 200, 300, 400])
+    assert lately(values, at).tolist() == [3, 4]
+    assert lately(np.arange(100.0), np.arange(100)).tolist() == [95, 96, 97, 98, 99]
+    assert lately(np.array([np.nan]), np.array([0])).size == 0
 
 
 def test_a_norm_that_only_grows_is_moved_across_by_nobody():
@@ -619,7 +653,8 @@ def test_groups_with_rates_of_their_own_are_diagnosed_under_sgd() -> None:
     model, data = mlp(), loader(*classes())
     rates = [{"params": model[0].parameters(), "lr": 0.01}, {"params": model[2:].parameters()}]
     found = nf.diagnose(model, nn.CrossEntropyLoss(), data, torch.optim.SGD(rates, lr=0.05, momentum=0.9))
-    assert found["fastest-norms"].title.startswith("Once the momentum buffer is full")
+    assert "learning-rate" in [f.rule for f in found]
+    assert "fastest-norms" not in [f.rule for f in found], "steps of momentum are not foretold"
 
 
 def test_coupled_decay_is_named_before_and_after_a_run():

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from noetherflow.core.arguments import A_MODEL, expect
-from noetherflow.core.held import others_frozen
+from noetherflow.core.held import moving_groups, others_frozen, peak_rate
 from noetherflow.core.inputs import LossFn
 from noetherflow.core.losses import chosen_loss
 from noetherflow.core.optimizers import Settings, check_settings, described, optimizer_config
@@ -261,7 +261,7 @@ def analyze(
     loss = chosen_loss(loss_fn, model, data[0])
     inputs = inputs_of(data[0]) if example_inputs is None else example_inputs
     scales = not isinstance(settings, SGDConfig) or bool(settings.groups)
-    with others_frozen(model, sgd), Stages("analysis") if progress is None else nullcontext(progress) as say:
+    with others_frozen(model, optimizer), Stages("analysis") if progress is None else nullcontext(progress) as say:
         measured = measure(model, loss, data, inputs, scales=scales, progress=say)
         say("integrating the Noether flow")
         flow = attempted(lambda: noether_flow(model, measured.symmetries, measured.moments.without_factors(), settings))
@@ -331,9 +331,7 @@ def settings_of(optimizer: Any, batches: Iterable[Any], batch_size: int | None, 
         raise DataError("the optimizer holds no parameter of this model: it is another model's, or another copy's")
     size = batch_size or getattr(batches, "batch_size", None) or samples_in(next(iter(batches)))
     at_peak = copy.copy(inner)
-    at_peak.param_groups = [
-        {**g, "lr": max(float(g["lr"]), float(g.get("initial_lr", 0.0)))} for g in inner.param_groups
-    ]
+    at_peak.param_groups = [{**g, "lr": peak_rate(g)} for g in moving_groups(inner.param_groups)]
     if not isinstance(batches, DataLoader):
         return optimizer_config(at_peak, size, model=model)
     try:

@@ -51,9 +51,25 @@ def held_by(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> 
     ]
 
 
+def peak_rate(group: Mapping[str, Any]) -> float:
+    """The learning rate of a parameter group, or the one that its schedule starts from where that is larger."""
+    return max(float(group["lr"]), float(group.get("initial_lr", 0.0)))
+
+
+def moving_groups(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The parameter groups that have a learning rate; all where none has.
+
+    Example:
+        >>> [g["lr"] for g in moving_groups([{"lr": 0.0}, {"lr": 0.1}])]
+        [0.1]
+    """
+    return [group for group in groups if peak_rate(group) > 0] or list(groups)
+
+
 @contextmanager
 def others_frozen(model: nn.Module, optimizer: Any) -> Iterator[None]:
-    """Parameters that an optimiser does not hold are frozen during the block, for it never moves them.
+    """Parameters that an optimiser does not move are frozen during the block: those that it does not hold, and those of
+    groups at a learning rate of 0 beside others that have one.
 
     Args:
         model: whose parameters are meant.
@@ -67,7 +83,7 @@ def others_frozen(model: nn.Module, optimizer: Any) -> Iterator[None]:
         >>> net[0].weight.requires_grad
         True
     """
-    groups = unwrap_optimizer(optimizer).param_groups if hasattr(optimizer, "param_groups") else []
+    groups = moving_groups(unwrap_optimizer(optimizer).param_groups) if hasattr(optimizer, "param_groups") else []
     held = {id(p) for group in groups for p in group["params"]}
     others = [p for p in model.parameters() if groups and p.requires_grad and id(p) not in held]
     for parameter in others:

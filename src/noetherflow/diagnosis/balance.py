@@ -222,11 +222,11 @@ def far_during_run(facts: Sequence[RunBalance], steps: float) -> list[Finding]:
         numbers = (Evidence(f"largest log factor of {worst.name}", worst.largest), Evidence("median", whole))
         apart = f"one of `{worst.name}`, a factor of {plain(factor)} away, the median of its layer "
         apart += plain(math.exp(whole))
-        title = f"None is far from its noise equilibrium: the {FARTHEST_PART} is {apart}."
+        title = "None is far from its noise equilibrium, each pair of layers by itself: the "
+        title += f"{FARTHEST_PART} is {apart}."
         if factor >= math.exp(FAR):
-            title = (
-                f"None stands out from its layer. From its noise equilibrium the {FARTHEST_PART} is {apart}; {USUAL}."
-            )
+            title = "None stands out from its layer. From its noise equilibrium, each pair of layers by itself, the "
+            title += f"{FARTHEST_PART} is {apart}; {USUAL}."
         return [calm("balance", "balance", title, sure, numbers)]
     needed = steps_to_even(worst.largest, worst.steps)
     lasts = not needed <= steps

@@ -13,8 +13,24 @@ from noetherflow.diagnosis.logits import LogitGrowth
 from noetherflow.monitor.rundata import RunData
 from noetherflow.symmetry.heads import QUERY_KEY
 
-RECENT = 5
-"""Estimates whose median stands for the present: single ones scatter with the minibatch."""
+RECENT, PART = 5, 0.25
+"""Estimates whose median stands for the present, for single ones scatter with the minibatch: so many of the last part
+of the steps, and at least one.
+"""
+
+
+def lately(values: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Which of the values, estimated at the steps `at`, stand for the present: positions of known ones.
+
+    Example:
+        >>> lately(np.array([1.0, 2.0, np.nan, 3.0]), np.array([0, 90, 95, 100])).tolist()
+        [1, 3]
+    """
+    known = np.flatnonzero(np.isfinite(values))[-RECENT:]
+    if not known.size:
+        return known
+    since = at[known[-1]] - PART * (at[known[-1]] - at[0])
+    return known[at[known] >= since]
 
 
 def recent(data: RunData, column: str, symmetry: int) -> float:
@@ -22,7 +38,7 @@ def recent(data: RunData, column: str, symmetry: int) -> float:
     if column not in data.estimates:
         return float("nan")
     values = data.estimates[column][:, symmetry]
-    known = values[np.isfinite(values)][-RECENT:]
+    known = values[lately(values, data.estimate_steps)]
     return float(np.median(known)) if known.size else float("nan")
 
 
@@ -36,10 +52,10 @@ def turns_of(data: RunData) -> Iterator[Turn]:
         known = np.flatnonzero(np.isfinite(angles))
         if not known.size:
             continue
-        last, most = known[-RECENT:], known[int(np.argmax(angles[known]))]
+        last, most = lately(angles, data.estimate_steps), known[int(np.argmax(angles[known]))]
         share = float(np.median(rates[last])) / highest if highest > 0 else 1.0
-        lately = float(np.median(angles[last]))
-        yield Turn(name, lately, share, float(angles[most]), int(data.estimate_steps[most]))
+        now = float(np.median(angles[last]))
+        yield Turn(name, now, share, float(angles[most]), int(data.estimate_steps[most]))
 
 
 @dataclass(frozen=True)

@@ -85,5 +85,5 @@ def _too_long(far: Lengths, warmup: int | None) -> Finding:
         means += "the next steps turn it less."
     numbers = tuple(Evidence(f"step over weight, {f.name}", size) for f, size in far[:3])
     names = tuple(f.name for f, _ in far)
-    sure = "sure for the next step: from the gradients measured and the learning rate"
+    sure = "sure for one step by itself, from the gradients measured and the learning rate; momentum comes on top"
     return Finding("step-length", "warmup", severity, title, means, advice, sure, numbers, names, weight=length)

@@ -30,7 +30,7 @@ from noetherflow.diagnosis.finding import (
 HALVED, TENTH = 2.0, 10.0
 TRENDS = 3
 DOUBLES = 1.0
-MOVES = 1.01
+MOVES, STILL = 1.01, 1e-3
 HIDDEN = "scale-invariant weight", "scale-invariant weights"
 NONE_HIDDEN = "The model has no scale-invariant weight: the loss feels the norm of every watched weight."
 
@@ -147,8 +147,10 @@ def _smaller(name: str) -> str:
 
 
 def _larger(name: str, change: float) -> str:
-    """What gives steps their length back where the effective learning rate is, or will be, so many times smaller."""
-    rate = f"{plain(1 / change)} times the learning rate for `{name}`"
+    """What gives steps their length back where the effective learning rate is, or will be, so many times smaller; ten
+    times at most.
+    """
+    rate = f"{plain(min(1 / change, TENTH))} times the learning rate for `{name}`"
     return f"try from a checkpoint, and keep it only if the loss then falls, {rate}, which makes up for its norm"
 
 
@@ -265,14 +267,15 @@ def _moved(facts: Sequence[NormTrend], where: str) -> str:
     return f"{where}: {len(facts)} norms, to {plain(middle)} times in the median, most {most}"
 
 
-def next_step(facts: Sequence[NormTrend], moving: bool = False, momentum: bool = False) -> list[Finding]:
-    """What the very next step of SGD does to norms, apart from where they go: `moving` as above.
+def next_step(facts: Sequence[NormTrend], moving: bool = False, warmup: bool = False) -> list[Finding]:
+    """What the very next step of plain SGD does to norms, apart from where they go: `moving` as above.
 
-    It is no trend: its part along the mean gradient often turns within a few steps. With `momentum` a step is that of a
-    full buffer, which a fresh run reaches after some tens of steps. Threshold: a squared norm that doubles within one
-    step is to watch; below, the loss guides these norms. That of a nearly zero weight is no news.
+    It is no trend: its part along the mean gradient often turns within a few steps. With a `warmup` it is at the first
+    of its learning rates. Threshold: a squared norm that doubles within one step is to watch; below, the loss guides
+    these norms. That of a nearly zero weight is no news.
     """
-    when = "Once the momentum buffer is full, at the present gradients," if momentum else "In the very next step only,"
+    when = "In the very next step only,"
+    when += " at the first learning rate of the warmup," if warmup else ""
     rising, falling = _by_direction(facts)
     sure = "the present gradients alone: many of these turn within a few steps"
     if not rising:
@@ -307,7 +310,7 @@ def _by_direction(facts: Sequence[NormTrend]) -> tuple[list[NormTrend], list[Nor
 
 def _paces(facts: Sequence[NormTrend], which: str) -> str:
     """How fast norms change in the median, and which of them fastest, the first; in percent of the norm per step."""
-    paces = [50 * abs(f.change) / f.norm_square for f in facts]
+    paces = [100 * abs(math.sqrt(max(0.0, 1 + f.change / f.norm_square)) - 1) for f in facts]
     fastest = f"`{facts[0].name}` {plain(paces[0])} %"
     return f"{which} by {plain(median(paces))} % in the median, fastest {fastest}" if len(facts) > 1 else fastest
 
@@ -337,8 +340,8 @@ def grown_layers(facts: Sequence[NormHistory]) -> list[Finding]:
     if not facts:
         return []
     ranked = sorted(facts, key=lambda f: -f.norm_factor)
-    grown = [f for f in ranked if f.norm_factor > 1]
-    shrunk = [f for f in ranked[::-1] if f.norm_factor < 1]
+    grown = [f for f in ranked if f.norm_factor > 1 + STILL]
+    shrunk = [f for f in ranked[::-1] if f.norm_factor < 1 - STILL]
     longest = max(facts, key=lambda f: f.steps)
     steps = in_steps(longest.steps)
     numbers = tuple(Evidence(f"norm of {f.name}, now over then", f.norm_factor**0.5) for f in grown[:TRENDS])
@@ -356,6 +359,6 @@ def grown_layers(facts: Sequence[NormHistory]) -> list[Finding]:
     if not over:
         return [calm("grown-layers", "norms", title, "measured", numbers)]
     means = f"A step of the same length changes {'it' if len(over) == 1 else 'them'} by a tenth or less of what it did."
-    advice = unless(f"halve the learning rate of `{over[0]}` or give it weight decay, either of which holds it back")
+    advice = unless(f"halve the learning rate of `{over[0]}`, which holds it back")
     weight = math.log(grown[0].norm_factor)
     return [Finding("grown-layers", "norms", "watch", title, means, advice, "measured", numbers, over, weight)]

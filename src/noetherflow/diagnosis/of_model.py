@@ -7,12 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from noetherflow.core.adaptive import AdamConfig
 from noetherflow.core.members import modules_of, some_named
-from noetherflow.core.optimizers import Settings, described
+from noetherflow.core.optimizers import described
 from noetherflow.core.schedule import RateCourse
 from noetherflow.core.settings import SGDConfig
 from noetherflow.core.tensors import tensors_of
@@ -30,26 +29,23 @@ from noetherflow.diagnosis.facts import (
     StepStability,
 )
 from noetherflow.diagnosis.finding import Diagnosis, Finding, doubted, not_judged, plain, unsure
-from noetherflow.diagnosis.logits import LogitGrowth, LogitSpread, logit_growth, logit_spread, still_norms
+from noetherflow.diagnosis.logits import logit_growth, logit_spread, still_norms
 from noetherflow.diagnosis.parts import (
     activities_of,
     balances_of,
-    diagonal,
+    logit_growths,
+    logit_spreads,
     seen_activities,
-    sum_of,
     uncertified_activities,
     usual_sizes,
 )
-from noetherflow.diagnosis.step import Step, of_parameter
+from noetherflow.diagnosis.step import Step, decay_share
 from noetherflow.diagnosis.unanswered import Unanswered, answered, known
-from noetherflow.equilibrium.potential import Drift
 from noetherflow.equilibrium.regime import COUNTS
 from noetherflow.equilibrium.roots import second_moments
 from noetherflow.equilibrium.sharpness import Sharpness
 from noetherflow.equilibrium.validity import SquareMemory
 from noetherflow.moments.result import GradientMoments
-from noetherflow.symmetry.heads import QUERY_KEY, heads_in, scales_of
-from noetherflow.symmetry.symmetry import Symmetry
 
 MOSTLY = 0.5
 """Share of the stiffest direction from which on its curvature is that of weights which one step replaces."""
@@ -74,6 +70,7 @@ FORECASTS = {
 }
 """Those of them that say where the flow goes and nothing else, and what they answer."""
 IN_TRAINING = "call model.train(), then nf.diagnose(...) again"
+MOST_DEAD = "most units of a layer get no gradient on these data"
 NOT_A_DRIFT = "the flow is NOT VALID as a drift here (see CAUTION)"
 
 
@@ -84,6 +81,8 @@ def diagnose_measurement(examined: Examined) -> Diagnosis:
     too_long = long_steps.step_length([t for t in trends if t.matrix], examined.warmup)
     steps = replace(_stability(examined), replaced=bool(too_long))
     uncertified, decays = list(uncertified_activities(examined)), _decays(examined)
+    units = [*activities, *uncertified, *seen_activities(examined)]
+    dead = dead_units(units, _samples(examined.moments), examined.started)
     found: list[Finding] = [
         *answered("norms", "norm-growth", lambda: _on_norms(examined, trends)),
         *answered("norms", "fastest-norms", lambda: _first_norms(examined, trends)),
@@ -91,7 +90,7 @@ def diagnose_measurement(examined: Examined) -> Diagnosis:
         *decay_bites(decays, examined.steps, examined.steps_given, scheduled=examined.course.known),
         *decay_rules(decays, examined.steps, "sure, by the settings"),
         *answered("balance", "balance", lambda: _on_balance(examined, steps)),
-        *dead_units([*activities, *uncertified, *seen_activities(examined)], _samples(examined.moments)),
+        *dead,
         *head_rules.frozen_heads(activities),
         *stability.learning_rate(steps),
         *too_long,
@@ -110,6 +109,8 @@ def diagnose_measurement(examined: Examined) -> Diagnosis:
     cautions = [*_untrained(examined), *examined.moments.conditions.caution, *(regime.cautions if regime else ())]
     if examined.moments.conditions.running:
         found = doubted(found, ("norms", "warmup", "balance", "batch"), "measured with running statistics", IN_TRAINING)
+    if any(f.severity == "act" for f in dead):
+        found = not_judged(found, (*ON_THE_FLOW, "learning-rate"), MOST_DEAD, dead[0].advice, FORECASTS)
     if (why := _unsure_of_equilibria(examined)) is not None:
         found = unsure(found, BALANCES, why)
     if regime is not None and not regime.constant:
@@ -144,8 +145,8 @@ def _with_a_ledger(memory: float) -> str:
     """What answers questions on a flow that the mean gradient spoils: ten memories of momentum, booked step by step."""
     steps = max(TRIAL, round(10 * memory))
     return (
-        f"train {steps:,} steps with nf.Ledger(model, optimizer, symmetries) attached, then ledger.diagnose(); or "
-        "nf.diagnose(...) again from there"
+        f"train {steps:,} steps with nf.Ledger(model, optimizer, symmetries, estimate_every=10) attached, then "
+        "ledger.diagnose()"
     )
 
 
@@ -215,22 +216,6 @@ def _invariant_norms(examined: Examined) -> Iterator[ScaleInvariantNorm]:
         yield ScaleInvariantNorm(symmetry.name, charge, growth, error, decay, power, horizon, later, examined.course)
 
 
-def decay_share(settings: Settings, parameter: str) -> float:
-    """What weight decay takes of a squared weight per step, `2 lr w` (with momentum `m` over `1 - m`).
-
-    0 for Adam's coupled decay, whose share depends on the gradients.
-
-    Example:
-        >>> decay_share(SGDConfig(lr=0.1, batch_size=8, weight_decay=0.01, momentum=0.9), "any")
-        0.02
-    """
-    rates = settings.rates(parameter)
-    if isinstance(settings, AdamConfig) and not settings.decoupled:
-        return 0.0
-    memory = 1 - settings.momentum if isinstance(settings, SGDConfig) else 1.0
-    return round(2 * rates.lr * rates.weight_decay / memory, 15)
-
-
 def _swamped(examined: Examined) -> float:
     """The share of entries whose root mean square gradient is below Adam's eps; those without any gradient left out."""
     settings = examined.settings
@@ -253,19 +238,19 @@ def _decays(examined: Examined) -> list[float]:
 
 
 def _first_norms(examined: Examined, trends: Sequence[NormTrend]) -> list[Finding]:
-    """What the next step of SGD does to norms; of Adam nothing, whose first steps depend on its state and the order of
-    batches: of 21 weights of a small Llama 4 were foretold to grow, and 11 to 19 did.
+    """What the next step of plain SGD does to norms. Steps of Adam and of momentum depend on the state and on the order
+    of batches: of 21 weights of a small Llama 4 were foretold to grow, and 11 to 19 did.
     """
-    if not isinstance(examined.settings, SGDConfig):
+    if not isinstance(examined.settings, SGDConfig) or examined.settings.momentum > 0:
         return []
-    return norms.next_step(trends, _moving(examined), examined.settings.momentum > 0)
+    return norms.next_step(trends, _moving(examined), bool(examined.warmup))
 
 
 def _trends(examined: Examined) -> Iterator[NormTrend]:
     """How the norms of weights and gains change in a step at the present gradients.
 
     With a warmup of `W` steps the first has `1 / W` of the learning rate, under a schedule what that says;
-    `step_square` is that of full steps.
+    `step_square` is that of steps at the full rate.
     """
     settings, tensors = examined.settings, tensors_of(examined.model)
     settles, unseen, usual = _settled_norms(examined), _unseen(examined), usual_sizes(examined)
@@ -279,7 +264,7 @@ def _trends(examined: Examined) -> Iterator[NormTrend]:
         if bias or norm == 0 or name not in examined.moments.squares:
             continue
         step = Step.of(settings, name, weight, mean.double().cpu(), examined.moments.squares[name].double().cpu())
-        change = first**2 * step.grown - first * (2 * step.along + decay_share(settings, name) * norm)
+        change = first**2 * step.square - first * (2 * step.along + decay_share(settings, name) * norm)
         rest = settles.get(name, math.nan)
         matrix = weight.ndim > 1
         yield NormTrend(name, norm, change, step.square, rest, name in unseen, matrix, usual.get(name, 1.0))
@@ -349,52 +334,6 @@ def _regime(examined: Examined) -> BatchRegime:
 
 def _on_logits(examined: Examined) -> list[Finding]:
     """Attention logits as they were seen; where they were not, what their norms will do."""
-    growth = list(_logits(examined))
-    spreads = list(_spreads(examined, growth))
+    growth = list(logit_growths(examined))
+    spreads = list(logit_spreads(examined, growth))
     return logit_spread(spreads) or logit_growth(growth) or still_norms(growth)
-
-
-def _spreads(examined: Examined, growth: Sequence[LogitGrowth]) -> Iterator[LogitSpread]:
-    """The logits of every head that was seen, each with the growth of its layer's norms."""
-    for seen in examined.seen.logits:
-        parts = [g for g in growth if examined.symmetries[g.name].parameters[0].startswith(_within(seen.module))]
-        factor = max((g.factor for g in parts), default=1.0)
-        for head, spread in enumerate(seen.spread.tolist()):
-            yield LogitSpread(seen.module, head, spread, factor, examined.steps)
-
-
-def _within(module: str) -> str:
-    """What the names of all parameters inside a module begin with."""
-    return f"{module}." if module else ""
-
-
-def _logits(examined: Examined) -> Iterator[LogitGrowth]:
-    """Growth of query and key norms by noise and decay alone over the steps to come."""
-    tensors = {n: t.detach() for n, t in tensors_of(examined.model).items()}
-    for symmetry in examined.symmetries:
-        if symmetry.family not in QUERY_KEY or symmetry.name not in examined.moments.second:
-            continue
-        scales = scales_of(symmetry)
-        heads = heads_in(symmetry, examined.symmetries)
-        norm = sum_of(scales.grams(scales.positions(tensors))).reshape(heads, -1).sum(1)
-        growth = _growth(symmetry, examined).reshape(heads, -1).sum(1) / norm
-        decay = decay_share(examined.settings, symmetry.parameters[0])
-        left, reach = examined.course.kept(decay, examined.steps)
-        factors = left + growth.numpy() * reach
-        head = int(np.argmax(factors))
-        width = 2 * symmetry.blocks / heads if symmetry.is_torus else symmetry.dim
-        spread = float(norm[head]) * factors[head] / (2 * width)
-        yield LogitGrowth(symmetry.name, head, float(factors[head]), spread, examined.steps, measured=False)
-
-
-def _growth(symmetry: Symmetry, examined: Examined) -> Tensor:
-    """What noise adds to the squared weights of each coordinate per step: `lr^2 E|g|^2` under SGD, `lr^2` per entry
-    under optimisers whose steps have one size.
-    """
-    settings = examined.settings
-    if isinstance(settings, SGDConfig):
-        grams = zip(symmetry.weight_legs, examined.moments.batch_grams(symmetry, settings), strict=True)
-        return sum_of([Drift.of(of_parameter(settings, leg.parameter)).noise * diagonal(g) for leg, g in grams])
-    scales = scales_of(symmetry)
-    ones = {n: torch.ones_like(t) for n, t in tensors_of(examined.model).items() if n in symmetry.parameters}
-    return settings.lr**2 * sum_of(scales.grams(ones))

@@ -262,10 +262,10 @@ def _course(data: RunData, decay: float, warmup: int) -> LossCourse:
 
 
 def _dead(data: RunData) -> bool:
-    """Whether no gradient reached any watched weight in the last estimates: rounding alone leaves more than 0."""
-    lately = [recent(data, "check", i) for i in range(len(data.symmetries))]
-    known = [c for c in lately if math.isfinite(c)]
-    return bool(known) and not any(known) and data.steps_made > 1
+    """Whether no gradient reached any watched weight in its last estimate: rounding alone leaves more than 0."""
+    checks = [c[np.isfinite(c)] for c in data.estimates.get("check", np.zeros((0, 0))).T]
+    last = [c[-1] for c in checks if c.size]
+    return bool(last) and not any(last) and data.steps_made > 1
 
 
 def _lost(data: RunData, began: float, ended: float) -> int | None:

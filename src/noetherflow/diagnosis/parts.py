@@ -1,4 +1,6 @@
-"""Facts on the parts of layers: how far units and heads are from their equilibrium, what they carry and learn."""
+"""Facts on the parts of layers: how far units and heads are from their equilibrium, what they carry and learn, and the
+logits of heads.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,12 @@ from noetherflow.core.settings import SGDConfig
 from noetherflow.core.tensors import tensors_of
 from noetherflow.diagnosis.examined import Examined, named
 from noetherflow.diagnosis.facts import SMALL, LayerBalance, PartActivity
+from noetherflow.diagnosis.logits import LogitGrowth, LogitSpread
+from noetherflow.diagnosis.step import decay_share, of_parameter
 from noetherflow.equilibrium.charge_flow import ChargeFlow
+from noetherflow.equilibrium.potential import Drift
 from noetherflow.equilibrium.result import Settled
-from noetherflow.symmetry.heads import HEADS, heads_in, part_of, scales_of
+from noetherflow.symmetry.heads import HEADS, QUERY_KEY, heads_in, part_of, scales_of
 from noetherflow.symmetry.symmetry import Symmetry
 
 
@@ -178,6 +183,52 @@ def _told(examined: Examined) -> set[str]:
     units = [s for s in (*measured, *examined.uncertified) if not s.one_sided and s.family not in HEADS]
     rows = [leg for s in units for leg in s.weight_legs if 0 in leg.axes]
     return {leg.parameter.rpartition(".")[0] for leg in rows}
+
+
+def logit_spreads(examined: Examined, growth: Sequence[LogitGrowth]) -> Iterator[LogitSpread]:
+    """The logits of every head that was seen, each with the growth of its layer's norms."""
+    for seen in examined.seen.logits:
+        parts = [g for g in growth if examined.symmetries[g.name].parameters[0].startswith(_within(seen.module))]
+        factor = max((g.factor for g in parts), default=1.0)
+        for head, spread in enumerate(seen.spread.tolist()):
+            yield LogitSpread(seen.module, head, spread, factor, examined.steps)
+
+
+def _within(module: str) -> str:
+    """What the names of all parameters inside a module begin with."""
+    return f"{module}." if module else ""
+
+
+def logit_growths(examined: Examined) -> Iterator[LogitGrowth]:
+    """Growth of query and key norms by noise and decay alone over the steps to come."""
+    tensors = {n: t.detach() for n, t in tensors_of(examined.model).items()}
+    for symmetry in examined.symmetries:
+        if symmetry.family not in QUERY_KEY or symmetry.name not in examined.moments.second:
+            continue
+        scales = scales_of(symmetry)
+        heads = heads_in(symmetry, examined.symmetries)
+        norm = sum_of(scales.grams(scales.positions(tensors))).reshape(heads, -1).sum(1)
+        growth = _growth(symmetry, examined).reshape(heads, -1).sum(1) / norm
+        decay = decay_share(examined.settings, symmetry.parameters[0])
+        left, reach = examined.course.kept(decay, examined.steps)
+        factors = left + growth.numpy() * reach
+        head = int(np.argmax(factors))
+        width = 2 * symmetry.blocks / heads if symmetry.is_torus else symmetry.dim
+        spread = float(norm[head]) * factors[head] / (2 * width)
+        yield LogitGrowth(symmetry.name, head, float(factors[head]), spread, examined.steps, measured=False)
+
+
+def _growth(symmetry: Symmetry, examined: Examined) -> Tensor:
+    """What noise adds to the squared weights of each coordinate per step: `lr^2 E|g|^2` under SGD, `lr^2` per entry
+    under optimisers whose steps have one size.
+    """
+    settings = examined.settings
+    if isinstance(settings, SGDConfig):
+        grams = zip(symmetry.weight_legs, examined.moments.batch_grams(symmetry, settings), strict=True)
+        return sum_of([Drift.of(of_parameter(settings, leg.parameter)).noise * diagonal(g) for leg, g in grams])
+    scales = scales_of(symmetry)
+    ones = {n: torch.ones_like(t) for n, t in tensors_of(examined.model).items() if n in symmetry.parameters}
+    return settings.lr**2 * sum_of(scales.grams(ones))
 
 
 def sum_of(parts: Sequence[Tensor]) -> Tensor:

@@ -20,7 +20,7 @@ ROSE = 2.0
 RISES = 0.02
 AGAIN = "train 50 steps and ask again from there, nf.diagnose(model, loss_fn, loader, optimizer, steps=..., warmup=...)"
 HELD = "with the function held fixed"
-CURVED = "likely: curvature on the data measured, the function taken to stay as it is meanwhile"
+CURVED = "likely: curvature on some hundred samples, the function taken to stay as it is meanwhile"
 
 
 def learning_rate(fact: StepStability) -> list[Finding]:
@@ -86,8 +86,8 @@ def _before_training(fact: StepStability) -> Finding:
     if fact.noisy_load >= NOISY:
         means += f" {_worst_case(fact)}"
     if fact.planned:
-        advice = f"to know whether the planned warmup of {fact.planned:,} steps is enough, {AGAIN}; if not, halve the "
-        advice += "peak learning rate"
+        advice = f"to know whether the planned warmup of {fact.planned:,} steps is enough, {AGAIN}; if not, try a "
+        advice += "third of the peak learning rate"
     else:
         advice = f"warm up over some tens of steps, which costs little; or {AGAIN}"
     return Finding("learning-rate", "warmup", "open", title, means, advice, "open", _numbers(fact))
@@ -144,9 +144,9 @@ def _warmup(fact: StepStability) -> Finding:
         advice = lower
     elif math.isnan(fact.needed):
         title, advice = (
-            f"The learning rate {fact.lr:g} is {plain(fact.load)} times the stable one: it needs a warmup, of unknown "
-            "length.",
-            f"warm up, or {lower}",
+            f"The learning rate {fact.lr:g} is {plain(fact.load)} times the stable one, and how long a warmup makes up "
+            "for that is not known.",
+            lower,
         )
     elif fact.needed > fact.run:
         title = f"The learning rate {fact.lr:g} is too large for this run: stability asks for a warmup of about "
@@ -241,7 +241,7 @@ def loss_course(fact: LossCourse) -> list[Finding]:
     if short:
         warm = f"No, the warmup of {fact.warmup:,} steps is too short" if fact.warmup else "There was no warmup"
         title = f"{warm}: {what.lower()} at step {first:,}."
-        advice = "halve the optimiser's peak rate, or warm up longer (nf.diagnose(model, ..., optimizer) says how long)"
+        advice = "try a third of the optimiser's peak learning rate; a longer warmup alone may not help"
     elif fact.began > 0 and fact.middle > fact.began:
         title = f"{what} at step {first:,}, and in the middle of the run the loss was {show(fact.middle)}, above the "
         title += f"first, {show(fact.began)}: the learning rate is too large."
@@ -344,7 +344,7 @@ def _went_up(fact: LossCourse, at: int, went: str) -> Finding:
     title += f"one, on its way {went}."
     if at <= max(2 * fact.warmup, fact.steps // 10):
         means = "The first steps may have been too long for these weights."
-        advice = "try half the peak learning rate, and compare the last losses; a longer warmup alone may not help"
+        advice = "try a third of the peak learning rate, and compare the last losses; a longer warmup may not help"
     else:
         means = "A batch out of the ordinary, or steps that became too long there."
         advice = "look at the data of these steps; clip gradients, or lower the learning rate there"
