@@ -514,7 +514,9 @@ def test_a_flow_that_is_no_drift_is_said_where_balance_is() -> None:
     assert "NOT VALID as a drift" in fast["balance"].title
     assert fast["balance"].severity == "open"
     asks = [f for f in fast if "NOT VALID as a drift" in f.title]
-    assert all("train 100 steps with nf.Ledger(model, optimizer, symmetries, estimate_every=10)" in f.advice for f in asks)
+    assert all(
+        "train 100 steps with nf.Ledger(model, optimizer, symmetries, estimate_every=10)" in f.advice for f in asks
+    )
     assert fast["norm-growth"].severity == "good", "there is no scale-invariant weight, whatever the flow"
     assert slow["balance"].severity == "good"
     assert "NOT VALID" in str(fast).split("Which norms")[0].replace("\n  ", " ")
