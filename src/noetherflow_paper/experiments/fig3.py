@@ -12,6 +12,7 @@ from noetherflow.core.settings import SGDConfig
 from noetherflow.report import style
 from noetherflow_paper import closed_form as cf
 from noetherflow_paper.experiment import Coarser, Experiment, Results, Setting, generator
+from noetherflow_paper.experiments.fig3_explained import DECAYED, from_equilibrium, swept, told
 from noetherflow_paper.experiments.fig3_runs import (
     SCALES,
     Fig3Config,
@@ -117,9 +118,10 @@ def _ratio_verdicts(results: Fig3Results) -> list[Verdict]:
         named = f"||U||^2/||W||^2 under SGD, phi = {phi}"
         by_noise = 1 + fluctuation_shifts(phi, c.d, c.loss_scale * lr / batch)[0]
         free, decayed = (flow[i] * by_noise for flow in flows)
-        out.append(from_seeds(f"{named}, no decay: along the flow", free, plain_ratios[i], order=2))
+        theory = told(swept(c, phi, labels=False)[0], plain_ratios[i]) if c.before_noise else ""
+        out.append(from_seeds(f"{named}, no decay: along the flow", free, plain_ratios[i], order=2, analysis=theory))
         label = f"{named}, decay {c.decay:g}: along the flow with the decay"
-        out.append(from_seeds(label, decayed, ratios[i], order=2, statement="decay"))
+        out.append(from_seeds(label, decayed, ratios[i], order=2, analysis=DECAYED, statement="decay"))
     far = np.abs(ratios / formula[:, None] - 1)
     shift = cf.decay_shift(SGDConfig(c.main[0], c.main[1], c.decay), c.loss_scale)
     analysis = (
@@ -217,7 +219,9 @@ def _rate_verdicts(results: Fig3Results) -> list[Verdict]:
     out.append(from_ratio(label, 2, *ends, relation="above", analysis=why))
     for i, (lr, batch, _) in enumerate(c.lrs):
         label = f"systematic error of the ratio at eta = {lr:g}, S = {batch}, theory at first order in eta and eta / S"
-        out.append(from_seeds(label, _predicted_deviation(results, i), _deviation(results, i)))
+        found = _deviation(results, i)
+        whole = f"Integrated without linearising it in eta / S theory is {from_equilibrium(c, c.lrs[i]):.4g}."
+        out.append(from_seeds(label, _predicted_deviation(results, i), found, analysis=whole))
     mean = np.mean([_deviation(results, i, "trace") for i in rates], axis=0)
     label = "systematic error of Tr H, mean of the three rates, theory at first order in eta (none) and eta / S"
     out.append(from_seeds(label, -by_trace, mean, statement="sharpness"))
@@ -267,6 +271,7 @@ def _sharpness_verdicts(results: Fig3Results) -> list[Verdict]:
                 theory,
                 trace,
                 order=1,
+                analysis=told(swept(c, phi, labels=True)[1], trace) if c.before_noise else "",
                 statement="sharpness",
             )
         )
