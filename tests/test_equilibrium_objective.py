@@ -212,12 +212,20 @@ def test_stretched_factors_reach_the_same_point_by_measuring_again(condition: fl
 
 
 def test_stretched_factors_without_a_way_out_are_called_ill_conditioned() -> None:
+    """Second moments of condition 1e16 are positive or not by the last bit, which depends on the processor: the answer
+    says what is the matter either way.
+    """
     problem, _ = stretched(1e8)
-    eq = nf.noise_equilibrium(problem.model, problem.syms, problem.measure(), SGD)
-    assert eq.settled[0].classification == "ill-conditioned"
-    assert "orthogonalise" in eq.settled[0].reason
-    assert "ill-conditioned" in str(eq)
-    assert "more samples" not in str(eq)
+    try:
+        eq = nf.noise_equilibrium(problem.model, problem.syms, problem.measure(), SGD)
+    except MomentError as refused:
+        said = str(refused)
+    else:
+        assert eq.settled[0].classification == "ill-conditioned"
+        said = f"{eq} {eq.settled[0].reason}"
+    assert "orthogonalise" in said
+    assert "ill-conditioned" in said
+    assert "more samples" not in said
     fair, _ = stretched(1e6)
     only = nf.noise_equilibrium(fair.model, fair.syms, fair.measure(), SGD).settled[0]
     assert (only.classification, only.reason[:10]) == ("finite", "few digits")

@@ -115,7 +115,7 @@ def test_groups_of_few_samples_are_kept_as_products_of_their_factors(tmp_path: P
         alone = nf.gradient_moments(model, loss, [part], syms, groups=1)
         for s in syms:
             for a, b in zip(group.second[s.name], alone.second[s.name], strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-9)
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(b.abs().max()))  # float32 sums
     grads = torch.autograd.grad(loss(model, before).mean(), list(model.parameters()))
     expected = dict(zip((n for n, _ in model.named_parameters()), grads, strict=True))
     for name, mean in moments.mean.items():
