@@ -13,7 +13,7 @@ from noetherflow_paper import closed_form as cf
 from noetherflow_paper.experiments.fig3_runs import Fig3Config, Schedule
 from noetherflow_paper.fluctuations import AlignedNet
 
-STRIDES = 40
+STRIDES = 160
 """Of the midpoint rule in each phase."""
 IN_THE_PHASES = (
     "The weights' fluctuation around the orbit counts in the phases at larger rates, too, and relaxes no faster than "
