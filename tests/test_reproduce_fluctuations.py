@@ -7,6 +7,7 @@ import torch
 
 from noetherflow.core.settings import SGDConfig
 from noetherflow_paper import closed_form as cf
+from noetherflow_paper.experiments import fig3, fig3_explained, fig3_runs
 from noetherflow_paper.fluctuations import AlignedNet, fluctuating_flow, fluctuation_shifts
 from noetherflow_paper.simulate import LinearNet, simulate
 from noetherflow_paper.theory import finite_step_gammas, first_order_equilibrium, orbit_flow
@@ -69,3 +70,21 @@ def test_the_end_of_the_flow_is_the_equilibrium_derived_at_fixed_charge():
 def test_too_much_noise_is_refused():
     with pytest.raises(ArithmeticError, match="too large for the first order"):
         fluctuating_flow(AlignedNet(V, SX, SE, SGDConfig(0.2, batch_size=1)), U, W, [0, 100])
+
+
+def test_what_explains_figure_3_is_the_first_order_where_that_is_small() -> None:
+    """Long after its start at the equilibrium of eta -> 0 a run is off by a part of order eta and one of eta / S."""
+    config = fig3.SCALES["quick"]
+    for lr in (1e-4, 2e-4):
+        run = fig3_runs.Schedule(lr, 1, round(10 / (lr**2 * config.d)))
+        by_rate = 1 - fig3_runs.first_order_ratio(config, lr, 1) / cf.identity_norm_ratio(config.phi)
+        by_noise = -fluctuation_shifts(config.phi, config.d, lr)[0]
+        assert fig3_explained.from_equilibrium(config, run) == pytest.approx(by_rate + by_noise, rel=0.03)
+
+
+def test_the_phases_of_figure_3_end_near_the_closed_form() -> None:
+    config = fig3.SCALES["paper"]
+    ratio, trace = fig3_explained.swept(config, 0.3, labels=False)
+    assert ratio == pytest.approx(cf.identity_norm_ratio(0.3), rel=0.002)
+    assert fig3_explained.swept(config, 1.0, labels=True) == pytest.approx((1.0, 2 * config.d**2), rel=0.003)
+    assert trace > 0

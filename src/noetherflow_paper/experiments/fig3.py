@@ -114,6 +114,7 @@ def _ratio_verdicts(results: Fig3Results) -> list[Verdict]:
     formula = np.array([cf.identity_norm_ratio(phi) for phi in c.phis])
     flows = [results.array(name, "flow") for name in ("sgd", "sgd decay")]
     lr, batch, _ = c.main
+    lasting = DECAYED if c.before_decay else ""
     for i, phi in enumerate(c.phis):
         named = f"||U||^2/||W||^2 under SGD, phi = {phi}"
         by_noise = 1 + fluctuation_shifts(phi, c.d, c.loss_scale * lr / batch)[0]
@@ -121,7 +122,7 @@ def _ratio_verdicts(results: Fig3Results) -> list[Verdict]:
         theory = told(swept(c, phi, labels=False)[0], plain_ratios[i]) if c.before_noise else ""
         out.append(from_seeds(f"{named}, no decay: along the flow", free, plain_ratios[i], order=2, analysis=theory))
         label = f"{named}, decay {c.decay:g}: along the flow with the decay"
-        out.append(from_seeds(label, decayed, ratios[i], order=2, analysis=DECAYED, statement="decay"))
+        out.append(from_seeds(label, decayed, ratios[i], order=2, analysis=lasting, statement="decay"))
     far = np.abs(ratios / formula[:, None] - 1)
     shift = cf.decay_shift(SGDConfig(c.main[0], c.main[1], c.decay), c.loss_scale)
     analysis = (
