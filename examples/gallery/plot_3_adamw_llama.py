@@ -52,8 +52,8 @@ for _ in range(60):
 print(f"loss after 60 steps: {float(loss):.2f}")
 
 # %%
-# One call measures and answers; `steps` says how long the training will go on. A list of batches is measured whole: with
-# `b1` of 0.9 some 300 samples tell the mean gradient from noise, and 512 do so for every head.
+# One call measures and answers; `steps` says how long the training will go on. A list of batches is measured whole:
+# with `b1` of 0.9 some 300 samples tell the mean gradient from noise, and 512 do so for every head.
 analysis = nf.analyze(
     model, loss_fn, [batch(32) for _ in range(16)], nf.optimizer_config(optimizer, 16), steps=2000, curvature=False
 )
