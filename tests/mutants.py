@@ -124,8 +124,7 @@ MUTANTS = (
     ),
     Mutant(
         f"{MON}/recorder.py",
-        "        if self._loss is not None:\n            self._losses.append(self._loss)\n"
-        "            self._losses_at.append(self.step)\n        self._loss = noted",
+        "        self._keep_loss()\n        self._loss = noted",
         "        self._loss = noted",
         "test_diagnose.py::test_a_loss_that_is_nan_in_a_step_that_is_left_out_is_told",
     ),

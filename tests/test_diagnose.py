@@ -336,12 +336,12 @@ def test_most_units_dead_leaves_forecasts_open():
 
 
 def test_what_stands_for_the_present_is_of_the_last_quarter():
-    from noetherflow.diagnosis.histories import lately
+    from noetherflow.diagnosis.histories import present
 
     values, at = np.array([1.0, 2.0, 3.0, 4.0, 5.0]), np.array([0, 100, 200, 300, 400])
-    assert lately(values, at).tolist() == [3, 4]
-    assert lately(np.arange(100.0), np.arange(100)).tolist() == [95, 96, 97, 98, 99]
-    assert lately(np.array([np.nan]), np.array([0])).size == 0
+    assert present(values, at).tolist() == [3, 4]
+    assert present(np.arange(100.0), np.arange(100)).tolist() == [95, 96, 97, 98, 99]
+    assert present(np.array([np.nan]), np.array([0])).size == 0
 
 
 def test_a_norm_that_only_grows_is_moved_across_by_nobody():

@@ -704,7 +704,10 @@ class TestSampling:
         assert (little.severity, "0.08 times" in little.title) == ("good", True)
         between = one(sampling.noise_share(0.5, "all"))
         assert (between.severity, "between 0.2 and 10 times" in between.title) == ("open", True)
-        assert "too few steps" in one(sampling.noise_share(NAN, "all")).title
+        for unknown in (NAN, math.inf, 0.0):
+            assert one(sampling.noise_share(unknown, "all")).title.startswith(
+                "Not told by the log: the share of the mean"
+            )
         assert one(sampling.noise_share(0.0, "all")).severity == "open"
 
     @pytest.mark.parametrize(

@@ -92,6 +92,15 @@ class AlignedNet:
         of_w = w.square() * at_w + u.square() * (z @ x) * noise.sum()
         return 4 * self.sgd.effective_lr**2 / s * (of_u - of_w)
 
+    def moved(self, charges: Tensor, u: Tensor, w: Tensor, steps: float, strides: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`(charges, u, w)` after so many steps, by the midpoint rule in equal strides."""
+        h = steps / strides
+        for _ in range(strides):
+            u, w = self.mean_weights(charges, u, w)
+            middle = self.mean_weights(charges + h / 2 * self.drift(u, w), u, w)
+            charges = charges + h * self.drift(*middle)
+        return charges, *self.mean_weights(charges, u, w)
+
 
 def _sums(u: Tensor, w: Tensor) -> Tensor:
     """`u_i^2 + w_j^2`, `[d, d]`."""
@@ -113,12 +122,7 @@ def fluctuating_flow(net: AlignedNet, u: Tensor, w: Tensor, at: Sequence[int]) -
     charges = w.square() - u.square()
     out, now = [(float(u.square().sum()), float(w.square().sum()))], at[0]
     for target in at[1:]:
-        h = (target - now) / 4
-        for _ in range(4):
-            u, w = net.mean_weights(charges, u, w)
-            middle = net.mean_weights(charges + h / 2 * net.drift(u, w), u, w)
-            charges = charges + h * net.drift(*middle)
-        u, w = net.mean_weights(charges, u, w)
+        charges, u, w = net.moved(charges, u, w, target - now, strides=4)
         norm_u, norm_w = net.squares(u, w)
         out.append((float(norm_u), float(norm_w)))
         now = target

@@ -19,11 +19,11 @@ of the steps, and at least one.
 """
 
 
-def lately(values: np.ndarray, at: np.ndarray) -> np.ndarray:
+def present(values: np.ndarray, at: np.ndarray) -> np.ndarray:
     """Which of the values, estimated at the steps `at`, stand for the present: positions of known ones.
 
     Example:
-        >>> lately(np.array([1.0, 2.0, np.nan, 3.0]), np.array([0, 90, 95, 100])).tolist()
+        >>> present(np.array([1.0, 2.0, np.nan, 3.0]), np.array([0, 90, 95, 100])).tolist()
         [1, 3]
     """
     known = np.flatnonzero(np.isfinite(values))[-RECENT:]
@@ -38,7 +38,7 @@ def recent(data: RunData, column: str, symmetry: int) -> float:
     if column not in data.estimates:
         return float("nan")
     values = data.estimates[column][:, symmetry]
-    known = values[lately(values, data.estimate_steps)]
+    known = values[present(values, data.estimate_steps)]
     return float(np.median(known)) if known.size else float("nan")
 
 
@@ -52,7 +52,7 @@ def turns_of(data: RunData) -> Iterator[Turn]:
         known = np.flatnonzero(np.isfinite(angles))
         if not known.size:
             continue
-        last, most = lately(angles, data.estimate_steps), known[int(np.argmax(angles[known]))]
+        last, most = present(angles, data.estimate_steps), known[int(np.argmax(angles[known]))]
         share = float(np.median(rates[last])) / highest if highest > 0 else 1.0
         now = float(np.median(angles[last]))
         yield Turn(name, now, share, float(angles[most]), int(data.estimate_steps[most]))

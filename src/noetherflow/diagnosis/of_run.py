@@ -23,7 +23,7 @@ from noetherflow.diagnosis.facts import (
 )
 from noetherflow.diagnosis.finding import Diagnosis, Finding, of_little_meaning
 from noetherflow.diagnosis.heads import RunHeads
-from noetherflow.diagnosis.histories import RECENT, layers_of, logits_of, norms_of, recent, turns_of
+from noetherflow.diagnosis.histories import layers_of, logits_of, norms_of, present, recent, turns_of
 from noetherflow.diagnosis.logits import logit_growth
 from noetherflow.diagnosis.losses import ToldLosses, lapse
 from noetherflow.diagnosis.penalty import norm_pulls
@@ -185,7 +185,7 @@ def _heads(data: RunData) -> Iterator[RunHeads]:
             continue
         first, last = whole[0], whole[-1]
         lately = data.head.get("distance", np.full((len(norm), len(owner)), np.nan))[:, mine]
-        lately = lately[np.isfinite(lately).all(1)][-RECENT:]
+        lately = lately[present(lately.sum(1), data.estimate_steps)]
         unknown = np.full(charge.shape[1], np.nan)
         errors = lately.std(0, ddof=1) if len(lately) > 1 else unknown
         factors = np.median(lately, 0) if len(lately) else unknown
@@ -203,7 +203,7 @@ def _batch_ratio(data: RunData) -> float:
 
     The shares are the last of all layers; in logs of earlier versions the median over the symmetries.
     """
-    known = data.mean_share[np.isfinite(data.mean_share)][-RECENT:]
+    known = data.mean_share[present(data.mean_share, data.estimate_steps)] if data.mean_share.size else data.mean_share
     if not known.size:
         shares = np.array([recent(data, "mean_share", i) for i in range(len(data.symmetries))])
         shares = shares[np.isfinite(shares)]

@@ -94,33 +94,27 @@ def noise_share(ratio: float, layer: str) -> list[Finding]:
     gradients are clipped it came out twice too high. So all between 0.4 and 20 times the ratio is taken to be possible,
     and most logs leave the question open; thresholds as in `batch_size`.
     """
-    measures = "nf.diagnose(model, loss_fn, loader, optimizer) at these weights measures it"
     low, high = ratio * TOO_HIGH, ratio * TOO_LOW
     sure = f"by the momentum buffer, which was {1 / TOO_HIGH:g} times too high to {TOO_LOW:g} times too low elsewhere"
     number = (Evidence(f"batch size over noise scale by the momentum buffer, {layer}", ratio),)
+    if not math.isfinite(ratio) or ratio <= 0:
+        return [_untold("the share of the mean gradient was not estimated, or scatters around 0 or 1")]
     if low >= WORTH * WASTED:
         title = f"Mean-gradient regime: batches are {plain(low)} times the gradient noise scale or more."
         means = "Nearly all of a step is the mean gradient; smaller batches would make nearly the same progress a step."
-        advice = (
-            f"if samples or time are short, batches {plain(low / WASTED)} times smaller: a step of them still makes "
-        )
-        advice += "nine tenths of this progress"
+        advice = f"if samples or time are short, batches {plain(low / WASTED)} times smaller: a step of them still "
+        advice += "makes nine tenths of this progress"
         return [Finding("batch-size", "batch", "watch", title, means, advice, sure, number, weight=math.log(low))]
-    if 0 < high <= NOISY:
-        title = (
-            f"Batches are {plain(high)} times the gradient noise scale or less: noise regime; larger ones would save "
-        )
-        title += "steps."
-        return [calm("batch-size", "batch", title, sure, number)]
-    why = (
-        "too few steps for an estimate"
-        if not math.isfinite(ratio)
-        else "the share of the mean gradient scatters around 0"
-    )
-    if ratio > 0:
-        why = f"batches are somewhere between {plain(low)} and {plain(high)} times the gradient noise scale"
-    title = f"Not told by the log: {why}."
-    return [Finding("batch-size", "batch", "open", title, "", measures, "open")]
+    if high <= NOISY:
+        title = f"Batches are {plain(high)} times the gradient noise scale or less: noise regime; larger ones would "
+        return [calm("batch-size", "batch", f"{title}save steps.", sure, number)]
+    return [_untold(f"batches are somewhere between {plain(low)} and {plain(high)} times the gradient noise scale")]
+
+
+def _untold(why: str) -> Finding:
+    """What a log does not tell of the batch size."""
+    measures = "nf.diagnose(model, loss_fn, loader, optimizer) at these weights measures it"
+    return Finding("batch-size", "batch", "open", f"Not told by the log: {why}.", "", measures, "open")
 
 
 TOO_HIGH, TOO_LOW, WORTH = 0.4, 20.0, 2.0

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from noetherflow.core.held import peak_rate
 from noetherflow.core.optimizers import Settings, check_settings
 from noetherflow.core.schedule import CONSTANT, RateCourse, Schedule, rates_of
 from noetherflow.core.unwrap import unwrap_optimizer
@@ -39,7 +40,7 @@ def at_peak(optimizer: Any, schedule: Schedule | None, steps: int) -> tuple[Any,
     groups, number = inner.param_groups, rates.shape[1]
     if number not in (1, len(groups)):
         raise DataError(f"schedule is of {number} parameter groups, the optimiser has {len(groups)}: it is another's")
-    own = [max(float(g["lr"]), float(g.get("initial_lr", 0.0))) for g in groups]
+    own = [peak_rate(group) for group in groups]
     alike = [rates[:, 0].max() * (lr / own[0] if own[0] > 0 else 1.0) for lr in own]
     peaks = rates.max(0) if number == len(groups) else np.array(alike)
     out = copy.copy(inner)

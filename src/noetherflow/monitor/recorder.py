@@ -224,9 +224,7 @@ class StepRecorder:
 
     def _enter(self, now: _Open) -> None:
         """Count a step that is made, measure it, and have its measurement wait for the books."""
-        if self._loss is not None:
-            self._losses.append(self._loss)
-            self._losses_at.append(self.step)
+        self._keep_loss()
         self._rates.append(now.rate)
         if now.measurement is not None:
             self._clock.start()
@@ -264,10 +262,14 @@ class StepRecorder:
         out, is kept beside. Raises DataError when it is not one number.
         """
         noted = one_number(loss)
+        self._keep_loss()
+        self._loss = noted
+
+    def _keep_loss(self) -> None:
+        """Put the loss noted last, if any, to those of the steps since the last recorded one."""
         if self._loss is not None:
             self._losses.append(self._loss)
             self._losses_at.append(self.step)
-        self._loss = noted
 
     # -- books --------------------------------------------------------------------------------------------------------
 

@@ -38,12 +38,8 @@ def _squares(
     """Means of `||U||^2` and `||W||^2` after the phases; all matrices by their diagonals, `V = I`."""
     charges, one = w.square() - u.square(), torch.ones_like(sigma_x)
     for sgd, steps in phases:
-        net, h = AlignedNet(one, sigma_x, sigma_eps, sgd), steps / STRIDES
-        for _ in range(STRIDES):
-            u, w = net.mean_weights(charges, u, w)
-            middle = net.mean_weights(charges + h / 2 * net.drift(u, w), u, w)
-            charges = charges + h * net.drift(*middle)
-        u, w = net.mean_weights(charges, u, w)
+        net = AlignedNet(one, sigma_x, sigma_eps, sgd)
+        charges, u, w = net.moved(charges, u, w, steps, STRIDES)
     return torch.stack(net.squares(u, w))
 
 
