@@ -146,17 +146,17 @@ def test_fig1_orders_of_gd_growth():
         assert whole == pytest.approx(float(theta.square().sum() - 1), rel=1e-6)
 
 
-def test_fig3_shifts_of_order_eta_over_s_against_simulation():
-    config = changed(fig3.SCALES["quick"], {"d": 6, "phi": 0.4, "seeds": 100, "lrs": [[0.02, 4, 3000]]})
-    found = fig3.compute(config, next(p for p in fig3.points(config) if p.name == "lr0"))
-    ratio, trace = fluctuation_shifts(0.4, 6, 0.02 / 4)
-    first_order = found["first_order"] / cf.identity_norm_ratio(0.4)
-    for values, expected in (
-        (np.array(found["ratio"][0]) / cf.identity_norm_ratio(0.4) - first_order, ratio),
-        (np.array(found["trace"][0]) / cf.identity_hessian_trace(0.4, 6) - 1, trace),
+def test_the_theory_of_fig3_against_many_runs():
+    config = changed(fig3.SCALES["quick"], {"d": 6, "phi": 0.4, "seeds": 100, "lrs": [[0.02, 8, 3000]]})
+    point = next(p for p in fig3.points(config) if p.name == "lr0")
+    found, theory = fig3.compute(config, point), fig3.predicted(config, point, 0.4)
+    for values, expected, still in (
+        (np.array(found["ratio"][0]), theory.ratio, cf.identity_norm_ratio(0.4)),
+        (np.array(found["trace"][0]), theory.trace, cf.identity_hessian_trace(0.4, 6)),
     ):
-        assert values.mean() == pytest.approx(expected, rel=0.25)
-        assert values.std() / 10 < 0.1 * abs(expected)
+        error = values.std() / 10
+        assert abs(values.mean() - expected) < 3 * error
+        assert abs(values.mean() - still) > 5 * error
 
 
 def test_fig3_shift_of_one_scalar_chain_is_that_of_its_product():

@@ -30,7 +30,7 @@ class AlignedNet:
         product: `V`.
         sigma_x: the covariance of the inputs.
         sigma_eps: that of the label noise.
-        sgd: learning rate and batch size; plain SGD on new samples.
+        sgd: learning rate, batch size and weight decay; plain SGD on new samples.
     """
 
     product: Tensor
@@ -38,15 +38,22 @@ class AlignedNet:
     sigma_eps: Tensor
     sgd: SGDConfig
 
+    @property
+    def shrinkage(self) -> float:
+        """What decay takes from a product of two weights in a step, over `2 eta`: w, and less of order `eta w^2`."""
+        return self.sgd.weight_decay * (1 - self.sgd.effective_lr * self.sgd.weight_decay / 2)
+
     def spread(self, u: Tensor, w: Tensor) -> Tensor:
         """Variances of `Z`, `[d, d]`, where `U = diag(u) + Z diag(w)` and `W = diag(w) + diag(u) Z`.
 
         Both gradients are one matrix times the other layer, so that one matrix `Z` of independent entries describes the
-        fluctuation. `E = U W - V` is `(u_i^2 + w_j^2) Z_ij`, whose step is linear: a contraction and a kick.
+        fluctuation. `E = U W - V` is `(u_i^2 + w_j^2) Z_ij`, whose step is linear: a contraction and a kick. Decay adds
+        `eta w` to the contraction: half of what it takes from products, because the mean gradient, which holds the mean
+        weights against it, grows with them.
         """
         stiffness = _sums(u, w)
         kick = 2 * self.sgd.effective_lr * stiffness
-        rate = kick * self.sigma_x
+        rate = kick * self.sigma_x + self.sgd.effective_lr * self.shrinkage
         error = (
             kick.square() * self.sigma_eps[:, None] * self.sigma_x / self.sgd.batch_size / (2 * rate - rate.square())
         )
@@ -57,13 +64,14 @@ class AlignedNet:
 
         The mean of `E` does not change when the pull on it balances the mean product of the two layers' steps and the
         mean of `dU U^T E Sig_x + E Sig_x W^T dW`, fluctuations that are correlated with the error that they multiply.
+        Decay pulls the product itself towards zero.
         """
         z, x = self.spread(u, w), self.sigma_x
         pull = _sums(u, w) * x
         own = z.diagonal()
         correlated = x * (_sums(u, w) * z).sum(0) + (pull * z).sum(1) + 2 * pull.diagonal() * own
         steps = 2 * self.sgd.effective_lr * self.product * self.sigma_eps * x / self.sgd.batch_size
-        error = (steps - u * w * correlated) / pull.diagonal()
+        error = (steps - u * w * correlated - self.shrinkage * self.product) / (pull.diagonal() + self.shrinkage)
         return (self.product + error) / (1 + own)
 
     def mean_weights(self, charges: Tensor, u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,15 +90,24 @@ class AlignedNet:
         z = self.spread(u, w)
         return u.square().sum() + (z @ w.square()).sum(), w.square().sum() + (u.square() @ z).sum()
 
+    def hessian_trace(self, u: Tensor, w: Tensor) -> Tensor:
+        """Mean of Tr H of half the loss: `d Tr(W Sig_x W^T) + ||U||^2 Tr Sig_x`."""
+        z, x = self.spread(u, w), self.sigma_x
+        seen = (w.square() * x).sum() + (u.square() @ z @ x)
+        return len(x) * seen + self.squares(u, w)[0] * x.sum()
+
     def drift(self, u: Tensor, w: Tensor) -> Tensor:
         """Mean change per step of the diagonal of `W W^T - U^T U`, `[d]`."""
         x, noise, s, z = self.sigma_x, self.sigma_eps, self.sgd.batch_size, self.spread(u, w)
-        error = _sums(u, w).square() * z
+        mean = u * w * (1 + z.diagonal()) - self.product
+        error = _sums(u, w).square() * z + torch.diag(mean.square())
         at_u = x.sum() * (noise + error @ x) + (1 + s) * error @ x.square()
         at_w = x * (noise.sum() + (error @ x).sum()) + (1 + s) * x.square() * error.sum(0)
         of_u = u.square() * at_u + w.square() * (noise @ z) * x.sum()
         of_w = w.square() * at_w + u.square() * (z @ x) * noise.sum()
-        return 4 * self.sgd.effective_lr**2 / s * (of_u - of_w)
+        charges = w.square() * (1 - z.sum(0)) - u.square() * (1 - z.sum(1))
+        decay = 2 * self.sgd.effective_lr * self.shrinkage * charges
+        return 4 * self.sgd.effective_lr**2 / s * (of_u - of_w) - decay
 
     def moved(self, charges: Tensor, u: Tensor, w: Tensor, steps: float, strides: int) -> tuple[Tensor, Tensor, Tensor]:
         """`(charges, u, w)` after so many steps, by the midpoint rule in equal strides."""

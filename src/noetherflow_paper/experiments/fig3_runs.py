@@ -14,7 +14,6 @@ from noetherflow_paper.experiment import generator, plain
 from noetherflow_paper.generic import closed_form_gaps
 from noetherflow_paper.records import Config, ExperimentPoint
 from noetherflow_paper.simulate import LinearNet, Method, Params, normal, reduced_width, simulate
-from noetherflow_paper.theory import finite_step_gammas, first_order_equilibrium, orbit_flow
 
 
 class Schedule(NamedTuple):
@@ -46,8 +45,8 @@ class GivenRun:
 class Fig3Config(Config):
     """The loss, the anisotropies and decays, and the schedules of all runs.
 
-    `before_noise` and `before_decay` are the phases in front of the runs without and with decay; `gd` has batch 1,
-    which GD does not use.
+    `before_noise` and `before_strong` are the phases in front of the runs without decay and with the strong one; `gd`
+    has batch 1, which GD does not use.
     """
 
     d: int
@@ -61,7 +60,7 @@ class Fig3Config(Config):
     gd_decay: float
     gd: Schedule
     before_noise: tuple[Phase, ...] = ()
-    before_decay: tuple[Phase, ...] = ()
+    before_strong: tuple[Phase, ...] = ()
     main: Schedule
     lrs: tuple[Schedule, ...]
     given: GivenRun = GivenRun()
@@ -100,12 +99,12 @@ SCALES = {
         phis=(0.15, 0.2, 0.3, 0.5, 0.7, 1.0),
         strong_decay=1e-5,
         gd_decay=1e-4,
-        gd=Schedule(0.5, 1, 50_000),
-        before_noise=(Phase(16, 40_000), Phase(8, 60_000), Phase(4, 60_000)),
-        before_decay=(Phase(16, 10_000),),
-        main=Schedule(0.1, 100, 40_000),
-        lrs=(Schedule(1.6, 200, 40_000), Schedule(0.8, 100, 80_000), Schedule(0.4, 50, 160_000)),
-        seeds=3,
+        gd=Schedule(1.0, 1, 25_000),
+        before_noise=(Phase(16, 24_000), Phase(8, 36_000)),
+        before_strong=(Phase(16, 6000), Phase(8, 16_000)),
+        main=Schedule(0.1, 100, 24_000),
+        lrs=(Schedule(1.6, 200, 30_000), Schedule(0.8, 100, 60_000), Schedule(0.4, 50, 120_000)),
+        seeds=5,
     ),
 }
 
@@ -118,11 +117,11 @@ def points(config: Fig3Config) -> list[Fig3Point]:
     given = Schedule(c.given.lr, c.given.batch, 40)
     return [
         replace(sweep, name="sgd", before=c.before_noise),
-        replace(sweep, name="sgd decay", before=c.before_decay, decay=c.decay),
+        replace(sweep, name="sgd decay", decay=c.decay),
         replace(sweep, name="labels", before=c.before_noise, phis=c.label_phis),
         replace(sweep, name="gd", method="gd", run=c.gd, decay=c.gd_decay, start="kaiming"),
         *(replace(local, name=f"lr{i}", run=schedule) for i, schedule in enumerate(c.lrs)),
-        replace(local, name="strong decay", before=c.before_decay, decay=c.strong_decay),
+        replace(local, name="strong decay", before=c.before_strong, decay=c.strong_decay),
         replace(once, name="given", start="kaiming", scale=1.0, d=c.given.d, run=given),
         Fig3Point(name="hessian"),
         Fig3Point(name="generic"),
@@ -149,7 +148,7 @@ def start(kind: str, sigma_x: Tensor, width: int, rng: torch.Generator) -> Param
 
 
 def compute(config: Fig3Config, point: Fig3Point) -> dict[str, Any]:
-    """Norm ratio and Hessian trace (halved loss), averaged over the last quarter, `[phis, seeds]`, and predicted.
+    """Norm ratio and Hessian trace (halved loss), averaged over the last quarter, `[phis, seeds]`.
 
     The phases of `before`, `[factor, steps]`, go first: learning rate and decay times a factor, which makes the flow
     `factor^2` times faster and leaves its end (for eta -> 0) where it is.
@@ -162,8 +161,6 @@ def compute(config: Fig3Config, point: Fig3Point) -> dict[str, Any]:
     seeds = config.seeds if point.method == "sgd" else 2
     sigma_x, sigma_eps = covariances(point, d)
     eye = torch.eye(d, dtype=torch.float64)
-    best_u, best_w = cf.two_layer(eye.expand_as(sigma_x), *cf.noise_matrices(sigma_x, sigma_eps))
-    predicted = cf.two_layer_hessian_trace(best_u, best_w, sigma_x, 0.5)
     sigma_x, sigma_eps = (m.repeat_interleave(seeds, 0) for m in (sigma_x, sigma_eps))
     net = LinearNet.of(eye, sigma_x, sigma_eps, batch, point.scale)
 
@@ -174,38 +171,12 @@ def compute(config: Fig3Config, point: Fig3Point) -> dict[str, Any]:
 
     marks = range(3 * steps // 4, steps + 1, max(1, steps // 80))
     width = config.width if point.name == "given" else 2 * d
-    now, rng = start(point.start, sigma_x, width, generator(1)), generator(2)
+    now, rng = start(point.start, sigma_x, width, generator(11)), generator(12)
     for factor, count in point.before:
         now = simulate(net, now, count, factor * lr, rng, at=0, weight_decay=factor * decay).params
     run = simulate(net, now, steps, lr, rng, record, at=marks, method=point.method, weight_decay=decay)
     shaped: dict[str, Any] = {k: v.mean(0).reshape(len(point.phis), seeds) for k, v in run.records.items()}
-    shaped |= {"diverged": run.diverged.double().reshape(-1, seeds), "predicted_trace": predicted}
-    if point.name in FLOWING:
-        shaped["flow"] = flow_ratios(point, marks)
-    if point.name.startswith("lr"):
-        shaped["first_order"] = first_order_ratio(config, lr, batch)
-    return plain(shaped)
-
-
-FLOWING = ("sgd", "sgd decay", "strong decay")
-"""The points whose norm ratios are predicted along the way, so that they need not have settled."""
-
-
-def flow_ratios(point: Fig3Point, marks: range) -> Tensor:
-    """`||U||^2/||W||^2` for every phi along the Noether flow at first order in eta, from the run's own start, `[phis]`.
-
-    Averaged over the steps `marks`, as the run's is.
-    """
-    lr, batch, _ = point.run or Schedule(0, 1, 0)
-    sigma_x, eye = covariances(point, point.d)
-    w, u = start(point.start, sigma_x, 2 * point.d, generator(1))
-    for factor, steps in (*point.before, Phase(1, marks[-1])):
-        sgd = SGDConfig(factor * lr, batch, factor * point.decay)
-        at = [steps] if factor != 1 else list(marks)
-        us, ws = orbit_flow(u, w, finite_step_gammas(sigma_x, eye, sgd, point.scale), sgd, at, point.scale)
-        u, w = us[-1], ws[-1]
-    ratios = [u.square().sum((1, 2)) / w.square().sum((1, 2)) for u, w in zip(us, ws, strict=True)]
-    return torch.stack(ratios).mean(0)
+    return plain(shaped | {"diverged": run.diverged.double().reshape(-1, seeds)})
 
 
 def generic_gaps(config: Fig3Config) -> dict[str, Any]:
@@ -219,15 +190,6 @@ def generic_gaps(config: Fig3Config) -> dict[str, Any]:
     cases.append((of(config.phi), eye, config.strong_decay))
     gaps = [closed_form_gaps(eye, sx, se, SGDConfig(lr, batch, decay), scale) for sx, se, decay in cases]
     return dict(zip(("ratio", "trace"), zip(*gaps, strict=True), strict=True))
-
-
-def first_order_ratio(config: Fig3Config, lr: float, batch: int) -> float:
-    """`||U||^2/||W||^2` at `phi` where the Noether flow with R_B at first order in eta ends."""
-    sigma_x, eye = cf.identity_covariance(config.phi, config.d), torch.eye(config.d, dtype=torch.float64)
-    scale = config.loss_scale
-    long = int(10 * batch / (4 * (scale * lr) ** 2 * config.d * config.phi))
-    u, w = first_order_equilibrium(eye, sigma_x, eye, SGDConfig(lr, batch), long, scale)
-    return float(u.square().sum() / w.square().sum())
 
 
 def hessian_traces() -> dict[str, float]:

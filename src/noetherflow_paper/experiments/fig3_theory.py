@@ -1,0 +1,45 @@
+"""Where theory has figure 3's runs: the Noether flow with the weights' fluctuation around the orbit, from the start."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from noetherflow.core.settings import SGDConfig
+from noetherflow_paper import closed_form as cf
+from noetherflow_paper.experiments.fig3_runs import Fig3Config, Fig3Point, Phase
+from noetherflow_paper.fluctuations import AlignedNet
+
+STRIDES = 160
+"""Of the midpoint rule in each phase."""
+
+
+class Balance(NamedTuple):
+    """`||U||^2 / ||W||^2` and the trace of the Hessian (halved loss)."""
+
+    ratio: float
+    trace: float
+
+
+def predicted(config: Fig3Config, point: Fig3Point, phi: float) -> Balance:
+    """Both in the middle of the steps that are averaged, of a run of SGD that starts on the diagonal."""
+    varied = cf.identity_covariance(phi, config.d).diagonal()
+    one = torch.ones_like(varied)
+    sigma_x, sigma_eps = (one, varied) if point.name == "labels" else (varied, one)
+    u, w = (one, one) if point.start == "balanced" else (sigma_x**0.25, sigma_x**-0.25)
+    return flowed(config, point, sigma_x, sigma_eps, u, w)
+
+
+def flowed(config: Fig3Config, point: Fig3Point, sigma_x: Tensor, sigma_eps: Tensor, u: Tensor, w: Tensor) -> Balance:
+    """The phases of `point` from `(diag(u), diag(w))`; all matrices by their diagonals, `V = I`."""
+    if point.run is None:
+        raise ValueError(f"the point {point.name!r} trains nothing")
+    charges, one, scale = w.square() - u.square(), torch.ones_like(u), config.loss_scale
+    for factor, steps in (*point.before, Phase(1, point.run.steps * 7 // 8)):
+        sgd = SGDConfig(scale * factor * point.run.lr, point.run.batch, factor * point.decay / scale)
+        net = AlignedNet(one, sigma_x, sigma_eps, sgd)
+        charges, u, w = net.moved(charges, u, w, steps, STRIDES)
+    norm_u, norm_w = net.squares(u, w)
+    return Balance(float(norm_u / norm_w), float(net.hessian_trace(u, w)))
