@@ -38,7 +38,7 @@ train(6000)
 
 def charge():
     """The trace of the charge: what comes in less what goes out."""
-    return float(symmetry.charge(nf.tensors_of(model)).diagonal(dim1=-2, dim2=-1).sum())
+    return symmetry.charge(nf.tensors_of(model)).diagonal(dim1=-2, dim2=-1).sum().item()
 
 
 before = charge()
