@@ -47,5 +47,12 @@ DIFFERENCES = (
         "sigma^2 Tr[Sigma* A+^2] / (theta*^T A+^2 theta*) from below, and with A- from above.",
         "Only at the smaller of the two, and only where A^2 = I; for A = diag(1, -2) the rate falls to 0 far away.",
     ),
+    Difference(
+        8,
+        "Theorems 5.2 and 5.4: SGD converges to the point of the orbit where the drift of every charge is zero.",
+        "Only where noise and Hessian commute along the orbit (label noise isotropic, or along the signal's axes). "
+        "Elsewhere SGD turns the hidden units steadily, and rests where the drift of the charges balances that turning "
+        "(theory.md section 8).",
+    ),
 )
 """`Verdict.difference` refers to their numbers."""

@@ -35,6 +35,7 @@ REGISTRY: tuple[str, ...] = (
     "fig9",
     "thm43",
     "thm54",
+    "turning",
     "repnorm",
     "approx",
     "rates",

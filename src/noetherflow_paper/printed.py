@@ -114,7 +114,9 @@ PRINTED = (
     Printed(
         "equation (14)",
         "At the minimum W Sig_x W^T / Tr Sig_x = U^T Sig_eps U / Tr Sig_eps; isotropic: W W^T / d_x = U^T U / d_y.",
-        "The same.",
+        "The same is where the drift of the charges is zero. SGD comes to rest there where noise and Hessian commute, "
+        "as they do in the isotropic case; elsewhere it turns the hidden units. Difference 8.",
+        agrees=False,
         statement="alignment",
     ),
     Printed(
@@ -162,7 +164,7 @@ PRINTED = (
         "With V' = Sig_eps^1/2 V Sig_x^1/2 = L S' R of rank d: S_1 = S_D = (d / Tr S')^((D-2)/(2D)) S'^1/2, middle "
         "layers (Tr S' / d)^(1/D) times rotations.",
         "Right only for Tr Sig_x = Tr Sig_eps = d: from (122) to (127) and (128) the denominators of the outermost "
-        "pairs, Tr Sig_x and Tr Sig_eps, have become d. Difference 3.",
+        "pairs, Tr Sig_x and Tr Sig_eps, have become d. Difference 3. As for two layers, difference 8.",
         agrees=False,
         statement="deep",
     ),

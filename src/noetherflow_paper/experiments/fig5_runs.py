@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,18 @@ from noetherflow_paper.simulate import (
     simulate,
     squared_distance,
 )
+from noetherflow_paper.turning import independent_noise, residual_noise, turning_flow
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fig5Config(Config):
-    """The images (`data`: a file in place of scikit-learn's digits), the net, the start's norms and the training."""
+    """The images (`data`: a file in place of scikit-learn's digits), the net, the start's norms and the training.
+
+    `rank`: hidden units of every layer, and directions in which the targets depend on the inputs.
+    """
 
     components: int = 3
+    rank: int = 3
     depth: int = 4
     target_scale: float = 2.0
     data: str | None = None
@@ -59,11 +65,13 @@ class Fig5Point(ExperimentPoint):
 
 SCALES = {
     "quick": Fig5Config(lr=0.02, steps=16_000, seeds=4),
-    "paper": Fig5Config(components=10, lr=0.01, steps=100_000, seeds=8),
+    "paper": Fig5Config(components=10, rank=5, lr=0.005, steps=240_000, seeds=8),
 }
 
 
 NEAR = ", from the orbit"
+REST = 2.0
+"""Far more than the slowest relaxation time of the flow, in `S / eta^2` steps."""
 
 
 def points(config: Fig5Config) -> list[Fig5Point]:
@@ -95,7 +103,11 @@ def images(config: Fig5Config) -> Tensor:
 
 
 def halves(config: Fig5Config) -> tuple[Tensor, Tensor]:
-    """Principal components of the upper half (inputs) and of the lower half (targets), `[N, k]` each."""
+    """Principal components of the upper half (inputs) and of the lower half (targets), `[N, components]` each.
+
+    Of the linear dependence of the targets on the inputs all but the `rank` strongest directions is taken away: those
+    that training cannot tell from its noise decide nothing.
+    """
     flat = images(config)
     half = flat.shape[1] // 2
     out = []
@@ -104,7 +116,10 @@ def halves(config: Fig5Config) -> tuple[Tensor, Tensor]:
         axes = torch.linalg.eigh(centred.mT @ centred).eigenvectors[:, -config.components :].flip(-1)
         z = centred @ axes
         out.append(scale * z / z.square().mean().sqrt())
-    return out[0], out[1]
+    x, y = out
+    left, s, right = torch.linalg.svd(statistics(x, y)[0])
+    weak = left[:, config.rank :] * s[config.rank :] @ right[config.rank :]
+    return x, y - x @ weak.mT
 
 
 def statistics(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,7 +142,7 @@ def compute(config: Fig5Config, point: Fig5Point) -> dict[str, Any]:
     the product `[T, 2 seeds, k]`; or the predictions."""
     x, y = halves(config)
     v, sigma_x, sigma_eps = statistics(x, y)
-    closed = cf.deep_linear(v, sigma_x, sigma_eps, config.depth)
+    closed = solution(config, v, sigma_x, sigma_eps)
     if point.name == "theory":
         return predictions(config, closed, x, y)
     start = moved(closed, config, generator(6)) if point.orbit else starts(config, generator(4))
@@ -138,7 +153,7 @@ def compute(config: Fig5Config, point: Fig5Point) -> dict[str, Any]:
         eye = torch.eye(config.components, dtype=torch.float64)
         return {
             "norms": torch.stack([w.norm(dim=(1, 2)) for w in params], -1),
-            "singular": torch.linalg.svdvals(forward(params, eye)),
+            "singular": torch.linalg.svdvals(forward(params, eye))[:, : config.rank],
         }
 
     marks = checkpoints(config.steps, 80)
@@ -155,40 +170,51 @@ def compute(config: Fig5Config, point: Fig5Point) -> dict[str, Any]:
     return plain({"steps": marks, **run.records})
 
 
+def solution(config: Fig5Config, v: Tensor, sigma_x: Tensor, sigma_eps: Tensor) -> Params:
+    """Section 9's layers for V of the given rank, without the hidden units that are zero."""
+    first, *middle, last = cf.deep_linear(v, sigma_x, sigma_eps, config.depth)
+    r = config.rank
+    return [first[:r], *(w[:r, :r] for w in middle), last[:, :r]]
+
+
 def starts(config: Fig5Config, rng: torch.Generator) -> Params:
-    """Gaussian layers `[2 seeds, k, k]`: of equal norms, then with norms in the ratio `scales`."""
-    depth, k, seeds = config.depth, config.components, config.seeds
+    """Gaussian layers, `[2 seeds, ...]`: of equal norms, then with norms in the ratio `scales`."""
+    depth, seeds = config.depth, config.seeds
     sizes = torch.stack([torch.ones(depth), torch.tensor(config.scales)]).double().repeat_interleave(seeds, 0)
-    layers = [normal((2 * seeds, k, k), rng) for _ in range(depth)]
+    widths = [config.components, *[config.rank] * (depth - 1), config.components]
+    layers = [normal((2 * seeds, after, before), rng) for before, after in pairwise(widths)]
     return [1.7 * sizes[:, i, None, None] * w / w.norm(dim=(1, 2), keepdim=True) for i, w in enumerate(layers)]
 
 
 def moved(solution: Params, config: Fig5Config, rng: torch.Generator) -> Params:
-    """Copies of a solution, each with its own random `G_i` between neighbouring layers, `[2 seeds, k, k]`.
+    """Copies of a solution, each with its own random `G_i` between neighbouring layers, `[2 seeds, ...]`.
 
     `W_i -> G_i W_i`, `W_{i+1} -> W_{i+1} G_i^-1` with `G_i = Q exp(s)`, Q orthogonal and s diagonal of deviation 0.3.
     """
-    count, k = 2 * config.seeds, config.components
+    count, r = 2 * config.seeds, config.rank
     layers = [w.expand(count, -1, -1) for w in solution]
     for i in range(len(layers) - 1):
-        q = torch.linalg.qr(normal((count, k, k), rng)).Q
-        scale = (0.3 * normal((count, k), rng)).exp()
+        q = torch.linalg.qr(normal((count, r, r), rng)).Q
+        scale = (0.3 * normal((count, r), rng)).exp()
         layers[i] = scale.unsqueeze(-1) * (q @ layers[i])
         layers[i + 1] = layers[i + 1] @ q.mT / scale.unsqueeze(-2)
     return layers
 
 
 def predictions(config: Fig5Config, closed: Params, x: Tensor, y: Tensor) -> dict[str, Any]:
-    """Norms by section 9, by the generic machinery on the images, and by it on data with independent residuals; V's
-    singular values."""
+    """Norms by section 9, by the generic machinery on the images and on data with independent residuals, and where SGD
+    comes to rest on either; V's singular values.
+    """
     v, sigma_x, sigma_eps = statistics(x, y)
     sgd, eye = SGDConfig(config.lr, config.batch), torch.eye(len(v), dtype=torch.float64)
-    isotropic = cf.deep_linear(v, eye, eye, config.depth)
+    isotropic = solution(config, v, eye, eye)
     design = product_design(v, sigma_x, sigma_eps)
     found = {
         "closed": closed,
         "generic": generic_equilibrium(closed, x, y, sgd),
         "generic_independent": generic_equilibrium(isotropic, *design, sgd),
     }
+    for name, noise in (("rest", residual_noise(x, y)), ("rest_independent", independent_noise(sigma_x, sigma_eps))):
+        found[name] = turning_flow(closed, sigma_x, noise, [0, REST])[-1]
     norms = {name: [float(w.norm()) for w in layers] for name, layers in found.items()}
-    return plain({**norms, "singular": torch.linalg.svdvals(v)})
+    return plain({**norms, "singular": torch.linalg.svdvals(v)[: config.rank]})
