@@ -40,9 +40,9 @@ def refuse_other_weights(model: nn.Module, weights: RenamedTensors, where: Path)
 def refuse_elsewhere(eq: Equilibrium, motion: Motion, weights: Mapping[str, Tensor]) -> None:
     """Raises DataError where the charges of stored weights are not those that the equilibrium was solved at.
 
-    Charges of adaptive optimisers (`eq.assumptions`) are preconditioned, which the weights alone do not tell.
+    Preconditioned charges are not compared: the weights alone do not tell them.
     """
-    for s in motion.symmetries if not eq.assumptions else ():
+    for s in motion.symmetries if not eq.preconditioned else ():
         difference, size = eq[s.name].charge_now.neg(), 0.0
         for leg in s.weight_legs:
             gram = leg_gram_of(s, leg, weights[leg.parameter])

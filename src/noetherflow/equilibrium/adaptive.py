@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from noetherflow.core.adaptive import LionConfig
+from noetherflow.core.optimizers import Settings
 from noetherflow.core.settings import SGDConfig
 from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.blocks import TorusClasses, classify_torus
@@ -33,6 +34,7 @@ from noetherflow.equilibrium.roots import (
 from noetherflow.equilibrium.search import Minimum
 from noetherflow.equilibrium.solve import StepLimits, drives, elements_of, imbalance, minimise
 from noetherflow.equilibrium.task import TOLERANCE, SolveOptions
+from noetherflow.equilibrium.turning import turning
 from noetherflow.equilibrium.verdict import torus_verdict
 from noetherflow.errors import MomentError
 from noetherflow.moments.result import GradientMoments
@@ -115,14 +117,18 @@ def adaptive_equilibrium(
         symmetries=syms,
         regime=adaptive_regime(symmetries, moments, config),
         assumptions=assumptions(config, feedback),
+        preconditioned=True,
     )
 
 
-def assumptions(config: AdaptiveConfig, feedback: SquareFeedback | None = None) -> tuple[str, ...]:
-    """What an equilibrium or a flow under these settings rests on, one sentence each."""
+def assumptions(
+    config: Settings, feedback: SquareFeedback | None = None, charges: Sequence[Tensor] = ()
+) -> tuple[str, ...]:
+    """What an equilibrium or a flow of these charges rests on under these settings, one sentence each."""
     frozen = "the function stands still meanwhile: near a minimum, or for as long as the measured gradients last"
     if isinstance(config, SGDConfig):
-        return ("charges count every squared weight over the learning rate of its group, relative to the largest",)
+        weighed = "charges count every squared weight over the learning rate of its group, relative to the largest"
+        return (*((weighed,) if config.groups else ()), *turning(charges))
     if isinstance(config, LionConfig):
         return (frozen, *_of_lion(config))
     if feedback is not None:

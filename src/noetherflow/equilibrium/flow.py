@@ -171,8 +171,7 @@ class Flow(Shown):
             lines.append(table(transposed(self.families()), *(EXPLAINED if legend else ())))
         if not isinstance(self.sgd, SGDConfig):
             lines.append("charges are preconditioned: every squared weight times the root mean square of its gradient")
-        if not isinstance(self.sgd, SGDConfig) or self.sgd.groups:
-            lines += assumed(assumptions(self.sgd, self.feedback), verbose)
+        lines += assumed(assumptions(self.sgd, self.feedback, [r.charge for r in self.details]), verbose)
         lines += [
             *self.regime.lines(verbose),
             *(f"CAUTION: {text}" for text in self.cautions),

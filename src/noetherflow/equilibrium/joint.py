@@ -19,7 +19,7 @@ from noetherflow.equilibrium.conditioning import Stretches, moved_copy, orthogon
 from noetherflow.equilibrium.feedback import SquareFeedback, refuse_feedback_of_others
 from noetherflow.equilibrium.invariance import cautions, refuse_other_moments
 from noetherflow.equilibrium.levels import level_equilibrium
-from noetherflow.equilibrium.objective import AnyObjective, LevelObjective, objective_of
+from noetherflow.equilibrium.objective import OF_SGD, AnyObjective, LevelObjective, objective_of
 from noetherflow.equilibrium.orbit import Remeasure, Samples, sizes_now
 from noetherflow.equilibrium.potential import LegPair
 from noetherflow.equilibrium.result import Equilibrium, Settled
@@ -27,6 +27,7 @@ from noetherflow.equilibrium.solve import drives, imbalance
 from noetherflow.equilibrium.start import Start, no_moments, starts_of
 from noetherflow.equilibrium.state_equilibrium import state_equilibrium
 from noetherflow.equilibrium.task import Question, SolveOptions, Task, log_errors
+from noetherflow.equilibrium.turning import turning
 from noetherflow.equilibrium.verdict import Outcome
 from noetherflow.errors import DataError, MomentError
 from noetherflow.moments.result import GradientMoments
@@ -144,7 +145,7 @@ def _settled(
     if isinstance(chosen, LevelObjective):
         return level_equilibrium(model, syms, chosen, options)
     if isinstance(sgd, AdamConfig | LionConfig) or (sgd is not None and sgd.groups):
-        if chosen.name in ("noise+decay", "noise") and mom is not None:
+        if chosen.name in OF_SGD and mom is not None:
             said = cautions(mom, refuse_other_moments(model, syms, mom))
             config = sgd if chosen.name == "noise+decay" else without_decay(sgd)
             return replace(adaptive_equilibrium(model, syms, mom, config, options), cautions=said)
@@ -212,6 +213,7 @@ def _solved(model: nn.Module, question: Question, stretches: Stretches) -> Equil
         trace=minimum.point.trace,
         symmetries=question.symmetries,
         regime=question.regime,
+        assumptions=turning(s.charge_now for s in settled if bool(s.finite.any())) if objective in OF_SGD else (),
     )
 
 

@@ -297,6 +297,9 @@ def _root_mean_square(rows: Tensor) -> Tensor:
     return rows.square().mean(1).sqrt()
 
 
+OF_SGD = ("noise+decay", "noise")
+"""Names of the objectives whose minimum is where an optimiser's own steps lead."""
+
 _OWN: tuple[AnyObjective, ...] = (
     Objective("noise+decay", "where gradient noise and weight decay balance", _noise_and_decay),
     Objective("noise", "the same with weight decay left out", _noise),

@@ -106,9 +106,11 @@ class Equilibrium(Shown):
             fall of the noise (or curvature) part; None where the model was measured again instead.
         symmetries: Those that the equilibrium is of; `excluded` lists the others.
         regime: Share of the mean gradient in the drift and how long it lasts; None for objectives without an optimiser.
-        assumptions: What the answer rests on beyond the noise regime, a sentence each (adaptive optimisers).
+        assumptions: What the answer rests on beyond the noise regime, a sentence each.
         cautions: What takes away from the answer by how the moments were measured, a sentence each: batch norms in
             evaluation mode, arithmetic too coarse to notice a penalty inside the loss.
+        preconditioned: Charges are those of an adaptive optimiser, or of parameter groups that differ: the weights
+            alone do not tell them.
         solved_at: The charges `theta^T A theta` of the weights it was solved at, by symmetry, whatever the optimiser.
     """
 
@@ -128,6 +130,7 @@ class Equilibrium(Shown):
     regime: Regime | None = None
     assumptions: tuple[str, ...] = ()
     cautions: tuple[str, ...] = ()
+    preconditioned: bool = False
     solved_at: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Settled:

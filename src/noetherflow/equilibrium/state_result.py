@@ -14,6 +14,7 @@ from noetherflow.equilibrium.averages import AveragingLaw
 from noetherflow.equilibrium.charge_flow import norm_of, signed_sum
 from noetherflow.equilibrium.state_estimate import FlowEstimate
 from noetherflow.equilibrium.state_invariance import StateInvariance
+from noetherflow.equilibrium.turning import turning
 
 EXPLAINED = ("preconditioned charge", "drift per step: noise", "persistence", "imbalance", "relaxation (steps)", "–")
 """Names of `printing.MEANING` that the table of families needs."""
@@ -76,6 +77,7 @@ class StateFlow:
             + (several if self.snapshots > 1 else "average several"),
             "equilibria are those of the function as it is now, every symmetry with the others held",
         ]
+        out += turning(d.charge for d in self.details)
         if self.coded:
             out.append("averages are stored in 8 bits, whose rounding is in every number")
         out += self._tested()

@@ -13,7 +13,7 @@ from noetherflow.core.tensors import tensors_of
 from noetherflow.equilibrium.blocks import TorusClasses, gl_frame
 from noetherflow.equilibrium.conditioning import machine_epsilon
 from noetherflow.equilibrium.feedback import SquareFeedback
-from noetherflow.equilibrium.objective import Objective
+from noetherflow.equilibrium.objective import OF_SGD, Objective
 from noetherflow.equilibrium.orbit import (
     FramedOrbit,
     MeasuredOrbit,
@@ -88,7 +88,7 @@ class Question:
     @property
     def regime(self) -> Regime | None:
         """The regime of the drift, for the objectives that SGD's settings enter."""
-        if self.sgd is None or self.objective.name not in ("noise+decay", "noise"):
+        if self.sgd is None or self.objective.name not in OF_SGD:
             return None
         return regime_of(tuple(self.symmetries), self.moments, self.sgd)
 
