@@ -65,7 +65,7 @@ class Fig5Point(ExperimentPoint):
 
 SCALES = {
     "quick": Fig5Config(lr=0.02, steps=16_000, seeds=4),
-    "paper": Fig5Config(components=10, rank=5, lr=0.005, steps=240_000, seeds=8),
+    "paper": Fig5Config(components=10, rank=5, lr=0.0075, steps=107_000, seeds=8),
 }
 
 

@@ -49,7 +49,7 @@ TurningResults = Results[TurningConfig, TurningPoint]
 
 SCALES = {
     "quick": TurningConfig(lr=0.02, seeds=32),
-    "paper": TurningConfig(lr=0.005, seeds=64),
+    "paper": TurningConfig(lr=0.01, seeds=64),
 }
 MARKS = 60
 """Times at which the layers are recorded; the last third is judged."""
