@@ -209,3 +209,53 @@ def test_many_starts_of_a_two_layer_net_end_where_the_page_says() -> None:
     error = float(np.hypot(2 * fine.std(ddof=1), coarse.std(ddof=1)) / copies**0.5)
     assert within(limit, error, first_order)
     assert within(coarse.mean(), coarse.std(ddof=1) / copies**0.5, claim.measured, claim.error)
+
+
+@pytest.mark.slow
+def test_hidden_units_turn_and_rest_beside_the_equilibrium() -> None:
+    """`turning` from the noise equilibrium, found by least noise, to its place of rest, with plain sampling."""
+
+    def tilted(angle: float) -> Array:
+        return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+
+    inputs, size, copies, rate = np.diag([1.0, 0.3]), 4, 400, 0.02
+    v = np.diag([1.5, 0.6]) @ tilted(1.0)
+    strengths, axes = np.linalg.eigh(v @ inputs @ v.T)
+    assert strengths[0] < strengths[1]
+    axes = axes @ tilted(0.7)
+    labels = axes @ np.diag([0.1, 2.0]) @ axes.T
+
+    def noise(flat: Array) -> float:
+        u = flat.reshape(2, 2)
+        w = np.linalg.solve(u, v)
+        return float(np.trace(labels) * np.trace(w @ inputs @ w.T) + np.trace(inputs) * np.trace(u.T @ labels @ u))
+
+    u = minimize(noise, np.eye(2).ravel(), tol=1e-12).x.reshape(2, 2)
+    balanced = float(np.square(u).sum())
+    rng, roots = np.random.default_rng(8), (np.linalg.cholesky(inputs), np.linalg.cholesky(labels))
+    us = np.repeat(u[None], copies, 0)
+    ws = np.repeat(np.linalg.solve(u, v)[None], copies, 0)
+    steps = round(6 * size / rate**2)
+    norms, angles = [], []
+    for step in range(steps):
+        x, eps = (root @ normal_vectors(rng, copies, 2, size) for root in roots)
+        hidden = ws @ x
+        slope = 2 * (us @ hidden - v @ x - eps) / size
+        us, ws = (
+            us - rate * slope @ hidden.transpose(0, 2, 1),
+            ws - rate * us.transpose(0, 2, 1) @ slope @ x.transpose(0, 2, 1),
+        )
+        if step >= steps // 2 and step % 200 == 0:
+            charge = ws @ ws.transpose(0, 2, 1) - us.transpose(0, 2, 1) @ us
+            angles.append(np.arctan2(2 * charge[:, 0, 1], charge[:, 0, 0] - charge[:, 1, 1]) / 2)
+            if step >= 2 * steps // 3:
+                norms.append(np.square(us).sum((1, 2)))
+    turned = np.unwrap(np.array(angles), period=np.pi, axis=0)
+    speed = (turned[-1] - turned[0]) / (200 * (len(turned) - 1) * rate**2 / size)
+    norm = np.mean(norms, 0)
+    print(f"||U||^2 {balanced:.4f} at the equilibrium, {norm.mean():.4f} +- {norm.std() / copies**0.5:.4f} at rest")
+    assert norm.mean() < 0.95 * balanced
+    claim = stated("turning", "tilted: turning of the charge's axes, radians per S / eta^2 steps")
+    assert abs(speed.mean() - claim.predicted) < 0.05 * abs(claim.predicted)
+    rest = stated("turning", "tilted: ||U||^2 along the flow, turning included")
+    assert abs(norm.mean() / rest.predicted - 1) < 0.05 < abs(balanced / rest.predicted - 1)

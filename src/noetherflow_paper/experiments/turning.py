@@ -157,14 +157,14 @@ def plot(results: TurningResults) -> Any:
     norm.set(xlabel=r"time, $\eta^2 t / S$", ylabel=r"$\|U\|^2$", title="from the noise equilibrium, or from rest")
     angle.set(xlabel=r"time, $\eta^2 t / S$", ylabel="angle (rad)", title="axes of the charge turn")
     _plot_tilts(tilts, results)
-    for ax in (norm, angle, tilts):
-        ax.legend()
+    for ax, place in ((norm, "upper right"), (angle, "lower left"), (tilts, "center")):
+        ax.legend(loc=place)
     return fig
 
 
 def _plot_tilts(ax: Any, results: TurningResults) -> None:
     c = results.config
-    grid = np.linspace(0, math.pi / 2, 13)
+    grid = np.linspace(0, math.pi / 2, 25)
     for name, layer, color in (("U", 1, style.SGD), ("W", 0, style.SDE)):
         ratios = []
         for tilt in grid:
@@ -175,7 +175,7 @@ def _plot_tilts(ax: Any, results: TurningResults) -> None:
         point = TurningPoint(name="", tilt=c.tilt)
         balanced = float(equilibrium(c, point)[layer].square().sum())
         seen = last(results, "tilted, from rest", name.lower()) / balanced
-        style.dots(ax, np.degrees([c.tilt]), seen[None], color, f"SGD, $\\|{name}\\|^2$")
+        style.dots(ax, np.degrees([c.tilt]), seen[None], color, f"SGD at rate {c.lr:g}, $\\|{name}\\|^2$")
     ax.axhline(1, color=style.THEORY, ls=":", lw=1, label="noise equilibrium")
     ax.set(xlabel="tilt of the label noise (degrees)", ylabel="at rest / at the equilibrium", title="where SGD rests")
 
