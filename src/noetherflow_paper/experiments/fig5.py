@@ -205,7 +205,7 @@ EXPERIMENT = Experiment(
         Setting(
             "learning rate and batch",
             "0.015 (quick), 0.0075 (paper) and 16",
-            "terms of order eta shift the last layer by 1.5 % (quick); extrapolated from three rates, at the largest of "
+            "terms of order eta shift the last layer by 1.5 % (quick); taken out by three rates, at the largest of "
             "which runs from random starts may diverge",
         ),
         Setting("targets", "the image's other half, scaled by 2", "the scale sets the size of the norms"),
