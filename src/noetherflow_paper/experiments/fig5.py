@@ -108,7 +108,7 @@ def _start_verdicts(results: Fig5Results, why: str) -> list[Verdict]:
             from_seeds(f"images: {ratio(i)}, from the orbit", 1, near[:, i] / near[:, i + 1], order=1, analysis=why)
             for i in middle
         ),
-        _largest(starts, equal, sgd[uneven], 0.03, reason=left),
+        _largest(starts, equal, sgd[uneven], 0.03, analysis=why, reason=left),
         _largest(far, sgd, near, 0.03, analysis=why, reason=left),
         *(
             from_seeds(f"GD, random start: {ratio(i)}", 0.85, gd[uneven, i] / gd[uneven, i + 1], relation="below")

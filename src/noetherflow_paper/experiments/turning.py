@@ -157,8 +157,9 @@ def plot(results: TurningResults) -> Any:
     norm.set(xlabel=r"time, $\eta^2 t / S$", ylabel=r"$\|U\|^2$", title="from the noise equilibrium, or from rest")
     angle.set(xlabel=r"time, $\eta^2 t / S$", ylabel="angle (rad)", title="axes of the charge turn")
     _plot_tilts(tilts, results)
-    for ax, place in ((norm, "upper right"), (angle, "lower left"), (tilts, "center")):
-        ax.legend(loc=place)
+    norm.legend(loc="center right", bbox_to_anchor=(1, 0.34), fontsize=8)
+    angle.legend(loc="lower left")
+    tilts.legend(loc="center")
     return fig
 
 
@@ -171,12 +172,13 @@ def _plot_tilts(ax: Any, results: TurningResults) -> None:
             point = TurningPoint(name="", tilt=float(tilt), rest=True)
             ends = (layers[layer].square().sum() for layers in (start(c, point), equilibrium(c, point)))
             ratios.append(float(next(ends) / next(ends)))
-        ax.plot(np.degrees(grid), ratios, color=color, label=rf"theory, $\|{name}\|^2$")
+        ax.plot(np.degrees(grid), ratios, color=color, label=rf"$\|{name}\|^2$, theory")
         point = TurningPoint(name="", tilt=c.tilt)
         balanced = float(equilibrium(c, point)[layer].square().sum())
         seen = last(results, "tilted, from rest", name.lower()) / balanced
-        style.dots(ax, np.degrees([c.tilt]), seen[None], color, f"SGD at rate {c.lr:g}, $\\|{name}\\|^2$")
-    ax.axhline(1, color=style.THEORY, ls=":", lw=1, label="noise equilibrium")
+        style.dots(ax, np.degrees([c.tilt]), seen[None], color, "")
+    ax.plot([], [], "o", color=style.MUTED, label=f"SGD, rate {c.lr:g}")
+    ax.axhline(1, color=style.THEORY, ls=":", lw=1)
     ax.set(xlabel="tilt of the label noise (degrees)", ylabel="at rest / at the equilibrium", title="where SGD rests")
 
 
