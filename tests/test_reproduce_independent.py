@@ -213,7 +213,10 @@ def test_many_starts_of_a_two_layer_net_end_where_the_page_says() -> None:
 
 @pytest.mark.slow
 def test_hidden_units_turn_and_rest_beside_the_equilibrium() -> None:
-    """`turning` from the noise equilibrium, found by least noise, to its place of rest, with plain sampling."""
+    """`turning` from the noise equilibrium, found by least noise, to its place of rest, with plain sampling.
+
+    At one rate, 0.02, whose part of first order is 3 % of either number.
+    """
 
     def tilted(angle: float) -> Array:
         return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -256,6 +259,7 @@ def test_hidden_units_turn_and_rest_beside_the_equilibrium() -> None:
     print(f"||U||^2 {balanced:.4f} at the equilibrium, {norm.mean():.4f} +- {norm.std() / copies**0.5:.4f} at rest")
     assert norm.mean() < 0.95 * balanced
     claim = stated("turning", "tilted: turning of the charge's axes, radians per S / eta^2 steps")
-    assert abs(speed.mean() - claim.predicted) < 0.05 * abs(claim.predicted)
+    # a reflection of the hidden units, free in the least noise, turns the sign
+    assert abs(abs(speed.mean()) - abs(claim.predicted)) < 0.05 * abs(claim.predicted)
     rest = stated("turning", "tilted: ||U||^2 along the flow, turning included")
     assert abs(norm.mean() / rest.predicted - 1) < 0.05 < abs(balanced / rest.predicted - 1)
