@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import noetherflow as nf
@@ -275,6 +277,19 @@ def test_an_equilibrium_of_adam_is_not_applied_twice() -> None:
     nf.balance_(model, eq, example_inputs=x)
     with pytest.raises(DataError, match="away from where the equilibrium was solved"):
         nf.balance_(model, eq, example_inputs=x)
+
+
+def test_an_equilibrium_of_adam_is_not_applied_to_a_file_of_other_weights(tmp_path: Path) -> None:
+    """Nor where the model given has no weights to compare the file with."""
+    model, _, syms, moments = _measured()
+    eq = nf.noise_equilibrium(model, syms, moments, nf.AdamConfig(lr=1e-3, batch_size=2, weight_decay=0.1))
+    outline = copy.deepcopy(model).to("meta")
+    own, other = tmp_path / "own.safetensors", tmp_path / "other.safetensors"
+    save_file(model.state_dict(), own)
+    save_file({n: (2 if n == "0.weight" else 1) * t for n, t in model.state_dict().items()}, other)
+    nf.balance_checkpoint(own, tmp_path / "out.safetensors", outline, eq, unchecked=True)
+    with pytest.raises(DataError, match="is it of another checkpoint"):
+        nf.balance_checkpoint(other, tmp_path / "no.safetensors", outline, eq, unchecked=True)
 
 
 def test_parameters_frozen_after_the_solve_are_not_moved() -> None:

@@ -243,3 +243,17 @@ def test_forecasts_that_momentum_cannot_trust_are_marked_from_the_first_step() -
     forecast = flow.forecast([0, 1, 5], errors=False)
     assert forecast.valid == (True, False, False)
     assert "* not valid: NOT VALID as a drift" in str(forecast)
+
+
+@pytest.mark.parametrize(("make", "assumed"), [(linear, True), (mlp, False)])
+def test_matrix_families_alone_assume_that_noise_and_curvature_commute(make, assumed) -> None:
+    """It is said of what SGD's noise settles, in flow and equilibrium; not of other points, nor of tori."""
+    problem = make((4, 3, 2), samples=40)
+    moments, sgd = problem.measure(), whole(40)
+    flow = nf.noether_flow(problem.model, problem.syms, moments, sgd)
+    eq = nf.noise_equilibrium(problem.model, problem.syms, moments, sgd)
+    other = nf.noise_equilibrium(problem.model, problem.syms, moments, objective="norm")
+    for shown in (flow.describe(), eq.describe(), *eq.to_dict()["assumptions"][:1]):
+        assert ("noise and curvature commute" in shown) == assumed
+    assert bool(eq.assumptions) == assumed
+    assert other.assumptions == ()

@@ -89,7 +89,19 @@ def _gram(layers: Params) -> Tensor:
 
 
 def turning_flow(layers: Params, sigma_x: Tensor, noise: Tensor, at: Sequence[float]) -> list[Params]:
-    """Layers at the times `at`, in units of `S / eta^2` steps, the first of which is 0.
+    """The layers along the flow of `velocity`, which keeps their product up to the tolerance of the integration.
+
+    Args:
+        layers: where it starts, at a minimum of the loss; `[h_i, h_{i-1}]` each, float64.
+        sigma_x: covariance of the inputs.
+        noise: `independent_noise` or `residual_noise`.
+        at: times in units of `S / eta^2` steps, the first of which is 0.
+
+    Returns:
+        The layers at each time.
+
+    Raises:
+        ArithmeticError: the flow cannot be integrated.
 
     Example:
         >>> eye, tilted = torch.eye(2, dtype=torch.float64), torch.tensor([[1.0, 0.9], [0.9, 1.0]]).double()

@@ -40,10 +40,12 @@ def refuse_other_weights(model: nn.Module, weights: RenamedTensors, where: Path)
 def refuse_elsewhere(eq: Equilibrium, motion: Motion, weights: Mapping[str, Tensor]) -> None:
     """Raises DataError where the charges of stored weights are not those that the equilibrium was solved at.
 
-    Preconditioned charges are not compared: the weights alone do not tell them.
+    An equilibrium that was made from a file knows of none.
     """
-    for s in motion.symmetries if not eq.preconditioned else ():
-        difference, size = eq[s.name].charge_now.neg(), 0.0
+    for s in motion.symmetries:
+        if s.name not in eq.solved_at:
+            continue
+        difference, size = eq.solved_at[s.name].neg(), 0.0
         for leg in s.weight_legs:
             gram = leg_gram_of(s, leg, weights[leg.parameter])
             size += float(torch.linalg.vector_norm(gram))

@@ -117,7 +117,6 @@ def adaptive_equilibrium(
         symmetries=syms,
         regime=adaptive_regime(symmetries, moments, config),
         assumptions=assumptions(config, feedback),
-        preconditioned=True,
     )
 
 

@@ -213,7 +213,7 @@ def _solved(model: nn.Module, question: Question, stretches: Stretches) -> Equil
         trace=minimum.point.trace,
         symmetries=question.symmetries,
         regime=question.regime,
-        assumptions=turning(s.charge_now for s in settled if bool(s.finite.any())) if objective in OF_SGD else (),
+        assumptions=turning(s.charge_now for s in settled if s.name in pairs) if objective in OF_SGD else (),
     )
 
 

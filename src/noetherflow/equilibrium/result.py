@@ -109,8 +109,6 @@ class Equilibrium(Shown):
         assumptions: What the answer rests on beyond the noise regime, a sentence each.
         cautions: What takes away from the answer by how the moments were measured, a sentence each: batch norms in
             evaluation mode, arithmetic too coarse to notice a penalty inside the loss.
-        preconditioned: Charges are those of an adaptive optimiser, or of parameter groups that differ: the weights
-            alone do not tell them.
         solved_at: The charges `theta^T A theta` of the weights it was solved at, by symmetry, whatever the optimiser.
     """
 
@@ -130,7 +128,6 @@ class Equilibrium(Shown):
     regime: Regime | None = None
     assumptions: tuple[str, ...] = ()
     cautions: tuple[str, ...] = ()
-    preconditioned: bool = False
     solved_at: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Settled:

@@ -59,8 +59,8 @@ def plot(results: Fig3Results) -> Any:
     trace.set(xlabel=r"$\varphi$", ylabel=r"Tr $H$ (halved loss)", title="sharpness")
     rates = np.array([run[0] for run in c.lrs])
     style.dots(error, rates, np.stack([_deviation(results, i) for i in range(len(rates))]), style.SGD, "SGD")
-    first_order = [_predicted_deviation(results, i) for i in range(len(rates))]
-    error.plot(rates, first_order, "_", color=style.THEORY, ms=16, mew=2, label="theory of the run")
+    theory = [_predicted_deviation(results, i) for i in range(len(rates))]
+    error.plot(rates, theory, "_", color=style.THEORY, ms=16, mew=2, label="theory of the run")
     for rate, (_, batch, _) in zip(rates, c.lrs, strict=True):
         error.annotate(f"S = {batch}", (rate, 0.002), ha="center", fontsize=8, color=style.MUTED)
     error.set(

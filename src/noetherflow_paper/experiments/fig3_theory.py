@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from noetherflow.core.settings import SGDConfig
-from noetherflow_paper import closed_form as cf
-from noetherflow_paper.experiments.fig3_runs import Fig3Config, Fig3Point, Phase
+from noetherflow_paper.experiments.fig3_runs import Fig3Config, Fig3Point, Phase, covariances
 from noetherflow_paper.fluctuations import AlignedNet
 
 STRIDES = 160
@@ -23,20 +23,18 @@ class Balance(NamedTuple):
     trace: float
 
 
+@functools.cache
 def predicted(config: Fig3Config, point: Fig3Point, phi: float) -> Balance:
-    """Both in the middle of the steps that are averaged, of a run of SGD that starts on the diagonal."""
-    varied = cf.identity_covariance(phi, config.d).diagonal()
-    one = torch.ones_like(varied)
-    sigma_x, sigma_eps = (one, varied) if point.name == "labels" else (varied, one)
-    u, w = (one, one) if point.start == "balanced" else (sigma_x**0.25, sigma_x**-0.25)
-    return flowed(config, point, sigma_x, sigma_eps, u, w)
+    """Both in the middle of the steps that are averaged, of a run of SGD that starts on the diagonal.
 
-
-def flowed(config: Fig3Config, point: Fig3Point, sigma_x: Tensor, sigma_eps: Tensor, u: Tensor, w: Tensor) -> Balance:
-    """The phases of `point` from `(diag(u), diag(w))`; all matrices by their diagonals, `V = I`."""
+    All matrices by their diagonals, `V = I`; the phases of `point` go first.
+    """
     if point.run is None:
         raise ValueError(f"the point {point.name!r} trains nothing")
-    charges, one, scale = w.square() - u.square(), torch.ones_like(u), config.loss_scale
+    sigma_x, sigma_eps = (m[0].diagonal() for m in covariances(replace(point, phis=(phi,)), config.d))
+    one, scale = torch.ones_like(sigma_x), config.loss_scale
+    u, w = (one, one) if point.start == "balanced" else (sigma_x**0.25, sigma_x**-0.25)
+    charges = w.square() - u.square()
     for factor, steps in (*point.before, Phase(1, point.run.steps * 7 // 8)):
         sgd = SGDConfig(scale * factor * point.run.lr, point.run.batch, factor * point.decay / scale)
         net = AlignedNet(one, sigma_x, sigma_eps, sgd)

@@ -38,7 +38,7 @@ class TurningConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class TurningPoint(ExperimentPoint):
-    """One training from the noise equilibrium, or from where it comes to `rest`; label noise `tilted`, or isotropic."""
+    """One training from the noise equilibrium, or from where it comes to `rest`; label noise tilted, or `isotropic`."""
 
     tilt: float = 0.0
     isotropic: bool = False
@@ -166,16 +166,12 @@ def plot(results: TurningResults) -> Any:
 def _plot_tilts(ax: Any, results: TurningResults) -> None:
     c = results.config
     grid = np.linspace(0, math.pi / 2, 25)
-    for name, layer, color in (("U", 1, style.SGD), ("W", 0, style.SDE)):
-        ratios = []
-        for tilt in grid:
-            point = TurningPoint(name="", tilt=float(tilt), rest=True)
-            ends = (layers[layer].square().sum() for layers in (start(c, point), equilibrium(c, point)))
-            ratios.append(float(next(ends) / next(ends)))
-        ax.plot(np.degrees(grid), ratios, color=color, label=rf"$\|{name}\|^2$, theory")
-        point = TurningPoint(name="", tilt=c.tilt)
-        balanced = float(equilibrium(c, point)[layer].square().sum())
-        seen = last(results, "tilted, from rest", name.lower()) / balanced
+    tilted = [TurningPoint(name="", tilt=float(tilt), rest=True) for tilt in grid]
+    rest, balanced = ([summary(*layers(c, point)) for point in tilted] for layers in (start, equilibrium))
+    for key, color in (("u", style.SGD), ("w", style.SDE)):
+        ratios = [float(r[key] / b[key]) for r, b in zip(rest, balanced, strict=True)]
+        ax.plot(np.degrees(grid), ratios, color=color, label=rf"$\|{key.upper()}\|^2$, theory")
+        seen = last(results, "tilted, from rest", key) / results.array("tilted", f"{key} predicted")[0]
         style.dots(ax, np.degrees([c.tilt]), seen[None], color, "")
     ax.plot([], [], "o", color=style.MUTED, label=f"SGD, rate {c.lr:g}")
     ax.axhline(1, color=style.THEORY, ls=":", lw=1)
@@ -197,7 +193,7 @@ def turning_rate(results: TurningResults, name: str, key: str = "angle") -> np.n
 
 def verdicts(results: TurningResults) -> list[Verdict]:
     """Norms and turning against theory with tilted label noise; no turning, and the equilibrium, in the controls."""
-    c, out = results.config, []
+    out = []
     rates = {name: turning_rate(results, name) for name in ("tilted", "tilted, from rest", "aligned", "isotropic")}
     for name in ("tilted", "tilted, from rest"):
         for key in ("u", "w"):
@@ -207,10 +203,8 @@ def verdicts(results: TurningResults) -> list[Verdict]:
         label = f"{name}: turning of the charge's axes, radians per S / eta^2 steps"
         theory = turning_rate(results, name, "angle predicted")
         out.append(from_seeds(label, float(theory), rates[name], order=1, relative=False, difference=8))
-    first = points(c)[0]
-    balanced = float(equilibrium(c, first)[1].square().sum())
     label = "tilted, from rest: distance of ||U||^2 from the noise equilibrium's, relative"
-    far = np.abs(last(results, "tilted, from rest", "u") / balanced - 1)
+    far = np.abs(last(results, "tilted, from rest", "u") / results.array("tilted", "u predicted")[0] - 1)
     out.append(from_seeds(label, 0.05, far, relation="above", difference=8))
     for name in ("aligned", "isotropic"):
         for key in ("u", "w"):
